@@ -1,0 +1,50 @@
+"""The record that a converted checkpoint carries: ``router_upcycling.json`` in its root.
+
+JSON, so that reading it runs no code. ``pretrain`` and ``layer_spec`` take a checkpoint's router
+options from it, and write it anew beside the checkpoints that training saves.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.router_config import RouterConfig
+
+NAME = "router_upcycling.json"
+FORMAT = 1
+
+
+def read(root: str | Path) -> dict[str, Any] | None:
+    """The manifest in checkpoint root ``root``, or None where there is none.
+
+    Raises:
+        UserError: the file is not JSON of a format that this version reads.
+    """
+    path = Path(root) / NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); convert the model again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: not a manifest of format {FORMAT}; convert the model again")
+    return manifest
+
+
+def router_config(manifest: dict[str, Any], source: str | Path) -> RouterConfig:
+    """The router options that ``manifest`` records; ``source`` is named in errors."""
+    router = manifest.get("router")
+    if not isinstance(router, dict):
+        raise UserError(f"{source}: has no 'router' section; convert the model again")
+    return RouterConfig.from_dict(router, str(source))
+
+
+def write(root: str | Path, manifest: dict[str, Any]) -> None:
+    """Write ``manifest`` to ``root``, whole or not at all."""
+    path = Path(root) / NAME
+    partial = path.with_name(f".{NAME}.{os.getpid()}")
+    partial.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, path)
