@@ -1,0 +1,32 @@
+# make help tells what there is. Every target sets up .venv first, which takes no time when nothing changed.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PYTHON := .venv/bin/python
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help setup demo test checks bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup:  ## make .venv with the package and what it needs (about 5 GB)
+	@scripts/setup.sh
+
+demo: setup  ## from text to a dense model to two Mixtures-of-Experts, on two processes
+	@$(PYTHON) tools/demo.py $(ARGS)
+
+test: setup  ## run the tests; ARGS= adds options of pytest
+	@$(PYTHON) -m pytest $(ARGS)
+
+checks: setup  ## lint, format and types
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+bench: setup  ## measure speed and memory against the plain alternatives
+	@$(PYTHON) tools/bench.py $(ARGS)
+
+clean:  ## remove caches and what demo and bench wrote; .venv stays
+	rm -rf demo bench build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Print the path of a Python that the package can be set up with, or say in one line what is missing.
+# A plain 3.12 or 3.13 first (megatron-core has wheels for these), then one that pyenv keeps but has not
+# activated, then one that uv brings; a newer Python only when there is none of them.
+set -euo pipefail
+
+# A candidate counts when it really runs (a pyenv shim of an inactive version does not), is of a version
+# from $2 up to and not including $3, and can make virtual environments (Debian splits that off).
+usable() {
+    "$1" -c '
+import sys
+low, high = (tuple(map(int, v.split("."))) for v in sys.argv[1:])
+if not low <= sys.version_info[:2] < high:
+    sys.exit(1)
+import ensurepip, venv
+' "$2" "$3" >/dev/null 2>&1
+}
+
+# Every Python on PATH and under pyenv, one path a line.
+candidates() {
+    type -ap python3.12 python3.13 python3 python || true
+    local pyenv_root=${PYENV_ROOT:-$HOME/.pyenv}
+    local versions=("$pyenv_root"/versions/3.*/bin/python3)
+    [[ -e ${versions[0]} ]] && printf '%s\n' "${versions[@]}" || true
+    type -ap python3.14 python3.15 || true
+}
+
+find_between() {
+    local python
+    while IFS= read -r python; do
+        if usable "$python" "$1" "$2"; then
+            echo "$python"
+            exit 0
+        fi
+    done < <(candidates)
+}
+
+find_between 3.12 3.14
+if command -v uv >/dev/null && uv python install --quiet 3.12 >&2; then
+    python=$(uv python find --managed-python 3.12 2>/dev/null || uv python find 3.12)
+    usable "$python" 3.12 3.14 && echo "$python" && exit 0
+fi
+find_between 3.14 4.0
+
+echo "error: no Python >= 3.12 that can make virtual environments is on PATH, under pyenv or through uv;" \
+    "install one (for example: apt install python3.12-venv, pyenv install 3.12, or uv from https://docs.astral.sh/uv)" >&2
+exit 2
