@@ -1,0 +1,107 @@
+"""Where a run takes place, and the Megatron flags that must differ there.
+
+Three platforms: a GPU with Transformer Engine (nothing is changed), a GPU without it, and the CPU. The
+last two lack fused kernels that Megatron turns on by default; a flag for each is set for the user, and
+``adapt`` says so in one line.
+"""
+
+import importlib.util
+from argparse import Namespace
+from typing import Any
+
+from megatron_router_upcycling.errors import UserError
+
+# Megatron argument -> the value it must have without Transformer Engine and apex.
+WITHOUT_FUSED_KERNELS: dict[str, Any] = {
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "tp_comm_overlap": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
+    "moe_grouped_gemm": False,
+    "fp8": None,
+}
+# Megatron argument -> the value it must have on the CPU, beside those.
+ON_CPU: dict[str, Any] = {
+    "distributed_backend": "gloo",
+    "masked_softmax_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "num_workers": 0,
+    "overlap_grad_reduce": False,
+    "overlap_param_gather": False,
+    "cuda_graph_impl": "none",
+}
+
+
+def choose(requested: str) -> str:
+    """'cpu' or 'cuda' for ``--device auto|cpu|cuda``.
+
+    Raises:
+        UserError: a device was asked for that this machine does not offer.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if requested == "cuda" and not available:
+        raise UserError("--device cuda: no GPU is visible here; use --device cpu or --device auto")
+    if requested == "cpu" and available:
+        raise UserError("--device cpu: a GPU is visible here; hide it with CUDA_VISIBLE_DEVICES= (empty)")
+    return "cuda" if available else "cpu"
+
+
+def has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def adapt(args: Namespace, device: str) -> str | None:
+    """Set the flags that must differ on this platform; return one line that says which, or None.
+
+    ``args`` are Megatron's parsed arguments before ``validate_args``. A flag is named only where its
+    value changes.
+    """
+    if device == "cuda" and has_transformer_engine():
+        return None
+    needed = WITHOUT_FUSED_KERNELS | (ON_CPU if device == "cpu" else {})
+    changed = []
+    for name, value in needed.items():
+        if not hasattr(args, name):
+            raise RuntimeError(f"device: Megatron no longer has the argument {name!r}; tested with 0.19")
+        if getattr(args, name) != value:
+            setattr(args, name, value)
+            changed.append(f"{name}={value}")
+    if not changed:
+        return None
+    place = "CPU over Gloo" if device == "cpu" else "GPU without Transformer Engine"
+    return f"{place}: set {', '.join(changed)}"
+
+
+def allow_sequence_parallel_torch_norm() -> None:
+    """Let PyTorch's norm run under sequence parallelism, which Megatron's wrapper refuses.
+
+    Without Transformer Engine and apex, Megatron falls back to ``WrappedTorchNorm``; MoE with tensor
+    parallelism needs sequence parallelism. The norm acts on each token alone, so it is right there as
+    long as its parameters are marked ``sequence_parallel``, which makes Megatron sum their gradients
+    over the tensor-parallel ranks (``finalize_model_grads``).
+    """
+    from megatron.core.transformer import torch_norm
+
+    wrapped = torch_norm.WrappedTorchNorm
+    original = wrapped.__new__
+
+    def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        sequence_parallel = config.sequence_parallel
+        config.sequence_parallel = False
+        try:
+            norm = original(cls, config, *args, **kwargs)
+        finally:
+            config.sequence_parallel = sequence_parallel
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = sequence_parallel
+        return norm
+
+    wrapped.__new__ = build  # type: ignore[method-assign]

@@ -1,0 +1,173 @@
+"""Train a dense or an upcycled model with Megatron's own training loop.
+
+    torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config configs/demo/moe.yaml \\
+        --load MOE --save OUT [any Megatron flag]
+
+An upcycled checkpoint brings its router's options and architecture with it (``router_upcycling.json``).
+Where ``--save`` holds a checkpoint already, the run goes on from there, so that a run that was stopped is
+continued by the same command.
+"""
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_router_upcycling import config, device, manifest
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.router_config import RouterConfig
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to start: Megatron's validated arguments and the router to build."""
+
+    args: Namespace
+    router: RouterConfig | None
+
+
+def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
+    """Parse and validate everything, choose the device, and set Megatron's global arguments.
+
+    Manifest, YAML file and flags are merged in that order; flags that this platform needs are set; one
+    line on rank 0 says which.
+
+    Raises:
+        UserError: anything in the flags, the YAML file or the checkpoint that cannot work.
+    """
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--config", "--load", "--save", "--pretrained-checkpoint"):
+        first.add_argument(flag)
+    first.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    early, _ = first.parse_known_args(argv)
+    entries = config.read_yaml(early.config) if early.config else {"upcycling": {}}
+    section = config.section_defaults(entries.pop("upcycling"), early.config)
+    paths = {
+        name: getattr(early, name) or entries.get(name) for name in ("load", "save", "pretrained_checkpoint")
+    }
+    load = _resume_or_load(paths["load"], paths["save"])
+    if load is None and needs_checkpoint:
+        raise UserError("--load: name the dense checkpoint to read")
+    recorded, source = config.find_manifest((load, paths["pretrained_checkpoint"]))
+
+    chosen = device.choose(early.device)
+    if chosen == "cpu":
+        from megatron_router_upcycling import cpu_backend
+
+        cpu_backend.install()
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    parsers: list[ArgumentParser] = []
+
+    def extend(parser: ArgumentParser) -> ArgumentParser:
+        from megatron_router_upcycling import schedule
+
+        def refuse(message: str) -> NoReturn:
+            raise UserError(message)
+
+        parser.error = refuse  # type: ignore[method-assign]
+        config.add_arguments(parser)
+        schedule.install(parser)
+        if recorded:
+            config.set_defaults(parser, recorded["model"], str(source))
+            router = manifest.router_config(recorded, str(source))
+            parser.set_defaults(
+                **{name: getattr(router, field) for name, field in config.SHARED_WITH_MEGATRON.items()}
+            )
+        config.set_defaults(parser, entries | section, str(early.config))
+        parsers.append(parser)
+        return parser
+
+    sys.argv = [sys.argv[0], *argv]
+    args = parse_args(extend)
+    args.load = load
+    router = config.router_config(
+        args, manifest.router_config(recorded, str(source)) if recorded else None, source
+    )
+    if recorded:
+        config.check_architecture(parsers[0], args, recorded["model"], str(source))
+    changes = device.adapt(args, chosen)
+    if changes and args.rank == 0:
+        print(changes, flush=True)
+    if not (chosen == "cuda" and device.has_transformer_engine()):
+        device.allow_sequence_parallel_torch_norm()
+    try:
+        validate_args(args)
+    except AssertionError as error:
+        raise UserError(f"Megatron refuses these arguments: {error}" if str(error) else _where(error)) from None
+    set_global_variables(args)
+    if recorded and args.save and args.rank == 0 and load != args.save:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+        manifest.write(args.save, recorded | {"router": router.to_dict() if router else None})
+    return Run(args, router)
+
+
+def _resume_or_load(load: str | None, save: str | None) -> str | None:
+    """Where this run starts from: its own last checkpoint, else ``--load``, else nowhere.
+
+    Raises:
+        UserError: ``--load`` names a folder that holds no checkpoint and is not where this run saves.
+    """
+    if save and (Path(save) / TRACKER).is_file():
+        return save
+    if load and not (Path(load) / TRACKER).is_file():
+        if save and Path(load).resolve() == Path(save).resolve():
+            return load  # a run's first start
+        raise UserError(f"--load {load}: no checkpoint there (no {TRACKER}); name a checkpoint's root folder")
+    return load
+
+
+def _where(error: BaseException) -> str:
+    """The source line of an assertion that carries no message."""
+    traceback = error.__traceback__
+    while traceback and traceback.tb_next:
+        traceback = traceback.tb_next
+    line = ""
+    if traceback:
+        import linecache
+
+        line = linecache.getline(traceback.tb_frame.f_code.co_filename, traceback.tb_lineno).strip()
+    return f"Megatron refuses these arguments: {line or 'an assertion failed'}"
+
+
+def train(run: Run) -> None:
+    """Hand a prepared run to ``megatron.training.pretrain``."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    from megatron_router_upcycling import language_model
+    from megatron_router_upcycling.layer_spec import layer_spec_for
+
+    model = gpt_config_from_args(run.args)
+    if run.router is not None and run.args.spec is None:
+        model.transformer_layer_spec = layer_spec_for(run.router)
+    pretrain(
+        pretrain_cfg_container_from_args(run.args, model),
+        language_model.datasets_provider,
+        ModelType.encoder_or_decoder,
+        language_model.forward_step,
+    )
+
+
+def exit_on_user_error(command: Any) -> None:
+    """Run ``command``; a UserError ends with one line from rank 0 and exit status 2."""
+    try:
+        command()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def main() -> None:
+    exit_on_user_error(lambda: train(prepare(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The paper's learning-rate schedule beside Megatron's own: warm-up, then two steps down (section 4.1).
+
+``--lr-decay-style warmup-step-decay``: linear warm-up (``--lr-warmup-fraction 0.01`` in the paper), constant,
+x0.316 at 80% of ``--lr-decay-iters`` and x0.316 again at 90%.
+"""
+
+from argparse import ArgumentParser
+from typing import Any
+
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.training import training
+
+STYLE = "warmup-step-decay"
+STEPS_AT = (0.8, 0.9)
+FACTOR = 0.316
+
+
+class StepDecayScheduler(OptimizerParamScheduler):
+    """Megatron's scheduler with one more decay style."""
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """Learning rate for a parameter group at ``self.num_steps`` (counted in samples)."""
+        warming_up = self.lr_warmup_steps > 0 and self.num_steps <= self.lr_warmup_steps
+        if self.lr_decay_style != STYLE or warming_up:
+            return super().get_lr(param_group)
+        done = self.num_steps / self.lr_decay_steps
+        passed = sum(done >= step for step in STEPS_AT)
+        max_lr = param_group.get("max_lr", self.max_lr)
+        return max(max_lr * FACTOR**passed, param_group.get("min_lr", self.min_lr))
+
+
+def install(parser: ArgumentParser) -> None:
+    """Offer the style under ``--lr-decay-style`` and let Megatron build the scheduler that knows it."""
+    action = parser._option_string_actions["--lr-decay-style"]
+    if STYLE not in action.choices:
+        action.choices = (*action.choices, STYLE)
+    if training.OptimizerParamScheduler is not StepDecayScheduler:
+        training.OptimizerParamScheduler = StepDecayScheduler
