@@ -91,13 +91,10 @@ def _bridge_devices() -> None:
     names = (
         "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like"
         " rand rand_like randint randint_like randn randn_like randperm scalar_tensor tensor zeros"
-        " zeros_like Generator"
+        " zeros_like"
     )
     for name in names.split():
-        original = getattr(torch, name)
-        if name == "Generator":
-            continue  # a class: nothing in Megatron's training path makes one on a device
-        _replace(torch, name, factory(original))
+        _replace(torch, name, factory(getattr(torch, name)))
     for name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
         _replace(torch.Tensor, name, factory(getattr(torch.Tensor, name)))
 
@@ -169,7 +166,8 @@ def _bridge_torch_cuda() -> None:
     def nothing(*args: Any, **kwargs: Any) -> None: ...
 
     for name in (
-        "check_error empty_cache reset_peak_memory_stats set_device set_stream synchronize _lazy_init"
+        "_lazy_init check_error empty_cache manual_seed_all reset_peak_memory_stats set_device set_stream"
+        " synchronize"
     ).split():
         _replace(cuda, name, nothing)
     for name in (
@@ -188,7 +186,6 @@ def _bridge_torch_cuda() -> None:
     _replace(cuda, "Stream", _Stream)
     _replace(cuda, "Event", _Event)
     _replace(cuda, "manual_seed", torch.manual_seed)
-    _replace(cuda, "manual_seed_all", torch.manual_seed)
     _replace(cuda, "initial_seed", torch.initial_seed)
     for owner in (cuda, cuda.random):
         _replace(owner, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state())

@@ -142,10 +142,11 @@ def train(run: Run) -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     from megatron_router_upcycling import language_model
-    from megatron_router_upcycling.layer_spec import layer_spec_for
 
     model = gpt_config_from_args(run.args)
     if run.router is not None and run.args.spec is None:
+        from megatron_router_upcycling.layer_spec import layer_spec_for
+
         model.transformer_layer_spec = layer_spec_for(run.router)
     pretrain(
         pretrain_cfg_container_from_args(run.args, model),
