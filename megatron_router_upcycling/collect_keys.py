@@ -1,0 +1,249 @@
+"""Average the key vectors of a frozen dense model over batches of its training data.
+
+    torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys --config configs/demo/dense.yaml \\
+        --load DENSE --output key_stats.safetensors [--collect-iters 10] [--key-source pre_rope|post_rope] \\
+        [--overwrite] [--quiet] [any Megatron flag]
+
+Paper, section 3.2. The model runs in evaluation mode at any tensor, pipeline, context and data
+parallelism, over the first ``--collect-iters`` global batches of the training data; no optimizer is
+built. The statistics cover every token of every rank (``key_stats``).
+"""
+
+import importlib.metadata
+import platform
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_router_upcycling import key_stats, pretrain
+from megatron_router_upcycling.errors import UserError
+
+EXAMPLE_OUTPUT = "key_stats.safetensors"
+
+
+def collect(run: pretrain.Run) -> None:
+    """Run the dense model over ``--collect-iters`` global batches and write ``--output``.
+
+    Raises:
+        UserError: the checkpoint, the data, the output or the parallelism cannot work.
+    """
+    args = run.args
+    check(run)
+    model = load_model(args)
+    data = train_iterators(args, len(model), args.collect_iters)
+    moments = key_stats.KeyMoments(
+        args.num_layers, num_query_groups(args), args.kv_channels, torch.cuda.current_device()
+    )
+    tokens_per_batch = args.global_batch_size * args.seq_length
+    losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    with (
+        key_stats.capture_keys(model, moments, args.key_source),
+        tqdm(
+            total=args.collect_iters * tokens_per_batch,
+            desc="collecting keys",
+            unit="token",
+            unit_scale=True,
+            disable=args.quiet or args.rank != 0,
+        ) as progress,
+    ):
+        for _ in range(args.collect_iters):
+            losses += forward(args, model, data)
+            torch.cuda.synchronize()
+            progress.update(tokens_per_batch)
+    moments.all_reduce()
+    torch.distributed.all_reduce(losses)
+    loss_sum, loss_tokens = losses.tolist()
+    if args.rank == 0:
+        metadata = provenance(args) | {"lm_loss": loss_sum / loss_tokens}
+        stats = moments.stats(metadata)
+        expected = args.collect_iters * tokens_per_batch
+        if int(stats.count[0]) != expected:
+            raise RuntimeError(
+                f"key statistics: {int(stats.count[0])} tokens seen where {expected} were read"
+            )
+        key_stats.save(args.output, stats, args.overwrite)
+        print(
+            f"{args.output}: {args.key_source} keys of {args.num_layers} layers x {num_query_groups(args)}"
+            f" query groups over {expected} tokens; LM loss of the dense model {metadata['lm_loss']:.4f}",
+            flush=True,
+        )
+    torch.distributed.barrier()
+
+
+def check(run: pretrain.Run) -> None:
+    """Refuse what cannot work before anything is built; every rank sees the same.
+
+    Raises:
+        UserError: names the flag and what would work.
+    """
+    from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+
+    args = run.args
+    if args.output is None:
+        raise UserError(f"--output: name the file to write, such as {EXAMPLE_OUTPUT}")
+    key_stats.check_output(args.output, args.overwrite)
+    if args.collect_iters < 1:
+        raise UserError(f"--collect-iters {args.collect_iters}: must be at least 1")
+    num_experts = getattr(Checkpoint.open(args.load).args, "num_experts", None)
+    if num_experts:
+        raise UserError(
+            f"--load {args.load}: is a Mixture-of-Experts of {num_experts} experts already; keys are"
+            " collected from the dense checkpoint that it was made from"
+        )
+    if run.router is not None:
+        raise UserError(
+            f"--num-experts {args.num_experts}: keys are collected from a dense model; use the"
+            " configuration that the dense checkpoint was trained with"
+        )
+    groups = num_query_groups(args)
+    if groups < args.tensor_model_parallel_size:
+        raise UserError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: is more than the model's"
+            f" {groups} query groups; use at most {groups}"
+        )
+    paths = data_paths(args)
+    if not paths and not args.mock_data:
+        raise UserError("--data-path: name the data to run over (the prefix of a .bin and an .idx file)")
+    for path in paths:
+        for file in (f"{path}.bin", f"{path}.idx"):
+            if not Path(file).is_file():
+                raise UserError(f"--data-path {path}: no file {file}; name the prefix of a .bin and an .idx")
+
+
+def num_query_groups(args: Namespace) -> int:
+    """Number of key heads; Megatron's argument counts only under grouped-query attention."""
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
+
+
+def data_paths(args: Namespace) -> list[str]:
+    """Prefixes of the datasets that training reads."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if blend_per_split is not None:
+        blend = blend_per_split[0]
+    return list(blend[0]) if blend else []
+
+
+def load_model(args: Namespace) -> list[torch.nn.Module]:
+    """This rank's chunks of the dense model in ``--load``, in evaluation mode, without an optimizer."""
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import training
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    args.skip_train = True  # neither an optimizer nor gradient buffers
+    args.finetune = True  # weights alone, and the data from its beginning
+    args.no_load_optim = args.no_load_rng = True
+    args.exit_on_missing_checkpoint = True
+    args.cuda_graph_impl = "none"  # a replayed graph would call no Python, and so capture no key
+    # By the module's attribute, which the CPU backend replaces.
+    training.initialize_megatron()
+    model, _, _ = training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        checkpointing_context={},
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    for chunk in model:
+        chunk.eval()
+    return model
+
+
+def train_iterators(args: Namespace, num_chunks: int, iterations: int) -> Any:
+    """Iterators over ``iterations`` global batches of the training data, as Megatron's loop has them.
+
+    One iterator, or under virtual pipeline parallelism a list with one for each model chunk.
+
+    Raises:
+        UserError: the data has no training part.
+    """
+    from megatron.training.training import build_train_valid_test_data_iterators
+
+    from megatron_router_upcycling.language_model import datasets_provider
+
+    args.skip_train = False  # Megatron reads no training data with it
+    args.train_iters, args.train_samples = iterations, None
+    args.eval_iters, args.eval_interval = 0, iterations
+    chunks: list[int | None] = (
+        [None] if args.virtual_pipeline_model_parallel_size is None else list(range(num_chunks))
+    )
+    iterators: list[Iterator | None] = []
+    for vp_stage in chunks:
+        provider = partial(datasets_provider, vp_stage=vp_stage)
+        provider.is_distributed = True  # type: ignore[attr-defined]
+        iterators.append(build_train_valid_test_data_iterators(provider)[0])
+    if not args.do_train:
+        raise UserError(f"--split {args.split}: leaves no training data to run over")
+    return iterators[0] if chunks == [None] else iterators
+
+
+def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.Tensor:
+    """Run one global batch forward through Megatron's pipeline schedule.
+
+    Returns:
+        float64 [2] on this rank: the sum of the token losses and their number; zeros on ranks that do
+        not hold the last pipeline stage.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_router_upcycling.language_model import forward_step
+
+    with torch.no_grad():
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=data,
+            model=model,
+            num_microbatches=args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            decoder_seq_length=args.decoder_seq_length,
+            forward_only=True,
+        )
+    losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    for report in reports:
+        losses += report["lm loss"]
+    return losses
+
+
+def provenance(args: Namespace) -> dict[str, Any]:
+    """What the statistics are of and what made them, as JSON values."""
+    from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+
+    recorded = (
+        "key_source num_layers kv_channels num_attention_heads hidden_size"
+        " seq_length global_batch_size micro_batch_size split seed config"
+        " tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size data_parallel_size"
+    )
+    return {name: getattr(args, name) for name in recorded.split()} | {
+        "num_query_groups": num_query_groups(args),
+        "checkpoint": str(Path(args.load).absolute()),
+        "checkpoint_digest": Checkpoint.open(args.load).digest(),
+        "data": data_paths(args) or "mock",
+        "dtype": str(args.params_dtype).removeprefix("torch."),
+        "iterations": args.collect_iters,
+        "tokens": args.collect_iters * args.global_batch_size * args.seq_length,
+        "versions": {"python": platform.python_version()}
+        | {
+            name: importlib.metadata.version(name)
+            for name in ("megatron-router-upcycling", "megatron-core", "torch")
+        },
+    }
+
+
+def main() -> None:
+    def command() -> None:
+        collect(pretrain.prepare(sys.argv[1:], needs_checkpoint=True))
+        torch.distributed.destroy_process_group()
+
+    pretrain.exit_on_user_error(command)
+
+
+if __name__ == "__main__":
+    main()
