@@ -14,7 +14,7 @@ setup:  ## make .venv with the package and what it needs (about 5 GB)
 	@scripts/setup.sh
 
 demo: setup  ## from text to a dense model to two Mixtures-of-Experts, on two processes
-	@$(PYTHON) tools/demo.py $(ARGS)
+	@$(PYTHON) -m tools.demo $(ARGS)
 
 test: setup  ## run the tests; ARGS= adds options of pytest
 	@$(PYTHON) -m pytest $(ARGS)

@@ -1,0 +1,180 @@
+"""What the demonstration found, from its logs: a table and a picture of the loss curves."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+# Megatron's lines, for example
+#  [2026-01-31 12:00:00.1] iteration       10/     280 | ... | lm loss: 7.525500E+00 | ...
+#  validation loss at iteration 50 | lm loss value: 4.951234E+00 | lm loss PPL: ...
+#  validation loss at iteration 280 on test set | lm loss value: 4.951234E+00 | ...
+TRAINING = re.compile(r"\] iteration +(\d+)/ *\d+ \|.*?\| lm loss: (\S+) \|")
+VALIDATION = re.compile(
+    r"validation loss at iteration (\d+)(?: on (validation|test) set)? \| lm loss value: (\S+) \|"
+)
+
+
+@dataclass
+class Curve:
+    """Losses of one run by iteration (nats a token).
+
+    ``held_out`` are the evaluations on the way, each on the next stretch of the held-out text; ``final``
+    is the one on the test data, whose samples are the same in every run.
+    """
+
+    training: dict[int, float] = field(default_factory=dict)
+    held_out: dict[int, float] = field(default_factory=dict)
+    final: float | None = None
+
+
+@dataclass
+class ModelResult:
+    """One row of the table; None where a column does not apply (to the dense model)."""
+
+    name: str
+    loss_at_start: float | None  # held-out loss before any further training
+    loss_at_end: float
+    load_at_start: float | None  # tokens of the busiest expert over the mean, averaged over layers
+    load_at_end: float | None
+    conversion_seconds: float | None
+    bytes_added: int | None  # by the conversion, to the disk
+    bytes_named: int | None  # size of the converted checkpoint with what it shares counted in
+
+
+def parse_log(text: str) -> Curve:
+    """The losses in a log of Megatron; where a run was resumed, the later line of an iteration counts."""
+    curve = Curve()
+    for line in text.splitlines():
+        if found := TRAINING.search(line):
+            curve.training[int(found[1])] = float(found[2])
+        elif found := VALIDATION.search(line):
+            if found[2] == "test":
+                curve.final = float(found[3])
+            else:
+                curve.held_out[int(found[1])] = float(found[3])
+    return curve
+
+
+def imbalance(tokens_per_expert: list[list[int]]) -> float:
+    """Tokens of the busiest expert over the mean of all, averaged over layers: 1 is even, n is collapse.
+
+    Args:
+        tokens_per_expert: [layers][experts].
+    """
+    return sum(max(layer) * len(layer) / sum(layer) for layer in tokens_per_expert) / len(tokens_per_expert)
+
+
+def disk_use(root: Path, source: Path) -> tuple[int, int]:
+    """Bytes that checkpoint ``root`` adds beside ``source``, and the bytes of all its files.
+
+    A file that is hard-linked to one of ``source`` adds nothing.
+    """
+    held = {(s.st_dev, s.st_ino) for s in (path.stat() for path in source.rglob("*") if path.is_file())}
+    stats = [path.stat() for path in root.rglob("*") if path.is_file()]
+    return (
+        sum(s.st_size for s in stats if (s.st_dev, s.st_ino) not in held),
+        sum(s.st_size for s in stats),
+    )
+
+
+def table(results: list[ModelResult]) -> str:
+    """The results as a Markdown table that also reads well as plain text."""
+    header = (
+        "model",
+        "held-out loss at step 0",
+        "at the end",
+        "busiest expert / mean at step 0",
+        "at the end",
+        "conversion",
+        "bytes added",
+    )
+    rows = [
+        (
+            result.name,
+            _number(result.loss_at_start, ".4f"),
+            _number(result.loss_at_end, ".4f"),
+            _number(result.load_at_start, ".2f"),
+            _number(result.load_at_end, ".2f"),
+            _number(result.conversion_seconds, ".1f", " s"),
+            _number(
+                result.bytes_added and result.bytes_added / 1e6,
+                ".2f",
+                f" of {(result.bytes_named or 0) / 1e6:.2f} MB",
+            ),
+        )
+        for result in results
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, tuple("-" * width for width in widths), *rows]
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "–" if value is None else f"{value:{form}}{unit}"
+
+
+def picture(dense: Curve, continued: dict[str, Curve], results: list[ModelResult], path: Path) -> None:
+    """Draw the loss curves: the dense model, then each model that was made of it, on one time line.
+
+    Args:
+        dense: the dense model's run.
+        continued: name -> run that starts where the dense one ended.
+        results: their rows of the table; they have the losses at step 0 and at the end.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = {result.name: result for result in results}
+    colours = {"dense": "#444444", **dict(zip(continued, ("#c8401e", "#2867b2", "#3a8f4d"), strict=False))}
+    converted_at = max(dense.training)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
+    for axes in (left, right):
+        for name, curve, start in [
+            ("dense", dense, 0),
+            *((n, c, converted_at) for n, c in continued.items()),
+        ]:
+            ends = {max(curve.training): rows[name].loss_at_end}
+            if (at_start := rows[name].loss_at_start) is not None:
+                ends[0] = at_start
+            points = sorted((curve.held_out | ends).items())
+            axes.plot(
+                *_shifted(curve.training.items(), start), color=colours[name], alpha=0.45, linewidth=1.2
+            )
+            axes.plot(
+                *_shifted(points, start), "o--", color=colours[name], markersize=5, linewidth=1, label=name
+            )
+        axes.axvline(converted_at, color="#999999", linewidth=0.8, linestyle=":")
+        axes.set_xlabel("training step")
+        axes.grid(alpha=0.25)
+    left.set_ylabel("loss (nats a token)")
+    left.set_title("line: training loss; points: held-out loss", fontsize=10)
+    left.legend(frameon=False)
+    last = [rows[name].loss_at_end for name in rows] + [
+        r.loss_at_start for r in results if r.loss_at_start is not None
+    ]
+    margin = 0.15 * (max(last) - min(last)) + 0.02
+    right.set_xlim(converted_at * 0.9, None)
+    right.set_ylim(min(last) - margin, max(last) + margin)
+    right.set_title("from the conversion on", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _shifted(points: Iterable[tuple[int, float]], by: int) -> tuple[list[int], list[float]]:
+    steps, losses = zip(*points, strict=True)
+    return [step + by for step in steps], list(losses)
+
+
+def as_json(dense: Curve, continued: dict[str, Curve], results: list[ModelResult]) -> dict:
+    """Everything that was measured, for other programs."""
+    curves = {"dense": dense, **continued}
+    return {
+        "models": [asdict(result) for result in results],
+        "curves": {name: asdict(curve) for name, curve in curves.items()},
+    }
