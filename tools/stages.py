@@ -26,7 +26,7 @@ from tqdm import tqdm
 from megatron_router_upcycling import __version__
 from megatron_router_upcycling.errors import UserError
 
-LOG_TAIL = 15  # lines of a failed stage's log to show
+LOG_TAIL = 30  # lines of a failed stage's log to show where none begins with "error: "
 # The last of Megatron's progress lines: " iteration       10/     280 | ... | lm loss: 7.525500E+00 | ..."
 PROGRESS = re.compile(r"\] iteration +(\d+)/ *(\d+) \|(?:.*?\| lm loss: (\S+) )?")
 
@@ -105,19 +105,15 @@ class Pipeline:
         if not goes_on:
             _remove(stage.output)
             self.log(stage).unlink(missing_ok=True)
-        record = {
-            "digest": stage.digest(),
-            "command": shlex.join(stage.command),
-            "done": False,
-            "seconds": 0.0,
-        }
+        record = {"digest": digest, "command": shlex.join(stage.command), "finished": None, "seconds": None}
         self._write(stage, record)
         print(f"    {shlex.join(stage.command)} > {self.log(stage)}", flush=True)
         start = time.monotonic()
         status = self._watch(stage, lock)
         if status:
-            tail = self.log(stage).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
-            print(*tail, sep="\n", file=sys.stderr)
+            lines = self.log(stage).read_text(encoding="utf-8", errors="replace").splitlines()
+            reason = [line for line in lines if line.startswith("error: ")] or lines[-LOG_TAIL:]
+            print(*reason, sep="\n", file=sys.stderr)
             raise UserError(
                 f"{stage.name}: the command above ended with status {status}; its whole log is"
                 f" {self.log(stage)}; giving the same command again goes on from here"
