@@ -22,6 +22,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def install() -> None:
     # Dynamo traces the bridge's Python functions without gain, and compiles for minutes on CPU.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     torch._dynamo.config.disable = True
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with sequence parallelism
     _bridge_devices()
     _bridge_torch_cuda()
     _bridge_distributed()
@@ -178,11 +180,13 @@ def _bridge_torch_cuda() -> None:
     _replace(cuda, "current_device", lambda: 0)
     _replace(cuda, "device_count", lambda: 1)
     _replace(cuda, "get_device_capability", lambda *args, **kwargs: (0, 0))
+    properties = SimpleNamespace(name="CPU", major=0, minor=0, multi_processor_count=0, total_memory=0)
+    _replace(cuda, "get_device_properties", lambda *args, **kwargs: properties)
     _replace(cuda, "is_current_stream_capturing", lambda: False)
     _replace(cuda, "current_stream", lambda *args, **kwargs: stream)
     _replace(cuda, "default_stream", lambda *args, **kwargs: stream)
     _replace(cuda, "stream", lambda *args, **kwargs: contextlib.nullcontext())
-    _replace(cuda, "device", lambda *args, **kwargs: contextlib.nullcontext())
+    _replace(cuda, "device", contextlib.nullcontext)  # a class, as torch's own: it meets isinstance()
     _replace(cuda, "Stream", _Stream)
     _replace(cuda, "Event", _Event)
     _replace(cuda, "manual_seed", torch.manual_seed)
@@ -217,7 +221,6 @@ def _bridge_megatron() -> None:
         name: importlib.import_module(f"megatron.{name}")
         for name in (
             "core.datasets.utils",
-            "core.optimizer.distrib_optimizer",
             "core.tensor_parallel.random",
             "core.transformer.moe.token_dispatcher",
             "training.training",
@@ -245,25 +248,6 @@ def _bridge_megatron() -> None:
         "initialize_megatron",
         functools.partial(training.initialize_megatron, allow_no_cuda=True),
     )
-
-    # PyTorch's Adam has no step before its first one; state_dict(), called to load, expects it.
-    optimizer = modules["core.optimizer.distrib_optimizer"].DistributedOptimizer
-    state_dict = optimizer.state_dict
-
-    @functools.wraps(state_dict)
-    def state_dict_with_step(self: Any) -> Any:
-        inner = self.optimizer
-        if any(inner.state.values()):
-            return state_dict(self)
-        parameters = [p for group in inner.param_groups for p in group["params"]]
-        placeholder = {parameters[0]: {"step": torch.zeros(())}} if parameters else {}
-        inner.state.update(placeholder)
-        try:
-            return state_dict(self)
-        finally:
-            inner.state.clear()
-
-    _replace(optimizer, "state_dict", state_dict_with_step)
 
 
 def main() -> None:

@@ -78,30 +78,3 @@ def adapt(args: Namespace, device: str) -> str | None:
         return None
     place = "CPU over Gloo" if device == "cpu" else "GPU without Transformer Engine"
     return f"{place}: set {', '.join(changed)}"
-
-
-def allow_sequence_parallel_torch_norm() -> None:
-    """Let PyTorch's norm run under sequence parallelism, which Megatron's wrapper refuses.
-
-    Without Transformer Engine and apex, Megatron falls back to ``WrappedTorchNorm``; MoE with tensor
-    parallelism needs sequence parallelism. The norm acts on each token alone, so it is right there as
-    long as its parameters are marked ``sequence_parallel``, which makes Megatron sum their gradients
-    over the tensor-parallel ranks (``finalize_model_grads``).
-    """
-    from megatron.core.transformer import torch_norm
-
-    wrapped = torch_norm.WrappedTorchNorm
-    original = wrapped.__new__
-
-    def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
-        sequence_parallel = config.sequence_parallel
-        config.sequence_parallel = False
-        try:
-            norm = original(cls, config, *args, **kwargs)
-        finally:
-            config.sequence_parallel = sequence_parallel
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = sequence_parallel
-        return norm
-
-    wrapped.__new__ = build  # type: ignore[method-assign]

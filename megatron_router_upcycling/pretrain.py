@@ -73,6 +73,8 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         parser.error = refuse  # type: ignore[method-assign]
         config.add_arguments(parser)
         schedule.install(parser)
+        # A checkpoint that any other TP, PP and EP can resume.
+        parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
         if recorded:
             config.set_defaults(parser, recorded["model"], str(source))
             router = manifest.router_config(recorded, str(source))
@@ -95,7 +97,9 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     if changes and args.rank == 0:
         print(changes, flush=True)
     if not (chosen == "cuda" and device.has_transformer_engine()):
-        device.allow_sequence_parallel_torch_norm()
+        from megatron_router_upcycling import without_te
+
+        without_te.install()
     try:
         validate_args(args)
     except AssertionError as error:
