@@ -1,0 +1,19 @@
+"""Routers by name, each a subclass of Megatron's ``TopKRouter``."""
+
+from collections.abc import Callable
+from functools import partial
+
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_router_upcycling.router_config import RouterConfig
+from megatron_router_upcycling.routers.mixture import MixtureRouter
+
+BUILDERS: dict[str, Callable[[RouterConfig], Callable[..., TopKRouter]]] = {
+    "mixture": lambda router: partial(MixtureRouter, router=router),
+    "linear": lambda router: TopKRouter,
+}
+
+
+def builder(router: RouterConfig) -> Callable[..., TopKRouter]:
+    """What ``MoESubmodules.router`` calls with (config, pg_collection, is_mtp_layer) to build a router."""
+    return BUILDERS[router.router](router)
