@@ -1,0 +1,172 @@
+"""A dense model's architecture, read from its checkpoint and checked against its tensors."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.errors import UserError
+
+QKV = "decoder.layers.self_attention.linear_qkv.weight"
+FC1 = "decoder.layers.mlp.linear_fc1"
+FC2 = "decoder.layers.mlp.linear_fc2"
+
+# Megatron flag (underscores for dashes) -> the attribute of its arguments, for all that makes two models'
+# parameters mean the same. A switch that turns something off stands for the attribute's negation.
+ARCHITECTURE = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "kv_channels": "kv_channels",
+    "group_query_attention": "group_query_attention",
+    "qk_layernorm": "qk_layernorm",
+    "qk_l2_norm": "qk_l2_norm",
+    "add_qkv_bias": "add_qkv_bias",
+    "swiglu": "swiglu",
+    "squared_relu": "squared_relu",
+    "openai_gelu": "openai_gelu",
+    "quick_geglu": "quick_geglu",
+    "normalization": "normalization",
+    "norm_epsilon": "layernorm_epsilon",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+    "position_embedding_type": "position_embedding_type",
+    "rotary_base": "rotary_base",
+    "rotary_percent": "rotary_percent",
+    "rotary_interleaved": "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling": "use_rope_scaling",
+    "rope_scaling_factor": "rope_scaling_factor",
+    "untie_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
+}
+NEGATED = {"disable_bias_linear": "add_bias_linear"}
+# Where these arguments are set, the layers are not what the converter knows.
+UNKNOWN_LAYERS = (
+    "multi_latent_attention",
+    "attention_output_gate",
+    "experimental_attention_variant",
+    "linear_attention_freq",
+    "mtp_num_layers",
+    "heterogeneous_layers_config_path",
+    "heterogeneous_layers_config_encoded_json",
+    "hybrid_layer_pattern",
+    "hybrid_override_pattern",
+    "is_hybrid_model",
+)
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """Sizes of a dense model: L layers, D hidden, F FFN, H query heads, G query groups, d head size."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    gated: bool
+    dtype: torch.dtype
+    init_method_std: float
+    flags: dict[str, Any]  # Megatron flag -> value, what the manifest records
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "DenseModel":
+        """Read the architecture of ``checkpoint``.
+
+        Raises:
+            UserError: an MoE, layers that the converter does not know, or arguments that the stored
+                tensors contradict.
+        """
+        root, args = checkpoint.root, checkpoint.args
+        _refuse_unknown(checkpoint, args)
+        try:
+            heads = int(args.num_attention_heads)
+            model = cls(
+                num_layers=int(args.num_layers),
+                hidden_size=int(args.hidden_size),
+                ffn_hidden_size=int(args.ffn_hidden_size),
+                num_attention_heads=heads,
+                num_query_groups=int(args.num_query_groups) if args.group_query_attention else heads,
+                kv_channels=int(args.kv_channels),
+                gated=bool(args.swiglu or getattr(args, "quick_geglu", False)),
+                dtype=_dtype(checkpoint),
+                init_method_std=float(args.init_method_std),
+                flags=_flags(args),
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{root}: its training arguments do not give the architecture ({error})"
+            ) from None
+        model._check_shapes(checkpoint)
+        return model
+
+    def describe(self) -> str:
+        """The architecture in one line."""
+        return (
+            f"dense, {self.num_layers} layers, hidden size {self.hidden_size},"
+            f" {'gated ' * self.gated}FFN {self.ffn_hidden_size}, {self.num_attention_heads} heads of size"
+            f" {self.kv_channels} in {self.num_query_groups} groups, {str(self.dtype).removeprefix('torch.')}"
+        )
+
+    def _check_shapes(self, checkpoint: Checkpoint) -> None:
+        L, D, F, d = self.num_layers, self.hidden_size, self.ffn_hidden_size, self.kv_channels
+        H, G = self.num_attention_heads, self.num_query_groups
+        if H % G:
+            raise UserError(f"{checkpoint.root}: {G} query groups do not divide {H} attention heads")
+        expected = {
+            QKV: (L, (H + 2 * G) * d, D),
+            f"{FC1}.weight": (L, (1 + self.gated) * F, D),
+            f"{FC2}.weight": (L, D, F),
+        }
+        for key, shape in expected.items():
+            stored = checkpoint.tensors.get(key)
+            if stored is None:
+                raise UserError(f"{checkpoint.root}: has no tensor {key}; convert takes a dense GPT model")
+            if stored.shape != shape:
+                raise UserError(
+                    f"{checkpoint.root}: {key} is {list(stored.shape)} where the training arguments give"
+                    f" {list(shape)} (layers {L}, hidden {D}, FFN {F}, heads {H}, groups {G}, head size {d})"
+                )
+
+
+def _refuse_unknown(checkpoint: Checkpoint, args: Namespace) -> None:
+    root, keys = checkpoint.root, checkpoint.tensors
+    num_experts = getattr(args, "num_experts", None)
+    if num_experts or any(".mlp.experts." in key or ".mlp.router." in key for key in keys):
+        experts = f" with {num_experts} experts" if num_experts else ""
+        raise UserError(
+            f"DENSE {root}: a Mixture-of-Experts already{experts}; name a dense model's checkpoint"
+        )
+    for name in UNKNOWN_LAYERS:
+        if value := getattr(args, name, None):
+            raise UserError(
+                f"DENSE {root}: trained with --{name.replace('_', '-')} {value}, which convert does not"
+                " support; it takes GPT models with ordinary attention"
+            )
+    for key in keys:
+        parts = key.split(".")
+        if parts[:2] == ["decoder", "layers"] and parts[2].isdecimal():
+            raise UserError(
+                f"DENSE {root}: stores each layer under a key of its own ({key}), which convert does not"
+                " read; save it with homogeneous layers (no --moe-layer-freq or heterogeneous layers)"
+            )
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    stored = checkpoint.tensors.get(QKV)
+    if stored is None:
+        raise UserError(f"{checkpoint.root}: has no tensor {QKV}; convert takes a dense GPT model")
+    return stored.dtype
+
+
+def _flags(args: Namespace) -> dict[str, Any]:
+    flags = {flag: getattr(args, name, None) for flag, name in ARCHITECTURE.items()}
+    flags |= {flag: not getattr(args, name) for flag, name in NEGATED.items()}
+    if args.group_query_attention:
+        flags["num_query_groups"] = args.num_query_groups
+    if args.position_embedding_type == "learned_absolute":
+        flags["max_position_embeddings"] = args.max_position_embeddings
+    return {flag: value for flag, value in flags.items() if value is not None}

@@ -1,0 +1,164 @@
+"""Pickles from a checkpoint, read without running or importing anything that they name.
+
+Both ``.metadata`` and the common state of a torch_dist checkpoint are pickles. A class on the allow-list
+below becomes an inert record of its name, its constructor's arguments and its state, except for a few
+plain data types; any other name is refused. ``dumps`` writes such records back under the names they came
+with. Nothing of torch.distributed or Megatron is imported, which also saves a second and 50 MB.
+"""
+
+import argparse
+import collections
+import copyreg
+import functools
+import io
+import pathlib
+import pickle
+import re
+import signal
+import types
+import zipfile
+from typing import Any, ClassVar
+
+import torch
+
+from megatron_router_upcycling.errors import UserError
+
+# Plain data that is built as what it is. An enum's or a container's constructor runs nothing.
+REAL: dict[tuple[str, str], Any] = {
+    ("argparse", "Namespace"): argparse.Namespace,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("pathlib", "PosixPath"): pathlib.PosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PosixPath,
+    ("signal", "Signals"): signal.Signals,
+    ("torch", "Size"): torch.Size,
+    ("types", "SimpleNamespace"): types.SimpleNamespace,
+}
+# Names that are kept as inert records: PyTorch's checkpoint metadata, tensors inside the common state
+# (the optimizer's and the random generators', which are not carried over), Megatron's enums and states.
+INERT = re.compile(
+    r"torch\.distributed\.checkpoint\.(metadata|planner|filesystem)\.\w+"
+    r"|torch\.serialization\._get_layout"
+    r"|torch\.\w*Storage|torch\.storage\.\w*Storage|torch\._utils\._rebuild_\w+"
+    r"|numpy\.(ndarray|dtype)|numpy\.dtypes\.\w+|numpy\._?core\.multiarray\.(_reconstruct|scalar)"
+    r"|megatron\.core\.(enums|transformer\.enums|rerun_state_machine)\.\w+"
+    r"|megatron\.core\.optimizer\.(optimizer_config\.)?\w+Config"
+    r"|megatron\.core\.dist_checkpointing\.strategies\.torch\.MCore\w+"
+    r"|io\.BytesIO|_io\.BytesIO|_codecs\.encode"
+)
+
+
+class Inert:
+    """An object whose class was not imported. Subclasses made by ``inert_class`` carry its name."""
+
+    module: ClassVar[str]
+    name: ClassVar[str]
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any) -> "Inert":
+        self = super().__new__(cls)
+        self.args, self.state = args, None
+        return self
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.args:
+            return (type(self), self.args) if self.state is None else (type(self), self.args, self.state)
+        return copyreg.__newobj__, (type(self),), self.state  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return f"{self.module}.{self.name}{self.args or ''}"
+
+
+@functools.cache
+def inert_class(module: str, name: str) -> type[Inert]:
+    """The record class that stands for ``module.name``."""
+    return type(name, (Inert,), {"module": module, "name": name})
+
+
+def inert(module: str, name: str, *args: Any, state: Any = None) -> Inert:
+    """A record that will be unpickled elsewhere as a ``module.name``."""
+    record = inert_class(module, name)(*args)
+    record.state = state
+    return record
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in REAL:
+            return REAL[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if INERT.fullmatch(f"{module}.{name}"):
+            return inert_class(module, name)
+        raise UserError(f"names {module}.{name}, which no checkpoint needs; it was not run")
+
+    def persistent_load(self, pid: Any) -> Inert:
+        return inert("torch.storage", "UntypedStorage", pid)
+
+
+class _Pickler(pickle._Pickler):  # type: ignore[name-defined]  # the one in Python: names can be written unseen
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if not (isinstance(obj, type) and issubclass(obj, Inert)):
+            super().save_global(obj, name)
+        elif self.proto >= 4:
+            self.save(obj.module)
+            self.save(obj.name)
+            self.write(pickle.STACK_GLOBAL)
+            self.memoize(obj)
+        else:
+            self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
+            self.memoize(obj)
+
+    dispatch = pickle._Pickler.dispatch | {type: save_global}  # type: ignore[attr-defined]
+
+
+def loads(content: bytes, source: Any) -> Any:
+    """Unpickle ``content``; ``source`` is named in errors.
+
+    Raises:
+        UserError: a truncated or damaged pickle, or one that names something outside the allow-list.
+    """
+    try:
+        return _Unpickler(io.BytesIO(content)).load()
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except Exception as error:  # a damaged pickle may fail in any way
+        raise UserError(f"{source}: damaged or half-written ({_one_line(error)})") from None
+
+
+def dumps(value: Any) -> bytes:
+    """Pickle ``value``, inert records under the names they stand for."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=4).dump(value)
+    return buffer.getvalue()
+
+
+def load_archive(content: bytes, source: Any) -> Any:
+    """The object in a ``torch.save`` file; tensors within come as inert records.
+
+    Raises:
+        UserError: as ``loads``, or not a file that ``torch.save`` wrote.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            pickled = archive.read(name)
+    except Exception as error:  # not a zip file, or a damaged one
+        raise UserError(f"{source}: damaged or half-written ({_one_line(error)})") from None
+    return loads(pickled, source)
+
+
+def dump_archive(value: Any) -> bytes:
+    """``value`` as a ``torch.save`` file. It must hold no tensors."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer, pickle_module=types.SimpleNamespace(__name__="pickle", Pickler=_Pickler))
+    return buffer.getvalue()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,319 @@
+"""Read Megatron's torch_dist checkpoints chunk by chunk.
+
+A checkpoint root holds ``latest_checkpointed_iteration.txt`` and the folder that it names; that folder
+is a torch.distributed.checkpoint folder with global tensors. ``.metadata`` maps every chunk of every
+tensor to a range of bytes in a data file, and each range is a ``torch.save`` file of its own.
+"""
+
+import hashlib
+import io
+import json
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from megatron_router_upcycling.checkpoint import safe_load
+from megatron_router_upcycling.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+METADATA = ".metadata"
+CONFIG = "metadata.json"
+BACKEND = "torch_dist"
+COMMON_STATE = "common_state/shard_0_1"
+COMMON_FILE = "common.pt"  # where Megatron kept the common state before it became an object
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A range of bytes in a data file: one ``torch.save`` file."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a global tensor and where its values are stored."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    blob: Blob
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A global tensor: its shape, its dtype, and the chunks that make it up."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One iteration of a checkpoint, open for reading.
+
+    ``tensors`` and ``objects`` (extra states and the like) are by global key; ``common`` is the state
+    that all ranks share, with Megatron's arguments in it.
+    """
+
+    root: Path
+    iteration_dir: Path
+    tensors: dict[str, StoredTensor]
+    objects: dict[str, Blob]
+    common: dict[str, Any]
+
+    @classmethod
+    def open(cls, root: str | Path) -> "Checkpoint":
+        """Open the newest checkpoint under ``root`` and check that it is whole.
+
+        Raises:
+            UserError: nothing there, not torch_dist, half-written, or not safe to read.
+        """
+        root = Path(root)
+        folder = _iteration_dir(root)
+        _check_backend(folder)
+        metadata = folder / METADATA
+        tensors, objects = parse_metadata(_read(metadata), metadata)
+        checkpoint = cls(root, folder, tensors, objects, {})
+        checkpoint._check_files()
+        checkpoint.common.update(checkpoint._read_common())
+        return checkpoint
+
+    @property
+    def args(self) -> Namespace:
+        """Megatron's arguments as the run that saved this checkpoint had them."""
+        args = self.common.get("args")
+        if not isinstance(args, Namespace):
+            raise UserError(
+                f"{self.iteration_dir}: holds no training arguments; save it with Megatron's training"
+            )
+        return args
+
+    def blobs(self, key: str) -> list[Blob]:
+        """Where the values of a tensor or an object are stored."""
+        if key in self.objects:
+            return [self.objects[key]]
+        return [chunk.blob for chunk in self.tensors[key].chunks]
+
+    def stored_bytes(self, key: str) -> int:
+        """Bytes on disk of a tensor or an object."""
+        return sum(blob.length for blob in self.blobs(key))
+
+    def digest(self) -> str:
+        """SHA-256 over ``.metadata`` and the common state: a checkpoint's identity, cheap to compute."""
+        digest = hashlib.sha256(_read(self.iteration_dir / METADATA))
+        digest.update(self._common_bytes())
+        return digest.hexdigest()
+
+    def read_blob(self, blob: Blob) -> bytes:
+        with open(self.iteration_dir / blob.file, "rb") as file:
+            file.seek(blob.offset)
+            return file.read(blob.length)
+
+    def read_chunk(self, chunk: Chunk) -> torch.Tensor:
+        """The values of one chunk, a new tensor of its ``sizes``."""
+        name = f"{self.iteration_dir / chunk.blob.file} at byte {chunk.blob.offset}"
+        with open(self.iteration_dir / chunk.blob.file, "rb") as file:
+            try:
+                tensor = torch.load(_FileRange(file, chunk.blob), map_location="cpu", weights_only=True)
+            except Exception as error:  # damaged, or more than a tensor
+                raise UserError(f"{name}: not a readable tensor ({str(error).splitlines()[0]})") from None
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
+            found = list(getattr(tensor, "shape", [])) or type(tensor).__name__
+            raise UserError(f"{name}: holds {found} where {METADATA} promises {list(chunk.sizes)}")
+        return tensor
+
+    def read(self, key: str, index: int | None = None) -> torch.Tensor:
+        """A whole global tensor, or ``tensor[index]`` without reading chunks of other indices."""
+        stored = self.tensors[key]
+        first, count = (0, stored.shape[0]) if index is None else (index, 1)
+        whole = torch.empty((count, *stored.shape[1:]), dtype=stored.dtype)
+        for chunk in stored.chunks:
+            begin, end = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
+            low, high = max(begin, first), min(end, first + count)
+            if low >= high:
+                continue
+            box = (slice(low - first, high - first),) + tuple(
+                slice(offset, offset + size)
+                for offset, size in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)
+            )
+            whole[box] = self.read_chunk(chunk)[low - begin : high - begin]
+        return whole if index is None else whole[0]
+
+    def _check_files(self) -> None:
+        needed: dict[str, int] = {}
+        for key in (*self.tensors, *self.objects):
+            for blob in self.blobs(key):
+                needed[blob.file] = max(needed.get(blob.file, 0), blob.offset + blob.length)
+        for name, end in sorted(needed.items()):
+            path = self.iteration_dir / name
+            if not path.is_file():
+                raise UserError(
+                    f"{path}: missing; the checkpoint is incomplete, use one that was saved whole"
+                )
+            if path.stat().st_size < end:
+                raise UserError(
+                    f"{path}: half-written ({path.stat().st_size} bytes of at least {end});"
+                    " use a checkpoint that was saved whole"
+                )
+
+    def _common_bytes(self) -> bytes:
+        if COMMON_STATE in self.objects:
+            return self.read_blob(self.objects[COMMON_STATE])
+        return _read(self.iteration_dir / COMMON_FILE)
+
+    def _read_common(self) -> dict[str, Any]:
+        if COMMON_STATE in self.objects:
+            source = f"{self.iteration_dir}: common state"
+            loaded = safe_load.load_archive(self._common_bytes(), source)
+            common = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else None
+        else:
+            source = str(self.iteration_dir / COMMON_FILE)
+            common = safe_load.load_archive(self._common_bytes(), source)
+        if not isinstance(common, dict):
+            raise UserError(f"{source}: not a dictionary; use a checkpoint that Megatron's training saved")
+        return common
+
+
+class _FileRange(io.RawIOBase):
+    """A range of a file as a file of its own, for ``torch.load``; nothing is copied twice."""
+
+    def __init__(self, file: BinaryIO, blob: Blob) -> None:
+        self.file, self.blob, self.position = file, blob, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + (0, self.position, self.blob.length)[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self.blob.length - self.position)]
+        self.file.seek(self.blob.offset + self.position)
+        count = self.file.readinto(view)  # type: ignore[attr-defined]
+        self.position += count
+        return count
+
+
+def parse_metadata(content: bytes, source: Any) -> tuple[dict[str, StoredTensor], dict[str, Blob]]:
+    """Tensors and objects by key, from the bytes of a ``.metadata`` file.
+
+    Raises:
+        UserError: damaged, unsafe, or not self-consistent: a chunk without storage, a tensor that its
+            chunks do not cover, a data file outside the folder.
+    """
+    metadata = safe_load.loads(content, source)
+    try:
+        blobs = {
+            (index.state["fqn"], _sizes(index.state.get("offset"))): _blob(info.state, source)
+            for index, info in metadata.state["storage_data"].items()
+        }
+        tensors: dict[str, StoredTensor] = {}
+        objects: dict[str, Blob] = {}
+        for key, entry in metadata.state["state_dict_metadata"].items():
+            if entry.name == "TensorStorageMetadata":
+                tensors[key] = _stored_tensor(key, entry.state, blobs)
+            else:
+                objects[key] = blobs[key, None]
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{source}: not a checkpoint's metadata ({type(error).__name__}: {error})") from None
+    for key, stored in tensors.items():
+        covered = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
+        if covered != math.prod(stored.shape):
+            raise UserError(f"{source}: {key} {list(stored.shape)} is not covered by its chunks; incomplete")
+    return tensors, objects
+
+
+def _stored_tensor(key: str, state: dict[str, Any], blobs: dict[Any, Blob]) -> StoredTensor:
+    dtype = state["properties"].state[0]
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{key} has dtype {dtype!r}")
+    chunks = []
+    for record in state["chunks"]:
+        offsets, sizes = _sizes(record.state["offsets"]), _sizes(record.state["sizes"])
+        assert offsets is not None and sizes is not None
+        chunks.append(Chunk(offsets, sizes, blobs[key, offsets]))
+    shape = _sizes(state["size"])
+    assert shape is not None
+    for chunk in chunks:
+        ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        if (
+            any(end > limit for end, limit in zip(ends, shape, strict=True))
+            or min(chunk.offsets, default=0) < 0
+        ):
+            raise ValueError(f"{key} has a chunk outside its shape")
+    return StoredTensor(shape, dtype, tuple(chunks))
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    return None if value is None else tuple(int(size) for size in value)
+
+
+def _blob(state: dict[str, Any], source: Any) -> Blob:
+    name = state["relative_path"]
+    if not isinstance(name, str) or Path(name).name != name:
+        raise UserError(f"{source}: names the data file {name!r}, which is outside the checkpoint's folder")
+    if state.get("transform_descriptors"):
+        raise UserError(f"{source}: {name} is compressed; save the checkpoint without stream transforms")
+    blob = Blob(name, int(state["offset"]), int(state["length"]))
+    if blob.offset < 0 or blob.length < 0:
+        raise ValueError(f"{name} has a negative range")
+    return blob
+
+
+def _iteration_dir(root: Path) -> Path:
+    tracker = root / TRACKER
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; name a checkpoint's root, the folder of {TRACKER}")
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        if (root / METADATA).exists() or (root / CONFIG).exists():
+            raise UserError(f"{root}: one iteration's folder; name the checkpoint's root above it") from None
+        raise UserError(f"{root}: no checkpoint there (no {TRACKER}); name a checkpoint's root") from None
+    if text != "release" and not text.isdecimal():
+        raise UserError(f"{tracker}: says {text[:40]!r} where an iteration or 'release' is expected")
+    folder = root / (text if text == "release" else f"iter_{int(text):07d}")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: missing, though {tracker} names it; the checkpoint is incomplete")
+    return folder
+
+
+def _check_backend(folder: Path) -> None:
+    if any(folder.glob("mp_rank_*")):
+        raise UserError(f"{folder}: in Megatron's legacy format; save it with --ckpt-format torch_dist")
+    config = folder / CONFIG
+    try:
+        backend = json.loads(_read(config)).get("sharded_backend")
+    except (ValueError, AttributeError):
+        raise UserError(f"{config}: not JSON; the checkpoint is incomplete") from None
+    if backend != BACKEND:
+        raise UserError(f"{config}: format {backend!r}; save the checkpoint with --ckpt-format {BACKEND}")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing; the checkpoint is incomplete, use one that was saved whole"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,236 @@
+"""One conversion from end to end: check everything, write aside, publish, keep a record.
+
+``upcycle`` says what becomes of each tensor; here are the folders, the key statistics and the manifest.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling import key_stats, manifest
+from megatron_router_upcycling.checkpoint import publish
+from megatron_router_upcycling.checkpoint.dense import DenseModel
+from megatron_router_upcycling.checkpoint.torch_dist import TRACKER, Checkpoint
+from megatron_router_upcycling.checkpoint.writer import CheckpointWriter, file_digest
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.key_stats import KeyStats
+from megatron_router_upcycling.upcycle import (
+    TRAINING_STATE,
+    CopyExperts,
+    Keep,
+    LeaveOut,
+    Options,
+    Plan,
+    accounted,
+    execute,
+    plan,
+    router_parameters,
+)
+
+
+def check_key_stats(stats: KeyStats, path: Path, dense: Checkpoint, model: DenseModel) -> None:
+    """Refuse statistics of another model.
+
+    Raises:
+        UserError: sizes or the recorded digest of the checkpoint differ.
+    """
+    expected = (model.num_layers, model.num_query_groups, model.kv_channels)
+    if tuple(stats.mean.shape) != expected:
+        raise UserError(
+            f"--key-stats {path}: of another model: keys {list(stats.mean.shape)} (layers, query groups,"
+            f" head size) where {dense.root} has {list(expected)}; collect them from this checkpoint"
+        )
+    for name in ("num_attention_heads", "hidden_size"):
+        recorded = stats.metadata.get(name)
+        if recorded is not None and recorded != getattr(model, name):
+            raise UserError(
+                f"--key-stats {path}: of another model: {name} {recorded} where {dense.root} has"
+                f" {getattr(model, name)}; collect them from this checkpoint"
+            )
+    recorded = stats.metadata.get("checkpoint_digest")
+    if recorded is not None and recorded != dense.digest():
+        raise UserError(
+            f"--key-stats {path}: collected from another checkpoint ({stats.metadata.get('checkpoint')});"
+            f" collect them from {dense.root}"
+        )
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything that is known before a byte is written."""
+
+    dense: Checkpoint
+    model: DenseModel
+    options: Options
+    stats: KeyStats | None
+    plan: Plan
+    out: Path
+
+    @property
+    def bytes_to_write(self) -> int:
+        """What the disk must have room for, but for the few bytes around each chunk."""
+        plan = self.plan
+        return plan.expert_bytes + plan.router_bytes + (0 if self.links else plan.kept_bytes)
+
+    @property
+    def links(self) -> bool:
+        """Whether what does not change is linked rather than copied."""
+        return not self.options.materialize and _on_one_disk(self.dense.iteration_dir, self.out)
+
+
+def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
+    """Read and check everything; write nothing.
+
+    Raises:
+        UserError: whatever would make the conversion fail and can be known beforehand.
+    """
+    out = Path(out)
+    dense = Checkpoint.open(root)
+    publish.check_target(out, dense.root, options.overwrite)
+    model = DenseModel.of(dense)
+    stats = None
+    if options.router.router == "mixture":
+        if options.key_stats is None:
+            raise UserError("--key-stats: --router mixture needs the file that collect_keys wrote")
+        options.router.shape(model.num_attention_heads, model.kv_channels)
+        stats = key_stats.load(options.key_stats)
+        check_key_stats(stats, options.key_stats, dense, model)
+    conversion = Conversion(dense, model, options, stats, plan(dense, model, options), out)
+    free = shutil.disk_usage(_existing(out.absolute().parent)).free
+    if conversion.bytes_to_write > free:
+        raise UserError(
+            f"OUT {out}: needs {conversion.bytes_to_write / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB"
+            " free; make room or name a folder on another disk"
+        )
+    return conversion
+
+
+def convert(conversion: Conversion, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+    """Make the checkpoint and return its manifest. On any exception nothing is left behind.
+
+    Args:
+        progress: called with the number of bytes after each write.
+
+    Raises:
+        UserError: it cannot be written, or a chunk of the dense checkpoint cannot be read.
+    """
+    out, options = conversion.out, conversion.options
+    try:
+        with publish.new_folder(out, options.overwrite) as folder:
+            writer = CheckpointWriter(folder / "release", progress)
+            execute(conversion.plan, conversion.dense, conversion.model, options, conversion.stats, writer)
+            writer.finish()
+            record = _manifest(conversion, writer)
+            manifest.write(folder, record)
+            (folder / TRACKER).write_text("release", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"OUT {out}: cannot be written ({error.strerror}); nothing was left behind") from None
+    return record
+
+
+def _manifest(conversion: Conversion, writer: CheckpointWriter) -> dict[str, Any]:
+    dense, options, stats = conversion.dense, conversion.options, conversion.stats
+    left_out: dict[str, int] = {}  # kind of training state -> number of entries
+    for step in conversion.plan.steps:
+        for key in step.keys if isinstance(step, LeaveOut) else ():
+            kind = TRAINING_STATE.match(key)[0].rstrip(".")
+            left_out[kind] = left_out.get(kind, 0) + 1
+    record = {
+        "format": manifest.FORMAT,
+        "router": options.router.to_dict(),
+        "model": conversion.model.flags,
+        "seed": options.seed,
+        "shared_storage": not options.materialize,
+        "source": {
+            "path": str(dense.root.absolute()),
+            "iteration": dense.iteration_dir.name,
+            "digest": dense.digest(),
+        },
+        "key_stats": None,
+        "files": {f"release/{name}": digest for name, digest in sorted(writer.file_digests.items())},
+        "left_out": left_out,
+        "versions": versions(),
+    }
+    if stats is not None and options.key_stats is not None:
+        record["key_stats"] = {
+            "path": str(options.key_stats.absolute()),
+            "sha256": file_digest(options.key_stats),
+            "metadata": stats.metadata,
+        }
+    return record
+
+
+def describe_plan(conversion: Conversion) -> str:
+    """What would be done, in a few lines."""
+    model, options, plan, dense = conversion.model, conversion.options, conversion.plan, conversion.dense
+    entries = {type(step): accounted(step) for step in plan.steps}
+    experts = [step for step in plan.steps if isinstance(step, CopyExperts)]
+    largest = max(blob.length for step in experts for blob in dense.blobs(step.key))
+    how = "linked, not written" if conversion.links else "copied"
+    copies = f"{options.router.num_experts} times" if options.materialize else "once"
+    routers = "; ".join(f"{key} {list(shape)}" for key, shape in router_parameters(model, options.router))
+    lines = [
+        f"{dense.iteration_dir}: {model.describe()}",
+        f"  take over  {_size(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
+        f"  experts    {_size(plan.expert_bytes)}, written {copies}: {', '.join(step.key for step in experts)}",
+        f"  routers    {_size(plan.router_bytes)}: {routers}",
+        f"  leave out  {len(entries[LeaveOut])} entries of training state",
+        f"would write {_size(conversion.bytes_to_write)} to {conversion.out},"
+        f" with at most {_size(largest)} of the model in memory",
+    ]
+    return "\n".join(lines)
+
+
+def describe_result(conversion: Conversion, record: dict[str, Any], seconds: float) -> str:
+    """What was made, what to expect of its first step, and what to run next."""
+    options, out = conversion.options, conversion.out
+    router = options.router
+    written = sum(file["bytes"] for file in record["files"].values())
+    kind = "linear routers" if router.router == "linear" else f"mixtures of {router.num_routers} routers"
+    shared = (
+        f", {_size(conversion.plan.kept_bytes)} linked to {conversion.dense.root}" if conversion.links else ""
+    )
+    if router.pre_softmax:
+        order = "softmax, then top-k (--moe-router-pre-softmax)"
+        first = (
+            f"an FFN's output shrinks by the sum of its {router.top_k} largest of {router.num_experts} weights,"
+            " so the loss starts above the dense model's"
+        )
+    else:
+        order = "top-k, then softmax (--no-moe-router-pre-softmax)"
+        first = "exactly the dense model; its loss gives the router no gradient until the experts differ"
+    return (
+        f"{out}: {router.num_experts} experts and {kind}, {_size(written)} written"
+        f" in {seconds:.1f} s{shared}\n"
+        f"prepared for {order}; at step 0: {first}\n"
+        "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config YAML"
+        f" --load {out} --save RUN"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def versions() -> dict[str, str]:
+    names = ("megatron-router-upcycling", "megatron-core", "torch")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _on_one_disk(source: Path, out: Path) -> bool:
+    return os.stat(source).st_dev == os.stat(_existing(out.absolute().parent)).st_dev
