@@ -47,7 +47,9 @@ def install() -> None:
     # Dynamo traces the bridge's Python functions without gain, and compiles for minutes on CPU.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     torch._dynamo.config.disable = True
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with sequence parallelism
+    os.environ.setdefault(
+        "CUDA_DEVICE_MAX_CONNECTIONS", "1"
+    )  # Megatron asks for it with sequence parallelism
     _bridge_devices()
     _bridge_torch_cuda()
     _bridge_distributed()
@@ -55,17 +57,20 @@ def install() -> None:
     _installed = True
 
 
-def _replace(owner: Any, name: str, new: Any) -> Any:
-    """Set ``owner.name`` to ``new`` and return what stood there; a missing name is an error."""
+def _find(owner: Any, name: str) -> Any:
+    """``owner.name``; a name that has gone is an error that says so."""
     if not hasattr(owner, name):
         where = getattr(owner, "__name__", repr(owner))
         raise RuntimeError(
             f"cpu_backend: {where}.{name} does not exist in this version of torch or megatron-core;"
             " the CPU backend was tested with megatron-core 0.19"
         )
-    old = getattr(owner, name)
+    return getattr(owner, name)
+
+
+def _replace(owner: Any, name: str, new: Any) -> None:
+    _find(owner, name)
     setattr(owner, name, new)
-    return old
 
 
 def _on_cpu(device: Any) -> Any:
@@ -96,9 +101,9 @@ def _bridge_devices() -> None:
         " zeros_like"
     )
     for name in names.split():
-        _replace(torch, name, factory(getattr(torch, name)))
+        _replace(torch, name, factory(_find(torch, name)))
     for name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
-        _replace(torch.Tensor, name, factory(getattr(torch.Tensor, name)))
+        _replace(torch.Tensor, name, factory(_find(torch.Tensor, name)))
 
     tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
 
@@ -167,14 +172,24 @@ def _bridge_torch_cuda() -> None:
 
     def nothing(*args: Any, **kwargs: Any) -> None: ...
 
-    for name in (
-        "_lazy_init check_error empty_cache manual_seed_all reset_peak_memory_stats set_device set_stream"
-        " synchronize"
-    ).split():
+    for name in [
+        "_lazy_init",
+        "check_error",
+        "empty_cache",
+        "manual_seed_all",
+        "reset_peak_memory_stats",
+        "set_device",
+        "set_stream",
+        "synchronize",
+    ]:
         _replace(cuda, name, nothing)
-    for name in (
-        "max_memory_allocated max_memory_reserved memory_allocated memory_reserved device_memory_used"
-    ).split():
+    for name in [
+        "max_memory_allocated",
+        "max_memory_reserved",
+        "memory_allocated",
+        "memory_reserved",
+        "device_memory_used",
+    ]:
         _replace(cuda, name, lambda *args, **kwargs: 0)
     _replace(cuda, "memory_stats", lambda *args, **kwargs: defaultdict(int))
     _replace(cuda, "current_device", lambda: 0)
@@ -246,7 +261,7 @@ def _bridge_megatron() -> None:
     _replace(
         training,
         "initialize_megatron",
-        functools.partial(training.initialize_megatron, allow_no_cuda=True),
+        functools.partial(_find(training, "initialize_megatron"), allow_no_cuda=True),
     )
 
 

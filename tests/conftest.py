@@ -1,0 +1,123 @@
+"""What the tests share: token data, a small dense Qwen-shaped model trained a few steps, its keys, its MoE.
+
+All of it is made by the package's own commands, once a session.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests import launch
+
+VOCABULARY = 256
+LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN = 4, 64, 8, 4, 8, 96
+
+MODEL = {
+    "num_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "ffn_hidden_size": FFN,
+    "num_attention_heads": HEADS,
+    "group_query_attention": True,
+    "num_query_groups": GROUPS,
+    "kv_channels": HEAD_DIM,
+    "add_qkv_bias": True,
+    "disable_bias_linear": True,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "position_embedding_type": "rope",
+    "untie_embeddings_and_output_weights": True,
+    "max_position_embeddings": 32,
+    "make_vocab_size_divisible_by": 4,
+}
+TRAINING = {
+    "seq_length": 32,
+    "micro_batch_size": 4,
+    "global_batch_size": 8,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "train_iters": 8,
+    "lr": 5e-3,
+    "lr_decay_style": "constant",
+    "eval_iters": 4,
+    "eval_interval": 100,
+    "log_interval": 1,
+    "save_interval": 4,
+    "tokenizer_type": "NullTokenizer",
+    "vocab_size": VOCABULARY,
+    "split": "90,10,0",
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(scope="session")
+def data(folder: Path) -> Path:
+    """Prefix of a Megatron .bin/.idx pair: documents in which each token strongly suggests the next."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator = np.random.default_rng(0)
+    successor = generator.permutation(VOCABULARY)
+    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.uint16)
+    for _ in range(200):
+        tokens = [int(generator.integers(VOCABULARY))]
+        while len(tokens) < 129:
+            surprise = generator.random() < 0.2
+            tokens.append(int(generator.integers(VOCABULARY) if surprise else successor[tokens[-1]]))
+        builder.add_document(torch.tensor(tokens), [len(tokens)])
+    builder.finalize(str(folder / "data.idx"))
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def dense_config(folder: Path, data: Path) -> Path:
+    """YAML of the dense model and its training."""
+    path = folder / "dense.yaml"
+    paths = {"data_path": [str(data)], "data_cache_path": str(folder / "cache")}
+    path.write_text(yaml.safe_dump(MODEL | TRAINING | paths))
+    return path
+
+
+@pytest.fixture(scope="session")
+def moe_config(folder: Path, dense_config: Path) -> Path:
+    """YAML that continues as a Mixture-of-Experts; the checkpoint brings the architecture."""
+    path = folder / "moe.yaml"
+    losses = {
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.02,
+        "moe_z_loss_coeff": 1e-3,
+    }
+    dispatch = {"moe_token_dispatcher_type": "alltoall", "moe_router_dtype": "fp32"}
+    path.write_text(yaml.safe_dump({"base": dense_config.name} | losses | dispatch))
+    return path
+
+
+@pytest.fixture(scope="session")
+def dense(folder: Path, dense_config: Path) -> Path:
+    """Root of a dense checkpoint after eight steps, float32, saved by one rank."""
+    root = folder / "dense"
+    launch.torchrun(1, "pretrain", "--config", dense_config, "--save", root).ok()
+    return root
+
+
+@pytest.fixture(scope="session")
+def key_stats_file(folder: Path, dense: Path, dense_config: Path) -> Path:
+    path = folder / "key_stats.safetensors"
+    launch.torchrun(
+        1, "collect_keys", "--config", dense_config, "--load", dense, "--output", path, "--collect-iters", 2
+    ).ok()
+    return path
+
+
+@pytest.fixture(scope="session")
+def moe(folder: Path, dense: Path, key_stats_file: Path) -> Path:
+    """Root of the upcycled checkpoint: 8 routers, 8 experts, top 2; top-k then softmax."""
+    root = folder / "moe"
+    options = ("--num-experts", 8, "--top-k", 2, "--no-moe-router-pre-softmax")
+    launch.cli("convert", dense, root, "--key-stats", key_stats_file, *options).ok()
+    return root

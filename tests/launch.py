@@ -1,0 +1,111 @@
+"""Start real runs for the tests: torchrun on Gloo, the command line tool, and what they printed."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+TIMEOUT = 240  # seconds; a run takes 10 to 20 on two cores
+
+
+@dataclass(frozen=True)
+class Output:
+    returncode: int
+    text: str  # stdout and stderr together
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Iteration -> training LM loss, as Megatron logs it (seven digits)."""
+        found = re.findall(r"iteration +(\d+)/ +\d+ \|.*? lm loss: (\S+) \|", self.text)
+        return {int(iteration): float(loss) for iteration, loss in found}
+
+    @property
+    def validation(self) -> float:
+        """The last validation LM loss."""
+        found = re.findall(
+            r"validation loss at iteration \d+(?: on validation set)? \| lm loss value: (\S+)", self.text
+        )
+        assert found, self.text[-4000:]
+        return float(found[-1])
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.text.splitlines() if line.startswith("error: ")]
+
+    def ok(self) -> "Output":
+        assert self.returncode == 0, self.text[-6000:]
+        return self
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _torchrun(ranks: int, module: str, args: tuple[object, ...]) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
+        *("--master-addr", "127.0.0.1", "--master-port", str(free_port())),
+        *("-m", f"megatron_router_upcycling.{module}", *map(str, args)),
+    ]
+
+
+def torchrun(ranks: int, module: str, *args: object, **environment: str) -> Output:
+    """``torchrun --nproc-per-node RANKS -m megatron_router_upcycling.MODULE ARGS``."""
+    return run(*_torchrun(ranks, module, args), **environment)
+
+
+def run(*command: object, **environment: str) -> Output:
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    return Output(done.returncode, done.stdout)
+
+
+def cli(*args: object) -> Output:
+    """``router-upcycle ARGS``."""
+    return run(sys.executable, "-m", "megatron_router_upcycling.cli", *args)
+
+
+def torchrun_killed(ranks: int, module: str, *args: object, when: str, log: Path) -> None:
+    """Start a run and end every process of it by SIGKILL as soon as its output matches ``when``."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            _torchrun(ranks, module, args),
+            env=ENVIRONMENT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + TIMEOUT
+        try:
+            while not re.search(when, log.read_text()):
+                assert process.poll() is None, f"ended before {when!r}:\n{log.read_text()[-4000:]}"
+                assert time.monotonic() < deadline, f"never printed {when!r}:\n{log.read_text()[-4000:]}"
+                time.sleep(0.05)
+        finally:
+            # torchrun gives each worker a session of its own: collect them before the parent goes.
+            for pid in (*_children(process.pid), process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [*_children(child), child]
+    return found

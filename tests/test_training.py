@@ -1,0 +1,119 @@
+"""Real runs of the training entry: parallel layouts, saving, resuming, and what a user can get wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import launch
+
+EVALUATE = ("--skip-train", "--eval-iters", 4)
+
+
+@pytest.fixture(scope="session")
+def unbroken(folder: Path, moe_config: Path, moe: Path) -> tuple[Path, dict[int, float]]:
+    """A run of eight steps at EP 2 with the distributed optimizer, and its losses."""
+    save = folder / "unbroken"
+    output = launch.torchrun(2, "pretrain", *_moe(moe_config, moe), "--save", save).ok()
+    assert "load_balancing_loss" in output.text and "z_loss" in output.text
+    return save, output.losses
+
+
+def _moe(config: Path, load: Path) -> tuple[object, ...]:
+    parallel = ("--expert-model-parallel-size", 2, "--use-distributed-optimizer")
+    return ("--config", config, "--load", load, *parallel)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        pytest.param(2, ("--tensor-model-parallel-size", 2, "--sequence-parallel"), id="TP 2"),
+        pytest.param(2, ("--pipeline-model-parallel-size", 2), id="PP 2"),
+    ],
+)
+def test_dense_model_has_the_same_loss_in_every_layout(
+    dense: Path, dense_config: Path, dense_validation: float, ranks: int, layout: tuple[object, ...]
+) -> None:
+    output = launch.torchrun(
+        ranks, "pretrain", "--config", dense_config, "--load", dense, *EVALUATE, *layout
+    ).ok()
+    assert output.validation == pytest.approx(dense_validation, rel=1e-5)
+
+
+@pytest.fixture(scope="session")
+def dense_validation(dense: Path, dense_config: Path) -> float:
+    output = launch.torchrun(1, "pretrain", "--config", dense_config, "--load", dense, *EVALUATE).ok()
+    assert "CPU over Gloo: set transformer_impl=local" in output.text
+    return output.validation
+
+
+def test_training_lowers_the_loss(unbroken: tuple[Path, dict[int, float]]) -> None:
+    _, losses = unbroken
+    assert list(losses) == list(range(1, 9))
+    assert losses[8] < losses[1]
+
+
+def test_killed_run_goes_on_with_the_same_losses(
+    tmp_path: Path, moe_config: Path, moe: Path, unbroken: tuple[Path, dict[int, float]]
+) -> None:
+    command = (2, "pretrain", *_moe(moe_config, moe), "--save", tmp_path / "killed")
+    launch.torchrun_killed(*command, when=r"iteration +6/", log=tmp_path / "log")
+    losses = launch.torchrun(*command).ok().losses
+    assert list(losses) == [5, 6, 7, 8]
+    assert losses == {iteration: unbroken[1][iteration] for iteration in losses}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        pytest.param(1, ("--expert-model-parallel-size", 1), id="EP 1"),
+        pytest.param(2, ("--expert-model-parallel-size", 1, "--pipeline-model-parallel-size", 2), id="PP 2"),
+    ],
+)
+def test_run_saved_at_ep_2_resumes_elsewhere(
+    tmp_path: Path,
+    moe_config: Path,
+    unbroken: tuple[Path, dict[int, float]],
+    ranks: int,
+    layout: tuple[object, ...],
+) -> None:
+    save, losses = unbroken
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    for name in ("iter_0000004", "router_upcycling.json"):
+        (resumed / name).symlink_to(save / name)
+    (resumed / "latest_checkpointed_iteration.txt").write_text("4")
+    options = ("--use-distributed-optimizer", *layout)
+    output = launch.torchrun(ranks, "pretrain", "--config", moe_config, "--load", resumed, *options).ok()
+    assert list(output.losses) == [5, 6, 7, 8]
+    # The order of float32 sums differs; one step later so do the weights, by as little.
+    for iteration, loss in output.losses.items():
+        assert loss == pytest.approx(losses[iteration], rel=1e-4)
+
+
+def test_bf16_trains(moe_config: Path, moe: Path) -> None:
+    output = launch.torchrun(2, "pretrain", *_moe(moe_config, moe), "--bf16", "--train-iters", 4).ok()
+    assert output.losses[4] < output.losses[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--config", "none.yaml"), "--config none.yaml: no such file"),
+        (("--load", "/nowhere"), "--load /nowhere: no checkpoint there"),
+        (("--device", "cuda"), "--device cuda: no GPU is visible here"),
+        (("--num-layerz", 3), "unrecognized arguments: --num-layerz 3"),
+    ],
+)
+def test_mistake_gives_one_line_and_status_2(flags: tuple[object, ...], message: str) -> None:
+    output = launch.run(launch.sys.executable, "-m", "megatron_router_upcycling.pretrain", *flags)
+    assert output.returncode == 2
+    assert len(output.errors) == 1 and message in output.errors[0]
+    assert "Traceback" not in output.text
+
+
+def test_contradicting_the_checkpoint_is_an_error(moe: Path, moe_config: Path) -> None:
+    command = (launch.sys.executable, "-m", "megatron_router_upcycling.pretrain", "--config", moe_config)
+    for flag, value in (("--num-experts", 4), ("--hidden-size", 128), ("--num-routers", 4)):
+        output = launch.run(*command, "--load", moe, flag, value)
+        assert output.returncode == 2
+        assert len(output.errors) == 1 and output.errors[0].startswith(f"error: {flag} {value}:")
