@@ -1,0 +1,157 @@
+"""What collecting keys costs: a forward pass that collects them against a plain evaluation forward pass.
+
+    .venv/bin/python tools/bench_collect_keys.py [--device cpu|cuda] [--key-source post_rope] [--json]
+
+One process, one dense model of Qwen1.5-0.5B's layers with random weights, batches through Megatron's data
+pipeline and schedule as ``collect_keys`` runs them. Plain and collecting passes alternate, each pair in the
+opposite order to the last; the ratio is that of the medians. On the CPU the model has fewer layers and a
+small vocabulary: the output layer collects nothing, so a large one would only make the ratio look better.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import sys
+import time
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from megatron_router_upcycling import collect_keys, device, key_stats, pretrain
+
+BOUND = 1.03  # collecting over plain
+# Qwen1.5-0.5B, apart from its number of layers and its vocabulary.
+MODEL = [
+    "--hidden-size",
+    "1024",
+    "--ffn-hidden-size",
+    "2816",
+    "--num-attention-heads",
+    "16",
+    "--kv-channels",
+    "64",
+    "--add-qkv-bias",
+    "--disable-bias-linear",
+    "--swiglu",
+    "--normalization",
+    "RMSNorm",
+    "--position-embedding-type",
+    "rope",
+    "--untie-embeddings-and-output-weights",
+    "--hidden-dropout",
+    "0",
+    "--attention-dropout",
+    "0",
+    "--mock-data",
+    "--tokenizer-type",
+    "NullTokenizer",
+    "--train-iters",
+    "1",
+    "--lr",
+    "0",
+]
+# (layers, vocabulary, tokens in a sequence, sequences in a batch, dtype flags)
+SIZES = {"cpu": (2, 2048, 1024, 1, ()), "cuda": (24, 151936, 4096, 4, ("--bf16",))}
+
+
+def measure(options: Namespace) -> dict[str, Any]:
+    """Build the model and time pairs of passes; seconds are medians of one global batch."""
+    place = device.choose(options.device)
+    layers, vocabulary, sequence, batch, dtype = SIZES[place]
+    layers = options.num_layers or layers
+    flags = ("--num-layers", layers, "--vocab-size", vocabulary, "--seq-length", sequence)
+    flags += (
+        "--max-position-embeddings",
+        sequence,
+        "--micro-batch-size",
+        batch,
+        "--global-batch-size",
+        batch,
+    )
+    flags += ("--num-query-groups", options.num_query_groups, "--group-query-attention")
+    args = pretrain.prepare([*MODEL, *map(str, flags), *dtype, "--device", place]).args
+    model = collect_keys.load_model(args)
+    data = collect_keys.train_iterators(args, len(model), 2 * (options.repeats + options.warmup))
+    moments = key_stats.KeyMoments(
+        layers, options.num_query_groups, args.kv_channels, torch.cuda.current_device()
+    )
+
+    def seconds(collecting: bool) -> float:
+        capture = (
+            key_stats.capture_keys(model, moments, options.key_source)
+            if collecting
+            else contextlib.nullcontext()
+        )
+        with capture:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            collect_keys.forward(args, model, data)
+            torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for pair in range(options.warmup + options.repeats):
+        for collecting in (False, True) if pair % 2 else (True, False):
+            elapsed = seconds(collecting)
+            if pair >= options.warmup:
+                times[collecting].append(elapsed)
+    plain, collecting_ = statistics.median(times[False]), statistics.median(times[True])
+    return {
+        "device": place,
+        "threads": torch.get_num_threads(),
+        "key_source": options.key_source,
+        "layers": layers,
+        "query_groups": options.num_query_groups,
+        "tokens": sequence * batch,
+        "pairs": options.repeats,
+        "plain_seconds": plain,
+        "collecting_seconds": collecting_,
+        "ratio": collecting_ / plain,
+        "bound": BOUND,
+    }
+
+
+def run_alone() -> None:
+    """What torchrun would say to one process on its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(alone | {"MASTER_PORT": str(port)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--key-source", choices=key_stats.KEY_SOURCES, default="pre_rope")
+    parser.add_argument("--num-layers", type=int, help="default: 2 on the CPU, 24 on a GPU")
+    parser.add_argument(
+        "--num-query-groups", type=int, default=16, help="16 is no grouping, the dearest case"
+    )
+    parser.add_argument("--repeats", type=int, default=15, help="pairs of passes that count")
+    parser.add_argument("--warmup", type=int, default=2, help="pairs of passes before those")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options = parser.parse_args()
+    run_alone()
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron prints a great deal
+        result = measure(options)
+        torch.distributed.destroy_process_group()
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"collecting keys ({result['key_source']}) on {result['device']}: {result['ratio']:.3f} times a plain"
+        f" evaluation forward (bound {BOUND}); {result['collecting_seconds']:.3f} s against"
+        f" {result['plain_seconds']:.3f} s for {result['tokens']} tokens through {result['layers']} layers,"
+        f" medians of {result['pairs']} pairs"
+    )
+
+
+if __name__ == "__main__":
+    pretrain.exit_on_user_error(main)

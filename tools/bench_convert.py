@@ -1,0 +1,185 @@
+"""Measure ``router-upcycle convert`` against copying the checkpoint.
+
+    .venv/bin/python tools/bench_convert.py [--layers 24] [--json FILE]
+
+Makes a dense torch_dist checkpoint of Qwen1.5-0.5B's shape with random bfloat16 values, then measures in one
+run: importing torch, ``cp -r`` (and the ``sync`` after it, which the converter does by itself), and the
+conversion to 8 and to 64 experts. Time is wall time, the best of ``--repeats``; a conversion's excludes the
+time to import torch. Memory is the peak of a process's resident set.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_router_upcycling import key_stats
+from megatron_router_upcycling.checkpoint import safe_load
+from megatron_router_upcycling.checkpoint.torch_dist import COMMON_STATE, TRACKER
+from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
+from megatron_router_upcycling.key_stats import KeyStats
+
+HEADS, HEAD_SIZE = 16, 64
+TIME_LIMIT = 1.5  # times cp -r
+MEMORY_LIMIT_MB = 100.0  # beyond importing torch.distributed.checkpoint
+SIZE_LIMIT = 1.01  # times the dense FFN and the routers
+
+
+def make_dense(root: Path, layers: int, hidden: int, ffn: int, vocabulary: int) -> None:
+    """A dense checkpoint as Megatron saves it on one rank: a chunk a layer, gate and up apart."""
+    D, F, d = hidden, ffn, HEAD_SIZE
+    root.mkdir()
+    writer = CheckpointWriter(root / "iter_0000001")
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        writer.write_chunk(key, (vocabulary, D), values(vocabulary, D), [(0, 0)])
+    writer.write_chunk("decoder.final_layernorm.weight", (D,), values(D), [(0,)])
+    attention = "decoder.layers.self_attention"
+    for layer in range(layers):
+        for key, shape in (
+            (f"{attention}.linear_qkv.layer_norm_weight", (D,)),
+            (f"{attention}.linear_qkv.weight", (3 * HEADS * d, D)),
+            (f"{attention}.linear_qkv.bias", (3 * HEADS * d,)),
+            (f"{attention}.linear_proj.weight", (D, HEADS * d)),
+            ("decoder.layers.mlp.linear_fc1.layer_norm_weight", (D,)),
+            ("decoder.layers.mlp.linear_fc2.weight", (D, F)),
+        ):
+            writer.write_chunk(key, (layers, *shape), values(1, *shape), [(layer, *(0 for _ in shape))])
+        for row in (0, F):
+            chunk = values(1, F, D)
+            writer.write_chunk("decoder.layers.mlp.linear_fc1.weight", (layers, 2 * F, D), chunk, [(layer, row, 0)])
+    args = Namespace(
+        num_layers=layers, hidden_size=D, ffn_hidden_size=F, num_attention_heads=HEADS, kv_channels=d,
+        group_query_attention=False, num_query_groups=1, add_qkv_bias=True, add_bias_linear=False, swiglu=True,
+        normalization="RMSNorm", layernorm_epsilon=1e-6, position_embedding_type="rope", rotary_base=1000000,
+        untie_embeddings_and_output_weights=True, init_method_std=0.02, num_experts=None, padded_vocab_size=vocabulary,
+    )  # fmt: skip
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": 1}
+    writer.add_object(COMMON_STATE, writer.write_object(safe_load.dump_archive([common])))
+    writer.finish()
+    (root / TRACKER).write_text("1")
+
+
+def make_key_stats(path: Path, layers: int, hidden: int) -> None:
+    metadata = {
+        "num_layers": layers, "num_query_groups": HEADS, "kv_channels": HEAD_SIZE, "num_attention_heads": HEADS,
+        "hidden_size": hidden, "key_source": "pre_rope",
+    }  # fmt: skip
+    mean = torch.randn(layers, HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(1))
+    key_stats.save(path, KeyStats(mean, mean.square() + 1, torch.full((layers,), 4096), metadata))
+
+
+def measure(*command: Any) -> tuple[float, float]:
+    """Run a command; return its wall time in seconds and its peak memory in MB."""
+    start = time.perf_counter()
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}: exit status {process.returncode}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def new_bytes(folder: Path) -> int:
+    """Bytes of the files that no other folder shares."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)
+
+
+def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    dense, stats, out = work / "dense", work / "key_stats.safetensors", work / "out"
+    print(f"making a dense checkpoint of {options.layers} layers ...", file=sys.stderr)
+    make_dense(dense, options.layers, options.hidden, options.ffn, options.vocabulary)
+    make_key_stats(stats, options.layers, options.hidden)
+    subprocess.run(["sync"], check=True)
+    ffn_bytes = 3 * options.layers * options.ffn * options.hidden * 2
+    python = (sys.executable, "-m", "megatron_router_upcycling.cli", "convert", dense, out, "--quiet")
+    times: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
+    added: dict[int, int] = {}
+
+    def take(name: str, *command: Any) -> None:
+        seconds, peak = measure(*command)
+        times.setdefault(name, []).append(seconds)
+        memory[name] = max(memory.get(name, 0.0), peak)
+
+    for _ in range(options.repeats):
+        take("import torch", sys.executable, "-c", "import torch")
+        take("import torch.distributed.checkpoint", sys.executable, "-c", "import torch.distributed.checkpoint")
+        take("cp -r", "cp", "-r", dense, work / "copy")
+        take("sync", "sync")
+        shutil.rmtree(work / "copy")
+        for num_experts in options.experts:
+            take(f"convert {num_experts}", *python, "--key-stats", stats, "--num-experts", num_experts)
+            added[num_experts] = new_bytes(out)
+            shutil.rmtree(out)
+    best = {name: min(seconds) for name, seconds in times.items()}
+    result: dict[str, Any] = {
+        "dense_bytes": sum(path.stat().st_size for path in dense.rglob("*") if path.is_file()),
+        "seconds": best,
+        "peak_memory_mb": memory,
+        "convert": {},
+    }
+    for num_experts in options.experts:
+        name = f"convert {num_experts}"
+        seconds = best[name] - best["import torch"]
+        routers = 2 * options.layers * (HEADS * HEAD_SIZE * options.hidden + max(HEADS, num_experts) * 128)
+        result["convert"][num_experts] = {
+            "seconds_beyond_import_torch": seconds,
+            "ratio_to_cp": seconds / best["cp -r"],
+            "ratio_to_cp_and_sync": seconds / min(map(sum, zip(times["cp -r"], times["sync"], strict=True))),
+            "memory_beyond_import_mb": memory[name] - memory["import torch.distributed.checkpoint"],
+            "bytes_added": added[num_experts],
+            "bytes_ratio": added[num_experts] / (ffn_bytes + routers),
+        }
+    return result
+
+
+def report(result: dict[str, Any]) -> str:
+    lines = [f"dense checkpoint: {result['dense_bytes'] / 1e9:.3f} GB"]
+    lines += [f"  {name:<38} {seconds:7.2f} s" for name, seconds in result["seconds"].items()]
+    for num_experts, row in result["convert"].items():
+        lines.append(
+            f"{num_experts} experts: {row['seconds_beyond_import_torch']:.2f} s beyond importing torch ="
+            f" {row['ratio_to_cp']:.2f} x cp -r (limit {TIME_LIMIT}), {row['ratio_to_cp_and_sync']:.2f} x cp -r and"
+            f" sync; {row['memory_beyond_import_mb']:+.0f} MB beyond importing torch.distributed.checkpoint (limit"
+            f" +{MEMORY_LIMIT_MB:.0f}); {row['bytes_added'] / 1e9:.3f} GB added ="
+            f" {row['bytes_ratio']:.4f} x dense FFN and routers (limit {SIZE_LIMIT})"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--ffn", type=int, default=2816)
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=options.folder) as work:
+        result = run(Path(work), options)
+    print(report(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
