@@ -35,7 +35,7 @@ from megatron_router_upcycling.routers import builder
 
 ENVIRONMENT = "MEGATRON_ROUTER_UPCYCLING_CONFIG"
 
-Spec = ModuleSpec | TransformerBlockSubmodules
+type Spec = ModuleSpec | TransformerBlockSubmodules
 
 
 def layer_spec_for(router: RouterConfig) -> Callable[..., Spec]:
@@ -66,7 +66,9 @@ def _find_router(args: Namespace, transformer: TransformerConfig) -> RouterConfi
     """
     if path := os.environ.get(ENVIRONMENT):
         if not Path(path).is_file():
-            raise UserError(f"{ENVIRONMENT}={path}: no such file; name a YAML file with an upcycling: section")
+            raise UserError(
+                f"{ENVIRONMENT}={path}: no such file; name a YAML file with an upcycling: section"
+            )
         section = config.read_yaml(path)["upcycling"]
         known = {field.name for field in fields(RouterConfig)}
         of_model = {

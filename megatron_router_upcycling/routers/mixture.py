@@ -55,9 +55,7 @@ class MixtureRouter(TopKRouter):
         self.query_weight = torch.nn.Parameter(
             torch.empty((shape.num_routers, shape.router_width, config.hidden_size), dtype=torch.float32)
         )
-        self.expert_key = torch.nn.Parameter(
-            torch.empty((num_keys, shape.router_width), dtype=torch.float32)
-        )
+        self.expert_key = torch.nn.Parameter(torch.empty((num_keys, shape.router_width), dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
