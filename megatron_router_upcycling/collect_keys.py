@@ -24,7 +24,28 @@ from tqdm import tqdm
 from megatron_router_upcycling import key_stats, pretrain
 from megatron_router_upcycling.errors import UserError
 
-EXAMPLE_OUTPUT = "key_stats.safetensors"
+# Arguments that decide a model's keys. A configuration that differs in one of them may load all the same.
+ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "group_query_attention",
+    "num_query_groups",
+    "kv_channels",
+    "add_qkv_bias",
+    "add_bias_linear",
+    "qk_layernorm",
+    "normalization",
+    "layernorm_epsilon",
+    "swiglu",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "use_rope_scaling",
+    "untie_embeddings_and_output_weights",
+)
 
 
 def collect(run: pretrain.Run) -> None:
@@ -67,6 +88,10 @@ def collect(run: pretrain.Run) -> None:
             raise RuntimeError(
                 f"key statistics: {int(stats.count[0])} tokens seen where {expected} were read"
             )
+        if not stats.mean.isfinite().all():
+            raise UserError(
+                f"--load {args.load}: the model's keys hold NaN or infinite values; train it again"
+            )
         key_stats.save(args.output, stats, args.overwrite)
         print(
             f"{args.output}: {args.key_source} keys of {args.num_layers} layers x {num_query_groups(args)}"
@@ -86,14 +111,14 @@ def check(run: pretrain.Run) -> None:
 
     args = run.args
     if args.output is None:
-        raise UserError(f"--output: name the file to write, such as {EXAMPLE_OUTPUT}")
+        raise UserError("--output: name the file to write, such as key_stats.safetensors")
     key_stats.check_output(args.output, args.overwrite)
     if args.collect_iters < 1:
         raise UserError(f"--collect-iters {args.collect_iters}: must be at least 1")
-    num_experts = getattr(Checkpoint.open(args.load).args, "num_experts", None)
-    if num_experts:
+    trained = Checkpoint.open(args.load).args
+    if getattr(trained, "num_experts", None):
         raise UserError(
-            f"--load {args.load}: is a Mixture-of-Experts of {num_experts} experts already; keys are"
+            f"--load {args.load}: is a Mixture-of-Experts of {trained.num_experts} experts already; keys are"
             " collected from the dense checkpoint that it was made from"
         )
     if run.router is not None:
@@ -101,6 +126,13 @@ def check(run: pretrain.Run) -> None:
             f"--num-experts {args.num_experts}: keys are collected from a dense model; use the"
             " configuration that the dense checkpoint was trained with"
         )
+    for name in ARCHITECTURE:
+        asked, found = getattr(args, name, None), getattr(trained, name, None)
+        if asked != found and hasattr(trained, name):
+            raise UserError(
+                f"--config {args.config}: {name} {asked}, but the checkpoint {args.load} was trained with"
+                f" {found}; use the configuration of its training"
+            )
     groups = num_query_groups(args)
     if groups < args.tensor_model_parallel_size:
         raise UserError(
@@ -142,6 +174,7 @@ def load_model(args: Namespace) -> list[torch.nn.Module]:
     args.finetune = True  # weights alone, and the data from its beginning
     args.no_load_optim = args.no_load_rng = True
     args.exit_on_missing_checkpoint = True
+    args.rerun_mode = "disabled"  # as in Megatron's own evaluation
     args.cuda_graph_impl = "none"  # a replayed graph would call no Python, and so capture no key
     # By the module's attribute, which the CPU backend replaces.
     training.initialize_megatron()

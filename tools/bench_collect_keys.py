@@ -25,60 +25,31 @@ from megatron_router_upcycling import collect_keys, device, key_stats, pretrain
 
 BOUND = 1.03  # collecting over plain
 # Qwen1.5-0.5B, apart from its number of layers and its vocabulary.
-MODEL = [
-    "--hidden-size",
-    "1024",
-    "--ffn-hidden-size",
-    "2816",
-    "--num-attention-heads",
-    "16",
-    "--kv-channels",
-    "64",
-    "--add-qkv-bias",
-    "--disable-bias-linear",
-    "--swiglu",
-    "--normalization",
-    "RMSNorm",
-    "--position-embedding-type",
-    "rope",
-    "--untie-embeddings-and-output-weights",
-    "--hidden-dropout",
-    "0",
-    "--attention-dropout",
-    "0",
-    "--mock-data",
-    "--tokenizer-type",
-    "NullTokenizer",
-    "--train-iters",
-    "1",
-    "--lr",
-    "0",
-]
-# (layers, vocabulary, tokens in a sequence, sequences in a batch, dtype flags)
-SIZES = {"cpu": (2, 2048, 1024, 1, ()), "cuda": (24, 151936, 4096, 4, ("--bf16",))}
+MODEL = (
+    "--hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16 --kv-channels 64 --add-qkv-bias"
+    " --disable-bias-linear --swiglu --normalization RMSNorm --position-embedding-type rope"
+    " --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0"
+    " --mock-data --tokenizer-type NullTokenizer --train-iters 1 --lr 0"
+    " --num-layers {layers} --group-query-attention --num-query-groups {groups} --vocab-size {vocabulary}"
+    " --seq-length {sequence} --max-position-embeddings {sequence}"
+    " --micro-batch-size {batch} --global-batch-size {batch} --device {place}"
+)
+# (layers, vocabulary, tokens in a sequence, sequences in a batch, more flags)
+SIZES = {"cpu": (2, 2048, 1024, 1, ""), "cuda": (24, 151936, 4096, 4, " --bf16")}
 
 
 def measure(options: Namespace) -> dict[str, Any]:
     """Build the model and time pairs of passes; seconds are medians of one global batch."""
     place = device.choose(options.device)
-    layers, vocabulary, sequence, batch, dtype = SIZES[place]
-    layers = options.num_layers or layers
-    flags = ("--num-layers", layers, "--vocab-size", vocabulary, "--seq-length", sequence)
-    flags += (
-        "--max-position-embeddings",
-        sequence,
-        "--micro-batch-size",
-        batch,
-        "--global-batch-size",
-        batch,
+    layers, vocabulary, sequence, batch, more = SIZES[place]
+    layers, groups = options.num_layers or layers, options.num_query_groups
+    flags = (MODEL + more).format(
+        layers=layers, groups=groups, vocabulary=vocabulary, sequence=sequence, batch=batch, place=place
     )
-    flags += ("--num-query-groups", options.num_query_groups, "--group-query-attention")
-    args = pretrain.prepare([*MODEL, *map(str, flags), *dtype, "--device", place]).args
+    args = pretrain.prepare(flags.split()).args
     model = collect_keys.load_model(args)
     data = collect_keys.train_iterators(args, len(model), 2 * (options.repeats + options.warmup))
-    moments = key_stats.KeyMoments(
-        layers, options.num_query_groups, args.kv_channels, torch.cuda.current_device()
-    )
+    moments = key_stats.KeyMoments(layers, groups, args.kv_channels, torch.cuda.current_device())
 
     def seconds(collecting: bool) -> float:
         capture = (
@@ -105,7 +76,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "key_source": options.key_source,
         "layers": layers,
-        "query_groups": options.num_query_groups,
+        "query_groups": groups,
         "tokens": sequence * batch,
         "pairs": options.repeats,
         "plain_seconds": plain,
@@ -132,7 +103,7 @@ def main() -> None:
     parser.add_argument("--key-source", choices=key_stats.KEY_SOURCES, default="pre_rope")
     parser.add_argument("--num-layers", type=int, help="default: 2 on the CPU, 24 on a GPU")
     parser.add_argument(
-        "--num-query-groups", type=int, default=16, help="16 is no grouping, the dearest case"
+        "--num-query-groups", type=int, default=16, help="default: 16, no grouping, the most keys"
     )
     parser.add_argument("--repeats", type=int, default=15, help="pairs of passes that count")
     parser.add_argument("--warmup", type=int, default=2, help="pairs of passes before those")

@@ -1,0 +1,313 @@
+"""Collecting keys under torchrun, against a reference in loops over what the projection puts out.
+
+The model has grouped-query attention, a bias on its queries, keys and values, and key norms, all with
+random values. Run as a script, this file is the process that makes that model and the reference.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import types
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from megatron_router_upcycling import key_stats
+from megatron_router_upcycling.errors import UserError
+from tests import launch
+
+LAYERS, HEADS, GROUPS, HEAD_DIM, HIDDEN = 4, 4, 2, 8, 32
+SEQUENCE, BATCH, ITERATIONS, ROTARY_BASE, EPSILON = 16, 8, 2, 10000, 1e-5
+TOKENS = SEQUENCE * BATCH * ITERATIONS
+MODEL = f"""
+num_layers: {LAYERS}
+hidden_size: {HIDDEN}
+ffn_hidden_size: 48
+num_attention_heads: {HEADS}
+group_query_attention: true
+num_query_groups: {GROUPS}
+kv_channels: {HEAD_DIM}
+add_qkv_bias: true
+qk_layernorm: true
+disable_bias_linear: true
+normalization: RMSNorm
+norm_epsilon: {EPSILON}
+swiglu: true
+position_embedding_type: rope
+rotary_base: {ROTARY_BASE}
+untie_embeddings_and_output_weights: true
+hidden_dropout: 0.0
+attention_dropout: 0.0
+seq_length: {SEQUENCE}
+max_position_embeddings: {SEQUENCE}
+tokenizer_type: NullTokenizer
+vocab_size: 256
+split: "100,0,0"
+micro_batch_size: 2
+global_batch_size: {BATCH}
+train_iters: 5
+lr: 1.0e-3
+"""
+
+# Name -> what is changed in the arguments of a run that works (FOLDER is the fixture's), what is said.
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "half-written checkpoint": ({"load": "FOLDER/half"}, "half/.*half-written"),
+    "a Mixture-of-Experts": ({"load": "FOLDER/moe"}, "--load .*moe: is a Mixture-of-Experts of 4 experts"),
+    "another model": ({"rotary_base": 500000}, "rotary_base 500000, but .*dense was trained with 10000"),
+    "output exists": ({"output": "FOLDER/config.yaml"}, "--output .*config.yaml: exists; pass --overwrite"),
+    "no output": ({"output": None}, "--output: name the file"),
+    "no data": ({"data_path": None}, "--data-path: name the data"),
+    "missing data": ({"data_path": ["FOLDER/absent"]}, "--data-path .*absent: no file .*absent.bin"),
+    "no iterations": ({"collect_iters": 0}, "--collect-iters 0: must be at least 1"),
+    "too many ranks for the groups": (
+        {"tensor_model_parallel_size": 4},
+        "--tensor-model-parallel-size 4: is more than the model's 2 query groups; use at most 2",
+    ),
+}
+
+
+# The process that makes the model and the reference ----------------------------------------------
+
+
+def make(folder: Path) -> None:
+    """Write a dense checkpoint and what follows from it.
+
+    ``loops_SOURCE``: the reference, from the projection's output. ``single_SOURCE``: what key_stats captures
+    in this one process from the same batches. ``mistakes.json``: what ``check`` says to each of MISTAKES.
+    """
+    from megatron_router_upcycling import collect_keys, pretrain
+
+    config, dense = str(folder / "config.yaml"), str(folder / "dense")
+    argv = ["--config", config, "--save", dense, "--save-interval", "1"]
+    args = pretrain.prepare(argv).args
+    model = collect_keys.load_model(args)
+    randomise(model)
+
+    from megatron.training.checkpointing import save_checkpoint
+
+    save_checkpoint(1, model, None, None, 0)
+    args.save, args.num_experts = str(folder / "moe"), 4
+    save_checkpoint(1, model, None, None, 0)
+    args.num_experts = None
+    said = {what: said_to(args, folder, change) for what, (change, _) in MISTAKES.items()}
+    (folder / "mistakes.json").write_text(json.dumps(said))
+
+    outputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(LAYERS)}
+    attentions = key_stats.self_attentions(model)
+    for layer, attention in enumerate(attentions):
+        attention.linear_qkv.register_forward_hook(
+            lambda module, inputs, output, layer=layer: outputs[layer].append(output[0].detach().clone())
+        )
+    captured = {source: key_stats.KeyMoments(LAYERS, GROUPS, HEAD_DIM) for source in key_stats.KEY_SOURCES}
+    data = collect_keys.train_iterators(args, len(model), ITERATIONS)
+    with (
+        key_stats.capture_keys(model, captured["pre_rope"], "pre_rope"),
+        key_stats.capture_keys(model, captured["post_rope"], "post_rope"),
+    ):
+        for _ in range(ITERATIONS):
+            collect_keys.forward(args, model, data)
+    assert not any("get_query_key_value_tensors" in vars(attention) for attention in attentions)
+
+    norms = [attention.k_layernorm.weight.detach().double().numpy() for attention in attentions]
+    for source in key_stats.KEY_SOURCES:
+        mean, square_mean = means_by_loops(outputs, norms, source)
+        tensors = {"mean": torch.from_numpy(mean), "square_mean": torch.from_numpy(square_mean)}
+        safetensors.torch.save_file(tensors, folder / f"loops_{source}")
+        stats = captured[source].stats({})
+        tensors = {"mean": stats.mean, "square_mean": stats.square_mean, "count": stats.count}
+        safetensors.torch.save_file(tensors, folder / f"single_{source}")
+
+
+def said_to(args: Namespace, folder: Path, change: dict[str, Any]) -> str:
+    """What ``check`` says to ``args`` with ``change``; without the change it must say nothing."""
+    from megatron_router_upcycling import collect_keys, pretrain
+
+    if not (folder / "half").exists():
+        shutil.copytree(folder / "dense", folder / "half")
+        data = max((folder / "half").rglob("*.distcp"), key=lambda path: path.stat().st_size)
+        os.truncate(data, data.stat().st_size // 2)
+    works = vars(args) | {"load": str(folder / "dense"), "output": str(folder / "new")}
+    collect_keys.check(pretrain.Run(Namespace(**works), None))
+    change = json.loads(json.dumps(change).replace("FOLDER", str(folder)))
+    try:
+        collect_keys.check(pretrain.Run(Namespace(**works | change), None))
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def randomise(model: list[torch.nn.Module]) -> None:
+    """Give biases and norms values that a mistake would show in (Megatron begins with zeros and ones)."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for chunk in model:
+            for parameter in chunk.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def means_by_loops(
+    outputs: dict[int, list[torch.Tensor]], norms: list[np.ndarray], source: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means of keys and of their squares [L, G, d], from the projections' outputs, in float64.
+
+    Args:
+        outputs: for each layer, [sequence, batch, (H + 2G) d] of every micro-batch.
+        norms: for each layer, the key norm's weight [d].
+    """
+    mean, square_mean = np.zeros((2, LAYERS, GROUPS, HEAD_DIM))
+    queries = HEADS // GROUPS  # in a group, before its key and its value
+    half = HEAD_DIM // 2
+    for layer in range(LAYERS):
+        tokens = 0
+        for output in outputs[layer]:
+            array = output.double().numpy()
+            for position in range(array.shape[0]):
+                angle = position * ROTARY_BASE ** (-np.arange(half) / half)
+                for sample in range(array.shape[1]):
+                    tokens += 1
+                    for group in range(GROUPS):
+                        first = (group * (queries + 2) + queries) * HEAD_DIM
+                        key = array[position, sample, first : first + HEAD_DIM]
+                        key = key / np.sqrt((key * key).mean() + EPSILON) * norms[layer]
+                        if source == "post_rope":
+                            low, high = key[:half], key[half:]
+                            key = np.concatenate(
+                                [
+                                    low * np.cos(angle) - high * np.sin(angle),
+                                    high * np.cos(angle) + low * np.sin(angle),
+                                ]
+                            )
+                        mean[layer, group] += key
+                        square_mean[layer, group] += key * key
+        assert tokens == TOKENS
+    return mean / TOKENS, square_mean / TOKENS
+
+
+# The tests ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The folder that ``make`` filled."""
+    folder = tmp_path_factory.mktemp("collect_keys")
+    config = yaml.safe_load(MODEL) | {"data_path": [str(data)], "data_cache_path": str(folder / "cache")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
+    launch.run(sys.executable, __file__, folder, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", **address).ok()
+    return folder
+
+
+def collect(made: Path, ranks: int, *flags: object) -> launch.Output:
+    """Run the entry under torchrun; later flags win over those given here."""
+    options = ("--config", made / "config.yaml", "--load", made / "dense", "--collect-iters", ITERATIONS)
+    return launch.torchrun(ranks, "collect_keys", *options, *flags)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, square_mean: torch.Tensor) -> None:
+    """Equal but for float32 rounding, which is relative to the keys and not to their (smaller) mean."""
+    assert ((found - expected).abs() <= 2e-6 * square_mean.sqrt()).all()
+
+
+@pytest.mark.parametrize("source", key_stats.KEY_SOURCES)
+def test_one_process_equals_the_reference_in_loops(made: Path, source: str) -> None:
+    single = safetensors.torch.load_file(made / f"single_{source}")
+    loops = safetensors.torch.load_file(made / f"loops_{source}")
+    assert_same(single["mean"], loops["mean"], loops["square_mean"])
+    torch.testing.assert_close(single["square_mean"].double(), loops["square_mean"], rtol=4e-6, atol=0)
+    assert single["count"].tolist() == [TOKENS] * LAYERS
+
+
+def test_the_sources_differ(made: Path) -> None:
+    """Otherwise the comparisons with the reference could not tell one from the other."""
+    before, after = (
+        safetensors.torch.load_file(made / f"loops_{source}") for source in key_stats.KEY_SOURCES
+    )
+    assert (before["mean"] - after["mean"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("source", "flags"),
+    [
+        ("pre_rope", ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+        ("pre_rope", ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]),
+        ("post_rope", []),
+    ],
+    ids=["tensor-parallel", "virtual-pipeline-parallel", "data-parallel-post-rope"],
+)
+def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, source: str, flags: list[str]) -> None:
+    output = tmp_path / "stats.safetensors"
+    result = collect(made, 2, "--key-source", source, "--output", output, *flags).ok()
+    stats = key_stats.load(output)
+    single = safetensors.torch.load_file(made / f"single_{source}")
+    assert torch.equal(stats.count, single["count"])
+    assert_same(stats.mean, single["mean"], single["square_mean"])
+    torch.testing.assert_close(stats.square_mean, single["square_mean"], rtol=4e-6, atol=0)
+    metadata = stats.metadata
+    assert metadata["key_source"] == source and metadata["tokens"] == TOKENS
+    assert metadata["checkpoint"] == str(made / "dense") and len(metadata["checkpoint_digest"]) == 64
+    assert metadata["data"] == [str(data)] and metadata["iterations"] == ITERATIONS
+    assert "collecting keys" in result.text and "token/s" in result.text
+
+
+# A user's mistakes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_refused_in_one_line(made: Path, what: str) -> None:
+    said = json.loads((made / "mistakes.json").read_text())[what]
+    assert re.search(MISTAKES[what][1], said) and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "message"),
+    [
+        (2, ["--output", "OUTPUT"], "exists; pass --overwrite"),
+        (1, ["--load", "NOWHERE"], "no checkpoint there"),
+    ],
+    ids=["output-exists-two-ranks", "no-checkpoint"],
+)
+def test_a_mistake_ends_the_run(
+    made: Path, tmp_path: Path, ranks: int, flags: list[str], message: str
+) -> None:
+    """One line from rank 0 alone, exit status 2, no traceback of ours, nothing lost and nothing made."""
+    output = tmp_path / "OUTPUT"
+    output.write_text("precious")
+    result = collect(made, ranks, *(tmp_path / flag if flag.isupper() else flag for flag in flags))
+    assert len(result.errors) == 1 and message in result.errors[0], result.text[-4000:]
+    assert "exitcode  : 2" in result.text and "collect_keys.py" not in result.text
+    assert output.read_text() == "precious" and os.listdir(tmp_path) == ["OUTPUT"]
+
+
+# The seams ----------------------------------------------------------------------------------------
+
+
+def test_a_moved_seam_is_named() -> None:
+    changed = types.SimpleNamespace()  # an attention that has lost what keys are captured at
+    with pytest.raises(RuntimeError, match=r"SelfAttention\.get_query_key_value_tensors does not exist"):
+        key_stats._take_before_rotary(changed, lambda key: None)
+    with pytest.raises(RuntimeError, match=r"SelfAttention\.core_attention is not a module"):
+        key_stats._take_after_rotary(changed, lambda key: None)
+
+
+def test_the_unsplit_projection_of_a_fused_rotary_kernel() -> None:
+    """With ``split_qkv=False`` Megatron returns (mixed, sizes): the key stands between query and value."""
+    mixed = torch.randn(SEQUENCE, 2, GROUPS, 4 * HEAD_DIM)
+    attention = types.SimpleNamespace(
+        get_query_key_value_tensors=lambda: (mixed, [2 * HEAD_DIM, HEAD_DIM, HEAD_DIM])
+    )
+    taken: list[torch.Tensor] = []
+    key_stats._take_before_rotary(attention, taken.append)
+    attention.get_query_key_value_tensors()
+    assert torch.equal(taken[0], mixed[..., 2 * HEAD_DIM : 3 * HEAD_DIM])
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))
