@@ -8,8 +8,12 @@ Where ``--save`` holds a checkpoint already, the run goes on from there, so that
 continued by the same command.
 """
 
+import functools
+import inspect
 import os
+import socket
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +43,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     Raises:
         UserError: anything in the flags, the YAML file or the checkpoint that cannot work.
     """
+    _start_alone()
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--config", "--load", "--save", "--pretrained-checkpoint"):
         first.add_argument(flag)
@@ -102,8 +107,8 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         without_te.install()
     try:
         validate_args(args)
-    except AssertionError as error:
-        raise UserError(f"Megatron refuses these arguments: {error}" if str(error) else _where(error)) from None
+    except (AssertionError, ValueError) as error:
+        raise _refused(error) from None
     set_global_variables(args)
     if recorded and args.save and args.rank == 0 and load != args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)
@@ -126,17 +131,44 @@ def _resume_or_load(load: str | None, save: str | None) -> str | None:
     return load
 
 
-def _where(error: BaseException) -> str:
-    """The source line of an assertion that carries no message."""
-    traceback = error.__traceback__
-    while traceback and traceback.tb_next:
-        traceback = traceback.tb_next
-    line = ""
-    if traceback:
-        import linecache
+def _refused(error: Exception) -> UserError:
+    """Megatron's objection to its arguments in one line; an assertion without a message shows its source."""
+    reason = " ".join(str(error).split())
+    frames = traceback.extract_tb(error.__traceback__)
+    if not reason and frames:
+        reason = frames[-1].line or ""
+    return UserError(f"Megatron refuses these arguments: {reason}")
 
-        line = linecache.getline(traceback.tb_frame.f_code.co_filename, traceback.tb_lineno).strip()
-    return f"Megatron refuses these arguments: {line or 'an assertion failed'}"
+
+def _log_first_iteration_alone() -> None:
+    """Let the losses that Megatron logs not depend on where a run was started.
+
+    ``training_log`` prints a run's first iteration and keeps it in the running sums; where that iteration
+    is a logging boundary anyway, the next line would average over it once more.
+    """
+    from megatron.training import get_args, training
+
+    training_log = training.training_log
+    parameters = inspect.signature(training_log)
+
+    @functools.wraps(training_log)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = parameters.bind(*args, **kwargs)
+        if given.arguments["iteration"] % get_args().log_interval == 0:
+            given.arguments["is_first_iteration"] = False
+        return training_log(*given.args, **given.kwargs)
+
+    training.training_log = call
+
+
+def _start_alone() -> None:
+    """Without torchrun, be the only rank."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
 def train(run: Run) -> None:
@@ -147,11 +179,15 @@ def train(run: Run) -> None:
 
     from megatron_router_upcycling import language_model
 
-    model = gpt_config_from_args(run.args)
+    try:
+        model = gpt_config_from_args(run.args)
+    except (AssertionError, ValueError) as error:
+        raise _refused(error) from None
     if run.router is not None and run.args.spec is None:
         from megatron_router_upcycling.layer_spec import layer_spec_for
 
         model.transformer_layer_spec = layer_spec_for(run.router)
+    _log_first_iteration_alone()
     pretrain(
         pretrain_cfg_container_from_args(run.args, model),
         language_model.datasets_provider,

@@ -51,9 +51,7 @@ class RouterConfig:
         if self.num_experts < 1:
             raise UserError(f"--num-experts {self.num_experts}: must be at least 1")
         if not 1 <= self.top_k <= self.num_experts:
-            raise UserError(
-                f"--top-k {self.top_k}: must be between 1 and --num-experts {self.num_experts}"
-            )
+            raise UserError(f"--top-k {self.top_k}: must be between 1 and --num-experts {self.num_experts}")
         if self.num_routers is None and self.router == "mixture":
             object.__setattr__(self, "num_routers", self.num_experts)
 
@@ -90,8 +88,7 @@ def router_shape(num_heads: int, head_dim: int, num_routers: int, num_experts: i
 
     def works(m: int) -> bool:
         return m >= 1 and (
-            (n % m == 0 or m % n == 0)
-            and (H % m == 0 if m <= H else m % H == 0 and d % (m // H) == 0)
+            (n % m == 0 or m % n == 0) and (H % m == 0 if m <= H else m % H == 0 and d % (m // H) == 0)
         )
 
     if not works(m):
@@ -99,8 +96,7 @@ def router_shape(num_heads: int, head_dim: int, num_routers: int, num_experts: i
         nearest = sorted(sorted(usable, key=lambda k: abs(k - m))[:3])
         raise UserError(
             f"--num-routers {m}: does not fit {H} attention heads of size {d} and {n} experts"
-            f" (it must divide or be a multiple of both); nearest that work: "
-            + ", ".join(map(str, nearest))
+            f" (it must divide or be a multiple of both); nearest that work: " + ", ".join(map(str, nearest))
         )
     head_splits = max(1, m // H)
     heads_per_set = H * head_splits // m
