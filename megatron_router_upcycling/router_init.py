@@ -181,7 +181,7 @@ def _greedy_merge(keys: Tensor, count: int) -> Sets:
 
 def _optimal_pairs(keys: Tensor) -> Sets:
     """The pairing with the largest sum of similarities (maximum-weight perfect matching)."""
-    import networkx
+    import networkx  # type: ignore[import-untyped]
 
     graph = networkx.Graph()
     similarity = cosine_similarity(keys).tolist()
