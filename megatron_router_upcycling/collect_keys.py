@@ -98,7 +98,6 @@ def collect(run: pretrain.Run) -> None:
             f" query groups over {expected} tokens; LM loss of the dense model {metadata['lm_loss']:.4f}",
             flush=True,
         )
-    torch.distributed.barrier()
 
 
 def check(run: pretrain.Run) -> None:
