@@ -54,8 +54,10 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     paths = {
         name: getattr(early, name) or entries.get(name) for name in ("load", "save", "pretrained_checkpoint")
     }
+    if needs_checkpoint:
+        paths["save"] = None  # a reader of checkpoints takes the one that is named
     load = _resume_or_load(paths["load"], paths["save"])
-    if load is None and needs_checkpoint:
+    if needs_checkpoint and load is None:
         raise UserError("--load: name the dense checkpoint to read")
     recorded, source = config.find_manifest((load, paths["pretrained_checkpoint"]))
 
@@ -93,6 +95,8 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     sys.argv = [sys.argv[0], *argv]
     args = parse_args(extend)
     args.load = load
+    if needs_checkpoint:
+        args.save = None
     router = config.router_config(
         args, manifest.router_config(recorded, str(source)) if recorded else None, source
     )
@@ -177,7 +181,7 @@ def train(run: Run) -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
-    from megatron_router_upcycling import language_model
+    from megatron_router_upcycling import language_model, reshard_optimizer
 
     try:
         model = gpt_config_from_args(run.args)
@@ -188,6 +192,7 @@ def train(run: Run) -> None:
 
         model.transformer_layer_spec = layer_spec_for(run.router)
     _log_first_iteration_alone()
+    reshard_optimizer.install()
     pretrain(
         pretrain_cfg_container_from_args(run.args, model),
         language_model.datasets_provider,
