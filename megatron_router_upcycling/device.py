@@ -17,6 +17,8 @@ WITHOUT_FUSED_KERNELS: dict[str, Any] = {
     "gradient_accumulation_fusion": False,
     "no_persist_layer_norm": True,
     "tp_comm_overlap": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
     "moe_permute_fusion": False,
     "moe_router_fusion": False,
     "moe_grouped_gemm": False,
@@ -25,11 +27,9 @@ WITHOUT_FUSED_KERNELS: dict[str, Any] = {
 # Megatron argument -> the value it must have on the CPU, beside those.
 ON_CPU: dict[str, Any] = {
     "distributed_backend": "gloo",
-    "masked_softmax_fusion": False,
     "bias_swiglu_fusion": False,
     "bias_gelu_fusion": False,
     "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
     "cross_entropy_loss_fusion": False,
     "num_workers": 0,
     "overlap_grad_reduce": False,
