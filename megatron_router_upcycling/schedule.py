@@ -32,7 +32,8 @@ class StepDecayScheduler(OptimizerParamScheduler):
 def install(parser: ArgumentParser) -> None:
     """Offer the style under ``--lr-decay-style`` and let Megatron build the scheduler that knows it."""
     action = parser._option_string_actions["--lr-decay-style"]
-    if STYLE not in action.choices:
-        action.choices = (*action.choices, STYLE)
+    styles = tuple(action.choices or ())
+    if STYLE not in styles:
+        action.choices = (*styles, STYLE)
     if training.OptimizerParamScheduler is not StepDecayScheduler:
         training.OptimizerParamScheduler = StepDecayScheduler
