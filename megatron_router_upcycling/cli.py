@@ -117,9 +117,12 @@ def _convert(args: argparse.Namespace) -> None:
         grouping=args.grouping,
         pre_softmax=args.moe_router_pre_softmax,
     )
+    import torch
+
     from megatron_router_upcycling import conversion
     from megatron_router_upcycling.upcycle import Options
 
+    torch.set_num_threads(1)  # the work is moving bytes; more threads only wait for each other
     start = time.monotonic()
     options = Options(router, args.key_stats, args.seed, args.materialize, args.overwrite)
     ready = conversion.prepare(args.dense, args.out, options)

@@ -3,6 +3,7 @@
 ``upcycle`` says what becomes of each tensor; here are the folders, the key statistics and the manifest.
 """
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -16,7 +17,7 @@ from megatron_router_upcycling import key_stats, manifest
 from megatron_router_upcycling.checkpoint import publish
 from megatron_router_upcycling.checkpoint.dense import DenseModel
 from megatron_router_upcycling.checkpoint.torch_dist import TRACKER, Checkpoint
-from megatron_router_upcycling.checkpoint.writer import CheckpointWriter, file_digest
+from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_stats import KeyStats
 from megatron_router_upcycling.upcycle import (
@@ -58,6 +59,10 @@ def check_key_stats(stats: KeyStats, path: Path, dense: Checkpoint, model: Dense
             f"--key-stats {path}: collected from another checkpoint ({stats.metadata.get('checkpoint')});"
             f" collect them from {dense.root}"
         )
+
+
+DATA_FILES = "__upcycled_"  # begins the new data files' names, beside the dense checkpoint's own
+EXPERT_FILE = f"{DATA_FILES}0.distcp"
 
 
 @dataclass(frozen=True)
@@ -122,10 +127,12 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
     out, options = conversion.out, conversion.options
     try:
         with publish.new_folder(out, options.overwrite) as folder:
-            writer = CheckpointWriter(folder / "release", progress)
-            execute(conversion.plan, conversion.dense, conversion.model, options, conversion.stats, writer)
-            writer.finish()
-            record = _manifest(conversion, writer)
+            with CheckpointWriter(folder / "release", DATA_FILES, progress) as writer:
+                execute(
+                    conversion.plan, conversion.dense, conversion.model, options, conversion.stats, writer
+                )
+                writer.finish()
+            record = _manifest(conversion, folder)
             manifest.write(folder, record)
             (folder / TRACKER).write_text("release", encoding="utf-8")
     except OSError as error:
@@ -133,7 +140,7 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
     return record
 
 
-def _manifest(conversion: Conversion, writer: CheckpointWriter) -> dict[str, Any]:
+def _manifest(conversion: Conversion, folder: Path) -> dict[str, Any]:
     dense, options, stats = conversion.dense, conversion.options, conversion.stats
     left_out: dict[str, int] = {}  # kind of training state -> number of entries
     for step in conversion.plan.steps:
@@ -152,17 +159,34 @@ def _manifest(conversion: Conversion, writer: CheckpointWriter) -> dict[str, Any
             "digest": dense.digest(),
         },
         "key_stats": None,
-        "files": {f"release/{name}": digest for name, digest in sorted(writer.file_digests.items())},
+        "files": {str(path.relative_to(folder)): _file_record(path) for path in new_files(folder)},
         "left_out": left_out,
         "versions": versions(),
     }
     if stats is not None and options.key_stats is not None:
         record["key_stats"] = {
             "path": str(options.key_stats.absolute()),
-            "sha256": file_digest(options.key_stats),
+            "sha256": _sha256(options.key_stats),
             "metadata": stats.metadata,
         }
     return record
+
+
+def new_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that the dense one does not share."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if path.stat().st_nlink == 1)
+
+
+def _file_record(path: Path) -> dict[str, Any]:
+    """Size, and SHA-256 of all but the experts: their values keep the checksums they had, chunk by chunk."""
+    record: dict[str, Any] = {"bytes": path.stat().st_size}
+    return record if path.name == EXPERT_FILE else record | {"sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_plan(conversion: Conversion) -> str:
@@ -170,18 +194,17 @@ def describe_plan(conversion: Conversion) -> str:
     model, options, plan, dense = conversion.model, conversion.options, conversion.plan, conversion.dense
     entries = {type(step): accounted(step) for step in plan.steps}
     experts = [step for step in plan.steps if isinstance(step, CopyExperts)]
-    largest = max(blob.length for step in experts for blob in dense.blobs(step.key))
     how = "linked, not written" if conversion.links else "copied"
     copies = f"{options.router.num_experts} times" if options.materialize else "once"
     routers = "; ".join(f"{key} {list(shape)}" for key, shape in router_parameters(model, options.router))
     lines = [
         f"{dense.iteration_dir}: {model.describe()}",
         f"  take over  {_size(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
-        f"  experts    {_size(plan.expert_bytes)}, written {copies}: {', '.join(step.key for step in experts)}",
+        f"  experts    {_size(plan.expert_bytes)} of {len(experts)} tensors, each written {copies}",
         f"  routers    {_size(plan.router_bytes)}: {routers}",
         f"  leave out  {len(entries[LeaveOut])} entries of training state",
         f"would write {_size(conversion.bytes_to_write)} to {conversion.out},"
-        f" with at most {_size(largest)} of the model in memory",
+        f" with at most {_size(plan.scratch_bytes)} of the model in memory",
     ]
     return "\n".join(lines)
 
@@ -198,8 +221,8 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
     if router.pre_softmax:
         order = "softmax, then top-k (--moe-router-pre-softmax)"
         first = (
-            f"an FFN's output shrinks by the sum of its {router.top_k} largest of {router.num_experts} weights,"
-            " so the loss starts above the dense model's"
+            f"an FFN's output shrinks by the sum of the {router.top_k} largest of {router.num_experts}"
+            " weights, so the loss starts above the dense model's"
         )
     else:
         order = "top-k, then softmax (--no-moe-router-pre-softmax)"

@@ -121,6 +121,7 @@ class Plan:
     kept_bytes: int  # of what is taken over: linked, or copied where no link can be made
     expert_bytes: int
     router_bytes: int
+    scratch_bytes: int  # the largest chunk that routers are made from
 
 
 def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
@@ -158,6 +159,7 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
         kept_bytes=sum(dense.stored_bytes(key) for key in kept),
         expert_bytes=copies * sum(dense.stored_bytes(key) for key in ffn),
         router_bytes=elements * model.dtype.itemsize,
+        scratch_bytes=dense.largest_chunk(QKV),
     )
     _check_accounts(result, dense)
     return result
@@ -229,6 +231,7 @@ def execute(
     writer: CheckpointWriter,
 ) -> None:
     """Carry out ``plan``, reading from ``dense`` and filling ``writer``."""
+    scratch = bytearray(plan.scratch_bytes)
     for step in plan.steps:
         match step:
             case Keep(keys):
@@ -239,7 +242,8 @@ def execute(
             case CopyExperts(key, target, num_experts):
                 _copy_experts(dense, key, target, num_experts, options.materialize, writer)
             case MakeRouters(parameters):
-                for layer, values in enumerate(router_values(dense, model, options, stats)):
+                writer.next_file()
+                for layer, values in enumerate(router_values(dense, model, options, stats, scratch)):
                     for (key, shape), value in zip(parameters, values, strict=True):
                         offset = (layer, *(0 for _ in shape[1:]))
                         writer.write_chunk(key, shape, value[None], [offset])
@@ -264,13 +268,19 @@ def _copy_experts(
     stored = dense.tensors[key]
     shape = (stored.shape[0], num_experts, *stored.shape[1:])
     for chunk in stored.chunks:
-        values = dense.read_chunk(chunk).unsqueeze(1)  # [layers, 1, ...]
+        sizes = (chunk.sizes[0], 1, *chunk.sizes[1:])  # [layers, 1, ...]
         offsets = [(chunk.offsets[0], expert, *chunk.offsets[1:]) for expert in range(num_experts)]
-        writer.write_chunk(target, shape, values, offsets, copies)
+        values = dense.find_values(chunk, stored.dtype)
+        if values:
+            file = dense.iteration_dir / chunk.blob.file
+            writer.copy_chunk(target, shape, sizes, stored.dtype, file, values, offsets, copies)
+        else:
+            tensor = dense.read_chunk(chunk, stored.dtype, bytearray())
+            writer.write_chunk(target, shape, tensor.view(sizes), offsets, copies)
 
 
 def router_values(
-    dense: Checkpoint, model: DenseModel, options: Options, stats: KeyStats | None
+    dense: Checkpoint, model: DenseModel, options: Options, stats: KeyStats | None, scratch: bytearray
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield each layer's router parameters, in the order of ``router_parameters`` and the model's dtype.
 
@@ -286,7 +296,7 @@ def router_values(
     assert stats is not None
     H, G, d = model.num_attention_heads, model.num_query_groups, model.kv_channels
     for layer in range(model.num_layers):
-        query, _, _ = split_qkv(dense.read(QKV, layer), H, G)
+        query, _, _ = split_qkv(dense.read_layer(QKV, layer, scratch), H, G)
         key_heads = stats.mean[layer].repeat_interleave(H // G, dim=0)  # [G, d] -> [H, d]
         query_weight, expert_key = init_mixture(query.unflatten(0, (H, d)), key_heads, options.router)
         yield query_weight.to(model.dtype), expert_key.to(model.dtype)

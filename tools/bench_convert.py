@@ -36,9 +36,15 @@ SIZE_LIMIT = 1.01  # times the dense FFN and the routers
 
 def make_dense(root: Path, layers: int, hidden: int, ffn: int, vocabulary: int) -> None:
     """A dense checkpoint as Megatron saves it on one rank: a chunk a layer, gate and up apart."""
-    D, F, d = hidden, ffn, HEAD_SIZE
     root.mkdir()
-    writer = CheckpointWriter(root / "iter_0000001")
+    with CheckpointWriter(root / "iter_0000001") as writer:
+        _write_dense(writer, layers, hidden, ffn, vocabulary)
+        writer.finish()
+    (root / TRACKER).write_text("1")
+
+
+def _write_dense(writer: CheckpointWriter, layers: int, hidden: int, ffn: int, vocabulary: int) -> None:
+    D, F, d = hidden, ffn, HEAD_SIZE
     generator = torch.Generator().manual_seed(0)
 
     def values(*shape: int) -> torch.Tensor:
@@ -60,7 +66,9 @@ def make_dense(root: Path, layers: int, hidden: int, ffn: int, vocabulary: int) 
             writer.write_chunk(key, (layers, *shape), values(1, *shape), [(layer, *(0 for _ in shape))])
         for row in (0, F):
             chunk = values(1, F, D)
-            writer.write_chunk("decoder.layers.mlp.linear_fc1.weight", (layers, 2 * F, D), chunk, [(layer, row, 0)])
+            writer.write_chunk(
+                "decoder.layers.mlp.linear_fc1.weight", (layers, 2 * F, D), chunk, [(layer, row, 0)]
+            )
     args = Namespace(
         num_layers=layers, hidden_size=D, ffn_hidden_size=F, num_attention_heads=HEADS, kv_channels=d,
         group_query_attention=False, num_query_groups=1, add_qkv_bias=True, add_bias_linear=False, swiglu=True,
@@ -69,8 +77,6 @@ def make_dense(root: Path, layers: int, hidden: int, ffn: int, vocabulary: int) 
     )  # fmt: skip
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 1}
     writer.add_object(COMMON_STATE, writer.write_object(safe_load.dump_archive([common])))
-    writer.finish()
-    (root / TRACKER).write_text("1")
 
 
 def make_key_stats(path: Path, layers: int, hidden: int) -> None:
@@ -119,7 +125,9 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     for _ in range(options.repeats):
         take("import torch", sys.executable, "-c", "import torch")
-        take("import torch.distributed.checkpoint", sys.executable, "-c", "import torch.distributed.checkpoint")
+        take(
+            "import torch.distributed.checkpoint", sys.executable, "-c", "import torch.distributed.checkpoint"
+        )
         take("cp -r", "cp", "-r", dense, work / "copy")
         take("sync", "sync")
         shutil.rmtree(work / "copy")
@@ -164,7 +172,9 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--ffn", type=int, default=2816)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_router_upcycling.checkpoint.torch_dist import TRACKER
-from megatron_router_upcycling.checkpoint.writer import sync_folder
+from megatron_router_upcycling.checkpoint.writer import sync
 from megatron_router_upcycling.errors import UserError
 
 AT_FDCWD = -100
@@ -58,12 +58,12 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
-        sync_folder(partial)
+        sync(partial)
         if overwrite and out.exists():
             _exchange(partial, out)
         else:
             _rename_new(partial, out)
-        sync_folder(out.parent)
+        sync(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in created:

@@ -15,15 +15,16 @@ import pathlib
 import pickle
 import re
 import signal
+import sys
 import types
 import zipfile
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from megatron_router_upcycling.errors import UserError
 
-# Plain data that is built as what it is. An enum's or a container's constructor runs nothing.
+# Plain data that is built as what it is. The constructor of an enum or a container runs nothing.
 REAL: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): argparse.Namespace,
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -31,27 +32,27 @@ REAL: dict[tuple[str, str], Any] = {
     ("pathlib._local", "PosixPath"): pathlib.PosixPath,
     ("signal", "Signals"): signal.Signals,
     ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("types", "SimpleNamespace"): types.SimpleNamespace,
 }
-# Names that are kept as inert records: PyTorch's checkpoint metadata, tensors inside the common state
-# (the optimizer's and the random generators', which are not carried over), Megatron's enums and states.
-INERT = re.compile(
-    r"torch\.distributed\.checkpoint\.(metadata|planner|filesystem)\.\w+"
-    r"|torch\.serialization\._get_layout"
-    r"|torch\.\w*Storage|torch\.storage\.\w*Storage|torch\._utils\._rebuild_\w+"
-    r"|numpy\.(ndarray|dtype)|numpy\.dtypes\.\w+|numpy\._?core\.multiarray\.(_reconstruct|scalar)"
+# Names that become inert records and can be written back: PyTorch's checkpoint metadata, Megatron's enums.
+CARRIED = re.compile(
+    r"torch\.distributed\.checkpoint\.\w+\.\w+"
     r"|megatron\.core\.(enums|transformer\.enums|rerun_state_machine)\.\w+"
     r"|megatron\.core\.optimizer\.(optimizer_config\.)?\w+Config"
     r"|megatron\.core\.dist_checkpointing\.strategies\.torch\.MCore\w+"
-    r"|io\.BytesIO|_io\.BytesIO|_codecs\.encode"
+)
+# Names that become inert records and go no further: tensors and arrays within the common state.
+SEEN = re.compile(
+    r"torch\.\w*Storage|torch\.storage\.\w*Storage|torch\._utils\._rebuild_\w+"
+    r"|numpy\.(ndarray|dtype)|numpy\.dtypes\.\w+|numpy\._?core\.multiarray\.(_reconstruct|scalar)"
+    r"|_?io\.BytesIO|_codecs\.encode"
 )
 
 
 class Inert:
     """An object whose class was not imported. Subclasses made by ``inert_class`` carry its name."""
 
-    module: ClassVar[str]
-    name: ClassVar[str]
     args: tuple[Any, ...]
     state: Any
 
@@ -71,13 +72,13 @@ class Inert:
         return copyreg.__newobj__, (type(self),), self.state  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        return f"{self.module}.{self.name}{self.args or ''}"
+        return f"{type(self).__module__}.{type(self).__name__}{self.args or ''}"
 
 
 @functools.cache
 def inert_class(module: str, name: str) -> type[Inert]:
     """The record class that stands for ``module.name``."""
-    return type(name, (Inert,), {"module": module, "name": name})
+    return type(name, (Inert,), {"__module__": module})
 
 
 def inert(module: str, name: str, *args: Any, state: Any = None) -> Inert:
@@ -93,7 +94,7 @@ class _Unpickler(pickle.Unpickler):
             return REAL[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if INERT.fullmatch(f"{module}.{name}"):
+        if CARRIED.fullmatch(f"{module}.{name}") or SEEN.fullmatch(f"{module}.{name}"):
             return inert_class(module, name)
         raise UserError(f"names {module}.{name}, which no checkpoint needs; it was not run")
 
@@ -101,20 +102,27 @@ class _Unpickler(pickle.Unpickler):
         return inert("torch.storage", "UntypedStorage", pid)
 
 
-class _Pickler(pickle._Pickler):  # type: ignore[name-defined]  # the one in Python: names can be written unseen
-    def save_global(self, obj: Any, name: str | None = None) -> None:
-        if not (isinstance(obj, type) and issubclass(obj, Inert)):
-            super().save_global(obj, name)
-        elif self.proto >= 4:
-            self.save(obj.module)
-            self.save(obj.name)
-            self.write(pickle.STACK_GLOBAL)
-            self.memoize(obj)
-        else:
-            self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
-            self.memoize(obj)
+class _Pickler(pickle.Pickler):
+    """Writes records under the names they stand for.
 
-    dispatch = pickle._Pickler.dispatch | {type: save_global}  # type: ignore[attr-defined]
+    Pickle looks a class up by importing its module. While it writes, modules of that name hold the record
+    classes; nothing else in them is looked up.
+    """
+
+    def dump(self, value: Any) -> None:
+        modules: dict[str, types.ModuleType] = {}
+        for cls in Inert.__subclasses__():
+            if CARRIED.fullmatch(f"{cls.__module__}.{cls.__name__}"):
+                module = modules.setdefault(cls.__module__, types.ModuleType(cls.__module__))
+                setattr(module, cls.__name__, cls)
+        hidden = {name: sys.modules[name] for name in modules if name in sys.modules}
+        sys.modules.update(modules)
+        try:
+            super().dump(value)
+        finally:
+            for name in modules:
+                del sys.modules[name]
+            sys.modules.update(hidden)
 
 
 def loads(content: bytes, source: Any) -> Any:
@@ -132,7 +140,11 @@ def loads(content: bytes, source: Any) -> Any:
 
 
 def dumps(value: Any) -> bytes:
-    """Pickle ``value``, inert records under the names they stand for."""
+    """Pickle ``value``, inert records under the names they stand for.
+
+    Raises:
+        pickle.PicklingError: a record that is read only, such as a tensor of the common state.
+    """
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=4).dump(value)
     return buffer.getvalue()
@@ -154,7 +166,7 @@ def load_archive(content: bytes, source: Any) -> Any:
 
 
 def dump_archive(value: Any) -> bytes:
-    """``value`` as a ``torch.save`` file. It must hold no tensors."""
+    """``value`` as a ``torch.save`` file. Raises as ``dumps``."""
     buffer = io.BytesIO()
     torch.save(value, buffer, pickle_module=types.SimpleNamespace(__name__="pickle", Pickler=_Pickler))
     return buffer.getvalue()

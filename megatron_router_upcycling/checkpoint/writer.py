@@ -4,17 +4,20 @@ What a source checkpoint already holds is taken over by linking its data files; 
 the same bytes, so that equal experts are stored once.
 """
 
+import contextlib
+import errno
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from megatron_router_upcycling.checkpoint import safe_load
+from megatron_router_upcycling.checkpoint.archive import Values, wrap_values
 from megatron_router_upcycling.checkpoint.torch_dist import (
     BACKEND,
     CONFIG,
@@ -26,7 +29,6 @@ from megatron_router_upcycling.checkpoint.torch_dist import (
 )
 
 COPY_BYTES = 8 << 20
-NEW_FILE = "__upcycled_0.distcp"
 DCP = "torch.distributed.checkpoint"
 DCP_VERSION = "1.0.0"
 
@@ -36,18 +38,41 @@ Progress = Callable[[int], None]
 class CheckpointWriter:
     """Fills one iteration's folder; ``finish`` makes it a checkpoint.
 
+    New values go to files of its own, named ``prefix`` and a number, which no file taken over may have.
     ``progress`` is called with the number of bytes after each write.
     """
 
-    def __init__(self, folder: Path, progress: Progress = lambda count: None) -> None:
+    def __init__(self, folder: Path, prefix: str = "__0_", progress: Progress = lambda count: None) -> None:
         folder.mkdir()
-        self.folder, self.progress = folder, progress
+        self.folder, self.prefix, self.progress = folder, prefix, progress
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype, list[Chunk]]] = {}
         self.objects: dict[str, Blob] = {}
-        self.file_digests: dict[str, dict[str, Any]] = {}
-        self._new = _HashedFile(folder / NEW_FILE, progress)
         self._linked: dict[str, bool] = {}
         self._copied: dict[Blob, Blob] = {}
+        self._flushing: dict[str, Future[None]] = {}
+        self._aside = ThreadPoolExecutor(1)
+        self._file = self._open()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):  # its last bytes, on a full disk
+            self._file.close()
+        self._aside.shutdown(cancel_futures=True)
+
+    def _open(self) -> BinaryIO:
+        return open(self.folder / f"{self.prefix}{len(self._flushing)}.distcp", "xb")  # noqa: SIM115
+
+    def next_file(self) -> None:
+        """Go on in a new file; the one so far is flushed to the disk meanwhile."""
+        self._close()
+        self._file = self._open()
+
+    def _close(self) -> None:
+        self._file.close()
+        path = Path(self._file.name)
+        self._flushing[path.name] = self._aside.submit(sync, path)
 
     def take_over(self, source: Checkpoint, key: str, name: str, copy: bool = False) -> None:
         """Let ``name`` stand for what ``key`` is in ``source``, its bytes unchanged.
@@ -69,13 +94,15 @@ class CheckpointWriter:
         if not copy and self._is_linked(source.iteration_dir / blob.file):
             return blob
         if blob not in self._copied:
-            start = self._new.tell()
-            with open(source.iteration_dir / blob.file, "rb") as file:
-                file.seek(blob.offset)
-                for begin in range(0, blob.length, COPY_BYTES):
-                    self._new.write(file.read(min(COPY_BYTES, blob.length - begin)))
-            self._copied[blob] = Blob(NEW_FILE, start, blob.length)
+            start = self._file.tell()
+            self._copy_range(source.iteration_dir / blob.file, blob.offset, blob.length)
+            self._copied[blob] = self._written(start)
         return self._copied[blob]
+
+    def _written(self, start: int) -> Blob:
+        length = self._file.tell() - start
+        self.progress(length)
+        return Blob(Path(self._file.name).name, start, length)
 
     def _is_linked(self, path: Path) -> bool:
         if path.name not in self._linked:
@@ -91,9 +118,9 @@ class CheckpointWriter:
 
     def write_object(self, archive: bytes) -> Blob:
         """Write a ``torch.save`` file's bytes and return where they are."""
-        offset = self._new.tell()
-        self._new.write(archive)
-        return Blob(NEW_FILE, offset, len(archive))
+        start = self._file.tell()
+        self._file.write(archive)
+        return self._written(start)
 
     def write_chunk(
         self,
@@ -114,76 +141,79 @@ class CheckpointWriter:
         blob = None
         for offset in offsets:
             if blob is None or copies:
-                start = self._new.tell()
-                torch.save(values, self._new)
-                blob = Blob(NEW_FILE, start, self._new.tell() - start)
+                start = self._file.tell()
+                torch.save(values, self._file)
+                blob = self._written(start)
             chunks.append(Chunk(offset, tuple(values.shape), blob))
+
+    def copy_chunk(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        sizes: tuple[int, ...],
+        dtype: torch.dtype,
+        source: Path,
+        values: Values,
+        offsets: Iterable[tuple[int, ...]],
+        copies: bool = False,
+    ) -> None:
+        """``write_chunk`` with values that lie in a file; they go from file to file in the kernel."""
+        head, tail = wrap_values(values, sizes, dtype)
+        _, _, chunks = self.tensors.setdefault(key, (shape, dtype, []))
+        blob = None
+        for offset in offsets:
+            if blob is None or copies:
+                start = self._file.tell()
+                self._file.write(head)
+                self._copy_range(source, values.offset, values.length)
+                self._file.write(tail)
+                blob = self._written(start)
+            chunks.append(Chunk(offset, sizes, blob))
+
+    def _copy_range(self, source: Path, offset: int, length: int) -> None:
+        self._file.flush()
+        with open(source, "rb", buffering=0) as file:
+            while length:
+                count = _copy_some(file.fileno(), self._file.fileno(), offset, length)
+                offset, length = offset + count, length - count
+        self._file.seek(0, os.SEEK_END)
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file of its own."""
-        with _HashedFile(self.folder / name, lambda count: None) as file:
-            file.write(content)
-        self.file_digests[name] = file.record()
+        (self.folder / name).write_bytes(content)
+        sync(self.folder / name)
 
     def finish(self) -> None:
-        """Write ``.metadata`` and ``metadata.json``, and flush everything to the disk."""
-        self._new.close()
-        self.file_digests[NEW_FILE] = self._new.record()
+        """Write ``.metadata`` and ``metadata.json``; return when everything is on the disk."""
+        self._close()
         tensors = {
             key: StoredTensor(shape, dtype, tuple(chunks))
             for key, (shape, dtype, chunks) in self.tensors.items()
         }
-        config = {"sharded_backend": BACKEND, "sharded_backend_version": 1}
         self.write_file(METADATA, format_metadata(tensors, self.objects))
+        config = {"sharded_backend": BACKEND, "sharded_backend_version": 1}
         self.write_file(CONFIG, json.dumps(config).encode())
-        sync_folder(self.folder)
+        for flushed in self._flushing.values():
+            flushed.result()
+        sync(self.folder)
 
 
-class _HashedFile:
-    """A new file that is hashed as it is written and flushed to the disk when closed."""
-
-    def __init__(self, path: Path, progress: Progress) -> None:
-        self.file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed by close)
-        self.digest, self.length, self.progress = hashlib.sha256(), 0, progress
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.digest.update(view)
-        written = 0
-        while written < len(view):
-            written += self.file.write(view[written:])
-        self.length += written
-        self.progress(written)
-        return written
-
-    def tell(self) -> int:
-        return self.length
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None:
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-    def record(self) -> dict[str, Any]:
-        return {"bytes": self.length, "sha256": self.digest.hexdigest()}
-
-    def __enter__(self) -> "_HashedFile":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self.file.close() if kind else self.close()
+def _copy_some(source: int, target: int, offset: int, length: int) -> int:
+    """Copy bytes from file to file, in the kernel where it can; return how many."""
+    try:
+        count = os.copy_file_range(source, target, length, offset)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        count = os.write(target, os.pread(source, min(length, COPY_BYTES), offset))
+    if not count:
+        raise EOFError("the data file ends early")
+    return count
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -203,12 +233,11 @@ def format_metadata(tensors: dict[str, StoredTensor], objects: dict[str, Blob]) 
         return safe_load.inert(f"{DCP}.filesystem", "_StorageInfo", state=state)
 
     size = functools.cache(torch.Size)
-    layout = safe_load.inert("torch.serialization", "_get_layout", "torch.strided")
     contiguous = safe_load.inert(f"{DCP}.metadata", "_MEM_FORMAT_ENCODING", 0)
     entries: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
     for key, stored in tensors.items():
-        properties = (stored.dtype, layout, False, contiguous, False, None)
+        properties = (stored.dtype, torch.strided, False, contiguous, False, None)
         chunks = []
         for chunk in stored.chunks:
             offsets = size(chunk.offsets)
