@@ -24,8 +24,8 @@ checks: setup  ## lint, format and types
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
 
-bench: setup  ## measure speed and memory against the plain alternatives
-	@$(PYTHON) tools/bench.py $(ARGS)
+bench: setup  ## speed and memory beside the plain alternatives (best on an idle machine)
+	@status=0; for bench in tools/bench_*.py; do echo "== $$bench"; $(PYTHON) $$bench || status=1; done; exit $$status
 
 clean:  ## remove caches and what demo and bench wrote; .venv stays
 	rm -rf demo bench build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
