@@ -119,9 +119,9 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
     _check_agreement(router, model_config.transformer)
     if router.router == "linear":
         return spec
-    if isinstance(spec, TransformerBlockSubmodules):
-        return replace(spec, layer_specs=[_with_router(layer, router) for layer in spec.layer_specs])
-    return _with_router(spec, router)
+    if not isinstance(spec, TransformerBlockSubmodules):
+        raise _unknown("default_layer_spec of an MoE", "TransformerBlockSubmodules", spec)
+    return replace(spec, layer_specs=[_with_router(layer, router) for layer in spec.layer_specs])
 
 
 def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:

@@ -215,7 +215,10 @@ def fold(
 
 
 def pool_logits(logits: Tensor, num_experts: int, keys_per_expert: int) -> Tensor:
-    """An expert's score: the largest over routers (``max`` pooling) and over its keys (section 5.2).
+    """An expert's score: the largest over its keys, and over the routers in ``max`` pooling (section 5.2).
+
+    Where several are equal the first gets the gradient, so that keys which start out equal (those of one
+    query group, under grouped-query attention) do not stay so.
 
     Args:
         logits: [..., n*c] or [..., m*n*c], tokens times the rows of a folded gate.
@@ -225,4 +228,5 @@ def pool_logits(logits: Tensor, num_experts: int, keys_per_expert: int) -> Tenso
     """
     if logits.shape[-1] == num_experts:
         return logits
-    return logits.unflatten(-1, (-1, num_experts, keys_per_expert)).amax(dim=(-3, -1))
+    by_router = logits.unflatten(-1, (-1, num_experts, keys_per_expert))
+    return by_router.max(dim=-1).values.max(dim=-2).values

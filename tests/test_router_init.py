@@ -291,7 +291,18 @@ def test_fold_is_done_in_float32_whatever_the_parameters() -> None:
         assert (gate - exact).abs().max() <= 2e-6 * exact.abs().max()
 
 
-def test_equal_scores_share_the_gradient_of_a_maximum() -> None:
-    logits = torch.zeros(1, 4, requires_grad=True)  # one expert with four equal candidates
-    pool_logits(logits, num_experts=1, keys_per_expert=2).sum().backward()
-    assert logits.grad.tolist() == [[0.25, 0.25, 0.25, 0.25]]
+def test_of_equal_scores_the_first_gets_the_gradient() -> None:
+    logits = torch.zeros(1, 8, requires_grad=True)  # two routers, two experts, two keys each
+    pool_logits(logits, num_experts=2, keys_per_expert=2).sum().backward()
+    assert logits.grad.tolist() == [[1, 0, 1, 0, 0, 0, 0, 0]]
+
+
+def test_pooling_takes_the_right_rows() -> None:
+    """Rows are router by router, expert by expert, key by key."""
+    routers, experts, keys = 3, 2, 4
+    logits = torch.randperm(routers * experts * keys, generator=torch.Generator().manual_seed(0)).float()
+    expected = [
+        max(logits[(j * experts + i) * keys + c].item() for j in range(routers) for c in range(keys))
+        for i in range(experts)
+    ]
+    assert pool_logits(logits, experts, keys).tolist() == expected
