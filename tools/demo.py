@@ -208,10 +208,10 @@ def report(pipeline: Pipeline, stages: Plan, output: Path) -> str:
     vocabulary = json.loads((stages.corpus.output / "corpus.json").read_text())["options"]["vocab_size"]
     table = demo_report.table(results)
     note = (
-        "Losses in nats a token on the same held-out samples; a guess at random would have"
-        f" {math.log(vocabulary):.4f}.\n"
-        f"The dense model was trained for {max(dense.training)} steps, each Mixture-of-Experts for"
-        f" {max(continued[name].training)} more on the same data in the same order."
+        f"{demo_report.LEGEND}\n"
+        f"A guess at random would have a loss of {math.log(vocabulary):.4f}. The dense model was trained for"
+        f" {max(dense.training)} steps, each Mixture-of-Experts for {max(continued[name].training)} more on the"
+        " same data in the same order."
     )
     text = f"{table}\n\n{note}"
     demo_report.picture(dense, continued, results, output / "loss_curves.png")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-# Megatron's lines, for example
+# Megatron's lines, for example (two ranks may print on one line):
 #  [2026-01-31 12:00:00.1] iteration       10/     280 | ... | lm loss: 7.525500E+00 | ...
 #  validation loss at iteration 50 | lm loss value: 4.951234E+00 | lm loss PPL: ...
 #  validation loss at iteration 280 on test set | lm loss value: 4.951234E+00 | ...
@@ -45,14 +45,13 @@ class ModelResult:
 def parse_log(text: str) -> Curve:
     """The losses in a log of Megatron; where a run was resumed, the later line of an iteration counts."""
     curve = Curve()
-    for line in text.splitlines():
-        if found := TRAINING.search(line):
-            curve.training[int(found[1])] = float(found[2])
-        elif found := VALIDATION.search(line):
-            if found[2] == "test":
-                curve.final = float(found[3])
-            else:
-                curve.held_out[int(found[1])] = float(found[3])
+    for iteration, loss in TRAINING.findall(text):
+        curve.training[int(iteration)] = float(loss)
+    for iteration, samples, loss in VALIDATION.findall(text):
+        if samples == "test":
+            curve.final = float(loss)
+        else:
+            curve.held_out[int(iteration)] = float(loss)
     return curve
 
 
@@ -78,13 +77,20 @@ def disk_use(root: Path, source: Path) -> tuple[int, int]:
     )
 
 
+LEGEND = (
+    "Loss: nats a token on the same held-out samples. Load: tokens of the busiest expert over the mean of all,"
+    " averaged over layers (1 is even). Conversion: wall time of the whole command. Bytes added: to the disk,"
+    " of the size of the checkpoint's files."
+)
+
+
 def table(results: list[ModelResult]) -> str:
-    """The results as a Markdown table that also reads well as plain text."""
+    """The results as a Markdown table that also reads well as plain text; LEGEND says what its columns are."""
     header = (
         "model",
-        "held-out loss at step 0",
+        "loss at step 0",
         "at the end",
-        "busiest expert / mean at step 0",
+        "load at step 0",
         "at the end",
         "conversion",
         "bytes added",
@@ -142,12 +148,10 @@ def picture(dense: Curve, continued: dict[str, Curve], results: list[ModelResult
             if (at_start := rows[name].loss_at_start) is not None:
                 ends[0] = at_start
             points = sorted((curve.held_out | ends).items())
-            axes.plot(
-                *_shifted(curve.training.items(), start), color=colours[name], alpha=0.45, linewidth=1.2
-            )
-            axes.plot(
-                *_shifted(points, start), "o--", color=colours[name], markersize=5, linewidth=1, label=name
-            )
+            steps, losses = _shifted(curve.training.items(), start)
+            axes.plot(steps, losses, color=colours[name], linewidth=1.4, label=name)
+            steps, losses = _shifted(points, start)
+            axes.plot(steps, losses, "o", color=colours[name], markersize=6, markeredgecolor="white")
         axes.axvline(converted_at, color="#999999", linewidth=0.8, linestyle=":")
         axes.set_xlabel("training step")
         axes.grid(alpha=0.25)
@@ -158,7 +162,9 @@ def picture(dense: Curve, continued: dict[str, Curve], results: list[ModelResult
         r.loss_at_start for r in results if r.loss_at_start is not None
     ]
     margin = 0.15 * (max(last) - min(last)) + 0.02
-    right.set_xlim(converted_at * 0.9, None)
+    right.set_xlim(
+        converted_at * 0.9, (converted_at + max(max(c.training) for c in continued.values())) * 1.02
+    )
     right.set_ylim(min(last) - margin, max(last) + margin)
     right.set_title("from the conversion on", fontsize=10)
     figure.tight_layout()
