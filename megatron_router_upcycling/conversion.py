@@ -109,7 +109,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     free = shutil.disk_usage(_existing(out.absolute().parent)).free
     if conversion.bytes_to_write > free:
         raise UserError(
-            f"OUT {out}: needs {conversion.bytes_to_write / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB"
+            f"OUT {out}: needs {_size(conversion.bytes_to_write)} and the disk has {_size(free)}"
             " free; make room or name a folder on another disk"
         )
     return conversion

@@ -10,6 +10,7 @@ time to import torch. Memory is the peak of a process's resident set.
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -20,14 +21,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_router_upcycling import key_stats
-from megatron_router_upcycling.checkpoint import safe_load
-from megatron_router_upcycling.checkpoint.torch_dist import COMMON_STATE, TRACKER
-from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
-from megatron_router_upcycling.key_stats import KeyStats
-
 HEADS, HEAD_SIZE = 16, 64
 TIME_LIMIT = 1.5  # times cp -r
 MEMORY_LIMIT_MB = 100.0  # beyond importing torch.distributed.checkpoint
@@ -36,6 +29,9 @@ SIZE_LIMIT = 1.01  # times the dense FFN and the routers
 
 def make_dense(root: Path, layers: int, hidden: int, ffn: int, vocabulary: int) -> None:
     """A dense checkpoint as Megatron saves it on one rank: a chunk a layer, gate and up apart."""
+    from megatron_router_upcycling.checkpoint.torch_dist import TRACKER
+    from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
+
     root.mkdir()
     with CheckpointWriter(root / "iter_0000001") as writer:
         _write_dense(writer, layers, hidden, ffn, vocabulary)
@@ -43,11 +39,16 @@ def make_dense(root: Path, layers: int, hidden: int, ffn: int, vocabulary: int) 
     (root / TRACKER).write_text("1")
 
 
-def _write_dense(writer: CheckpointWriter, layers: int, hidden: int, ffn: int, vocabulary: int) -> None:
+def _write_dense(writer: Any, layers: int, hidden: int, ffn: int, vocabulary: int) -> None:
+    import torch
+
+    from megatron_router_upcycling.checkpoint import safe_load
+    from megatron_router_upcycling.checkpoint.torch_dist import COMMON_STATE
+
     D, F, d = hidden, ffn, HEAD_SIZE
     generator = torch.Generator().manual_seed(0)
 
-    def values(*shape: int) -> torch.Tensor:
+    def values(*shape: int) -> Any:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
 
     for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -71,21 +72,37 @@ def _write_dense(writer: CheckpointWriter, layers: int, hidden: int, ffn: int, v
             )
     args = Namespace(
         num_layers=layers, hidden_size=D, ffn_hidden_size=F, num_attention_heads=HEADS, kv_channels=d,
-        group_query_attention=False, num_query_groups=1, add_qkv_bias=True, add_bias_linear=False, swiglu=True,
-        normalization="RMSNorm", layernorm_epsilon=1e-6, position_embedding_type="rope", rotary_base=1000000,
-        untie_embeddings_and_output_weights=True, init_method_std=0.02, num_experts=None, padded_vocab_size=vocabulary,
+        group_query_attention=False, num_query_groups=1, add_qkv_bias=True, add_bias_linear=False,
+        swiglu=True, normalization="RMSNorm", layernorm_epsilon=1e-6, position_embedding_type="rope",
+        rotary_base=1000000, untie_embeddings_and_output_weights=True, init_method_std=0.02,
+        num_experts=None, padded_vocab_size=vocabulary,
     )  # fmt: skip
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 1}
     writer.add_object(COMMON_STATE, writer.write_object(safe_load.dump_archive([common])))
 
 
 def make_key_stats(path: Path, layers: int, hidden: int) -> None:
+    """Random key statistics that fit ``make_dense``."""
+    import torch
+
+    from megatron_router_upcycling import key_stats
+    from megatron_router_upcycling.key_stats import KeyStats
+
     metadata = {
-        "num_layers": layers, "num_query_groups": HEADS, "kv_channels": HEAD_SIZE, "num_attention_heads": HEADS,
-        "hidden_size": hidden, "key_source": "pre_rope",
+        "num_layers": layers, "num_query_groups": HEADS, "kv_channels": HEAD_SIZE,
+        "num_attention_heads": HEADS, "hidden_size": hidden, "key_source": "pre_rope",
     }  # fmt: skip
     mean = torch.randn(layers, HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(1))
     key_stats.save(path, KeyStats(mean, mean.square() + 1, torch.full((layers,), 4096), metadata))
+
+
+def aside(function: Any, *args: Any) -> None:
+    """Call in a process of its own: what a process has used counts in the peak of those it starts."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(process.exitcode)
 
 
 def measure(*command: Any) -> tuple[float, float]:
@@ -109,8 +126,8 @@ def new_bytes(folder: Path) -> int:
 def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     dense, stats, out = work / "dense", work / "key_stats.safetensors", work / "out"
     print(f"making a dense checkpoint of {options.layers} layers ...", file=sys.stderr)
-    make_dense(dense, options.layers, options.hidden, options.ffn, options.vocabulary)
-    make_key_stats(stats, options.layers, options.hidden)
+    aside(make_dense, dense, options.layers, options.hidden, options.ffn, options.vocabulary)
+    aside(make_key_stats, stats, options.layers, options.hidden)
     subprocess.run(["sync"], check=True)
     ffn_bytes = 3 * options.layers * options.ffn * options.hidden * 2
     python = (sys.executable, "-m", "megatron_router_upcycling.cli", "convert", dense, out, "--quiet")
@@ -162,11 +179,12 @@ def report(result: dict[str, Any]) -> str:
     lines += [f"  {name:<38} {seconds:7.2f} s" for name, seconds in result["seconds"].items()]
     for num_experts, row in result["convert"].items():
         lines.append(
-            f"{num_experts} experts: {row['seconds_beyond_import_torch']:.2f} s beyond importing torch ="
-            f" {row['ratio_to_cp']:.2f} x cp -r (limit {TIME_LIMIT}), {row['ratio_to_cp_and_sync']:.2f} x cp -r and"
-            f" sync; {row['memory_beyond_import_mb']:+.0f} MB beyond importing torch.distributed.checkpoint (limit"
-            f" +{MEMORY_LIMIT_MB:.0f}); {row['bytes_added'] / 1e9:.3f} GB added ="
-            f" {row['bytes_ratio']:.4f} x dense FFN and routers (limit {SIZE_LIMIT})"
+            f"{num_experts} experts: {row['seconds_beyond_import_torch']:.2f} s beyond importing torch"
+            f" = {row['ratio_to_cp']:.2f} x cp -r (limit {TIME_LIMIT}),"
+            f" {row['ratio_to_cp_and_sync']:.2f} x cp -r and sync;"
+            f" {row['memory_beyond_import_mb']:+.0f} MB beyond importing torch.distributed.checkpoint"
+            f" (limit +{MEMORY_LIMIT_MB:.0f}); {row['bytes_added'] / 1e9:.3f} GB added"
+            f" = {row['bytes_ratio']:.4f} x dense FFN and routers (limit {SIZE_LIMIT})"
         )
     return "\n".join(lines)
 
