@@ -78,14 +78,14 @@ def disk_use(root: Path, source: Path) -> tuple[int, int]:
 
 
 LEGEND = (
-    "Loss: nats a token on the same held-out samples. Load: tokens of the busiest expert over the mean of all,"
+    "Loss: nats a token on the same held-out samples. Load: tokens of the busiest expert over the mean,"
     " averaged over layers (1 is even). Conversion: wall time of the whole command. Bytes added: to the disk,"
     " of the size of the checkpoint's files."
 )
 
 
 def table(results: list[ModelResult]) -> str:
-    """The results as a Markdown table that also reads well as plain text; LEGEND says what its columns are."""
+    """The results in Markdown that also reads well as plain text; LEGEND says what the columns are."""
     header = (
         "model",
         "loss at step 0",
