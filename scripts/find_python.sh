@@ -5,10 +5,13 @@
 set -euo pipefail
 
 # A candidate counts when it really runs (a pyenv shim of an inactive version does not), is of a version
-# from $2 up to and not including $3, and can make virtual environments (Debian splits that off).
+# from $2 up to and not including $3, can make virtual environments (Debian splits that off), and is not .venv's
+# own, which may be active and is about to go.
 usable() {
     "$1" -c '
-import sys
+import os, sys
+if os.path.realpath(sys.prefix) == os.path.realpath(".venv"):
+    sys.exit(1)
 low, high = (tuple(map(int, v.split("."))) for v in sys.argv[1:])
 if not low <= sys.version_info[:2] < high:
     sys.exit(1)
@@ -36,8 +39,8 @@ find_between() {
 }
 
 find_between 3.12 3.14
-if command -v uv >/dev/null && uv python install --quiet 3.12 >&2; then
-    python=$(uv python find --managed-python 3.12 2>/dev/null || uv python find 3.12)
+if command -v uv >/dev/null && { uv python find --system 3.12 || uv python install 3.12; } >/dev/null 2>&1; then
+    python=$(uv python find --system 3.12)
     usable "$python" 3.12 3.14 && echo "$python" && exit 0
 fi
 find_between 3.14 4.0

@@ -44,6 +44,7 @@ class Machine:
         return subprocess.run(
             [self.path / "bash", ROOT / "scripts" / "find_python.sh"],
             env={"PATH": str(self.path), "HOME": str(self.home)},
+            cwd=self.home,
             capture_output=True,
             text=True,
             timeout=60,
@@ -74,10 +75,23 @@ def test_a_python_without_venv_is_passed_over(machine):
     assert machine.find().stdout.strip() == str(python)
 
 
+def test_the_virtual_environment_that_is_to_be_made_anew_is_passed_over(machine):
+    """It may be the active one, and making it clears it first."""
+    machine.real(machine.path / "python3.12")
+    assert machine.find().returncode == 0
+    (machine.home / ".venv").symlink_to(sys.prefix)
+    assert machine.find().returncode == 2
+
+
 def test_uv_brings_one_when_there_is_none(machine, tmp_path):
     python = machine.real(tmp_path / "uv" / "python3.12")
     machine.pretending(machine.path / "python3", (3, 11))
-    machine.add(machine.path / "uv", f'[[ "$*" == "python find"* ]] && echo "{python}" || exit 0')
+    mark = tmp_path / "installed"
+    machine.add(
+        machine.path / "uv",
+        f'case "$*" in "python find --system 3.12") [[ -e {mark} ]] && echo "{python}" ;;'
+        f' "python install 3.12") : >{mark} ;; *) exit 2 ;; esac',
+    )
     assert machine.find().stdout.strip() == str(python)
 
 
