@@ -10,6 +10,7 @@ direct form, some twenty times slower, runs a few times at the end. Nothing else
 """
 
 import argparse
+import ctypes
 import json
 import math
 import statistics
@@ -27,6 +28,7 @@ from megatron_router_upcycling.router_config import POOLINGS, RouterConfig
 BOUND = 1.05  # folded over stock
 DIRECT_ROUNDS = 5
 NUM_HEADS, HEAD_DIM = 16, 64  # Qwen1.5-0.5B
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -89,9 +91,22 @@ def build_routers(options: Namespace, place: str) -> dict[str, torch.nn.Module]:
     return routers
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory, as PyTorch's allocator does on a GPU.
+
+    Otherwise the largest gradient goes back to the system in some passes and not in others, and asking
+    for its pages again takes longer than what is compared here.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # glibc
+        library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def measure(options: Namespace) -> dict[str, Any]:
     """Median seconds of a forward and backward pass, and ratios to the stock router, by threads."""
     place = device.choose(options.device)
+    keep_freed_memory()
     routers = build_routers(options, place)
     tokens = torch.randn(options.tokens, 1, options.hidden_size, device=place, dtype=DTYPES[options.dtype])
     tokens.requires_grad_()

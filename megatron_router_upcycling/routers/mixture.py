@@ -10,6 +10,7 @@ keys they are a maximum over such gates. The gradients are those of eq. 6-8.
 Symbols: m routers, n experts, c keys an expert, d' router width, D hidden size.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.router_init import fold, pool_logits
+
+# On the CPU, a product of many tokens with fewer rows than these runs up to twice as fast cut in blocks.
+NARROW, BLOCKS = 16, 64
 
 
 class MixtureRouter(TopKRouter):
@@ -102,8 +106,11 @@ class _GateProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor, Tensor, None]:
         input, gate = ctx.saved_tensors
-        tokens = input.reshape(-1, input.shape[-1])
-        grad_logits = grad_logits.reshape(-1, grad_logits.shape[-1])
-        grad_input = torch.mm(grad_logits, gate.to(ctx.router_dtype)).to(input.dtype)
-        grad_gate = torch.mm(grad_logits.t(), tokens.to(ctx.router_dtype)).to(gate.dtype)
-        return grad_input.view_as(input), grad_gate, None
+        rows, hidden = gate.shape
+        narrow = rows < NARROW and input.device.type == "cpu"
+        blocks = math.gcd(input.numel() // hidden, BLOCKS) if narrow else 1
+        tokens = input.reshape(blocks, -1, hidden).to(ctx.router_dtype)
+        grad_logits = grad_logits.reshape(blocks, -1, rows)
+        grad_input = torch.bmm(grad_logits, gate.to(ctx.router_dtype).expand(blocks, -1, -1))
+        grad_gate = torch.bmm(grad_logits.transpose(1, 2), tokens).sum(dim=0)
+        return grad_input.to(input.dtype).view_as(input), grad_gate.to(gate.dtype), None
