@@ -230,6 +230,13 @@ def _bridge_distributed() -> None:
     _replace(distributed, "barrier", wait)
 
 
+class _SplitSizes(list):
+    """Split sizes as Gloo takes them, a list, with the one method of an array that Megatron calls."""
+
+    def tolist(self) -> list[int]:
+        return list(self)
+
+
 def _bridge_megatron() -> None:
     """Replace what Megatron binds to CUDA by value, or does only with a GPU's libraries."""
     modules = {
@@ -250,7 +257,7 @@ def _bridge_megatron() -> None:
     dispatcher = modules["core.transformer.moe.token_dispatcher"]
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+        return _SplitSizes(tensor.tolist()) if as_numpy and torch.is_tensor(tensor) else tensor
 
     _replace(dispatcher, "maybe_move_tensor_to_cpu", to_host)
 
