@@ -5,16 +5,29 @@ answer at once.
 """
 
 import argparse
+import contextlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_router_upcycling import __version__
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import GROUPINGS, POOLINGS, ROUTERS, RouterConfig
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+IMPORT_EXAMPLE = """\
+example:
+  router-upcycle import-hf Qwen1.5-0.5B ckpt/dense
+  torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys --config ckpt/dense/model.yaml \\
+      --load ckpt/dense --output ckpt/key_stats.safetensors [flags for data]
+
+OUT/model.yaml holds the model's Megatron flags: give it as --config, or build a configuration on it with
+base: in YAML. OUT/tokenizer is the model's tokenizer, which model.yaml names.
+"""
 
 CONVERT_EXAMPLE = """\
 example:
@@ -37,6 +50,23 @@ what to expect of the first step:
                                 gradient until the experts differ
 """
 
+EVALUATE_EXAMPLE = """\
+tasks, by the paper's groups:
+  understanding   openbookqa, openbookqa_fact
+  reasoning       arc_challenge, arc_easy, hellaswag, winogrande
+  knowledge       boolq, copa, nq_open, triviaqa
+and stdlib, which is made of Python's own docstrings and needs no data.
+
+examples:
+  router-upcycle evaluate hf/moe --device cuda --batch-size 32
+  router-upcycle evaluate hf/moe --tasks reasoning,copa --limit 100 --data-dir data
+  router-upcycle evaluate hf/moe --tasks stdlib
+
+FOLDER holds TASK/SPLIT.jsonl, TASK/SPLIT.parquet, the Hub's TASK/SPLIT-00000-of-00001.parquet or a data set
+that was saved with save_to_disk. Without --data-dir data comes from the Hugging Face Hub or its local cache
+(HF_HUB_OFFLINE=1 for the cache alone). Code of data sets is never run.
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -53,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_convert(commands)
     _add_inspect(commands)
+    _add_evaluate(commands)
     return parser
 
 
@@ -107,6 +138,65 @@ def _add_inspect(commands: Any) -> None:
     inspect.set_defaults(run=_inspect)
 
 
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="ask a Hugging Face model the paper's ten tasks",
+        description="Ask a model in Hugging Face format the paper's ten zero-shot tasks, and print its scores"
+        " beside the paper's. Needs the eval extra.",
+        epilog=EVALUATE_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("model", metavar="HF_DIR", type=Path, help="the model's folder, tokenizer included")
+    evaluate.add_argument(
+        "--tasks", metavar="LIST", help="names of tasks or groups, comma between (default: the paper's ten)"
+    )
+    evaluate.add_argument("--limit", metavar="N", type=int, help="the first N questions of each task only")
+    evaluate.add_argument(
+        "--num-fewshot", metavar="N", type=int, default=0, help="examples before each question (default: 0)"
+    )
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: 8)")
+    evaluate.add_argument(
+        "--data-dir", metavar="FOLDER", type=Path, help="read the tasks' data from here and download nothing"
+    )
+    evaluate.add_argument(
+        "--output", metavar="DIR", type=Path, help="for the results (default: evaluation/NAME of HF_DIR)"
+    )
+    evaluate.add_argument("--overwrite", action="store_true", help="replace results that --output holds")
+    evaluate.add_argument(
+        "--trust-remote-code", action="store_true", help="run modelling code that HF_DIR brings with it"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _import_hf(args: argparse.Namespace) -> None:
+    import torch
+
+    from megatron_router_upcycling.hf import importer
+
+    torch.set_num_threads(1)  # the work is moving bytes
+    start = time.monotonic()
+    dtype = args.dtype and getattr(torch, args.dtype)
+    options = importer.Options(dtype, args.make_vocab_size_divisible_by, args.overwrite)
+    job = importer.prepare(args.folder, args.out, options)
+    with _progress("import-hf", job.bytes_to_write, args.quiet) as progress:
+        record = importer.run(job, progress)
+    if not args.quiet:
+        print(importer.describe_result(job, record, time.monotonic() - start))
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar over bytes, as the function to call after each write."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name, leave=False, disable=quiet) as bar:
+        # The few bytes around the values are not in the total.
+        yield lambda count: bar.update(min(count, bar.total - bar.n)) and None
+
+
 def _convert(args: argparse.Namespace) -> None:
     router = RouterConfig(
         router=args.router,
@@ -129,13 +219,8 @@ def _convert(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(conversion.describe_plan(ready))
         return
-    from tqdm import tqdm
-
-    with tqdm(
-        total=ready.bytes_to_write, unit="B", unit_scale=True, desc="convert", leave=False, disable=args.quiet
-    ) as bar:
-        # The few bytes around each chunk are not in the total.
-        record = conversion.convert(ready, lambda count: bar.update(min(count, bar.total - bar.n)))
+    with _progress("convert", ready.bytes_to_write, args.quiet) as progress:
+        record = conversion.convert(ready, progress)
     if not args.quiet:
         print(conversion.describe_result(ready, record, time.monotonic() - start))
 
@@ -144,6 +229,36 @@ def _inspect(args: argparse.Namespace) -> None:
     from megatron_router_upcycling import inspection
 
     print(inspection.describe(args.checkpoint, everything=args.all))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from megatron_router_upcycling.evaluation import report, runner
+
+    options = runner.Options(
+        runner.parse_tasks(args.tasks),
+        args.limit,
+        args.num_fewshot,
+        args.device,
+        args.batch_size,
+        args.data_dir,
+        args.trust_remote_code,
+    )
+    output = args.output or Path("evaluation") / args.model.resolve().name
+    report.check_output(output, args.overwrite)
+    last: dict[str, Any] = {}
+
+    def done(result: dict[str, Any]) -> None:
+        report.write(output, result)  # after every task: what was measured survives an interruption
+        last.update(result)
+
+    try:
+        runner.evaluate(args.model, options, done)
+    except KeyboardInterrupt:
+        kept = f"{len(last['tasks'])} tasks are in {output}" if last else "no task was complete"
+        print(f"interrupted; {kept}", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(report.markdown(last))
+    print(f"saved as {output / report.JSON_NAME} and {output / report.MARKDOWN_NAME}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

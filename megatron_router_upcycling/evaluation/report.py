@@ -1,0 +1,128 @@
+"""What an evaluation found, as JSON and as a Markdown table beside the paper's table 1."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.evaluation.paper import GROUPS, METHODS, averages, figures
+
+FORMAT = 1
+JSON_NAME, MARKDOWN_NAME = "results.json", "results.md"
+NOTES = """\
+Percent. ± is the standard error over a task's questions. Averages are plain means; the last is over tasks,
+not over groups. The six columns on the right are the paper's (arXiv 2509.00679, table 1: 2.1B parameters, 100B
+tokens), with averages of the same tasks as this model's. Over all tasks that gives what the paper prints but
+for two roundings: it has 26.17 for switch's average and 48.67 for mlp's reasoning.
+
+The paper asked in another way: its ARC figures are fractions of 295 and 567, the questions with four choices
+in the validation splits; the harness asks the 1172 and 2376 of the test splits. The distance between two models
+that were evaluated here says more than that between one of them and the paper's columns.
+"""
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds results.
+
+    Raises:
+        UserError: it does and ``overwrite`` is not set, or it is no folder.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: exists and is not a folder; name another")
+    if not overwrite and any((output / name).exists() for name in (JSON_NAME, MARKDOWN_NAME)):
+        raise UserError(
+            f"--output {output}: holds results; pass --overwrite to replace them or name another folder"
+        )
+
+
+def add_averages(result: dict[str, Any]) -> None:
+    """Put the averages of the tasks so far into ``result``."""
+    scores = {name: task["score"] for name, task in result["tasks"].items()}
+    result["averages"] = {
+        name: asdict(average) | {"complete": average.complete} for name, average in averages(scores).items()
+    }
+    result["paper"] = {method: figures(method, scores) for method in METHODS}
+
+
+def write(output: Path, result: Mapping[str, Any]) -> None:
+    """Write ``results.json`` and ``results.md`` into ``output``, each whole or not at all."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            (JSON_NAME, json.dumps(result, indent=2) + "\n"),
+            (MARKDOWN_NAME, markdown(result)),
+        ):
+            partial = output / f".{name}.{os.getpid()}"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(output / name)
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: cannot be written ({error.strerror}); name another folder"
+        ) from None
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The whole report."""
+    model, options = result["model"], result["options"]
+    lines = [
+        f"# Evaluation of {Path(model['path']).name}",
+        "",
+        f"{model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}, {options['device']};"
+        f" {options['num_fewshot']} examples before each question.",
+    ]
+    if options["limit"] is not None:
+        lines.append(
+            f"**Limited to the first {options['limit']} questions of each task: not a measurement.**"
+        )
+    lines += ["", table(result), "", NOTES]
+    lines += ["Versions: " + ", ".join(f"{name} {value}" for name, value in result["versions"].items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The scores beside the paper's, as a Markdown table with aligned columns."""
+    tasks = result["tasks"]
+    rows = [["task", "metric", "this model", *METHODS]]
+    for group in (*GROUPS, None):
+        for name, task in tasks.items():
+            if task["group"] == group:
+                paper = [result["paper"][method].get(name) for method in METHODS]
+                rows.append([task["title"], task["metric"], _score(task), *map(percent, paper)])
+        if group in result["averages"]:
+            rows.append(_average_row(group, result))
+    if "average" in result["averages"]:
+        rows.append(_average_row("average", result))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    rule = ["-" * widths[0], "-" * widths[1], *("-" * (width - 1) + ":" for width in widths[2:])]
+    return "\n".join(
+        "| "
+        + " | ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in [rows[0], rule, *rows[1:]]
+    )
+
+
+def percent(value: float | None) -> str:
+    """Two digits after the point, halves up as in the paper; a dash for nothing."""
+    if value is None:
+        return "-"
+    return str(Decimal(repr(round(value, 6))).quantize(Decimal("0.01"), ROUND_HALF_UP))
+
+
+def _score(task: Mapping[str, Any]) -> str:
+    return percent(task["score"]) + (f" ± {percent(task['stderr'])}" if task["stderr"] is not None else "")
+
+
+def _average_row(group: str, result: Mapping[str, Any]) -> list[str]:
+    average = result["averages"][group]
+    partial = "" if average["complete"] else f" ({len(average['tasks'])} of {average['of']} tasks)"
+    paper = [averages(result["paper"][method])[group].score for method in METHODS]
+    title = "**average**" if group == "average" else f"*{group}*"
+    return [title + partial, "", percent(average["score"]), *map(percent, paper)]

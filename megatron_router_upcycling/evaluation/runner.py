@@ -1,0 +1,232 @@
+"""Ask a model the tasks with lm-evaluation-harness, one task after the other.
+
+Everything that can be wrong is found first: options, data, then the model's folder. The harness gets records
+and model ready made, so it downloads nothing and runs no code of a data set.
+"""
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling import __version__
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.evaluation import data, report
+from megatron_router_upcycling.evaluation.paper import GROUPS, PAPER_TASKS, TASKS, Task, members
+
+OWN_TASKS = Path(__file__).parent / "tasks"
+SEED = 1234  # of the choice of few-shot examples
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``router-upcycle evaluate`` was asked for; see its flags."""
+
+    tasks: tuple[Task, ...]
+    limit: int | None
+    num_fewshot: int
+    device: str
+    batch_size: int
+    data_dir: Path | None
+    trust_remote_code: bool
+
+
+def parse_tasks(text: str | None) -> tuple[Task, ...]:
+    """``--tasks``: names of tasks and of groups with commas between; None is the paper's ten.
+
+    Raises:
+        UserError: a name is not known.
+    """
+    if text is None:
+        return PAPER_TASKS
+    names: list[str] = []
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        if word not in TASKS and word not in GROUPS:
+            near = difflib.get_close_matches(word, [*TASKS, *GROUPS], n=1)
+            suggestion = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"--tasks: no task {word!r}{suggestion} There are {', '.join((*TASKS, *GROUPS))}")
+        names += members(word) if word in GROUPS else [word]
+    if not names:
+        raise UserError(f"--tasks: names no task; there are {', '.join((*TASKS, *GROUPS))}")
+    return tuple(TASKS[name] for name in dict.fromkeys(names))
+
+
+def check(model_dir: Path, options: Options) -> dict[str, Any]:
+    """Find mistakes that need no library to be found; the model's ``config.json``.
+
+    Raises:
+        UserError: an option is out of range, the harness is not installed, or ``model_dir`` is no model.
+    """
+    for flag, value, least in (
+        ("--limit", options.limit, 1),
+        ("--num-fewshot", options.num_fewshot, 0),
+        ("--batch-size", options.batch_size, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{flag} {value}: must be at least {least}")
+    if options.data_dir is not None and not options.data_dir.is_dir():
+        raise UserError(f"--data-dir {options.data_dir}: no such folder")
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{model_dir}: no model in Hugging Face format, config.json cannot be read ({error})"
+        ) from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{model_dir}/config.json: has no model_type; it is no model's configuration")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("evaluate needs lm-evaluation-harness: pip install 'megatron-router-upcycling[eval]'")
+    return config
+
+
+def evaluate(model_dir: Path, options: Options, done: Callable[[dict[str, Any]], None]) -> None:
+    """Evaluate the model in ``model_dir``; after each task, ``done`` gets the result so far (see report.py).
+
+    Raises:
+        UserError: what ``check`` finds, data that cannot be had, or a model that cannot be loaded.
+    """
+    config = check(model_dir, options)
+    _quiet()
+    records = data.load(options.tasks, options.data_dir, options.num_fewshot)
+    language_model = _load_model(model_dir, config, options)
+    result: dict[str, Any] = {
+        "format": report.FORMAT,
+        "model": {
+            "path": str(model_dir.resolve()),
+            "architecture": type(language_model.model).__name__,
+            "parameters": language_model.model.num_parameters(),
+            "dtype": str(language_model.model.dtype).removeprefix("torch."),
+            "config_sha256": hashlib.sha256((model_dir / "config.json").read_bytes()).hexdigest(),
+        },
+        "options": {
+            **{name: value for name, value in asdict(options).items() if name not in ("tasks", "data_dir")},
+            "tasks": [task.name for task in options.tasks],
+            "data_dir": str(options.data_dir) if options.data_dir else None,
+            "device": str(language_model.device),
+            "seed": SEED,
+        },
+        "versions": {"megatron-router-upcycling": __version__}
+        | {name: version(name) for name in ("lm_eval", "transformers", "torch", "datasets")},
+        "tasks": {},
+    }
+    for task in options.tasks:
+        start = time.monotonic()
+        measured = _measure(language_model, task, records[task.name], options)
+        result["tasks"][task.name] = measured | {"seconds": round(time.monotonic() - start, 1)}
+        report.add_averages(result)
+        done(result)
+
+
+def _quiet() -> None:
+    """Keep to one line an error: the libraries' warnings and retries are not for the user to act on."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lm_eval", "datasets", "huggingface_hub", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _load_model(model_dir: Path, config: dict[str, Any], options: Options) -> Any:
+    """The harness's wrapper of the model and tokenizer in ``model_dir``."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    if config["model_type"] not in CONFIG_MAPPING and not options.trust_remote_code:
+        raise UserError(
+            f"{model_dir}: transformers has no {config['model_type']} of its own; if you trust the folder's"
+            " modelling code, pass --trust-remote-code to run it"
+        )
+    common = {"trust_remote_code": options.trust_remote_code, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, **common)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype="auto", output_loading_info=True, **common
+        )
+    except Exception as error:  # of transformers, tokenizers, safetensors, or the folder's own code
+        raise UserError(
+            f"{model_dir}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
+    if wrong := sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"]):
+        raise UserError(
+            f"{model_dir}: {len(wrong)} weights that config.json calls for are missing or of another shape,"
+            f" first {wrong[0]}; scores of random weights mean nothing"
+        )
+    return HFLM(pretrained=model.to(device), tokenizer=tokenizer, batch_size=options.batch_size)
+
+
+def _measure(language_model: Any, task: Task, records: data.Records, options: Options) -> dict[str, Any]:
+    """Scores of one task, in percent."""
+    from lm_eval.evaluator import evaluate as harness_evaluate
+
+    asked = harness_task(task, records, options.num_fewshot)
+    asked.set_fewshot_seed(SEED)
+    found = harness_evaluate(
+        language_model,
+        {"tasks": {task.name: asked}},
+        limit=options.limit,
+        log_samples=False,
+        bootstrap_iters=0,
+    )
+    metrics: dict[str, float] = {}
+    for key, value in found["results"][task.name].items():  # "acc,none", "acc_stderr,none", "alias"
+        name, comma, _ = key.partition(",")
+        if comma and isinstance(value, int | float):
+            metrics[name] = 100 * float(value)
+    questions = len(records.splits[task.split])
+    return {
+        "title": task.title,
+        "group": task.group,
+        "metric": task.metric,
+        "score": metrics[task.metric],
+        "stderr": metrics.get(f"{task.metric}_stderr"),
+        "questions": min(questions, options.limit or questions),
+        "questions_of": questions,
+        "metrics": metrics,
+        "data": {
+            "origin": records.origin,
+            "repository": task.repository,
+            "configuration": task.configuration,
+            "split": task.split,
+            "sha256": records.digest(),
+        },
+        "harness_task_version": asked.VERSION,
+    }
+
+
+def harness_task(task: Task, records: data.Records, num_fewshot: int) -> Any:
+    """The harness's task (a ``ConfigurableTask``) over ``records``."""
+    import datasets
+    import lm_eval.tasks
+
+    splits = datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(rows) for split, rows in records.splits.items()}
+    )
+    # Splits that the task's file names but that are not here would be looked for.
+    changes = {
+        "task": task.name,
+        "custom_dataset": lambda **_: splits,
+        "training_split": data.EXAMPLES_SPLIT if num_fewshot else None,
+        "validation_split": task.split if task.split == "validation" else None,
+        "test_split": task.split if task.split == "test" else None,
+        "num_fewshot": num_fewshot,
+    }
+    folder = Path(lm_eval.tasks.__file__).parent / task.harness if task.harness else OWN_TASKS
+    # The harness's 14,000 other tasks are not indexed: that alone takes ten seconds.
+    manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
+    loaded = manager.load({"group": "evaluation", "task": [changes]})
+    return loaded["tasks"][task.name]
