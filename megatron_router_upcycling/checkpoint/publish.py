@@ -1,7 +1,12 @@
 """A folder that appears whole or not at all.
 
 It is filled under a hidden name beside its place, flushed, and renamed. What a killed run has left
-behind never looks like the folder, and the next run removes it.
+behind never looks like the folder, and the next run removes it. Beside a folder called ``moe`` there may
+stand for a while:
+
+    .moe.lock                    which process makes it; let go of by the kernel when that process ends
+    .moe.partial-PROCESS-HOST    the folder in the making, or what was replaced and is being removed
+    .moe.replaced                the old folder, on a file system that cannot exchange two names at once
 """
 
 import contextlib
@@ -9,15 +14,18 @@ import ctypes
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_router_upcycling.checkpoint import lock
 from megatron_router_upcycling.checkpoint.torch_dist import TRACKER
 from megatron_router_upcycling.checkpoint.writer import sync
 from megatron_router_upcycling.errors import UserError
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
+IDLE_SECONDS = 3600  # after which a folder that another machine was filling counts as left behind
 
 
 def check_target(out: Path, source: Path, overwrite: bool) -> None:
@@ -50,52 +58,84 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill, which becomes ``out`` when the context ends without an exception.
 
     On any exception, Ctrl-C among them, it is removed with what it holds and nothing else has changed.
+
+    Raises:
+        UserError: another process is making ``out``, or it is there already and ``overwrite`` is not set.
     """
+    out = out.resolve()
     created = [parent for parent in out.parents if not parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = _hidden(out, "partial", os.getpid())
-    _remove_stale(out)
     try:
-        partial.mkdir()
-        yield partial
-        sync(partial)
-        if overwrite and out.exists():
-            _exchange(partial, out)
-        else:
-            _rename_new(partial, out)
-        sync(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with lock.held(out) as locked:
+            _clear(out, locked)
+            if out.exists() and not overwrite:
+                raise UserError(f"OUT {out}: exists; pass --overwrite to replace it or name another folder")
+            partial = out.with_name(f"{_prefix(out)}{os.getpid()}-{socket.gethostname()}")
+            try:
+                partial.mkdir()
+                yield partial
+                _sync_folder(partial)
+                if overwrite and out.exists():
+                    _exchange(partial, out)
+                else:
+                    _rename_new(partial, out)
+                sync(out.parent)
+            except BaseException:
+                _put_back(out)
+                raise
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)  # unfinished, or what was there before
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         for parent in created:
             with contextlib.suppress(OSError):  # another process has put something there
                 parent.rmdir()
         raise
-    shutil.rmtree(partial, ignore_errors=True)  # what was there before, after an exchange
 
 
-def _hidden(out: Path, kind: str, pid: int | str) -> Path:
-    # A process number means something on one machine only; the folder may be shared by many.
-    return out.with_name(f".{out.name}.{kind}-{pid}-{socket.gethostname()}")
+def _prefix(out: Path) -> str:
+    return f".{out.name}.partial-"
 
 
-def _remove_stale(out: Path) -> None:
-    """Remove what processes of this machine that are gone have left beside ``out``."""
-    pattern = _hidden(Path(out.name), "partial", "*").name
-    prefix, suffix = pattern.split("*")
+def _replaced(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
+
+
+def _clear(out: Path, locked: bool) -> None:
+    """Mend and remove what processes that are gone have left beside ``out``.
+
+    Args:
+        locked: nobody else on this machine is making ``out``.
+    """
+    _put_back(out)
+    if locked:
+        shutil.rmtree(_replaced(out), ignore_errors=True)  # its successor is in place
     for path in out.parent.iterdir():
-        pid = path.name.removeprefix(prefix).removesuffix(suffix)
-        if path.name == f"{prefix}{pid}{suffix}" and pid.isdecimal() and not _runs(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+        if path.name.startswith(_prefix(out)):
+            ours = locked and path.name.endswith(f"-{socket.gethostname()}")
+            if ours or time.time() - _last_change(path) > IDLE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+def _put_back(out: Path) -> None:
+    """Give the old folder its name again where a run was killed between the two renames."""
+    if _replaced(out).exists() and not out.exists():
+        os.rename(_replaced(out), out)
+
+
+def _last_change(folder: Path) -> float:
+    """When something in ``folder`` was last written, in seconds since 1970."""
+    latest = 0.0
+    with contextlib.suppress(FileNotFoundError):  # its process is alive and works in it
+        latest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    return latest or time.time()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the files that lie directly in ``folder``, and its entries."""
+    for path in folder.iterdir():
+        if path.is_file():
+            sync(path)
+    sync(folder)
 
 
 def _rename_new(partial: Path, out: Path) -> None:
@@ -108,18 +148,23 @@ def _rename_new(partial: Path, out: Path) -> None:
 
 
 def _exchange(partial: Path, out: Path) -> None:
-    """Put ``partial`` in the place of ``out`` in one step; the old ``out`` is then called ``partial``."""
+    """Put ``partial`` in the place of ``out``; the old ``out`` is then called ``partial``.
+
+    In one step where the file system can. Elsewhere in two renames: between them ``out`` is missing and
+    both folders are whole; the next run gives the old one its name back.
+    """
+    if rename_exchange(partial, out):
+        return
+    os.rename(out, _replaced(out))
+    os.rename(partial, out)
+    os.rename(_replaced(out), partial)
+
+
+def rename_exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step; False where system or file system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2"):
-        paths = os.fsencode(partial), os.fsencode(out)
-        if libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0:
-            return
-    # A file system that cannot exchange: two renames, the old folder being kept until both are done.
-    old = _hidden(out, "replaced", os.getpid())
-    os.rename(out, old)
-    try:
-        os.rename(partial, out)
-    except BaseException:
-        os.rename(old, out)
-        raise
-    os.rename(old, partial)
+    paths = os.fsencode(first), os.fsencode(second)
+    return (
+        hasattr(libc, "renameat2")
+        and libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0
+    )
