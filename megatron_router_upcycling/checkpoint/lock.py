@@ -1,0 +1,59 @@
+"""One process at a time makes a folder.
+
+The lock is the kernel's (``flock``), so that it goes with the process that holds it, however that ends.
+"""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_router_upcycling.errors import UserError
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[bool]:
+    """Hold the lock of ``out`` while the context lasts; False on a file system without locks.
+
+    Raises:
+        UserError: another process holds it; the message names that process.
+    """
+    path = out.with_name(f".{out.name}.lock")
+    descriptor = _take(path, out)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)  # before it is let go: nobody takes a name that is gone
+            os.close(descriptor)
+
+
+def _take(path: Path, out: Path) -> int | None:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is(path, descriptor):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise UserError(
+                f"OUT {out}: being made by {holder}; let it finish or name another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            return None
+        os.close(descriptor)  # its holder has just removed the file: take the next one of that name
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
