@@ -11,14 +11,14 @@ import io
 import json
 import math
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from megatron_router_upcycling.checkpoint import safe_load
+from megatron_router_upcycling.checkpoint import boxes, safe_load
 from megatron_router_upcycling.checkpoint.archive import Values, find_values
 from megatron_router_upcycling.errors import UserError
 
@@ -28,6 +28,8 @@ CONFIG = "metadata.json"
 BACKEND = "torch_dist"
 COMMON_STATE = "common_state/shard_0_1"
 COMMON_FILE = "common.pt"  # where Megatron kept the common state before it became an object
+
+Report = Callable[[str, str], None]  # takes a tensor's or file's name, and what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,12 @@ class Checkpoint:
     common: dict[str, Any]
 
     @classmethod
-    def open(cls, root: str | Path) -> "Checkpoint":
+    def open(cls, root: str | Path, report: Report | None = None) -> "Checkpoint":
         """Open the newest checkpoint under ``root`` and check that it is whole.
+
+        Args:
+            report: called with tensor or file and fault, instead of raising, where the checkpoint is not
+                whole or not self-consistent.
 
         Raises:
             UserError: nothing there, not torch_dist, half-written, or not safe to read.
@@ -86,10 +92,15 @@ class Checkpoint:
         folder = _iteration_dir(root)
         _check_backend(folder)
         metadata = folder / METADATA
-        tensors, objects = parse_metadata(_read(metadata), metadata)
+        tensors, objects = parse_metadata(_read(metadata), metadata, report)
         checkpoint = cls(root, folder, tensors, objects, {})
-        checkpoint._check_files()
-        checkpoint.common.update(checkpoint._read_common())
+        checkpoint._check_files(report)
+        try:
+            checkpoint.common.update(checkpoint._read_common())
+        except (UserError, OSError) as error:
+            if report is None:
+                raise
+            report(COMMON_STATE, f"cannot be read ({error})")
         return checkpoint
 
     @property
@@ -186,7 +197,7 @@ class Checkpoint:
             whole[box] = self.read_chunk(chunk, stored.dtype, scratch)[layer - chunk.offsets[0]]
         return whole
 
-    def _check_files(self) -> None:
+    def _check_files(self, report: Report | None) -> None:
         needed: dict[str, int] = {}
         for key in (*self.tensors, *self.objects):
             for blob in self.blobs(key):
@@ -194,14 +205,17 @@ class Checkpoint:
         for name, end in sorted(needed.items()):
             path = self.iteration_dir / name
             if not path.is_file():
-                raise UserError(
-                    f"{path}: missing; the checkpoint is incomplete, use one that was saved whole"
-                )
-            if path.stat().st_size < end:
-                raise UserError(
-                    f"{path}: half-written ({path.stat().st_size} bytes of at least {end});"
+                fault = "missing; the checkpoint is incomplete, use one that was saved whole"
+            elif path.stat().st_size < end:
+                fault = (
+                    f"half-written ({path.stat().st_size} bytes of at least {end});"
                     " use a checkpoint that was saved whole"
                 )
+            else:
+                continue
+            if report is None:
+                raise UserError(f"{path}: {fault}")
+            report(name, fault.split(";")[0])
 
     def _common_bytes(self) -> bytes:
         if COMMON_STATE in self.objects:
@@ -258,53 +272,72 @@ def read_exactly(file: io.RawIOBase, view: memoryview) -> None:
         done += count
 
 
-def parse_metadata(content: bytes, source: Any) -> tuple[dict[str, StoredTensor], dict[str, Blob]]:
+def parse_metadata(
+    content: bytes, source: Any, report: Report | None = None
+) -> tuple[dict[str, StoredTensor], dict[str, Blob]]:
     """Tensors and objects by key, from the bytes of a ``.metadata`` file.
 
+    Args:
+        report: called with key and fault for whatever is not self-consistent, instead of raising; what
+            can be used is returned. Bytes that nothing names, which loading ignores, are reported too.
+
     Raises:
-        UserError: damaged, unsafe, or not self-consistent: a chunk without storage, a tensor that its
-            chunks do not cover, a data file outside the folder.
+        UserError: damaged, unsafe, or not self-consistent: a chunk without storage, elements in no chunk
+            or in several, a data file outside the folder.
     """
+
+    def fault(key: str, what: str) -> None:
+        if report is None:
+            raise UserError(f"{source}: {key} {what}; the checkpoint is damaged or incomplete")
+        report(key, what)
+
     metadata = safe_load.loads(content, source)
     try:
+        stored = metadata.state["storage_data"]
         blobs = {
             (index.state["fqn"], _sizes(index.state.get("offset"))): _blob(info.state, source)
-            for index, info in metadata.state["storage_data"].items()
+            for index, info in stored.items()
         }
         tensors: dict[str, StoredTensor] = {}
         objects: dict[str, Blob] = {}
+        unnamed = dict(blobs)
         for key, entry in metadata.state["state_dict_metadata"].items():
             if type(entry).__name__ == "TensorStorageMetadata":
-                tensors[key] = _stored_tensor(key, entry.state, blobs)
-            else:
+                tensors[key] = _stored_tensor(key, entry.state, blobs, fault)
+                for chunk in tensors[key].chunks:
+                    unnamed.pop((key, chunk.offsets), None)
+            elif (key, None) in blobs:
                 objects[key] = blobs[key, None]
+                del unnamed[key, None]
+            else:
+                fault(key, "has no bytes")
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{source}: not a checkpoint's metadata ({type(error).__name__}: {error})") from None
-    for key, stored in tensors.items():
-        covered = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
-        if covered != math.prod(stored.shape):
-            raise UserError(f"{source}: {key} {list(stored.shape)} is not covered by its chunks; incomplete")
+    if report is not None:
+        for key, offsets in unnamed:
+            report(key, f"has bytes for a chunk at {list(offsets or ())} that it does not have")
+        if len(stored) > len(blobs):
+            report(METADATA, f"has {len(stored) - len(blobs)} chunks' bytes twice")
     return tensors, objects
 
 
-def _stored_tensor(key: str, state: dict[str, Any], blobs: dict[Any, Blob]) -> StoredTensor:
-    dtype = state["properties"].state[0]
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{key} has dtype {dtype!r}")
+def _stored_tensor(key: str, state: dict[str, Any], blobs: dict[Any, Blob], fault: Report) -> StoredTensor:
+    dtype, shape = state["properties"].state[0], _sizes(state["size"])
+    if not isinstance(dtype, torch.dtype) or shape is None:
+        raise TypeError(f"{key} has dtype {dtype!r} and shape {shape}")
     chunks = []
     for record in state["chunks"]:
         offsets, sizes = _sizes(record.state["offsets"]), _sizes(record.state["sizes"])
         assert offsets is not None and sizes is not None
-        chunks.append(Chunk(offsets, sizes, blobs[key, offsets]))
-    shape = _sizes(state["size"])
-    assert shape is not None
-    for chunk in chunks:
-        ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
-        if (
-            any(end > limit for end, limit in zip(ends, shape, strict=True))
-            or min(chunk.offsets, default=0) < 0
-        ):
-            raise ValueError(f"{key} has a chunk outside its shape")
+        if (key, offsets) not in blobs:
+            fault(key, f"has no bytes for its chunk at {list(offsets)}")
+        elif not boxes.is_inside(shape, boxes.Box(offsets, sizes)):
+            fault(key, f"{list(shape)} has a chunk outside its shape, at {list(offsets)} of {list(sizes)}")
+        else:
+            chunks.append(Chunk(offsets, sizes, blobs[key, offsets]))
+    for count, box in boxes.faults(shape, [boxes.Box(chunk.offsets, chunk.sizes) for chunk in chunks]):
+        how = f"has {count} chunks" if count else "is not covered by its chunks"
+        fault(key, f"{list(shape)} {how} at {list(box.offsets)} of {list(box.sizes)}")
     return StoredTensor(shape, dtype, tuple(chunks))
 
 

@@ -1,0 +1,65 @@
+"""Boxes that make up a tensor: each of its elements in exactly one of them, or where not."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a tensor: where it begins and how large it is on each axis."""
+
+    offsets: Shape
+    sizes: Shape
+
+    @property
+    def ends(self) -> Shape:
+        return tuple(map(int.__add__, self.offsets, self.sizes))
+
+    def overlap(self, other: "Box") -> "Box | None":
+        """What both boxes hold."""
+        low = tuple(map(max, self.offsets, other.offsets))
+        high = tuple(map(min, self.ends, other.ends))
+        if any(map(int.__ge__, low, high)):
+            return None
+        return Box(low, tuple(map(int.__sub__, high, low)))
+
+
+def is_inside(shape: Shape, box: Box) -> bool:
+    """Whether ``box`` is a box of a tensor of ``shape``, none of it beyond the tensor."""
+    return (
+        len(shape) == len(box.offsets) == len(box.sizes)
+        and min((*box.offsets, *box.sizes), default=0) >= 0
+        and all(map(int.__le__, box.ends, shape))
+    )
+
+
+def faults(shape: Shape, boxes: Sequence[Box]) -> Iterator[tuple[int, Box]]:
+    """The parts of a tensor that are in no box, or in several: how many boxes, and where.
+
+    Nothing for boxes that make up the tensor. Each box is inside ``shape``. The time taken grows with the
+    number of boxes where they form a grid, as Megatron's do.
+    """
+    if math.prod(shape):
+        yield from _faults(shape, boxes, Box((), ()))
+
+
+def _faults(shape: Shape, boxes: Sequence[Box], prefix: Box) -> Iterator[tuple[int, Box]]:
+    axis = len(prefix.offsets)
+    if axis == len(shape) or not boxes:
+        if len(boxes) != 1:
+            rest = (0,) * (len(shape) - axis)
+            yield len(boxes), Box(prefix.offsets + rest, prefix.sizes + shape[axis:])
+        return
+    cuts = sorted(
+        {0, shape[axis], *(place for box in boxes for place in (box.offsets[axis], box.ends[axis]))}
+    )
+    slabs: list[list[Box]] = [[] for _ in cuts[1:]]
+    for box in boxes:
+        for slab in slabs[bisect_left(cuts, box.offsets[axis]) : bisect_left(cuts, box.ends[axis])]:
+            slab.append(box)
+    for low, high, within in zip(cuts, cuts[1:], slabs, strict=False):
+        yield from _faults(shape, within, Box((*prefix.offsets, low), (*prefix.sizes, high - low)))
