@@ -35,10 +35,6 @@ def _take(path: Path, out: Path) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is(path, descriptor):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return descriptor
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
@@ -49,6 +45,11 @@ def _take(path: Path, out: Path) -> int | None:
             path.unlink(missing_ok=True)
             os.close(descriptor)
             return None
+        if _is(path, descriptor):
+            with contextlib.suppress(OSError):  # a full disk: it is held all the same
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return descriptor
         os.close(descriptor)  # its holder has just removed the file: take the next one of that name
 
 
