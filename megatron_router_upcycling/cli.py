@@ -81,10 +81,36 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_import_hf(commands)
     _add_convert(commands)
     _add_inspect(commands)
     _add_evaluate(commands)
     return parser
+
+
+def _add_import_hf(commands: Any) -> None:
+    command = commands.add_parser(
+        "import-hf",
+        help="make a dense Megatron checkpoint of a Hugging Face folder",
+        description="Make a dense Megatron checkpoint (torch_dist) of a Hugging Face folder with Qwen1.5,"
+        " Qwen2, Qwen2.5 or Qwen3 in safetensors. Any tensor and pipeline parallel size loads it.",
+        epilog=IMPORT_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("folder", metavar="HF_DIR", type=Path, help="the folder of config.json")
+    command.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
+    command.add_argument("--dtype", choices=DTYPES, help="of the checkpoint (default: as in HF_DIR)")
+    command.add_argument(
+        "--make-vocab-size-divisible-by",
+        metavar="N",
+        type=int,
+        default=128,
+        help="pad the embedding with zeros to a multiple of N (default: 128)",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace OUT once its successor is whole")
+    command.add_argument("--quiet", action="store_true", help="print errors only")
+    command.set_defaults(run=_import_hf)
 
 
 def _add_convert(commands: Any) -> None:

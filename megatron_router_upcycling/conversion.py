@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from megatron_router_upcycling import key_stats, manifest
 from megatron_router_upcycling.checkpoint import publish
 from megatron_router_upcycling.checkpoint.dense import DenseModel
+from megatron_router_upcycling.checkpoint.publish import format_bytes
 from megatron_router_upcycling.checkpoint.torch_dist import TRACKER, Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
@@ -106,12 +106,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
         stats = key_stats.load(options.key_stats)
         check_key_stats(stats, options.key_stats, dense, model)
     conversion = Conversion(dense, model, options, stats, plan(dense, model, options), out)
-    free = shutil.disk_usage(_existing(out.absolute().parent)).free
-    if conversion.bytes_to_write > free:
-        raise UserError(
-            f"OUT {out}: needs {_size(conversion.bytes_to_write)} and the disk has {_size(free)}"
-            " free; make room or name a folder on another disk"
-        )
+    publish.check_space(out, conversion.bytes_to_write)
     return conversion
 
 
@@ -199,12 +194,12 @@ def describe_plan(conversion: Conversion) -> str:
     routers = "; ".join(f"{key} {list(shape)}" for key, shape in router_parameters(model, options.router))
     lines = [
         f"{dense.iteration_dir}: {model.describe()}",
-        f"  take over  {_size(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
-        f"  experts    {_size(plan.expert_bytes)} of {len(experts)} tensors, each written {copies}",
-        f"  routers    {_size(plan.router_bytes)}: {routers}",
+        f"  take over  {format_bytes(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
+        f"  experts    {format_bytes(plan.expert_bytes)} of {len(experts)} tensors, each written {copies}",
+        f"  routers    {format_bytes(plan.router_bytes)}: {routers}",
         f"  leave out  {len(entries[LeaveOut])} entries of training state",
-        f"would write {_size(conversion.bytes_to_write)} to {conversion.out},"
-        f" with at most {_size(plan.scratch_bytes)} of the model in memory",
+        f"would write {format_bytes(conversion.bytes_to_write)} to {conversion.out},"
+        f" with at most {format_bytes(plan.scratch_bytes)} of the model in memory",
     ]
     return "\n".join(lines)
 
@@ -216,7 +211,9 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
     written = sum(file["bytes"] for file in record["files"].values())
     kind = "linear routers" if router.router == "linear" else f"mixtures of {router.num_routers} routers"
     shared = (
-        f", {_size(conversion.plan.kept_bytes)} linked to {conversion.dense.root}" if conversion.links else ""
+        f", {format_bytes(conversion.plan.kept_bytes)} linked to {conversion.dense.root}"
+        if conversion.links
+        else ""
     )
     if router.pre_softmax:
         order = "softmax, then top-k (--moe-router-pre-softmax)"
@@ -228,16 +225,12 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
         order = "top-k, then softmax (--no-moe-router-pre-softmax)"
         first = "exactly the dense model; its loss gives the router no gradient until the experts differ"
     return (
-        f"{out}: {router.num_experts} experts and {kind}, {_size(written)} written"
+        f"{out}: {router.num_experts} experts and {kind}, {format_bytes(written)} written"
         f" in {seconds:.1f} s{shared}\n"
         f"prepared for {order}; at step 0: {first}\n"
         "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config YAML"
         f" --load {out} --save RUN"
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def versions() -> dict[str, str]:
@@ -251,9 +244,5 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
 def _on_one_disk(source: Path, out: Path) -> bool:
-    return os.stat(source).st_dev == os.stat(_existing(out.absolute().parent)).st_dev
+    return os.stat(source).st_dev == os.stat(publish.existing(out.absolute().parent)).st_dev

@@ -28,29 +28,59 @@ RENAME_EXCHANGE = 2
 IDLE_SECONDS = 3600  # after which a folder that another machine was filling counts as left behind
 
 
-def check_target(out: Path, source: Path, overwrite: bool) -> None:
+def check_target(
+    out: Path, source: Path, overwrite: bool, source_name: str = "DENSE", made_by: str = TRACKER
+) -> None:
     """Refuse a place for ``out`` where something would be lost. Touches nothing.
 
+    Args:
+        source_name: what the command calls ``source``.
+        made_by: the file that says that such a command has made ``out``.
+
     Raises:
-        UserError: it exists and ``overwrite`` is not set, is no checkpoint or one that training has
-            saved to, or it and the checkpoint ``source`` lie one inside the other.
+        UserError: it exists and ``overwrite`` is not set, was made by something else or training has
+            saved to it, or it and ``source`` lie one inside the other.
     """
     here, there = out.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise UserError(f"OUT {out}: is, holds or lies in DENSE {source}; name a folder beside it")
+        raise UserError(f"OUT {out}: is, holds or lies in {source_name} {source}; name a folder beside it")
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir() or out.is_symlink():
         raise UserError(f"OUT {out}: exists and is not a folder; name another")
     if not overwrite:
         raise UserError(f"OUT {out}: exists; pass --overwrite to replace it or name another folder")
-    if not (out / TRACKER).is_file() and any(out.iterdir()):
-        raise UserError(f"OUT {out}: not a checkpoint, so --overwrite leaves it alone; name another folder")
+    if not (out / made_by).is_file() and any(out.iterdir()):
+        what = "not a checkpoint" if made_by == TRACKER else f"holds no {made_by}"
+        raise UserError(f"OUT {out}: {what}, so --overwrite leaves it alone; name another folder")
     if trained := sorted(path.name for path in out.glob("iter_*")):
         raise UserError(
             f"OUT {out}: training has saved {trained[-1]} there, which --overwrite would lose;"
             " name another folder"
         )
+
+
+def check_space(out: Path, count: int) -> None:
+    """Refuse a disk with less than ``count`` bytes free.
+
+    Raises:
+        UserError: says how many it has.
+    """
+    free = shutil.disk_usage(existing(out.absolute().parent)).free
+    if count > free:
+        raise UserError(
+            f"OUT {out}: needs {format_bytes(count)} and the disk has {format_bytes(free)}"
+            " free; make room or name a folder on another disk"
+        )
+
+
+def existing(folder: Path) -> Path:
+    """``folder``, or the nearest above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def format_bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,210 @@
+"""Which Hugging Face tensors make up which Megatron tensor. One table, read in both directions.
+
+Megatron stacks a tensor over layers on axis 0 and over experts on axis 1, and fuses tensors that share an
+input. A row of ``TABLE`` says which Hugging Face tensors are the rows of a Megatron tensor; ``segments``
+says in which order, so that either side is made from the other by moving rows, with nothing computed.
+
+Symbols of shapes: V vocabulary, D hidden size, F FFN size, d head size, Q = query heads x d,
+K = query groups x d, n experts.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_router_upcycling.hf.architecture import Architecture
+
+LAYER = "model.layers.{layer}"
+EXPERT = "mlp.experts.{expert}"
+DECODER = "decoder.layers"
+ATTENTION = f"{DECODER}.self_attention"
+EXPERTS = f"{DECODER}.mlp.experts.experts"
+
+# How the rows of several tensors become those of one.
+WHOLE = "whole"  # one tensor, as it is
+PADDED = "padded"  # one tensor, then rows of zeros up to Megatron's vocabulary
+STACKED = "stacked"  # one after the other: gate, then up
+GROUPED = "grouped"  # query group after query group: its query heads, its key, its value
+
+
+class Part(NamedTuple):
+    """A Hugging Face tensor: its name and its shape in symbols."""
+
+    name: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A Megatron tensor and the Hugging Face tensors that its rows come from."""
+
+    megatron: str
+    parts: tuple[Part, ...]
+    order: str = WHOLE
+    only: str | None = None  # a property of the model that has this tensor
+    other: str | None = None  # Megatron's other name for it, of which a checkpoint may have either
+
+
+def _part(name: str, *shape: str) -> Part:
+    return Part(f"{LAYER}.{name}", shape)
+
+
+TABLE = (
+    Row("embedding.word_embeddings.weight", (Part("model.embed_tokens.weight", ("V", "D")),), PADDED),
+    Row(f"{ATTENTION}.linear_qkv.layer_norm_weight", (_part("input_layernorm.weight", "D"),)),
+    Row(
+        f"{ATTENTION}.linear_qkv.weight",
+        (
+            _part("self_attn.q_proj.weight", "Q", "D"),
+            _part("self_attn.k_proj.weight", "K", "D"),
+            _part("self_attn.v_proj.weight", "K", "D"),
+        ),
+        GROUPED,
+    ),
+    Row(
+        f"{ATTENTION}.linear_qkv.bias",
+        (
+            _part("self_attn.q_proj.bias", "Q"),
+            _part("self_attn.k_proj.bias", "K"),
+            _part("self_attn.v_proj.bias", "K"),
+        ),
+        GROUPED,
+        only="qkv_bias",
+    ),
+    Row(f"{ATTENTION}.q_layernorm.weight", (_part("self_attn.q_norm.weight", "d"),), only="qk_norm"),
+    Row(f"{ATTENTION}.k_layernorm.weight", (_part("self_attn.k_norm.weight", "d"),), only="qk_norm"),
+    Row(f"{ATTENTION}.linear_proj.weight", (_part("self_attn.o_proj.weight", "D", "Q"),)),
+    Row(
+        f"{DECODER}.mlp.linear_fc1.layer_norm_weight",
+        (_part("post_attention_layernorm.weight", "D"),),
+        other=f"{DECODER}.pre_mlp_layernorm.weight",
+    ),
+    Row(
+        f"{DECODER}.mlp.linear_fc1.weight",
+        (_part("mlp.gate_proj.weight", "F", "D"), _part("mlp.up_proj.weight", "F", "D")),
+        STACKED,
+        only="dense",
+    ),
+    Row(f"{DECODER}.mlp.linear_fc2.weight", (_part("mlp.down_proj.weight", "D", "F"),), only="dense"),
+    Row(
+        f"{EXPERTS}.linear_fc1.weight",
+        (_part(f"{EXPERT}.gate_proj.weight", "F", "D"), _part(f"{EXPERT}.up_proj.weight", "F", "D")),
+        STACKED,
+        only="moe",
+    ),
+    Row(f"{EXPERTS}.linear_fc2.weight", (_part(f"{EXPERT}.down_proj.weight", "D", "F"),), only="moe"),
+    Row("decoder.final_layernorm.weight", (Part("model.norm.weight", ("D",)),)),
+    Row("output_layer.weight", (Part("lm_head.weight", ("V", "D")),), PADDED, only="untied"),
+)
+
+# The router's gate is made, not moved, unless Megatron's router is linear already.
+GATE = _part("mlp.gate.weight", "n", "D")
+ROUTER = f"{DECODER}.mlp.router"
+# What Qwen2-MoE has beside the routed experts. All zeros, it adds exactly nothing. Symbol S: its width.
+SHARED_EXPERT = (
+    _part("mlp.shared_expert.gate_proj.weight", "S", "D"),
+    _part("mlp.shared_expert.up_proj.weight", "S", "D"),
+    _part("mlp.shared_expert.down_proj.weight", "D", "S"),
+)
+SHARED_EXPERT_GATE = _part("mlp.shared_expert_gate.weight", "1", "D")
+
+
+class Segment(NamedTuple):
+    """Rows ``start`` .. ``stop`` of a row's part number ``part``; zeros where it is None."""
+
+    part: int | None
+    start: int
+    stop: int
+
+
+def rows(model: Architecture) -> list[Row]:
+    """The tensors that ``model`` has."""
+    has = {
+        None: True,
+        "qkv_bias": model.qkv_bias,
+        "qk_norm": model.qk_norm,
+        "untied": not model.tied,
+        "dense": not model.num_experts,
+        "moe": bool(model.num_experts),
+    }
+    return [row for row in TABLE if has[row.only]]
+
+
+def shape(part: Part, model: Architecture) -> tuple[int, ...]:
+    """The shape of a Hugging Face tensor."""
+    sizes = {
+        "V": model.vocab_size,
+        "D": model.hidden_size,
+        "F": model.ffn_hidden_size,
+        "d": model.kv_channels,
+        "Q": model.num_attention_heads * model.kv_channels,
+        "K": model.num_query_groups * model.kv_channels,
+        "n": model.num_experts,
+    }
+    return tuple(sizes[symbol] for symbol in part.shape)
+
+
+def stack(row: Row, model: Architecture) -> tuple[int, ...]:
+    """The axes that Megatron stacks this tensor on: (), (layers,) or (layers, experts)."""
+    name = row.parts[0].name
+    return (model.num_layers,) * ("{layer}" in name) + (model.num_experts,) * ("{expert}" in name)
+
+
+def indices(row: Row, model: Architecture) -> Iterator[tuple[int, ...]]:
+    """Every place in the stack."""
+    return itertools.product(*map(range, stack(row, model)))
+
+
+def name(part: Part, index: tuple[int, ...]) -> str:
+    """The name of a Hugging Face tensor at a place in the stack."""
+    return part.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+
+
+def segments(row: Row, model: Architecture) -> list[Segment]:
+    """The rows of Megatron's tensor, from first to last, by where they come from."""
+    heights = [shape(part, model)[0] for part in row.parts]
+    if row.order == GROUPED:
+        d, queries = model.kv_channels, model.num_attention_heads // model.num_query_groups
+        return [
+            Segment(part, group * heads * d, (group + 1) * heads * d)
+            for group in range(model.num_query_groups)
+            for part, heads in enumerate((queries, 1, 1))
+        ]
+    found = [Segment(part, 0, height) for part, height in enumerate(heights)]
+    if row.order == PADDED and model.padded_vocab_size > heights[0]:
+        found.append(Segment(None, heights[0], model.padded_vocab_size))
+    return found
+
+
+def runs(row: Row, part: int, model: Architecture) -> list[tuple[int, int]]:
+    """Where a part's rows stand in Megatron's tensor: (start, stop), in the part's own order."""
+    found, position = [], 0
+    for segment in segments(row, model):
+        height = segment.stop - segment.start
+        if segment.part == part:
+            found.append((position, position + height))
+        position += height
+    return found
+
+
+def megatron_shape(row: Row, model: Architecture) -> tuple[int, ...]:
+    """The global shape of Megatron's tensor."""
+    height = sum(segment.stop - segment.start for segment in segments(row, model))
+    return (*stack(row, model), height, *shape(row.parts[0], model)[1:])
+
+
+def hf_tensors(model: Architecture) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the Hugging Face tensors that the table covers."""
+    return {
+        name(part, index): shape(part, model)
+        for row in rows(model)
+        for index in indices(row, model)
+        for part in row.parts
+    }
+
+
+def num_elements(model: Architecture) -> int:
+    """Elements of all Megatron tensors in the table."""
+    return sum(math.prod(megatron_shape(row, model)) for row in rows(model))

@@ -1,0 +1,56 @@
+"""Values on their way from one format to the other: blocks of rows, their dtype, whether they are finite."""
+
+from collections.abc import Iterator
+
+import torch
+
+from megatron_router_upcycling.errors import UserError
+
+BLOCK_BYTES = 32 << 20  # of a tensor in memory at a time
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows (start, stop) that follow one another, each of at most BLOCK_BYTES."""
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def as_bytes(values: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(values.view(torch.uint8).flatten().numpy())
+
+
+def check_finite(values: torch.Tensor, where: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        UserError: ``where`` names the file and the tensor.
+    """
+    if not _finite(values):
+        raise UserError(f"{where}: holds NaN or infinite values; use another copy of the model")
+
+
+def cast(values: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
+    """``values`` in ``dtype``; in ``dtype`` already, they are returned as they are.
+
+    Raises:
+        UserError: a value is NaN or infinite, or becomes so; ``where`` names the tensor.
+    """
+    check_finite(values, where)
+    if values.dtype == dtype:
+        return values
+    converted = values.to(dtype)
+    if not _finite(converted):
+        raise UserError(f"{where}: holds values too large for {dtype_name(dtype)}; choose another --dtype")
+    return converted
+
+
+def _finite(values: torch.Tensor) -> bool:
+    # A sum is finite unless one of its terms is not, or it overflows: then look at each.
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
