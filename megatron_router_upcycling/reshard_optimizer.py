@@ -1,16 +1,16 @@
-"""Resume the distributed optimizer with and without expert parallelism, in either direction.
+"""Resume an optimizer with and without expert parallelism, in either direction.
 
-At EP 1 Megatron keeps all parameters in one ``DistributedOptimizer``; at EP > 1 the experts have one of
-their own, and ``ChainedOptimizer`` holds two. In the fully reshardable form the tensors carry the names of
-the model's parameters, so that both read each other's; only the frame around them differs (megatron-core
-0.19: ``ChainedOptimizer.load_state_dict`` raises). ``install()`` fits the frame.
+At EP 1 Megatron keeps all parameters in one optimizer; at EP > 1 the experts have one of their own, and
+``ChainedOptimizer`` holds two. The tensors carry the names of the model's parameters (those of the
+distributed optimizer in its fully reshardable form), so that both read each other's; only the frame around
+them differs (megatron-core 0.19: ``ChainedOptimizer.load_state_dict`` raises). ``install()`` fits the frame.
 """
 
 import functools
 from typing import Any
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
 
 # What a DistributedOptimizer's state dict holds beside the tensors of "param_state".
 FRAME = ("optimizer", "param_state_sharding_type", "grad_scaler")
@@ -35,9 +35,10 @@ def fit(state_dict: Any, optimizers: list[Any]) -> Any:
     The tensors are already where the optimizers want them (they were asked for by name); the frame, which
     Megatron keeps in the checkpoint's common state, is as it was saved.
     """
-    distributed = all(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers)
-    if not distributed or not isinstance(state_dict, dict):
+    if not isinstance(state_dict, dict):
         return state_dict
+    if not all(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers):
+        return _fit_plain(state_dict, optimizers)
     if len(optimizers) == 1 and "optimizer" not in state_dict and 0 in state_dict:
         # Saved with expert parallelism: the dense parameters' frame serves the experts' as well.
         frame = {name: value for name, value in state_dict[0].items() if name in FRAME}
@@ -59,3 +60,46 @@ def _frame_for(optimizer: Any, frame: dict[str, Any]) -> dict[str, Any]:
     saved = frame["optimizer"]
     marked = [group | {"is_expert_parallel": expert} for group in saved["param_groups"]]
     return frame | {"optimizer": saved | {"param_groups": marked}}
+
+
+def _fit_plain(state_dict: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:
+    """``fit`` for optimizers that keep whole parameters.
+
+    Each brings its tensors and its groups' parameters by number, under its position or, alone, at the top;
+    the step and the groups' settings lie where they were saved.
+    """
+    at_top = {name: value for name, value in state_dict.items() if not isinstance(name, int)}
+    by_position = [state_dict[name] for name in sorted(name for name in state_dict if isinstance(name, int))]
+    if not (at_top and by_position):
+        return state_dict  # saved in the frame that is asked for
+    alone = len(optimizers) == 1
+    asked, saved = ([at_top], by_position) if alone else (by_position, [at_top])
+    for optimizer, own in zip(optimizers, asked, strict=True):
+        _take_settings(optimizer, own, saved)
+    return at_top if alone else dict(enumerate(by_position))
+
+
+def _take_settings(optimizer: Any, own: dict[str, Any], saved: list[dict[str, Any]]) -> None:
+    """Fill the frame ``own`` of ``optimizer`` from those that were ``saved``."""
+    inner, saved_inner = _torch_state(own), [_torch_state(frame) for frame in saved]
+    for frame, torch_state in zip(saved, saved_inner, strict=True):
+        if "common_step" in torch_state.get("state", {}):
+            inner["state"]["common_step"] = torch_state["state"]["common_step"]
+        if "grad_scaler" in frame:
+            own["grad_scaler"] = frame["grad_scaler"]
+    groups = [group for torch_state in saved_inner for group in torch_state["param_groups"]]
+    for number, current in enumerate(optimizer.optimizer.param_groups):
+        alike = [group for group in groups if _kind(group) == _kind(current)]
+        if alike:  # else Megatron says which group is missing
+            mark = {name: current[name] for name in ("is_expert_parallel",) if name in current}
+            inner["param_groups"][number] = alike[0] | mark | inner["param_groups"][number]
+
+
+def _torch_state(frame: dict[str, Any]) -> dict[str, Any]:
+    """What is PyTorch's own: in float32 that is all, beside float32 copies of parameters it is a part."""
+    return frame.get("optimizer", frame)
+
+
+def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What Megatron knows a group of parameters by, but for their being experts."""
+    return tuple(group.get(key) for key in param_group_identifier_keys if key != "is_expert_parallel")
