@@ -80,12 +80,13 @@ class Conversion:
     def bytes_to_write(self) -> int:
         """What the disk must have room for, but for the few bytes around each chunk."""
         plan = self.plan
-        return plan.expert_bytes + plan.router_bytes + (0 if self.links else plan.kept_bytes)
+        return plan.expert_bytes + plan.router_bytes + (plan.changed_bytes if self.links else plan.kept_bytes)
 
     @property
     def links(self) -> bool:
         """Whether what does not change is linked rather than copied."""
-        return not self.options.materialize and _on_one_disk(self.dense.iteration_dir, self.out)
+        linkable = self.plan.kept_bytes > self.plan.changed_bytes
+        return linkable and not self.options.materialize and _on_one_disk(self.dense.iteration_dir, self.out)
 
 
 def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
@@ -210,11 +211,8 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
     router = options.router
     written = sum(file["bytes"] for file in record["files"].values())
     kind = "linear routers" if router.router == "linear" else f"mixtures of {router.num_routers} routers"
-    shared = (
-        f", {format_bytes(conversion.plan.kept_bytes)} linked to {conversion.dense.root}"
-        if conversion.links
-        else ""
-    )
+    linked = conversion.plan.kept_bytes - conversion.plan.changed_bytes
+    shared = f", {format_bytes(linked)} linked to {conversion.dense.root}" if conversion.links else ""
     if router.pre_softmax:
         order = "softmax, then top-k (--moe-router-pre-softmax)"
         first = (

@@ -21,7 +21,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint import safe_load
 from megatron_router_upcycling.checkpoint.dense import FC1, FC2, QKV, DenseModel
-from megatron_router_upcycling.checkpoint.torch_dist import COMMON_FILE, COMMON_STATE, Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import BACKEND, COMMON_FILE, COMMON_STATE, Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_stats import KeyStats
@@ -90,7 +90,8 @@ class MakeRouters:
 
 @dataclass(frozen=True)
 class AddExtraStates:
-    """Write the empty entries that modules of an MoE layer look for; ``keys`` go with the dense FFN."""
+    """Write the empty entries that modules of an MoE layer look for; ``keys`` go: those of the dense FFN,
+    and those that only a torch_dist checkpoint can hand on."""
 
     keys: tuple[str, ...]
     added: tuple[str, ...]
@@ -119,6 +120,7 @@ class Plan:
 
     steps: tuple[Step, ...]
     kept_bytes: int  # of what is taken over: linked, or copied where no link can be made
+    changed_bytes: int  # of these, what can never be linked: a torch_dist checkpoint stores it differently
     expert_bytes: int
     router_bytes: int
     scratch_bytes: int  # the largest chunk that routers are made from
@@ -135,7 +137,10 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     left_out = tuple(key for key in (*dense.tensors, *objects) if TRAINING_STATE.match(key))
     ffn = [key for key in dense.tensors if key.startswith((f"{FC1}.", f"{FC2}.")) and FUSED_NORM not in key]
     ffn_states = tuple(
-        key for key in objects if key.startswith((f"{FC1}{EXTRA_STATE}", f"{FC2}{EXTRA_STATE}"))
+        key
+        for key in objects
+        if key.startswith((f"{FC1}{EXTRA_STATE}", f"{FC2}{EXTRA_STATE}"))
+        or (EXTRA_STATE in key and not dense.is_verbatim(key))
     )
     common = tuple(key for key in objects if key == COMMON_STATE)
     gone = {*left_out, *ffn, *ffn_states, *common}
@@ -157,6 +162,7 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     result = Plan(
         steps=tuple(steps),
         kept_bytes=sum(dense.stored_bytes(key) for key in kept),
+        changed_bytes=sum(dense.stored_bytes(key) for key in kept if not dense.is_verbatim(key)),
         expert_bytes=copies * sum(dense.stored_bytes(key) for key in ffn),
         router_bytes=elements * model.dtype.itemsize,
         scratch_bytes=dense.largest_chunk(QKV),
@@ -253,7 +259,7 @@ def execute(
                     writer.add_object(key, empty)
             case WriteCommonState():
                 common = moe_common_state(dense.common, model, options.router)
-                if COMMON_STATE in dense.objects:
+                if not (dense.iteration_dir / COMMON_FILE).is_file():
                     blob = writer.write_object(safe_load.dump_archive([common]))
                     writer.add_object(COMMON_STATE, blob)
                 else:
@@ -270,13 +276,7 @@ def _copy_experts(
     for chunk in stored.chunks:
         sizes = (chunk.sizes[0], 1, *chunk.sizes[1:])  # [layers, 1, ...]
         offsets = [(chunk.offsets[0], expert, *chunk.offsets[1:]) for expert in range(num_experts)]
-        values = dense.find_values(chunk, stored.dtype)
-        if values:
-            file = dense.iteration_dir / chunk.blob.file
-            writer.copy_chunk(target, shape, sizes, stored.dtype, file, values, offsets, copies)
-        else:
-            tensor = dense.read_chunk(chunk, stored.dtype, bytearray())
-            writer.write_chunk(target, shape, tensor.view(sizes), offsets, copies)
+        writer.store_chunk(dense, chunk, stored.dtype, target, shape, sizes, offsets, copies)
 
 
 def router_values(
@@ -309,6 +309,7 @@ FRESH = {
     "skipped_train_samples": 0,
     "iteration": 0,
     "curr_iteration": 0,
+    "ckpt_format": BACKEND,
     "num_floating_point_operations_so_far": 0,
     "moe_layer_freq": 1,
     "moe_router_score_function": "softmax",

@@ -186,7 +186,6 @@ def _change(path: Path, **changes: Any) -> None:
         (lambda root: _change(root / "iter_0000008/metadata.json", sharded_backend="zarr"), "format 'zarr'"),
         (lambda root: (root / "iter_0000008/__1_0.distcp").unlink(), "__1_0.distcp: missing"),
         (lambda root: _truncate(root / "iter_0000008/__1_0.distcp"), "__1_0.distcp: half-written"),
-        (lambda root: (root / "iter_0000008/mp_rank_00").mkdir(), "legacy format"),
     ],
 )
 def test_what_is_not_whole_is_one_line(tmp_path: Path, spoil: Any, message: str) -> None:

@@ -43,11 +43,16 @@ class Blob:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a global tensor and where its values are stored."""
+    """A box of a global tensor and where its values are stored.
+
+    ``verbatim``: the blob is a ``torch.save`` file of a tensor of these sizes. Otherwise the values lie
+    there in the same order, but a torch_dist checkpoint must store them anew.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     blob: Blob
+    verbatim: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,17 +84,21 @@ class Checkpoint:
 
     @classmethod
     def open(cls, root: str | Path, report: Report | None = None) -> "Checkpoint":
-        """Open the newest checkpoint under ``root`` and check that it is whole.
+        """Open the newest checkpoint under ``root``, torch_dist or legacy, and check that it is whole.
 
         Args:
             report: called with tensor or file and fault, instead of raising, where the checkpoint is not
                 whole or not self-consistent.
 
         Raises:
-            UserError: nothing there, not torch_dist, half-written, or not safe to read.
+            UserError: nothing there, another format, half-written, or not safe to read.
         """
         root = Path(root)
         folder = _iteration_dir(root)
+        if not (folder / CONFIG).exists() and any(folder.glob("mp_rank_*")):
+            from megatron_router_upcycling.checkpoint.legacy import LegacyCheckpoint  # builds on this module
+
+            return LegacyCheckpoint.open_folder(root, folder)
         _check_backend(folder)
         metadata = folder / METADATA
         tensors, objects = parse_metadata(_read(metadata), metadata, report)
@@ -122,6 +131,10 @@ class Checkpoint:
     def stored_bytes(self, key: str) -> int:
         """Bytes on disk of a tensor or an object."""
         return sum(blob.length for blob in self.blobs(key))
+
+    def is_verbatim(self, key: str) -> bool:
+        """Whether a torch_dist checkpoint can take over the bytes of a tensor or an object."""
+        return key in self.objects or all(chunk.verbatim for chunk in self.tensors[key].chunks)
 
     def largest_chunk(self, key: str) -> int:
         """Bytes of a tensor's largest chunk."""
@@ -174,7 +187,7 @@ class Checkpoint:
         path = self.iteration_dir / blob.file
         with open(path, "rb", buffering=0) as file:
             try:
-                yield io.BufferedReader(_FileRange(file, blob))
+                yield io.BufferedReader(FileRange(file, blob))
             except Exception as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise UserError(
@@ -235,7 +248,7 @@ class Checkpoint:
         return common
 
 
-class _FileRange(io.RawIOBase):
+class FileRange(io.RawIOBase):
     """A range of a file as a file of its own, for ``torch.load``; nothing is copied twice."""
 
     def __init__(self, file: BinaryIO, blob: Blob) -> None:
@@ -376,8 +389,6 @@ def _iteration_dir(root: Path) -> Path:
 
 
 def _check_backend(folder: Path) -> None:
-    if any(folder.glob("mp_rank_*")):
-        raise UserError(f"{folder}: in Megatron's legacy format; save it with --ckpt-format torch_dist")
     config = folder / CONFIG
     try:
         backend = json.loads(_read(config)).get("sharded_backend")

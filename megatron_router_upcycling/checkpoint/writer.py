@@ -84,11 +84,15 @@ class CheckpointWriter:
             self.objects[name] = self._take_blob(source, source.objects[key], copy)
             return
         stored = source.tensors[key]
-        chunks = [
-            Chunk(chunk.offsets, chunk.sizes, self._take_blob(source, chunk.blob, copy))
-            for chunk in stored.chunks
-        ]
-        self.tensors[name] = (stored.shape, stored.dtype, chunks)
+        self.tensors[name] = (stored.shape, stored.dtype, [])
+        for chunk in stored.chunks:
+            if chunk.verbatim:
+                blob = self._take_blob(source, chunk.blob, copy)
+                self.tensors[name][2].append(Chunk(chunk.offsets, chunk.sizes, blob))
+            else:
+                self.store_chunk(
+                    source, chunk, stored.dtype, name, stored.shape, chunk.sizes, [chunk.offsets]
+                )
 
     def _take_blob(self, source: Checkpoint, blob: Blob, copy: bool) -> Blob:
         if not copy and self._is_linked(source.iteration_dir / blob.file):
@@ -145,6 +149,26 @@ class CheckpointWriter:
                 torch.save(values, self._file)
                 blob = self._written(start)
             chunks.append(Chunk(offset, tuple(values.shape), blob))
+
+    def store_chunk(
+        self,
+        source: Checkpoint,
+        chunk: Chunk,
+        dtype: torch.dtype,
+        key: str,
+        shape: tuple[int, ...],
+        sizes: tuple[int, ...],
+        offsets: Iterable[tuple[int, ...]],
+        copies: bool = False,
+    ) -> None:
+        """``write_chunk`` with a chunk of another checkpoint, seen as of ``sizes``."""
+        values = source.find_values(chunk, dtype)
+        if values:
+            file = source.iteration_dir / chunk.blob.file
+            self.copy_chunk(key, shape, sizes, dtype, file, values, offsets, copies)
+        else:
+            tensor = source.read_chunk(chunk, dtype, bytearray())
+            self.write_chunk(key, shape, tensor.view(sizes), offsets, copies)
 
     def copy_chunk(
         self,
