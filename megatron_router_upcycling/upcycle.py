@@ -197,14 +197,19 @@ def _other_norm(key: str) -> str | None:
 
 
 def router_parameters(model: DenseModel, router: RouterConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Global keys and shapes of the routers' parameters."""
+    """Global keys and shapes of the routers' parameters.
+
+    Megatron gives a router a bias where linear layers have one.
+    """
     L, D, n = model.num_layers, model.hidden_size, router.num_experts
+    bias = () if model.flags["disable_bias_linear"] else ((f"{ROUTER}.bias", (L, n)),)
     if router.router == "linear":
-        return ((f"{ROUTER}.weight", (L, n, D)),)
+        return (f"{ROUTER}.weight", (L, n, D)), *bias
     shape = router.shape(model.num_attention_heads, model.kv_channels)
     return (
         (f"{ROUTER}.query_weight", (L, shape.num_routers, shape.router_width, D)),
         (f"{ROUTER}.expert_key", (L, n * shape.keys_per_expert, shape.router_width)),
+        *bias,
     )
 
 
@@ -284,14 +289,16 @@ def router_values(
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield each layer's router parameters, in the order of ``router_parameters`` and the model's dtype.
 
-    A linear router is drawn layer after layer from one generator seeded with ``options.seed``.
+    A linear router is drawn layer after layer from one generator seeded with ``options.seed``. A bias is
+    zero: the paper's routers have none.
     """
+    bias = () if model.flags["disable_bias_linear"] else (torch.zeros(options.router.num_experts),)
     if options.router.router == "linear":
         generator = torch.Generator().manual_seed(options.seed)
         for _ in range(model.num_layers):
             weight = torch.empty(options.router.num_experts, model.hidden_size)
             weight.normal_(std=model.init_method_std, generator=generator)
-            yield (weight.to(model.dtype),)
+            yield tuple(value.to(model.dtype) for value in (weight, *bias))
         return
     assert stats is not None
     H, G, d = model.num_attention_heads, model.num_query_groups, model.kv_channels
@@ -299,7 +306,7 @@ def router_values(
         query, _, _ = split_qkv(dense.read_layer(QKV, layer, scratch), H, G)
         key_heads = stats.mean[layer].repeat_interleave(H // G, dim=0)  # [G, d] -> [H, d]
         query_weight, expert_key = init_mixture(query.unflatten(0, (H, d)), key_heads, options.router)
-        yield query_weight.to(model.dtype), expert_key.to(model.dtype)
+        yield tuple(value.to(model.dtype) for value in (query_weight, expert_key, *bias))
 
 
 # Megatron's arguments of a fresh MoE run, beside those that the router gives.

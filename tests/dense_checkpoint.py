@@ -131,6 +131,7 @@ def write(
     optimizer: bool = False,
     args: Namespace | None = None,
     extra_states: bool = True,
+    common_file: bool = False,
     **common: Any,
 ) -> dict[str, torch.Tensor]:
     """Write a checkpoint of iteration 8 under ``root``; return its tensors."""
@@ -151,7 +152,10 @@ def write(
         "optimizer": {"common_step": torch.tensor(8.0)},
         "content_metadata": {"singleton_local_shards": False},
     }  # fmt: skip
-    folder.add_object("common_state/shard_0_1", state | common)
+    if common_file:
+        torch.save(state | common, folder.path / "common.pt")
+    else:
+        folder.add_object("common_state/shard_0_1", state | common)
     folder.finish()
     (root / "latest_checkpointed_iteration.txt").write_text("8")
     return values

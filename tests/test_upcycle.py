@@ -54,7 +54,10 @@ def is_ffn(key: str) -> bool:
         {"tensor_parallel": 2},
         {"tensor_parallel": 4, "optimizer": True},
         {"values": dense_checkpoint.tensors(torch.bfloat16)},
-        {"values": dense_checkpoint.tensors(bias=True)},
+        {
+            "values": dense_checkpoint.tensors(bias=True),
+            "args": dense_checkpoint.arguments(add_bias_linear=True),
+        },
         {
             "values": dense_checkpoint.tensors(gated=False),
             "args": dense_checkpoint.arguments(swiglu=False),
@@ -75,6 +78,8 @@ def test_every_tensor_is_the_dense_models(tmp_path: Path, changes: dict[str, Any
     for key in filter(is_ffn, dense):
         value = dense[key]
         expected[EXPERTS + key.removeprefix(MLP)] = value.unsqueeze(1).repeat(1, n, *[1] * (value.dim() - 1))
+    if f"{MLP}.linear_fc1.bias" in dense:
+        expected[f"{ROUTER}.bias"] = torch.zeros(LAYERS, n)
     routers = {f"{ROUTER}.query_weight", f"{ROUTER}.expert_key"}
     assert set(moe) == set(expected) | routers
     for key, value in expected.items():
@@ -168,6 +173,15 @@ def test_linear_router_is_drawn_from_the_seed(tmp_path: Path) -> None:
     weight = dense_checkpoint.read_back(release)[f"{ROUTER}.weight"]
     for layer in range(LAYERS):
         assert torch.equal(weight[layer], 0.5 * torch.randn(4, HIDDEN, generator=generator))
+
+
+def test_common_state_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """As Megatron kept it before 0.19; it goes where it was."""
+    dense_checkpoint.write(tmp_path / "dense", common_file=True)
+    release = convert(tmp_path, num_experts=4)
+    assert (release / "common.pt").is_file()
+    moe = Checkpoint.open(tmp_path / "moe")
+    assert moe.args.num_experts == 4 and "common_state/shard_0_1" not in moe.objects
 
 
 def test_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
