@@ -210,7 +210,7 @@ def report(pipeline: Pipeline, stages: Plan, output: Path) -> str:
     note = (
         f"{demo_report.LEGEND}\n"
         f"A guess at random would have a loss of {math.log(vocabulary):.4f}. The dense model was trained for"
-        f" {max(dense.training)} steps, each Mixture-of-Experts for {max(continued[name].training)} more on"
+        f" {dense.last} steps, each Mixture-of-Experts for {continued[name].last} more on"
         " the same data in the same order."
     )
     text = f"{table}\n\n{note}"

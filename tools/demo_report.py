@@ -27,6 +27,11 @@ class Curve:
     held_out: dict[int, float] = field(default_factory=dict)
     final: float | None = None
 
+    @property
+    def last(self) -> int:
+        """The iteration that the run ended with."""
+        return max(*self.training, *self.held_out)
+
 
 @dataclass
 class ModelResult:
@@ -137,14 +142,14 @@ def picture(dense: Curve, continued: dict[str, Curve], results: list[ModelResult
 
     rows = {result.name: result for result in results}
     colours = {"dense": "#444444", **dict(zip(continued, ("#c8401e", "#2867b2", "#3a8f4d"), strict=False))}
-    converted_at = max(dense.training)
+    converted_at = dense.last
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
     for axes in (left, right):
         for name, curve, start in [
             ("dense", dense, 0),
             *((n, c, converted_at) for n, c in continued.items()),
         ]:
-            ends = {max(curve.training): rows[name].loss_at_end}
+            ends = {curve.last: rows[name].loss_at_end}
             if (at_start := rows[name].loss_at_start) is not None:
                 ends[0] = at_start
             points = sorted((curve.held_out | ends).items())
@@ -162,9 +167,7 @@ def picture(dense: Curve, continued: dict[str, Curve], results: list[ModelResult
         r.loss_at_start for r in results if r.loss_at_start is not None
     ]
     margin = 0.15 * (max(last) - min(last)) + 0.02
-    right.set_xlim(
-        converted_at * 0.9, (converted_at + max(max(c.training) for c in continued.values())) * 1.02
-    )
+    right.set_xlim(converted_at * 0.9, (converted_at + max(c.last for c in continued.values())) * 1.02)
     right.set_ylim(min(last) - margin, max(last) + margin)
     right.set_title("from the conversion on", fontsize=10)
     figure.tight_layout()
