@@ -29,6 +29,21 @@ OUT/model.yaml holds the model's Megatron flags: give it as --config, or build a
 base: in YAML. OUT/tokenizer is the model's tokenizer, which model.yaml names.
 """
 
+SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+EXPORT_EXAMPLE = """\
+example:
+  router-upcycle export-hf runs/moe Qwen1.5-0.5B-8x --dtype bfloat16
+
+A mixture of routers with sum pooling and one key an expert is exactly one linear gate, and so is a linear
+router: stock classes hold them. Max pooling or several keys an expert need --modelling-code, and
+trust_remote_code where the folder is loaded.
+
+Qwen2-MoE has a shared expert beside the routed ones. It is written as zeros and adds exactly nothing. Its
+width should be a multiple of the tensor parallel sizes that the model is served at. With
+--shared-expert-width 0 there is none, which transformers reports as missing weights.
+"""
+
 CONVERT_EXAMPLE = """\
 example:
   torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys --config dense.yaml \\
@@ -83,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_import_hf(commands)
     _add_convert(commands)
+    _add_export_hf(commands)
     _add_inspect(commands)
     _add_evaluate(commands)
     return parser
@@ -152,6 +168,50 @@ def _add_convert(commands: Any) -> None:
     convert.set_defaults(run=_convert)
 
 
+def _add_export_hf(commands: Any) -> None:
+    command = commands.add_parser(
+        "export-hf",
+        help="make a Hugging Face folder of a Megatron checkpoint",
+        description="Make a Hugging Face folder of a converted or trained Mixture-of-Experts (Qwen2-MoE or"
+        " Qwen3-MoE) or of a dense model (Qwen2 or Qwen3), which stock transformers, vLLM and SGLang load.",
+        epilog=EXPORT_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("checkpoint", metavar="MOE", type=Path, help="the Megatron checkpoint (torch_dist)")
+    command.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    command.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as in MOE)")
+    command.add_argument(
+        "--tokenizer", metavar="DIR", type=Path, help="its folder (default: the one that training used)"
+    )
+    command.add_argument(
+        "--max-shard-size", metavar="SIZE", type=_size, default="5GB", help="of a file (default: 5GB)"
+    )
+    command.add_argument(
+        "--shared-expert-width",
+        metavar="N",
+        type=int,
+        default=128,
+        help="of the shared expert of zeros in Qwen2-MoE (default: 128); see below",
+    )
+    command.add_argument(
+        "--modelling-code",
+        action="store_true",
+        help="where stock classes cannot hold the router: write a modelling file beside the weights",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace OUT once its successor is whole")
+    command.add_argument("--quiet", action="store_true", help="print errors only")
+    command.set_defaults(run=_export_hf)
+
+
+def _size(text: str) -> int:
+    """Bytes in a text such as 5GB or 200MB."""
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in SIZES or not number.isdecimal() or not int(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 5GB or 200MB")
+    return int(number) * SIZES[unit]
+
+
 def _add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
@@ -211,6 +271,28 @@ def _import_hf(args: argparse.Namespace) -> None:
         record = importer.run(job, progress)
     if not args.quiet:
         print(importer.describe_result(job, record, time.monotonic() - start))
+
+
+def _export_hf(args: argparse.Namespace) -> None:
+    import torch
+
+    from megatron_router_upcycling.hf import exporter
+
+    torch.set_num_threads(1)  # the work is moving bytes
+    start = time.monotonic()
+    options = exporter.Options(
+        dtype=args.dtype and getattr(torch, args.dtype),
+        tokenizer=args.tokenizer,
+        max_shard_bytes=args.max_shard_size,
+        shared_expert_width=args.shared_expert_width,
+        modelling_code=args.modelling_code,
+        overwrite=args.overwrite,
+    )
+    job = exporter.prepare(args.checkpoint, args.out, options)
+    with _progress("export-hf", job.bytes_to_write, args.quiet) as progress:
+        record = exporter.run(job, progress)
+    if not args.quiet:
+        print(exporter.describe_result(job, record, time.monotonic() - start))
 
 
 @contextlib.contextmanager
@@ -280,7 +362,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     try:
         runner.evaluate(args.model, options, done)
     except KeyboardInterrupt:
-        kept = f"{len(last['tasks'])} tasks are in {output}" if last else "no task was complete"
+        kept = (
+            f"{len(last['tasks'])} of {len(options.tasks)} tasks are in {output}"
+            if last
+            else "no task was complete"
+        )
         print(f"interrupted; {kept}", file=sys.stderr)
         raise SystemExit(130) from None
     print(report.markdown(last))

@@ -51,6 +51,9 @@ def _part(name: str, *shape: str) -> Part:
     return Part(f"{LAYER}.{name}", shape)
 
 
+NORM_BEFORE_FFN = f"{DECODER}.mlp.linear_fc1.layer_norm_weight"
+ANY_PROJECTION = f"{ATTENTION}.linear_proj.weight"
+
 TABLE = (
     Row("embedding.word_embeddings.weight", (Part("model.embed_tokens.weight", ("V", "D")),), PADDED),
     Row(f"{ATTENTION}.linear_qkv.layer_norm_weight", (_part("input_layernorm.weight", "D"),)),
@@ -77,7 +80,7 @@ TABLE = (
     Row(f"{ATTENTION}.k_layernorm.weight", (_part("self_attn.k_norm.weight", "d"),), only="qk_norm"),
     Row(f"{ATTENTION}.linear_proj.weight", (_part("self_attn.o_proj.weight", "D", "Q"),)),
     Row(
-        f"{DECODER}.mlp.linear_fc1.layer_norm_weight",
+        NORM_BEFORE_FFN,
         (_part("post_attention_layernorm.weight", "D"),),
         other=f"{DECODER}.pre_mlp_layernorm.weight",
     ),

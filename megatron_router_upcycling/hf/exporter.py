@@ -1,0 +1,375 @@
+"""A Megatron checkpoint, dense or Mixture-of-Experts, into a Hugging Face folder.
+
+A dense model becomes ``Qwen2ForCausalLM`` or ``Qwen3ForCausalLM``, a Mixture-of-Experts whose router folds
+into one linear gate ``Qwen2MoeForCausalLM`` or ``Qwen3MoeForCausalLM``: stock classes, which transformers,
+vLLM and SGLang load without code of ours. Values are streamed, block by block.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from megatron_router_upcycling import manifest
+from megatron_router_upcycling.checkpoint import publish
+from megatron_router_upcycling.checkpoint.rows import RowReader
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.writer import sync
+from megatron_router_upcycling.conversion import versions
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.hf import names
+from megatron_router_upcycling.hf.architecture import Architecture, from_megatron
+from megatron_router_upcycling.hf.folder import RECORD, class_name, find_tokenizer, shard_name, write_folder
+from megatron_router_upcycling.hf.gate import Gates, Rounding, read_gate
+from megatron_router_upcycling.hf.names import Part, Row
+from megatron_router_upcycling.hf.safetensors_file import format_header
+from megatron_router_upcycling.hf.values import BLOCK_BYTES, as_bytes, blocks, cast, dtype_name
+from megatron_router_upcycling.router_config import RouterConfig
+from megatron_router_upcycling.upcycle import TRAINING_STATE
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Options:
+    dtype: torch.dtype | None = None
+    tokenizer: Path | None = None
+    max_shard_bytes: int = 5 * 10**9
+    shared_expert_width: int = 128
+    modelling_code: bool = False
+    overwrite: bool = False
+
+
+# Where a tensor's values come from.
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Rows of a Megatron tensor: ``runs`` of them at a place of its stack."""
+
+    key: str
+    index: tuple[int, ...]
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A layer's router, folded into gates."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """A part of the shared expert, which adds nothing."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of the Hugging Face folder."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: Moved | Folded | Zeros
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        return math.prod(self.shape) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Export:
+    """Everything that is known before a byte is written."""
+
+    checkpoint: Checkpoint
+    out: Path
+    model: Architecture
+    router: RouterConfig | None
+    gates: Gates | None
+    dtype: torch.dtype
+    tokenizer: Path | None
+    options: Options
+    keys: dict[str, str]  # Megatron's name of a row -> the name that the checkpoint has for it
+    shards: list[list[Output]]
+    manifest: dict[str, Any] | None
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(output.num_bytes(self.dtype) for shard in self.shards for output in shard)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether stock classes hold the model."""
+        return self.gates is None or self.gates.num_rows == self.model.num_experts
+
+
+def prepare(root: Path, out: Path, options: Options) -> Export:
+    """Read and check everything but the values; write nothing.
+
+    Raises:
+        UserError: whatever would make the export fail and can be known beforehand.
+    """
+    checkpoint = Checkpoint.open(root)
+    publish.check_target(out, root, options.overwrite, source_name="MOE", made_by=RECORD)
+    if EMBEDDING not in checkpoint.tensors:
+        raise UserError(f"{root}: has no tensor {EMBEDDING}; export-hf takes a GPT model")
+    model = from_megatron(checkpoint.args, root, checkpoint.tensors[EMBEDDING].shape[0])
+    recorded = manifest.read(root)
+    router = _router(checkpoint, recorded, model) if model.num_experts else None
+    gates = Gates.of(router, model) if router else None
+    if options.shared_expert_width < 0:
+        raise UserError(f"--shared-expert-width {options.shared_expert_width}: must be 0 or more")
+    keys = _check_tensors(checkpoint, model, gates)
+    outputs = list(_outputs(model, gates, keys, options))
+    dtype = options.dtype or checkpoint.tensors[keys[names.ANY_PROJECTION]].dtype
+    job = Export(
+        checkpoint=checkpoint,
+        out=out,
+        model=model,
+        router=router,
+        gates=gates,
+        dtype=dtype,
+        tokenizer=find_tokenizer(options.tokenizer, checkpoint),
+        options=options,
+        keys=keys,
+        shards=_shards(outputs, dtype, options.max_shard_bytes),
+        manifest=recorded,
+    )
+    if not job.is_stock and not options.modelling_code:
+        raise UserError(_why_not_stock(job))
+    publish.check_space(out, job.bytes_to_write)
+    return job
+
+
+def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: Architecture) -> RouterConfig:
+    """The router that the manifest records; without one, Megatron's own linear router.
+
+    Raises:
+        UserError: the manifest and the training arguments contradict each other.
+    """
+    args = checkpoint.args
+    trained = {"top_k": args.moe_router_topk, "pre_softmax": bool(args.moe_router_pre_softmax)}
+    if recorded is None:
+        return RouterConfig(router="linear", num_experts=model.num_experts, **trained)
+    router = manifest.router_config(recorded, checkpoint.root / manifest.NAME)
+    for name, value in (trained | {"num_experts": model.num_experts}).items():
+        if getattr(router, name) != value:
+            raise UserError(
+                f"{checkpoint.root / manifest.NAME}: {name} {getattr(router, name)}, but the model was"
+                f" trained with {value}; put the manifest of that training there"
+            )
+    return router
+
+
+def _check_tensors(checkpoint: Checkpoint, model: Architecture, gates: Gates | None) -> dict[str, str]:
+    """Compare the checkpoint's tensors with the architecture; return the name it has for each row.
+
+    Raises:
+        UserError: one is missing, has another shape, or has no place in a Hugging Face folder.
+    """
+    root, stored = checkpoint.root, checkpoint.tensors
+    expected, keys, spare = dict(gates.parameters if gates else {}), {}, set()
+    for row in names.rows(model):
+        # Where both names are there, as convert leaves them, they are the same bytes.
+        key = row.megatron if row.other is None or row.megatron in stored else row.other
+        keys[row.megatron] = key
+        spare |= {row.other, row.megatron}
+        expected[key] = names.megatron_shape(row, model)
+    for key, shape in expected.items():
+        if key not in stored:
+            raise UserError(f"{root}: has no tensor {key}, which its training arguments ask for")
+        if stored[key].shape != shape:
+            raise UserError(
+                f"{root}: {key} is {list(stored[key].shape)} where the training arguments give {list(shape)}"
+            )
+    for key in stored:
+        if key not in expected and key not in spare and not TRAINING_STATE.match(key):
+            raise UserError(f"{root}: holds {key}, which has no place in a {model.family} model")
+    return keys
+
+
+def _outputs(
+    model: Architecture, gates: Gates | None, keys: dict[str, str], options: Options
+) -> Iterator[Output]:
+    """Every tensor of the folder, in the order of the model."""
+    rows = names.rows(model)
+    before = [row for row in rows if row.megatron == EMBEDDING]
+    after = [row for row in rows if not names.stack(row, model) and row not in before]
+
+    def moved(row: Row, index: tuple[int, ...]) -> Iterator[Output]:
+        for number, part in enumerate(row.parts):
+            runs = tuple(names.runs(row, number, model))
+            name, shape = names.name(part, index), names.shape(part, model)
+            yield Output(name, shape, Moved(keys[row.megatron], index, runs))
+
+    for row in before:
+        yield from moved(row, ())
+    for layer in range(model.num_layers):
+        for row in rows:
+            for index in names.indices(row, model):
+                if index and index[0] == layer:
+                    yield from moved(row, index)
+        if gates is not None:
+            gate = names.name(names.GATE, (layer,))
+            yield Output(gate, (gates.num_rows, model.hidden_size), Folded(layer))
+            if model.family == "qwen2":
+                yield from _shared_expert(model, layer, options.shared_expert_width)
+    for row in after:
+        yield from moved(row, ())
+
+
+def _shared_expert(model: Architecture, layer: int, width: int) -> Iterator[Output]:
+    parts: tuple[Part, ...] = (names.SHARED_EXPERT_GATE,)
+    if width:
+        parts = (*names.SHARED_EXPERT, *parts)
+    for part in parts:
+        sizes = {"S": width, "D": model.hidden_size, "1": 1}
+        shape = tuple(sizes[symbol] for symbol in part.shape)
+        yield Output(names.name(part, (layer,)), shape, Zeros())
+
+
+def _shards(outputs: list[Output], dtype: torch.dtype, limit: int) -> list[list[Output]]:
+    """``outputs`` in files of at most ``limit`` bytes, or of one tensor that is larger."""
+    shards: list[list[Output]] = [[]]
+    size = 0
+    for output in outputs:
+        if shards[-1] and size + output.num_bytes(dtype) > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(output)
+        size += output.num_bytes(dtype)
+    return shards
+
+
+def _why_not_stock(job: Export) -> str:
+    assert job.gates is not None and job.router is not None
+    why = (
+        "takes the maximum over routers (--pooling max)"
+        if job.router.pooling == "max"
+        else f"takes the maximum over {job.gates.keys_per_expert} keys an expert"
+    )
+    return (
+        f"MOE {job.checkpoint.root}: its router {why}, which no stock class computes; pass --modelling-code"
+        " to write a modelling file beside the weights, which is loaded with trust_remote_code"
+    )
+
+
+def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+    """Make the folder and return its record. On any exception nothing is left behind.
+
+    Args:
+        progress: called with the number of bytes after each write.
+
+    Raises:
+        UserError: it cannot be written, or a data file or a value is damaged.
+    """
+    rounding = Rounding() if job.router else None
+    try:
+        with (
+            publish.new_folder(job.out, job.options.overwrite) as folder,
+            RowReader(job.checkpoint) as reader,
+            ThreadPoolExecutor(1) as aside,
+        ):
+            flushed = []
+            for number, shard in enumerate(job.shards, start=1):
+                path = folder / shard_name(number, len(job.shards))
+                with open(path, "xb") as file:
+                    _write_shard(job, shard, reader, file, rounding, progress)
+                flushed.append(aside.submit(sync, path))
+            record = _record(job, rounding)
+            write_folder(job, folder, record)
+            for flush in flushed:
+                flush.result()
+    except OSError as error:
+        raise UserError(
+            f"OUT {job.out}: cannot be written ({error.strerror}); nothing was left behind"
+        ) from None
+    return record
+
+
+def _write_shard(
+    job: Export,
+    shard: list[Output],
+    reader: RowReader,
+    file: BinaryIO,
+    rounding: Rounding | None,
+    progress: Callable[[int], None],
+) -> None:
+    file.write(format_header([(output.name, output.shape) for output in shard], job.dtype))
+    scratch = bytearray(BLOCK_BYTES)
+    for output in shard:
+        match output.source:
+            case Moved():
+                for values in _moved_values(job, output, output.source, reader, scratch):
+                    file.write(as_bytes(values))
+                    progress(values.nbytes)
+                continue
+            case Folded(layer):
+                values = _gate_values(job, layer, reader, rounding)
+            case Zeros():
+                values = torch.zeros(output.shape, dtype=job.dtype)
+        file.write(as_bytes(values))
+        progress(values.nbytes)
+
+
+def _moved_values(
+    job: Export, output: Output, source: Moved, reader: RowReader, scratch: bytearray
+) -> Iterator[torch.Tensor]:
+    stored = job.checkpoint.tensors[source.key]
+    where = f"{job.checkpoint.root}: {source.key}"
+    columns = output.shape[1:]
+    row_bytes = math.prod(columns) * stored.dtype.itemsize
+    for first, last in source.runs:
+        for start, stop in blocks(last - first, row_bytes):
+            count = (stop - start) * math.prod(columns)
+            whole = scratch if count * stored.dtype.itemsize <= len(scratch) else bytearray(row_bytes)
+            values = torch.frombuffer(whole, dtype=stored.dtype, count=count).view(-1, *columns)
+            reader.read(source.key, source.index, first + start, min(first + stop, last), values)
+            yield cast(values, job.dtype, where)
+
+
+def _gate_values(job: Export, layer: int, reader: RowReader, rounding: Rounding | None) -> torch.Tensor:
+    assert job.router is not None and job.gates is not None and rounding is not None
+    gate = read_gate(job.checkpoint, job.router, layer)
+    key = job.keys[names.NORM_BEFORE_FFN]
+    norm = torch.empty(job.model.hidden_size, dtype=job.checkpoint.tensors[key].dtype)
+    reader.read(key, (layer,), 0, len(norm), norm)
+    values = cast(gate, job.dtype, f"{job.checkpoint.root}: the router of layer {layer}")
+    rounding.add(gate, norm, job.router, job.gates.keys_per_expert, layer, job.dtype)
+    return values
+
+
+def _record(job: Export, rounding: Rounding | None) -> dict[str, Any]:
+    """What made the folder."""
+    upcycled = job.manifest or {}
+    return {
+        "format": 1,
+        "source": {
+            "name": job.checkpoint.root.absolute().name,
+            "iteration": job.checkpoint.iteration_dir.name,
+            "digest": job.checkpoint.digest(),
+        },
+        "architecture": job.model.describe(),
+        "dtype": dtype_name(job.dtype),
+        "router": job.router.to_dict() if job.router else None,
+        "rounding": asdict(rounding) if rounding else None,
+        "upcycled": {name: upcycled[name] for name in ("seed", "versions") if name in upcycled} or None,
+        "versions": versions(),
+    }
+
+
+def describe_result(job: Export, record: dict[str, Any], seconds: float) -> str:
+    """What was made, and how to load it."""
+    size = publish.format_bytes(job.bytes_to_write)
+    what = f"{class_name(job)}, {record['architecture']}, {record['dtype']}"
+    lines = [f"{job.out}: {what}, {size} in {seconds:.1f} s"]
+    if record["rounding"]:
+        lines.append(Rounding(**record["rounding"]).describe(record["dtype"]))
+    if job.tokenizer is None:
+        lines.append("no tokenizer was found; name its folder with --tokenizer DIR, or copy its files there")
+    code = "" if job.is_stock else ", trust_remote_code=True"
+    lines.append(f'next: AutoModelForCausalLM.from_pretrained("{job.out}"{code})')
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""A checkpoint's routers as linear gates, and what rounding a gate to another dtype changes.
+
+With sum pooling and one key an expert, eq. 6-8 of arXiv 2509.00679 are one linear gate, which is what a
+stock Mixture-of-Experts class holds; otherwise they are the maximum over several.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.hf.architecture import Architecture
+from megatron_router_upcycling.hf.names import ROUTER
+from megatron_router_upcycling.router_config import RouterConfig
+from megatron_router_upcycling.router_init import fold, pool_logits
+
+SAMPLE_TOKENS = 1024  # a layer
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a router's linear gates look like: ``num_rows`` of them, ``keys_per_expert`` for each expert."""
+
+    num_rows: int
+    keys_per_expert: int
+    parameters: dict[str, tuple[int, ...]]  # key -> shape over all layers
+
+    @classmethod
+    def of(cls, router: RouterConfig, model: Architecture) -> "Gates":
+        """The gates that ``router`` folds into.
+
+        Raises:
+            UserError: a router that is no maximum over linear gates.
+        """
+        L, n, D = model.num_layers, router.num_experts, model.hidden_size
+        if router.router == "linear":
+            return cls(n, 1, {f"{ROUTER}.weight": (L, n, D)})
+        if router.router != "mixture":
+            raise UserError(f"--router {router.router}: no Hugging Face class holds such a router")
+        shape = router.shape(model.num_attention_heads, model.kv_channels)
+        keys = n * shape.keys_per_expert
+        parameters = {
+            f"{ROUTER}.query_weight": (L, shape.num_routers, shape.router_width, D),
+            f"{ROUTER}.expert_key": (L, keys, shape.router_width),
+        }
+        num_rows = keys * (shape.num_routers if router.pooling == "max" else 1)
+        return cls(num_rows, shape.keys_per_expert, parameters)
+
+
+def read_gate(checkpoint: Checkpoint, router: RouterConfig, layer: int) -> torch.Tensor:
+    """One layer's folded gate, [rows, D] in float32."""
+    if router.router == "linear":
+        return checkpoint.read_layer(f"{ROUTER}.weight", layer, bytearray()).float()
+    query_weight, expert_key = (
+        checkpoint.read_layer(f"{ROUTER}.{parameter}", layer, bytearray())
+        for parameter in ("query_weight", "expert_key")
+    )
+    return fold(query_weight, expert_key, router.pooling, torch.float32)
+
+
+@dataclass
+class Rounding:
+    """Of a sample's top-k choices, how many change; sums over layers."""
+
+    choices: int = 0
+    by_rounding: int = 0  # the gate alone, everything else in float32
+    by_arithmetic: int = 0  # the logits too, as a model in that dtype computes them
+
+    def add(
+        self,
+        gate: torch.Tensor,
+        norm: torch.Tensor,
+        router: RouterConfig,
+        keys: int,
+        layer: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Compare one layer's choices with its gate as it is and in ``dtype``.
+
+        The sample is what a router sees of random hidden states of unit variance: the output of the norm
+        before it, in ``dtype``.
+
+        Args:
+            gate: [rows, D] in float32.
+            norm: [D], the norm's weight.
+        """
+        generator = torch.Generator().manual_seed(layer)
+        tokens = torch.randn(SAMPLE_TOKENS, gate.shape[1], generator=generator) * norm.float()
+        tokens = tokens.to(dtype)
+        n, k = router.num_experts, router.top_k
+
+        def choose(tokens: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            logits = pool_logits((tokens @ gate.t()).float(), n, keys)
+            return torch.zeros(logits.shape).scatter_(1, logits.topk(k, dim=1).indices, 1.0)
+
+        exact = choose(tokens.float(), gate)
+        self.choices += SAMPLE_TOKENS * k
+        self.by_rounding += int((exact > choose(tokens.float(), gate.to(dtype).float())).sum())
+        self.by_arithmetic += int((exact > choose(tokens, gate.to(dtype))).sum())
+
+    def describe(self, dtype: str) -> str:
+        return (
+            f"rounding the gates to {dtype} changes {self.by_rounding} of {self.choices} top-k choices of a"
+            f" random sample, computing their logits in {dtype} as well changes {self.by_arithmetic}"
+        )
