@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from megatron_router_upcycling.checkpoint import pickle_check
 from megatron_router_upcycling.errors import UserError
 
 # Plain data that is built as what it is. The constructor of an enum or a container runs nothing.
@@ -71,8 +72,8 @@ class Inert:
             return (type(self), self.args) if self.state is None else (type(self), self.args, self.state)
         return copyreg.__newobj__, (type(self),), self.state  # type: ignore[attr-defined]
 
-    def __repr__(self) -> str:
-        return f"{type(self).__module__}.{type(self).__name__}{self.args or ''}"
+    def __repr__(self) -> str:  # its content may be of any size and depth
+        return f"{type(self).__module__}.{type(self).__name__}"
 
 
 @functools.cache
@@ -129,9 +130,11 @@ def loads(content: bytes, source: Any) -> Any:
     """Unpickle ``content``; ``source`` is named in errors.
 
     Raises:
-        UserError: a truncated or damaged pickle, or one that names something outside the allow-list.
+        UserError: a truncated or damaged pickle, one that names something outside the allow-list, or one
+            that would harm the process.
     """
     try:
+        pickle_check.check(content)
         return _Unpickler(io.BytesIO(content)).load()
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
@@ -159,10 +162,22 @@ def load_archive(content: bytes, source: Any) -> Any:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
-            pickled = archive.read(name)
+            pickled = read_stored(archive, name)
     except Exception as error:  # not a zip file, or a damaged one
         raise UserError(f"{source}: damaged or half-written ({_one_line(error)})") from None
     return loads(pickled, source)
+
+
+def read_stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A record of a ``torch.save`` file, which is never compressed: it is no larger than the file.
+
+    Raises:
+        Exception: of any kind, on a damaged file.
+    """
+    record = archive.getinfo(name)
+    if record.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed, which torch.save never does")
+    return archive.read(record)
 
 
 def dump_archive(value: Any) -> bytes:
