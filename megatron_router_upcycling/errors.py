@@ -1,9 +1,27 @@
 """The one exception that stands for a user's mistake."""
 
+LONGEST = 1000  # characters of a message: names and values in it may come from a hostile file
+
 
 class UserError(Exception):
     """A mistake that the user can mend.
 
     The message is one line: it names the flag or file and says what would work. Every command line
-    entry prints it as ``error: MESSAGE`` on stderr, without a traceback, and exits with status 2.
+    entry prints it as ``error: MESSAGE`` on stderr, without a traceback, and exits with status 2. Line
+    ends and control characters in names that it repeats are shown as escapes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str, longest: int = LONGEST) -> str:
+    """``text`` as one line that a terminal can show, its middle left out where it is long."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} … {text[-longest // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def reason(error: BaseException) -> str:
+    """What ``error`` says, for a message; its kind where it says nothing."""
+    return printable(" ".join(str(error).split()), 200) or type(error).__name__
