@@ -6,7 +6,9 @@
 import hashlib
 import importlib.metadata
 import os
+import pickle
 import platform
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,16 +135,17 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
             (folder / TRACKER).write_text("release", encoding="utf-8")
     except OSError as error:
         raise UserError(f"OUT {out}: cannot be written ({error.strerror}); nothing was left behind") from None
+    except pickle.PicklingError as error:
+        raise UserError(
+            f"DENSE {conversion.dense.root}: its training arguments hold what cannot be carried over"
+            f" ({error})"
+        ) from None
     return record
 
 
 def _manifest(conversion: Conversion, folder: Path) -> dict[str, Any]:
     dense, options, stats = conversion.dense, conversion.options, conversion.stats
-    left_out: dict[str, int] = {}  # kind of training state -> number of entries
-    for step in conversion.plan.steps:
-        for key in step.keys if isinstance(step, LeaveOut) else ():
-            kind = TRAINING_STATE.match(key)[0].rstrip(".")
-            left_out[kind] = left_out.get(kind, 0) + 1
+    left_out = [key for step in conversion.plan.steps if isinstance(step, LeaveOut) for key in step.keys]
     record = {
         "format": manifest.FORMAT,
         "router": options.router.to_dict(),
@@ -156,7 +159,7 @@ def _manifest(conversion: Conversion, folder: Path) -> dict[str, Any]:
         },
         "key_stats": None,
         "files": {str(path.relative_to(folder)): _file_record(path) for path in new_files(folder)},
-        "left_out": left_out,
+        "left_out": Counter(found[0].rstrip(".") for key in left_out if (found := TRAINING_STATE.match(key))),
         "versions": versions(),
     }
     if stats is not None and options.key_stats is not None:

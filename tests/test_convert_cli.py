@@ -258,14 +258,16 @@ def test_interrupted_run_removes_what_it_made(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ks"]
 
 
-def test_another_running_conversion_is_left_alone(tmp_path: Path, dense: Path) -> None:
+def test_second_conversion_to_the_same_place_is_refused(
+    tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     process = start_long_run(tmp_path)
-    assert convert(tmp_path, "--router", "linear", "--quiet") == 0
-    first = contents(tmp_path / "moe")
-    assert len(list(tmp_path.glob(".moe.partial-*"))) == 1
-    _, said = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 2 and "appeared while it was being made" in said
-    assert contents(tmp_path / "moe") == first
+    assert convert(tmp_path, "--router", "linear", "--quiet") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: OUT") and said.count("\n") == 1 and str(process.pid) in said
+    process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0
+    assert Checkpoint.open(tmp_path / "moe").args.num_experts == 3000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ks", "moe"]
 
 
