@@ -7,6 +7,13 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = "megatron_router_upcycling"
+# lm-eval imports accelerate without naming it; datasets before 4 could run code that comes with a data set.
+EVALUATION = [
+    "accelerate>=1.6,<2",
+    "datasets>=4,<6",
+    "lm-eval>=0.4.13,<0.5",
+    "transformers>=5,<6",
+]
 
 
 def version() -> str:
@@ -26,6 +33,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
+    package_data={f"{PACKAGE}.evaluation": ["tasks/*.yaml"]},
     python_requires=">=3.12",
     # Lower bounds are what was tested; upper bounds end before the first version that was not.
     install_requires=[
@@ -45,8 +53,9 @@ setup(
             "pytest>=8,<10",
             "ruff>=0.15,<0.18",
             "types-PyYAML>=6,<7",
+            *EVALUATION,
         ],
-        "eval": ["lm-eval>=0.4.8,<0.5"],
+        "eval": EVALUATION,
         # NVIDIA's apex is used when it can be imported; the package of that name on PyPI is another one.
         "gpu": ["transformer-engine[pytorch]>=2.11,<3"],
         "hf": ["transformers>=4.51,<6"],

@@ -65,6 +65,16 @@ what to expect of the first step:
                                 gradient until the experts differ
 """
 
+VERIFY_EXAMPLE = """\
+example:
+  router-upcycle verify ckpt/dense ckpt/moe
+
+Exit status 0 when everything is as it must be, 1 with a table of what differs, 2 after a mistake (one of
+the two is no checkpoint, the key statistics are gone). Every byte of every value in MOE is read, the bytes
+that it shares with DENSE too: there, a value that changed in both is found by the checksum beside it. Of a
+checkpoint that has trained since, structure, checksums and arguments are checked; its values have changed.
+"""
+
 EVALUATE_EXAMPLE = """\
 tasks, by the paper's groups:
   understanding   openbookqa, openbookqa_fact
@@ -99,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_import_hf(commands)
     _add_convert(commands)
     _add_export_hf(commands)
+    _add_verify(commands)
     _add_inspect(commands)
     _add_evaluate(commands)
     return parser
@@ -210,6 +221,25 @@ def _size(text: str) -> int:
     if unit not in SIZES or not number.isdecimal() or not int(number):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 5GB or 200MB")
     return int(number) * SIZES[unit]
+
+
+def _add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="prove that an upcycled checkpoint is what it must be",
+        description="Prove that an upcycled checkpoint is what it must be, by reading it and the dense one.",
+        epilog=VERIFY_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verify.add_argument("dense", metavar="DENSE", type=Path, help="the dense model's checkpoint")
+    verify.add_argument("moe", metavar="MOE", type=Path, help="what convert made of it, or training since")
+    verify.add_argument(
+        "--key-stats", metavar="FILE", type=Path, help="what the routers were made from (default: recorded)"
+    )
+    verify.add_argument("--json", metavar="FILE", type=Path, help="write all that was found there as well")
+    verify.add_argument("--quiet", action="store_true", help="print what differs only")
+    verify.set_defaults(run=_verify)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -333,6 +363,26 @@ def _convert(args: argparse.Namespace) -> None:
         print(conversion.describe_result(ready, record, time.monotonic() - start))
 
 
+def _verify(args: argparse.Namespace) -> int:
+    import torch
+
+    from megatron_router_upcycling import verify
+
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    ready = verify.prepare(args.dense, args.moe, args.key_stats)
+    with _progress("verify", ready.bytes_to_read, args.quiet) as advance:
+        findings = verify.run(ready, advance)
+    if args.json:
+        try:
+            args.json.write_text(findings.to_json(dense=str(args.dense), moe=str(args.moe)) + "\n", "utf-8")
+        except OSError as error:
+            raise UserError(f"--json {args.json}: cannot be written ({error.strerror})") from None
+    if findings or not args.quiet:
+        print(verify.describe(ready, time.monotonic() - start))
+    return 1 if findings else 0
+
+
 def _inspect(args: argparse.Namespace) -> None:
     from megatron_router_upcycling import inspection
 
@@ -374,7 +424,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; exit status 0, 2 after a user's mistake, 130 or 143 when interrupted."""
+    """Run a command; exit status 0, 2 after a user's mistake, 130 or 143 when interrupted.
+
+    ``verify`` has 1 where something differs.
+    """
 
     def stop(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)  # unwinds, so that half-made folders are removed
@@ -382,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         args = build_parser().parse_args(argv)
-        args.run(args)
+        status = args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -392,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `router-upcycle inspect … | head`
         sys.stderr.close()
         return 141
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

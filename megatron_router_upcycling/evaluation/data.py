@@ -1,7 +1,8 @@
-"""The records of a task: from a local folder, from the Hugging Face Hub, or made here; no code comes along."""
+"""The records of a task: from a local folder, from the Hugging Face Hub, or made here; none brings code."""
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ def load(tasks: Sequence[Task], data_dir: Path | None, num_fewshot: int) -> dict
             records[task.name] = Records(splits, "local")
         else:
             records[task.name] = _download(task, wanted[task.name])
+        examples = len(records[task.name].splits.get(EXAMPLES_SPLIT, ()))
+        if examples < num_fewshot:
+            raise UserError(f"--num-fewshot {num_fewshot}: {task.name} has {examples} examples to show")
     return records
 
 
@@ -128,6 +132,8 @@ def _download(task: Task, splits: tuple[str, ...]) -> Records:
     import datasets
 
     assert task.repository
+    for library in ("datasets", "huggingface_hub"):  # a line for each of many attempts
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         found = datasets.load_dataset(task.repository, task.configuration)
         rows = {split: found[split].select_columns(list(task.fields)).to_list() for split in splits}

@@ -15,13 +15,13 @@ FORMAT = 1
 JSON_NAME, MARKDOWN_NAME = "results.json", "results.md"
 NOTES = """\
 Percent. ± is the standard error over a task's questions. Averages are plain means; the last is over tasks,
-not over groups. The six columns on the right are the paper's (arXiv 2509.00679, table 1: 2.1B parameters, 100B
-tokens), with averages of the same tasks as this model's. Over all tasks that gives what the paper prints but
-for two roundings: it has 26.17 for switch's average and 48.67 for mlp's reasoning.
+not over groups. The six columns on the right are the paper's (arXiv 2509.00679, table 1: 2.1B parameters,
+100B tokens), with averages of the same tasks as this model's. Over all tasks that gives what the paper prints
+but for two roundings: it has 26.17 for switch's average and 48.67 for mlp's reasoning.
 
 The paper asked in another way: its ARC figures are fractions of 295 and 567, the questions with four choices
-in the validation splits; the harness asks the 1172 and 2376 of the test splits. The distance between two models
-that were evaluated here says more than that between one of them and the paper's columns.
+in the validation splits; the harness asks the 1172 and 2376 of the test splits. The distance between two
+models that were evaluated here says more than that between one of them and the paper's columns.
 """
 
 
@@ -74,10 +74,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}, {options['device']};"
         f" {options['num_fewshot']} examples before each question.",
     ]
-    if options["limit"] is not None:
-        lines.append(
-            f"**Limited to the first {options['limit']} questions of each task: not a measurement.**"
-        )
+    if any(task["questions"] < task["questions_of"] for task in result["tasks"].values()):
+        lines.append(f"**Only the first {options['limit']} questions of a task were asked: no measurement.**")
     lines += ["", table(result), "", NOTES]
     lines += ["Versions: " + ", ".join(f"{name} {value}" for name, value in result["versions"].items()) + "."]
     return "\n".join(lines) + "\n"
@@ -92,7 +90,7 @@ def table(result: Mapping[str, Any]) -> str:
             if task["group"] == group:
                 paper = [result["paper"][method].get(name) for method in METHODS]
                 rows.append([task["title"], task["metric"], _score(task), *map(percent, paper)])
-        if group in result["averages"]:
+        if group is not None and group in result["averages"]:
             rows.append(_average_row(group, result))
     if "average" in result["averages"]:
         rows.append(_average_row("average", result))

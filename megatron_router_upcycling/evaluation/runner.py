@@ -93,8 +93,8 @@ def evaluate(model_dir: Path, options: Options, done: Callable[[dict[str, Any]],
         UserError: what ``check`` finds, data that cannot be had, or a model that cannot be loaded.
     """
     config = check(model_dir, options)
-    _quiet()
     records = data.load(options.tasks, options.data_dir, options.num_fewshot)
+    _quiet()
     language_model = _load_model(model_dir, config, options)
     result: dict[str, Any] = {
         "format": report.FORMAT,
@@ -125,13 +125,13 @@ def evaluate(model_dir: Path, options: Options, done: Callable[[dict[str, Any]],
 
 
 def _quiet() -> None:
-    """Keep to one line an error: the libraries' warnings and retries are not for the user to act on."""
+    """Keep away warnings that the user cannot act on; progress over the questions stays."""
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("lm_eval", "datasets", "huggingface_hub", "transformers"):
+    for name in ("lm_eval", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -161,11 +161,12 @@ def _load_model(model_dir: Path, config: dict[str, Any], options: Options) -> An
         raise UserError(
             f"{model_dir}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from error
-    if wrong := sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"]):
-        raise UserError(
-            f"{model_dir}: {len(wrong)} weights that config.json calls for are missing or of another shape,"
-            f" first {wrong[0]}; scores of random weights mean nothing"
-        )
+    for kind in ("missing", "mismatched", "unexpected"):
+        if keys := sorted(map(str, loading[f"{kind}_keys"])):
+            raise UserError(
+                f"{model_dir}: its weights are not those of a {type(model).__name__}: {len(keys)} are {kind},"
+                f" {keys[0]} first; scores would mean nothing"
+            )
     return HFLM(pretrained=model.to(device), tokenizer=tokenizer, batch_size=options.batch_size)
 
 
@@ -180,7 +181,6 @@ def _measure(language_model: Any, task: Task, records: data.Records, options: Op
         {"tasks": {task.name: asked}},
         limit=options.limit,
         log_samples=False,
-        bootstrap_iters=0,
     )
     metrics: dict[str, float] = {}
     for key, value in found["results"][task.name].items():  # "acc,none", "acc_stderr,none", "alias"
@@ -223,6 +223,7 @@ def harness_task(task: Task, records: data.Records, num_fewshot: int) -> Any:
         "training_split": data.EXAMPLES_SPLIT if num_fewshot else None,
         "validation_split": task.split if task.split == "validation" else None,
         "test_split": task.split if task.split == "test" else None,
+        "fewshot_split": data.EXAMPLES_SPLIT if num_fewshot else None,
         "num_fewshot": num_fewshot,
     }
     folder = Path(lm_eval.tasks.__file__).parent / task.harness if task.harness else OWN_TASKS

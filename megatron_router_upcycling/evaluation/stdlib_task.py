@@ -1,16 +1,16 @@
 """A multiple-choice task from text that every machine has: the docstrings of Python's standard library.
 
-Asked is which of four passages follows a function's signature and summary. The right one is the docstring's next
-paragraph, the others are those of other modules' functions, so chance is 25%. The records depend on the version
-of Python. A model that was trained on that library, as the demonstration's is, has seen the answers: this task
-shows that an evaluation works from end to end and which way a model moves, no more.
+Asked is which of four passages follows a function's signature and summary. The right one is the docstring's
+next paragraph, the others are those of other modules' functions, so chance is 25%. The records depend on the
+version of Python. A model that was trained on that library, as the demonstration's is, has seen the answers:
+this task shows that an evaluation works from end to end and which way a model moves, no more.
 """
 
 import ast
+import functools
 import random
 import sysconfig
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,10 @@ def records() -> dict[str, list[dict[str, Any]]]:
     return {"test": made[:QUESTIONS], "train": made[QUESTIONS:]}
 
 
-def _passages() -> Iterator[tuple[str, str, str]]:
+@functools.cache
+def _passages() -> tuple[tuple[str, str, str], ...]:
     """(module, signature and summary, next paragraph) of the functions of the library's top modules."""
+    found = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         tree = ast.parse(path.read_bytes())
         for node in ast.walk(tree):
@@ -47,4 +49,6 @@ def _passages() -> Iterator[tuple[str, str, str]]:
             if len(paragraphs) < 2 or len(paragraphs[1]) < SHORTEST or ">>>" in paragraphs[0] + paragraphs[1]:
                 continue  # nothing follows, or a session of the interpreter rather than words
             following = textwrap.shorten(paragraphs[1], LONGEST, placeholder="")
-            yield path.stem, f"def {node.name}({ast.unparse(node.args)}): {paragraphs[0]}", following
+            context = f"def {node.name}({ast.unparse(node.args)}): {paragraphs[0]}"
+            found.append((path.stem, context, following))
+    return tuple(found)
