@@ -23,7 +23,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, reason
 
 FORMAT = 1
 KEY_SOURCES = ("pre_rope", "post_rope")
@@ -198,10 +198,9 @@ def load(path: str | Path) -> KeyStats:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"--key-stats {path}: cannot be read ({reason}); collect the statistics again"
+            f"--key-stats {path}: cannot be read ({reason(error)}); collect the statistics again"
         ) from None
     problem = _problem(tensors, metadata)
     if problem:

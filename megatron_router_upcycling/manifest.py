@@ -9,11 +9,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.router_config import RouterConfig
 
 NAME = "router_upcycling.json"
 FORMAT = 1
+MOST_NESTED = 20  # lists and mappings; a manifest nests four
 
 
 def read(root: str | Path) -> dict[str, Any] | None:
@@ -27,11 +28,20 @@ def read(root: str | Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); convert the model again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); convert the model again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or _nests(manifest) > MOST_NESTED:
         raise UserError(f"{path}: not a manifest of format {FORMAT}; convert the model again")
     return manifest
+
+
+def _nests(value: Any) -> int:
+    """How deep lists and mappings of JSON nest."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [item for held in level for item in (held.values() if isinstance(held, dict) else held)]
+    return depth
 
 
 def router_config(manifest: dict[str, Any], source: str | Path) -> RouterConfig:

@@ -67,6 +67,10 @@ class RouterConfig:
             raise UserError(
                 f"{source}: unknown router option {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
+        for name, value in values.items():
+            kind = type(getattr(cls, name))  # of the default
+            if type(value) not in ((int, type(None)) if kind is type(None) else (kind,)):
+                raise UserError(f"{source}: router option {name} cannot be {str(value)[:40]!r}")
         return cls(**values)
 
     def shape(self, num_heads: int, head_dim: int) -> RouterShape:
