@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling import key_stats, manifest
-from megatron_router_upcycling.checkpoint import publish
-from megatron_router_upcycling.checkpoint.dense import DenseModel
+from megatron_router_upcycling.checkpoint import ledger, publish
+from megatron_router_upcycling.checkpoint.dense import DenseModel, open_dense
 from megatron_router_upcycling.checkpoint.publish import format_bytes
 from megatron_router_upcycling.checkpoint.torch_dist import TRACKER, Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
@@ -98,7 +98,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
         UserError: whatever would make the conversion fail and can be known beforehand.
     """
     out = Path(out)
-    dense = Checkpoint.open(root)
+    dense = open_dense(root)
     publish.check_target(out, dense.root, options.overwrite)
     model = DenseModel.of(dense)
     stats = None

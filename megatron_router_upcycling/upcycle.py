@@ -104,6 +104,7 @@ class WriteCommonState:
     keys: tuple[str, ...]
 
 
+    made: tuple[str, ...]
 @dataclass(frozen=True)
 class LeaveOut:
     """Training state that the MoE run does not go on from."""
@@ -145,6 +146,7 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     common = tuple(key for key in objects if key == COMMON_STATE)
     gone = {*left_out, *ffn, *ffn_states, *common}
     kept = tuple(key for key in (*dense.tensors, *objects) if key not in gone)
+    made = () if (dense.iteration_dir / COMMON_FILE).is_file() else (COMMON_STATE,)
     for key in kept:
         if not MODEL_STATE.match(key):
             raise UserError(f"DENSE {dense.root}: holds {key}, which convert does not know what to make of")
@@ -155,7 +157,7 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
         steps.append(CopyExperts(key, EXPERTS + key.removeprefix(f"{LAYERS}.mlp"), n))
     routers = MakeRouters(router_parameters(model, options.router))
     added = tuple(key for key in extra_states(model, n) if key not in kept)
-    steps += [routers, AddExtraStates(ffn_states, added), WriteCommonState(common), LeaveOut(left_out)]
+    steps += [routers, AddExtraStates(ffn_states, added), WriteCommonState(common, made), LeaveOut(left_out)]
 
     copies = n if options.materialize else 1
     elements = sum(math.prod(shape) for _, shape in routers.parameters)
@@ -262,9 +264,9 @@ def execute(
                 empty = writer.write_object(safe_load.dump_archive([None]))
                 for key in added:
                     writer.add_object(key, empty)
-            case WriteCommonState():
+            case WriteCommonState(made=made):
                 common = moe_common_state(dense.common, model, options.router)
-                if not (dense.iteration_dir / COMMON_FILE).is_file():
+                if made:
                     blob = writer.write_object(safe_load.dump_archive([common]))
                     writer.add_object(COMMON_STATE, blob)
                 else:

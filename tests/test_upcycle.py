@@ -278,17 +278,6 @@ def test_what_is_not_a_dense_gpt_model_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "key_stats.safetensors"]
 
 
-def test_layers_under_keys_of_their_own_are_refused(tmp_path: Path) -> None:
-    folder = dense_checkpoint.Folder(tmp_path / "dense/iter_0000008")
-    for layer in range(2):
-        folder.add(f"decoder.layers.{layer}.mlp.linear_fc1.weight", torch.ones(2, 2), (1, 1))
-    folder.add_object("common_state/shard_0_1", {"args": dense_checkpoint.arguments()})
-    folder.finish()
-    (tmp_path / "dense/latest_checkpointed_iteration.txt").write_text("8")
-    with pytest.raises(UserError, match="stores each layer under a key of its own"):
-        convert(tmp_path, num_experts=4)
-
-
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [

@@ -1,11 +1,14 @@
 """A dense model's architecture, read from its checkpoint and checked against its tensors."""
 
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_router_upcycling.checkpoint.layers import stack_layers
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 
@@ -132,10 +135,24 @@ class DenseModel:
                 )
 
 
+def open_dense(root: str | Path) -> Checkpoint:
+    """Open a dense model's checkpoint of any format; its layers are stacked, however they are stored.
+
+    Raises:
+        UserError: as ``Checkpoint.open``, or layers that are not alike.
+    """
+    checkpoint = Checkpoint.open(root)
+    return checkpoint if _holds_experts(checkpoint.tensors) else stack_layers(checkpoint)
+
+
+def _holds_experts(keys: Iterable[str]) -> bool:
+    return any(".mlp.experts." in key or ".mlp.router." in key for key in keys)
+
+
 def _refuse_unknown(checkpoint: Checkpoint, args: Namespace) -> None:
     root, keys = checkpoint.root, checkpoint.tensors
     num_experts = getattr(args, "num_experts", None)
-    if num_experts or any(".mlp.experts." in key or ".mlp.router." in key for key in keys):
+    if num_experts or _holds_experts(keys):
         experts = f" with {num_experts} experts" if num_experts else ""
         raise UserError(
             f"DENSE {root}: a Mixture-of-Experts already{experts}; name a dense model's checkpoint"
@@ -145,13 +162,6 @@ def _refuse_unknown(checkpoint: Checkpoint, args: Namespace) -> None:
             raise UserError(
                 f"DENSE {root}: trained with --{name.replace('_', '-')} {value}, which convert does not"
                 " support; it takes GPT models with ordinary attention"
-            )
-    for key in keys:
-        parts = key.split(".")
-        if parts[:2] == ["decoder", "layers"] and parts[2].isdecimal():
-            raise UserError(
-                f"DENSE {root}: stores each layer under a key of its own ({key}), which convert does not"
-                " read; save it with homogeneous layers (no --moe-layer-freq or heterogeneous layers)"
             )
 
 

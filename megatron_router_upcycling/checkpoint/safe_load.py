@@ -39,6 +39,7 @@ REAL: dict[tuple[str, str], Any] = {
 # Names that become inert records and can be written back: PyTorch's checkpoint metadata, Megatron's enums.
 CARRIED = re.compile(
     r"torch\.distributed\.checkpoint\.\w+\.\w+"
+    r"|torch\.distributed\._shard\.sharded_tensor\.metadata\.\w+"  # where they were before PyTorch 2.3
     r"|megatron\.core\.(enums|transformer\.enums|rerun_state_machine)\.\w+"
     r"|megatron\.core\.optimizer\.(optimizer_config\.)?\w+Config"
     r"|megatron\.core\.dist_checkpointing\.strategies\.torch\.MCore\w+"
@@ -48,6 +49,7 @@ SEEN = re.compile(
     r"torch\.\w*Storage|torch\.storage\.\w*Storage|torch\._utils\._rebuild_\w+"
     r"|numpy\.(ndarray|dtype)|numpy\.dtypes\.\w+|numpy\._?core\.multiarray\.(_reconstruct|scalar)"
     r"|_?io\.BytesIO|_codecs\.encode"
+    r"|megatron\.(\w+\.)*enums\.\w+"  # of an older Megatron, among its arguments
 )
 
 

@@ -45,14 +45,19 @@ class Blob:
 class Chunk:
     """A box of a global tensor and where its values are stored.
 
-    ``verbatim``: the blob is a ``torch.save`` file of a tensor of these sizes. Otherwise the values lie
-    there in the same order, but a torch_dist checkpoint must store them anew.
+    ``verbatim``: the blob is a ``torch.save`` file of a tensor of these sizes. Otherwise it holds the same
+    values in the same order (here: a tensor without the first axis, which is 1), and they must be stored
+    anew to stand in a torch_dist checkpoint.
     """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     blob: Blob
     verbatim: bool = True
+
+    @property
+    def stored_sizes(self) -> tuple[int, ...]:
+        return self.sizes if self.verbatim else self.sizes[1:]
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ class Checkpoint:
     def find_values(self, chunk: Chunk, dtype: torch.dtype) -> Values | None:
         """Where a chunk's values lie in its data file, or None where they are not plainly there."""
         with self._open_blob(chunk.blob) as content:
-            found = find_values(content, chunk.sizes, dtype)
+            found = find_values(content, chunk.stored_sizes, dtype)
         return found and replace(found, offset=chunk.blob.offset + found.offset)
 
     def read_chunk(self, chunk: Chunk, dtype: torch.dtype, scratch: bytearray) -> torch.Tensor:
@@ -175,11 +180,11 @@ class Checkpoint:
             tensor = torch.load(content, map_location="cpu", weights_only=True)
             if (
                 not isinstance(tensor, torch.Tensor)
-                or tuple(tensor.shape) != chunk.sizes
+                or tuple(tensor.shape) != chunk.stored_sizes
                 or tensor.dtype != dtype
             ):
-                raise ValueError(f"not the {dtype} {list(chunk.sizes)} that {METADATA} promises")
-        return tensor
+                raise ValueError(f"not the {dtype} {list(chunk.stored_sizes)} that {METADATA} promises")
+        return tensor.view(chunk.sizes)
 
     @contextlib.contextmanager
     def _open_blob(self, blob: Blob) -> Iterator[BinaryIO]:

@@ -1,0 +1,84 @@
+"""Layers under keys of their own, seen as tensors stacked over layers.
+
+Megatron stores ``decoder.layers.mlp.linear_fc2.weight`` [L, D, F] where all layers are alike. With
+``moe_layer_freq`` or other options for unlike layers it stores ``decoder.layers.0.mlp.linear_fc2.weight``
+[D, F] and so on; with ``singleton_local_shards`` also the halves of a gated FC1 apart, as ``weight_w`` (gate)
+and ``weight_v`` (up).
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from megatron_router_upcycling.checkpoint.torch_dist import Blob, Checkpoint, Chunk, StoredTensor
+from megatron_router_upcycling.errors import UserError
+
+LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
+STATE = re.compile(r"(.+\._extra_state/shard_)0_1")
+HALVES = re.compile(r"(mlp\.linear_fc1\.(?:weight|bias))_[wv]")
+
+
+def stack_layers(checkpoint: Checkpoint) -> Checkpoint:
+    """``checkpoint`` with a layer axis in front of what it stores layer by layer; else as it is.
+
+    Raises:
+        UserError: layers that differ in their parameters, or whose parameters differ in shape or dtype.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    objects: dict[str, Blob] = {}
+    layers: dict[str, dict[int, StoredTensor]] = {}
+    states: list[tuple[str, int, Blob]] = []
+    for key, tensor in checkpoint.tensors.items():
+        if match := LAYER.fullmatch(key):
+            layers.setdefault(match[2], {})[int(match[1])] = tensor
+        else:
+            tensors[key] = tensor
+    for key, blob in checkpoint.objects.items():
+        match = LAYER.fullmatch(key)
+        state = match and STATE.fullmatch(match[2])
+        if match and state:
+            states.append((state[1], int(match[1]), blob))
+        else:
+            objects[key] = blob
+    count = max((max(found) + 1 for found in layers.values()), default=0)
+    for key, found in _join_halves(layers).items():
+        where = f"{checkpoint.root}: {key}"
+        if len(found) != count:
+            raise UserError(
+                f"{where} is in {len(found)} of {count} layers; convert takes layers that are alike"
+            )
+        tensors[f"decoder.layers.{key}"] = _stack([found[layer] for layer in range(count)], where)
+    objects |= {f"decoder.layers.{key}{layer}_{count}": blob for key, layer, blob in states}
+    return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
+
+
+def _stack(layers: list[StoredTensor], where: str) -> StoredTensor:
+    first = layers[0]
+    if any((tensor.shape, tensor.dtype) != (first.shape, first.dtype) for tensor in layers):
+        raise UserError(
+            f"{where} is not of one shape and dtype in all layers; convert takes layers that are alike"
+        )
+    chunks = tuple(
+        Chunk((layer, *chunk.offsets), (1, *chunk.sizes), chunk.blob, verbatim=False)
+        for layer, tensor in enumerate(layers)
+        for chunk in tensor.chunks
+    )
+    return StoredTensor((len(layers), *first.shape), first.dtype, chunks)
+
+
+def _join_halves(layers: dict[str, dict[int, StoredTensor]]) -> dict[str, dict[int, StoredTensor]]:
+    """Gate and up projection as one parameter, gate first."""
+    joined = {key: found for key, found in layers.items() if not HALVES.fullmatch(key)}
+    for whole in sorted({match[1] for key in layers if (match := HALVES.fullmatch(key))}):
+        gates, ups = (layers.get(f"{whole}_{half}", {}) for half in "wv")
+        joined[whole] = {layer: _concatenate(gates[layer], ups[layer]) for layer in gates.keys() & ups.keys()}
+    return joined
+
+
+def _concatenate(gate: StoredTensor, up: StoredTensor) -> StoredTensor:
+    rows = gate.shape[0]
+    moved: Iterable[Chunk] = (
+        dataclasses.replace(chunk, offsets=(rows + chunk.offsets[0], *chunk.offsets[1:]))
+        for chunk in up.chunks
+    )
+    return StoredTensor((rows + up.shape[0], *gate.shape[1:]), gate.dtype, (*gate.chunks, *moved))
