@@ -12,6 +12,7 @@ d head size, D hidden size, F FFN size.
 import math
 import re
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint import safe_load
 from megatron_router_upcycling.checkpoint.dense import FC1, FC2, QKV, DenseModel
+from megatron_router_upcycling.checkpoint.ledger import Target
 from megatron_router_upcycling.checkpoint.torch_dist import BACKEND, COMMON_FILE, COMMON_STATE, Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
@@ -99,12 +101,12 @@ class AddExtraStates:
 
 @dataclass(frozen=True)
 class WriteCommonState:
-    """Write the common state of a fresh MoE run; the dense run's goes."""
+    """Write the common state of a fresh MoE run; the dense run's goes. ``made``: none where it is a file."""
 
     keys: tuple[str, ...]
-
-
     made: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class LeaveOut:
     """Training state that the MoE run does not go on from."""
@@ -144,9 +146,9 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
         or (EXTRA_STATE in key and not dense.is_verbatim(key))
     )
     common = tuple(key for key in objects if key == COMMON_STATE)
+    made = () if (dense.iteration_dir / COMMON_FILE).is_file() else (COMMON_STATE,)
     gone = {*left_out, *ffn, *ffn_states, *common}
     kept = tuple(key for key in (*dense.tensors, *objects) if key not in gone)
-    made = () if (dense.iteration_dir / COMMON_FILE).is_file() else (COMMON_STATE,)
     for key in kept:
         if not MODEL_STATE.match(key):
             raise UserError(f"DENSE {dense.root}: holds {key}, which convert does not know what to make of")
@@ -186,8 +188,35 @@ def accounted(step: Step) -> tuple[str, ...]:
 
 def _check_accounts(plan: Plan, dense: Checkpoint) -> None:
     """Every entry of the dense checkpoint is accounted for exactly once."""
-    accounts = sorted(key for step in plan.steps for key in accounted(step))
-    assert accounts == sorted((*dense.tensors, *dense.objects))
+    accounts = Counter(key for step in plan.steps for key in accounted(step))
+    accounts.subtract((*dense.tensors, *dense.objects))
+    for key, count in accounts.items():
+        if count:
+            raise UserError(f"DENSE {dense.root}: {key} would be {'used twice' if count > 0 else 'lost'}")
+
+
+def targets(plan: Plan, dense: Checkpoint, model: DenseModel) -> dict[str, Target]:
+    """Every entry that carrying out ``plan`` makes: shape and dtype of a tensor, None of an object."""
+    made: dict[str, Target] = {}
+
+    def like(key: str, name: str, num_experts: tuple[int, ...] = ()) -> None:
+        stored = dense.tensors.get(key)
+        made[name] = stored and ((*stored.shape[:1], *num_experts, *stored.shape[1:]), stored.dtype)
+
+    for step in plan.steps:
+        match step:
+            case Keep(keys):
+                for key in keys:
+                    like(key, key)
+            case CopyNorm(key, other):
+                like(key, other)
+            case CopyExperts(key, target, num_experts):
+                like(key, target, (num_experts,))
+            case MakeRouters(parameters):
+                made |= {key: (shape, model.dtype) for key, shape in parameters}
+            case AddExtraStates(added=keys) | WriteCommonState(made=keys):
+                made |= dict.fromkeys(keys)
+    return made
 
 
 def _other_norm(key: str) -> str | None:

@@ -12,6 +12,7 @@ import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -55,8 +56,7 @@ def find_values(content: BinaryIO, sizes: tuple[int, ...], dtype: torch.dtype) -
             return None
         storage, first, size, stride, *_ = tensor.args
         _, kind, key, _, count = storage.args[0]
-        steps = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
-        if first or count != math.prod(sizes) or tuple(size) != sizes or tuple(stride) != steps:
+        if first or count != math.prod(sizes) or tuple(size) != sizes or not is_row_major(sizes, stride):
             return None
         record = archive.getinfo(pickled.removesuffix("data.pkl") + f"data/{key}")
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != count * dtype.itemsize:
@@ -67,6 +67,12 @@ def find_values(content: BinaryIO, sizes: tuple[int, ...], dtype: torch.dtype) -
     *_, name_length, extra_length = LOCAL_HEADER.unpack(content.read(LOCAL_HEADER.size))
     begin = record.header_offset + LOCAL_HEADER.size + name_length + extra_length
     return Values(begin, record.file_size, record.CRC)
+
+
+def is_row_major(sizes: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether values of these strides lie row after row. The stride of an axis of size 1 means nothing."""
+    steps = (math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
+    return all(size == 1 or step == own for size, step, own in zip(sizes, steps, stride, strict=True))
 
 
 def wrap_values(values: Values, sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:

@@ -207,8 +207,8 @@ class CheckpointWriter:
         (self.folder / name).write_bytes(content)
         sync(self.folder / name)
 
-    def finish(self) -> None:
-        """Write ``.metadata`` and ``metadata.json``; return when everything is on the disk."""
+    def finish(self) -> dict[str, StoredTensor]:
+        """Write ``.metadata`` and ``metadata.json``; return the tensors when everything is on the disk."""
         self._close()
         tensors = {
             key: StoredTensor(shape, dtype, tuple(chunks))
@@ -220,6 +220,7 @@ class CheckpointWriter:
         for flushed in self._flushing.values():
             flushed.result()
         sync(self.folder)
+        return tensors
 
 
 def _copy_some(source: int, target: int, offset: int, length: int) -> int:

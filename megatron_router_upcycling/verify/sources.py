@@ -1,0 +1,164 @@
+"""Where expected values come from: boxes of a stored tensor, or of one that was computed again."""
+
+import io
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import torch
+
+from megatron_router_upcycling.checkpoint.archive import Values
+from megatron_router_upcycling.checkpoint.boxes import Box, Shape
+from megatron_router_upcycling.checkpoint.examine import Contents, Damaged, examine
+from megatron_router_upcycling.checkpoint.finite import WORDS
+from megatron_router_upcycling.checkpoint.torch_dist import Blob, Checkpoint, Chunk, FileRange, read_exactly
+from megatron_router_upcycling.errors import UserError
+
+Place = tuple[int, int, int, int]  # device, inode, offset and length of a chunk's bytes
+
+
+class Source(Protocol):
+    """Values to compare with, as unsigned integers of the dtype's size: equal means bitwise equal."""
+
+    def read(self, box: Box) -> np.ndarray: ...
+
+    def place(self, box: Box) -> Place | None:
+        """Where the values of ``box`` lie in one piece, or None."""
+
+
+class DataFiles:
+    """The data files of an iteration's folder, each opened once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, BinaryIO] = {}
+        self._inodes: dict[str, tuple[int, int]] = {}
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def file(self, name: str) -> BinaryIO:
+        if name not in self._open:
+            self._open[name] = open(self.folder / name, "rb", buffering=0)  # noqa: SIM115
+        return self._open[name]
+
+    def place(self, blob: Blob) -> Place:
+        if blob.file not in self._inodes:
+            status = (self.folder / blob.file).stat()
+            self._inodes[blob.file] = status.st_dev, status.st_ino
+        return (*self._inodes[blob.file], blob.offset, blob.length)
+
+    def examine(self, blob: Blob) -> Contents:
+        """Raises: Damaged, also where the file is missing or ends early."""
+        try:
+            content = io.BufferedReader(FileRange(self.file(blob.file), blob))
+            return examine(content, blob.length)
+        except OSError as error:
+            raise Damaged(f"{blob.file}: {error.strerror or error}") from None
+
+    def read(self, name: str, offset: int, view: memoryview) -> None:
+        """Raises: OSError, EOFError."""
+        file = self.file(name)
+        file.seek(offset)
+        read_exactly(file, view)  # type: ignore[arg-type]
+
+
+class StoredTensor:
+    """A tensor of the dense checkpoint, read in boxes; at most a few times a box's bytes are in memory."""
+
+    def __init__(self, checkpoint: Checkpoint, files: DataFiles, key: str) -> None:
+        self.checkpoint, self.files, self.key = checkpoint, files, key
+        stored = checkpoint.tensors[key]
+        self.shape, self.dtype = stored.shape, stored.dtype
+        self._chunks = sorted(stored.chunks, key=lambda chunk: chunk.offsets)
+        self._starts = [chunk.offsets[:1] for chunk in self._chunks]
+        self._longest = max((chunk.sizes[:1] for chunk in self._chunks), default=())
+        self._values: dict[Blob, Values | None] = {}
+
+    def _near(self, box: Box) -> list[Chunk]:
+        """The chunks that may overlap ``box``."""
+        if not box.offsets:
+            return self._chunks
+        first = bisect_left(self._starts, (box.offsets[0] - self._longest[0] + 1,))
+        return self._chunks[first : bisect_left(self._starts, (box.ends[0],))]
+
+    def place(self, box: Box) -> Place | None:
+        for chunk in self._near(box):
+            if (chunk.offsets, chunk.sizes) == (box.offsets, box.sizes):
+                return self.files.place(chunk.blob)
+        return None
+
+    def read(self, box: Box) -> np.ndarray:
+        """Raises: UserError, where the dense checkpoint is damaged."""
+        pieces = [
+            (common, self._read(chunk, common))
+            for chunk in self._near(box)
+            if (common := box.overlap(Box(chunk.offsets, chunk.sizes)))
+        ]
+        if len(pieces) == 1:
+            return pieces[0][1]
+        whole = np.empty(box.sizes, WORDS[self.dtype.itemsize])
+        for common, values in pieces:
+            whole[inside(common, box.offsets)] = values
+        return whole
+
+    def _read(self, chunk: Chunk, box: Box) -> np.ndarray:
+        """``box`` of ``chunk``, by reading what lies between its first and its last element."""
+        if chunk.blob not in self._values:
+            self._values[chunk.blob] = self.checkpoint.find_values(chunk, self.dtype)
+        values = self._values[chunk.blob]
+        if values is None:
+            whole = as_words(self.checkpoint.read_chunk(chunk, self.dtype, bytearray()))
+            return whole[inside(box, chunk.offsets)]
+        steps = [math.prod(chunk.sizes[axis + 1 :]) for axis in range(len(chunk.sizes))]
+        start = sum((a - b) * step for a, b, step in zip(box.offsets, chunk.offsets, steps, strict=True))
+        last = start + sum((size - 1) * step for size, step in zip(box.sizes, steps, strict=True))
+        buffer = np.empty(last + 1 - start, WORDS[self.dtype.itemsize])
+        offset = values.offset + start * buffer.itemsize
+        try:
+            self.files.read(chunk.blob.file, offset, memoryview(buffer).cast("B"))
+        except (OSError, EOFError) as error:
+            path = self.checkpoint.iteration_dir / chunk.blob.file
+            raise UserError(f"DENSE {path}: cannot be read at byte {offset} ({error})") from None
+        strides = [step * buffer.itemsize for step in steps]
+        return np.lib.stride_tricks.as_strided(buffer, box.sizes, strides, writeable=False)
+
+
+class ComputedLayers:
+    """A tensor [L, ...] that is computed layer after layer: ``compute(layer)`` gives [...]."""
+
+    def __init__(self, compute: Callable[[int], torch.Tensor]) -> None:
+        self.compute = compute
+        self._layer: tuple[int, np.ndarray] | None = None
+
+    def place(self, box: Box) -> Place | None:
+        return None
+
+    def read(self, box: Box) -> np.ndarray:
+        rest = tuple(map(slice, box.offsets[1:], box.ends[1:]))
+        layers = range(box.offsets[0], box.ends[0])
+        return np.stack([self._values(layer)[rest] for layer in layers])
+
+    def _values(self, layer: int) -> np.ndarray:
+        if self._layer is None or self._layer[0] != layer:
+            self._layer = layer, as_words(self.compute(layer))
+        return self._layer[1]
+
+
+def as_words(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's bits, as unsigned integers of its dtype's size."""
+    tensor = tensor.contiguous()
+    return tensor.flatten().view(torch.uint8).numpy().view(WORDS[tensor.dtype.itemsize]).reshape(tensor.shape)
+
+
+def inside(box: Box, offsets: Shape) -> tuple[slice, ...]:
+    """``box`` as indices of what begins at ``offsets``."""
+    return tuple(
+        slice(low - offset, low - offset + size)
+        for low, size, offset in zip(box.offsets, box.sizes, offsets, strict=True)
+    )
