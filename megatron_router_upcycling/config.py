@@ -11,6 +11,7 @@ Pure but for the parser that is handed in: imports neither torch nor Megatron.
 import argparse
 import dataclasses
 import difflib
+import reprlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import yaml
 
 from megatron_router_upcycling import manifest
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.router_config import GROUPINGS, POOLINGS, ROUTERS, RouterConfig
 
 # Megatron argument -> the RouterConfig field that it sets.
@@ -40,15 +41,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     current: Path | None = Path(path)
     while current is not None:
-        if current.resolve() in (seen.resolve() for seen in chain):
-            raise UserError(f"{current}: builds on itself through 'base:'")
-        chain.append(current)
         try:
+            if current.resolve() in (seen.resolve() for seen in chain):
+                raise UserError(f"{current}: builds on itself through 'base:'")
+            chain.append(current)
             entries = yaml.safe_load(current.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"--config {current}: no such file") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{current}: not readable as YAML ({' '.join(str(error).split())})") from None
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+            raise UserError(f"{current}: not readable as YAML ({reason(error)})") from None
         if not isinstance(entries, dict | None):
             raise UserError(f"{current}: must be a mapping of argument names to values")
         entries = entries or {}
@@ -56,6 +57,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         section = entries.pop("upcycling", None) or {}
         if not isinstance(section, dict):
             raise UserError(f"{current}: 'upcycling:' must be a mapping")
+        if not isinstance(base, str | None):
+            raise UserError(f"{current}: 'base:' must be the name of a file")
         merged = entries | merged | {"upcycling": section | merged.get("upcycling", {})}
         current = current.parent / base if base else None
     return merged
@@ -114,7 +117,7 @@ def _convert(action: argparse.Action, string: str, value: Any, source: str | Pat
     """``value`` from YAML as ``action`` would have parsed it from the command line."""
     if value is None:
         return None
-    where = f"{source}: {string.lstrip('-').replace('-', '_')}: {value!r}"
+    where = f"{source}: {string.lstrip('-').replace('-', '_')}: {reprlib.repr(value)}"
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):
             raise UserError(f"{where} is a switch; write true or false")
@@ -132,6 +135,8 @@ def _convert(action: argparse.Action, string: str, value: Any, source: str | Pat
 
     def one(item: Any) -> Any:
         try:
+            if isinstance(item, list | dict | set):
+                raise TypeError
             converted = kind(str(item))
         except (TypeError, ValueError, KeyError, argparse.ArgumentTypeError):
             name = getattr(kind, "__name__", str(kind))

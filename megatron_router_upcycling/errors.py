@@ -1,5 +1,7 @@
 """The one exception that stands for a user's mistake."""
 
+from typing import Any
+
 LONGEST = 1000  # characters of a message: names and values in it may come from a hostile file
 
 
@@ -20,6 +22,15 @@ def printable(text: str, longest: int = LONGEST) -> str:
     if len(text) > longest:
         text = f"{text[: longest // 2]} … {text[-longest // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: Any) -> str:
+    """A value from a file, for a message or a table: a number or name; of anything else its kind."""
+    if isinstance(value, str):
+        return printable(value, 100)
+    if isinstance(value, bool | int | float | None):
+        return str(value)
+    return f"({type(value).__name__})"
 
 
 def reason(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_router_upcycling import manifest
 from megatron_router_upcycling.checkpoint.dense import ARCHITECTURE, NEGATED
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.errors import printable, shown
 from megatron_router_upcycling.upcycle import EXTRA_STATE, TRAINING_STATE
 
 ROUTING = ("num_experts", "moe_router_topk", "moe_router_pre_softmax", "moe_ffn_hidden_size")
