@@ -19,9 +19,9 @@ not over groups. The six columns on the right are the paper's (arXiv 2509.00679,
 100B tokens), with averages of the same tasks as this model's. Over all tasks that gives what the paper prints
 but for two roundings: it has 26.17 for switch's average and 48.67 for mlp's reasoning.
 
-The paper asked in another way: its ARC figures are fractions of 295 and 567, the questions with four choices
-in the validation splits; the harness asks the 1172 and 2376 of the test splits. The distance between two
-models that were evaluated here says more than that between one of them and the paper's columns.
+The paper's questions were not quite these: its ARC figures are fractions of 295 and 567, which fits the
+validation splits (299 and 570 questions), while the harness asks the test splits (1172 and 2376). The distance
+between two models that were evaluated here says more than that between one of them and the paper's columns.
 """
 
 
