@@ -31,7 +31,6 @@ ARCHITECTURE = (
     "ffn_hidden_size",
     "num_attention_heads",
     "group_query_attention",
-    "num_query_groups",
     "kv_channels",
     "add_qkv_bias",
     "add_bias_linear",
@@ -125,14 +124,16 @@ def check(run: pretrain.Run) -> None:
             f"--num-experts {args.num_experts}: keys are collected from a dense model; use the"
             " configuration that the dense checkpoint was trained with"
         )
-    for name in ARCHITECTURE:
-        asked, found = getattr(args, name, None), getattr(trained, name, None)
+    groups = num_query_groups(args)
+    compared = {name: (getattr(args, name, None), getattr(trained, name, None)) for name in ARCHITECTURE}
+    # Megatron's argument is 1 without grouped-query attention, until a run sets it to the number of heads.
+    compared["num_query_groups"] = (groups, num_query_groups(trained))
+    for name, (asked, found) in compared.items():
         if asked != found and hasattr(trained, name):
             raise UserError(
                 f"--config {args.config}: {name} {asked}, but the checkpoint {args.load} was trained with"
                 f" {found}; use the configuration of its training"
             )
-    groups = num_query_groups(args)
     if groups < args.tensor_model_parallel_size:
         raise UserError(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: is more than the model's"
