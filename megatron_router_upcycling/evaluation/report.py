@@ -20,8 +20,8 @@ not over groups. The six columns on the right are the paper's (arXiv 2509.00679,
 but for two roundings: it has 26.17 for switch's average and 48.67 for mlp's reasoning.
 
 The paper's questions were not quite these: its ARC figures are fractions of 295 and 567, which fits the
-validation splits (299 and 570 questions), while the harness asks the test splits (1172 and 2376). The distance
-between two models that were evaluated here says more than that between one of them and the paper's columns.
+validation splits (299 and 570 questions), while the harness asks the test splits (1172 and 2376). Between two
+models that were evaluated here a difference says more than between one of them and the paper's columns.
 """
 
 
