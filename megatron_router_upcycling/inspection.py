@@ -25,16 +25,18 @@ def describe(root: str | Path, everything: bool = False) -> str:
     checkpoint = Checkpoint.open(root)
     args = checkpoint.args
     num_experts = getattr(args, "num_experts", None)
-    kind = f"Mixture-of-Experts, {num_experts} experts" if num_experts else "dense"
-    lines = [f"{checkpoint.iteration_dir}: {kind}, iteration {checkpoint.common.get('iteration')}"]
+    kind = f"Mixture-of-Experts, {shown(num_experts)} experts" if num_experts else "dense"
+    iteration = shown(checkpoint.common.get("iteration"))
+    lines = [f"{checkpoint.iteration_dir}: {kind}, iteration {iteration}"]
 
     flags = {**ARCHITECTURE, "num_query_groups": "num_query_groups"}
     values = {flag: getattr(args, name, None) for flag, name in flags.items()}
     values |= {flag: not getattr(args, name, True) for flag, name in NEGATED.items()}
     for title, names in (("routing", ROUTING * bool(num_experts)), ("saved at", STATE)):
         if names:
-            lines.append(f"{title}: " + ", ".join(f"{name} {getattr(args, name, None)}" for name in names))
-    lines.append("architecture: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+            found = (f"{name} {shown(getattr(args, name, None))}" for name in names)
+            lines.append(f"{title}: " + ", ".join(found))
+    lines.append("architecture: " + ", ".join(f"{name} {shown(value)}" for name, value in values.items()))
 
     lines += ["", f"{'tensor':<72} {'shape':<24} {'dtype':<10} {'bytes':>15} {'stored':>15}"]
     entries = [key for key in checkpoint.tensors if everything or not TRAINING_STATE.match(key)]
@@ -42,12 +44,12 @@ def describe(root: str | Path, everything: bool = False) -> str:
         tensor = checkpoint.tensors[key]
         dtype = str(tensor.dtype).removeprefix("torch.")
         stored = sum(blob.length for blob in set(checkpoint.blobs(key)))
-        lines.append(f"{key:<72} {list(tensor.shape)!s:<24} {dtype:<10} {tensor.nbytes:>15,} {stored:>15,}")
+        lines.append(f"{printable(key):<72} {list(tensor.shape)!s:<24} {dtype:<10} {tensor.nbytes:>15,} {stored:>15,}")
     total = sum(checkpoint.tensors[key].nbytes for key in entries)
     stored = sum(blob.length for blob in {blob for key in entries for blob in checkpoint.blobs(key)})
     lines.append(f"{f'{len(entries)} tensors':<108} {total:>15,} {stored:>15,}")
     if everything:
-        lines += ["", *(f"{key:<108} {blob.length:>15,}" for key, blob in checkpoint.objects.items())]
+        lines += ["", *(f"{printable(key):<108} {blob.length:>15,}" for key, blob in checkpoint.objects.items())]
     else:
         states = sum(EXTRA_STATE in key for key in checkpoint.objects)
         hidden = len(checkpoint.tensors) - len(entries)

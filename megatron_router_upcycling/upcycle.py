@@ -11,7 +11,6 @@ d head size, D hidden size, F FFN size.
 
 import math
 import re
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -374,5 +373,5 @@ def moe_common_state(common: dict[str, Any], model: DenseModel, router: RouterCo
         "moe_ffn_hidden_size": model.ffn_hidden_size,
     }
     kept = {name: common[name] for name in ("checkpoint_version", "content_metadata") if name in common}
-    args = Namespace(**{name: value for name, value in values.items() if name not in DECIDED_LATER})
+    args = safe_load.namespace({name: value for name, value in values.items() if name not in DECIDED_LATER})
     return kept | {"args": args, "iteration": 0, "num_floating_point_operations_so_far": 0}

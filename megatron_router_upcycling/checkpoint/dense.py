@@ -1,5 +1,6 @@
 """A dense model's architecture, read from its checkpoint and checked against its tensors."""
 
+import math
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint.layers import stack_layers
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, reason, shown
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 FC1 = "decoder.layers.mlp.linear_fc1"
@@ -45,6 +46,7 @@ ARCHITECTURE = {
     "untie_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
 }
 NEGATED = {"disable_bias_linear": "add_bias_linear"}
+MOST_LAYERS = 10_000
 # Where these arguments are set, the layers are not what the converter knows.
 UNKNOWN_LAYERS = (
     "multi_latent_attention",
@@ -99,10 +101,11 @@ class DenseModel:
                 init_method_std=float(args.init_method_std),
                 flags=_flags(args),
             )
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
-                f"{root}: its training arguments do not give the architecture ({error})"
+                f"{root}: its training arguments do not give the architecture ({reason(error)})"
             ) from None
+        model._check_numbers(checkpoint)
         model._check_shapes(checkpoint)
         return model
 
@@ -113,6 +116,18 @@ class DenseModel:
             f" {'gated ' * self.gated}FFN {self.ffn_hidden_size}, {self.num_attention_heads} heads of size"
             f" {self.kv_channels} in {self.num_query_groups} groups, {str(self.dtype).removeprefix('torch.')}"
         )
+
+    def _check_numbers(self, checkpoint: Checkpoint) -> None:
+        names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+        for name in (*names, "kv_channels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{checkpoint.root}: its training arguments say {name} {getattr(self, name)}")
+        if self.num_layers > MOST_LAYERS:
+            raise UserError(f"{checkpoint.root}: {self.num_layers} layers; convert takes up to {MOST_LAYERS}")
+        if not 0 <= self.init_method_std < math.inf:
+            raise UserError(
+                f"{checkpoint.root}: its training arguments say init_method_std {self.init_method_std}"
+            )
 
     def _check_shapes(self, checkpoint: Checkpoint) -> None:
         L, D, F, d = self.num_layers, self.hidden_size, self.ffn_hidden_size, self.kv_channels
@@ -153,14 +168,14 @@ def _refuse_unknown(checkpoint: Checkpoint, args: Namespace) -> None:
     root, keys = checkpoint.root, checkpoint.tensors
     num_experts = getattr(args, "num_experts", None)
     if num_experts or _holds_experts(keys):
-        experts = f" with {num_experts} experts" if num_experts else ""
+        experts = f" with {shown(num_experts)} experts" if num_experts else ""
         raise UserError(
             f"DENSE {root}: a Mixture-of-Experts already{experts}; name a dense model's checkpoint"
         )
     for name in UNKNOWN_LAYERS:
         if value := getattr(args, name, None):
             raise UserError(
-                f"DENSE {root}: trained with --{name.replace('_', '-')} {value}, which convert does not"
+                f"DENSE {root}: trained with --{name.replace('_', '-')} {shown(value)}, which convert does not"
                 " support; it takes GPT models with ordinary attention"
             )
 
@@ -179,4 +194,7 @@ def _flags(args: Namespace) -> dict[str, Any]:
         flags["num_query_groups"] = args.num_query_groups
     if args.position_embedding_type == "learned_absolute":
         flags["max_position_embeddings"] = args.max_position_embeddings
+    for flag, value in flags.items():
+        if not isinstance(value, bool | int | float | str | None):
+            raise ValueError(f"{flag} is {shown(value)}")
     return {flag: value for flag, value in flags.items() if value is not None}

@@ -4,7 +4,7 @@
 nothing but plain data. Refused here, before Python's own unpickler sees a byte:
 
 - a place in the memo far beyond what the pickle can fill (ten bytes would ask for 32 GB);
-- tuples within tuples within tuples (taking the hash of one overflows the C stack);
+- tuples of tuples of tuples (the hash of one overflows the C stack, or takes for ever);
 - attributes set on a class rather than on an object, which would change it for the whole process;
 - operations that neither Python 3 nor PyTorch writes: extension codes, text protocols, huge integers.
 """
@@ -12,8 +12,8 @@ nothing but plain data. Refused here, before Python's own unpickler sees a byte:
 import pickle
 from typing import Any
 
-MOST_NESTED = 64  # tuples; Megatron and PyTorch nest about five
-CLASS = -1  # on the simulated stack: a class; otherwise a number says how deep tuples nest there
+MOST_ITEMS = 10_000  # of a tuple and all tuples within; Python's random state has 630
+CLASS = -1  # on the simulated stack: a class; otherwise the number of items of a tuple, 1 for all else
 
 # Operation -> bytes of its argument. Negative: that many bytes give the argument's length.
 PUSHES = {
@@ -87,23 +87,23 @@ def _follow(content: bytes) -> None:
                 position += length - width
             else:
                 position += width
-            stack.append(0)
+            stack.append(1)
         elif operation == _MEMOIZE:
             memo[len(memo)] = stack[-1]
         elif (width := _MEMOS.get(operation)) is not None:
             place = int.from_bytes(content[position : position + width], "little")
             position += width
             if operation in _GETS:
-                stack.append(memo.get(place, 0))
+                stack.append(memo.get(place, 1))
             elif place > len(content):
                 raise Refused(f"numbers its {place}th object")
             else:
                 memo[place] = stack[-1]
         elif operation in _TUPLES:
-            depth = 1 + max(pop(_TUPLES[operation]), default=0)
-            if depth > MOST_NESTED:
-                raise Refused(f"nests more than {MOST_NESTED} tuples")
-            stack.append(depth)
+            items = 1 + sum(map(abs, pop(_TUPLES[operation])))
+            if items > MOST_ITEMS:
+                raise Refused(f"holds a tuple of more than {MOST_ITEMS} items")
+            stack.append(items)
         elif operation == _MARK:
             marks.append(len(stack))
         elif operation in _FILLS:
@@ -112,7 +112,7 @@ def _follow(content: bytes) -> None:
                 raise Refused("changes a class")
         elif operation in _MAKES:
             pop(_MAKES[operation])
-            stack.append(0)
+            stack.append(1)
         elif operation == _GLOBAL:
             position = content.index(b"\n", content.index(b"\n", position) + 1) + 1
             stack.append(CLASS)

@@ -113,7 +113,7 @@ class RankFile:
         # Options that name classes of an older Megatron, which a new one could not import again.
         values = vars(self.args).items()
         args = {name: value for name, value in values if isinstance(name, str) and _is_carried(value)}
-        return common | {"args": Namespace(**args)}
+        return common | {"args": safe_load.namespace(args)}
 
     def training_state(self) -> Iterator[str]:
         """Names of what is not the model's."""

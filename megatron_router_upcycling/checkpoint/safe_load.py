@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.checkpoint import pickle_check
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, reason
 
 # Plain data that is built as what it is. The constructor of an enum or a container runs nothing.
 REAL: dict[tuple[str, str], Any] = {
@@ -95,8 +95,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in REAL:
             return REAL[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
         if CARRIED.fullmatch(f"{module}.{name}") or SEEN.fullmatch(f"{module}.{name}"):
             return inert_class(module, name)
         raise UserError(f"names {module}.{name}, which no checkpoint needs; it was not run")
@@ -141,7 +141,7 @@ def loads(content: bytes, source: Any) -> Any:
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     except Exception as error:  # a damaged pickle may fail in any way
-        raise UserError(f"{source}: damaged or half-written ({_one_line(error)})") from None
+        raise UserError(f"{source}: damaged or half-written ({reason(error)})") from None
 
 
 def dumps(value: Any) -> bytes:
@@ -149,10 +149,18 @@ def dumps(value: Any) -> bytes:
 
     Raises:
         pickle.PicklingError: a record that is read only, such as a tensor of the common state.
+        RecursionError: lists or mappings that nest too deep.
     """
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=4).dump(value)
     return buffer.getvalue()
+
+
+def namespace(values: dict[str, Any]) -> argparse.Namespace:
+    """Arguments of these names, whatever they are."""
+    made = argparse.Namespace()
+    vars(made).update(values)
+    return made
 
 
 def load_archive(content: bytes, source: Any) -> Any:
@@ -166,7 +174,7 @@ def load_archive(content: bytes, source: Any) -> Any:
             (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
             pickled = read_stored(archive, name)
     except Exception as error:  # not a zip file, or a damaged one
-        raise UserError(f"{source}: damaged or half-written ({_one_line(error)})") from None
+        raise UserError(f"{source}: damaged or half-written ({reason(error)})") from None
     return loads(pickled, source)
 
 
@@ -187,7 +195,3 @@ def dump_archive(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer, pickle_module=types.SimpleNamespace(__name__="pickle", Pickler=_Pickler))
     return buffer.getvalue()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

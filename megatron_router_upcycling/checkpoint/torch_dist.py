@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint import boxes, safe_load
 from megatron_router_upcycling.checkpoint.archive import Values, find_values
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, reason, shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
 METADATA = ".metadata"
@@ -28,6 +29,7 @@ CONFIG = "metadata.json"
 BACKEND = "torch_dist"
 COMMON_STATE = "common_state/shard_0_1"
 COMMON_FILE = "common.pt"  # where Megatron kept the common state before it became an object
+LARGEST_RECORD = 1 << 30  # bytes of metadata or common state; Megatron's are a hundred times smaller
 
 Report = Callable[[str, str], None]  # takes a tensor's or file's name, and what is wrong with it
 
@@ -121,7 +123,7 @@ class Checkpoint:
     def args(self) -> Namespace:
         """Megatron's arguments as the run that saved this checkpoint had them."""
         args = self.common.get("args")
-        if not isinstance(args, Namespace):
+        if not isinstance(args, Namespace) or not all(isinstance(name, str) for name in vars(args)):
             raise UserError(
                 f"{self.iteration_dir}: holds no training arguments; save it with Megatron's training"
             )
@@ -190,13 +192,16 @@ class Checkpoint:
     def _open_blob(self, blob: Blob) -> Iterator[BinaryIO]:
         """A blob as a file of its own; whatever fails on its content is the user's damaged file."""
         path = self.iteration_dir / blob.file
-        with open(path, "rb", buffering=0) as file:
+        try:
+            file = open(path, "rb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        with file:
             try:
                 yield io.BufferedReader(FileRange(file, blob))
             except Exception as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
                 raise UserError(
-                    f"{path}: damaged at byte {blob.offset} ({reason}); use another copy"
+                    f"{path}: damaged at byte {blob.offset} ({reason(error)}); use another copy"
                 ) from None
 
     def read_layer(self, key: str, layer: int, scratch: bytearray) -> torch.Tensor:
@@ -222,7 +227,7 @@ class Checkpoint:
                 needed[blob.file] = max(needed.get(blob.file, 0), blob.offset + blob.length)
         for name, end in sorted(needed.items()):
             path = self.iteration_dir / name
-            if not path.is_file():
+            if not os.path.isfile(path):  # False for a name that cannot be one, too
                 fault = "missing; the checkpoint is incomplete, use one that was saved whole"
             elif path.stat().st_size < end:
                 fault = (
@@ -237,7 +242,10 @@ class Checkpoint:
 
     def _common_bytes(self) -> bytes:
         if COMMON_STATE in self.objects:
-            return self.read_blob(self.objects[COMMON_STATE])
+            blob = self.objects[COMMON_STATE]
+            if blob.length > LARGEST_RECORD:
+                raise UserError(f"{self.iteration_dir}: common state of {blob.length} bytes")
+            return self.read_blob(blob)
         return _read(self.iteration_dir / COMMON_FILE)
 
     def _read_common(self) -> dict[str, Any]:
@@ -320,6 +328,8 @@ def parse_metadata(
         objects: dict[str, Blob] = {}
         unnamed = dict(blobs)
         for key, entry in metadata.state["state_dict_metadata"].items():
+            if not isinstance(key, str):
+                raise TypeError(f"an entry is called {shown(key)}")
             if type(entry).__name__ == "TensorStorageMetadata":
                 tensors[key] = _stored_tensor(key, entry.state, blobs, fault)
                 for chunk in tensors[key].chunks:
@@ -329,8 +339,9 @@ def parse_metadata(
                 del unnamed[key, None]
             else:
                 fault(key, "has no bytes")
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{source}: not a checkpoint's metadata ({type(error).__name__}: {error})") from None
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        kind = type(error).__name__
+        raise UserError(f"{source}: not a checkpoint's metadata ({kind}: {reason(error)})") from None
     if report is not None:
         for key, offsets in unnamed:
             report(key, f"has bytes for a chunk at {list(offsets or ())} that it does not have")
@@ -342,7 +353,7 @@ def parse_metadata(
 def _stored_tensor(key: str, state: dict[str, Any], blobs: dict[Any, Blob], fault: Report) -> StoredTensor:
     dtype, shape = state["properties"].state[0], _sizes(state["size"])
     if not isinstance(dtype, torch.dtype) or shape is None:
-        raise TypeError(f"{key} has dtype {dtype!r} and shape {shape}")
+        raise TypeError(f"{key} has dtype {shown(dtype)} and shape {shape}")
     chunks = []
     for record in state["chunks"]:
         offsets, sizes = _sizes(record.state["offsets"]), _sizes(record.state["sizes"])
@@ -351,6 +362,8 @@ def _stored_tensor(key: str, state: dict[str, Any], blobs: dict[Any, Blob], faul
             fault(key, f"has no bytes for its chunk at {list(offsets)}")
         elif not boxes.is_inside(shape, boxes.Box(offsets, sizes)):
             fault(key, f"{list(shape)} has a chunk outside its shape, at {list(offsets)} of {list(sizes)}")
+        elif math.prod(sizes) * dtype.itemsize > blobs[key, offsets].length:
+            fault(key, f"has {blobs[key, offsets].length} bytes for its chunk of {list(sizes)}")
         else:
             chunks.append(Chunk(offsets, sizes, blobs[key, offsets]))
     for count, box in boxes.faults(shape, [boxes.Box(chunk.offsets, chunk.sizes) for chunk in chunks]):
@@ -366,7 +379,9 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
 def _blob(state: dict[str, Any], source: Any) -> Blob:
     name = state["relative_path"]
     if not isinstance(name, str) or Path(name).name != name:
-        raise UserError(f"{source}: names the data file {name!r}, which is outside the checkpoint's folder")
+        raise UserError(
+            f"{source}: names the data file {shown(name)}, which is outside the checkpoint's folder"
+        )
     if state.get("transform_descriptors"):
         raise UserError(f"{source}: {name} is compressed; save the checkpoint without stream transforms")
     blob = Blob(name, int(state["offset"]), int(state["length"]))
@@ -385,7 +400,7 @@ def _iteration_dir(root: Path) -> Path:
         if (root / METADATA).exists() or (root / CONFIG).exists():
             raise UserError(f"{root}: one iteration's folder; name the checkpoint's root above it") from None
         raise UserError(f"{root}: no checkpoint there (no {TRACKER}); name a checkpoint's root") from None
-    if text != "release" and not text.isdecimal():
+    if text != "release" and not (text.isdecimal() and len(text) < 20):
         raise UserError(f"{tracker}: says {text[:40]!r} where an iteration or 'release' is expected")
     folder = root / (text if text == "release" else f"iter_{int(text):07d}")
     if not folder.is_dir():
@@ -397,14 +412,16 @@ def _check_backend(folder: Path) -> None:
     config = folder / CONFIG
     try:
         backend = json.loads(_read(config)).get("sharded_backend")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{config}: not JSON; the checkpoint is incomplete") from None
     if backend != BACKEND:
-        raise UserError(f"{config}: format {backend!r}; save the checkpoint with --ckpt-format {BACKEND}")
+        raise UserError(f"{config}: format {shown(backend)!r}; save the checkpoint with --ckpt-format {BACKEND}")
 
 
 def _read(path: Path) -> bytes:
     try:
+        if path.stat().st_size > LARGEST_RECORD:
+            raise UserError(f"{path}: of {path.stat().st_size} bytes, which no checkpoint needs")
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(

@@ -27,6 +27,7 @@ from megatron_router_upcycling.checkpoint.torch_dist import (
     Chunk,
     StoredTensor,
 )
+from megatron_router_upcycling.errors import UserError
 
 COPY_BYTES = 8 << 20
 DCP = "torch.distributed.checkpoint"
@@ -196,9 +197,15 @@ class CheckpointWriter:
 
     def _copy_range(self, source: Path, offset: int, length: int) -> None:
         self._file.flush()
-        with open(source, "rb", buffering=0) as file:
+        try:
+            file = open(source, "rb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{source}: cannot be read ({error.strerror})") from None
+        with file:
             while length:
                 count = _copy_some(file.fileno(), self._file.fileno(), offset, length)
+                if not count:
+                    raise UserError(f"{source}: ends early; it has changed since it was opened")
                 offset, length = offset + count, length - count
         self._file.seek(0, os.SEEK_END)
 
@@ -224,16 +231,13 @@ class CheckpointWriter:
 
 
 def _copy_some(source: int, target: int, offset: int, length: int) -> int:
-    """Copy bytes from file to file, in the kernel where it can; return how many."""
+    """Copy bytes from file to file, in the kernel where it can; return how many, 0 at the source's end."""
     try:
-        count = os.copy_file_range(source, target, length, offset)
+        return os.copy_file_range(source, target, length, offset)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        count = os.write(target, os.pread(source, min(length, COPY_BYTES), offset))
-    if not count:
-        raise EOFError("the data file ends early")
-    return count
+        return os.write(target, os.pread(source, min(length, COPY_BYTES), offset))
 
 
 def sync(path: Path) -> None:
