@@ -33,6 +33,7 @@ from megatron_router_upcycling.upcycle import (
     execute,
     plan,
     router_parameters,
+    targets,
 )
 
 
@@ -129,8 +130,11 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
                 execute(
                     conversion.plan, conversion.dense, conversion.model, options, conversion.stats, writer
                 )
-                writer.finish()
-            record = _manifest(conversion, folder)
+                tensors = writer.finish()
+            made = targets(conversion.plan, conversion.dense, conversion.model)
+            ledger.check_whole(tensors, writer.objects, made)
+            contents = ledger.content_digests(ledger.examine_all(writer.folder, tensors, writer.objects))
+            record = _manifest(conversion, folder, contents)
             manifest.write(folder, record)
             (folder / TRACKER).write_text("release", encoding="utf-8")
     except OSError as error:
@@ -143,7 +147,8 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
     return record
 
 
-def _manifest(conversion: Conversion, folder: Path) -> dict[str, Any]:
+def _manifest(conversion: Conversion, folder: Path, contents: dict[str, str]) -> dict[str, Any]:
+    """The record of a conversion; ``contents`` are the digests of the data files' chunks."""
     dense, options, stats = conversion.dense, conversion.options, conversion.stats
     left_out = [key for step in conversion.plan.steps if isinstance(step, LeaveOut) for key in step.keys]
     record = {
@@ -158,7 +163,11 @@ def _manifest(conversion: Conversion, folder: Path) -> dict[str, Any]:
             "digest": dense.digest(),
         },
         "key_stats": None,
-        "files": {str(path.relative_to(folder)): _file_record(path) for path in new_files(folder)},
+        "files": {str(path.relative_to(folder)): _file_record(path, contents) for path in new_files(folder)},
+        "linked": {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "content": contents[path.name]}
+            for path in linked_files(folder)
+        },
         "left_out": Counter(found[0].rstrip(".") for key in left_out if (found := TRAINING_STATE.match(key))),
         "versions": versions(),
     }
@@ -177,10 +186,15 @@ def new_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if path.stat().st_nlink == 1)
 
 
-def _file_record(path: Path) -> dict[str, Any]:
-    """Size, and SHA-256 of all but the experts: their values keep the checksums they had, chunk by chunk."""
-    record: dict[str, Any] = {"bytes": path.stat().st_size}
-    return record if path.name == EXPERT_FILE else record | {"sha256": _sha256(path)}
+def linked_files(folder: Path) -> list[Path]:
+    """The data files of a checkpoint that are the dense one's as well."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink > 1)
+
+
+def _file_record(path: Path, contents: dict[str, str]) -> dict[str, Any]:
+    """Size and SHA-256; for the experts, whose values keep the checksums they had, a digest of those."""
+    digest = {"content": contents[path.name]} if path.name == EXPERT_FILE else {"sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size} | digest
 
 
 def _sha256(path: Path) -> str:

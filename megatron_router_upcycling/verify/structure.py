@@ -97,19 +97,19 @@ def check_objects(
         for key in dense.objects
         if not TRAINING_STATE.match(key) and not key.startswith(gone) and key != COMMON_STATE
     }
-    identities = {}
+    identities: dict[Blob, bytes] = {}
     for key, blob in moe.objects.items():
         try:
-            identities[blob] = files.examine(blob).identity
+            if blob not in identities:
+                identities[blob] = files.examine(blob).identity
             if trained or key == COMMON_STATE:
                 continue
-            content = moe.read_blob(blob)
             if key in kept:
-                if content != dense.read_blob(dense.objects[key]):
+                if moe.read_blob(blob) != dense.read_blob(dense.objects[key]):
                     findings.add("states", key, "differs from the dense model's")
             elif key not in wanted:
                 findings.add("states", key, "has no place in this Mixture-of-Experts")
-            elif safe_load.load_archive(content, key) != [None]:
+            elif safe_load.load_archive(moe.read_blob(blob), key) != [None]:
                 findings.add("states", key, "is not empty")
         except (Damaged, UserError, OSError) as error:
             findings.add("damage", key, f"{blob.file}, {blob.length} bytes at {blob.offset}: {error}")
