@@ -44,12 +44,17 @@ def describe(root: str | Path, everything: bool = False) -> str:
         tensor = checkpoint.tensors[key]
         dtype = str(tensor.dtype).removeprefix("torch.")
         stored = sum(blob.length for blob in set(checkpoint.blobs(key)))
-        lines.append(f"{printable(key):<72} {list(tensor.shape)!s:<24} {dtype:<10} {tensor.nbytes:>15,} {stored:>15,}")
+        lines.append(
+            f"{printable(key):<72} {list(tensor.shape)!s:<24} {dtype:<10} {tensor.nbytes:>15,} {stored:>15,}"
+        )
     total = sum(checkpoint.tensors[key].nbytes for key in entries)
     stored = sum(blob.length for blob in {blob for key in entries for blob in checkpoint.blobs(key)})
     lines.append(f"{f'{len(entries)} tensors':<108} {total:>15,} {stored:>15,}")
     if everything:
-        lines += ["", *(f"{printable(key):<108} {blob.length:>15,}" for key, blob in checkpoint.objects.items())]
+        lines += [
+            "",
+            *(f"{printable(key):<108} {blob.length:>15,}" for key, blob in checkpoint.objects.items()),
+        ]
     else:
         states = sum(EXTRA_STATE in key for key in checkpoint.objects)
         hidden = len(checkpoint.tensors) - len(entries)
