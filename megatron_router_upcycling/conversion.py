@@ -18,9 +18,10 @@ from megatron_router_upcycling import key_stats, manifest
 from megatron_router_upcycling.checkpoint import ledger, publish
 from megatron_router_upcycling.checkpoint.dense import DenseModel, open_dense
 from megatron_router_upcycling.checkpoint.publish import format_bytes
-from megatron_router_upcycling.checkpoint.torch_dist import TRACKER, Checkpoint
+from megatron_router_upcycling.checkpoint.stamps import Stamps
+from megatron_router_upcycling.checkpoint.torch_dist import TRACKER, Checkpoint, iteration_dir
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.key_stats import KeyStats
 from megatron_router_upcycling.upcycle import (
     TRAINING_STATE,
@@ -78,6 +79,7 @@ class Conversion:
     stats: KeyStats | None
     plan: Plan
     out: Path
+    sources: Stamps
 
     @property
     def bytes_to_write(self) -> int:
@@ -99,6 +101,8 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
         UserError: whatever would make the conversion fail and can be known beforehand.
     """
     out = Path(out)
+    read = [path for path in (options.key_stats,) if path] + list(iteration_dir(Path(root)).rglob("*"))
+    sources = Stamps(read)  # before anything is read
     dense = open_dense(root)
     publish.check_target(out, dense.root, options.overwrite)
     model = DenseModel.of(dense)
@@ -109,7 +113,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
         options.router.shape(model.num_attention_heads, model.kv_channels)
         stats = key_stats.load(options.key_stats)
         check_key_stats(stats, options.key_stats, dense, model)
-    conversion = Conversion(dense, model, options, stats, plan(dense, model, options), out)
+    conversion = Conversion(dense, model, options, stats, plan(dense, model, options), out, sources)
     publish.check_space(out, conversion.bytes_to_write)
     return conversion
 
@@ -121,7 +125,8 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
         progress: called with the number of bytes after each write.
 
     Raises:
-        UserError: it cannot be written, or a chunk of the dense checkpoint cannot be read.
+        UserError: it cannot be written, a chunk of the dense checkpoint cannot be read, or a file that was
+            read has changed meanwhile.
     """
     out, options = conversion.out, conversion.options
     try:
@@ -137,12 +142,13 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
             record = _manifest(conversion, folder, contents)
             manifest.write(folder, record)
             (folder / TRACKER).write_text("release", encoding="utf-8")
+            conversion.sources.check()
     except OSError as error:
         raise UserError(f"OUT {out}: cannot be written ({error.strerror}); nothing was left behind") from None
-    except pickle.PicklingError as error:
+    except (pickle.PicklingError, RecursionError) as error:
         raise UserError(
             f"DENSE {conversion.dense.root}: its training arguments hold what cannot be carried over"
-            f" ({error})"
+            f" ({reason(error)})"
         ) from None
     return record
 

@@ -101,7 +101,7 @@ class Checkpoint:
             UserError: nothing there, another format, half-written, or not safe to read.
         """
         root = Path(root)
-        folder = _iteration_dir(root)
+        folder = iteration_dir(root)
         if not (folder / CONFIG).exists() and any(folder.glob("mp_rank_*")):
             from megatron_router_upcycling.checkpoint.legacy import LegacyCheckpoint  # builds on this module
 
@@ -390,7 +390,12 @@ def _blob(state: dict[str, Any], source: Any) -> Blob:
     return blob
 
 
-def _iteration_dir(root: Path) -> Path:
+def iteration_dir(root: Path) -> Path:
+    """The folder of the newest iteration under ``root``.
+
+    Raises:
+        UserError: nothing there.
+    """
     tracker = root / TRACKER
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; name a checkpoint's root, the folder of {TRACKER}")
