@@ -163,7 +163,7 @@ def _router_section(job: "Export", record: dict[str, Any]) -> str:
         kind = "a linear layer"
     else:
         kind = (
-            f"a mixture of {router.num_routers} routers, {router.pooling} pooling, made from the dense model's"
+            f"a mixture of {router.num_routers} routers, {router.pooling} pooling, made from a dense model's"
             " attention heads (Router Upcycling, [arXiv 2509.00679](https://arxiv.org/abs/2509.00679))"
         )
     order = "softmax, then top-k" if router.pre_softmax else "top-k, then softmax"
