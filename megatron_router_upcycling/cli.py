@@ -155,6 +155,16 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument("--key-stats", metavar="FILE", type=Path, help="what collect_keys wrote for DENSE")
     convert.add_argument("--num-experts", type=int, default=8, help="experts a layer (default: 8)")
     convert.add_argument("--top-k", type=int, default=2, help="experts a token goes to (default: 2)")
+    convert.add_argument(
+        "--granularity",
+        metavar="G",
+        type=int,
+        default=1,
+        help="cut each expert in G narrower ones; a token goes to G times as many (default: 1)",
+    )
+    convert.add_argument(
+        "--shared-expert", action="store_true", help="keep the dense FFN as an expert for every token as well"
+    )
     convert.add_argument("--router", choices=ROUTERS, default="mixture", help="linear is vanilla upcycling")
     convert.add_argument("--num-routers", type=int, help="routers in the mixture (default: --num-experts)")
     convert.add_argument(
@@ -338,12 +348,13 @@ def _progress(name: str, total: int, quiet: bool) -> Iterator[Callable[[int], No
 def _convert(args: argparse.Namespace) -> None:
     router = RouterConfig(
         router=args.router,
-        num_experts=args.num_experts,
-        top_k=args.top_k,
+        num_experts=args.num_experts * args.granularity,
+        top_k=args.top_k * args.granularity,
         num_routers=args.num_routers,
         pooling=args.pooling,
         grouping=args.grouping,
         pre_softmax=args.moe_router_pre_softmax,
+        granularity=args.granularity,
     )
     import torch
 
@@ -352,7 +363,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)  # the work is moving bytes; more threads only wait for each other
     start = time.monotonic()
-    options = Options(router, args.key_stats, args.seed, args.materialize, args.overwrite)
+    options = Options(router, args.key_stats, args.seed, args.materialize, args.overwrite, args.shared_expert)
     ready = conversion.prepare(args.dense, args.out, options)
     if args.dry_run:
         print(conversion.describe_plan(ready))

@@ -32,6 +32,7 @@ from megatron_router_upcycling.upcycle import (
     Plan,
     accounted,
     execute,
+    model_flags,
     plan,
     router_parameters,
     targets,
@@ -160,7 +161,7 @@ def _manifest(conversion: Conversion, folder: Path, contents: dict[str, str]) ->
     record = {
         "format": manifest.FORMAT,
         "router": options.router.to_dict(),
-        "model": conversion.model.flags,
+        "model": conversion.model.flags | model_flags(conversion.model, options),
         "seed": options.seed,
         "shared_storage": not options.materialize,
         "source": {
@@ -233,6 +234,9 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
     options, out = conversion.options, conversion.out
     router = options.router
     written = sum(file["bytes"] for file in record["files"].values())
+    cut = f" (copies cut {router.granularity} ways)" * (router.granularity > 1) + (
+        ", a shared expert" * options.shared_expert
+    )
     kind = "linear routers" if router.router == "linear" else f"mixtures of {router.num_routers} routers"
     linked = conversion.plan.kept_bytes - conversion.plan.changed_bytes
     shared = f", {format_bytes(linked)} linked to {conversion.dense.root}" if conversion.links else ""
@@ -246,7 +250,7 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
         order = "top-k, then softmax (--no-moe-router-pre-softmax)"
         first = "exactly the dense model; its loss gives the router no gradient until the experts differ"
     return (
-        f"{out}: {router.num_experts} experts and {kind}, {format_bytes(written)} written"
+        f"{out}: {router.num_experts} experts{cut} and {kind}, {format_bytes(written)} written"
         f" in {seconds:.1f} s{shared}\n"
         f"prepared for {order}; at step 0: {first}\n"
         "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config YAML"

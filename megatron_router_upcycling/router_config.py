@@ -34,7 +34,11 @@ class RouterShape:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Options of an upcycled router. ``num_routers=None`` stands for the paper's best, m = n."""
+    """Options of an upcycled router. ``num_routers=None`` stands for the paper's best, m = n.
+
+    ``num_experts`` and ``top_k`` count Megatron's experts. With ``granularity`` G they are shards of
+    ``num_copies`` n = ``num_experts`` / G copies of the dense FFN; shards of one copy start with equal keys.
+    """
 
     router: str = "mixture"
     num_experts: int = 8
@@ -43,17 +47,29 @@ class RouterConfig:
     pooling: str = "sum"
     grouping: str = "greedy"
     pre_softmax: bool = True
+    granularity: int = 1
+
+    @property
+    def num_copies(self) -> int:
+        return self.num_experts // self.granularity
 
     def __post_init__(self) -> None:
         for name, choices in (("router", ROUTERS), ("pooling", POOLINGS), ("grouping", GROUPINGS)):
             if getattr(self, name) not in choices:
                 raise UserError(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
+        if self.granularity < 1:
+            raise UserError(f"--granularity {self.granularity}: must be at least 1")
         if self.num_experts < 1:
             raise UserError(f"--num-experts {self.num_experts}: must be at least 1")
         if not 1 <= self.top_k <= self.num_experts:
             raise UserError(f"--top-k {self.top_k}: must be between 1 and --num-experts {self.num_experts}")
+        if self.num_experts % self.granularity or self.top_k % self.granularity:
+            raise UserError(
+                f"--granularity {self.granularity}: must divide the numbers of experts {self.num_experts}"
+                f" and of experts a token {self.top_k}"
+            )
         if self.num_routers is None and self.router == "mixture":
-            object.__setattr__(self, "num_routers", self.num_experts)
+            object.__setattr__(self, "num_routers", self.num_copies)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -74,9 +90,9 @@ class RouterConfig:
         return cls(**values)
 
     def shape(self, num_heads: int, head_dim: int) -> RouterShape:
-        """Sizes of this mixture router over ``num_heads`` query heads of ``head_dim``."""
+        """Sizes of this mixture router over ``num_heads`` query heads of ``head_dim``, its n copies apart."""
         assert self.router == "mixture" and self.num_routers is not None
-        return router_shape(num_heads, head_dim, self.num_routers, self.num_experts)
+        return router_shape(num_heads, head_dim, self.num_routers, self.num_copies)
 
 
 def router_shape(num_heads: int, head_dim: int, num_routers: int, num_experts: int) -> RouterShape:

@@ -35,7 +35,8 @@ def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -
 
     Returns:
         query_weight [m, d', D] in the dtype of ``query_heads``, and expert_key [n*c, d'] in float32, of
-        which expert i owns rows i*c .. i*c + c-1.
+        which expert i owns rows i*c .. i*c + c-1. With granularity G, each of n copies' keys stand G
+        times, and there are n*G*c rows.
 
     Raises:
         UserError: a key is not finite, or m, n and H do not fit (``RouterConfig.shape``).
@@ -55,9 +56,10 @@ def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -
 
     query_weight = query_parts[torch.tensor(query_sets)]  # [m, heads a set, d / splits, D]
     expert_key = key_parts[torch.tensor(key_sets)]
+    expert_key = expert_key.reshape(shape.num_experts, shape.keys_per_expert, shape.router_width)
     return (
         query_weight.reshape(shape.num_routers, shape.router_width, hidden),
-        expert_key.reshape(shape.num_experts * shape.keys_per_expert, shape.router_width),
+        expert_key.repeat_interleave(config.granularity, dim=0).flatten(0, 1),
     )
 
 

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
+from megatron_router_upcycling import fine_grained
 from megatron_router_upcycling.checkpoint import safe_load
 from megatron_router_upcycling.checkpoint.dense import FC1, FC2, QKV, DenseModel
 from megatron_router_upcycling.checkpoint.ledger import Target
 from megatron_router_upcycling.checkpoint.torch_dist import BACKEND, COMMON_FILE, COMMON_STATE, Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.fine_grained import SHARED_EXPERT, Cut
 from megatron_router_upcycling.key_stats import KeyStats
 from megatron_router_upcycling.qkv import split_qkv
 from megatron_router_upcycling.router_config import RouterConfig
@@ -53,6 +55,7 @@ class Options:
     seed: int = 1234
     materialize: bool = False
     overwrite: bool = False
+    shared_expert: bool = False
 
 
 # Steps. Each names the tensors or objects of the dense checkpoint that it accounts for.
@@ -75,11 +78,21 @@ class CopyNorm:
 
 @dataclass(frozen=True)
 class CopyExperts:
-    """Make ``target`` [L, n, ...] of n copies of ``key`` [L, ...]."""
+    """Make ``target`` [L, n, ...] of n copies of ``key`` [L, ...], or of shards of copies."""
 
     key: str
     target: str
     num_experts: int
+    cut: Cut | None
+
+
+@dataclass(frozen=True)
+class CopyShared:
+    """Make a parameter of the shared expert, FC1 as it is and FC2 scaled."""
+
+    key: str
+    target: str
+    scaled: bool
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ class LeaveOut:
     keys: tuple[str, ...]
 
 
-Step = Keep | CopyNorm | CopyExperts | MakeRouters | AddExtraStates | WriteCommonState | LeaveOut
+Step = Keep | CopyNorm | CopyExperts | CopyShared | MakeRouters | AddExtraStates | WriteCommonState | LeaveOut
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ class Plan:
     changed_bytes: int  # of these, what can never be linked: a torch_dist checkpoint stores it differently
     expert_bytes: int
     router_bytes: int
-    scratch_bytes: int  # the largest chunk that routers are made from
+    scratch_bytes: int  # the largest chunk that something is made from
 
 
 def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
@@ -134,7 +147,8 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     Raises:
         UserError: it holds an entry that has no place in an MoE checkpoint, or sizes do not fit.
     """
-    n = options.router.num_experts
+    n, G = options.router.num_experts, options.router.granularity
+    fine_grained.check(dense, model, G, options.shared_expert)
     objects = tuple(dense.objects)
     left_out = tuple(key for key in (*dense.tensors, *objects) if TRAINING_STATE.match(key))
     ffn = [key for key in dense.tensors if key.startswith((f"{FC1}.", f"{FC2}.")) and FUSED_NORM not in key]
@@ -155,20 +169,28 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     steps: list[Step] = [Keep(kept)]
     steps += [CopyNorm(key, other) for key in kept if (other := _other_norm(key)) and other not in kept]
     for key in ffn:
-        steps.append(CopyExperts(key, EXPERTS + key.removeprefix(f"{LAYERS}.mlp"), n))
+        cut = Cut.of(key, model, G) if G > 1 else None
+        steps.append(CopyExperts(key, EXPERTS + key.removeprefix(f"{LAYERS}.mlp"), n, cut))
+    shared = [
+        CopyShared(key, SHARED_EXPERT + key.removeprefix(f"{LAYERS}.mlp"), key.startswith(FC2))
+        for key in ffn * options.shared_expert
+    ]
+    steps += shared
     routers = MakeRouters(router_parameters(model, options.router))
-    added = tuple(key for key in extra_states(model, n) if key not in kept)
+    added = tuple(key for key in extra_states(model, n, options.shared_expert) if key not in kept)
     steps += [routers, AddExtraStates(ffn_states, added), WriteCommonState(common, made), LeaveOut(left_out)]
 
-    copies = n if options.materialize else 1
+    copies = options.router.num_copies if options.materialize else 1
+    read = [key for key in ffn if G > 1] + [step.key for step in shared if step.scaled]
     elements = sum(math.prod(shape) for _, shape in routers.parameters)
     result = Plan(
         steps=tuple(steps),
         kept_bytes=sum(dense.stored_bytes(key) for key in kept),
         changed_bytes=sum(dense.stored_bytes(key) for key in kept if not dense.is_verbatim(key)),
-        expert_bytes=copies * sum(dense.stored_bytes(key) for key in ffn),
+        expert_bytes=copies * sum(dense.stored_bytes(key) for key in ffn)
+        + sum(dense.stored_bytes(step.key) for step in shared),
         router_bytes=elements * model.dtype.itemsize,
-        scratch_bytes=dense.largest_chunk(QKV),
+        scratch_bytes=max(map(dense.largest_chunk, [QKV, *read])),
     )
     _check_accounts(result, dense)
     return result
@@ -198,9 +220,9 @@ def targets(plan: Plan, dense: Checkpoint, model: DenseModel) -> dict[str, Targe
     """Every entry that carrying out ``plan`` makes: shape and dtype of a tensor, None of an object."""
     made: dict[str, Target] = {}
 
-    def like(key: str, name: str, num_experts: tuple[int, ...] = ()) -> None:
+    def like(key: str, name: str) -> None:
         stored = dense.tensors.get(key)
-        made[name] = stored and ((*stored.shape[:1], *num_experts, *stored.shape[1:]), stored.dtype)
+        made[name] = stored and (stored.shape, stored.dtype)
 
     for step in plan.steps:
         match step:
@@ -209,8 +231,12 @@ def targets(plan: Plan, dense: Checkpoint, model: DenseModel) -> dict[str, Targe
                     like(key, key)
             case CopyNorm(key, other):
                 like(key, other)
-            case CopyExperts(key, target, num_experts):
-                like(key, target, (num_experts,))
+            case CopyExperts(key, target, num_experts, cut):
+                stored = dense.tensors[key]
+                shape = cut.shape(stored.shape) if cut else stored.shape
+                made[target] = (shape[0], num_experts, *shape[1:]), stored.dtype
+            case CopyShared(key, target):
+                like(key, target)
             case MakeRouters(parameters):
                 made |= {key: (shape, model.dtype) for key, shape in parameters}
             case AddExtraStates(added=keys) | WriteCommonState(made=keys):
@@ -243,7 +269,7 @@ def router_parameters(model: DenseModel, router: RouterConfig) -> tuple[tuple[st
     )
 
 
-def extra_states(model: DenseModel, num_experts: int) -> list[str]:
+def extra_states(model: DenseModel, num_experts: int, shared_expert: bool = False) -> list[str]:
     """Keys of the extra states that an MoE with or without Transformer Engine looks for.
 
     Megatron stops where one is missing, and ignores those that it does not look for.
@@ -258,6 +284,7 @@ def extra_states(model: DenseModel, num_experts: int) -> list[str]:
     for layer in range(L):
         keys += [f"{LAYERS}.{module}{EXTRA_STATE}shard_{layer}_{L}" for module in modules]
         for linear in ("linear_fc1", "linear_fc2"):
+            keys += [f"{SHARED_EXPERT}.{linear}{EXTRA_STATE}shard_{layer}_{L}"] * shared_expert
             prefix = f"{EXPERTS}.{linear}{EXTRA_STATE}shard_{layer}."
             keys += [f"{prefix}{expert}_{L}.{num_experts}" for expert in range(num_experts)]
     return keys
@@ -280,8 +307,15 @@ def execute(
                     writer.take_over(dense, key, key, copy=options.materialize)
             case CopyNorm(key, other):
                 writer.take_over(dense, key, other, copy=options.materialize)
+            case CopyExperts(key, target, num_experts, cut) if cut:
+                copies = options.materialize
+                fine_grained.write_shards(dense, key, target, cut, num_experts, copies, writer, scratch)
             case CopyExperts(key, target, num_experts):
                 _copy_experts(dense, key, target, num_experts, options.materialize, writer)
+            case CopyShared(key, target, scaled=True):
+                fine_grained.write_scaled(dense, key, target, writer, scratch)
+            case CopyShared(key, target):
+                writer.take_over(dense, key, target, copy=options.materialize)
             case MakeRouters(parameters):
                 writer.next_file()
                 for layer, values in enumerate(router_values(dense, model, options, stats, scratch)):
@@ -293,7 +327,7 @@ def execute(
                 for key in added:
                     writer.add_object(key, empty)
             case WriteCommonState(made=made):
-                common = moe_common_state(dense.common, model, options.router)
+                common = moe_common_state(dense.common, model, options)
                 if made:
                     blob = writer.write_object(safe_load.dump_archive([common]))
                     writer.add_object(COMMON_STATE, blob)
@@ -326,8 +360,9 @@ def router_values(
     if options.router.router == "linear":
         generator = torch.Generator().manual_seed(options.seed)
         for _ in range(model.num_layers):
-            weight = torch.empty(options.router.num_experts, model.hidden_size)
+            weight = torch.empty(options.router.num_copies, model.hidden_size)
             weight.normal_(std=model.init_method_std, generator=generator)
+            weight = weight.repeat_interleave(options.router.granularity, dim=0)
             yield tuple(value.to(model.dtype) for value in (weight, *bias))
         return
     assert stats is not None
@@ -337,6 +372,14 @@ def router_values(
         key_heads = stats.mean[layer].repeat_interleave(H // G, dim=0)  # [G, d] -> [H, d]
         query_weight, expert_key = init_mixture(query.unflatten(0, (H, d)), key_heads, options.router)
         yield tuple(value.to(model.dtype) for value in (query_weight, expert_key, *bias))
+
+
+def model_flags(model: DenseModel, options: Options) -> dict[str, Any]:
+    """Megatron flags of the MoE's architecture, beside the dense model's and what the router gives."""
+    flags = fine_grained.moe_arguments(model, options.router.granularity, options.shared_expert)
+    if options.router.granularity == 1:
+        del flags["moe_ffn_hidden_size"]  # Megatron's own default
+    return {flag: value for flag, value in flags.items() if value is not None}
 
 
 # Megatron's arguments of a fresh MoE run, beside those that the router gives.
@@ -350,27 +393,26 @@ FRESH = {
     "num_floating_point_operations_so_far": 0,
     "moe_layer_freq": 1,
     "moe_router_score_function": "softmax",
-    "moe_router_topk_scaling_factor": None,
     "moe_router_enable_expert_bias": False,
-    "moe_shared_expert_intermediate_size": None,
     "moe_latent_size": None,
 }
 # Which experts to build is the business of the machine that trains: --use-checkpoint-args must not say.
 DECIDED_LATER = ("moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias")
 
 
-def moe_common_state(common: dict[str, Any], model: DenseModel, router: RouterConfig) -> dict[str, Any]:
+def moe_common_state(common: dict[str, Any], model: DenseModel, options: Options) -> dict[str, Any]:
     """The common state of an MoE that has not trained yet.
 
     Megatron takes architecture (``--use-checkpoint-args``) and the place in the data from the arguments
     in it; optimizer, schedule and random state start anew.
     """
+    router = options.router
     values = vars(common["args"]) | FRESH
+    values |= fine_grained.moe_arguments(model, router.granularity, options.shared_expert)
     values |= {
         "num_experts": router.num_experts,
         "moe_router_topk": router.top_k,
         "moe_router_pre_softmax": router.pre_softmax,
-        "moe_ffn_hidden_size": model.ffn_hidden_size,
     }
     kept = {name: common[name] for name in ("checkpoint_version", "content_metadata") if name in common}
     args = safe_load.namespace({name: value for name, value in values.items() if name not in DECIDED_LATER})

@@ -53,7 +53,7 @@ class MixtureRouter(TopKRouter):
         shape = router.shape(config.num_attention_heads, config.kv_channels)
         self.pooling = router.pooling
         self.keys_per_expert = shape.keys_per_expert
-        num_keys = shape.num_experts * shape.keys_per_expert
+        num_keys = router.num_experts * shape.keys_per_expert
         # In place of the stock gate, so that no state dict, DDP buffer or optimizer ever sees that.
         self.register_parameter("weight", None)
         self.query_weight = torch.nn.Parameter(
