@@ -148,7 +148,7 @@ def write(
         for name in (f"{ATTENTION}.linear_qkv", f"{MLP}.linear_fc1", f"{MLP}.linear_fc2"):
             folder.add_object(f"{name}._extra_state/shard_{layer}_{LAYERS}", None)
     state = {
-        "args": args or arguments(), "checkpoint_version": 3.0, "iteration": 8,
+        "args": arguments() if args is None else args, "checkpoint_version": 3.0, "iteration": 8,
         "optimizer": {"common_step": torch.tensor(8.0)},
         "content_metadata": {"singleton_local_shards": False},
     }  # fmt: skip
