@@ -6,6 +6,7 @@ answer at once.
 
 import argparse
 import contextlib
+import re
 import signal
 import sys
 import time
@@ -94,8 +95,21 @@ that was saved with save_to_disk. Without --data-dir data comes from the Hugging
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, _local_path)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def _local_path(text: str) -> Path:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise argparse.ArgumentTypeError(
+            f"{text}: object stores and other URLs are not supported; name a folder on a disk of this machine"
+            " (copy it there, or mount it)"
+        )
+    return Path(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
