@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling import key_stats, manifest
-from megatron_router_upcycling.checkpoint.dense import DenseModel
+from megatron_router_upcycling.checkpoint.dense import DenseModel, open_dense
 from megatron_router_upcycling.checkpoint.publish import format_bytes
 from megatron_router_upcycling.checkpoint.torch_dist import COMMON_FILE, CONFIG, METADATA, Checkpoint
 from megatron_router_upcycling.errors import UserError
@@ -62,7 +62,7 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
     Raises:
         UserError: not a dense checkpoint and an upcycled one, or no key statistics.
     """
-    dense = Checkpoint.open(dense_root)
+    dense = open_dense(dense_root)
     model = DenseModel.of(dense)
     findings = Findings()
     moe = Checkpoint.open(moe_root, lambda name, what: findings.add("metadata", name, what))

@@ -152,11 +152,12 @@ def _mixture(
     query: StoredTensor, model: DenseModel, router: RouterConfig, stats: KeyStats | None
 ) -> dict[str, ExpectedTensor]:
     """query_weight [L, m, d', D], rows of the query projection; expert_key [L, n*c, d'], average keys."""
-    assert stats is not None and router.num_routers is not None
+    assert router.num_routers is not None
     H, G, d = model.num_attention_heads, model.num_query_groups, model.kv_channels
     m, n = router.num_routers, router.num_experts
     width = H * d // m
-    means = stats.mean.numpy()
+    # Without statistics there are shapes and no values: those of a checkpoint that has trained.
+    means = np.empty((0, G, d), np.float32) if stats is None else stats.mean.numpy()
     known: tuple[int, routers.LayerSources] | None = None
 
     def sources(layer: int) -> routers.LayerSources:

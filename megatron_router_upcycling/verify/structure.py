@@ -142,7 +142,7 @@ def check_files(
         if path.stat().st_size != entry.get("bytes"):
             what = f"has {path.stat().st_size} bytes where the manifest says {entry.get('bytes')}"
             findings.add("files", name, what)
-        if "sha256" in entry:
+        elif "sha256" in entry:
             if sha256(path) != entry["sha256"]:
                 findings.add("files", name, "is not the file whose SHA-256 the manifest records")
         elif digests.get(name) != entry.get("content"):
