@@ -177,6 +177,11 @@ def _add_convert(commands: Any) -> None:
         help="cut each expert in G narrower ones; a token goes to G times as many (default: 1)",
     )
     convert.add_argument(
+        "--layers",
+        metavar="LIST",
+        help="give experts to these layers only, as in 1,3,5-7 or 1-23:2 (default: all)",
+    )
+    convert.add_argument(
         "--shared-expert", action="store_true", help="keep the dense FFN as an expert for every token as well"
     )
     convert.add_argument("--router", choices=ROUTERS, default="mixture", help="linear is vanilla upcycling")
@@ -377,7 +382,15 @@ def _convert(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)  # the work is moving bytes; more threads only wait for each other
     start = time.monotonic()
-    options = Options(router, args.key_stats, args.seed, args.materialize, args.overwrite, args.shared_expert)
+    options = Options(
+        router=router,
+        key_stats=args.key_stats,
+        seed=args.seed,
+        materialize=args.materialize,
+        overwrite=args.overwrite,
+        shared_expert=args.shared_expert,
+        layers=args.layers,
+    )
     ready = conversion.prepare(args.dense, args.out, options)
     if args.dry_run:
         print(conversion.describe_plan(ready))

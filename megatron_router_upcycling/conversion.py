@@ -137,7 +137,7 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
                     conversion.plan, conversion.dense, conversion.model, options, conversion.stats, writer
                 )
                 tensors = writer.finish()
-            made = targets(conversion.plan, conversion.dense, conversion.model)
+            made = targets(conversion.plan, conversion.model)
             ledger.check_whole(tensors, writer.objects, made)
             contents = ledger.content_digests(ledger.examine_all(writer.folder, tensors, writer.objects))
             record = _manifest(conversion, folder, contents)
@@ -161,7 +161,7 @@ def _manifest(conversion: Conversion, folder: Path, contents: dict[str, str]) ->
     record = {
         "format": manifest.FORMAT,
         "router": options.router.to_dict(),
-        "model": conversion.model.flags | model_flags(conversion.model, options),
+        "model": conversion.model.flags | model_flags(conversion.model, options, conversion.plan.layers),
         "seed": options.seed,
         "shared_storage": not options.materialize,
         "source": {

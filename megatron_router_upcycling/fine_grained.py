@@ -34,18 +34,19 @@ SHARE = 0.5  # of the output that the shared expert gives; a power of two, so th
 class Cut:
     """How a parameter of the FFN is cut: ``parts`` blocks of F along ``axis``, each ``granularity`` ways."""
 
-    axis: int  # of [L, ...]
+    axis: int  # of the dense parameter
     parts: int  # 2 for a gated FC1: gate, up
     granularity: int
 
     @classmethod
-    def of(cls, key: str, model: DenseModel, granularity: int) -> "Cut":
+    def of(cls, key: str, model: DenseModel, granularity: int, front: int) -> "Cut":
+        """``front``: 1 where ``key`` is stacked over layers, else 0."""
         if key.startswith(f"{FC1}."):
-            return cls(1, 1 + model.gated, granularity)
-        return cls(2, 1, granularity)
+            return cls(front, 1 + model.gated, granularity)
+        return cls(front + 1, 1, granularity)
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a shard over all layers, of the dense parameter's."""
+        """The shape of a shard, of the dense parameter's."""
         return (*shape[: self.axis], shape[self.axis] // self.granularity, *shape[self.axis + 1 :])
 
     def shards(
@@ -102,21 +103,26 @@ def write_shards(
     dense: Checkpoint,
     key: str,
     target: str,
+    shape: tuple[int, ...],
+    front: int,
     cut: Cut,
-    num_experts: int,
     copies: bool,
     writer: CheckpointWriter,
     scratch: bytearray,
 ) -> None:
-    """Write ``target`` [L, n*G, ...] of ``key`` [L, ...]; each shard once, or once a copy with ``copies``."""
-    stored, G = dense.tensors[key], cut.granularity
-    layers, *sizes = cut.shape(stored.shape)
-    shape = (layers, num_experts, *sizes)
+    """Write ``target`` of ``shape`` [L, n*G, ...], or without L where ``front`` is 0, of ``key`` [L, ...].
+
+    Each shard is written once, or once a copy with ``copies``.
+    """
+    stored, num_experts = dense.tensors[key], shape[front]
     for chunk in stored.chunks:
         tensor = dense.read_chunk(chunk, stored.dtype, scratch)
         for shard, values, place in cut.shards(tensor, chunk.offsets, stored):
-            offsets = [(place[0], expert, *place[1:]) for expert in range(shard, num_experts, G)]
-            writer.write_chunk(target, shape, values.unsqueeze(1).contiguous(), offsets, copies)
+            offsets = [
+                (*place[:front], expert, *place[front:])
+                for expert in range(shard, num_experts, cut.granularity)
+            ]
+            writer.write_chunk(target, shape, values.unsqueeze(front).contiguous(), offsets, copies)
 
 
 def write_scaled(

@@ -12,7 +12,7 @@ d head size, D hidden size, F FFN size.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from megatron_router_upcycling import fine_grained
 from megatron_router_upcycling.checkpoint import safe_load
 from megatron_router_upcycling.checkpoint.dense import FC1, FC2, QKV, DenseModel
+from megatron_router_upcycling.checkpoint.layers import at_layer, parse_layers, split_key, split_layers
 from megatron_router_upcycling.checkpoint.ledger import Target
 from megatron_router_upcycling.checkpoint.torch_dist import BACKEND, COMMON_FILE, COMMON_STATE, Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
@@ -56,6 +57,7 @@ class Options:
     materialize: bool = False
     overwrite: bool = False
     shared_expert: bool = False
+    layers: str | None = None  # those that get experts, as ``parse_layers`` reads them; None: all
 
 
 # Steps. Each names the tensors or objects of the dense checkpoint that it accounts for.
@@ -78,12 +80,20 @@ class CopyNorm:
 
 @dataclass(frozen=True)
 class CopyExperts:
-    """Make ``target`` [L, n, ...] of n copies of ``key`` [L, ...], or of shards of copies."""
+    """Make ``target`` [L, n, ...] of n copies of ``key`` [L, ...], or of shards of copies.
+
+    ``front`` is 1, or 0 for a layer under a key of its own, without the axis of layers.
+    """
 
     key: str
     target: str
     num_experts: int
+    front: int
     cut: Cut | None
+
+    def shape(self, dense: tuple[int, ...]) -> tuple[int, ...]:
+        sizes = self.cut.shape(dense) if self.cut else dense
+        return (*sizes[: self.front], self.num_experts, *sizes[self.front :])
 
 
 @dataclass(frozen=True)
@@ -97,9 +107,16 @@ class CopyShared:
 
 @dataclass(frozen=True)
 class MakeRouters:
-    """Make the routers' parameters: key -> shape over all layers."""
+    """Make the routers' parameters: key and shape over all layers; ``layers``: only for these, each under a
+    key of its own."""
 
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    layers: tuple[int, ...] | None
+
+    def made(self) -> dict[str, tuple[int, ...]]:
+        if self.layers is None:
+            return dict(self.parameters)
+        return {at_layer(key, layer): shape[1:] for layer in self.layers for key, shape in self.parameters}
 
 
 @dataclass(frozen=True)
@@ -133,6 +150,8 @@ Step = Keep | CopyNorm | CopyExperts | CopyShared | MakeRouters | AddExtraStates
 class Plan:
     """The steps, and what carrying them out writes."""
 
+    source: Checkpoint  # the dense one, its layers apart where the MoE's are
+    layers: tuple[int, ...] | None  # those that get experts; None: all
     steps: tuple[Step, ...]
     kept_bytes: int  # of what is taken over: linked, or copied where no link can be made
     changed_bytes: int  # of these, what can never be linked: a torch_dist checkpoint stores it differently
@@ -149,13 +168,28 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     """
     n, G = options.router.num_experts, options.router.granularity
     fine_grained.check(dense, model, G, options.shared_expert)
+    layers = None if options.layers is None else parse_layers(options.layers, model.num_layers)
+    dense, front = (dense, 1) if layers is None else (split_layers(dense), 0)
+
+    def gets_experts(key: str) -> bool:
+        return layers is None or split_key(key)[1] in layers
+
+    def named(key: str) -> str:
+        return split_key(key)[0]
+
     objects = tuple(dense.objects)
     left_out = tuple(key for key in (*dense.tensors, *objects) if TRAINING_STATE.match(key))
-    ffn = [key for key in dense.tensors if key.startswith((f"{FC1}.", f"{FC2}.")) and FUSED_NORM not in key]
+    ffn = [
+        key
+        for key in dense.tensors
+        if named(key).startswith((f"{FC1}.", f"{FC2}."))
+        and FUSED_NORM not in named(key)
+        and gets_experts(key)
+    ]
     ffn_states = tuple(
         key
         for key in objects
-        if key.startswith((f"{FC1}{EXTRA_STATE}", f"{FC2}{EXTRA_STATE}"))
+        if (named(key).startswith((f"{FC1}{EXTRA_STATE}", f"{FC2}{EXTRA_STATE}")) and gets_experts(key))
         or (EXTRA_STATE in key and not dense.is_verbatim(key))
     )
     common = tuple(key for key in objects if key == COMMON_STATE)
@@ -167,30 +201,35 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
             raise UserError(f"DENSE {dense.root}: holds {key}, which convert does not know what to make of")
 
     steps: list[Step] = [Keep(kept)]
-    steps += [CopyNorm(key, other) for key in kept if (other := _other_norm(key)) and other not in kept]
+    for key in filter(gets_experts, kept):
+        if (other := _other_norm(key)) and other not in kept:
+            steps.append(CopyNorm(key, other))
+    shared: list[CopyShared] = []
     for key in ffn:
-        cut = Cut.of(key, model, G) if G > 1 else None
-        steps.append(CopyExperts(key, EXPERTS + key.removeprefix(f"{LAYERS}.mlp"), n, cut))
-    shared = [
-        CopyShared(key, SHARED_EXPERT + key.removeprefix(f"{LAYERS}.mlp"), key.startswith(FC2))
-        for key in ffn * options.shared_expert
-    ]
+        name, layer = split_key(key)
+        parameter = name.removeprefix(f"{LAYERS}.mlp")
+        cut = Cut.of(name, model, G, front) if G > 1 else None
+        steps.append(CopyExperts(key, at_layer(EXPERTS + parameter, layer), n, front, cut))
+        if options.shared_expert:
+            shared.append(CopyShared(key, at_layer(SHARED_EXPERT + parameter, layer), name.startswith(FC2)))
     steps += shared
-    routers = MakeRouters(router_parameters(model, options.router))
-    added = tuple(key for key in extra_states(model, n, options.shared_expert) if key not in kept)
+    routers = MakeRouters(router_parameters(model, options.router), layers)
+    added = tuple(key for key in extra_states(model, n, options.shared_expert, layers) if key not in kept)
     steps += [routers, AddExtraStates(ffn_states, added), WriteCommonState(common, made), LeaveOut(left_out)]
 
     copies = options.router.num_copies if options.materialize else 1
     read = [key for key in ffn if G > 1] + [step.key for step in shared if step.scaled]
-    elements = sum(math.prod(shape) for _, shape in routers.parameters)
+    elements = sum(math.prod(shape) for shape in routers.made().values())
     result = Plan(
+        source=dense,
+        layers=layers,
         steps=tuple(steps),
         kept_bytes=sum(dense.stored_bytes(key) for key in kept),
         changed_bytes=sum(dense.stored_bytes(key) for key in kept if not dense.is_verbatim(key)),
         expert_bytes=copies * sum(dense.stored_bytes(key) for key in ffn)
         + sum(dense.stored_bytes(step.key) for step in shared),
         router_bytes=elements * model.dtype.itemsize,
-        scratch_bytes=max(map(dense.largest_chunk, [QKV, *read])),
+        scratch_bytes=max(map(dense.largest_chunk, [at_layer(QKV, None if front else 0), *read])),
     )
     _check_accounts(result, dense)
     return result
@@ -216,12 +255,12 @@ def _check_accounts(plan: Plan, dense: Checkpoint) -> None:
             raise UserError(f"DENSE {dense.root}: {key} would be {'used twice' if count > 0 else 'lost'}")
 
 
-def targets(plan: Plan, dense: Checkpoint, model: DenseModel) -> dict[str, Target]:
+def targets(plan: Plan, model: DenseModel) -> dict[str, Target]:
     """Every entry that carrying out ``plan`` makes: shape and dtype of a tensor, None of an object."""
     made: dict[str, Target] = {}
 
     def like(key: str, name: str) -> None:
-        stored = dense.tensors.get(key)
+        stored = plan.source.tensors.get(key)
         made[name] = stored and (stored.shape, stored.dtype)
 
     for step in plan.steps:
@@ -231,24 +270,24 @@ def targets(plan: Plan, dense: Checkpoint, model: DenseModel) -> dict[str, Targe
                     like(key, key)
             case CopyNorm(key, other):
                 like(key, other)
-            case CopyExperts(key, target, num_experts, cut):
-                stored = dense.tensors[key]
-                shape = cut.shape(stored.shape) if cut else stored.shape
-                made[target] = (shape[0], num_experts, *shape[1:]), stored.dtype
+            case CopyExperts(key, target):
+                stored = plan.source.tensors[key]
+                made[target] = step.shape(stored.shape), stored.dtype
             case CopyShared(key, target):
                 like(key, target)
-            case MakeRouters(parameters):
-                made |= {key: (shape, model.dtype) for key, shape in parameters}
+            case MakeRouters():
+                made |= {key: (shape, model.dtype) for key, shape in step.made().items()}
             case AddExtraStates(added=keys) | WriteCommonState(made=keys):
                 made |= dict.fromkeys(keys)
     return made
 
 
 def _other_norm(key: str) -> str | None:
-    if key.startswith(FUSED_NORM):
-        return SEPARATE_NORM + key.removeprefix(FUSED_NORM)
-    if key.startswith(SEPARATE_NORM) and EXTRA_STATE not in key:
-        return FUSED_NORM + key.removeprefix(SEPARATE_NORM)
+    name, layer = split_key(key)
+    if name.startswith(FUSED_NORM):
+        return at_layer(SEPARATE_NORM + name.removeprefix(FUSED_NORM), layer)
+    if name.startswith(SEPARATE_NORM) and EXTRA_STATE not in name:
+        return at_layer(FUSED_NORM + name.removeprefix(SEPARATE_NORM), layer)
     return None
 
 
@@ -269,7 +308,9 @@ def router_parameters(model: DenseModel, router: RouterConfig) -> tuple[tuple[st
     )
 
 
-def extra_states(model: DenseModel, num_experts: int, shared_expert: bool = False) -> list[str]:
+def extra_states(
+    model: DenseModel, num_experts: int, shared_expert: bool = False, layers: tuple[int, ...] | None = None
+) -> list[str]:
     """Keys of the extra states that an MoE with or without Transformer Engine looks for.
 
     Megatron stops where one is missing, and ignores those that it does not look for.
@@ -282,11 +323,19 @@ def extra_states(model: DenseModel, num_experts: int, shared_expert: bool = Fals
     )
     keys = ["decoder.final_layernorm._extra_state/shard_0_1"]
     for layer in range(L):
-        keys += [f"{LAYERS}.{module}{EXTRA_STATE}shard_{layer}_{L}" for module in modules]
+        own = None if layers is None else layer
+        place = f"{layer}_{L}" if layers is None else "0_1"
+        keys += [at_layer(f"{LAYERS}.{module}{EXTRA_STATE}shard_{place}", own) for module in modules]
         for linear in ("linear_fc1", "linear_fc2"):
-            keys += [f"{SHARED_EXPERT}.{linear}{EXTRA_STATE}shard_{layer}_{L}"] * shared_expert
-            prefix = f"{EXPERTS}.{linear}{EXTRA_STATE}shard_{layer}."
-            keys += [f"{prefix}{expert}_{L}.{num_experts}" for expert in range(num_experts)]
+            if layers is not None and layer not in layers:
+                keys.append(at_layer(f"{LAYERS}.mlp.{linear}{EXTRA_STATE}shard_0_1", own))
+                continue
+            keys += [at_layer(f"{SHARED_EXPERT}.{linear}{EXTRA_STATE}shard_{place}", own)] * shared_expert
+            for expert in range(num_experts):
+                place_of_expert = (
+                    f"{layer}.{expert}_{L}.{num_experts}" if own is None else f"{expert}_{num_experts}"
+                )
+                keys.append(at_layer(f"{EXPERTS}.{linear}{EXTRA_STATE}shard_{place_of_expert}", own))
     return keys
 
 
@@ -299,35 +348,40 @@ def execute(
     writer: CheckpointWriter,
 ) -> None:
     """Carry out ``plan``, reading from ``dense`` and filling ``writer``."""
-    scratch = bytearray(plan.scratch_bytes)
+    scratch, source = bytearray(plan.scratch_bytes), plan.source
     for step in plan.steps:
         match step:
             case Keep(keys):
                 for key in keys:
-                    writer.take_over(dense, key, key, copy=options.materialize)
+                    writer.take_over(source, key, key, copy=options.materialize)
             case CopyNorm(key, other):
-                writer.take_over(dense, key, other, copy=options.materialize)
-            case CopyExperts(key, target, num_experts, cut) if cut:
+                writer.take_over(source, key, other, copy=options.materialize)
+            case CopyExperts(key, target, front=front, cut=cut) if cut:
+                shape = step.shape(source.tensors[key].shape)
                 copies = options.materialize
-                fine_grained.write_shards(dense, key, target, cut, num_experts, copies, writer, scratch)
-            case CopyExperts(key, target, num_experts):
-                _copy_experts(dense, key, target, num_experts, options.materialize, writer)
+                fine_grained.write_shards(source, key, target, shape, front, cut, copies, writer, scratch)
+            case CopyExperts():
+                _copy_experts(source, step, options.materialize, writer)
             case CopyShared(key, target, scaled=True):
-                fine_grained.write_scaled(dense, key, target, writer, scratch)
+                fine_grained.write_scaled(source, key, target, writer, scratch)
             case CopyShared(key, target):
-                writer.take_over(dense, key, target, copy=options.materialize)
-            case MakeRouters(parameters):
+                writer.take_over(source, key, target, copy=options.materialize)
+            case MakeRouters(parameters, layers):
                 writer.next_file()
-                for layer, values in enumerate(router_values(dense, model, options, stats, scratch)):
+                chosen = layers or range(model.num_layers)
+                made = router_values(dense, model, options, stats, scratch, chosen)
+                for layer, values in zip(chosen, made, strict=True):
                     for (key, shape), value in zip(parameters, values, strict=True):
-                        offset = (layer, *(0 for _ in shape[1:]))
-                        writer.write_chunk(key, shape, value[None], [offset])
+                        if layers is None:
+                            writer.write_chunk(key, shape, value[None], [(layer, *(0 for _ in shape[1:]))])
+                        else:
+                            writer.write_chunk(at_layer(key, layer), shape[1:], value, [(0,) * value.dim()])
             case AddExtraStates(added=added):
                 empty = writer.write_object(safe_load.dump_archive([None]))
                 for key in added:
                     writer.add_object(key, empty)
             case WriteCommonState(made=made):
-                common = moe_common_state(dense.common, model, options)
+                common = moe_common_state(dense.common, model, options, plan.layers)
                 if made:
                     blob = writer.write_object(safe_load.dump_archive([common]))
                     writer.add_object(COMMON_STATE, blob)
@@ -337,21 +391,26 @@ def execute(
                 pass
 
 
-def _copy_experts(
-    dense: Checkpoint, key: str, target: str, num_experts: int, copies: bool, writer: CheckpointWriter
-) -> None:
-    stored = dense.tensors[key]
-    shape = (stored.shape[0], num_experts, *stored.shape[1:])
+def _copy_experts(source: Checkpoint, step: CopyExperts, copies: bool, writer: CheckpointWriter) -> None:
+    stored, front = source.tensors[step.key], step.front
+    shape = step.shape(stored.shape)
     for chunk in stored.chunks:
-        sizes = (chunk.sizes[0], 1, *chunk.sizes[1:])  # [layers, 1, ...]
-        offsets = [(chunk.offsets[0], expert, *chunk.offsets[1:]) for expert in range(num_experts)]
-        writer.store_chunk(dense, chunk, stored.dtype, target, shape, sizes, offsets, copies)
+        sizes = (*chunk.sizes[:front], 1, *chunk.sizes[front:])
+        offsets = [
+            (*chunk.offsets[:front], expert, *chunk.offsets[front:]) for expert in range(step.num_experts)
+        ]
+        writer.store_chunk(source, chunk, stored.dtype, step.target, shape, sizes, offsets, copies)
 
 
 def router_values(
-    dense: Checkpoint, model: DenseModel, options: Options, stats: KeyStats | None, scratch: bytearray
+    dense: Checkpoint,
+    model: DenseModel,
+    options: Options,
+    stats: KeyStats | None,
+    scratch: bytearray,
+    layers: Iterable[int],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield each layer's router parameters, in the order of ``router_parameters`` and the model's dtype.
+    """Yield the routers' parameters of ``layers`` in the order of ``router_parameters``, the model's dtype.
 
     A linear router is drawn layer after layer from one generator seeded with ``options.seed``. A bias is
     zero: the paper's routers have none.
@@ -359,7 +418,7 @@ def router_values(
     bias = () if model.flags["disable_bias_linear"] else (torch.zeros(options.router.num_experts),)
     if options.router.router == "linear":
         generator = torch.Generator().manual_seed(options.seed)
-        for _ in range(model.num_layers):
+        for _ in layers:
             weight = torch.empty(options.router.num_copies, model.hidden_size)
             weight.normal_(std=model.init_method_std, generator=generator)
             weight = weight.repeat_interleave(options.router.granularity, dim=0)
@@ -367,18 +426,25 @@ def router_values(
         return
     assert stats is not None
     H, G, d = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    for layer in range(model.num_layers):
+    for layer in layers:
         query, _, _ = split_qkv(dense.read_layer(QKV, layer, scratch), H, G)
         key_heads = stats.mean[layer].repeat_interleave(H // G, dim=0)  # [G, d] -> [H, d]
         query_weight, expert_key = init_mixture(query.unflatten(0, (H, d)), key_heads, options.router)
         yield tuple(value.to(model.dtype) for value in (query_weight, expert_key, *bias))
 
 
-def model_flags(model: DenseModel, options: Options) -> dict[str, Any]:
+def _layer_freq(model: DenseModel, layers: tuple[int, ...]) -> list[int]:
+    """``moe_layer_freq``: 1 for a layer with experts, 0 for a dense one."""
+    return [int(layer in layers) for layer in range(model.num_layers)]
+
+
+def model_flags(model: DenseModel, options: Options, layers: tuple[int, ...] | None) -> dict[str, Any]:
     """Megatron flags of the MoE's architecture, beside the dense model's and what the router gives."""
     flags = fine_grained.moe_arguments(model, options.router.granularity, options.shared_expert)
     if options.router.granularity == 1:
         del flags["moe_ffn_hidden_size"]  # Megatron's own default
+    if layers is not None:
+        flags["moe_layer_freq"] = str(_layer_freq(model, layers))
     return {flag: value for flag, value in flags.items() if value is not None}
 
 
@@ -400,7 +466,9 @@ FRESH = {
 DECIDED_LATER = ("moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias")
 
 
-def moe_common_state(common: dict[str, Any], model: DenseModel, options: Options) -> dict[str, Any]:
+def moe_common_state(
+    common: dict[str, Any], model: DenseModel, options: Options, layers: tuple[int, ...] | None
+) -> dict[str, Any]:
     """The common state of an MoE that has not trained yet.
 
     Megatron takes architecture (``--use-checkpoint-args``) and the place in the data from the arguments
@@ -408,6 +476,8 @@ def moe_common_state(common: dict[str, Any], model: DenseModel, options: Options
     """
     router = options.router
     values = vars(common["args"]) | FRESH
+    if layers is not None:
+        values["moe_layer_freq"] = _layer_freq(model, layers)
     values |= fine_grained.moe_arguments(model, router.granularity, options.shared_expert)
     values |= {
         "num_experts": router.num_experts,

@@ -15,6 +15,9 @@ from megatron_router_upcycling.errors import UserError
 
 LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
 STATE = re.compile(r"(.+\._extra_state/shard_)0_1")
+STACKED = "decoder.layers."
+STACKED_STATE = re.compile(r"(decoder\.layers\..+\._extra_state/shard_)(\d{1,6})_\d+")
+RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6})(?::(\d{1,6}))?)?")
 HALVES = re.compile(r"(mlp\.linear_fc1\.(?:weight|bias))_[wv]")
 
 
@@ -52,6 +55,65 @@ def stack_layers(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
 
 
+def split_layers(checkpoint: Checkpoint) -> Checkpoint:
+    """The inverse: ``checkpoint``, stacked, with each layer under keys of its own.
+
+    Raises:
+        UserError: several layers' values are stored in one piece.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for key, stored in checkpoint.tensors.items():
+        if not key.startswith(STACKED):
+            tensors[key] = stored
+            continue
+        layers: dict[int, list[Chunk]] = {layer: [] for layer in range(stored.shape[0])}
+        for chunk in stored.chunks:
+            if chunk.sizes[0] != 1:
+                raise UserError(
+                    f"{checkpoint.root}: stores several layers of {key} in one piece; leave --layers out"
+                )
+            apart = Chunk(chunk.offsets[1:], chunk.sizes[1:], chunk.blob, chunk.stored_sizes)
+            layers[chunk.offsets[0]].append(apart)
+        for layer, chunks in layers.items():
+            tensors[at_layer(key, layer)] = StoredTensor(stored.shape[1:], stored.dtype, tuple(chunks))
+    objects = {}
+    for key, blob in checkpoint.objects.items():
+        match = STACKED_STATE.fullmatch(key)
+        objects[f"{at_layer(match[1], int(match[2]))}0_1" if match else key] = blob
+    return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
+
+
+def split_key(key: str) -> tuple[str, int | None]:
+    """The key of the stacked tensor, and the layer of a key of a layer's own."""
+    match = LAYER.fullmatch(key)
+    return (f"{STACKED}{match[2]}", int(match[1])) if match else (key, None)
+
+
+def at_layer(key: str, layer: int | None) -> str:
+    """The key that layer ``layer`` has of its own for a stacked tensor's key; None: the key itself."""
+    return key if layer is None else f"{STACKED}{layer}.{key.removeprefix(STACKED)}"
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...] | None:
+    """The layers that ``--layers`` names, None for all: numbers and ranges with an optional step.
+
+    ``1,3,5-7`` are the layers 1, 3, 5, 6, 7, counted from 0; ``1-23:2`` is every other layer from 1 on.
+
+    Raises:
+        UserError: not of this form, or a layer that the model does not have.
+    """
+    chosen: set[int] = set()
+    for part in text.split(","):
+        match = RANGE.fullmatch(part.strip())
+        if not match:
+            raise UserError(f"--layers {text!r}: write layers as in 1,3,5-7 or 1-{num_layers - 1}:2")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < num_layers:
+            raise UserError(f"--layers {part.strip()}: the model has the layers 0 to {num_layers - 1}")
+        chosen.update(range(first, last + 1, max(1, int(match[3] or 1))))
+    return None if len(chosen) == num_layers else tuple(sorted(chosen))
+
+
 def _stack(layers: list[StoredTensor], where: str) -> StoredTensor:
     first = layers[0]
     if any((tensor.shape, tensor.dtype) != (first.shape, first.dtype) for tensor in layers):
@@ -59,7 +121,7 @@ def _stack(layers: list[StoredTensor], where: str) -> StoredTensor:
             f"{where} is not of one shape and dtype in all layers; convert takes layers that are alike"
         )
     chunks = tuple(
-        Chunk((layer, *chunk.offsets), (1, *chunk.sizes), chunk.blob, verbatim=False)
+        Chunk((layer, *chunk.offsets), (1, *chunk.sizes), chunk.blob, chunk.sizes)
         for layer, tensor in enumerate(layers)
         for chunk in tensor.chunks
     )

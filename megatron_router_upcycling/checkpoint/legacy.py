@@ -162,7 +162,7 @@ class LegacyCheckpoint(Checkpoint):
             for offsets, shard in placed:
                 self.storages[shard.blob] = shard.storage
                 front, ones = ((layer,), (1,)) if stacked else ((), ())
-                chunks.append(Chunk(front + offsets, ones + shard.shape, shard.blob, verbatim=False))
+                chunks.append(Chunk(front + offsets, ones + shard.shape, shard.blob, shard.shape))
         if len(shapes) != 1:
             raise UserError(f"{self.iteration_dir}: {key} is not of one shape and dtype in all layers")
         ((shape, dtype),) = shapes

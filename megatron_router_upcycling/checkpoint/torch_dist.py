@@ -47,19 +47,23 @@ class Blob:
 class Chunk:
     """A box of a global tensor and where its values are stored.
 
-    ``verbatim``: the blob is a ``torch.save`` file of a tensor of these sizes. Otherwise it holds the same
-    values in the same order (here: a tensor without the first axis, which is 1), and they must be stored
-    anew to stand in a torch_dist checkpoint.
+    The blob is a ``torch.save`` file of a tensor of these sizes. Where ``stored`` is given it is of those
+    instead, the same values in the same order, which must be stored anew to stand in a checkpoint under
+    ``sizes``.
     """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     blob: Blob
-    verbatim: bool = True
+    stored: tuple[int, ...] | None = None
 
     @property
     def stored_sizes(self) -> tuple[int, ...]:
-        return self.sizes if self.verbatim else self.sizes[1:]
+        return self.sizes if self.stored is None else self.stored
+
+    @property
+    def verbatim(self) -> bool:
+        return self.stored is None
 
 
 @dataclass(frozen=True)

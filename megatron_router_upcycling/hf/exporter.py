@@ -151,11 +151,11 @@ def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: Arch
         UserError: the manifest and the training arguments contradict each other.
     """
     args = checkpoint.args
-    for name in ("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"):
-        if value := getattr(args, name, None):
+    for name in ("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size", "moe_layer_freq"):
+        if (value := getattr(args, name, None)) not in (None, 0, 1):
             raise UserError(
                 f"{checkpoint.root}: trained with --{name.replace('_', '-')} {value} (convert"
-                " --granularity or --shared-expert), which export-hf does not support"
+                " --granularity, --shared-expert or --layers), which export-hf does not support"
             )
     trained = {"top_k": args.moe_router_topk, "pre_softmax": bool(args.moe_router_pre_softmax)}
     if recorded is None:
