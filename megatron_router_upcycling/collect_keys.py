@@ -106,6 +106,7 @@ def check(run: pretrain.Run) -> None:
         UserError: names the flag and what would work.
     """
     from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+    from megatron_router_upcycling.language_model import check_data
 
     args = run.args
     if args.output is None:
@@ -139,13 +140,7 @@ def check(run: pretrain.Run) -> None:
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: is more than the model's"
             f" {groups} query groups; use at most {groups}"
         )
-    paths = data_paths(args)
-    if not paths and not args.mock_data:
-        raise UserError("--data-path: name the data to run over (the prefix of a .bin and an .idx file)")
-    for path in paths:
-        for file in (f"{path}.bin", f"{path}.idx"):
-            if not Path(file).is_file():
-                raise UserError(f"--data-path {path}: no file {file}; name the prefix of a .bin and an .idx")
+    check_data(args)
 
 
 def num_query_groups(args: Namespace) -> int:

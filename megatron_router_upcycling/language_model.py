@@ -5,8 +5,10 @@ Shared by ``pretrain`` and ``collect_keys``. Everything is Megatron's own (``GPT
 the script that binds these together.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +25,26 @@ from megatron.core.utils import (
 from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_router_upcycling.errors import UserError
+
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 SPIKE_FACTOR = 10.0  # a loss this many times the largest seen so far is called a spike
+
+
+def check_data(args: Namespace) -> None:
+    """Refuse data that is not there, before anything is built.
+
+    Raises:
+        UserError: names the flag, or the file that is missing.
+    """
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    paths = [path for part in (blend, *(blend_per_split or ())) if part for path in part[0]]
+    if not paths and not args.mock_data:
+        raise UserError("--data-path: name the data to run over (the prefix of a .bin and an .idx file)")
+    for path in paths:
+        for file in (f"{path}.bin", f"{path}.idx"):
+            if "://" not in path and not Path(file).is_file():
+                raise UserError(f"--data-path {path}: no file {file}; name the prefix of a .bin and an .idx")
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:

@@ -69,6 +69,9 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
+    from megatron_router_upcycling import language_model
+    from megatron_router_upcycling.checkpoint import torch_dist
+
     parsers: list[ArgumentParser] = []
 
     def extend(parser: ArgumentParser) -> ArgumentParser:
@@ -113,10 +116,19 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         validate_args(args)
     except (AssertionError, ValueError) as error:
         raise _refused(error) from None
+    for root in (load, args.pretrained_checkpoint):
+        if root and (Path(root) / TRACKER).is_file() and args.ckpt_step is None:
+            torch_dist.check_whole(root)
+    if not needs_checkpoint:
+        language_model.check_data(args)
     set_global_variables(args)
     if recorded and args.save and args.rank == 0 and load != args.save:
-        Path(args.save).mkdir(parents=True, exist_ok=True)
-        manifest.write(args.save, recorded | {"router": router.to_dict() if router else None})
+        record = recorded | {"router": router.to_dict() if router else None}
+        try:
+            Path(args.save).mkdir(parents=True, exist_ok=True)
+            manifest.write(args.save, record)
+        except OSError as error:
+            raise UserError(f"--save {args.save}: cannot be written ({error.strerror})") from None
     return Run(args, router)
 
 

@@ -286,17 +286,15 @@ def test_a_mistake_ends_the_run(
     assert output.read_text() == "precious" and os.listdir(tmp_path) == ["OUTPUT"]
 
 
-def test_a_model_without_grouped_query_attention(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_without_grouped_query_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron saves its number of heads as num_query_groups, which the flags of the same run leave at 1."""
-    from megatron_router_upcycling import collect_keys, pretrain
+    from megatron_router_upcycling import collect_keys, language_model, pretrain
     from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 
     sizes = {"num_attention_heads": HEADS, "group_query_attention": False, "kv_channels": HEAD_DIM}
     trained = Namespace(num_query_groups=HEADS, num_experts=None, **sizes)
     monkeypatch.setattr(Checkpoint, "open", lambda root: Namespace(args=trained))
-    monkeypatch.setattr(collect_keys, "data_paths", lambda args: [str(data)])
+    monkeypatch.setattr(language_model, "check_data", lambda args: None)
     paths = {"output": str(tmp_path / "stats"), "overwrite": False, "load": "dense", "config": "config.yaml"}
     flags = Namespace(num_query_groups=1, collect_iters=1, tensor_model_parallel_size=4, **sizes, **paths)
     collect_keys.check(pretrain.Run(flags, None))

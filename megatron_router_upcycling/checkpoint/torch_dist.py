@@ -417,14 +417,36 @@ def iteration_dir(root: Path) -> Path:
     return folder
 
 
+def check_whole(root: str | Path) -> None:
+    """Refuse what cannot be trained from: a checkpoint that is missing or half-written.
+
+    Only names and sizes of a torch_dist checkpoint are looked at; Megatron's other formats pass.
+
+    Raises:
+        UserError: no folder that the tracker names, damaged metadata, a data file that is too short.
+    """
+    root = Path(root)
+    folder = iteration_dir(root)
+    if (folder / CONFIG).exists() or not any(folder.glob("mp_rank_*")):
+        metadata = folder / METADATA
+        if _backend(folder) == BACKEND:
+            Checkpoint(root, folder, *parse_metadata(_read(metadata), metadata), {})._check_files(None)
+
+
 def _check_backend(folder: Path) -> None:
+    backend = _backend(folder)
+    if backend != BACKEND:
+        raise UserError(
+            f"{folder / CONFIG}: format {shown(backend)!r}; save the checkpoint with --ckpt-format {BACKEND}"
+        )
+
+
+def _backend(folder: Path) -> Any:
     config = folder / CONFIG
     try:
-        backend = json.loads(_read(config)).get("sharded_backend")
+        return json.loads(_read(config)).get("sharded_backend")
     except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{config}: not JSON; the checkpoint is incomplete") from None
-    if backend != BACKEND:
-        raise UserError(f"{config}: format {shown(backend)!r}; save the checkpoint with --ckpt-format {BACKEND}")
 
 
 def _read(path: Path) -> bytes:
