@@ -170,8 +170,7 @@ def _bridge_torch_cuda() -> None:
     cuda = torch.cuda
     stream = _Stream()
 
-    def nothing(*args: Any, **kwargs: Any) -> None: ...
-
+    # A function of its own for each name: Dynamo's table of torch's functions goes by identity.
     for name in [
         "_lazy_init",
         "check_error",
@@ -182,7 +181,7 @@ def _bridge_torch_cuda() -> None:
         "set_stream",
         "synchronize",
     ]:
-        _replace(cuda, name, nothing)
+        _replace(cuda, name, lambda *args, **kwargs: None)
     for name in [
         "max_memory_allocated",
         "max_memory_reserved",
@@ -204,8 +203,8 @@ def _bridge_torch_cuda() -> None:
     _replace(cuda, "device", contextlib.nullcontext)  # a class, as torch's own: it meets isinstance()
     _replace(cuda, "Stream", _Stream)
     _replace(cuda, "Event", _Event)
-    _replace(cuda, "manual_seed", torch.manual_seed)
-    _replace(cuda, "initial_seed", torch.initial_seed)
+    _replace(cuda, "manual_seed", lambda seed: torch.manual_seed(seed))
+    _replace(cuda, "initial_seed", lambda: torch.initial_seed())
     for owner in (cuda, cuda.random):
         _replace(owner, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state())
         _replace(owner, "set_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))

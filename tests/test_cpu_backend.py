@@ -31,6 +31,8 @@ state = torch.cuda.get_rng_state()
 first = torch.rand(3, device="cuda")
 torch.cuda.set_rng_state(state)
 assert torch.equal(first, torch.rand(3))
+import torch._dynamo.trace_rules
+torch._dynamo.trace_rules.get_torch_obj_rule_map()  # refuses one function under two of torch's names
 with torch.cuda.stream(torch.cuda.Stream()):
     torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
 """
