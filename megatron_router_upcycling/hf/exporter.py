@@ -27,7 +27,7 @@ from megatron_router_upcycling.hf.folder import RECORD, class_name, find_tokeniz
 from megatron_router_upcycling.hf.gate import Gates, Rounding, read_gate
 from megatron_router_upcycling.hf.names import Part, Row
 from megatron_router_upcycling.hf.safetensors_file import format_header
-from megatron_router_upcycling.hf.values import BLOCK_BYTES, as_bytes, blocks, cast, dtype_name
+from megatron_router_upcycling.hf.values import BLOCK_BYTES, as_bytes, blocks, cast, dtype_name, scratch_rows
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import TRAINING_STATE
 
@@ -330,10 +330,8 @@ def _moved_values(
     row_bytes = math.prod(columns) * stored.dtype.itemsize
     for first, last in source.runs:
         for start, stop in blocks(last - first, row_bytes):
-            count = (stop - start) * math.prod(columns)
-            whole = scratch if count * stored.dtype.itemsize <= len(scratch) else bytearray(row_bytes)
-            values = torch.frombuffer(whole, dtype=stored.dtype, count=count).view(-1, *columns)
-            reader.read(source.key, source.index, first + start, min(first + stop, last), values)
+            values = scratch_rows(scratch, stored.dtype, (stop - start, *columns))
+            reader.read(source.key, source.index, first + start, first + stop, values)
             yield cast(values, job.dtype, where)
 
 

@@ -11,7 +11,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,15 @@ from megatron_router_upcycling.hf import names
 from megatron_router_upcycling.hf.architecture import Architecture, from_hf
 from megatron_router_upcycling.hf.names import Row, Segment
 from megatron_router_upcycling.hf.safetensors_file import DTYPES, SafetensorsFile
-from megatron_router_upcycling.hf.values import as_bytes, blocks, cast, check_finite, dtype_name
+from megatron_router_upcycling.hf.values import (
+    BLOCK_BYTES,
+    as_bytes,
+    blocks,
+    cast,
+    check_finite,
+    dtype_name,
+    scratch_rows,
+)
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -184,14 +191,14 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
         UserError: it cannot be written, or the values are damaged.
     """
     try:
-        with (
-            publish.new_folder(job.out, job.options.overwrite) as folder,
-            ThreadPoolExecutor(1) as aside,
-        ):
-            digests = aside.submit(_digests, sorted(set(job.files.values())))
+        with publish.new_folder(job.out, job.options.overwrite) as folder:
             with ExitStack() as stack, CheckpointWriter(folder / "release", "__0_", progress) as writer:
                 paths = set(job.files.values())
                 sources = {path: stack.enter_context(SafetensorsFile(path)) for path in paths}
+                files = {
+                    path.name: {"bytes": source.size, "sample_sha256": source.sample_digest()}
+                    for path, source in sorted(sources.items())
+                }
                 _check_tied(job, sources)
                 _write(job, sources, writer)
             tokenizer = _copy_tokenizer(job.folder, folder / TOKENIZER)
@@ -202,7 +209,7 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
                 "source": {
                     "path": str(job.folder.absolute()),
                     "config_sha256": hashlib.sha256((job.folder / CONFIG).read_bytes()).hexdigest(),
-                    "files": digests.result(),
+                    "files": files,
                 },
                 "architecture": job.model.describe(),
                 "dtype": dtype_name(job.dtype),
@@ -218,21 +225,12 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
     return record
 
 
-def _digests(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    found = {}
-    for path in paths:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    return found
-
-
 def _write(job: Import, sources: dict[Path, SafetensorsFile], writer: CheckpointWriter) -> None:
-    model = job.model
+    model, scratch = job.model, bytearray(BLOCK_BYTES)
     for row in names.rows(model):
         shape, stack = names.megatron_shape(row, model), names.stack(row, model)
         for index in names.indices(row, model):
-            for start, values in _values(job, sources, row, index):
+            for start, values in _values(job, sources, row, index, scratch):
                 offset = (*index, start, *(0 for _ in shape[len(stack) + 1 :]))
                 writer.write_chunk(row.megatron, shape, values[(None,) * len(stack)], [offset])
     empty = writer.write_object(safe_load.dump_archive([None]))
@@ -250,7 +248,7 @@ def _write(job: Import, sources: dict[Path, SafetensorsFile], writer: Checkpoint
 
 
 def _values(
-    job: Import, sources: dict[Path, SafetensorsFile], row: Row, index: tuple[int, ...]
+    job: Import, sources: dict[Path, SafetensorsFile], row: Row, index: tuple[int, ...], scratch: bytearray
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Blocks of rows of Megatron's tensor, each with its first row, in the dtype to write.
 
@@ -263,7 +261,7 @@ def _values(
     columns = math.prod(shape[1:])
     segments = names.segments(row, job.model)
     for start, stop in blocks(shape[0], columns * job.dtype.itemsize):
-        values = torch.empty((stop - start, *shape[1:]), dtype=job.dtype)
+        values = scratch_rows(scratch, job.dtype, (stop - start, *shape[1:]))
         position = 0
         for part, first, last in _cut(segments, start, stop):
             target = values[position : position + last - first]

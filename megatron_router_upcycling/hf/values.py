@@ -1,5 +1,6 @@
 """Values on their way from one format to the other: blocks of rows, their dtype, whether they are finite."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -8,6 +9,13 @@ from megatron_router_upcycling.errors import UserError
 
 BLOCK_BYTES = 32 << 20  # of a tensor in memory at a time
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Integers of the same size, and the bits of +infinity: those of NaN are larger, those of a number smaller.
+INFINITY = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+}
 
 
 def blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
@@ -19,6 +27,14 @@ def blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def scratch_rows(scratch: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor in ``scratch``, which is in memory already; of its own where it does not fit."""
+    count = math.prod(shape)
+    if count * dtype.itemsize > len(scratch):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(scratch, dtype=dtype, count=count).view(shape)
 
 
 def as_bytes(values: torch.Tensor) -> memoryview:
@@ -52,5 +68,9 @@ def cast(values: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
 
 
 def _finite(values: torch.Tensor) -> bool:
-    # A sum is finite unless one of its terms is not, or it overflows: then look at each.
-    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
+    """Whether there is neither NaN nor infinity, by the largest bit patterns: no copy."""
+    signed, infinity = INFINITY[values.dtype]
+    bits = values.view(signed).numpy()
+    sign = 1 << (8 * bits.itemsize - 1)
+    # As signed numbers all negative values are smallest, as unsigned ones they are largest.
+    return bool(bits.max() < infinity and bits.view(f"u{bits.itemsize}").max() < (infinity | sign))
