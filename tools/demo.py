@@ -4,9 +4,11 @@
 
 Prepares a corpus, trains a small dense model on two processes, collects its key statistics, converts it by
 Router Upcycling and by vanilla upcycling (a random linear router), goes on training both with two-way
-expert parallelism from the same data order, and compares them on held-out text. Every step is a command
-that is printed before it runs, with its output in DIR/logs. What is done is not done again; a run that was
-cut short goes on when the same command is given again.
+expert parallelism from the same data order, and compares them on held-out text. The first is exported to
+Hugging Face format, loaded by transformers, held against Megatron and asked for a few lines.
+
+Every step is a command that is printed before it runs, with its output in DIR/logs. What is done is not done
+again; a run that was cut short goes on when the same command is given again.
 
 Ends with DIR/report.md, DIR/results.json and DIR/loss_curves.png.
 """
@@ -60,10 +62,13 @@ class Plan:
     evaluate_start: dict[str, Stage]
     train: dict[str, Stage]
     evaluate_end: dict[str, Stage]
+    export: Stage
+    check: Stage
 
     def stages(self) -> list[Stage]:
         parts = (self.convert, self.evaluate_start, self.train, self.evaluate_end)
-        return [self.corpus, self.dense, self.keys, *(stage for part in parts for stage in part.values())]
+        middle = (stage for part in parts for stage in part.values())
+        return [self.corpus, self.dense, self.keys, *middle, self.export, self.check]
 
 
 def plan(output: Path, quick: bool) -> Plan:
@@ -89,7 +94,6 @@ def plan(output: Path, quick: bool) -> Plan:
         *("--train-data-path", str(corpus.output / "train")),
         *("--valid-data-path", str(corpus.output / "held_out")),
     )
-    held_out_at_end = ("--test-data-path", str(corpus.output / "held_out"))
     dense_config = ("--config", str(CONFIGS / "dense.yaml"), *(QUICK_MODEL if quick else ()), *run, *data)
     moe_config = ("--config", str(CONFIGS / "moe.yaml"), *run, *data)
     dense_files = (CONFIGS / "training.yaml", CONFIGS / "dense.yaml")
@@ -98,7 +102,7 @@ def plan(output: Path, quick: bool) -> Plan:
     dense = Stage(
         "dense",
         "train the dense model",
-        (*torchrun, PACKAGE + "pretrain", *dense_config, *held_out_at_end, "--save", str(output / "dense")),
+        (*torchrun, PACKAGE + "pretrain", *dense_config, "--save", str(output / "dense")),
         output / "dense",
         dense_files,
         (corpus,),
@@ -156,8 +160,36 @@ def plan(output: Path, quick: bool) -> Plan:
             resumes=True,
         )
 
+    def export(model: Stage) -> Stage:
+        folder = output / "hf"
+        return Stage(
+            "export",
+            "export to Hugging Face format",
+            (
+                *(str(programs / "router-upcycle"), "export-hf", str(model.output), str(folder)),
+                *("--dtype", "float32", "--quiet"),
+            ),
+            folder,
+            after=(model,),
+        )
+
+    def check(exported: Stage, model: Stage) -> Stage:
+        found = output / "check.json"
+        return Stage(
+            "check",
+            "load it with transformers, compare with Megatron, write a few lines",
+            (
+                *(str(programs / "python"), "-m", "tools.check_export", str(exported.output), *moe_config),
+                *("--load", str(model.output), "--output", str(found)),
+            ),
+            found,
+            moe_files,
+            (exported, model),
+        )
+
     converted = {name: convert(router) for name, router in UPCYCLED.items()}
     trained = {name: train(router, converted[name]) for name, router in UPCYCLED.items()}
+    exported = export(trained["router upcycling"])
     return Plan(
         corpus=corpus,
         dense=dense,
@@ -166,6 +198,8 @@ def plan(output: Path, quick: bool) -> Plan:
         evaluate_start={n: evaluate(router, "start", converted[n]) for n, router in UPCYCLED.items()},
         train=trained,
         evaluate_end={n: evaluate(router, "end", trained[n]) for n, router in UPCYCLED.items()},
+        export=exported,
+        check=check(exported, trained["router upcycling"]),
     )
 
 
@@ -188,12 +222,13 @@ def report(pipeline: Pipeline, stages: Plan, output: Path) -> str:
 
     def evaluated(stage: Stage) -> tuple[float, float]:
         """Held-out loss and imbalance that an evaluation found."""
-        (loss,) = curve(stage).held_out.values()
+        loss = curve(stage).held_out
+        assert loss is not None, f"no held-out loss in {pipeline.log(stage)}"
         return loss, demo_report.imbalance(json.loads(stage.output.read_text())["tokens_per_expert"])
 
     dense = curve(stages.dense)
-    assert dense.final is not None, f"no evaluation on the test data in {pipeline.log(stages.dense)}"
-    results = [demo_report.ModelResult("dense", None, dense.final, None, None, None, None, None)]
+    assert dense.held_out is not None, f"no held-out loss in {pipeline.log(stages.dense)}"
+    results = [demo_report.ModelResult("dense", None, dense.held_out, None, None, None, None, None)]
     continued = {}
     for name in UPCYCLED:
         start, load_at_start = evaluated(stages.evaluate_start[name])
@@ -213,12 +248,13 @@ def report(pipeline: Pipeline, stages: Plan, output: Path) -> str:
         f" {dense.last} steps, each Mixture-of-Experts for {continued[name].last} more on"
         " the same data in the same order."
     )
-    text = f"{table}\n\n{note}"
+    checked = json.loads(stages.check.output.read_text(encoding="utf-8"))
+    text = f"{table}\n\n{note}\n\n{demo_report.exported(checked)}"
     demo_report.picture(dense, continued, results, output / "loss_curves.png")
     (output / "report.md").write_text(
         f"# Demonstration\n\n{text}\n\n![Loss curves](loss_curves.png)\n", encoding="utf-8"
     )
-    found = demo_report.as_json(dense, continued, results)
+    found = demo_report.as_json(dense, continued, results) | {"exported": checked}
     (output / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return text
 

@@ -1,36 +1,23 @@
 """What the demonstration found, from its logs: a table and a picture of the loss curves."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 # Megatron's lines, for example (two ranks may print on one line):
 #  [2026-01-31 12:00:00.1] iteration       10/     280 | ... | lm loss: 7.525500E+00 | ...
-#  validation loss at iteration 50 | lm loss value: 4.951234E+00 | lm loss PPL: ...
-#  validation loss at iteration 280 on test set | lm loss value: 4.951234E+00 | ...
+#  validation loss at iteration 280 on validation set | lm loss value: 4.951234E+00 | lm loss PPL: ...
 TRAINING = re.compile(r"\] iteration +(\d+)/ *\d+ \|.*?\| lm loss: (\S+) \|")
-VALIDATION = re.compile(
-    r"validation loss at iteration (\d+)(?: on (validation|test) set)? \| lm loss value: (\S+) \|"
-)
+VALIDATION = re.compile(r"validation loss at iteration (\d+) on validation set \| lm loss value: (\S+) \|")
 
 
 @dataclass
 class Curve:
-    """Losses of one run by iteration (nats a token).
-
-    ``held_out`` are the evaluations on the way, each on the next stretch of the held-out text; ``final``
-    is the one on the test data, whose samples are the same in every run.
-    """
+    """Losses of one run, in nats a token: in training by iteration, and on held-out text at the end."""
 
     training: dict[int, float] = field(default_factory=dict)
-    held_out: dict[int, float] = field(default_factory=dict)
-    final: float | None = None
-
-    @property
-    def last(self) -> int:
-        """The iteration that the run ended with."""
-        return max(*self.training, *self.held_out)
+    held_out: float | None = None
+    last: int = 0  # the iteration that the run ended with
 
 
 @dataclass
@@ -49,14 +36,9 @@ class ModelResult:
 
 def parse_log(text: str) -> Curve:
     """The losses in a log of Megatron; where a run was resumed, the later line of an iteration counts."""
-    curve = Curve()
-    for iteration, loss in TRAINING.findall(text):
-        curve.training[int(iteration)] = float(loss)
-    for iteration, samples, loss in VALIDATION.findall(text):
-        if samples == "test":
-            curve.final = float(loss)
-        else:
-            curve.held_out[int(iteration)] = float(loss)
+    curve = Curve({int(iteration): float(loss) for iteration, loss in TRAINING.findall(text)})
+    for iteration, loss in VALIDATION.findall(text):
+        curve.last, curve.held_out = int(iteration), float(loss)
     return curve
 
 
@@ -127,6 +109,17 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return "–" if value is None else f"{value:{form}}{unit}"
 
 
+def exported(check: dict) -> str:
+    """What tools.check_export found, as lines of Markdown."""
+    lines = [
+        f"Exported to Hugging Face format, router upcycling's held-out loss is {check['transformers']:.6f} in"
+        f" transformers and {check['megatron']:.6f} in Megatron. It continues held-out text:",
+        "",
+    ]
+    lines += [f"- {sample['prompt']!r} → {sample['continuation']!r}" for sample in check["samples"]]
+    return "\n".join(lines)
+
+
 def picture(dense: Curve, continued: dict[str, Curve], results: list[ModelResult], path: Path) -> None:
     """Draw the loss curves: the dense model, then each model that was made of it, on one time line.
 
@@ -144,19 +137,23 @@ def picture(dense: Curve, continued: dict[str, Curve], results: list[ModelResult
     colours = {"dense": "#444444", **dict(zip(continued, ("#c8401e", "#2867b2", "#3a8f4d"), strict=False))}
     converted_at = dense.last
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
+    # The curves may lie on one another: thinner ones and smaller points are drawn on top.
+    runs = [("dense", dense, 0), *((name, curve, converted_at) for name, curve in continued.items())]
+    widths = dict(zip(rows, (2.0, 1.2, 3.0, 0.8), strict=False))
     for axes in (left, right):
-        for name, curve, start in [
-            ("dense", dense, 0),
-            *((n, c, converted_at) for n, c in continued.items()),
-        ]:
-            ends = {curve.last: rows[name].loss_at_end}
-            if (at_start := rows[name].loss_at_start) is not None:
-                ends[0] = at_start
-            points = sorted((curve.held_out | ends).items())
-            steps, losses = _shifted(curve.training.items(), start)
-            axes.plot(steps, losses, color=colours[name], linewidth=1.4, label=name)
-            steps, losses = _shifted(points, start)
-            axes.plot(steps, losses, "o", color=colours[name], markersize=6, markeredgecolor="white")
+        for name, curve, start in sorted(runs, key=lambda run: -widths[run[0]]):
+            steps, losses = zip(*curve.training.items(), strict=True)
+            style = {"color": colours[name], "linewidth": widths[name]}
+            axes.plot([step + start for step in steps], losses, **style, label=name)
+            ends = {start: rows[name].loss_at_start, start + curve.last: rows[name].loss_at_end}
+            points = {step: loss for step, loss in ends.items() if loss is not None}
+            axes.plot(
+                *(points.keys(), points.values()),
+                *("o",),
+                color=colours[name],
+                markersize=5 + 2 * widths[name],
+                markeredgecolor="white",
+            )
         axes.axvline(converted_at, color="#999999", linewidth=0.8, linestyle=":")
         axes.set_xlabel("training step")
         axes.grid(alpha=0.25)
@@ -173,11 +170,6 @@ def picture(dense: Curve, continued: dict[str, Curve], results: list[ModelResult
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-
-
-def _shifted(points: Iterable[tuple[int, float]], by: int) -> tuple[list[int], list[float]]:
-    steps, losses = zip(*points, strict=True)
-    return [step + by for step in steps], list(losses)
 
 
 def as_json(dense: Curve, continued: dict[str, Curve], results: list[ModelResult]) -> dict:
