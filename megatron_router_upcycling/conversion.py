@@ -17,6 +17,7 @@ from typing import Any
 from megatron_router_upcycling import key_stats, manifest
 from megatron_router_upcycling.checkpoint import ledger, publish
 from megatron_router_upcycling.checkpoint.dense import DenseModel, open_dense
+from megatron_router_upcycling.checkpoint.intact import IntactCheck
 from megatron_router_upcycling.checkpoint.publish import format_bytes
 from megatron_router_upcycling.checkpoint.stamps import Stamps
 from megatron_router_upcycling.checkpoint.torch_dist import TRACKER, Checkpoint, iteration_dir
@@ -126,17 +127,21 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
         progress: called with the number of bytes after each write.
 
     Raises:
-        UserError: it cannot be written, a chunk of the dense checkpoint cannot be read, or a file that was
-            read has changed meanwhile.
+        UserError: it cannot be written; a chunk of the dense checkpoint cannot be read, is not what was
+            saved or holds NaN; or a file that was read has changed meanwhile.
     """
     out, options = conversion.out, conversion.options
     try:
         with publish.new_folder(out, options.overwrite) as folder:
-            with CheckpointWriter(folder / "release", DATA_FILES, progress) as writer:
+            with (
+                IntactCheck(conversion.dense, used(conversion.plan, conversion.dense)) as intact,
+                CheckpointWriter(folder / "release", DATA_FILES, progress) as writer,
+            ):
                 execute(
                     conversion.plan, conversion.dense, conversion.model, options, conversion.stats, writer
                 )
                 tensors = writer.finish()
+                intact.wait()
             made = targets(conversion.plan, conversion.model)
             ledger.check_whole(tensors, writer.objects, made)
             contents = ledger.content_digests(ledger.examine_all(writer.folder, tensors, writer.objects))
@@ -152,6 +157,12 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
             f" ({reason(error)})"
         ) from None
     return record
+
+
+def used(plan: Plan, dense: Checkpoint) -> list[str]:
+    """The tensors of ``dense`` whose values are taken over."""
+    steps = [step for step in plan.steps if not isinstance(step, LeaveOut)]
+    return [key for step in steps for key in accounted(step) if key in dense.tensors]
 
 
 def _manifest(conversion: Conversion, folder: Path, contents: dict[str, str]) -> dict[str, Any]:

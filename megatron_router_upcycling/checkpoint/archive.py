@@ -23,6 +23,7 @@ from megatron_router_upcycling.checkpoint import safe_load
 LOCAL_HEADER = struct.Struct("<IHHHHHIIIHH")
 CENTRAL_HEADER = struct.Struct("<IHHHHHHIIIHHHHHII")
 END = struct.Struct("<IHHHHIIH")
+DESCRIPTOR_SIZES = (0, 16, 24)  # checksum and sizes once more, after a record's content
 VERSION_NEEDED = 20
 ZIP32_LIMIT = 1 << 31  # larger archives need fields that are not written here
 
@@ -50,6 +51,9 @@ def find_values(content: BinaryIO, sizes: tuple[int, ...], dtype: torch.dtype) -
         Exception: of any kind, on a damaged file.
     """
     with zipfile.ZipFile(content) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("compressed, which torch.save never does")
         (pickled,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
         tensor = safe_load.loads(archive.read(pickled), "its pickle")
         if type(tensor).__name__ != "_rebuild_tensor_v2":
@@ -59,13 +63,18 @@ def find_values(content: BinaryIO, sizes: tuple[int, ...], dtype: torch.dtype) -
         if first or count != math.prod(sizes) or tuple(size) != sizes or not is_row_major(sizes, stride):
             return None
         record = archive.getinfo(pickled.removesuffix("data.pkl") + f"data/{key}")
-        if record.compress_type != zipfile.ZIP_STORED or record.file_size != count * dtype.itemsize:
+        if record.file_size != count * dtype.itemsize:
             return None
         if record.file_size >= ZIP32_LIMIT or STORAGES.get(kind.__name__) != dtype:
             return None
+        archive.open(record).close()  # checks the header before the values
+        following = [other.header_offset for other in records if other.header_offset > record.header_offset]
+        end = min(following, default=archive.start_dir)
     content.seek(record.header_offset)
     *_, name_length, extra_length = LOCAL_HEADER.unpack(content.read(LOCAL_HEADER.size))
     begin = record.header_offset + LOCAL_HEADER.size + name_length + extra_length
+    if end - begin - record.file_size not in DESCRIPTOR_SIZES:
+        raise ValueError("its values do not end where the next record begins")
     return Values(begin, record.file_size, record.CRC)
 
 

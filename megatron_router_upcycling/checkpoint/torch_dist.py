@@ -177,9 +177,13 @@ class Checkpoint:
         """
         values = self.find_values(chunk, dtype)
         if values and 0 < values.length <= len(scratch):
-            with open(self.iteration_dir / chunk.blob.file, "rb", buffering=0) as file:
-                file.seek(values.offset)
-                read_exactly(file, memoryview(scratch)[: values.length])
+            path = self.iteration_dir / chunk.blob.file
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    file.seek(values.offset)
+                    read_exactly(file, memoryview(scratch)[: values.length])
+            except (OSError, EOFError) as error:
+                raise UserError(f"{path}: cannot be read ({reason(error)})") from None
             count = math.prod(chunk.sizes)
             return torch.frombuffer(scratch, dtype=dtype, count=count).view(chunk.sizes)
         with self._open_blob(chunk.blob) as content:
@@ -188,9 +192,11 @@ class Checkpoint:
                 not isinstance(tensor, torch.Tensor)
                 or tuple(tensor.shape) != chunk.stored_sizes
                 or tensor.dtype != dtype
+                or tensor.layout != torch.strided
+                or tensor.device.type != "cpu"
             ):
                 raise ValueError(f"not the {dtype} {list(chunk.stored_sizes)} that {METADATA} promises")
-        return tensor.view(chunk.sizes)
+        return tensor.detach().reshape(chunk.sizes)
 
     @contextlib.contextmanager
     def _open_blob(self, blob: Blob) -> Iterator[BinaryIO]:
