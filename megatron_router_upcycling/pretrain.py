@@ -85,6 +85,8 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         schedule.install(parser)
         # A checkpoint that any other TP, PP and EP can resume.
         parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
+        # As Qwen and the paper (section 4.1) train; Megatron's own default is 0.1.
+        parser.set_defaults(attention_dropout=0.0, hidden_dropout=0.0)
         if recorded:
             config.set_defaults(parser, recorded["model"], str(source))
             router = manifest.router_config(recorded, str(source))
