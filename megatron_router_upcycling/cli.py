@@ -359,7 +359,7 @@ def _progress(name: str, total: int, quiet: bool) -> Iterator[Callable[[int], No
     """A progress bar over bytes, as the function to call after each write."""
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="B", unit_scale=True, desc=name, leave=False, disable=quiet) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name, leave=False, disable=quiet or None) as bar:
         # The few bytes around the values are not in the total.
         yield lambda count: bar.update(min(count, bar.total - bar.n)) and None
 
@@ -406,6 +406,8 @@ def _verify(args: argparse.Namespace) -> int:
 
     from megatron_router_upcycling import verify
 
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise UserError(f"--json {args.json}: a folder, or in none; name a file to write")
     torch.set_num_threads(1)
     start = time.monotonic()
     ready = verify.prepare(args.dense, args.moe, args.key_stats)

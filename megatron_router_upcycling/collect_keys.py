@@ -69,7 +69,7 @@ def collect(run: pretrain.Run) -> None:
             desc="collecting keys",
             unit="token",
             unit_scale=True,
-            disable=args.quiet or args.rank != 0,
+            disable=args.quiet or args.rank != 0 or None,
         ) as progress,
     ):
         for _ in range(args.collect_iters):

@@ -175,8 +175,8 @@ def _refuse_unknown(checkpoint: Checkpoint, args: Namespace) -> None:
     for name in UNKNOWN_LAYERS:
         if value := getattr(args, name, None):
             raise UserError(
-                f"DENSE {root}: trained with --{name.replace('_', '-')} {shown(value)}, which convert does not"
-                " support; it takes GPT models with ordinary attention"
+                f"DENSE {root}: trained with --{name.replace('_', '-')} {shown(value)}, which convert does"
+                " not support; it takes GPT models with ordinary attention"
             )
 
 
