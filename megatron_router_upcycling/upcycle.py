@@ -261,7 +261,7 @@ def targets(plan: Plan, model: DenseModel) -> dict[str, Target]:
 
     def like(key: str, name: str) -> None:
         stored = plan.source.tensors.get(key)
-        made[name] = stored and (stored.shape, stored.dtype)
+        made[name] = (stored.shape, stored.dtype) if stored else None
 
     for step in plan.steps:
         match step:

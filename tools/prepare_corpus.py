@@ -239,7 +239,9 @@ def _write(folder: Path, options: Options, files: list[Path], quiet: bool) -> di
 
     def documents(split: str, label: str) -> Iterator[str]:
         total = min(sum(path.stat().st_size for path in files), options.max_bytes or sys.maxsize)
-        with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=quiet or None, leave=False) as bar:
+        with tqdm(
+            total=total, desc=label, unit="B", unit_scale=True, disable=quiet or None, leave=False
+        ) as bar:
             for text in read_documents(files, options.max_bytes):
                 if side(text) == split:
                     yield text

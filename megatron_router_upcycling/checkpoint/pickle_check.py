@@ -40,7 +40,7 @@ def _by_number(operations: dict[bytes, Any]) -> dict[int, Any]:
 
 
 _PUSHES, _TUPLES, _MAKES, _FILLS = map(_by_number, (PUSHES, TUPLES, MAKES, FILLS))
-_MEMOS, _OTHERS = map(_by_number, (MEMOS, OTHERS))
+_MEMOS, _OTHERS = _by_number(MEMOS), _by_number(OTHERS)
 _GETS = (pickle.BINGET[0], pickle.LONG_BINGET[0])
 _MEMOIZE, _MARK, _STOP = pickle.MEMOIZE[0], pickle.MARK[0], pickle.STOP[0]
 _GLOBAL, _STACK_GLOBAL = pickle.GLOBAL[0], pickle.STACK_GLOBAL[0]

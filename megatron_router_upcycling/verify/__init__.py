@@ -20,6 +20,7 @@ from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.verify import structure
 from megatron_router_upcycling.verify.expected import expected_tensors
 from megatron_router_upcycling.verify.findings import Findings
+from megatron_router_upcycling.verify.layout import Layout
 from megatron_router_upcycling.verify.sources import DataFiles
 from megatron_router_upcycling.verify.values import Comparison, Progress
 
@@ -120,11 +121,13 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
     dense_files, moe_files = DataFiles(dense.iteration_dir), DataFiles(moe.iteration_dir)
     try:
         seed = int(record.get("seed", 0))
-        expected = expected_tensors(dense, dense_files, model, router, verification.stats, seed)
+        source = moe.root / manifest.NAME
+        layout = Layout.of(structure.section(moe, record, "model"), router, model, source)
+        expected = expected_tensors(dense, dense_files, model, router, verification.stats, seed, layout)
         comparable = structure.check_tensors(moe, expected, trained, findings)
-        wanted = structure.expected_states(model, router)
-        identities = structure.check_objects(moe, dense, moe_files, wanted, trained, findings)
-        structure.check_arguments(moe, dense, model, record, router, trained, findings)
+        wanted = structure.expected_states(model, router, layout)
+        identities = structure.check_objects(moe, dense, moe_files, wanted, layout, trained, findings)
+        structure.check_arguments(moe, dense, model, record, router, layout, trained, findings)
         if record.get("source", {}).get("digest") != dense.digest():
             what = "is not the checkpoint whose digest the manifest records"
             findings.add("arguments", f"DENSE {dense.root}", what)

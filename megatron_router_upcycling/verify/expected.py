@@ -6,15 +6,18 @@ places in the dense checkpoint (or in something computed again) that hold the sa
 Symbols: L layers, n experts, m routers, H query heads, G query groups, d head size, D hidden size.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from megatron_router_upcycling.checkpoint.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.dense import FC1, FC2, QKV, DenseModel
+from megatron_router_upcycling.checkpoint.layers import at_layer
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.fine_grained import SHARED_EXPERT
 from megatron_router_upcycling.key_stats import KeyStats
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import (
@@ -26,6 +29,7 @@ from megatron_router_upcycling.upcycle import (
     TRAINING_STATE,
 )
 from megatron_router_upcycling.verify import routers
+from megatron_router_upcycling.verify.layout import Layout
 from megatron_router_upcycling.verify.sources import ComputedLayers, DataFiles, Source, StoredTensor
 
 
@@ -61,9 +65,16 @@ class ExpectedTensor:
     dtype: torch.dtype
     pieces: Callable[[Box], Iterator[Piece]]  # those that make up a box
 
-    @property
-    def expert_axis(self) -> int | None:
-        return 1 if self.check == "experts" else None
+    def of_layer(self, layer: int) -> "ExpectedTensor":
+        """``tensor[layer]`` of one stacked over layers."""
+
+        def pieces(box: Box) -> Iterator[Piece]:
+            for piece in self.pieces(Box((layer, *box.offsets), (1, *box.sizes))):
+                inner = Box(piece.box.offsets[1:], piece.box.sizes[1:])
+                axes = tuple(axis - 1 if axis else None for axis in piece.axes)
+                yield replace(piece, box=inner, axes=axes)
+
+        return ExpectedTensor(self.check, self.shape[1:], self.dtype, pieces)
 
 
 def expected_tensors(
@@ -73,16 +84,46 @@ def expected_tensors(
     router: RouterConfig,
     stats: KeyStats | None,
     seed: int,
+    layout: Layout,
 ) -> dict[str, ExpectedTensor]:
     """Every tensor of the Mixture-of-Experts by its key."""
+    everywhere = _stacked(dense, files, model, router, stats, seed, layout)
+    if layout.layers is None:
+        return everywhere
+    nowhere = {
+        key: _same(StoredTensor(dense, files, key), "untouched")
+        for key in dense.tensors
+        if not TRAINING_STATE.match(key)
+    }
+    expected = {key: tensor for key, tensor in nowhere.items() if not key.startswith(LAYERS)}
+    for layer in range(model.num_layers):
+        tensors = everywhere if layout.has_experts(layer) else nowhere
+        for key, tensor in tensors.items():
+            if key.startswith(LAYERS):
+                expected[at_layer(key, layer)] = tensor.of_layer(layer)
+    return expected
+
+
+def _stacked(
+    dense: Checkpoint,
+    files: DataFiles,
+    model: DenseModel,
+    router: RouterConfig,
+    stats: KeyStats | None,
+    seed: int,
+    layout: Layout,
+) -> dict[str, ExpectedTensor]:
+    """What there is where every layer has experts."""
     expected: dict[str, ExpectedTensor] = {}
     for key in dense.tensors:
         if TRAINING_STATE.match(key):
             continue
         source = StoredTensor(dense, files, key)
         if key.startswith((f"{FC1}.", f"{FC2}.")) and FUSED_NORM not in key:
-            target = EXPERTS + key.removeprefix(f"{LAYERS}.mlp")
-            expected[target] = _experts(source, router.num_experts)
+            parameter = key.removeprefix(f"{LAYERS}.mlp")
+            expected[EXPERTS + parameter] = _experts(source, router.num_experts, router.granularity, model)
+            if layout.shared_expert:
+                expected[SHARED_EXPERT + parameter] = _shared(source, dense)
             continue
         expected[key] = _same(source, "untouched")
         for here, there in ((FUSED_NORM, SEPARATE_NORM), (SEPARATE_NORM, FUSED_NORM)):
@@ -91,7 +132,8 @@ def expected_tensors(
                 expected[other] = _same(source, "norms")
     query = StoredTensor(dense, files, QKV)
     if router.router == "linear":
-        expected[f"{ROUTER}.weight"] = _linear(model, router.num_experts, seed)
+        chosen = layout.layers or range(model.num_layers)
+        expected[f"{ROUTER}.weight"] = _linear(model, router, seed, chosen)
     else:
         expected |= _mixture(query, model, router, stats)
     if not model.flags["disable_bias_linear"]:
@@ -107,18 +149,50 @@ def _same(source: StoredTensor, check: str) -> ExpectedTensor:
     return ExpectedTensor(check, source.shape, source.dtype, pieces)
 
 
-def _experts(source: StoredTensor, num_experts: int) -> ExpectedTensor:
-    """[L, n, ...] of n copies of [L, ...] (eq. 3)."""
+def _experts(source: StoredTensor, num_experts: int, granularity: int, model: DenseModel) -> ExpectedTensor:
+    """[L, n, ...] of n copies of [L, ...] (eq. 3), each cut ``granularity`` ways along F.
+
+    A gated FC1 is cut in its gate and in its up projection alike.
+    """
+    cut = 1 if source.key.startswith(f"{FC1}.") or granularity == 1 else 2  # the axis of F in the source
+    parts = 1 + (model.gated and cut == 1 and granularity > 1)
+    block = source.shape[cut] // parts
+    width = block // granularity
 
     def pieces(box: Box) -> Iterator[Piece]:
-        layer, first, *rest = box.offsets
-        for expert in range(first, box.ends[1]):
-            one = Box((layer, expert, *rest), (box.sizes[0], 1, *box.sizes[2:]))
-            axes = (0, *range(2, len(box.offsets)))
-            yield Piece(one, source, source.key, (layer, *rest), axes)
+        for expert, part in itertools.product(range(box.offsets[1], box.ends[1]), range(parts)):
+            offsets, sizes = list(box.offsets), list(box.sizes)
+            offsets[1], sizes[1] = expert, 1
+            low = max(offsets[cut + 1], part * width)
+            sizes[cut + 1] = min(box.ends[cut + 1], (part + 1) * width) - low
+            if sizes[cut + 1] <= 0:
+                continue
+            offsets[cut + 1] = low
+            start = [offsets[0], *offsets[2:]]
+            start[cut] += part * (block - width) + expert % granularity * width
+            axes = (0, *range(2, len(offsets)))
+            yield Piece(Box(tuple(offsets), tuple(sizes)), source, source.key, tuple(start), axes)
 
-    shape = (source.shape[0], num_experts, *source.shape[1:])
+    sizes = list(source.shape)
+    sizes[cut] //= granularity
+    shape = (sizes[0], num_experts, *sizes[1:])
     return ExpectedTensor("experts", shape, source.dtype, pieces)
+
+
+def _shared(source: StoredTensor, dense: Checkpoint) -> ExpectedTensor:
+    """The shared expert's: FC1 as it is, FC2 halved."""
+    if source.key.startswith(f"{FC1}."):
+        return _same(source, "experts")
+
+    def half(layer: int) -> torch.Tensor:
+        return dense.read_layer(source.key, layer, bytearray()) / 2
+
+    halves = ComputedLayers(half)
+
+    def pieces(box: Box) -> Iterator[Piece]:
+        yield Piece(box, halves, "halves", box.offsets, tuple(range(len(box.offsets))))
+
+    return ExpectedTensor("experts", source.shape, source.dtype, pieces)
 
 
 def _computed(model: DenseModel, shape: Shape, compute: Callable[[int], torch.Tensor]) -> ExpectedTensor:
@@ -130,22 +204,23 @@ def _computed(model: DenseModel, shape: Shape, compute: Callable[[int], torch.Te
     return ExpectedTensor("routers", (model.num_layers, *shape), model.dtype, pieces)
 
 
-def _linear(model: DenseModel, num_experts: int, seed: int) -> ExpectedTensor:
-    """[L, n, D], drawn from ``seed`` layer after layer."""
+def _linear(model: DenseModel, router: RouterConfig, seed: int, layers: Sequence[int]) -> ExpectedTensor:
+    """[L, n, D], drawn from ``seed`` for one of ``layers`` after the other; shards have their copy's."""
     drawn: tuple[int, torch.Generator] | None = None
 
     def compute(layer: int) -> torch.Tensor:
         nonlocal drawn
-        if drawn is None or drawn[0] > layer:
+        turn = layers.index(layer)
+        if drawn is None or drawn[0] > turn:
             drawn = 0, torch.Generator().manual_seed(seed)
         upcoming, generator = drawn
-        for _ in range(upcoming, layer + 1):
-            weight = torch.empty(num_experts, model.hidden_size)
+        for _ in range(upcoming, turn + 1):
+            weight = torch.empty(router.num_copies, model.hidden_size)
             weight.normal_(std=model.init_method_std, generator=generator)
-        drawn = layer + 1, generator
-        return weight.to(model.dtype)
+        drawn = turn + 1, generator
+        return weight.repeat_interleave(router.granularity, dim=0).to(model.dtype)
 
-    return _computed(model, (num_experts, model.hidden_size), compute)
+    return _computed(model, (router.num_experts, model.hidden_size), compute)
 
 
 def _mixture(
@@ -154,7 +229,7 @@ def _mixture(
     """query_weight [L, m, d', D], rows of the query projection; expert_key [L, n*c, d'], average keys."""
     assert router.num_routers is not None
     H, G, d = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    m, n = router.num_routers, router.num_experts
+    m, n, shards = router.num_routers, router.num_copies, router.granularity
     width = H * d // m
     # Without statistics there are shapes and no values: those of a checkpoint that has trained.
     means = np.empty((0, G, d), np.float32) if stats is None else stats.mean.numpy()
@@ -183,10 +258,11 @@ def _mixture(
             np.concatenate([routers.key_values(rows, means[layer], H) for rows in key])
             for key in sources(layer).keys
         ]
-        return torch.from_numpy(np.stack(made)).to(model.dtype)
+        per_copy = np.stack(made).reshape(n, -1, width)
+        return torch.from_numpy(per_copy.repeat(shards, axis=0).reshape(-1, width)).to(model.dtype)
 
     shape = (model.num_layers, m, width, model.hidden_size)
-    keys_shape = (max(m, n), width)
+    keys_shape = (max(m, n) * shards, width)
     return {
         f"{ROUTER}.query_weight": ExpectedTensor("routers", shape, model.dtype, query_pieces),
         f"{ROUTER}.expert_key": _computed(model, keys_shape, keys),

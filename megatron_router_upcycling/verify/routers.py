@@ -46,7 +46,8 @@ def layer_sources(
     num_groups, head_size = mean_keys.shape
     parts = max(1, num_routers // num_heads)  # more routers than heads: every head is cut
     size = head_size // parts
-    pieces, vectors = [], []
+    pieces: list = []
+    vectors: list = []
     for head in range(num_heads):
         group = head * num_groups // num_heads
         for part in range(parts):

@@ -102,7 +102,7 @@ class StoredTensor:
         ]
         if len(pieces) == 1:
             return pieces[0][1]
-        whole = np.empty(box.sizes, WORDS[self.dtype.itemsize])
+        whole: np.ndarray = np.empty(box.sizes, WORDS[self.dtype.itemsize])
         for common, values in pieces:
             whole[inside(common, box.offsets)] = values
         return whole
@@ -118,7 +118,7 @@ class StoredTensor:
         steps = [math.prod(chunk.sizes[axis + 1 :]) for axis in range(len(chunk.sizes))]
         start = sum((a - b) * step for a, b, step in zip(box.offsets, chunk.offsets, steps, strict=True))
         last = start + sum((size - 1) * step for size, step in zip(box.sizes, steps, strict=True))
-        buffer = np.empty(last + 1 - start, WORDS[self.dtype.itemsize])
+        buffer: np.ndarray = np.empty(last + 1 - start, WORDS[self.dtype.itemsize])
         offset = values.offset + start * buffer.itemsize
         try:
             self.files.read(chunk.blob.file, offset, memoryview(buffer).cast("B"))

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_router_upcycling.checkpoint import safe_load
 from megatron_router_upcycling.checkpoint.dense import ARCHITECTURE, FC1, FC2, NEGATED, DenseModel
 from megatron_router_upcycling.checkpoint.examine import Damaged
+from megatron_router_upcycling.checkpoint.layers import at_layer, split_key, split_layers
 from megatron_router_upcycling.checkpoint.ledger import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import COMMON_STATE, Blob, Checkpoint
 from megatron_router_upcycling.errors import UserError
@@ -23,6 +24,7 @@ from megatron_router_upcycling.upcycle import (
 )
 from megatron_router_upcycling.verify.expected import ExpectedTensor
 from megatron_router_upcycling.verify.findings import Findings
+from megatron_router_upcycling.verify.layout import Layout
 from megatron_router_upcycling.verify.sources import DataFiles
 
 BALANCING = (f"{ROUTER}.expert_bias", f"{ROUTER}.local_tokens_per_expert")  # made by training, if at all
@@ -47,15 +49,17 @@ def check_tensors(
         else:
             comparable.add(key)
     for key in moe.tensors:
-        if key not in expected and not (trained and (TRAINING_STATE.match(key) or key in BALANCING)):
+        made_by_training = TRAINING_STATE.match(key) or split_key(key)[0] in BALANCING
+        if key not in expected and not (trained and made_by_training):
             findings.add("metadata", key, "has no place in this Mixture-of-Experts")
     return comparable
 
 
 def _other_norm(key: str) -> str:
-    if key.startswith(FUSED_NORM):
-        return SEPARATE_NORM + key.removeprefix(FUSED_NORM)
-    return FUSED_NORM + key.removeprefix(SEPARATE_NORM)
+    name, layer = split_key(key)
+    if name.startswith(FUSED_NORM):
+        return at_layer(SEPARATE_NORM + name.removeprefix(FUSED_NORM), layer)
+    return at_layer(FUSED_NORM + name.removeprefix(SEPARATE_NORM), layer)
 
 
 def check_ranges(moe: Checkpoint, whole_files: Iterable[str], findings: Findings) -> None:
@@ -83,6 +87,7 @@ def check_objects(
     dense: Checkpoint,
     files: DataFiles,
     wanted: set[str],
+    layout: Layout,
     trained: bool,
     findings: Findings,
 ) -> dict[Blob, bytes]:
@@ -91,11 +96,16 @@ def check_objects(
     Args:
         wanted: the entries that modules of the Mixture-of-Experts look for.
     """
-    gone = (f"{FC1}{EXTRA_STATE}", f"{FC2}{EXTRA_STATE}")
+    dense = dense if layout.layers is None else split_layers(dense)
+
+    def is_ffn(key: str) -> bool:
+        name, layer = split_key(key)
+        return name.startswith((f"{FC1}{EXTRA_STATE}", f"{FC2}{EXTRA_STATE}")) and layout.has_experts(layer)
+
     kept = {
         key
         for key in dense.objects
-        if not TRAINING_STATE.match(key) and not key.startswith(gone) and key != COMMON_STATE
+        if not (TRAINING_STATE.match(key) or is_ffn(key) or key == COMMON_STATE) and dense.is_verbatim(key)
     }
     identities: dict[Blob, bytes] = {}
     for key, blob in moe.objects.items():
@@ -119,8 +129,8 @@ def check_objects(
     return identities
 
 
-def expected_states(model: DenseModel, router: RouterConfig) -> set[str]:
-    return set(extra_states(model, router.num_experts))
+def expected_states(model: DenseModel, router: RouterConfig, layout: Layout) -> set[str]:
+    return set(extra_states(model, router.num_experts, layout.shared_expert, layout.layers))
 
 
 def check_files(
@@ -193,6 +203,7 @@ def check_arguments(
     model: DenseModel,
     record: dict[str, Any],
     router: RouterConfig,
+    layout: Layout,
     trained: bool,
     findings: Findings,
 ) -> None:
@@ -206,14 +217,14 @@ def check_arguments(
         "num_experts": router.num_experts,
         "moe_router_topk": router.top_k,
         "moe_router_pre_softmax": router.pre_softmax,
-        "moe_ffn_hidden_size": model.ffn_hidden_size,
+        **layout.arguments(model),
     }
     if trained:
         names = {*ARCHITECTURE.values(), *NEGATED.values(), "num_query_groups"}
         wanted |= {name: dense_args[name] for name in names if dense_args.get(name) is not None}
     else:
         unchanged = set(dense_args) - LEFT_TO_TRAINING - set(wanted) - set(FRESH) - set(UPCYCLED)
-        wanted |= FRESH | UPCYCLED | {name: dense_args[name] for name in unchanged}
+        wanted = FRESH | UPCYCLED | {name: dense_args[name] for name in unchanged} | wanted
         for name in sorted(set(args) - set(wanted)):
             findings.add("arguments", name, "has no place among the arguments")
         if moe.common.get("iteration") != 0:
@@ -226,10 +237,10 @@ def check_arguments(
             findings.add("arguments", name, "is missing")
         elif repr(args[name]) != repr(value):
             findings.add("arguments", name, f"is {args[name]!r:.60} where {value!r:.60} is expected")
-    if record.get("model") != model.flags:
-        recorded = section(moe, record, "model")
-        for flag in sorted({*recorded, *model.flags}):
-            if recorded.get(flag) != model.flags.get(flag):
-                what = f"manifest says {recorded.get(flag)!r:.60}, DENSE {model.flags.get(flag)!r:.60}"
+    recorded, flags = section(moe, record, "model"), model.flags | layout.flags(model)
+    if recorded != flags:
+        for flag in sorted({*recorded, *flags}):
+            if recorded.get(flag) != flags.get(flag):
+                what = f"manifest says {recorded.get(flag)!r:.60}, DENSE {flags.get(flag)!r:.60}"
                 findings.add("arguments", flag, what)
     findings.looked_at["arguments"] = f"{len(wanted)} arguments"

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_router_upcycling.checkpoint.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.examine import Contents, Damaged
 from megatron_router_upcycling.checkpoint.finite import WORDS, all_finite
+from megatron_router_upcycling.checkpoint.layers import split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Blob, Checkpoint, Chunk
 from megatron_router_upcycling.verify.expected import ExpectedTensor, Piece
 from megatron_router_upcycling.verify.findings import Findings, span
@@ -63,7 +64,7 @@ class Comparison:
         self.identities: dict[Blob, bytes] = {}
         self.compared: dict[str, int] = {}
         self.linked = self.read = 0
-        self._buffer = np.empty(BLOCK_BYTES, np.uint8)
+        self._buffer: np.ndarray = np.empty(BLOCK_BYTES, np.uint8)
 
     def compare(self, key: str, expected: ExpectedTensor | None) -> None:
         """Read tensor ``key`` and compare it; without ``expected`` it is read alone.
@@ -121,7 +122,7 @@ class Comparison:
         for block in blocks(Box((0,) * len(sizes), sizes), BLOCK_BYTES // dtype.itemsize):
             expected = list(_expected(pieces, block))
             view = memoryview(self._buffer)[: math.prod(block.sizes) * dtype.itemsize]
-            words = np.frombuffer(view, WORDS[dtype.itemsize]).reshape(block.sizes)
+            words: np.ndarray = np.frombuffer(view, WORDS[dtype.itemsize]).reshape(block.sizes)
             for stream in streams:
                 assert stream.contents.values is not None
                 begin = stream.blob.offset + stream.contents.values.offset + done
@@ -192,12 +193,14 @@ def where(key: str, chunks: list[Chunk]) -> tuple[str, str]:
     """The layers and the experts of chunks, as words; empty where the tensor has none."""
     if not key.startswith("decoder.layers."):
         return "", ""
+    _, layer = split_key(key)
     axes = [
         span(
             index for chunk in chunks for index in range(chunk.offsets[a], chunk.offsets[a] + chunk.sizes[a])
         )
-        for a in range(2 if ".experts." in key else 1)
+        for a in range((layer is None) + (".experts." in key))
     ]
+    axes = axes if layer is None else [str(layer), *axes]
     return axes[0], axes[1] if len(axes) > 1 else ""
 
 
