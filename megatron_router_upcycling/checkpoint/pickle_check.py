@@ -39,7 +39,8 @@ def _by_number(operations: dict[bytes, Any]) -> dict[int, Any]:
     return {operation[0]: value for operation, value in operations.items()}
 
 
-_PUSHES, _TUPLES, _MAKES, _FILLS = map(_by_number, (PUSHES, TUPLES, MAKES, FILLS))
+_PUSHES, _TUPLES = _by_number(PUSHES), _by_number(TUPLES)
+_MAKES, _FILLS = _by_number(MAKES), _by_number(FILLS)
 _MEMOS, _OTHERS = _by_number(MEMOS), _by_number(OTHERS)
 _GETS = (pickle.BINGET[0], pickle.LONG_BINGET[0])
 _MEMOIZE, _MARK, _STOP = pickle.MEMOIZE[0], pickle.MARK[0], pickle.STOP[0]
