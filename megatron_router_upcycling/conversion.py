@@ -134,7 +134,7 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
     try:
         with publish.new_folder(out, options.overwrite) as folder:
             with (
-                IntactCheck(conversion.dense, used(conversion.plan, conversion.dense)) as intact,
+                IntactCheck(conversion.plan.source, used(conversion.plan)) as intact,
                 CheckpointWriter(folder / "release", DATA_FILES, progress) as writer,
             ):
                 execute(
@@ -159,10 +159,10 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
     return record
 
 
-def used(plan: Plan, dense: Checkpoint) -> list[str]:
-    """The tensors of ``dense`` whose values are taken over."""
+def used(plan: Plan) -> list[str]:
+    """The tensors of ``plan.source`` whose values are taken over."""
     steps = [step for step in plan.steps if not isinstance(step, LeaveOut)]
-    return [key for step in steps for key in accounted(step) if key in dense.tensors]
+    return [key for step in steps for key in accounted(step) if key in plan.source.tensors]
 
 
 def _manifest(conversion: Conversion, folder: Path, contents: dict[str, str]) -> dict[str, Any]:

@@ -106,6 +106,7 @@ class DenseModel:
                 f"{root}: its training arguments do not give the architecture ({reason(error)})"
             ) from None
         model._check_numbers(checkpoint)
+        model._check_complete(checkpoint)
         model._check_shapes(checkpoint)
         return model
 
@@ -128,6 +129,36 @@ class DenseModel:
             raise UserError(
                 f"{checkpoint.root}: its training arguments say init_method_std {self.init_method_std}"
             )
+
+    def _check_complete(self, checkpoint: Checkpoint) -> None:
+        for names in self._parameters():
+            if not any(name in checkpoint.tensors for name in names):
+                raise UserError(
+                    f"{checkpoint.root}: has no tensor {names[0]}, which its training arguments ask for;"
+                    " convert takes a dense GPT model"
+                )
+
+    def _parameters(self) -> list[tuple[str, ...]]:
+        """The names of all parameters of a GPT model with these flags; several, where Megatron has several."""
+        flags, attention = self.flags, "decoder.layers.self_attention"
+        norm_parts = ("weight", "bias") if flags.get("normalization") == "LayerNorm" else ("weight",)
+        found = [("embedding.word_embeddings.weight",), (QKV,), (f"{attention}.linear_proj.weight",)]
+        found += [(f"{FC1}.weight",), (f"{FC2}.weight",)]
+        if flags.get("untie_embeddings_and_output_weights"):
+            found.append(("output_layer.weight",))
+        if not flags["disable_bias_linear"]:
+            found += [(f"{linear}.bias",) for linear in (f"{attention}.linear_proj", FC1, FC2)]
+        if flags.get("add_qkv_bias") or not flags["disable_bias_linear"]:
+            found.append((f"{attention}.linear_qkv.bias",))
+        for part in norm_parts:
+            found += [
+                (f"decoder.final_layernorm.{part}",),
+                (f"{attention}.linear_qkv.layer_norm_{part}", f"decoder.layers.input_layernorm.{part}"),
+                (f"{FC1}.layer_norm_{part}", f"decoder.layers.pre_mlp_layernorm.{part}"),
+            ]
+            if flags.get("qk_layernorm"):
+                found += [(f"{attention}.q_layernorm.{part}",), (f"{attention}.k_layernorm.{part}",)]
+        return found
 
     def _check_shapes(self, checkpoint: Checkpoint) -> None:
         L, D, F, d = self.num_layers, self.hidden_size, self.ffn_hidden_size, self.kv_channels
