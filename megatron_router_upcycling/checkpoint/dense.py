@@ -139,7 +139,7 @@ class DenseModel:
                 )
 
     def _parameters(self) -> list[tuple[str, ...]]:
-        """The names of all parameters of a GPT model with these flags; several, where Megatron has several."""
+        """The names of all parameters of a GPT model with these flags; where Megatron has two, both."""
         flags, attention = self.flags, "decoder.layers.self_attention"
         norm_parts = ("weight", "bias") if flags.get("normalization") == "LayerNorm" else ("weight",)
         found = [("embedding.word_embeddings.weight",), (QKV,), (f"{attention}.linear_proj.weight",)]

@@ -61,6 +61,7 @@ def examine(content: BinaryIO, length: int) -> Contents:
         end = content.read(END.size)
         if len(end) < END.size or end[:4] != END_MAGIC or end[-2:] != b"\0\0":
             raise Damaged("does not end as a torch.save file")
+        content.seek(0)
         torch._C.PyTorchFileReader(content)  # PyTorch's own reader, which forgives less than Python's
         with zipfile.ZipFile(content) as archive:
             return _examine(archive, content)
