@@ -59,6 +59,14 @@ def test_both_were_trained_on_the_same_tokens(finished):
     assert first[0] != first[1] and abs(first[0] - first[1]) < 0.05
 
 
+def test_what_training_saved_is_what_it_had(finished):
+    """A trained model is evaluated at the end of its run, and again from the checkpoint that it left."""
+    for router in demo.UPCYCLED.values():
+        logs = [finished / "logs" / f"{name}.log" for name in (f"train-{router}", f"evaluate-{router}-end")]
+        before, after = (demo_report.parse_log(log.read_text()).held_out for log in logs)
+        assert before == after
+
+
 def test_second_run_does_nothing_again(finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.distcp")}
     assert before

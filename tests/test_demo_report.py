@@ -14,21 +14,18 @@ LOG = """\
 per iteration (ms): 1412.6 | learning rate: 1.500000E-03 | global batch size:    16 | lm loss: 8.357167E+00 \
 | load_balancing_loss: 1.021E+00 | loss scale: 1.0 | grad norm: 2.189 |
 ------------------------------------------------
- validation loss at iteration 20 | lm loss value: 5.938046E+00 | lm loss PPL: 3.791933E+02 |
  [2026-11-22 02:45:15.754359] iteration       30/      40 | consumed samples:          480 | elapsed time \
 per iteration (ms): 944.9 | learning rate: 3.000000E-03 | global batch size:    16 | lm loss: 5.875924E+00 |
  [2026-11-22 02:47:15.754359] iteration       30/      40 | consumed samples:          480 | elapsed time \
 per iteration (ms): 944.9 | learning rate: 3.000000E-03 | global batch size:    16 | lm loss: 5.875000E+00 |
  validation loss at iteration 40 on validation set | lm loss value: 5.618283E+00 | lm loss PPL: 2.75E+02 |
- validation loss at iteration 40 on test set | lm loss value: 5.571310E+00 | lm loss PPL: 2.62E+02 |
 """
 
 
 def test_losses_are_read_from_the_log_and_a_resumed_iteration_counts_once():
     curve = demo_report.parse_log(LOG)
     assert curve.training == {1: 8.357167, 30: 5.875}
-    assert curve.held_out == {20: 5.938046, 40: 5.618283}
-    assert curve.final == 5.571310
+    assert (curve.held_out, curve.last) == (5.618283, 40)
 
 
 def test_two_ranks_may_print_on_one_line():
@@ -64,10 +61,10 @@ def test_disk_use_does_not_count_what_is_linked(tmp_path):
 
 @pytest.fixture
 def findings() -> tuple[Curve, dict[str, Curve], list[ModelResult]]:
-    dense = Curve({10: 6.0, 20: 5.0}, {10: 5.9}, 4.95)
+    dense = Curve({10: 6.0, 20: 5.0}, 4.95, 20)
     continued = {
-        "router upcycling": Curve({10: 4.9, 20: 4.7}, {10: 4.85}),
-        "vanilla upcycling": Curve({10: 4.95, 20: 4.75}, {10: 4.9}),
+        "router upcycling": Curve({10: 4.9, 20: 4.7}, 4.6789, 25),
+        "vanilla upcycling": Curve({10: 4.95, 20: 4.75}, 4.7, 25),
     }
     results = [
         ModelResult("dense", None, 4.95, None, None, None, None, None),
@@ -96,9 +93,9 @@ def test_picture_shows_every_run_where_it_belongs(findings, tmp_path, monkeypatc
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dense", *findings[1]]
     points = [line for line in axes.lines if line.get_marker() == "o"]
     assert [(list(p.get_xdata()), list(p.get_ydata())) for p in points] == [
-        ([10, 20], [5.9, 4.95]),
-        ([20, 30, 40], [5.5, 4.85, 4.6789]),
-        ([20, 30, 40], [5.6, 4.9, 4.7]),
+        ([20], [4.95]),
+        ([20, 45], [5.5, 4.6789]),
+        ([20, 45], [5.6, 4.7]),
     ]
     lines = [line for line in axes.lines if line.get_label() in ("dense", *findings[1])]
     assert [(list(p.get_xdata()), list(p.get_ydata())) for p in lines] == [

@@ -37,18 +37,7 @@ UPCYCLED = {"router upcycling": "mixture", "vanilla upcycling": "linear"}
 # What --quick changes: a model and a corpus just large enough to go through every step.
 QUICK_CORPUS = ("--max-bytes", "800000", "--vocab-size", "500", "--held-out-fraction", "0.1")
 QUICK_MODEL = ("--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "176", "--kv-channels", "8")
-QUICK_RUN = (
-    "--train-iters",
-    "6",
-    "--save-interval",
-    "4",
-    "--eval-interval",
-    "4",
-    "--eval-iters",
-    "2",
-    "--log-interval",
-    "2",
-)
+QUICK_RUN = ("--train-iters", "6", "--save-interval", "4", "--eval-iters", "2", "--log-interval", "2")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from pathlib import Path
 TRAINING = re.compile(r"\] iteration +(\d+)/ *\d+ \|.*?\| lm loss: (\S+) \|")
 VALIDATION = re.compile(r"validation loss at iteration (\d+) on validation set \| lm loss value: (\S+) \|")
 
+# Colour and width of a run's line: curves may lie on one another, so thinner ones are drawn on top.
+STYLES = (("#444444", 2.0), ("#c8401e", 1.2), ("#2867b2", 3.0))
+
 
 @dataclass
 class Curve:
@@ -134,25 +137,18 @@ def picture(dense: Curve, continued: dict[str, Curve], results: list[ModelResult
     from matplotlib import pyplot
 
     rows = {result.name: result for result in results}
-    colours = {"dense": "#444444", **dict(zip(continued, ("#c8401e", "#2867b2", "#3a8f4d"), strict=False))}
     converted_at = dense.last
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
-    # The curves may lie on one another: thinner ones and smaller points are drawn on top.
     runs = [("dense", dense, 0), *((name, curve, converted_at) for name, curve in continued.items())]
-    widths = dict(zip(rows, (2.0, 1.2, 3.0, 0.8), strict=False))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
     for axes in (left, right):
-        for name, curve, start in sorted(runs, key=lambda run: -widths[run[0]]):
-            steps, losses = zip(*curve.training.items(), strict=True)
-            style = {"color": colours[name], "linewidth": widths[name]}
-            axes.plot([step + start for step in steps], losses, **style, label=name)
+        for (name, curve, start), (colour, width) in zip(runs, STYLES, strict=True):
+            style = {"color": colour, "zorder": 5 - width}
+            steps = [start + step for step in curve.training]
+            axes.plot(steps, list(curve.training.values()), linewidth=width, label=name, **style)
             ends = {start: rows[name].loss_at_start, start + curve.last: rows[name].loss_at_end}
             points = {step: loss for step, loss in ends.items() if loss is not None}
             axes.plot(
-                *(points.keys(), points.values()),
-                *("o",),
-                color=colours[name],
-                markersize=5 + 2 * widths[name],
-                markeredgecolor="white",
+                list(points), list(points.values()), "o", ms=5 + 2 * width, markeredgecolor="white", **style
             )
         axes.axvline(converted_at, color="#999999", linewidth=0.8, linestyle=":")
         axes.set_xlabel("training step")
@@ -160,12 +156,10 @@ def picture(dense: Curve, continued: dict[str, Curve], results: list[ModelResult
     left.set_ylabel("loss (nats a token)")
     left.set_title("line: training loss; points: held-out loss", fontsize=10)
     left.legend(frameon=False)
-    last = [rows[name].loss_at_end for name in rows] + [
-        r.loss_at_start for r in results if r.loss_at_start is not None
-    ]
-    margin = 0.15 * (max(last) - min(last)) + 0.02
+    shown = [loss for r in results for loss in (r.loss_at_start, r.loss_at_end) if loss is not None]
+    margin = 0.15 * (max(shown) - min(shown)) + 0.02
     right.set_xlim(converted_at * 0.9, (converted_at + max(c.last for c in continued.values())) * 1.02)
-    right.set_ylim(min(last) - margin, max(last) + margin)
+    right.set_ylim(min(shown) - margin, max(shown) + margin)
     right.set_title("from the conversion on", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
