@@ -47,7 +47,7 @@ def make_model(folder: Path, layers: int, hidden: int, ffn: int, vocabulary: int
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
-        for name, shape in names.hf_tensors(model).items()
+        for name, shape in names.hf_tensors(model)
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 

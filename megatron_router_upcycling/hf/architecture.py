@@ -186,6 +186,13 @@ def from_hf(config: dict[str, Any], path: Path, vocabulary_multiple: int) -> Arc
     Raises:
         UserError: a model, or a feature of one, that is not covered.
     """
+    try:
+        return _from_hf(config, path, vocabulary_multiple)
+    except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:
+        raise UserError(f"{path}: an entry of the wrong kind ({error}); download it again") from None
+
+
+def _from_hf(config: dict[str, Any], path: Path, vocabulary_multiple: int) -> Architecture:
     family = _family(config, path)
     _refuse_features(config, family, path)
     values: dict[str, Any] = {}

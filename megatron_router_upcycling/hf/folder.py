@@ -17,6 +17,7 @@ from megatron_router_upcycling.hf.importer import (
     TOKENIZER,
     TOKENIZER_FILES,
     copy_files,
+    is_tokenizer,
     read_json,
 )
 from megatron_router_upcycling.hf.values import dtype_name
@@ -37,20 +38,16 @@ def find_tokenizer(asked: Path | None, checkpoint: Checkpoint) -> Path | None:
         UserError: the one asked for holds no tokenizer.
     """
     if asked is not None:
-        if not _is_tokenizer(asked):
+        if not is_tokenizer(asked):
             raise UserError(f"--tokenizer {asked}: holds none of {', '.join(TOKENIZER_FILES)}")
         return asked
     used = getattr(checkpoint.args, "tokenizer_model", None)
     if getattr(checkpoint.args, "tokenizer_type", None) != "HuggingFaceTokenizer":
         used = None
     for folder in (used, checkpoint.root / TOKENIZER):
-        if folder is not None and _is_tokenizer(Path(folder)):
+        if folder is not None and is_tokenizer(Path(folder)):
             return Path(folder)
     return None
-
-
-def _is_tokenizer(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in TOKENIZER_FILES)
 
 
 def write_folder(job: "Export", folder: Path, record: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import shutil
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -74,6 +75,14 @@ class Import:
     files: dict[str, Path]  # tensor -> the file that holds it
 
     @property
+    def tokenizer(self) -> dict[str, Any]:
+        """Megatron's arguments for the tokenizer, if the folder holds one."""
+        if not is_tokenizer(self.folder):
+            return {}
+        place = str(self.out.absolute() / TOKENIZER)
+        return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": place}
+
+    @property
     def bytes_to_write(self) -> int:
         return names.num_elements(self.model) * self.dtype.itemsize
 
@@ -121,7 +130,9 @@ def _find_tensors(folder: Path) -> dict[str, Path]:
         shards = [SINGLE_FILE]
     elif (folder / INDEX).is_file():
         promised = read_json(folder / INDEX).get("weight_map") or {}
-        if not isinstance(promised, dict) or not promised:
+        if not isinstance(promised, dict) or not all(isinstance(file, str) for file in promised.values()):
+            raise UserError(f"{folder / INDEX}: its weight_map names no files; download it again")
+        if not promised:
             raise UserError(f"{folder / INDEX}: has no weight_map; download it again")
         shards = sorted(set(promised.values()))
     else:
@@ -151,8 +162,9 @@ def _check_tensors(
     Raises:
         UserError: one is missing, not expected, of another shape, or of a dtype that is not covered.
     """
-    expected = names.hf_tensors(model)
-    for tensor in expected:
+    expected: dict[str, tuple[int, ...]] = {}
+    for tensor, shape in names.hf_tensors(model):
+        expected[tensor] = shape
         if tensor not in files:
             raise UserError(
                 f"{folder}: has no tensor {tensor}, which {CONFIG} asks for; the model is incomplete"
@@ -165,11 +177,9 @@ def _check_tensors(
                     continue
                 if tensor not in expected:
                     raise UserError(f"{path}: holds {tensor}, which no {model.family} model of {CONFIG} has")
-                shape = list(entry.shape)
-                if shape != list(expected[tensor]):
-                    raise UserError(
-                        f"{path}: {tensor} is {shape} where {CONFIG} gives {list(expected[tensor])}"
-                    )
+                if entry.shape != expected[tensor]:
+                    given = list(expected[tensor])
+                    raise UserError(f"{path}: {tensor} is {list(entry.shape)} where {CONFIG} gives {given}")
                 if entry.dtype not in DTYPES:
                     raise UserError(
                         f"{path}: {tensor} is {entry.dtype}, perhaps quantised; covered: {', '.join(DTYPES)}"
@@ -201,9 +211,10 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
                 }
                 _check_tied(job, sources)
                 _write(job, sources, writer)
-            tokenizer = _copy_tokenizer(job.folder, folder / TOKENIZER)
-            model_flags = job.model.megatron_flags()
-            _write_yaml(job, folder / MODEL_YAML, model_flags, tokenizer)
+            if job.tokenizer:
+                (folder / TOKENIZER).mkdir()
+                copy_files(job.folder, folder / TOKENIZER, (*TOKENIZER_FILES, *BESIDE_TOKENIZER))
+            _write_yaml(job, folder / MODEL_YAML)
             record = {
                 "format": 1,
                 "source": {
@@ -213,7 +224,7 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
                 },
                 "architecture": job.model.describe(),
                 "dtype": dtype_name(job.dtype),
-                "model": model_flags,
+                "model": job.model.megatron_flags(),
                 "versions": versions(),
             }
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -237,7 +248,7 @@ def _write(job: Import, sources: dict[Path, SafetensorsFile], writer: Checkpoint
     for key in _extra_states(model):
         writer.add_object(key, empty)
     common = {
-        "args": model.megatron_args(),
+        "args": Namespace(**vars(model.megatron_args()) | job.tokenizer),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
@@ -318,30 +329,24 @@ def _extra_states(model: Architecture) -> list[str]:
     ]
 
 
-def _copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer, if there is one, and what of the folder belongs to it."""
-    if not any((source / file).is_file() for file in TOKENIZER_FILES):
-        return False
-    copy_files(source, target, (*TOKENIZER_FILES, *BESIDE_TOKENIZER))
-    return True
+def is_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer that transformers loads."""
+    return any((folder / file).is_file() for file in TOKENIZER_FILES)
 
 
 def copy_files(source: Path, target: Path, files: tuple[str, ...]) -> list[str]:
     """Copy those of ``files`` that there are; return their names."""
-    target.mkdir(exist_ok=True)
     found = [file for file in files if (source / file).is_file()]
     for file in found:
         shutil.copyfile(source / file, target / file)
     return found
 
 
-def _write_yaml(job: Import, path: Path, flags: dict[str, Any], tokenizer: bool) -> None:
-    entries = flags | {"make_vocab_size_divisible_by": job.options.vocabulary_multiple}
+def _write_yaml(job: Import, path: Path) -> None:
+    entries = job.model.megatron_flags() | job.tokenizer
+    entries |= {"make_vocab_size_divisible_by": job.options.vocabulary_multiple}
     if job.dtype == torch.bfloat16:
         entries |= {"bf16": True}
-    if tokenizer:
-        place = str(job.out.absolute() / TOKENIZER)
-        entries |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": place}
     path.write_text(
         f"# {job.folder.absolute().name}, as Megatron's arguments. Build a configuration on it with\n"
         f"# base: {MODEL_YAML}, or give it as --config beside flags for data and training.\n"

@@ -8,7 +8,6 @@ Symbols of shapes: V vocabulary, D hidden size, F FFN size, d head size, Q = que
 K = query groups x d, n experts.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -156,8 +155,17 @@ def stack(row: Row, model: Architecture) -> tuple[int, ...]:
 
 
 def indices(row: Row, model: Architecture) -> Iterator[tuple[int, ...]]:
-    """Every place in the stack."""
-    return itertools.product(*map(range, stack(row, model)))
+    """Every place in the stack, one after the other."""
+
+    def places(axes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        if not axes:
+            yield ()
+            return
+        for place in range(axes[0]):
+            for rest in places(axes[1:]):
+                yield place, *rest
+
+    return places(stack(row, model))
 
 
 def name(part: Part, index: tuple[int, ...]) -> str:
@@ -198,14 +206,12 @@ def megatron_shape(row: Row, model: Architecture) -> tuple[int, ...]:
     return (*stack(row, model), height, *shape(row.parts[0], model)[1:])
 
 
-def hf_tensors(model: Architecture) -> dict[str, tuple[int, ...]]:
+def hf_tensors(model: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the Hugging Face tensors that the table covers."""
-    return {
-        name(part, index): shape(part, model)
-        for row in rows(model)
-        for index in indices(row, model)
-        for part in row.parts
-    }
+    for row in rows(model):
+        for index in indices(row, model):
+            for part in row.parts:
+                yield name(part, index), shape(part, model)
 
 
 def num_elements(model: Architecture) -> int:

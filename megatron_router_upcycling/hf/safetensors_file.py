@@ -91,7 +91,10 @@ class SafetensorsFile:
         """Fill ``into`` with a tensor's bytes from ``offset`` on."""
         position = self.entries[name].begin + offset
         while into:
-            count = os.preadv(self._file.fileno(), [into], position)
+            try:
+                count = os.preadv(self._file.fileno(), [into], position)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
             if not count:
                 raise self._cut_short("while it was read")
             position, into = position + count, into[count:]

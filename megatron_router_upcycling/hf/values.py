@@ -5,17 +5,11 @@ from collections.abc import Iterator
 
 import torch
 
+from megatron_router_upcycling.checkpoint.finite import WORDS, all_finite
 from megatron_router_upcycling.errors import UserError
 
 BLOCK_BYTES = 32 << 20  # of a tensor in memory at a time
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-# Integers of the same size, and the bits of +infinity: those of NaN are larger, those of a number smaller.
-INFINITY = {
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.float32: (torch.int32, 0x7F800000),
-}
 
 
 def blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
@@ -68,9 +62,4 @@ def cast(values: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
 
 
 def _finite(values: torch.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity, by the largest bit patterns: no copy."""
-    signed, infinity = INFINITY[values.dtype]
-    bits = values.view(signed).numpy()
-    sign = 1 << (8 * bits.itemsize - 1)
-    # As signed numbers all negative values are smallest, as unsigned ones they are largest.
-    return bool(bits.max() < infinity and bits.view(f"u{bits.itemsize}").max() < (infinity | sign))
+    return all_finite(values.flatten().view(torch.uint8).numpy().view(WORDS[values.itemsize]), values.dtype)
