@@ -444,7 +444,7 @@ def model_flags(model: DenseModel, options: Options, layers: tuple[int, ...] | N
     if options.router.granularity == 1:
         del flags["moe_ffn_hidden_size"]  # Megatron's own default
     if layers is not None:
-        flags["moe_layer_freq"] = str(_layer_freq(model, layers))
+        flags["moe_layer_freq"] = str(_layer_freq(model, layers)).replace(" ", "")  # as the flag takes it
     return {flag: value for flag, value in flags.items() if value is not None}
 
 

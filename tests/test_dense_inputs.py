@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as OldTensorProperties
 
-from megatron_router_upcycling import conversion
+from megatron_router_upcycling import conversion, verify
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import RouterConfig
@@ -120,6 +120,7 @@ def test_converts_to_the_same(tmp_path: Path, layout: str, dtype: torch.dtype) -
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
     states = [set(Checkpoint.open(tmp_path / name).objects) for name in ("moe", "moe plain")]
     assert states[0] | {"common_state/shard_0_1"} == states[1]
+    assert not verify.run(verify.prepare(tmp_path / "dense", tmp_path / "moe"))
 
 
 def test_extra_states_keep_their_bytes(tmp_path: Path) -> None:

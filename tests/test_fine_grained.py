@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_router_upcycling import conversion, manifest
+from megatron_router_upcycling import conversion, manifest, verify
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import RouterConfig
@@ -77,6 +77,7 @@ def test_cut_experts_are_the_uncut_model(
     args = [Checkpoint.open(tmp_path / name).args for name in ("whole", "cut")]
     assert args[1].moe_ffn_hidden_size == FFN // G and args[1].moe_router_topk_scaling_factor == G
     generator = torch.Generator().manual_seed(0)
+    assert not verify.run(verify.prepare(tmp_path / "dense", tmp_path / "cut"))
     for layer in range(LAYERS):
         for _ in range(8):
             x = torch.randn(HIDDEN, generator=generator, dtype=torch.float64)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_router_upcycling import conversion, manifest
+from megatron_router_upcycling import conversion, manifest, verify
 from megatron_router_upcycling.checkpoint.layers import parse_layers
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
@@ -15,7 +15,7 @@ from megatron_router_upcycling.upcycle import Options
 from tests import dense_checkpoint, launch, legacy_checkpoint
 from tests.dense_checkpoint import LAYERS
 from tests.test_dense_inputs import write_per_layer
-from tests.test_upcycle import make_stats
+from tests.test_upcycle import is_ffn, make_stats
 
 PREFIX = "decoder.layers."
 NORM, OTHER_NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
@@ -64,6 +64,33 @@ def test_chosen_layers_get_what_they_would_get_among_all(
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+    assert not wrong(tmp_path / "dense", tmp_path / "moe")
+
+
+@pytest.mark.parametrize("granularity", [1, 3])
+def test_verify_compares_every_value_with_its_own(tmp_path: Path, granularity: int) -> None:
+    """Against a dense model that differs in one value, it names each tensor made from that."""
+    values = dense_checkpoint.write(tmp_path / "dense", tensor_parallel=2)
+    convert(
+        tmp_path, "moe", "0,2", True, num_experts=4 * granularity, top_k=granularity, granularity=granularity
+    )
+    for key, value in values.items():
+        changed = value.clone()
+        changed.view(-1)[-5] += 1  # of the last layer, which has experts
+        dense_checkpoint.write(tmp_path / key, values | {key: changed}, tensor_parallel=2)
+        found = {finding.name for finding in wrong(tmp_path / key, tmp_path / "moe")}
+        name = key.replace(PREFIX, f"{PREFIX}2.")
+        made = {name}
+        if is_ffn(key):
+            made = {name.replace(".mlp.", f".mlp.{kind}.") for kind in ("experts.experts", "shared_experts")}
+        elif key.endswith(NORM):
+            made.add(name.replace(NORM, OTHER_NORM))
+        assert found == made
+
+
+def wrong(dense: Path, moe: Path) -> list[Any]:
+    """What ``verify`` finds."""
+    return list(verify.run(verify.prepare(dense, moe)).found)
 
 
 def test_extra_states_arguments_and_manifest(tmp_path: Path) -> None:
@@ -83,7 +110,7 @@ def test_extra_states_arguments_and_manifest(tmp_path: Path) -> None:
     assert states == expected
     assert moe.args.moe_layer_freq == [0, 1, 0]
     record = manifest.read(tmp_path / "moe")
-    assert record is not None and record["model"]["moe_layer_freq"] == "[0, 1, 0]"
+    assert record is not None and record["model"]["moe_layer_freq"] == "[0,1,0]"
 
 
 def test_all_layers_are_stacked_as_ever(tmp_path: Path) -> None:

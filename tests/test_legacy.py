@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_router_upcycling import cli, conversion, inspection, manifest
+from megatron_router_upcycling import cli, conversion, inspection, manifest, verify
 from megatron_router_upcycling.checkpoint import legacy
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
@@ -65,6 +65,7 @@ def test_converts_to_the_same_as_torch_dist(
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
     states = [set(Checkpoint.open(tmp_path / f"moe {name}").objects) for name in ("dense", "legacy")]
     assert states[0] == states[1] - {"output_layer._extra_state/shard_0_1"}
+    assert not verify.run(verify.prepare(tmp_path / "legacy", tmp_path / "moe legacy"))
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:
