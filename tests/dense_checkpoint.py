@@ -106,6 +106,7 @@ def tensors(
         shapes[f"{MLP}.linear_fc1.bias"] = (LAYERS, (1 + gated) * FFN)
         shapes[f"{MLP}.linear_fc2.bias"] = (LAYERS, HIDDEN)
         shapes[f"{ATTENTION}.linear_proj.bias"] = (LAYERS, HIDDEN)
+        shapes[f"{ATTENTION}.linear_proj.bias"] = (LAYERS, HIDDEN)
     return {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in shapes.items()}
 
 

@@ -55,9 +55,9 @@ def test_metadata_survives_writing_and_reading() -> None:
         "experts": StoredTensor(
             (2, 3, 4),
             torch.bfloat16,
-            tuple(Chunk((i, j, 0), (1, 1, 4), Blob("a", i, 1)) for i in range(2) for j in range(3)),
+            tuple(Chunk((i, j, 0), (1, 1, 4), Blob("a", i, 8)) for i in range(2) for j in range(3)),
         ),
-        "norm": StoredTensor((4,), torch.float32, (Chunk((0,), (4,), Blob("b", 7, 8)),)),
+        "norm": StoredTensor((4,), torch.float32, (Chunk((0,), (4,), Blob("b", 7, 16)),)),
     }
     objects = {"state/shard_0_1": Blob("b", 0, 7)}
     content = format_metadata(tensors, objects)
