@@ -14,12 +14,13 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_router_upcycling.checkpoint import safe_load
-from megatron_router_upcycling.checkpoint.archive import END, LOCAL_HEADER, STORAGES, Values, is_row_major
+from megatron_router_upcycling.checkpoint.archive import END, STORAGES, Values, is_row_major
 
 END_MAGIC = b"PK\x05\x06"
 PICKLE = "data.pkl"
 REBUILD = "_rebuild_tensor_v2"
 BYTE_ORDER = b"little"
+FLAGS = 0x808  # of a record: its sizes follow it as well, its name is UTF-8
 # The classes of torch that a tensor's pickle names its dtype by.
 DTYPES = STORAGES | {
     "DoubleStorage": torch.float64,
@@ -61,8 +62,6 @@ def examine(content: BinaryIO, length: int) -> Contents:
         end = content.read(END.size)
         if len(end) < END.size or end[:4] != END_MAGIC or end[-2:] != b"\0\0":
             raise Damaged("does not end as a torch.save file")
-        content.seek(0)
-        torch._C.PyTorchFileReader(content)  # PyTorch's own reader, which forgives less than Python's
         with zipfile.ZipFile(content) as archive:
             return _examine(archive, content)
     except Damaged:
@@ -83,29 +82,34 @@ def _examine(archive: zipfile.ZipFile, content: BinaryIO) -> Contents:
         raise Damaged("does not begin as a torch.save file")
     if len({info.filename for info in infos}) < len(infos):
         raise Damaged("two records of one name")
+    content.seek(0)
+    reader = torch._C.PyTorchFileReader(content)  # Python's zip module forgives what this does not
+    prefix = infos[0].filename.split("/")[0] + "/"
+    if sorted(prefix + name for name in reader.get_all_records()) != sorted(i.filename for i in infos):
+        raise Damaged("PyTorch finds other records in it than Python does")
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise Damaged(f"record {info.filename} is compressed")
-    (pickled,) = (info for info in infos if info.filename.endswith("/" + PICKLE))
-    prefix = pickled.filename.removesuffix(PICKLE)
-    tensor = safe_load.loads(archive.read(pickled), "its pickle")
-    plain = _plain_tensor(tensor)
-    key = plain and f"{prefix}data/{plain[0]}"
+        if info.flag_bits & ~FLAGS:
+            raise Damaged(f"record {info.filename} is encrypted")
+    plain = _plain_tensor(safe_load.loads(archive.read(prefix + PICKLE), "its pickle"))
+    values_name = plain and f"{prefix}data/{plain[0]}"
     for info in infos:
-        if info.filename != key:
+        name = info.filename.removeprefix(prefix)
+        if info.filename != values_name:
             held = archive.read(info)  # checks the CRC-32
-            if info.filename == f"{prefix}byteorder" and held != BYTE_ORDER:
+            if reader.get_record(name) != held:
+                raise Damaged(f"PyTorch reads another {name} than Python does")
+            if name == "byteorder" and held != BYTE_ORDER:
                 raise Damaged(f"byte order {held!r}")
     if plain is None:
         return Contents(identity(archive))
-    _, sizes, dtype = plain
-    info = archive.getinfo(str(key))
+    key, sizes, dtype = plain
+    info = archive.getinfo(str(values_name))
     if info.file_size != math.prod(sizes) * dtype.itemsize:
         raise Damaged(f"{info.file_size} bytes of values where {dtype} {list(sizes)} is claimed")
     archive.open(info).close()  # checks the header before the values
-    content.seek(info.header_offset)
-    *_, name_length, extra_length = LOCAL_HEADER.unpack(content.read(LOCAL_HEADER.size))
-    begin = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
+    begin = reader.get_record_offset(f"data/{key}")
     return Contents(identity(archive), Values(begin, info.file_size, info.CRC), sizes, dtype)
 
 
