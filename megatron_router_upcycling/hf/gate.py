@@ -100,6 +100,8 @@ class Rounding:
         self.by_arithmetic += int((exact > choose(tokens, gate.to(dtype))).sum())
 
     def describe(self, dtype: str) -> str:
+        if dtype == "float32":
+            return "the gates are kept as they were folded, in float32"
         return (
             f"rounding the gates to {dtype} changes {self.by_rounding} of {self.choices} top-k choices of a"
             f" random sample, computing their logits in {dtype} as well changes {self.by_arithmetic}"
