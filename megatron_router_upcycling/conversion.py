@@ -150,6 +150,7 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
             (folder / TRACKER).write_text("release", encoding="utf-8")
             conversion.sources.check()
     except OSError as error:
+        conversion.sources.check()  # one that has gone is the cause
         raise UserError(f"OUT {out}: cannot be written ({error.strerror}); nothing was left behind") from None
     except (pickle.PicklingError, RecursionError) as error:
         raise UserError(

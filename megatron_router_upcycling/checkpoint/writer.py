@@ -30,6 +30,8 @@ from megatron_router_upcycling.checkpoint.torch_dist import (
 from megatron_router_upcycling.errors import UserError
 
 COPY_BYTES = 8 << 20
+# Another disk, another owner, too many links, or a file system without them.
+CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 DCP = "torch.distributed.checkpoint"
 DCP_VERSION = "1.0.0"
 
@@ -114,7 +116,9 @@ class CheckpointWriter:
             try:
                 os.link(path.resolve(), self.folder / path.name)
                 self._linked[path.name] = True
-            except OSError:  # another disk, another owner, or a file system without links
+            except OSError as error:
+                if error.errno not in CANNOT_LINK:
+                    raise
                 self._linked[path.name] = False
         return self._linked[path.name]
 
