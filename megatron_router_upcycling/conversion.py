@@ -25,6 +25,7 @@ from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.key_stats import KeyStats
 from megatron_router_upcycling.upcycle import (
+    LEFT_OUT,
     TRAINING_STATE,
     CopyExperts,
     Keep,
@@ -169,7 +170,12 @@ def used(plan: Plan) -> list[str]:
 def _manifest(conversion: Conversion, folder: Path, contents: dict[str, str]) -> dict[str, Any]:
     """The record of a conversion; ``contents`` are the digests of the data files' chunks."""
     dense, options, stats = conversion.dense, conversion.options, conversion.stats
-    left_out = [key for step in conversion.plan.steps if isinstance(step, LeaveOut) for key in step.keys]
+    left_out = Counter(
+        found["kind"]
+        for step in conversion.plan.steps
+        for key in (step.keys if isinstance(step, LeaveOut) else ())
+        if (found := TRAINING_STATE.match(key))
+    )
     record = {
         "format": manifest.FORMAT,
         "router": options.router.to_dict(),
@@ -187,7 +193,7 @@ def _manifest(conversion: Conversion, folder: Path, contents: dict[str, str]) ->
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "content": contents[path.name]}
             for path in linked_files(folder)
         },
-        "left_out": Counter(found[0].rstrip(".") for key in left_out if (found := TRAINING_STATE.match(key))),
+        "left_out": {kind: {"entries": left_out[kind], "reason": LEFT_OUT[kind]} for kind in left_out},
         "versions": versions(),
     }
     if stats is not None and options.key_stats is not None:

@@ -40,10 +40,14 @@ EXTRA_STATE = "._extra_state/"
 FUSED_NORM = f"{FC1}.layer_norm_"  # the norm before the FFN in a dense layer, and in an MoE layer built
 SEPARATE_NORM = f"{LAYERS}.pre_mlp_layernorm."  # without Transformer Engine; with it, this is its name
 
-# What a fresh run makes anew, whoever saved it: left out.
-TRAINING_STATE = re.compile(
-    r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine_state|dataloader_state"
-)
+# What a fresh run makes anew, whoever saved it, and why it is left out.
+LEFT_OUT = {
+    "optimizer": "of the dense model's parameters; the Mixture-of-Experts starts with a fresh one",
+    "rng_state": "of the dense run's ranks; a fresh run seeds its own",
+    "rerun_state_machine_state": "of the dense run; it says nothing of the model",
+    "dataloader_state": "of the dense run; a fresh run begins at the beginning of its data",
+}
+TRAINING_STATE = re.compile(rf"(chained_\d+\.)?(?P<kind>{'|'.join(LEFT_OUT)})\b")
 MODEL_STATE = re.compile(r"embedding\.|decoder\.|output_layer\.")
 
 
@@ -372,6 +376,10 @@ def execute(
                 made = router_values(dense, model, options, stats, scratch, chosen)
                 for layer, values in zip(chosen, made, strict=True):
                     for (key, shape), value in zip(parameters, values, strict=True):
+                        if not value.isfinite().all():
+                            raise UserError(
+                                f"--key-stats: too large for {model.dtype} in layer {layer} ({key})"
+                            )
                         if layers is None:
                             writer.write_chunk(key, shape, value[None], [(layer, *(0 for _ in shape[1:]))])
                         else:

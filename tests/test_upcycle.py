@@ -208,7 +208,9 @@ def test_extra_states_and_training_state(tmp_path: Path) -> None:
     assert set(moe.objects) == expected
     assert not [key for key in moe.tensors if "optimizer" in key]
     record = manifest.read(tmp_path / "moe")
-    assert record is not None and record["left_out"] == {"optimizer": 10, "rng_state": 1}
+    assert record is not None
+    left_out = {kind: (entry["entries"], bool(entry["reason"])) for kind, entry in record["left_out"].items()}
+    assert left_out == {"optimizer": (10, True), "rng_state": (1, True)}
 
 
 def test_common_state_is_that_of_a_fresh_run(tmp_path: Path) -> None:
@@ -311,3 +313,13 @@ def test_key_statistics_of_this_checkpoint_are_taken(tmp_path: Path) -> None:
     dense_checkpoint.write(tmp_path / "dense")
     make_stats(tmp_path / "ks", checkpoint_digest=Checkpoint.open(tmp_path / "dense").digest())
     conversion.prepare(tmp_path / "dense", tmp_path / "moe", Options(RouterConfig(), tmp_path / "ks"))
+
+
+def test_key_statistics_that_the_models_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
+    dense_checkpoint.write(tmp_path / "dense", dense_checkpoint.tensors(torch.float16))
+    stats = make_stats(tmp_path / "ks")
+    stats.mean[1, 0, 0] = 1e6
+    key_stats.save(tmp_path / "ks", stats, overwrite=True)
+    with pytest.raises(UserError, match="too large for torch.float16 in layer 1"):
+        convert(tmp_path, Options(RouterConfig(num_experts=4), tmp_path / "ks"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ks"]
