@@ -58,6 +58,14 @@ each expert once, whatever --num-experts, and hard-links what does not change: D
 files must not be written over in place (by training that saves the same iteration again). --materialize
 makes a checkpoint that shares nothing.
 
+DENSE is in torch_dist or in the legacy format (mp_rank_XX/model_optim_rng.pt), saved at any tensor and
+pipeline parallel size. Of the legacy format nothing can be linked, and little with --layers: it is copied.
+
+--granularity G cuts each of the --num-experts copies in G experts of 1/G the width, which start with equal
+router keys, so that a token goes to all G of each of --top-k copies. --shared-expert keeps the dense FFN for
+every token: one half of the output is its, the other the chosen experts'. What is said below of the first
+step holds for both, but that shards differ from the start, and that half of the output cannot shrink.
+
 what to expect of the first step:
   --moe-router-pre-softmax      softmax over all experts, then top-k (the paper): the k weights sum to less
                                 than 1, the FFN's output shrinks by that sum and the loss jumps; the router
@@ -158,8 +166,8 @@ def _add_convert(commands: Any) -> None:
     convert = commands.add_parser(
         "convert",
         help="make a Mixture-of-Experts checkpoint of a dense one",
-        description="Make a Mixture-of-Experts checkpoint of a dense one (torch_dist to torch_dist). Any"
-        " tensor, pipeline and expert parallel size loads it.",
+        description="Make a Mixture-of-Experts checkpoint (torch_dist) of a dense one (torch_dist or legacy)."
+        " Any tensor, pipeline and expert parallel size loads it.",
         epilog=CONVERT_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -275,7 +283,8 @@ def _add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="say what a checkpoint is and list its tensors",
-        description="Say what a torch_dist checkpoint is and list its tensors. Nothing in it is executed.",
+        description="Say what a checkpoint (torch_dist, or dense in the legacy format) is and list its"
+        " tensors. Nothing in it is executed.",
         allow_abbrev=False,
     )
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint's root folder")

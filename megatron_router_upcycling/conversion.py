@@ -266,7 +266,9 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
         )
     else:
         order = "top-k, then softmax (--no-moe-router-pre-softmax)"
-        first = "exactly the dense model; its loss gives the router no gradient until the experts differ"
+        first = "exactly the dense model"
+        if router.granularity == 1:
+            first += "; its loss gives the router no gradient until the experts differ"
     return (
         f"{out}: {router.num_experts} experts{cut} and {kind}, {format_bytes(written)} written"
         f" in {seconds:.1f} s{shared}\n"
