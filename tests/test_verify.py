@@ -25,8 +25,9 @@ from megatron_router_upcycling.checkpoint import ledger
 from megatron_router_upcycling.checkpoint.torch_dist import Blob, Checkpoint
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import Options
-from megatron_router_upcycling.verify import values
-from megatron_router_upcycling.verify.findings import Finding
+from megatron_router_upcycling.verify import expected, values
+from megatron_router_upcycling.verify.findings import Finding, Findings
+from megatron_router_upcycling.verify.sources import DataFiles, StoredTensor
 from tests import dense_checkpoint
 from tests.dense_checkpoint import ATTENTION, LAYERS, MLP
 from tests.test_upcycle import EXPERTS, ROUTER, make_stats
@@ -588,3 +589,39 @@ def message_without_stats(made: Conversion, message: Callable[..., str]) -> str:
         return message(made.dense, made.moe)
     finally:
         made.stats.with_name("moved").rename(made.stats)
+
+
+@pytest.mark.parametrize("block", [24, 1 << 20])
+def test_chunks_of_another_grid_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Whatever boxes the two checkpoints store a tensor in: rows here, columns and all layers there."""
+    monkeypatch.setattr(values, "BLOCK_BYTES", block)
+    tensor = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    changed = tensor.clone()
+    changed[2, 3, 5] *= -1
+    for name, value, pieces in (
+        ("rows", tensor, (4, 3, 1)), ("columns", tensor, (1, 1, 4)), ("cells", changed, (2, 2, 2))
+    ):  # fmt: skip
+        folder = dense_checkpoint.Folder(tmp_path / name / "iter_0000008")
+        folder.add("w", value, pieces)
+        folder.add_object("common_state/shard_0_1", {"args": dense_checkpoint.arguments()})
+        folder.finish()
+        (tmp_path / name / "latest_checkpointed_iteration.txt").write_text("8")
+
+    def compare(one: str, other: str) -> list[Finding]:
+        source, target = Checkpoint.open(tmp_path / one), Checkpoint.open(tmp_path / other)
+        found = Findings()
+        stored = StoredTensor(source, DataFiles(source.iteration_dir), "w")
+        read: list[int] = []
+        comparison = values.Comparison(target, DataFiles(target.iteration_dir), found, read.append)
+        comparison.compare("w", expected._same(stored, "untouched"))
+        assert sum(read) == tensor.nbytes
+        return list(found.found)
+
+    assert compare("rows", "columns") == compare("columns", "rows") == []
+    for one in ("rows", "columns"):
+        (difference,) = compare(one, "cells")
+        assert difference.what == "1 values differ, the first at [2, 3, 5]"
+        (difference,) = compare("cells", one)
+        assert difference.what == "1 values differ, the first at [2, 3, 5]"
