@@ -18,7 +18,7 @@ from megatron_router_upcycling import cli, config, manifest
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.hf import values
 from megatron_router_upcycling.hf.safetensors_file import SafetensorsFile
-from tests import dense_checkpoint, hf_models
+from tests import dense_checkpoint, hf_models, legacy_checkpoint
 from tests.test_upcycle import make_stats
 
 TOKENS = torch.arange(24)[None] * 11 % 250
@@ -126,7 +126,9 @@ def test_mixed_dtypes_need_a_choice(models: Path, tmp_path: Path, capsys: pytest
     assert_equal(hf_models.tensors(tmp_path / "back"), {n: t.float() for n, t in tensors.items()})
 
 
-def test_a_checkpoint_saved_at_tensor_parallel_2_and_by_transformer_engine(tmp_path: Path) -> None:
+def test_a_checkpoint_saved_at_tensor_parallel_2_by_transformer_engine_or_in_legacy_format(
+    tmp_path: Path,
+) -> None:
     """Chunks of rows and of columns, gate and up apart; the norm under its other name."""
     tensors = dense_checkpoint.tensors()
     args = dense_checkpoint.arguments(max_position_embeddings=16, vocab_size=37)
@@ -140,6 +142,10 @@ def test_a_checkpoint_saved_at_tensor_parallel_2_and_by_transformer_engine(tmp_p
     found = hf_models.tensors(tmp_path / "hf two")
     assert_equal(found, hf_models.tensors(tmp_path / "hf one"))
 
+    legacy_checkpoint.write(tmp_path / "legacy", tensors, tensor_parallel=2, stages=((0,), (1, 2)), args=args)
+    assert run("export-hf", tmp_path / "legacy", tmp_path / "hf legacy") == 0
+    assert_equal(hf_models.tensors(tmp_path / "hf legacy"), found)
+
     H, G, d = dense_checkpoint.HEADS, dense_checkpoint.GROUPS, dense_checkpoint.HEAD_DIM
     fused = tensors["decoder.layers.self_attention.linear_qkv.weight"]
     for layer in range(dense_checkpoint.LAYERS):
@@ -151,6 +157,26 @@ def test_a_checkpoint_saved_at_tensor_parallel_2_and_by_transformer_engine(tmp_p
             assert torch.equal(found[f"{prefix}.k_proj.weight"][group * d :][:d], block[-2 * d : -d])
             assert torch.equal(found[f"{prefix}.v_proj.weight"][group * d :][:d], block[-d:])
     assert found["lm_head.weight"].shape == (37, dense_checkpoint.HIDDEN)
+
+
+def test_layers_under_keys_of_their_own(tmp_path: Path) -> None:
+    """As Megatron stores them where they may be unlike, here alike all the same."""
+    args = dense_checkpoint.arguments(max_position_embeddings=16)
+    tensors = dense_checkpoint.write(tmp_path / "stacked", args=args)
+    apart = dense_checkpoint.Folder(tmp_path / "apart/iter_0000008")
+    for key, value in tensors.items():
+        if key.startswith("decoder.layers."):
+            for layer in range(dense_checkpoint.LAYERS):
+                own = key.replace("layers.", f"layers.{layer}.", 1)
+                apart.add(own, value[layer], (1,) * (value.dim() - 1))
+        else:
+            apart.add(key, value, (1,) * value.dim())
+    apart.add_object("common_state/shard_0_1", {"args": args})
+    apart.finish()
+    (tmp_path / "apart/latest_checkpointed_iteration.txt").write_text("8")
+    for name in ("stacked", "apart"):
+        assert run("export-hf", tmp_path / name, tmp_path / f"hf {name}") == 0
+    assert_equal(hf_models.tensors(tmp_path / "hf apart"), hf_models.tensors(tmp_path / "hf stacked"))
 
 
 # What import leaves beside the checkpoint ---------------------------------------------------------
@@ -322,6 +348,24 @@ def test_what_stock_classes_cannot_hold_is_refused_with_the_reason(
     said = refused(capsys, "export-hf", moe, tmp_path / "hf")
     assert "maximum over routers (--pooling max)" in said and "--modelling-code" in said
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--granularity", 2, "--top-k", 2), "trained with moe_router_topk_scaling_factor 2.0"),
+        (("--shared-expert",), "trained with moe_router_topk_scaling_factor 0.5"),
+        (("--layers", "0,2"), "trained with moe_layer_freq"),
+    ],
+    ids=["granularity", "shared expert", "layers"],
+)
+def test_experts_of_another_kind_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[object, ...], message: str
+) -> None:
+    dense_checkpoint.write(tmp_path / "dense", args=dense_checkpoint.arguments(max_position_embeddings=16))
+    make = ("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear", *options)
+    assert run(*make) == 0
+    assert message in refused(capsys, "export-hf", tmp_path / "moe", tmp_path / "hf")
 
 
 def test_the_card_and_the_record_tell_of_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

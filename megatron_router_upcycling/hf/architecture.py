@@ -71,12 +71,12 @@ EXPECTED_ARGUMENTS: dict[str, Any] = {
 # As above, for how an MoE routes.
 EXPECTED_ROUTING: dict[str, Any] = {
     "moe_router_score_function": "softmax",
-    "moe_router_topk_scaling_factor": None,
+    "moe_router_topk_scaling_factor": None,  # convert --granularity, --shared-expert
     "moe_router_enable_expert_bias": False,
     "moe_router_num_groups": None,
-    "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_intermediate_size": None,  # convert --shared-expert
     "moe_latent_size": None,
-    "moe_layer_freq": 1,
+    "moe_layer_freq": 1,  # convert --layers
     "moe_apply_probs_on_input": False,
 }
 

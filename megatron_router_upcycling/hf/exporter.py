@@ -16,6 +16,7 @@ import torch
 
 from megatron_router_upcycling import manifest
 from megatron_router_upcycling.checkpoint import publish
+from megatron_router_upcycling.checkpoint.layers import stack_layers
 from megatron_router_upcycling.checkpoint.rows import RowReader
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import sync
@@ -117,6 +118,7 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
     if EMBEDDING not in checkpoint.tensors:
         raise UserError(f"{root}: has no tensor {EMBEDDING}; export-hf takes a GPT model")
     model = from_megatron(checkpoint.args, root, checkpoint.tensors[EMBEDDING].shape[0])
+    checkpoint = stack_layers(checkpoint)
     recorded = manifest.read(root)
     router = _router(checkpoint, recorded, model) if model.num_experts else None
     gates = Gates.of(router, model) if router else None
@@ -151,12 +153,6 @@ def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: Arch
         UserError: the manifest and the training arguments contradict each other.
     """
     args = checkpoint.args
-    for name in ("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size", "moe_layer_freq"):
-        if (value := getattr(args, name, None)) not in (None, 0, 1):
-            raise UserError(
-                f"{checkpoint.root}: trained with --{name.replace('_', '-')} {value} (convert"
-                " --granularity, --shared-expert or --layers), which export-hf does not support"
-            )
     trained = {"top_k": args.moe_router_topk, "pre_softmax": bool(args.moe_router_pre_softmax)}
     if recorded is None:
         return RouterConfig(router="linear", num_experts=model.num_experts, **trained)
