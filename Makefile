@@ -7,10 +7,10 @@ export PYTHONUNBUFFERED := 1
 # Every process of a run imports Megatron: with bytecode on disk that takes half the time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test checks bench clean
+.PHONY: help setup demo test test-slow checks bench clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 setup:  ## make .venv with the package and what it needs (about 5 GB)
 	@scripts/setup.sh
@@ -20,6 +20,9 @@ demo: setup  ## from text to a dense model to two Mixtures-of-Experts, on two pr
 
 test: setup  ## run the tests; ARGS= adds options of pytest
 	@$(PYTHON) -m pytest $(ARGS)
+
+test-slow: setup  ## run the tests that make test leaves out
+	@$(PYTHON) -m pytest -m slow $(ARGS)
 
 checks: setup  ## lint, format and types
 	@$(PYTHON) -m ruff check .

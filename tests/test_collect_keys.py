@@ -254,7 +254,6 @@ def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, source: str
     assert metadata["key_source"] == source and metadata["tokens"] == TOKENS
     assert metadata["checkpoint"] == str(made / "dense") and len(metadata["checkpoint_digest"]) == 64
     assert metadata["data"] == [str(data)] and metadata["iterations"] == ITERATIONS
-    assert "collecting keys" in result.text and "token/s" in result.text
 
 
 # A user's mistakes --------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import pytest
 
 from tools import demo, demo_report
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -19,6 +19,7 @@ from megatron_router_upcycling.key_stats import KeyStats
 from tests import hf_models, launch
 from tests.conftest import TRAINING
 
+pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5  # absolute, in float32; logits are of the order of 1
 TOKENS = (torch.arange(2 * 32).reshape(2, 32) * 37) % 250
 LAYOUTS = {

@@ -143,6 +143,7 @@ def test_what_is_no_list_of_layers_is_refused(text: str) -> None:
         parse_layers(text, 8)
 
 
+@pytest.mark.slow
 def test_step_0_is_the_dense_model(
     tmp_path: Path, dense: Path, dense_config: Path, moe_config: Path, key_stats_file: Path
 ) -> None:

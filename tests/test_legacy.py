@@ -222,6 +222,7 @@ def test_hostile_pickles_end_with_status_2(tmp_path: Path, capsys: pytest.Captur
         assert line.startswith("error: ") and "it was not run" in line
 
 
+@pytest.mark.slow
 def test_shards_that_megatron_saved(tmp_path: Path, dense: Path, dense_config: Path) -> None:
     """Megatron's own TP 2 x PP 2 shards and its torch_dist checkpoint of the same weights."""
     layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 2)

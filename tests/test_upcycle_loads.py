@@ -40,6 +40,7 @@ def test_loss_is_the_dense_models(
     assert "validation loss at iteration 0" in output.text
 
 
+@pytest.mark.slow
 def test_dense_model_of_another_layout_and_shape(
     tmp_path: Path, dense_config: Path, moe_config: Path
 ) -> None:
@@ -66,6 +67,7 @@ def test_dense_model_of_another_layout_and_shape(
     assert output.validation == pytest.approx(loss, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_dense_model_with_biases(tmp_path: Path, dense_config: Path) -> None:
     """GPT-2's kind: LayerNorm, GELU, biases everywhere, learned positions; the linear router."""
     changed = tmp_path / "changed.yaml"
