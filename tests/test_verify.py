@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_router_upcycling import cli, conversion, manifest, verify
-from megatron_router_upcycling.checkpoint import ledger
+from megatron_router_upcycling.checkpoint import ledger, writer
 from megatron_router_upcycling.checkpoint.torch_dist import Blob, Checkpoint
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import Options
@@ -169,6 +169,12 @@ def test_conversions_are_proved(
         options = Options(RouterConfig(**router), made.stats, 7, materialize, overwrite=True)
         made.convert(options)
         assert made.find() == []
+
+
+def test_experts_too_large_for_a_plain_zip_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch writes those, with the fields that larger archives need."""
+    monkeypatch.setattr(writer, "ZIP32_LIMIT", 64)
+    assert Conversion(tmp_path).find() == []
 
 
 def test_the_table_says_what_was_proved(

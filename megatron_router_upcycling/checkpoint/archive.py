@@ -25,7 +25,7 @@ CENTRAL_HEADER = struct.Struct("<IHHHHHHIIIHHHHHII")
 END = struct.Struct("<IHHHHIIH")
 DESCRIPTOR_SIZES = (0, 16, 24)  # checksum and sizes once more, after a record's content
 VERSION_NEEDED = 20
-ZIP32_LIMIT = 1 << 31  # larger archives need fields that are not written here
+ZIP32_LIMIT = 1 << 31  # values of as many bytes need fields that ``wrap_values`` does not write
 
 # The classes of torch that a tensor's pickle names its dtype by.
 STORAGES = {"BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32, "HalfStorage": torch.float16}
@@ -43,9 +43,8 @@ class Values:
 def find_values(content: BinaryIO, sizes: tuple[int, ...], dtype: torch.dtype) -> Values | None:
     """The values in a ``torch.save`` file of one tensor, or None where they are not plain.
 
-    Plain: uncompressed, row after row, all of the tensor's storage, of the sizes and dtype expected, and
-    less than 2 GiB.
-    ``Values.offset`` counts from the beginning of ``content``.
+    Plain: row after row, all of the tensor's storage, of the sizes and dtype expected. ``Values.offset``
+    counts from the beginning of ``content``.
 
     Raises:
         Exception: of any kind, on a damaged file.
@@ -63,9 +62,7 @@ def find_values(content: BinaryIO, sizes: tuple[int, ...], dtype: torch.dtype) -
         if first or count != math.prod(sizes) or tuple(size) != sizes or not is_row_major(sizes, stride):
             return None
         record = archive.getinfo(pickled.removesuffix("data.pkl") + f"data/{key}")
-        if record.file_size != count * dtype.itemsize:
-            return None
-        if record.file_size >= ZIP32_LIMIT or STORAGES.get(kind.__name__) != dtype:
+        if record.file_size != count * dtype.itemsize or STORAGES.get(kind.__name__) != dtype:
             return None
         archive.open(record).close()  # checks the header before the values
         following = [other.header_offset for other in records if other.header_offset > record.header_offset]

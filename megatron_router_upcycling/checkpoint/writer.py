@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_router_upcycling.checkpoint import safe_load
-from megatron_router_upcycling.checkpoint.archive import Values, wrap_values
+from megatron_router_upcycling.checkpoint.archive import ZIP32_LIMIT, Values, wrap_values
 from megatron_router_upcycling.checkpoint.torch_dist import (
     BACKEND,
     CONFIG,
@@ -168,7 +168,7 @@ class CheckpointWriter:
     ) -> None:
         """``write_chunk`` with a chunk of another checkpoint, seen as of ``sizes``."""
         values = source.find_values(chunk, dtype)
-        if values:
+        if values and values.length < ZIP32_LIMIT:
             file = source.iteration_dir / chunk.blob.file
             self.copy_chunk(key, shape, sizes, dtype, file, values, offsets, copies)
         else:
