@@ -31,7 +31,7 @@ from megatron_router_upcycling.errors import UserError
 
 COPY_BYTES = 8 << 20
 # Another disk, another owner, too many links, or a file system without them.
-CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EINVAL)
 DCP = "torch.distributed.checkpoint"
 DCP_VERSION = "1.0.0"
 
