@@ -24,6 +24,7 @@ from megatron_router_upcycling.checkpoint.torch_dist import TRACKER, Checkpoint,
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.key_stats import KeyStats
+from megatron_router_upcycling.moe_arguments import model_flags
 from megatron_router_upcycling.upcycle import (
     LEFT_OUT,
     TRAINING_STATE,
@@ -34,7 +35,6 @@ from megatron_router_upcycling.upcycle import (
     Plan,
     accounted,
     execute,
-    model_flags,
     plan,
     router_parameters,
     targets,
@@ -179,7 +179,8 @@ def _manifest(conversion: Conversion, folder: Path, contents: dict[str, str]) ->
     record = {
         "format": manifest.FORMAT,
         "router": options.router.to_dict(),
-        "model": conversion.model.flags | model_flags(conversion.model, options, conversion.plan.layers),
+        "model": conversion.model.flags
+        | model_flags(conversion.model, options.router, options.shared_expert, conversion.plan.layers),
         "seed": options.seed,
         "shared_storage": not options.materialize,
         "source": {

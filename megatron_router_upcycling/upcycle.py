@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,11 +23,12 @@ from megatron_router_upcycling.checkpoint import safe_load
 from megatron_router_upcycling.checkpoint.dense import FC1, FC2, QKV, DenseModel
 from megatron_router_upcycling.checkpoint.layers import at_layer, parse_layers, split_key, split_layers
 from megatron_router_upcycling.checkpoint.ledger import Target
-from megatron_router_upcycling.checkpoint.torch_dist import BACKEND, COMMON_FILE, COMMON_STATE, Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import COMMON_FILE, COMMON_STATE, Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.fine_grained import SHARED_EXPERT, Cut
 from megatron_router_upcycling.key_stats import KeyStats
+from megatron_router_upcycling.moe_arguments import moe_common_state
 from megatron_router_upcycling.qkv import split_qkv
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.router_init import init_mixture
@@ -389,7 +389,9 @@ def execute(
                 for key in added:
                     writer.add_object(key, empty)
             case WriteCommonState(made=made):
-                common = moe_common_state(dense.common, model, options, plan.layers)
+                common = moe_common_state(
+                    dense.common, model, options.router, options.shared_expert, plan.layers
+                )
                 if made:
                     blob = writer.write_object(safe_load.dump_archive([common]))
                     writer.add_object(COMMON_STATE, blob)
@@ -439,59 +441,3 @@ def router_values(
         key_heads = stats.mean[layer].repeat_interleave(H // G, dim=0)  # [G, d] -> [H, d]
         query_weight, expert_key = init_mixture(query.unflatten(0, (H, d)), key_heads, options.router)
         yield tuple(value.to(model.dtype) for value in (query_weight, expert_key, *bias))
-
-
-def _layer_freq(model: DenseModel, layers: tuple[int, ...]) -> list[int]:
-    """``moe_layer_freq``: 1 for a layer with experts, 0 for a dense one."""
-    return [int(layer in layers) for layer in range(model.num_layers)]
-
-
-def model_flags(model: DenseModel, options: Options, layers: tuple[int, ...] | None) -> dict[str, Any]:
-    """Megatron flags of the MoE's architecture, beside the dense model's and what the router gives."""
-    flags = fine_grained.moe_arguments(model, options.router.granularity, options.shared_expert)
-    if options.router.granularity == 1:
-        del flags["moe_ffn_hidden_size"]  # Megatron's own default
-    if layers is not None:
-        flags["moe_layer_freq"] = str(_layer_freq(model, layers)).replace(" ", "")  # as the flag takes it
-    return {flag: value for flag, value in flags.items() if value is not None}
-
-
-# Megatron's arguments of a fresh MoE run, beside those that the router gives.
-FRESH = {
-    "consumed_train_samples": 0,
-    "consumed_valid_samples": 0,
-    "skipped_train_samples": 0,
-    "iteration": 0,
-    "curr_iteration": 0,
-    "ckpt_format": BACKEND,
-    "num_floating_point_operations_so_far": 0,
-    "moe_layer_freq": 1,
-    "moe_router_score_function": "softmax",
-    "moe_router_enable_expert_bias": False,
-    "moe_latent_size": None,
-}
-# Which experts to build is the business of the machine that trains: --use-checkpoint-args must not say.
-DECIDED_LATER = ("moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias")
-
-
-def moe_common_state(
-    common: dict[str, Any], model: DenseModel, options: Options, layers: tuple[int, ...] | None
-) -> dict[str, Any]:
-    """The common state of an MoE that has not trained yet.
-
-    Megatron takes architecture (``--use-checkpoint-args``) and the place in the data from the arguments
-    in it; optimizer, schedule and random state start anew.
-    """
-    router = options.router
-    values = vars(common["args"]) | FRESH
-    if layers is not None:
-        values["moe_layer_freq"] = _layer_freq(model, layers)
-    values |= fine_grained.moe_arguments(model, router.granularity, options.shared_expert)
-    values |= {
-        "num_experts": router.num_experts,
-        "moe_router_topk": router.top_k,
-        "moe_router_pre_softmax": router.pre_softmax,
-    }
-    kept = {name: common[name] for name in ("checkpoint_version", "content_metadata") if name in common}
-    args = safe_load.namespace({name: value for name, value in values.items() if name not in DECIDED_LATER})
-    return kept | {"args": args, "iteration": 0, "num_floating_point_operations_so_far": 0}
