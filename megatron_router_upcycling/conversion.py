@@ -3,6 +3,7 @@
 ``upcycle`` says what becomes of each tensor; here are the folders, the key statistics and the manifest.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -279,6 +280,7 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
     )
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     names = ("megatron-router-upcycling", "megatron-core", "torch")
     found = {"python": platform.python_version()}
