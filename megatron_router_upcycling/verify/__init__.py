@@ -158,7 +158,7 @@ def _say_what_was_seen(verification: Verification, comparison: Comparison) -> No
     findings.looked_at["states"] = f"{len(moe.objects)} objects"
     for check in ("experts", "untouched", "norms", "routers"):
         if verification.trained:
-            findings.skipped[check] = f"values not compared: {TRAINED}"
+            findings.skipped[check] = f"but for names and shapes: {TRAINED}"
         else:
             findings.looked_at[check] = format_bytes(comparison.compared.get(check, 0))
     if verification.trained:
