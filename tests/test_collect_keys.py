@@ -244,7 +244,7 @@ def test_the_sources_differ(made: Path) -> None:
 )
 def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, source: str, flags: list[str]) -> None:
     output = tmp_path / "stats.safetensors"
-    result = collect(made, 2, "--key-source", source, "--output", output, *flags).ok()
+    collect(made, 2, "--key-source", source, "--output", output, *flags).ok()
     stats = key_stats.load(output)
     single = safetensors.torch.load_file(made / f"single_{source}")
     assert torch.equal(stats.count, single["count"])

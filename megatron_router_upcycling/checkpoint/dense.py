@@ -142,7 +142,11 @@ class DenseModel:
         """The names of all parameters of a GPT model with these flags; where Megatron has two, both."""
         flags, attention = self.flags, "decoder.layers.self_attention"
         norm_parts = ("weight", "bias") if flags.get("normalization") == "LayerNorm" else ("weight",)
-        found = [("embedding.word_embeddings.weight",), (QKV,), (f"{attention}.linear_proj.weight",)]
+        found: list[tuple[str, ...]] = [
+            ("embedding.word_embeddings.weight",),
+            (QKV,),
+            (f"{attention}.linear_proj.weight",),
+        ]
         found += [(f"{FC1}.weight",), (f"{FC2}.weight",)]
         if flags.get("untie_embeddings_and_output_weights"):
             found.append(("output_layer.weight",))
