@@ -42,6 +42,7 @@ def parse_log(text: str) -> Curve:
     curve = Curve({int(iteration): float(loss) for iteration, loss in TRAINING.findall(text)})
     for iteration, loss in VALIDATION.findall(text):
         curve.last, curve.held_out = int(iteration), float(loss)
+    curve.training = dict(sorted(curve.training.items()))  # a resumed run goes back to its last checkpoint
     return curve
 
 
