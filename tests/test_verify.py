@@ -587,6 +587,12 @@ def test_mistakes_are_one_line(
     with shared.changed(shared.release / ".metadata", lambda content: content.__delitem__(slice(50, None))):
         assert ".metadata: damaged" in message(shared.dense, shared.moe)
     assert "--json" in message(shared.dense, shared.moe, "--json", tmp_path)
+    for change in (
+        {"seed": "7"}, {"files": []}, {"linked": {"a": 1}}, {"files": {"../a": {}}}, {"source": None},
+        {"model": 3}, {"key_stats": None}, {"router": None}, {"router": {"num_experts": "8"}}, {"format": 9},
+    ):  # fmt: skip
+        with edit_manifest(shared, lambda record, change=change: record.update(change)):  # type: ignore[misc]
+            assert "convert" in message(shared.dense, shared.moe) or "router" in change
 
 
 def message_without_stats(made: Conversion, message: Callable[..., str]) -> str:

@@ -120,7 +120,9 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
     findings = verification.findings
     dense_files, moe_files = DataFiles(dense.iteration_dir), DataFiles(moe.iteration_dir)
     try:
-        seed = int(record.get("seed", 0))
+        seed = record.get("seed")
+        if not isinstance(seed, int):
+            raise UserError(f"MOE {moe.root}: its manifest has seed {seed!r}; convert the model again")
         source = moe.root / manifest.NAME
         layout = Layout.of(structure.section(moe, record, "model"), router, model, source)
         expected = expected_tensors(dense, dense_files, model, router, verification.stats, seed, layout)
@@ -128,7 +130,7 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
         wanted = structure.expected_states(model, router, layout)
         identities = structure.check_objects(moe, dense, moe_files, wanted, layout, trained, findings)
         structure.check_arguments(moe, dense, model, record, router, layout, trained, findings)
-        if record.get("source", {}).get("digest") != dense.digest():
+        if structure.section(moe, record, "source").get("digest") != dense.digest():
             what = "is not the checkpoint whose digest the manifest records"
             findings.add("arguments", f"DENSE {dense.root}", what)
         comparison = Comparison(moe, moe_files, findings, progress)
@@ -138,7 +140,7 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
         whole_files: set[str] = set()
         if not trained:
             small = {METADATA, CONFIG, COMMON_FILE}
-            whole_files = {Path(name).name for name in structure.section(moe, record, "files")} - small
+            whole_files = {Path(name).name for name in structure.recorded_files(moe, record, "files")} - small
             structure.check_files(moe, record, identities, findings)
         structure.check_ranges(moe, whole_files, findings)
     finally:

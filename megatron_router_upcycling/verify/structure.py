@@ -140,7 +140,7 @@ def check_files(
     findings: Findings,
 ) -> None:
     """Sizes and digests of the files that the manifest records, and files that it does not."""
-    new, linked = section(moe, record, "files"), section(moe, record, "linked")
+    new, linked = recorded_files(moe, record, "files"), recorded_files(moe, record, "linked")
     folder = moe.iteration_dir
     digests = content_digests(identities)
     recorded = {moe.root / name: entry for name, entry in (new | linked).items()}
@@ -169,6 +169,17 @@ def section(moe: Checkpoint, record: dict[str, Any], name: str) -> dict[str, Any
     if not isinstance(part, dict):
         raise UserError(f"MOE {moe.root}: its manifest has no {name!r} section; convert the model again")
     return part
+
+
+def recorded_files(moe: Checkpoint, record: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """File -> what the manifest says of it. Raises: UserError, where it says something else."""
+    files = section(moe, record, name)
+    for path, entry in files.items():
+        if not isinstance(entry, dict) or Path(path).is_absolute() or ".." in Path(path).parts:
+            raise UserError(
+                f"MOE {moe.root}: its manifest says {path!r} in {name!r}; convert the model again"
+            )
+    return files
 
 
 def sha256(path: Path) -> str:
