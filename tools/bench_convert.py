@@ -3,9 +3,11 @@
     .venv/bin/python tools/bench_convert.py [--layers 24] [--json FILE]
 
 Makes a dense torch_dist checkpoint of Qwen1.5-0.5B's shape with random bfloat16 values, then measures in one
-run: importing torch, ``cp -r`` (and the ``sync`` after it, which the converter does by itself), and the
-conversion to 8 and to 64 experts. Time is wall time, the best of ``--repeats``; a conversion's excludes the
-time to import torch. Memory is the peak of a process's resident set.
+run: importing torch, ``cp -r`` (and the ``sync`` after it, which the converter does by itself), the
+conversion to 8 and to 64 experts, the same to 8 with real copies (``--materialize``), a straightforward
+conversion that loads all and saves all (``tools/plain_upcycle.py``), and Megatron's own
+``--moe-use-upcycling``, on a tiny model, if it works. Time is wall time, the best of ``--repeats``; a
+conversion's excludes the time to import torch. Memory is the peak of a process's resident set.
 """
 
 import argparse
@@ -25,6 +27,17 @@ HEADS, HEAD_SIZE = 16, 64
 TIME_LIMIT = 1.5  # times cp -r
 MEMORY_LIMIT_MB = 100.0  # beyond importing torch.distributed.checkpoint
 SIZE_LIMIT = 1.01  # times the dense FFN and the routers
+COMPARED = 8  # experts of the conversions to compare with
+# The smallest model that Megatron's own upcycling can be tried on, without a GPU.
+TINY = [
+    "--device", "cpu", "--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "96",
+    "--num-attention-heads", "4", "--swiglu", "--seq-length", "16", "--max-position-embeddings", "16",
+    "--micro-batch-size", "1", "--global-batch-size", "1", "--train-iters", "1", "--lr", "1e-3",
+    "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "128", "--disable-bias-linear",
+    "--normalization", "RMSNorm", "--position-embedding-type", "rope",
+    "--untie-embeddings-and-output-weights", "--eval-iters", "0", "--eval-interval", "100",
+    "--save-interval", "1", "--split", "100,0,0",
+]  # fmt: skip
 
 
 def make_dense(root: Path, layers: int, hidden: int, ffn: int, vocabulary: int) -> None:
@@ -117,6 +130,31 @@ def measure(*command: Any) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1024
 
 
+def try_megatron(work: Path) -> str:
+    """Upcycle a tiny model with Megatron's own ``--moe-use-upcycling``: how long it took, or how it fails."""
+    pretrain = (sys.executable, "-m", "megatron_router_upcycling.pretrain", *TINY)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*pretrain, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    dense = run("--save", str(work / "tiny"))
+    if dense.returncode:
+        return f"not tried: its dense model cannot be trained here ({_last_error(dense.stdout)})"
+    upcycling = ("--num-experts", str(COMPARED), "--moe-router-topk", "2", "--moe-use-upcycling")
+    start = time.perf_counter()
+    moe = run("--load", str(work / "tiny"), "--save", str(work / "tiny-moe"), *upcycling)
+    seconds = time.perf_counter() - start
+    return f"fails: {_last_error(moe.stdout)}" if moe.returncode else f"{seconds:.1f} s, starting included"
+
+
+def _last_error(output: str) -> str:
+    lines = [line.split("]: ", 1)[-1] for line in output.splitlines() if "Error" in line or "error:" in line]
+    return lines[-1] if lines else "no message"
+
+
 def new_bytes(folder: Path) -> int:
     """Bytes of the files that no other folder shares."""
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -152,12 +190,25 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
             take(f"convert {num_experts}", *python, "--key-stats", stats, "--num-experts", num_experts)
             added[num_experts] = new_bytes(out)
             shutil.rmtree(out)
+    iteration = dense / "iter_0000001"
+    plain = (sys.executable, Path(__file__).with_name("plain_upcycle.py"), iteration, work / "copy")
+    for name, command in (
+        ("plain conversion", (*plain, "--num-experts", COMPARED)),
+        (
+            "convert --materialize",
+            (*python, "--key-stats", stats, "--num-experts", COMPARED, "--materialize"),
+        ),
+    ):
+        take(name, *command)
+        shutil.rmtree(work / "copy", ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
     best = {name: min(seconds) for name, seconds in times.items()}
     result: dict[str, Any] = {
         "dense_bytes": sum(path.stat().st_size for path in dense.rglob("*") if path.is_file()),
         "seconds": best,
         "peak_memory_mb": memory,
         "convert": {},
+        "megatron": try_megatron(work) if options.megatron else "not tried",
     }
     for num_experts in options.experts:
         name = f"convert {num_experts}"
@@ -186,6 +237,14 @@ def report(result: dict[str, Any]) -> str:
             f" (limit +{MEMORY_LIMIT_MB:.0f}); {row['bytes_added'] / 1e9:.3f} GB added"
             f" = {row['bytes_ratio']:.4f} x dense FFN and routers (limit {SIZE_LIMIT})"
         )
+    ours = result["seconds"][f"convert {COMPARED}"]
+    lines.append(f"{COMPARED} experts, beside convert ({ours:.1f} s, importing torch included):")
+    for name in ("cp -r", "convert --materialize", "plain conversion"):
+        seconds, memory = result["seconds"][name], result["peak_memory_mb"][name]
+        lines.append(
+            f"  {name:<36} {seconds:7.1f} s = {seconds / ours:5.1f} x, {memory / 1e3:.2f} GB of memory"
+        )
+    lines.append(f"  Megatron's --moe-use-upcycling       {result['megatron']}")
     return "\n".join(lines)
 
 
@@ -199,9 +258,16 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--megatron",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="try its own upcycling (half a minute)",
+    )
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     options = parser.parse_args()
+    options.experts = sorted({COMPARED, *options.experts})
     with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=options.folder) as work:
         result = run(Path(work), options)
     print(report(result))
