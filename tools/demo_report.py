@@ -158,7 +158,8 @@ def picture(dense: Curve, continued: dict[str, Curve], results: list[ModelResult
     left.set_title("line: training loss; points: held-out loss", fontsize=10)
     left.legend(frameon=False)
     shown = [loss for r in results for loss in (r.loss_at_start, r.loss_at_end) if loss is not None]
-    margin = 0.15 * (max(shown) - min(shown)) + 0.02
+    shown += [loss for curve in continued.values() for loss in curve.training.values()]
+    margin = 0.1 * (max(shown) - min(shown))
     right.set_xlim(converted_at * 0.9, (converted_at + max(c.last for c in continued.values())) * 1.02)
     right.set_ylim(min(shown) - margin, max(shown) + margin)
     right.set_title("from the conversion on", fontsize=10)
