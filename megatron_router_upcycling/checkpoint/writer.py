@@ -9,6 +9,7 @@ import errno
 import functools
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_router_upcycling.checkpoint import safe_load
-from megatron_router_upcycling.checkpoint.archive import ZIP32_LIMIT, Values, wrap_values
+from megatron_router_upcycling.checkpoint.archive import STORAGES, ZIP32_LIMIT, Values, wrap_values
 from megatron_router_upcycling.checkpoint.torch_dist import (
     BACKEND,
     CONFIG,
@@ -138,22 +139,38 @@ class CheckpointWriter:
         values: torch.Tensor,
         offsets: Iterable[tuple[int, ...]],
         copies: bool = False,
+        checksum: int | None = None,
     ) -> None:
         """Write ``values`` as the chunks of ``key`` (of global ``shape``) at every one of ``offsets``.
 
         The bytes are written once and named by all chunks, or once a chunk with ``copies``.
+
+        Args:
+            checksum: CRC-32 of the values, where it is known.
         """
         _, dtype, chunks = self.tensors.setdefault(key, (shape, values.dtype, []))
         assert dtype == values.dtype
-        if values.untyped_storage().nbytes() != values.nbytes:
+        sizes = tuple(values.shape)
+        parts: tuple[Any, ...] = ()
+        if dtype in STORAGES.values() and 0 < values.nbytes < ZIP32_LIMIT:
+            # What torch.save would write, with less copying.
+            content = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+            known = zlib.crc32(content) if checksum is None else checksum
+            head, tail = wrap_values(Values(0, values.nbytes, known), sizes, dtype)
+            parts = head, content, tail
+        elif values.untyped_storage().nbytes() != values.nbytes:
             values = values.clone()  # a part of something larger, which torch.save would write whole
         blob = None
         for offset in offsets:
             if blob is None or copies:
                 start = self._file.tell()
-                torch.save(values, self._file)
+                if parts:
+                    for part in parts:
+                        self._file.write(part)
+                else:
+                    torch.save(values, self._file)
                 blob = self._written(start)
-            chunks.append(Chunk(offset, tuple(values.shape), blob))
+            chunks.append(Chunk(offset, sizes, blob))
 
     def store_chunk(
         self,

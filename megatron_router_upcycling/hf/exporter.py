@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +29,7 @@ from megatron_router_upcycling.hf.folder import RECORD, class_name, find_tokeniz
 from megatron_router_upcycling.hf.gate import Gates, Rounding, read_gate
 from megatron_router_upcycling.hf.names import Part, Row
 from megatron_router_upcycling.hf.safetensors_file import format_header
-from megatron_router_upcycling.hf.values import BLOCK_BYTES, as_bytes, blocks, cast, dtype_name, scratch_rows
+from megatron_router_upcycling.hf.values import ahead, as_bytes, blocks, cast, dtype_name, scratch_rows
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import TRAINING_STATE
 
@@ -301,37 +302,44 @@ def _write_shard(
     progress: Callable[[int], None],
 ) -> None:
     file.write(format_header([(output.name, output.shape) for output in shard], job.dtype))
-    scratch = bytearray(BLOCK_BYTES)
-    for output in shard:
-        match output.source:
-            case Moved():
-                for values in _moved_values(job, output, output.source, reader, scratch):
-                    file.write(as_bytes(values))
-                    progress(values.nbytes)
-                continue
-            case Folded(layer):
-                values = _gate_values(job, layer, reader, rounding)
-            case Zeros():
-                values = torch.zeros(output.shape, dtype=job.dtype)
+    for values in ahead(_tasks(job, shard, reader, rounding)):
         file.write(as_bytes(values))
         progress(values.nbytes)
 
 
-def _moved_values(
-    job: Export, output: Output, source: Moved, reader: RowReader, scratch: bytearray
-) -> Iterator[torch.Tensor]:
-    stored = job.checkpoint.tensors[source.key]
-    where = f"{job.checkpoint.root}: {source.key}"
-    columns = output.shape[1:]
-    row_bytes = math.prod(columns) * stored.dtype.itemsize
-    for first, last in source.runs:
-        for start, stop in blocks(last - first, row_bytes):
-            values = scratch_rows(scratch, stored.dtype, (stop - start, *columns))
-            reader.read(source.key, source.index, first + start, first + stop, values)
-            yield cast(values, job.dtype, where)
+def _tasks(
+    job: Export, shard: list[Output], reader: RowReader, rounding: Rounding | None
+) -> Iterator[Callable[[bytearray], torch.Tensor]]:
+    """What to call, in this order, for all values of a file."""
+    for output in shard:
+        match output.source:
+            case Moved(key):
+                row_bytes = math.prod(output.shape[1:]) * job.checkpoint.tensors[key].dtype.itemsize
+                for rows in blocks(output.shape[0], row_bytes):
+                    yield partial(_read_rows, job, output, output.source, reader, rows)
+            case Folded(layer):
+                yield partial(_fold, job, layer, reader, rounding)
+            case Zeros():
+                yield partial(_zeros, job, output)
 
 
-def _gate_values(job: Export, layer: int, reader: RowReader, rounding: Rounding | None) -> torch.Tensor:
+def _read_rows(
+    job: Export, output: Output, source: Moved, reader: RowReader, rows: tuple[int, int], scratch: bytearray
+) -> torch.Tensor:
+    """Rows of a tensor, gathered from where they stand in Megatron's."""
+    stored = job.checkpoint.tensors[source.key].dtype
+    values = scratch_rows(scratch, stored, (rows[1] - rows[0], *output.shape[1:]))
+    position = 0
+    for _, first, last in names.cut(source.runs, *rows):
+        reader.read(source.key, source.index, first, last, values[position : position + last - first])
+        position += last - first
+    return cast(values, job.dtype, f"{job.checkpoint.root}: {source.key}")
+
+
+def _fold(
+    job: Export, layer: int, reader: RowReader, rounding: Rounding | None, scratch: bytearray
+) -> torch.Tensor:
+    """A layer's gates; what their rounding changes is added to ``rounding``."""
     assert job.router is not None and job.gates is not None and rounding is not None
     gate = read_gate(job.checkpoint, job.router, layer)
     key = job.keys[names.NORM_BEFORE_FFN]
@@ -340,6 +348,10 @@ def _gate_values(job: Export, layer: int, reader: RowReader, rounding: Rounding 
     values = cast(gate, job.dtype, f"{job.checkpoint.root}: the router of layer {layer}")
     rounding.add(gate, norm, job.router, job.gates.keys_per_expert, layer, job.dtype)
     return values
+
+
+def _zeros(job: Export, output: Output, scratch: bytearray) -> torch.Tensor:
+    return torch.zeros(output.shape, dtype=job.dtype)
 
 
 def _record(job: Export, rounding: Rounding | None) -> dict[str, Any]:

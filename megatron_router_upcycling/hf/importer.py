@@ -10,10 +10,12 @@ import itertools
 import json
 import math
 import shutil
+import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,10 @@ from megatron_router_upcycling.conversion import versions
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.hf import names
 from megatron_router_upcycling.hf.architecture import Architecture, from_hf
-from megatron_router_upcycling.hf.names import Row, Segment
+from megatron_router_upcycling.hf.names import Row
 from megatron_router_upcycling.hf.safetensors_file import DTYPES, SafetensorsFile
 from megatron_router_upcycling.hf.values import (
-    BLOCK_BYTES,
+    ahead,
     as_bytes,
     blocks,
     cast,
@@ -237,18 +239,13 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
 
 
 def _write(job: Import, sources: dict[Path, SafetensorsFile], writer: CheckpointWriter) -> None:
-    model, scratch = job.model, bytearray(BLOCK_BYTES)
-    for row in names.rows(model):
-        shape, stack = names.megatron_shape(row, model), names.stack(row, model)
-        for index in names.indices(row, model):
-            for start, values in _values(job, sources, row, index, scratch):
-                offset = (*index, start, *(0 for _ in shape[len(stack) + 1 :]))
-                writer.write_chunk(row.megatron, shape, values[(None,) * len(stack)], [offset])
+    for block in ahead(_tasks(job, sources)):
+        writer.write_chunk(block.key, block.shape, block.values, [block.offset], checksum=block.checksum)
     empty = writer.write_object(safe_load.dump_archive([None]))
-    for key in _extra_states(model):
+    for key in _extra_states(job.model):
         writer.add_object(key, empty)
     common = {
-        "args": Namespace(**vars(model.megatron_args()) | job.tokenizer),
+        "args": Namespace(**vars(job.model.megatron_args()) | job.tokenizer),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
@@ -258,45 +255,61 @@ def _write(job: Import, sources: dict[Path, SafetensorsFile], writer: Checkpoint
     writer.finish()
 
 
-def _values(
-    job: Import, sources: dict[Path, SafetensorsFile], row: Row, index: tuple[int, ...], scratch: bytearray
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Blocks of rows of Megatron's tensor, each with its first row, in the dtype to write.
+@dataclass(frozen=True)
+class Block:
+    """Rows of a Megatron tensor, ready to be written."""
 
-    A block is read at once into the place where it belongs; it is gone when the next one is asked for.
-    """
+    key: str
+    shape: tuple[int, ...]  # of the whole tensor
+    offset: tuple[int, ...]
+    values: torch.Tensor
+    checksum: int
+
+
+def _tasks(job: Import, sources: dict[Path, SafetensorsFile]) -> Iterator[Callable[[bytearray], Block]]:
+    """What to call, in this order, for all blocks of the checkpoint."""
+    for row in names.rows(job.model):
+        shape = names.megatron_shape(row, job.model)
+        for index in names.indices(row, job.model):
+            width = math.prod(shape[len(index) + 1 :])
+            for rows in blocks(shape[len(index)], width * job.dtype.itemsize):
+                yield partial(_read_block, job, sources, row, index, rows)
+
+
+def _read_block(
+    job: Import,
+    sources: dict[Path, SafetensorsFile],
+    row: Row,
+    index: tuple[int, ...],
+    rows: tuple[int, int],
+    scratch: bytearray,
+) -> Block:
+    """Rows of Megatron's tensor at a place of its stack, each read at once to where it belongs."""
     parts = [names.name(part, index) for part in row.parts]
     files = [sources[job.files[part]] for part in parts]
     where = f"{files[0].path}: {' and '.join(parts)}"
-    shape = names.megatron_shape(row, job.model)[len(index) :]
-    columns = math.prod(shape[1:])
+    whole = names.megatron_shape(row, job.model)
+    columns = whole[len(index) + 1 :]
+    width = math.prod(columns)
+    values = scratch_rows(scratch, job.dtype, (rows[1] - rows[0], *columns))
     segments = names.segments(row, job.model)
-    for start, stop in blocks(shape[0], columns * job.dtype.itemsize):
-        values = scratch_rows(scratch, job.dtype, (stop - start, *shape[1:]))
-        position = 0
-        for part, first, last in _cut(segments, start, stop):
-            target = values[position : position + last - first]
-            position += last - first
-            if part is None:
-                target.zero_()
-                continue
-            stored = DTYPES[files[part].entries[parts[part]].dtype]
-            plain = target if stored == job.dtype else torch.empty(target.shape, dtype=stored)
-            files[part].read(parts[part], first * columns * stored.itemsize, as_bytes(plain))
-            if plain is not target:
-                target.copy_(cast(plain, job.dtype, where))
-        check_finite(values, where)
-        yield start, values
-
-
-def _cut(segments: list[Segment], start: int, stop: int) -> Iterator[Segment]:
-    """What of ``segments`` makes up the rows ``start`` .. ``stop``."""
     position = 0
-    for part, first, last in segments:
-        low, high = max(start - position, 0), min(stop - position, last - first)
-        if low < high:
-            yield Segment(part, first + low, first + high)
+    for number, first, last in names.cut([(start, stop) for _, start, stop in segments], *rows):
+        part = segments[number].part
+        target = values[position : position + last - first]
         position += last - first
+        if part is None:
+            target.zero_()
+            continue
+        stored = DTYPES[files[part].entries[parts[part]].dtype]
+        plain = target if stored == job.dtype else torch.empty(target.shape, dtype=stored)
+        files[part].read(parts[part], first * width * stored.itemsize, as_bytes(plain))
+        if plain is not target:
+            target.copy_(cast(plain, job.dtype, where))
+    check_finite(values, where)
+    offset = (*index, rows[0], *(0 for _ in columns))
+    stacked = values[(None,) * len(index)]
+    return Block(row.megatron, whole, offset, stacked, zlib.crc32(as_bytes(values)))
 
 
 def _check_tied(job: Import, sources: dict[Path, SafetensorsFile]) -> None:

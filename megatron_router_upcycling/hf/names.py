@@ -9,7 +9,7 @@ K = query groups x d, n experts.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -198,6 +198,20 @@ def runs(row: Row, part: int, model: Architecture) -> list[tuple[int, int]]:
             found.append((position, position + height))
         position += height
     return found
+
+
+def cut(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """What of ``ranges``, laid end to end, makes up the rows ``start`` .. ``stop``.
+
+    Yields:
+        The number of a range, and its rows (first, last).
+    """
+    position = 0
+    for number, (first, last) in enumerate(ranges):
+        low, high = max(start - position, 0), min(stop - position, last - first)
+        if low < high:
+            yield number, first + low, first + high
+        position += last - first
 
 
 def megatron_shape(row: Row, model: Architecture) -> tuple[int, ...]:

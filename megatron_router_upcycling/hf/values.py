@@ -1,7 +1,8 @@
 """Values on their way from one format to the other: blocks of rows, their dtype, whether they are finite."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -17,6 +18,23 @@ def blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     step = max(1, BLOCK_BYTES // row_bytes)
     for start in range(0, num_rows, step):
         yield start, min(start + step, num_rows)
+
+
+def ahead[T](tasks: Iterable[Callable[[bytearray], T]]) -> Iterator[T]:
+    """The results of ``tasks``, in order, each made in another thread while the one before is in use.
+
+    A task gets memory to make its result in, which is its own until the result after it is asked for.
+    """
+    scratch, spare = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
+    with ThreadPoolExecutor(1) as thread:
+        coming: Future[T] | None = None
+        for task in tasks:
+            ready, coming = coming, thread.submit(task, scratch)
+            scratch, spare = spare, scratch
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
