@@ -287,7 +287,8 @@ def format_metadata(tensors: dict[str, StoredTensor], objects: dict[str, Blob]) 
     entries: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
     for key, stored in tensors.items():
-        properties = (stored.dtype, torch.strided, False, contiguous, False, None)
+        # PyTorch up to 2.14 reads these five alone; 2.15 writes strides as a sixth and does without them.
+        properties = (stored.dtype, torch.strided, False, contiguous, False)
         chunks = []
         for chunk in stored.chunks:
             offsets = size(chunk.offsets)
