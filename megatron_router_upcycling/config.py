@@ -1,7 +1,7 @@
 """YAML files and flags into Megatron's arguments.
 
 A configuration's entries are Megatron's own argument names (``num_layers: 24`` is ``--num-layers 24``;
-``swiglu: true`` is ``--swiglu``), an optional ``base:`` that names another file to build on, and an
+``swiglu: true`` is ``--swiglu``), an optional ``base:`` that names one or more files to build on, and an
 ``upcycling:`` section with this package's options. What a checkpoint's manifest records stands below the
 YAML file, and a flag stands above both. An unknown name is an error.
 
@@ -31,36 +31,35 @@ SHARED_WITH_MEGATRON = {
 }
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The entries of a configuration, with its chain of ``base:`` files beneath it.
+def read_yaml(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The entries of a configuration, with the ``base:`` files (a name or a list, later ones win) beneath it.
 
     Raises:
-        UserError: a file that is missing or is not a YAML mapping, or a chain that bites its tail.
+        UserError: a file that is missing or is not a YAML mapping, or one that builds on itself.
     """
-    chain: list[Path] = []
-    merged: dict[str, Any] = {}
-    current: Path | None = Path(path)
-    while current is not None:
-        try:
-            if current.resolve() in (seen.resolve() for seen in chain):
-                raise UserError(f"{current}: builds on itself through 'base:'")
-            chain.append(current)
-            entries = yaml.safe_load(current.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"--config {current}: no such file") from None
-        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-            raise UserError(f"{current}: not readable as YAML ({reason(error)})") from None
-        if not isinstance(entries, dict | None):
-            raise UserError(f"{current}: must be a mapping of argument names to values")
-        entries = entries or {}
-        base = entries.pop("base", None)
-        section = entries.pop("upcycling", None) or {}
-        if not isinstance(section, dict):
-            raise UserError(f"{current}: 'upcycling:' must be a mapping")
-        if not isinstance(base, str | None):
-            raise UserError(f"{current}: 'base:' must be the name of a file")
-        merged = entries | merged | {"upcycling": section | merged.get("upcycling", {})}
-        current = current.parent / base if base else None
+    current = Path(path)
+    try:
+        if current.resolve() in (seen.resolve() for seen in _above):
+            raise UserError(f"{current}: builds on itself through 'base:'")
+        entries = yaml.safe_load(current.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--config {current}: no such file") from None
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{current}: not readable as YAML ({reason(error)})") from None
+    if not isinstance(entries, dict | None):
+        raise UserError(f"{current}: must be a mapping of argument names to values")
+    entries = entries or {}
+    base = entries.pop("base", None) or []
+    section = entries.pop("upcycling", None) or {}
+    if not isinstance(section, dict):
+        raise UserError(f"{current}: 'upcycling:' must be a mapping")
+    bases = [base] if isinstance(base, str) else base
+    if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
+        raise UserError(f"{current}: 'base:' must be the name of a file, or a list of names")
+    merged: dict[str, Any] = {"upcycling": {}}
+    for layer in (*(read_yaml(current.parent / name, (*_above, current)) for name in bases), entries):
+        merged |= layer | {"upcycling": merged["upcycling"] | layer.get("upcycling", {})}
+    merged["upcycling"] |= section
     return merged
 
 

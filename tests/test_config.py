@@ -66,6 +66,16 @@ def test_base_files_stand_below(tmp_path: Path) -> None:
     }
 
 
+def test_later_bases_stand_above_earlier_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("lr: 1\nswiglu: true\nupcycling: {pooling: max, num_routers: 4}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nnum_layers: 2\n")
+    (tmp_path / "c.yaml").write_text("lr: 3\nnum_layers: 5\nupcycling: {pooling: sum}\n")
+    (tmp_path / "d.yaml").write_text("base: [b.yaml, c.yaml]\nnum_layers: 7\n")
+    assert config.read_yaml(tmp_path / "d.yaml") == {
+        "lr": 3, "swiglu": True, "num_layers": 7, "upcycling": {"pooling": "sum", "num_routers": 4},
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,0 +1,72 @@
+"""Every cluster configuration goes through the training entry's own parsing, as one rank of 64."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests import launch
+
+CONFIGS = sorted(path.relative_to(launch.ROOT) for path in launch.ROOT.glob("configs/qwen*/*.yaml"))
+# In one process, for the time that importing Megatron takes; the tokenizer's files are not here.
+PARSE = """
+import json, sys
+from megatron.training.global_vars import unset_global_variables
+from megatron_router_upcycling import pretrain
+for config in sys.argv[1:]:
+    flags = ["--config", config, "--mock-data", "--tokenizer-type", "NullTokenizer"]
+    args = vars(pretrain.prepare(flags).args)
+    print("parsed", json.dumps({"config": config} | args, default=str))
+    unset_global_variables()
+"""
+
+
+@pytest.fixture(scope="module")
+def parsed() -> dict[str, dict]:
+    rank = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "64",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    command = [sys.executable, "-c", PARSE, *map(str, CONFIGS)]
+    done = subprocess.run(
+        command, cwd=launch.ROOT, env=launch.ENVIRONMENT | rank, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("parsed ")]
+    return {args["config"]: args for args in (json.loads(line.removeprefix("parsed ")) for line in lines)}
+
+
+def test_each_configuration_parses_and_stays_alive(parsed: dict[str, dict]) -> None:
+    assert set(parsed) == set(map(str, CONFIGS)) and len(parsed) >= 7
+    for config, args in parsed.items():
+        checks = ("check_for_nan_in_loss_and_grad", "check_for_spiky_loss", "check_for_large_grads")
+        assert all(args[name] for name in checks), config
+        assert args["rerun_mode"] == "validate_results" and args["exit_signal_handler"], config
+        assert args["global_batch_size"] * args["seq_length"] == 4_194_304, config
+
+
+def test_the_papers_run(parsed: dict[str, dict]) -> None:
+    """METHOD: section 4.1 of the paper; the size is counted from the shapes."""
+    args = parsed["configs/qwen1.5-0.5b-8x/moe.yaml"]
+    stated = {
+        "micro_batch_size": 4, "global_batch_size": 1024, "seq_length": 4096, "train_iters": 25_000,
+        "lr": 5e-4, "lr_decay_style": "warmup-step-decay", "lr_warmup_fraction": 0.01, "adam_beta1": 0.9,
+        "adam_beta2": 0.95, "adam_eps": 1e-8, "clip_grad": 1.0, "weight_decay": 0.1,
+        "moe_aux_loss_coeff": 0.02, "moe_z_loss_coeff": 0.001, "moe_router_dtype": "fp32",
+        "num_experts": 8, "moe_router_topk": 2, "moe_router_pre_softmax": True,
+        "expert_model_parallel_size": 1, "data_parallel_size": 64, "attention_dropout": 0.0,
+        "moe_expert_capacity_factor": None,
+    }  # fmt: skip
+    assert {name: args[name] for name in stated} == stated
+    layers, hidden, experts = args["num_layers"], args["hidden_size"], args["num_experts"]
+    attention, ffn = 4 * hidden**2, 3 * hidden * args["ffn_hidden_size"]
+    embeddings = args["padded_vocab_size"] * hidden * (1 + args["untie_embeddings_and_output_weights"])
+    router = experts * hidden * 128
+    assert round((layers * (attention + experts * ffn + router) + embeddings) / 1e9, 1) == 2.1
+    spread = parsed["configs/qwen1.5-0.5b-8x/moe_ep8.yaml"]
+    differs = {name for name in args if args[name] != spread[name]} - {"config"}
+    assert {name for name in differs if "expert" in name} == {"expert_model_parallel_size"}
