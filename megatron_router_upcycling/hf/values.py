@@ -9,7 +9,7 @@ import torch
 from megatron_router_upcycling.checkpoint.finite import WORDS, all_finite
 from megatron_router_upcycling.errors import UserError
 
-BLOCK_BYTES = 32 << 20  # of a tensor in memory at a time
+BLOCK_BYTES = 8 << 20  # of a tensor in memory at a time: it is still in a cache when it is written
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
