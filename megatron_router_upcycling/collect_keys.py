@@ -242,8 +242,9 @@ def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.T
 
 def provenance(args: Namespace) -> dict[str, Any]:
     """What the statistics are of and what made them, as JSON values."""
-    from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+    from megatron_router_upcycling.checkpoint.dense import open_dense, query_key_digest
 
+    dense = open_dense(args.load)
     recorded = (
         "key_source num_layers kv_channels num_attention_heads hidden_size"
         " seq_length global_batch_size micro_batch_size split seed config"
@@ -252,7 +253,8 @@ def provenance(args: Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in recorded.split()} | {
         "num_query_groups": num_query_groups(args),
         "checkpoint": str(Path(args.load).absolute()),
-        "checkpoint_digest": Checkpoint.open(args.load).digest(),
+        "checkpoint_digest": dense.digest(),
+        "query_key_digest": query_key_digest(dense),
         "data": data_paths(args) or "mock",
         "dtype": str(args.params_dtype).removeprefix("torch."),
         "iterations": args.collect_iters,

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_router_upcycling import key_stats, manifest
 from megatron_router_upcycling.checkpoint import ledger, publish
-from megatron_router_upcycling.checkpoint.dense import DenseModel, open_dense
+from megatron_router_upcycling.checkpoint.dense import DenseModel, open_dense, query_key_digest
 from megatron_router_upcycling.checkpoint.intact import IntactCheck
 from megatron_router_upcycling.checkpoint.publish import format_bytes
 from megatron_router_upcycling.checkpoint.stamps import Stamps
@@ -61,12 +61,15 @@ def check_key_stats(stats: KeyStats, path: Path, dense: Checkpoint, model: Dense
                 f"--key-stats {path}: of another model: {name} {recorded} where {dense.root} has"
                 f" {getattr(model, name)}; collect them from this checkpoint"
             )
-    recorded = stats.metadata.get("checkpoint_digest")
-    if recorded is not None and recorded != dense.digest():
-        raise UserError(
-            f"--key-stats {path}: collected from another checkpoint ({stats.metadata.get('checkpoint')});"
-            f" collect them from {dense.root}"
-        )
+    # Files of older versions have one of the digests or none.
+    digests = {"checkpoint_digest": dense.digest, "query_key_digest": lambda: query_key_digest(dense)}
+    for name, digest in digests.items():
+        recorded = stats.metadata.get(name)
+        if recorded is not None and recorded != digest():
+            raise UserError(
+                f"--key-stats {path}: collected from another checkpoint ({stats.metadata.get('checkpoint')});"
+                f" collect them from {dense.root}"
+            )
 
 
 DATA_FILES = "__upcycled_"  # begins the new data files' names, beside the dense checkpoint's own

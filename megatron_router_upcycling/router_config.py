@@ -114,9 +114,11 @@ def router_shape(num_heads: int, head_dim: int, num_routers: int, num_experts: i
     if not works(m):
         usable = [k for k in range(1, max(H * d, n) + 1) if works(k)]
         nearest = sorted(sorted(usable, key=lambda k: abs(k - m))[:3])
+        asked = f"--num-experts {n}, and as many routers" if m == n else f"--num-routers {m}"
         raise UserError(
-            f"--num-routers {m}: does not fit {H} attention heads of size {d} and {n} experts"
-            f" (it must divide or be a multiple of both); nearest that work: " + ", ".join(map(str, nearest))
+            f"{asked}: does not fit {H} attention heads of size {d} and {n} experts (the number of routers"
+            f" must divide or be a multiple of both); nearest --num-routers that work: "
+            + ", ".join(map(str, nearest))
         )
     head_splits = max(1, m // H)
     heads_per_set = H * head_splits // m

@@ -10,13 +10,32 @@ from typing import Any
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import training
 
+from megatron_router_upcycling.errors import UserError
+
 STYLE = "warmup-step-decay"
 STEPS_AT = (0.8, 0.9)
 FACTOR = 0.316
 
 
 class StepDecayScheduler(OptimizerParamScheduler):
-    """Megatron's scheduler with one more decay style."""
+    """Megatron's scheduler with one more decay style, and one line where it does not fit a checkpoint's."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint's schedule stopped.
+
+        Raises:
+            UserError: this run's schedule is another one, and no flag says which of the two to follow.
+        """
+        try:
+            super().load_state_dict(state_dict)
+        except AssertionError as error:
+            difference = str(error).replace("checkpointvalue", "checkpoint value")
+            raise UserError(
+                "the checkpoint was saved with another learning-rate schedule, as after a change of"
+                f" --train-iters ({difference}; iterations count in samples); pass"
+                " --override-opt-param-scheduler to go on with the new schedule, or"
+                " --use-checkpoint-opt-param-scheduler with the old one"
+            ) from None
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
         """Learning rate for a parameter group at ``self.num_steps`` (counted in samples)."""

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from megatron_router_upcycling import key_stats
+from megatron_router_upcycling.checkpoint.dense import open_dense, query_key_digest
 from megatron_router_upcycling.errors import UserError
 from tests import launch
 
@@ -253,6 +254,7 @@ def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, source: str
     metadata = stats.metadata
     assert metadata["key_source"] == source and metadata["tokens"] == TOKENS
     assert metadata["checkpoint"] == str(made / "dense") and len(metadata["checkpoint_digest"]) == 64
+    assert metadata["query_key_digest"] == query_key_digest(open_dense(made / "dense"))
     assert metadata["data"] == [str(data)] and metadata["iterations"] == ITERATIONS
 
 

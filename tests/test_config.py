@@ -110,7 +110,8 @@ def test_router_shapes_of_the_paper(m: int, n: int, c: int, width: int) -> None:
 
 @pytest.mark.parametrize(("m", "n", "heads"), [(3, 8, 16), (8, 8, 14), (0, 8, 16), (24, 8, 16)])
 def test_impossible_numbers_name_those_that_work(m: int, n: int, heads: int) -> None:
-    with pytest.raises(UserError, match=f"--num-routers {m}: does not fit {heads} attention heads") as error:
+    asked = f"--num-experts {n}, and as many routers" if m == n else f"--num-routers {m}"
+    with pytest.raises(UserError, match=f"^{asked}: does not fit {heads} attention heads") as error:
         router_shape(heads, 64, m, n)
     for near in map(int, str(error.value).rsplit("work: ", 1)[1].split(", ")):
         router_shape(heads, 64, near, n)

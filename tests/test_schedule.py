@@ -1,7 +1,11 @@
 """The paper's schedule against its definition, step by step (section 4.1)."""
 
+from typing import Any
+
 import pytest
 import torch
+
+from megatron_router_upcycling.errors import UserError
 
 
 @pytest.mark.parametrize("min_lr", [0.0, 1e-4])
@@ -33,3 +37,30 @@ def test_warmup_then_two_steps_down(min_lr: float) -> None:
         else:
             expected = max(5e-4 * 0.316 * 0.316, min_lr)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_another_schedule_than_the_checkpoints_is_one_line() -> None:
+    """Raising --train-iters and resuming, where Megatron asserts."""
+    from megatron_router_upcycling.schedule import StepDecayScheduler
+
+    def scheduler(decay_steps: int, **options: bool) -> StepDecayScheduler:
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+        values: dict[str, Any] = {
+            "init_lr": 0.0,
+            "max_lr": 1e-3,
+            "min_lr": 0.0,
+            "lr_warmup_steps": 0,
+            "start_wd": 0.1,
+        }
+        values |= {"end_wd": 0.1, "wd_incr_steps": decay_steps, "wd_incr_style": "constant"}
+        values |= {"lr_decay_steps": decay_steps, "lr_decay_style": "constant"}
+        values |= {"use_checkpoint_opt_param_scheduler": False}  # as Megatron's flags have it
+        return StepDecayScheduler(optimizer, **values, **options)
+
+    saved = scheduler(64).state_dict()
+    with pytest.raises(UserError, match="64 for total number .* pass --override-opt-param-scheduler"):
+        scheduler(96).load_state_dict(saved)
+    scheduler(64).load_state_dict(saved)
+    longer = scheduler(96, override_opt_param_scheduler=True)
+    longer.load_state_dict(saved)
+    assert longer.lr_decay_steps == 96

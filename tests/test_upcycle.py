@@ -1,6 +1,7 @@
 """What the converter makes of each tensor, read back by torch.distributed.checkpoint."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from megatron_router_upcycling import conversion, key_stats, manifest
+from megatron_router_upcycling.checkpoint.dense import open_dense, query_key_digest
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_stats import KeyStats
@@ -309,10 +311,21 @@ def test_key_statistics_of_other_sizes_are_refused(tmp_path: Path) -> None:
         conversion.prepare(tmp_path / "dense", tmp_path / "moe", Options(RouterConfig(), tmp_path / "ks"))
 
 
-def test_key_statistics_of_this_checkpoint_are_taken(tmp_path: Path) -> None:
-    dense_checkpoint.write(tmp_path / "dense")
-    make_stats(tmp_path / "ks", checkpoint_digest=Checkpoint.open(tmp_path / "dense").digest())
-    conversion.prepare(tmp_path / "dense", tmp_path / "moe", Options(RouterConfig(), tmp_path / "ks"))
+def test_key_statistics_of_this_checkpoint_are_taken_and_of_one_with_other_values_not(tmp_path: Path) -> None:
+    values = dense_checkpoint.tensors()
+    dense_checkpoint.write(tmp_path / "dense", values)
+    dense = open_dense(tmp_path / "dense")
+    make_stats(tmp_path / "ks", checkpoint_digest=dense.digest(), query_key_digest=query_key_digest(dense))
+    options = Options(RouterConfig(), tmp_path / "ks")
+    conversion.prepare(tmp_path / "dense", tmp_path / "moe", options)
+
+    # Trained on from the same shapes: the index and the common state are the same to the last byte.
+    shutil.rmtree(tmp_path / "dense")
+    values[dense_checkpoint.ATTENTION + ".linear_qkv.weight"][2, 0, 0] += 1e-3
+    dense_checkpoint.write(tmp_path / "dense", values)
+    assert Checkpoint.open(tmp_path / "dense").digest() == dense.digest()
+    with pytest.raises(UserError, match="collected from another checkpoint"):
+        conversion.prepare(tmp_path / "dense", tmp_path / "moe", options)
 
 
 def test_key_statistics_that_the_models_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:

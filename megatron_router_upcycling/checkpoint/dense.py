@@ -1,6 +1,8 @@
 """A dense model's architecture, read from its checkpoint and checked against its tensors."""
 
+import hashlib
 import math
+import zlib
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -193,6 +195,27 @@ def open_dense(root: str | Path) -> Checkpoint:
     """
     checkpoint = Checkpoint.open(root)
     return checkpoint if _holds_experts(checkpoint.tensors) else stack_layers(checkpoint)
+
+
+def query_key_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 over places and CRC-32s of the attention's input weights, which any training step changes.
+
+    ``Checkpoint.digest`` does not see values that a torch_dist checkpoint's files hold. The checksums are
+    those that ``torch.save`` wrote beside the values; no value is read where one is there.
+
+    Args:
+        checkpoint: stacked over layers, as ``open_dense`` gives it.
+    """
+    stored, digest = checkpoint.tensors[QKV], hashlib.sha256()
+    for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets):
+        values = checkpoint.find_values(chunk, stored.dtype)
+        if values:
+            checksum = values.checksum
+        else:
+            tensor = checkpoint.read_chunk(chunk, stored.dtype, bytearray()).contiguous()
+            checksum = zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(f"{chunk.offsets} {chunk.sizes} {checksum}\n".encode())
+    return digest.hexdigest()
 
 
 def _holds_experts(keys: Iterable[str]) -> bool:
