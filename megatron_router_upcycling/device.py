@@ -67,6 +67,9 @@ def adapt(args: Namespace, device: str) -> str | None:
     if device == "cuda" and has_transformer_engine():
         return None
     needed = WITHOUT_FUSED_KERNELS | (ON_CPU if device == "cpu" else {})
+    if not args.reset_attention_mask:
+        # Causal attention needs none, and PyTorch's fastest kernels take none.
+        needed["create_attention_mask_in_dataloader"] = False
     changed = []
     for name, value in needed.items():
         if not hasattr(args, name):

@@ -1,8 +1,9 @@
 """What Megatron needs where neither Transformer Engine nor apex is installed, on a GPU and on the CPU alike.
 
 Two parts of megatron-core 0.19 fall back to plain PyTorch there and are not finished: the norm refuses
-sequence parallelism, and the distributed optimizer cannot load what it saved. ``install()`` mends both,
-once; it changes nothing where Transformer Engine or apex is in use.
+sequence parallelism, and the distributed optimizer cannot load what it saved. A third is slow: attention
+materialises its scores. ``install()`` mends all three, once; it changes nothing where Transformer Engine or
+apex is in use.
 """
 
 import functools
@@ -10,14 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.models import backends
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.transformer import torch_norm
+
+from megatron_router_upcycling.attention import core_attention
 
 _installed = False
 
 
 def install() -> None:
-    """Mend the norm and the distributed optimizer.
+    """Mend the norm and the distributed optimizer, and let local layer specs build ``SdpaAttention``.
 
     Raises:
         RuntimeError: an upstream symbol that is wrapped has gone.
@@ -26,6 +30,9 @@ def install() -> None:
     if _installed:
         return
     _allow_sequence_parallel_torch_norm()
+    _wrap(
+        backends.LocalSpecProvider, "core_attention", lambda named: lambda self: core_attention(named(self))
+    )
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _mend_distributed_optimizer()
     _installed = True
