@@ -57,7 +57,9 @@ class SdpaAttention(DotProductAttention):
         fork = dropout and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if fork else contextlib.nullcontext():
             context = scaled_dot_product_attention(
-                *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),  # [b, heads or groups, s, d]
+                query.permute(1, 2, 0, 3),  # [b, heads, s, d]
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
                 attn_mask=None if attention_mask is None else ~attention_mask,
                 dropout_p=dropout,
                 is_causal=causal,

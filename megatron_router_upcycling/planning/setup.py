@@ -1,0 +1,403 @@
+"""What a plan is made of: Megatron's arguments that say how large a run is, and what cannot work in them.
+
+The same YAML files and flags as ``pretrain`` takes; of Megatron's arguments those that change no size are not
+read. Pure: imports neither torch nor Megatron.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_router_upcycling import config, manifest
+from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.router_config import RouterConfig
+
+# Megatron's switch -> the field that it negates.
+NEGATED = {"disable_bias_linear": "add_bias_linear"}
+# Where one of these is set, the model or its layout is not what a plan is for.
+NOT_COVERED = (
+    *(
+        "multi_latent_attention",
+        "mtp_num_layers",
+        "moe_latent_size",
+        "hybrid_layer_pattern",
+        "attention_output_gate",
+    ),
+    *("heterogeneous_layers_config_path", "experimental_attention_variant", "pipeline_model_parallel_layout"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "use_megatron_fsdp"),
+    *("use_torch_fsdp2",),
+)
+# A name as near as this to one that is read here is misspelt, but for these of Megatron's own.
+SIMILAR, OTHERS = 0.89, {"pad_vocab_size"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Megatron's arguments by their own names and with its own defaults, and the router to build.
+
+    ``world_size`` is the number of GPUs. Numbers of layers, heads and such are of the whole model.
+    """
+
+    world_size: int = 1
+    num_layers: int = 0
+    hidden_size: int = 0
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int = 0
+    group_query_attention: bool = False
+    num_query_groups: int = 1
+    kv_channels: int | None = None
+    swiglu: bool = False
+    add_bias_linear: bool = True
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    normalization: str = "LayerNorm"
+    position_embedding_type: str = "learned_absolute"
+    max_position_embeddings: int | None = None
+    untie_embeddings_and_output_weights: bool = False
+    vocab_size: int | None = None
+    padded_vocab_size: int | None = None
+    make_vocab_size_divisible_by: int = 128
+    num_experts: int | None = None
+    moe_router_topk: int = 2
+    moe_ffn_hidden_size: int | None = None
+    moe_layer_freq: int | list[int] | str = 1
+    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_gate: bool = False
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    decoder_first_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = None
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    grad_reduce_in_bf16: bool = False
+    seq_length: int | None = None
+    micro_batch_size: int | None = None
+    global_batch_size: int | None = None
+    train_iters: int | None = None
+    train_samples: int | None = None
+    recompute_activations: bool = False
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: list[str] | None = None
+    router: RouterConfig | None = None
+
+    # Derived sizes ------------------------------------------------------------------------------
+
+    @property
+    def model_parallel_size(self) -> int:
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // self.model_parallel_size
+
+    @property
+    def expert_tensor_size(self) -> int:
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def expert_data_parallel_size(self) -> int:
+        """Ranks that hold the same experts."""
+        sizes = self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+        return self.world_size // sizes
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.batch // (self.micro_batch * self.data_parallel_size)
+
+    @property
+    def micro_batch(self) -> int:
+        assert self.micro_batch_size
+        return self.micro_batch_size
+
+    @property
+    def batch(self) -> int:
+        """Sequences a step; Megatron's default is one micro-batch a rank."""
+        return self.global_batch_size or self.micro_batch * self.data_parallel_size
+
+    @property
+    def sequence(self) -> int:
+        assert self.seq_length
+        return self.seq_length
+
+    @property
+    def steps(self) -> int:
+        if self.train_samples:
+            return self.train_samples // self.batch
+        return self.train_iters or 0
+
+    @property
+    def groups(self) -> int:
+        return self.num_query_groups if self.group_query_attention else self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn(self) -> int:
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        # As Megatron rounds it.
+        return int(4 * self.hidden_size * 2 / 3 / 64) * 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def expert_ffn(self) -> int:
+        return self.moe_ffn_hidden_size or self.ffn
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding, padded as Megatron pads them."""
+        if self.padded_vocab_size:
+            return self.padded_vocab_size
+        assert self.vocab_size
+        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
+        return math.ceil(self.vocab_size / multiple) * multiple
+
+    @property
+    def virtual_stages(self) -> int:
+        """Model chunks on each pipeline rank."""
+        if self.num_layers_per_virtual_pipeline_stage:
+            per_rank = self.num_layers // self.pipeline_model_parallel_size
+            return max(1, per_rank // self.num_layers_per_virtual_pipeline_stage)
+        return self.num_virtual_stages_per_pipeline_rank or 1
+
+    def has_experts(self) -> list[bool]:
+        """For each layer, whether it has experts (``moe_layer_freq``)."""
+        if self.num_experts is None:
+            return [False] * self.num_layers
+        frequency = self.moe_layer_freq
+        if isinstance(frequency, str):  # "[0,1,1]", as the flag takes it
+            frequency = yaml.safe_load(frequency)
+        if isinstance(frequency, int):
+            return [layer % frequency == 0 for layer in range(self.num_layers)]
+        return [bool(moe) for moe in frequency]
+
+    def layers_of_stage(self, stage: int) -> list[int]:
+        """The layers that pipeline rank ``stage`` holds, over all of its model chunks."""
+        P, chunks = self.pipeline_model_parallel_size, self.virtual_stages
+        first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        fixed = {0: first, P - 1: last}
+        spread = self.num_layers - (first or 0) - (last or 0)
+        free = P - (first is not None) - (last is not None)
+        sizes = [fixed.get(rank) or (spread // free if free else 0) for rank in range(P)]
+        each = [size // chunks for size in sizes]
+        found: list[int] = []
+        for chunk in range(chunks):
+            start = chunk * sum(each) + sum(each[:stage])
+            found += range(start, start + each[stage])
+        return found
+
+
+def problems(setup: Setup, gpus: str = "--gpus") -> Iterator[str]:
+    """What cannot work, most basic first; each names a flag and what would work.
+
+    ``gpus`` is the flag that the number of GPUs was given by.
+    """
+    s = setup
+    tp, pp, cp, ep = (
+        s.tensor_model_parallel_size,
+        s.pipeline_model_parallel_size,
+        s.context_parallel_size,
+        s.expert_model_parallel_size,
+    )
+    for name in (
+        *("world_size", "num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"),
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        "expert_model_parallel_size",
+    ):
+        value = getattr(s, name)
+        flag = gpus if name == "world_size" else f"--{name.replace('_', '-')}"
+        if not value:
+            yield f"{flag}: is missing or 0; give it in the YAML file, as a flag, or by --load CHECKPOINT"
+            return
+        if value < 1:
+            yield f"{flag} {value}: must be at least 1"
+            return
+    if s.vocab_size is None and s.padded_vocab_size is None:
+        yield "--vocab-size: is not in the YAML file (it comes with the tokenizer); give the number of tokens"
+        return
+    if s.world_size % s.model_parallel_size:
+        yield (
+            f"{gpus} {s.world_size}: is not divisible by --tensor-model-parallel-size {tp} x"
+            f" --pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = {s.model_parallel_size};"
+            f" {_multiples(s.model_parallel_size, s.world_size)} would be"
+        )
+        return
+    if s.num_experts is None and ep > 1:
+        yield f"--expert-model-parallel-size {ep}: the model has no experts; leave it out"
+        return
+    if s.num_experts is not None and s.num_experts % ep:
+        yield (
+            f"--expert-model-parallel-size {ep}: does not divide the {s.num_experts} experts; use one of"
+            f" {_divisors(s.num_experts)}"
+        )
+    expert_size = s.expert_tensor_size * ep * pp
+    if s.num_experts is not None and s.world_size % expert_size:
+        yield (
+            f"--expert-model-parallel-size {ep}: {s.world_size} GPUs are not divisible by"
+            f" --expert-tensor-parallel-size {s.expert_tensor_size} x EP {ep} x PP {pp} = {expert_size}"
+        )
+    uneven = s.decoder_first_pipeline_num_layers or s.decoder_last_pipeline_num_layers
+    if sum(len(s.layers_of_stage(stage)) for stage in range(pp)) != s.num_layers:
+        what = f" x {s.virtual_stages} virtual stages" if s.virtual_stages > 1 else ""
+        what += " beside the uneven first and last stage" if uneven else ""
+        yield (
+            f"--pipeline-model-parallel-size {pp}{what}: does not divide the {s.num_layers} layers;"
+            f" use one of {_divisors(s.num_layers)}"
+        )
+    for count, name in ((s.num_attention_heads, "attention heads"), (s.groups, "query groups")):
+        if count % tp:
+            yield (
+                f"--tensor-model-parallel-size {tp}: does not divide the {count} {name};"
+                f" use one of {_divisors(count)}"
+            )
+            break
+    for width, name in ((s.ffn, "FFN's width"), (s.vocabulary, "vocabulary of")):
+        if width % tp:
+            yield f"--tensor-model-parallel-size {tp}: does not divide the {name} {width}"
+    if s.num_experts is not None and s.expert_ffn % s.expert_tensor_size:
+        yield (
+            f"--expert-tensor-parallel-size {s.expert_tensor_size}: does not divide the experts' width"
+            f" {s.expert_ffn}"
+        )
+    if s.num_experts is not None and len(s.has_experts()) != s.num_layers:
+        yield f"--moe-layer-freq: lists {len(s.has_experts())} layers; the model has {s.num_layers}"
+    if s.num_attention_heads % s.groups:
+        yield f"--num-query-groups {s.groups}: does not divide the {s.num_attention_heads} attention heads"
+    if s.num_experts is not None and tp > 1 and not s.sequence_parallel:
+        yield f"--tensor-model-parallel-size {tp}: with experts Megatron needs --sequence-parallel beside it"
+    step = s.micro_batch * s.data_parallel_size
+    if s.batch % step:
+        yield (
+            f"--global-batch-size {s.batch}: is not divisible by --micro-batch-size {s.micro_batch} x data"
+            f" parallel size {s.data_parallel_size} = {step}; {_multiples(step, s.batch)} would be"
+        )
+    elif s.virtual_stages > 1 and s.num_microbatches % pp:
+        yield (
+            f"--global-batch-size {s.batch}: makes {s.num_microbatches} micro-batches, which virtual pipeline"
+            f" stages need to be a multiple of --pipeline-model-parallel-size {pp}"
+        )
+    split = s.sequence / (2 * cp if cp > 1 else 1) / (tp if s.sequence_parallel else 1)
+    if split != int(split):
+        yield f"--seq-length {s.sequence}: is not divisible over context parallel {cp} x tensor parallel {tp}"
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _multiples(of: int, near: int) -> str:
+    low = near // of * of
+    return " or ".join(str(value) for value in (low, low + of) if value)
+
+
+def check(setup: Setup, gpus: str = "--gpus") -> None:
+    """Raise UserError for the first thing that cannot work."""
+    for problem in problems(setup, gpus):
+        raise UserError(problem)
+
+
+# Reading ----------------------------------------------------------------------------------------
+
+
+def read(config_file: Path | None, load: Path | None, flags: Sequence[str], world_size: int) -> Setup:
+    """The run that a YAML file, a checkpoint's manifest and Megatron flags describe, in rising precedence.
+
+    Raises:
+        UserError: a file that is missing or damaged, a value of the wrong kind, or a model that a plan does
+            not cover.
+    """
+    entries: dict[str, Any] = config.read_yaml(config_file) if config_file else {"upcycling": {}}
+    section = config.section_defaults(entries.pop("upcycling"), str(config_file))
+    values = entries | _parse(flags)
+    section |= {name: values.pop(name) for name in config.SECTION if name in values}
+    load = load or values.get("load")
+    recorded = manifest.read(load) if load else None
+    if load and recorded is None and not Path(load).is_dir():
+        raise UserError(f"--load {load}: no such folder; name a converted checkpoint's root folder")
+    router: dict[str, Any] = {}
+    if recorded:
+        values = recorded["model"] | values
+        if isinstance(recorded.get("router"), dict):
+            made = manifest.router_config(recorded, str(load))
+            values |= {name: getattr(made, field) for name, field in config.SHARED_WITH_MEGATRON.items()}
+            router = made.to_dict()
+    return from_values(values | {"world_size": world_size}, router | section, str(config_file or load))
+
+
+def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> Setup:
+    """A Setup from Megatron's arguments (other names in ``values`` are left alone) and router options."""
+    known = {field.name: field for field in dataclasses.fields(Setup)}
+    taken: dict[str, Any] = {}
+    for name, value in values.items():
+        name = name.replace("-", "_")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR) if name not in known else []
+        if near and name not in OTHERS:
+            raise UserError(f"{source}: unknown argument {name!r}; did you mean {near[0]!r}?")
+        if name in NOT_COVERED and value:
+            raise UserError(f"{source}: --{name.replace('_', '-')} is not covered by plan and --rehearse")
+        if name in NEGATED:
+            taken[NEGATED[name]] = not value
+        elif name in known and name != "router" and value is not None:
+            taken[name] = _checked(name, value, known[name].type, source)
+    setup = Setup(**taken)
+    if setup.num_experts is None:
+        return setup
+    options = {
+        name: router[name]
+        for name in (field.name for field in dataclasses.fields(RouterConfig))
+        if router.get(name) is not None
+    }
+    options |= {"num_experts": setup.num_experts, "top_k": setup.moe_router_topk}
+    return dataclasses.replace(setup, router=RouterConfig.from_dict({"router": "linear"} | options, source))
+
+
+def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
+    """``value`` as the field's type takes it."""
+    flag = f"{source}: --{name.replace('_', '-')} {value}"
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{flag}: is a switch; true or false")
+    elif kind in (int, int | None) and (isinstance(value, bool) or not isinstance(value, int)):
+        raise UserError(f"{flag}: must be a whole number")
+    elif kind == list[str] | None and isinstance(value, str):
+        return [value]
+    return value
+
+
+def _parse(flags: Sequence[str]) -> dict[str, Any]:
+    """Megatron's flags as argument names and values, each read as YAML would; several values are a list."""
+    found: dict[str, Any] = {}
+    name = None
+    for word in flags:
+        if word.startswith("--"):
+            name, _, value = word[2:].replace("-", "_").partition("=")
+            found[name] = [value] if value else []
+        elif name is None:
+            raise UserError(f"{word}: belongs to no flag; flags of Megatron begin with --")
+        else:
+            found[name].append(word)
+    try:
+        read = {name: [yaml.safe_load(word) for word in words] for name, words in found.items()}
+    except yaml.YAMLError as error:
+        raise UserError(f"a flag's value cannot be read ({reason(error)})") from None
+    return {
+        name: True if not words else words[0] if len(words) == 1 else words for name, words in read.items()
+    }
