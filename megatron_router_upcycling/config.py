@@ -79,6 +79,18 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--output", metavar="FILE", help="where collect_keys writes")
     group.add_argument("--overwrite", action="store_true", help="replace an existing output")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
+    group.add_argument(
+        "--routing-diagnostics",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="statistics of an MoE's routers: to SAVE/routing.jsonl, TensorBoard and W&B (default: on)",
+    )
+    group.add_argument(
+        "--routing-diagnostics-interval",
+        metavar="N",
+        type=int,
+        help="iterations between two of them (default: --log-interval)",
+    )
     parser.add_argument(
         "--no-moe-router-pre-softmax", dest="moe_router_pre_softmax", action="store_false", default=None
     )

@@ -8,8 +8,6 @@ Where ``--save`` holds a checkpoint already, the run goes on from there, so that
 continued by the same command.
 """
 
-import functools
-import inspect
 import os
 import socket
 import sys
@@ -158,27 +156,6 @@ def _refused(error: Exception) -> UserError:
     return UserError(f"Megatron refuses these arguments: {reason}")
 
 
-def _log_first_iteration_alone() -> None:
-    """Let the losses that Megatron logs not depend on where a run was started.
-
-    ``training_log`` prints a run's first iteration and keeps it in the running sums; where that iteration
-    is a logging boundary anyway, the next line would average over it once more.
-    """
-    from megatron.training import get_args, training
-
-    training_log = training.training_log
-    parameters = inspect.signature(training_log)
-
-    @functools.wraps(training_log)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        given = parameters.bind(*args, **kwargs)
-        if given.arguments["iteration"] % get_args().log_interval == 0:
-            given.arguments["is_first_iteration"] = False
-        return training_log(*given.args, **given.kwargs)
-
-    training.training_log = call
-
-
 def _start_alone() -> None:
     """Without torchrun, be the only rank."""
     if "RANK" not in os.environ:
@@ -196,6 +173,7 @@ def train(run: Run) -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     from megatron_router_upcycling import language_model, reshard_optimizer
+    from megatron_router_upcycling.diagnostics.training import RunLog
 
     try:
         model = gpt_config_from_args(run.args)
@@ -205,7 +183,7 @@ def train(run: Run) -> None:
         from megatron_router_upcycling.layer_spec import layer_spec_for
 
         model.transformer_layer_spec = layer_spec_for(run.router)
-    _log_first_iteration_alone()
+    RunLog(run.args).install()
     reshard_optimizer.install()
     pretrain(
         pretrain_cfg_container_from_args(run.args, model),

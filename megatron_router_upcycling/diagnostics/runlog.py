@@ -1,0 +1,64 @@
+"""The files of a run: ``run.jsonl`` (losses) and ``routing.jsonl`` (routers), beside its checkpoints.
+
+One JSON object a line, each with its ``iteration``. A run that goes on from a checkpoint first drops the
+lines of later iterations, so that a file tells of one run without gaps or repeats.
+
+``run.jsonl``: ``{"kind": "train", "iteration", "tokens", "lm_loss", "over", "learning_rate", "grad_norm",
+"time"}``, where ``lm_loss`` is the mean over the last ``over`` iterations, and ``{"kind": "held_out",
+"iteration", "tokens", "set", "lm_loss"}``. Losses are nats a token, ``time`` seconds since 1970.
+
+``routing.jsonl``: ``{"iteration", "tokens", "layers", ...}``, each measure of ``measures.MEASURES`` a list
+over ``layers`` (counted from 0), ``load`` a list of lists, losses by Megatron's names, and on some lines
+``rare``, with ``collector.RARE``.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+RUN, ROUTING = "run.jsonl", "routing.jsonl"
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Add one line; numbers that are not finite become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_plain(line), separators=(",", ":")) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines in order; none where there is no file. A line cut short by a crash is passed over."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("iteration"), int):
+                lines.append(line)
+    return lines
+
+
+def keep_until(path: Path, iteration: int) -> None:
+    """Drop the lines of iterations after ``iteration``, and what a crash left of a line."""
+    if not path.is_file():
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    kept = [line for line in read(path) if line["iteration"] <= iteration]
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: seven significant digits, null for what is not finite."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
