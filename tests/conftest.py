@@ -121,3 +121,18 @@ def moe(folder: Path, dense: Path, key_stats_file: Path) -> Path:
     options = ("--num-experts", 8, "--top-k", 2, "--no-moe-router-pre-softmax")
     launch.cli("convert", dense, root, "--key-stats", key_stats_file, *options).ok()
     return root
+
+
+def expert_parallel(config: Path, load: Path) -> tuple[object, ...]:
+    """Flags of pretrain that continue ``load`` at EP 2."""
+    parallel = ("--expert-model-parallel-size", 2, "--use-distributed-optimizer")
+    return ("--config", config, "--load", load, *parallel)
+
+
+@pytest.fixture(scope="session")
+def unbroken(folder: Path, moe_config: Path, moe: Path) -> tuple[Path, dict[int, float]]:
+    """A run of eight steps at EP 2 with the distributed optimizer, and its losses."""
+    save = folder / "unbroken"
+    output = launch.torchrun(2, "pretrain", *expert_parallel(moe_config, moe), "--save", save).ok()
+    assert "load_balancing_loss" in output.text and "z_loss" in output.text
+    return save, output.losses

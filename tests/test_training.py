@@ -6,23 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_router_upcycling.diagnostics import runlog
 from tests import launch
+from tests.conftest import expert_parallel
 
 EVALUATE = ("--skip-train", "--eval-iters", 4)
-
-
-@pytest.fixture(scope="session")
-def unbroken(folder: Path, moe_config: Path, moe: Path) -> tuple[Path, dict[int, float]]:
-    """A run of eight steps at EP 2 with the distributed optimizer, and its losses."""
-    save = folder / "unbroken"
-    output = launch.torchrun(2, "pretrain", *_moe(moe_config, moe), "--save", save).ok()
-    assert "load_balancing_loss" in output.text and "z_loss" in output.text
-    return save, output.losses
-
-
-def _moe(config: Path, load: Path) -> tuple[object, ...]:
-    parallel = ("--expert-model-parallel-size", 2, "--use-distributed-optimizer")
-    return ("--config", config, "--load", load, *parallel)
 
 
 @pytest.mark.parametrize(
@@ -57,11 +45,18 @@ def test_training_lowers_the_loss(unbroken: tuple[Path, dict[int, float]]) -> No
 def test_killed_run_goes_on_with_the_same_losses(
     tmp_path: Path, moe_config: Path, moe: Path, unbroken: tuple[Path, dict[int, float]]
 ) -> None:
-    command = (2, "pretrain", *_moe(moe_config, moe), "--save", tmp_path / "killed")
+    command = (2, "pretrain", *expert_parallel(moe_config, moe), "--save", tmp_path / "killed")
     launch.torchrun_killed(*command, when=r"iteration +6/", log=tmp_path / "log")
     losses = launch.torchrun(*command).ok().losses
     assert list(losses) == [5, 6, 7, 8]
     assert losses == {iteration: unbroken[1][iteration] for iteration in losses}
+    # So are the files beside the checkpoints: no line twice, none missing, every value the same.
+    for name in (runlog.RUN, runlog.ROUTING):
+        found, expected = (
+            [line | {"time": None} for line in runlog.read(save / name)]
+            for save in (tmp_path / "killed", unbroken[0])
+        )
+        assert found == expected and len(found) >= 8, name
 
 
 @pytest.mark.parametrize(
@@ -84,16 +79,25 @@ def test_run_saved_at_ep_2_resumes_elsewhere(
     for name in ("iter_0000004", "router_upcycling.json"):
         (resumed / name).symlink_to(save / name)
     (resumed / "latest_checkpointed_iteration.txt").write_text("4")
-    options = ("--use-distributed-optimizer", *layout)
+    options = ("--use-distributed-optimizer", *layout, "--save", tmp_path / "save")
     output = launch.torchrun(ranks, "pretrain", "--config", moe_config, "--load", resumed, *options).ok()
     assert list(output.losses) == [5, 6, 7, 8]
     # The order of float32 sums differs; one step later so do the weights, by as little.
     for iteration, loss in output.losses.items():
         assert loss == pytest.approx(losses[iteration], rel=1e-4)
+    # What the routers did is the same, whichever ranks held layers, experts and tokens.
+    found, expected = (runlog.read(root / runlog.ROUTING)[-1] for root in (tmp_path / "save", save))
+    assert found["iteration"] == 8 and found["layers"] == expected["layers"] == [0, 1, 2, 3]
+    for name in ("entropy", "top1_probability", "weight_sum", "load_max_over_mean", "z_loss"):
+        assert found[name] == pytest.approx(expected[name], rel=2e-2), name
+    for name in ("expert_distance", "gate_cosine"):
+        assert found["rare"][name] == pytest.approx(expected["rare"][name], rel=2e-2, abs=1e-3), name
 
 
 def test_bf16_trains(moe_config: Path, moe: Path) -> None:
-    output = launch.torchrun(2, "pretrain", *_moe(moe_config, moe), "--bf16", "--train-iters", 4).ok()
+    output = launch.torchrun(
+        2, "pretrain", *expert_parallel(moe_config, moe), "--bf16", "--train-iters", 4
+    ).ok()
     assert output.losses[4] < output.losses[1]
 
 
