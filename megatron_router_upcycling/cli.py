@@ -61,6 +61,10 @@ makes a checkpoint that shares nothing.
 DENSE is in torch_dist or in the legacy format (mp_rank_XX/model_optim_rng.pt), saved at any tensor and
 pipeline parallel size. Of the legacy format nothing can be linked, and little with --layers: it is copied.
 
+--config names the file that pretrain will be given. Its entries num_experts, moe_router_topk and
+moe_router_pre_softmax, and its upcycling: section, are the conversion's options, so that one file is one
+method: see configs/methods and configs/ablations.
+
 --granularity G cuts each of the --num-experts copies in G experts of 1/G the width, which start with equal
 router keys, so that a token goes to all G of each of --top-k copies. --shared-expert keeps the dense FFN for
 every token: one half of the output is its, the other the chosen experts'. What is said below of the first
@@ -188,8 +192,11 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument("dense", metavar="DENSE", type=Path, help="the dense model's checkpoint")
     convert.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
     convert.add_argument("--key-stats", metavar="FILE", type=Path, help="what collect_keys wrote for DENSE")
-    convert.add_argument("--num-experts", type=int, default=8, help="experts a layer (default: 8)")
-    convert.add_argument("--top-k", type=int, default=2, help="experts a token goes to (default: 2)")
+    convert.add_argument(
+        "--config", metavar="YAML", type=Path, help="the method, as in configs/methods; flags stand above it"
+    )
+    convert.add_argument("--num-experts", type=int, help="experts a layer (default: 8)")
+    convert.add_argument("--top-k", type=int, help="experts a token goes to (default: 2; 1 for switch)")
     convert.add_argument(
         "--granularity",
         metavar="G",
@@ -205,21 +212,14 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument(
         "--shared-expert", action="store_true", help="keep the dense FFN as an expert for every token as well"
     )
-    convert.add_argument("--router", choices=ROUTERS, default="mixture", help="linear is vanilla upcycling")
+    convert.add_argument("--router", choices=ROUTERS, help="(default: mixture; linear is vanilla upcycling)")
     convert.add_argument("--num-routers", type=int, help="routers in the mixture (default: --num-experts)")
-    convert.add_argument(
-        "--pooling", choices=POOLINGS, default="sum", help="how scores combine (default: sum)"
-    )
-    convert.add_argument(
-        "--grouping", choices=GROUPINGS, default="greedy", help="how heads are paired (default: greedy)"
-    )
-    convert.add_argument(
-        "--seed", type=int, default=1234, help="of --router linear's weights (default: 1234)"
-    )
+    convert.add_argument("--pooling", choices=POOLINGS, help="how scores combine (default: sum)")
+    convert.add_argument("--grouping", choices=GROUPINGS, help="how heads are paired (default: greedy)")
+    convert.add_argument("--seed", type=int, default=1234, help="of all that is drawn (default: 1234)")
     convert.add_argument(
         "--moe-router-pre-softmax",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="softmax before top-k (default), or after; see below",
     )
     convert.add_argument("--materialize", action="store_true", help="real copies; share no bytes with DENSE")
@@ -437,16 +437,11 @@ def _progress(name: str, total: int, quiet: bool) -> Iterator[Callable[[int], No
 
 
 def _convert(args: argparse.Namespace) -> None:
-    router = RouterConfig(
-        router=args.router,
-        num_experts=args.num_experts * args.granularity,
-        top_k=args.top_k * args.granularity,
-        num_routers=args.num_routers,
-        pooling=args.pooling,
-        grouping=args.grouping,
-        pre_softmax=args.moe_router_pre_softmax,
-        granularity=args.granularity,
-    )
+    from megatron_router_upcycling import config
+
+    file = config.read_conversion(args.config)
+    router = _router_to_make(args, file.router)
+    file.init.check(router)
     import torch
 
     from megatron_router_upcycling import conversion
@@ -456,6 +451,8 @@ def _convert(args: argparse.Namespace) -> None:
     start = time.monotonic()
     options = Options(
         router=router,
+        init=file.init,
+        key_source=file.key_source,
         key_stats=args.key_stats,
         seed=args.seed,
         materialize=args.materialize,
@@ -471,6 +468,26 @@ def _convert(args: argparse.Namespace) -> None:
         record = conversion.convert(ready, progress)
     if not args.quiet:
         print(conversion.describe_result(ready, record, time.monotonic() - start))
+
+
+def _router_to_make(args: argparse.Namespace, file: dict[str, Any]) -> RouterConfig:
+    """The flags' options over the file's over the defaults.
+
+    Flags count copies of the dense FFN, a file's ``num_experts`` and ``moe_router_topk`` Megatron's experts.
+    """
+    flags = {
+        "router": args.router,
+        "num_experts": args.num_experts and args.num_experts * args.granularity,
+        "top_k": args.top_k and args.top_k * args.granularity,
+        "num_routers": args.num_routers,
+        "pooling": args.pooling,
+        "grouping": args.grouping,
+        "pre_softmax": args.moe_router_pre_softmax,
+    }
+    given = file | {name: value for name, value in flags.items() if value is not None}
+    top_k = 1 if given.get("router") == "switch" else 2
+    defaults = {"num_experts": 8 * args.granularity, "top_k": top_k * args.granularity}
+    return RouterConfig(**(defaults | given), granularity=args.granularity)
 
 
 def _verify(args: argparse.Namespace) -> int:

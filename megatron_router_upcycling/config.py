@@ -19,9 +19,10 @@ from typing import Any
 
 import yaml
 
-from megatron_router_upcycling import manifest
+from megatron_router_upcycling import init_config, manifest
 from megatron_router_upcycling.errors import UserError, reason
-from megatron_router_upcycling.router_config import GROUPINGS, POOLINGS, ROUTERS, RouterConfig
+from megatron_router_upcycling.init_config import InitConfig
+from megatron_router_upcycling.router_config import GROUPINGS, POOLINGS, ROUTERS, RouterConfig, check_types
 
 # Megatron argument -> the RouterConfig field that it sets.
 SHARED_WITH_MEGATRON = {
@@ -74,6 +75,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--num-routers", type=int, help="routers in the mixture (default: one an expert)")
     group.add_argument("--pooling", choices=POOLINGS, help="how the mixture's scores combine")
     group.add_argument("--grouping", choices=GROUPINGS, help="how attention heads are grouped")
+    group.add_argument("--locality-loss-coeff", type=float, help="of --router locmoe (default: 0.01)")
     group.add_argument("--collect-iters", type=int, default=10, help="batches to average keys over")
     group.add_argument("--key-source", choices=("pre_rope", "post_rope"), default="pre_rope")
     group.add_argument("--output", metavar="FILE", help="where collect_keys writes")
@@ -98,7 +100,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-SECTION = ("router", "num_routers", "pooling", "grouping", "collect_iters", "key_source")
+OF_ROUTER = ("router", "num_routers", "pooling", "grouping", "locality_loss_coeff")
+SECTION = (*OF_ROUTER, "collect_iters", "key_source", *init_config.NAMES)
 
 
 def set_defaults(parser: ArgumentParser, entries: dict[str, Any], source: str | Path) -> list[str]:
@@ -159,12 +162,56 @@ def _convert(action: argparse.Action, string: str, value: Any, source: str | Pat
     return [one(item) for item in value] if many else one(value)
 
 
-def section_defaults(section: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """Check the names of an ``upcycling:`` section; it is returned unchanged."""
+def section_defaults(section: dict[str, Any], source: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An ``upcycling:`` section's entries: those that stand as flags' defaults, and those of the start."""
     for name in section:
         if name not in SECTION:
             raise UserError(f"{source}: unknown upcycling option {name!r}; known: {', '.join(SECTION)}")
-    return section
+    start = {name: value for name, value in section.items() if name in init_config.NAMES}
+    return {name: value for name, value in section.items() if name not in start}, start
+
+
+def check_start(start: dict[str, Any], recorded: dict[str, Any] | None, source: str | Path | None) -> None:
+    """Compare what a YAML file says of the start with what ``recorded`` (a manifest) was converted with.
+
+    Raises:
+        UserError: they differ, so that another model would be trained than the file describes.
+    """
+    if recorded is None:
+        return
+    made = InitConfig().to_dict() | (recorded.get("init") or {})
+    for name, value in start.items():
+        if made[name] != value:
+            raise UserError(
+                f"--config: {name} {value}, but {source} was converted with {made[name]}; convert again with"
+                " this file as --config"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a YAML file says of a conversion; ``router`` has the fields of RouterConfig that it gives."""
+
+    router: dict[str, Any]
+    init: InitConfig
+    key_source: str | None
+
+
+def read_conversion(path: str | Path | None) -> Conversion:
+    """What ``convert --config`` takes from the file that ``pretrain --config`` will be given.
+
+    Raises:
+        UserError: an entry of the ``upcycling:`` section that does not exist or cannot have its value.
+    """
+    entries = read_yaml(path) if path else {"upcycling": {}}
+    flags, start = section_defaults(entries["upcycling"], str(path))
+    router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}
+    for name, field in SHARED_WITH_MEGATRON.items():
+        for spelling in (name, name.replace("_", "-")):
+            if entries.get(spelling) is not None:
+                router[field] = entries[spelling]
+    check_types(RouterConfig, router, f"{path}: option")
+    return Conversion(router, InitConfig.from_dict(start, str(path)), flags.get("key_source"))
 
 
 def router_config(
@@ -184,7 +231,7 @@ def router_config(
     """
     if args.num_experts is None:
         return None
-    asked = {name: getattr(args, name) for name in ("router", "num_routers", "pooling", "grouping")}
+    asked = {name: getattr(args, name) for name in OF_ROUTER}
     asked = {name: value for name, value in asked.items() if value is not None}
     asked |= {field: getattr(args, name) for name, field in SHARED_WITH_MEGATRON.items()}
     if recorded is None:

@@ -24,6 +24,7 @@ from megatron_router_upcycling.checkpoint.stamps import Stamps
 from megatron_router_upcycling.checkpoint.torch_dist import TRACKER, Checkpoint, iteration_dir
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.initial_routers import router_parameters
 from megatron_router_upcycling.key_stats import KeyStats
 from megatron_router_upcycling.moe_arguments import model_flags
 from megatron_router_upcycling.upcycle import (
@@ -37,7 +38,6 @@ from megatron_router_upcycling.upcycle import (
     accounted,
     execute,
     plan,
-    router_parameters,
     targets,
 )
 
@@ -114,12 +114,19 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     publish.check_target(out, dense.root, options.overwrite)
     model = DenseModel.of(dense)
     stats = None
+    options.router.check_hidden_size(model.hidden_size)
     if options.router.router == "mixture":
         if options.key_stats is None:
             raise UserError("--key-stats: --router mixture needs the file that collect_keys wrote")
         options.router.shape(model.num_attention_heads, model.kv_channels)
         stats = key_stats.load(options.key_stats)
         check_key_stats(stats, options.key_stats, dense, model)
+        found = stats.metadata["key_source"]
+        if options.key_source not in (None, found):
+            raise UserError(
+                f"--key-stats {options.key_stats}: holds {found} keys, and --config asks for key_source"
+                f" {options.key_source}; collect them with --key-source {options.key_source}"
+            )
     conversion = Conversion(dense, model, options, stats, plan(dense, model, options), out, sources)
     publish.check_space(out, conversion.bytes_to_write)
     return conversion
@@ -183,6 +190,7 @@ def _manifest(conversion: Conversion, folder: Path, contents: dict[str, str]) ->
     record = {
         "format": manifest.FORMAT,
         "router": options.router.to_dict(),
+        "init": options.init.to_dict(),
         "model": conversion.model.flags
         | model_flags(conversion.model, options.router, options.shared_expert, conversion.plan.layers),
         "seed": options.seed,
@@ -260,7 +268,7 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
     cut = f" (copies cut {router.granularity} ways)" * (router.granularity > 1) + (
         ", a shared expert" * options.shared_expert
     )
-    kind = "linear routers" if router.router == "linear" else f"mixtures of {router.num_routers} routers"
+    kind = router.describe()
     linked = conversion.plan.kept_bytes - conversion.plan.changed_bytes
     shared = f", {format_bytes(linked)} linked to {conversion.dense.root}" if conversion.links else ""
     if router.pre_softmax:

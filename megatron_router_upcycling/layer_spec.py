@@ -31,7 +31,8 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron_router_upcycling import config, manifest
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import RouterConfig
-from megatron_router_upcycling.routers import builder
+from megatron_router_upcycling.routers import METRICS, builder
+from megatron_router_upcycling.routers.metrics import report_also
 
 ENVIRONMENT = "MEGATRON_ROUTER_UPCYCLING_CONFIG"
 
@@ -119,6 +120,8 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
     _check_agreement(router, model_config.transformer)
     if router.router == "linear":
         return spec
+    if name := METRICS.get(router.router):
+        report_also(name)  # here, where every rank comes: a pipeline stage without experts reports as well
     if not isinstance(spec, TransformerBlockSubmodules):
         raise _unknown("default_layer_spec of an MoE", "TransformerBlockSubmodules", spec)
     return replace(spec, layer_specs=[_with_router(layer, router) for layer in spec.layer_specs])

@@ -48,7 +48,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     first.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     early, _ = first.parse_known_args(argv)
     entries = config.read_yaml(early.config) if early.config else {"upcycling": {}}
-    section = config.section_defaults(entries.pop("upcycling"), early.config)
+    section, start = config.section_defaults(entries.pop("upcycling"), early.config)
     paths = {
         name: getattr(early, name) or entries.get(name) for name in ("load", "save", "pretrained_checkpoint")
     }
@@ -58,6 +58,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     if needs_checkpoint and load is None:
         raise UserError("--load: name the dense checkpoint to read")
     recorded, source = config.find_manifest((load, paths["pretrained_checkpoint"]))
+    config.check_start(start, recorded, source)
 
     chosen = device.choose(early.device)
     if chosen == "cpu":

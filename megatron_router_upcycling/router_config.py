@@ -6,12 +6,15 @@ builds a router from.
 """
 
 import dataclasses
+import math
+import typing
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_router_upcycling.errors import UserError
 
-ROUTERS = ("mixture", "linear")
+ROUTERS = ("mixture", "linear", "mlp", "switch", "locmoe")
+LOCALITY_LOSS_COEFF = 0.01
 POOLINGS = ("sum", "max")
 GROUPINGS = ("greedy", "optimal", "consecutive")
 
@@ -38,6 +41,8 @@ class RouterConfig:
 
     ``num_experts`` and ``top_k`` count Megatron's experts. With ``granularity`` G they are shards of
     ``num_copies`` n = ``num_experts`` / G copies of the dense FFN; shards of one copy start with equal keys.
+
+    ``locality_loss_coeff`` is LocMoE's alone and a matter of training.
     """
 
     router: str = "mixture"
@@ -48,6 +53,7 @@ class RouterConfig:
     grouping: str = "greedy"
     pre_softmax: bool = True
     granularity: int = 1
+    locality_loss_coeff: float | None = None
 
     @property
     def num_copies(self) -> int:
@@ -70,6 +76,42 @@ class RouterConfig:
             )
         if self.num_routers is None and self.router == "mixture":
             object.__setattr__(self, "num_routers", self.num_copies)
+        if self.router == "switch" and (self.top_k != 1 or not self.pre_softmax):
+            raise UserError(
+                "--router switch: sends a token to one expert and weighs it by its softmax (Switch"
+                " Transformer); give --top-k 1 and --moe-router-pre-softmax"
+            )
+        if self.router == "locmoe":
+            self._check_locmoe()
+        elif self.locality_loss_coeff is not None:
+            raise UserError(f"locality_loss_coeff: --router {self.router} has no such loss; locmoe has")
+
+    def _check_locmoe(self) -> None:
+        if self.granularity > 1:
+            raise UserError(
+                f"--granularity {self.granularity}: --router locmoe has no keys for shards to share;"
+                " leave it out"
+            )
+        if self.locality_loss_coeff is None:
+            object.__setattr__(self, "locality_loss_coeff", LOCALITY_LOSS_COEFF)
+        elif not 0 <= self.locality_loss_coeff < math.inf:
+            raise UserError(f"locality_loss_coeff {self.locality_loss_coeff}: must be 0 or more")
+
+    def check_hidden_size(self, hidden_size: int) -> None:
+        """Raise UserError where the model's hidden size does not suit this router."""
+        if self.router == "locmoe" and hidden_size % self.num_experts:
+            raise UserError(
+                f"--router locmoe: averages equal slices of the hidden state, one an expert, and"
+                f" {self.num_experts} experts do not divide a hidden size of {hidden_size}; choose"
+                " --num-experts that does"
+            )
+
+    def describe(self) -> str:
+        """The kind of router in words, in the plural."""
+        if self.router == "mixture":
+            return f"mixtures of {self.num_routers} routers"
+        names = {"linear": "linear", "mlp": "MLP", "switch": "Switch", "locmoe": "LocMoE"}
+        return f"{names[self.router]} routers"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -83,16 +125,24 @@ class RouterConfig:
             raise UserError(
                 f"{source}: unknown router option {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
-        for name, value in values.items():
-            kind = type(getattr(cls, name))  # of the default
-            if type(value) not in ((int, type(None)) if kind is type(None) else (kind,)):
-                raise UserError(f"{source}: router option {name} cannot be {str(value)[:40]!r}")
+        check_types(cls, values, f"{source}: router option")
         return cls(**values)
 
     def shape(self, num_heads: int, head_dim: int) -> RouterShape:
         """Sizes of this mixture router over ``num_heads`` query heads of ``head_dim``, its n copies apart."""
         assert self.router == "mixture" and self.num_routers is not None
         return router_shape(num_heads, head_dim, self.num_routers, self.num_copies)
+
+
+def check_types(options: type, values: dict[str, Any], place: str) -> None:
+    """Raise UserError where a value is not of the type of its field in the dataclass ``options``."""
+    for field in dataclasses.fields(options):
+        if field.name not in values:
+            continue
+        value = values[field.name]
+        allowed = typing.get_args(field.type) or (field.type,)
+        if type(value) not in allowed and not (float in allowed and type(value) is int):
+            raise UserError(f"{place} {field.name} cannot be {str(value)[:40]!r}")
 
 
 def router_shape(num_heads: int, head_dim: int, num_routers: int, num_experts: int) -> RouterShape:

@@ -12,11 +12,8 @@ d head size, D hidden size, F FFN size.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from megatron_router_upcycling import fine_grained
 from megatron_router_upcycling.checkpoint import safe_load
@@ -27,14 +24,13 @@ from megatron_router_upcycling.checkpoint.torch_dist import COMMON_FILE, COMMON_
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.fine_grained import SHARED_EXPERT, Cut
+from megatron_router_upcycling.init_config import InitConfig
+from megatron_router_upcycling.initial_routers import router_parameters, router_values
 from megatron_router_upcycling.key_stats import KeyStats
 from megatron_router_upcycling.moe_arguments import moe_common_state
-from megatron_router_upcycling.qkv import split_qkv
 from megatron_router_upcycling.router_config import RouterConfig
-from megatron_router_upcycling.router_init import init_mixture
 
 LAYERS = "decoder.layers"
-ROUTER = f"{LAYERS}.mlp.router"
 EXPERTS = f"{LAYERS}.mlp.experts.experts"
 EXTRA_STATE = "._extra_state/"
 FUSED_NORM = f"{FC1}.layer_norm_"  # the norm before the FFN in a dense layer, and in an MoE layer built
@@ -62,6 +58,8 @@ class Options:
     overwrite: bool = False
     shared_expert: bool = False
     layers: str | None = None  # those that get experts, as ``parse_layers`` reads them; None: all
+    init: InitConfig = InitConfig()
+    key_source: str | None = None  # that the key statistics must be of
 
 
 # Steps. Each names the tensors or objects of the dense checkpoint that it accounts for.
@@ -295,23 +293,6 @@ def _other_norm(key: str) -> str | None:
     return None
 
 
-def router_parameters(model: DenseModel, router: RouterConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Global keys and shapes of the routers' parameters.
-
-    Megatron gives a router a bias where linear layers have one.
-    """
-    L, D, n = model.num_layers, model.hidden_size, router.num_experts
-    bias = () if model.flags["disable_bias_linear"] else ((f"{ROUTER}.bias", (L, n)),)
-    if router.router == "linear":
-        return (f"{ROUTER}.weight", (L, n, D)), *bias
-    shape = router.shape(model.num_attention_heads, model.kv_channels)
-    return (
-        (f"{ROUTER}.query_weight", (L, shape.num_routers, shape.router_width, D)),
-        (f"{ROUTER}.expert_key", (L, n * shape.keys_per_expert, shape.router_width)),
-        *bias,
-    )
-
-
 def extra_states(
     model: DenseModel, num_experts: int, shared_expert: bool = False, layers: tuple[int, ...] | None = None
 ) -> list[str]:
@@ -373,7 +354,7 @@ def execute(
             case MakeRouters(parameters, layers):
                 writer.next_file()
                 chosen = layers or range(model.num_layers)
-                made = router_values(dense, model, options, stats, scratch, chosen)
+                made = router_values(dense, model, options.router, stats, options.seed, scratch, chosen)
                 for layer, values in zip(chosen, made, strict=True):
                     for (key, shape), value in zip(parameters, values, strict=True):
                         if not value.isfinite().all():
@@ -410,34 +391,3 @@ def _copy_experts(source: Checkpoint, step: CopyExperts, copies: bool, writer: C
             (*chunk.offsets[:front], expert, *chunk.offsets[front:]) for expert in range(step.num_experts)
         ]
         writer.store_chunk(source, chunk, stored.dtype, step.target, shape, sizes, offsets, copies)
-
-
-def router_values(
-    dense: Checkpoint,
-    model: DenseModel,
-    options: Options,
-    stats: KeyStats | None,
-    scratch: bytearray,
-    layers: Iterable[int],
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield the routers' parameters of ``layers`` in the order of ``router_parameters``, the model's dtype.
-
-    A linear router is drawn layer after layer from one generator seeded with ``options.seed``. A bias is
-    zero: the paper's routers have none.
-    """
-    bias = () if model.flags["disable_bias_linear"] else (torch.zeros(options.router.num_experts),)
-    if options.router.router == "linear":
-        generator = torch.Generator().manual_seed(options.seed)
-        for _ in layers:
-            weight = torch.empty(options.router.num_copies, model.hidden_size)
-            weight.normal_(std=model.init_method_std, generator=generator)
-            weight = weight.repeat_interleave(options.router.granularity, dim=0)
-            yield tuple(value.to(model.dtype) for value in (weight, *bias))
-        return
-    assert stats is not None
-    H, G, d = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    for layer in layers:
-        query, _, _ = split_qkv(dense.read_layer(QKV, layer, scratch), H, G)
-        key_heads = stats.mean[layer].repeat_interleave(H // G, dim=0)  # [G, d] -> [H, d]
-        query_weight, expert_key = init_mixture(query.unflatten(0, (H, d)), key_heads, options.router)
-        yield tuple(value.to(model.dtype) for value in (query_weight, expert_key, *bias))

@@ -6,12 +6,24 @@ from functools import partial
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_router_upcycling.router_config import RouterConfig
+from megatron_router_upcycling.routers.baselines import (
+    DROPPED,
+    LOCALITY,
+    LocMoERouter,
+    MLPRouter,
+    SwitchRouter,
+)
 from megatron_router_upcycling.routers.mixture import MixtureRouter
 
 BUILDERS: dict[str, Callable[[RouterConfig], Callable[..., TopKRouter]]] = {
     "mixture": lambda router: partial(MixtureRouter, router=router),
     "linear": lambda router: TopKRouter,
+    "mlp": lambda router: MLPRouter,
+    "switch": lambda router: SwitchRouter,
+    "locmoe": lambda router: partial(LocMoERouter, router=router),
 }
+
+METRICS = {"switch": DROPPED, "locmoe": LOCALITY}  # what a router records beside Megatron's own metrics
 
 
 def builder(router: RouterConfig) -> Callable[..., TopKRouter]:

@@ -75,7 +75,7 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
         )
     router = manifest.router_config(record, moe.root / manifest.NAME)
     verification = Verification(dense, model, moe, record, router, None, findings)
-    if router.router == "linear" or verification.trained:
+    if router.router != "mixture" or verification.trained:
         return verification
     router.shape(model.num_attention_heads, model.kv_channels)
     stats = _key_stats(verification, key_stats_file)
@@ -165,14 +165,14 @@ def _say_what_was_seen(verification: Verification, comparison: Comparison) -> No
             findings.looked_at[check] = format_bytes(comparison.compared.get(check, 0))
     if verification.trained:
         findings.skipped["states"] = findings.skipped["files"] = TRAINED
-    elif verification.router.router == "linear":
+    elif verification.router.router in ("linear", "switch", "mlp"):
         findings.looked_at["routers"] += f", drawn again from seed {verification.record.get('seed')}"
 
 
 def describe(verification: Verification, seconds: float) -> str:
     """What was proved and what differs, for a screen."""
     findings, router, moe = verification.findings, verification.router, verification.moe
-    kind = "linear routers" if router.router == "linear" else f"mixtures of {router.num_routers} routers"
+    kind = router.describe()
     since = f", trained to {moe.iteration_dir.name}: values not compared" if verification.trained else ""
     verdict = f"{len(findings.found)} DIFFERENCES" if findings else "as it must be"
     return (

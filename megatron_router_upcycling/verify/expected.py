@@ -18,13 +18,13 @@ from megatron_router_upcycling.checkpoint.dense import FC1, FC2, QKV, DenseModel
 from megatron_router_upcycling.checkpoint.layers import at_layer
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.fine_grained import SHARED_EXPERT
+from megatron_router_upcycling.initial_routers import ROUTER
 from megatron_router_upcycling.key_stats import KeyStats
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import (
     EXPERTS,
     FUSED_NORM,
     LAYERS,
-    ROUTER,
     SEPARATE_NORM,
     TRAINING_STATE,
 )
@@ -131,12 +131,11 @@ def _stacked(
             if key.startswith(here) and other not in dense.tensors:
                 expected[other] = _same(source, "norms")
     query = StoredTensor(dense, files, QKV)
-    if router.router == "linear":
-        chosen = layout.layers or range(model.num_layers)
-        expected[f"{ROUTER}.weight"] = _linear(model, router, seed, chosen)
-    else:
+    if router.router == "mixture":
         expected |= _mixture(query, model, router, stats)
-    if not model.flags["disable_bias_linear"]:
+    elif router.router != "locmoe":
+        expected |= _drawn(model, router, seed, layout.layers or range(model.num_layers))
+    if not model.flags["disable_bias_linear"] and router.router != "locmoe":
         zero = torch.zeros(router.num_experts, dtype=model.dtype)
         expected[f"{ROUTER}.bias"] = _computed(model, (router.num_experts,), lambda layer: zero)
     return expected
@@ -204,23 +203,36 @@ def _computed(model: DenseModel, shape: Shape, compute: Callable[[int], torch.Te
     return ExpectedTensor("routers", (model.num_layers, *shape), model.dtype, pieces)
 
 
-def _linear(model: DenseModel, router: RouterConfig, seed: int, layers: Sequence[int]) -> ExpectedTensor:
-    """[L, n, D], drawn from ``seed`` for one of ``layers`` after the other; shards have their copy's."""
-    drawn: tuple[int, torch.Generator] | None = None
+def _drawn(
+    model: DenseModel, router: RouterConfig, seed: int, layers: Sequence[int]
+) -> dict[str, ExpectedTensor]:
+    """Random routers, drawn from ``seed`` for one of ``layers`` after the other; shards have their copy's."""
+    D, n, G = model.hidden_size, router.num_copies, router.granularity
+    rows = {"fc1.weight": D, "fc2.weight": n} if router.router == "mlp" else {"weight": n}
+    drawn: tuple[int, torch.Generator, list[torch.Tensor]] | None = None
 
-    def compute(layer: int) -> torch.Tensor:
+    def values(layer: int) -> list[torch.Tensor]:
         nonlocal drawn
         turn = layers.index(layer)
-        if drawn is None or drawn[0] > turn:
-            drawn = 0, torch.Generator().manual_seed(seed)
-        upcoming, generator = drawn
+        if drawn is None or drawn[0] > turn + 1:
+            drawn = 0, torch.Generator().manual_seed(seed), []
+        upcoming, generator, last = drawn
         for _ in range(upcoming, turn + 1):
-            weight = torch.empty(router.num_copies, model.hidden_size)
-            weight.normal_(std=model.init_method_std, generator=generator)
-        drawn = turn + 1, generator
-        return weight.repeat_interleave(router.granularity, dim=0).to(model.dtype)
+            last = [torch.empty(count, D) for count in rows.values()]
+            for weight in last:
+                weight.normal_(std=model.init_method_std, generator=generator)
+        drawn = turn + 1, generator, last
+        return last
 
-    return _computed(model, (router.num_experts, model.hidden_size), compute)
+    def parameter(place: int, count: int) -> ExpectedTensor:
+        shards = G if place == len(rows) - 1 else 1  # the last has a row for each expert
+
+        def compute(layer: int) -> torch.Tensor:
+            return values(layer)[place].repeat_interleave(shards, dim=0).to(model.dtype)
+
+        return _computed(model, (count * shards, D), compute)
+
+    return {f"{ROUTER}.{name}": parameter(place, count) for place, (name, count) in enumerate(rows.items())}
 
 
 def _mixture(

@@ -13,11 +13,11 @@ from megatron_router_upcycling.checkpoint.layers import at_layer, split_key, spl
 from megatron_router_upcycling.checkpoint.ledger import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import COMMON_STATE, Blob, Checkpoint
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.initial_routers import ROUTER
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import (
     EXTRA_STATE,
     FUSED_NORM,
-    ROUTER,
     SEPARATE_NORM,
     TRAINING_STATE,
     extra_states,

@@ -1,0 +1,168 @@
+"""The paper's baselines in Megatron's MoE layer (arXiv 2509.00679, section 4.3).
+
+Each is a ``TopKRouter`` with other logits or with something added to the routing; aux loss, z-loss, top-k and
+token dropping are inherited. Vanilla upcycling and training from scratch use ``TopKRouter`` as it is.
+
+Symbols: n experts, D hidden size.
+"""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_router_upcycling.router_config import RouterConfig
+
+# Names among Megatron's MoE metrics.
+DROPPED = "dropped token share"
+LOCALITY = "locality_loss"
+
+
+def router_dtype(config: TransformerConfig, input: Tensor) -> torch.dtype:
+    """The dtype of logits: ``moe_router_dtype``, or the input's."""
+    return {"fp32": torch.float32, "fp64": torch.float64}.get(config.moe_router_dtype, input.dtype)
+
+
+class MLPRouter(TopKRouter):
+    """Two layers, D -> D -> n, with GELU between: ``fc1.weight`` [D, D] and ``fc2.weight`` [n, D].
+
+    Replicated over all parallel groups, in ``config.params_dtype``; computed in ``moe_router_dtype``.
+    """
+
+    # Megatron-FSDP knows the stock router as replicated by its class name, any other module by this.
+    tensor_model_parallel = False
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.register_parameter("weight", None)
+        hidden, n = config.hidden_size, config.num_moe_experts
+        self.fc1 = torch.nn.Linear(hidden, hidden, bias=False, device="cpu", dtype=torch.float32)
+        self.fc2 = torch.nn.Linear(hidden, n, bias=False, device="cpu", dtype=torch.float32)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters and mark them for Megatron, as ``Router.reset_parameters`` does its own."""
+        if self.weight is not None:
+            return  # Router.__init__ calls this for the gate that goes at once
+        for parameter in self.parameters():
+            if self.config.perform_initialization:
+                self.config.init_method(parameter)
+            parameter.data = parameter.data.to(dtype=self.config.params_dtype)
+            parameter.sequence_parallel = self.config.sequence_parallel
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [..., n] of tokens [..., D]."""
+        dtype = router_dtype(self.config, input)
+        hidden = torch.nn.functional.linear(input.to(dtype), self.fc1.weight.to(dtype))
+        logits = torch.nn.functional.linear(torch.nn.functional.gelu(hidden), self.fc2.weight.to(dtype))
+        return logits if self.bias is None else logits + self.bias.to(dtype)
+
+
+class SwitchRouter(TopKRouter):
+    """Switch Transformer (arXiv 2101.03961): top-1 by softmax, expert capacity, input jitter.
+
+    Capacity and jitter are Megatron's, by ``moe_expert_capacity_factor`` and ``moe_input_jitter_eps``; as in
+    the original, jitter is for training alone. What is dropped is counted: ``dropped_tokens`` and
+    ``routed_tokens`` are running sums (int64 scalars) over this rank's training micro-batches, for whoever
+    reads and zeroes them, and the share of dropped tokens is in Megatron's log.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        self.dropped_tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.routed_tokens = torch.zeros((), dtype=torch.int64, device=device)
+
+    def apply_input_jitter(self, input: Tensor) -> Tensor:
+        return super().apply_input_jitter(input) if self.training else input
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        probs, routing_map = super().routing(logits, padding_mask=padding_mask)
+        if self.training and torch.is_grad_enabled() and self.config.moe_expert_capacity_factor is not None:
+            with torch.no_grad():
+                # By the weights: a map padded to capacity holds tokens which did not choose the expert.
+                routed = probs.shape[0] * self.topk
+                dropped = routed - (probs > 0).sum()
+                self.dropped_tokens += dropped
+                self.routed_tokens += routed
+                record(self, DROPPED, dropped / routed, avg_group=self.tp_dp_cp_group)
+        return probs, routing_map
+
+
+class LocMoERouter(TopKRouter):
+    """LocMoE (arXiv 2401.13920): grouped average pooling for a gate, and a loss that keeps tokens local.
+
+    Expert i's logit is the mean of the i-th of n equal slices of the hidden state: no parameter is learned.
+    The locality loss is ``coefficient`` times the KL divergence between all mass on this rank's own experts
+    and the rank's mean routing distribution P, which is -log(sum of P over them); 0 at EP 1.
+    """
+
+    tensor_model_parallel = False
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        *,
+        router: RouterConfig,
+    ) -> None:
+        router.check_hidden_size(config.hidden_size)
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        assert router.locality_loss_coeff is not None and pg_collection is not None
+        self.locality_loss_coeff = router.locality_loss_coeff
+        ranks, rank = pg_collection.ep.size(), pg_collection.ep.rank()
+        local = config.num_moe_experts // ranks
+        self.local_experts = slice(rank * local, (rank + 1) * local)
+        self.expert_parallel = ranks > 1
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [..., n] of tokens [..., D]."""
+        tokens = input.to(router_dtype(self.config, input))
+        return tokens.unflatten(-1, (self.config.num_moe_experts, -1)).mean(dim=-1)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        probs, routing_map = super().routing(logits, padding_mask=padding_mask)
+        wanted = self.expert_parallel and self.locality_loss_coeff > 0
+        if wanted and self.training and torch.is_grad_enabled():
+            loss = locality_loss(logits, self.local_experts, padding_mask)
+            # Logged and scaled as Megatron's own auxiliary losses: a sum over TP and CP, a mean over DP.
+            probs = self.attach_and_log_load_balancing_loss(
+                probs,
+                self.locality_loss_coeff,
+                loss * self.locality_loss_coeff / self.tp_cp_group.size(),
+                LOCALITY,
+                self.tp_cp_group,
+            )
+        return probs, routing_map
+
+
+def locality_loss(logits: Tensor, local_experts: slice, padding_mask: Tensor | None = None) -> Tensor:
+    """-log of the mean probability mass on ``local_experts``, of logits [..., n]; a scalar."""
+    logits = logits.float().flatten(0, -2)
+    if padding_mask is not None:
+        logits = logits[~padding_mask.reshape(-1)]
+    # log of the mass of each token, then of their mean: no softmax that could underflow to log(0).
+    mass = logits[:, local_experts].logsumexp(dim=-1) - logits.logsumexp(dim=-1)
+    return math.log(len(mass)) - mass.logsumexp(dim=0)
+
+
+def record(router: TopKRouter, name: str, value: Tensor, **groups: Any) -> None:
+    """Put ``value`` of this layer and micro-batch among Megatron's MoE metrics."""
+    config, layer = router.config, router.layer_number
+    num_layers = config.num_layers + (config.mtp_num_layers or 0)
+    if layer is not None:
+        layer += config.num_layers * router.is_mtp_layer
+    get_moe_metrics_tracker().record(name, value, layer, num_layers, **groups)
