@@ -179,7 +179,7 @@ def check_start(start: dict[str, Any], recorded: dict[str, Any] | None, source: 
     """
     if recorded is None:
         return
-    made = InitConfig().to_dict() | (recorded.get("init") or {})
+    made = manifest.init_config(recorded, str(source)).to_dict()
     for name, value in start.items():
         if made[name] != value:
             raise UserError(

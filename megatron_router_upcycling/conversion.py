@@ -11,7 +11,7 @@ import pickle
 import platform
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from megatron_router_upcycling.upcycle import (
     LEFT_OUT,
     TRAINING_STATE,
     CopyExperts,
+    Draw,
     Keep,
     LeaveOut,
     Options,
@@ -113,6 +114,8 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     dense = open_dense(root)
     publish.check_target(out, dense.root, options.overwrite)
     model = DenseModel.of(dense)
+    if options.init.weights == "random":
+        options = replace(options, materialize=True)  # there is nothing to share
     stats = None
     options.router.check_hidden_size(model.hidden_size)
     if options.router.router == "mixture":
@@ -174,7 +177,7 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
 
 def used(plan: Plan) -> list[str]:
     """The tensors of ``plan.source`` whose values are taken over."""
-    steps = [step for step in plan.steps if not isinstance(step, LeaveOut)]
+    steps = [step for step in plan.steps if not isinstance(step, LeaveOut | Draw)]
     return [key for step in steps for key in accounted(step) if key in plan.source.tensors]
 
 
@@ -273,12 +276,16 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
     shared = f", {format_bytes(linked)} linked to {conversion.dense.root}" if conversion.links else ""
     if router.pre_softmax:
         order = "softmax, then top-k (--moe-router-pre-softmax)"
+    else:
+        order = "top-k, then softmax (--no-moe-router-pre-softmax)"
+    if options.init.weights == "random":
+        first = "a model from scratch"
+    elif router.pre_softmax:
         first = (
             f"an FFN's output shrinks by the sum of the {router.top_k} largest of {router.num_experts}"
             " weights, so the loss starts above the dense model's"
         )
     else:
-        order = "top-k, then softmax (--no-moe-router-pre-softmax)"
         first = "exactly the dense model"
         if router.granularity == 1:
             first += "; its loss gives the router no gradient until the experts differ"

@@ -120,7 +120,7 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
     _check_agreement(router, model_config.transformer)
     if router.router == "linear":
         return spec
-    if name := METRICS.get(router.router):
+    for name in METRICS.get(router.router, ()):
         report_also(name)  # here, where every rank comes: a pipeline stage without experts reports as well
     if not isinstance(spec, TransformerBlockSubmodules):
         raise _unknown("default_layer_spec of an MoE", "TransformerBlockSubmodules", spec)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.init_config import InitConfig
 from megatron_router_upcycling.router_config import RouterConfig
 
 NAME = "router_upcycling.json"
@@ -52,6 +53,14 @@ def router_config(manifest: dict[str, Any], source: str | Path) -> RouterConfig:
     if not isinstance(router, dict):
         raise UserError(f"{source}: has no 'router' section; convert the model again")
     return RouterConfig.from_dict(router, str(source))
+
+
+def init_config(manifest: dict[str, Any], source: str | Path) -> InitConfig:
+    """How the checkpoint was made to start; the paper's way where ``manifest`` says nothing."""
+    init = manifest.get("init", {})
+    if not isinstance(init, dict):
+        raise UserError(f"{source}: its 'init' section is no mapping; convert the model again")
+    return InitConfig.from_dict(init, str(source))
 
 
 def write(root: str | Path, manifest: dict[str, Any]) -> None:

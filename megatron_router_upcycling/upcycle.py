@@ -15,7 +15,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_router_upcycling import fine_grained
+import torch
+
+from megatron_router_upcycling import fine_grained, random_weights
 from megatron_router_upcycling.checkpoint import safe_load
 from megatron_router_upcycling.checkpoint.dense import FC1, FC2, QKV, DenseModel
 from megatron_router_upcycling.checkpoint.layers import at_layer, parse_layers, split_key, split_layers
@@ -108,6 +110,16 @@ class CopyShared:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Make ``key`` at random, with the dtype of ``like``, which goes or of which another step disposes."""
+
+    key: str
+    shape: tuple[int, ...]
+    like: str
+    goes: bool
+
+
+@dataclass(frozen=True)
 class MakeRouters:
     """Make the routers' parameters: key and shape over all layers; ``layers``: only for these, each under a
     key of its own."""
@@ -145,7 +157,17 @@ class LeaveOut:
     keys: tuple[str, ...]
 
 
-Step = Keep | CopyNorm | CopyExperts | CopyShared | MakeRouters | AddExtraStates | WriteCommonState | LeaveOut
+Step = (
+    Keep
+    | CopyNorm
+    | CopyExperts
+    | CopyShared
+    | Draw
+    | MakeRouters
+    | AddExtraStates
+    | WriteCommonState
+    | LeaveOut
+)
 
 
 @dataclass(frozen=True)
@@ -215,6 +237,8 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
         if options.shared_expert:
             shared.append(CopyShared(key, at_layer(SHARED_EXPERT + parameter, layer), name.startswith(FC2)))
     steps += shared
+    if options.init.weights == "random":
+        steps = [drawn for step in steps for drawn in _from_scratch(step, dense)]
     routers = MakeRouters(router_parameters(model, options.router), layers)
     added = tuple(key for key in extra_states(model, n, options.shared_expert, layers) if key not in kept)
     steps += [routers, AddExtraStates(ffn_states, added), WriteCommonState(common, made), LeaveOut(left_out)]
@@ -237,10 +261,27 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     return result
 
 
+def _from_scratch(step: Step, dense: Checkpoint) -> list[Step]:
+    """``step`` with its values drawn in place of the dense model's."""
+    match step:
+        case Keep(keys):
+            tensors = [key for key in keys if key in dense.tensors]
+            kept = Keep(tuple(key for key in keys if key not in dense.tensors))
+            return [kept, *(Draw(key, dense.tensors[key].shape, key, goes=True) for key in tensors)]
+        case CopyNorm(key, other):
+            return [Draw(other, dense.tensors[key].shape, key, goes=False)]
+        case CopyExperts(key, target):
+            return [Draw(target, step.shape(dense.tensors[key].shape), key, goes=True)]
+        case CopyShared(key, target):
+            return [Draw(target, dense.tensors[key].shape, key, goes=False)]
+        case _:
+            return [step]
+
+
 def accounted(step: Step) -> tuple[str, ...]:
     """The entries of the dense checkpoint that ``step`` accounts for."""
     match step:
-        case CopyExperts(key=key):
+        case CopyExperts(key=key) | Draw(like=key, goes=True):
             return (key,)
         case Keep(keys=keys) | AddExtraStates(keys=keys) | WriteCommonState(keys=keys) | LeaveOut(keys=keys):
             return keys
@@ -277,6 +318,8 @@ def targets(plan: Plan, model: DenseModel) -> dict[str, Target]:
                 made[target] = step.shape(stored.shape), stored.dtype
             case CopyShared(key, target):
                 like(key, target)
+            case Draw(key, shape, source):
+                made[key] = shape, plan.source.tensors[source].dtype
             case MakeRouters():
                 made |= {key: (shape, model.dtype) for key, shape in step.made().items()}
             case AddExtraStates(added=keys) | WriteCommonState(made=keys):
@@ -351,6 +394,8 @@ def execute(
                 fine_grained.write_scaled(source, key, target, writer, scratch)
             case CopyShared(key, target):
                 writer.take_over(source, key, target, copy=options.materialize)
+            case Draw():
+                _draw(step, source.tensors[step.like].dtype, model, options.seed, writer)
             case MakeRouters(parameters, layers):
                 writer.next_file()
                 chosen = layers or range(model.num_layers)
@@ -391,3 +436,13 @@ def _copy_experts(source: Checkpoint, step: CopyExperts, copies: bool, writer: C
             (*chunk.offsets[:front], expert, *chunk.offsets[front:]) for expert in range(step.num_experts)
         ]
         writer.store_chunk(source, chunk, stored.dtype, step.target, shape, sizes, offsets, copies)
+
+
+def _draw(step: Draw, dtype: torch.dtype, model: DenseModel, seed: int, writer: CheckpointWriter) -> None:
+    centered = bool(model.flags.get("apply_layernorm_1p"))
+    mean, std = random_weights.first_values(step.key, model.init_method_std, model.num_layers, centered)
+    name, layer = split_key(step.key)
+    for offsets, sizes in random_weights.blocks(step.shape):
+        place = offsets if layer is None else (layer, *offsets)  # as if the layers were stacked
+        values = random_weights.draw(seed, name, place, sizes, mean, std)
+        writer.write_chunk(step.key, step.shape, values.to(dtype), [offsets])

@@ -156,13 +156,13 @@ Exported by megatron-router-upcycling {__version__} (`router-upcycle export-hf`)
 def _router_section(job: "Export", record: dict[str, Any]) -> str:
     router = job.router
     assert router is not None and job.gates is not None
-    if router.router == "linear":
-        kind = "a linear layer"
-    else:
-        kind = (
-            f"a mixture of {router.num_routers} routers, {router.pooling} pooling, made from a dense model's"
-            " attention heads (Router Upcycling, [arXiv 2509.00679](https://arxiv.org/abs/2509.00679))"
-        )
+    kind = {
+        "linear": "a linear layer",
+        "switch": "Switch Transformer's, a linear layer (no token is dropped here)",
+        "locmoe": "LocMoE's, the means of slices of the hidden state",
+        "mixture": f"a mixture of {router.num_routers} routers, {router.pooling} pooling, made from a dense"
+        " model's attention heads (Router Upcycling, [arXiv 2509.00679](https://arxiv.org/abs/2509.00679))",
+    }[router.router]
     order = "softmax, then top-k" if router.pre_softmax else "top-k, then softmax"
     if job.is_stock:
         folded = "It is linear in the hidden state, and stands here as one gate a layer, folded in float32."

@@ -34,10 +34,15 @@ class Gates:
             UserError: a router that is no maximum over linear gates.
         """
         L, n, D = model.num_layers, router.num_experts, model.hidden_size
-        if router.router == "linear":
+        if router.router in ("linear", "switch"):
             return cls(n, 1, {f"{ROUTER}.weight": (L, n, D)})
+        if router.router == "locmoe":
+            return cls(n, 1, {})
         if router.router != "mixture":
-            raise UserError(f"--router {router.router}: no Hugging Face class holds such a router")
+            raise UserError(
+                f"--router {router.router}: no Hugging Face class holds such a router, which is no linear"
+                " gate; evaluate this model in Megatron"
+            )
         shape = router.shape(model.num_attention_heads, model.kv_channels)
         keys = n * shape.keys_per_expert
         parameters = {
@@ -50,13 +55,21 @@ class Gates:
 
 def read_gate(checkpoint: Checkpoint, router: RouterConfig, layer: int) -> torch.Tensor:
     """One layer's folded gate, [rows, D] in float32."""
-    if router.router == "linear":
+    if router.router == "locmoe":
+        return _slice_means(router.num_experts, checkpoint)
+    if router.router != "mixture":
         return checkpoint.read_layer(f"{ROUTER}.weight", layer, bytearray()).float()
     query_weight, expert_key = (
         checkpoint.read_layer(f"{ROUTER}.{parameter}", layer, bytearray())
         for parameter in ("query_weight", "expert_key")
     )
     return fold(query_weight, expert_key, router.pooling, torch.float32)
+
+
+def _slice_means(num_experts: int, checkpoint: Checkpoint) -> torch.Tensor:
+    """LocMoE's gate as a constant matrix: row i averages the i-th of n equal slices of the hidden state."""
+    width = int(checkpoint.args.hidden_size) // num_experts
+    return torch.eye(num_experts).repeat_interleave(width, dim=1) / width
 
 
 @dataclass

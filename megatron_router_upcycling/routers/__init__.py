@@ -8,6 +8,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.routers.baselines import (
     DROPPED,
+    LOCAL,
     LOCALITY,
     LocMoERouter,
     MLPRouter,
@@ -23,7 +24,7 @@ BUILDERS: dict[str, Callable[[RouterConfig], Callable[..., TopKRouter]]] = {
     "locmoe": lambda router: partial(LocMoERouter, router=router),
 }
 
-METRICS = {"switch": DROPPED, "locmoe": LOCALITY}  # what a router records beside Megatron's own metrics
+METRICS = {"switch": (DROPPED,), "locmoe": (LOCALITY, LOCAL)}  # recorded beside Megatron's own metrics
 
 
 def builder(router: RouterConfig) -> Callable[..., TopKRouter]:

@@ -21,6 +21,7 @@ from megatron_router_upcycling.router_config import RouterConfig
 # Names among Megatron's MoE metrics.
 DROPPED = "dropped token share"
 LOCALITY = "locality_loss"
+LOCAL = "local token share"
 
 
 def router_dtype(config: TransformerConfig, input: Tensor) -> torch.dtype:
@@ -135,8 +136,12 @@ class LocMoERouter(TopKRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
-        wanted = self.expert_parallel and self.locality_loss_coeff > 0
-        if wanted and self.training and torch.is_grad_enabled():
+        if not (self.expert_parallel and self.training and torch.is_grad_enabled()):
+            return probs, routing_map
+        with torch.no_grad():
+            share = routing_map[:, self.local_experts].sum() / routing_map.sum()
+            record(self, LOCAL, share, avg_group=self.tp_dp_cp_group)
+        if self.locality_loss_coeff > 0:
             loss = locality_loss(logits, self.local_experts, padding_mask)
             # Logged and scaled as Megatron's own auxiliary losses: a sum over TP and CP, a mean over DP.
             probs = self.attach_and_log_load_balancing_loss(

@@ -6,7 +6,7 @@ since, the structure alone can be checked.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron_router_upcycling.checkpoint.dense import DenseModel, open_dense
 from megatron_router_upcycling.checkpoint.publish import format_bytes
 from megatron_router_upcycling.checkpoint.torch_dist import COMMON_FILE, CONFIG, METADATA, Checkpoint
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.init_config import InitConfig
 from megatron_router_upcycling.key_stats import KeyStats
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.verify import structure
@@ -38,6 +39,7 @@ class Verification:
     record: dict[str, Any]
     router: RouterConfig
     stats: KeyStats | None
+    init: InitConfig
     findings: Findings = field(default_factory=Findings)
 
     @property
@@ -74,12 +76,13 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
             " trained from one with megatron_router_upcycling.pretrain"
         )
     router = manifest.router_config(record, moe.root / manifest.NAME)
-    verification = Verification(dense, model, moe, record, router, None, findings)
+    init = manifest.init_config(record, moe.root / manifest.NAME)
+    verification = Verification(dense, model, moe, record, router, None, init, findings)
     if router.router != "mixture" or verification.trained:
         return verification
     router.shape(model.num_attention_heads, model.kv_channels)
     stats = _key_stats(verification, key_stats_file)
-    return Verification(dense, model, moe, record, router, stats, findings)
+    return replace(verification, stats=stats)
 
 
 def _key_stats(verification: Verification, path: Path | None) -> KeyStats:
@@ -125,7 +128,8 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
             raise UserError(f"MOE {moe.root}: its manifest has seed {seed!r}; convert the model again")
         source = moe.root / manifest.NAME
         layout = Layout.of(structure.section(moe, record, "model"), router, model, source)
-        expected = expected_tensors(dense, dense_files, model, router, verification.stats, seed, layout)
+        init = verification.init
+        expected = expected_tensors(dense, dense_files, model, router, verification.stats, init, seed, layout)
         comparable = structure.check_tensors(moe, expected, trained, findings)
         wanted = structure.expected_states(model, router, layout)
         identities = structure.check_objects(moe, dense, moe_files, wanted, layout, trained, findings)

@@ -18,6 +18,7 @@ from megatron_router_upcycling.checkpoint.dense import FC1, FC2, QKV, DenseModel
 from megatron_router_upcycling.checkpoint.layers import at_layer
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.fine_grained import SHARED_EXPERT
+from megatron_router_upcycling.init_config import InitConfig
 from megatron_router_upcycling.initial_routers import ROUTER
 from megatron_router_upcycling.key_stats import KeyStats
 from megatron_router_upcycling.router_config import RouterConfig
@@ -28,7 +29,7 @@ from megatron_router_upcycling.upcycle import (
     SEPARATE_NORM,
     TRAINING_STATE,
 )
-from megatron_router_upcycling.verify import routers
+from megatron_router_upcycling.verify import routers, scratch
 from megatron_router_upcycling.verify.layout import Layout
 from megatron_router_upcycling.verify.sources import ComputedLayers, DataFiles, Source, StoredTensor
 
@@ -83,11 +84,14 @@ def expected_tensors(
     model: DenseModel,
     router: RouterConfig,
     stats: KeyStats | None,
+    init: InitConfig,
     seed: int,
     layout: Layout,
 ) -> dict[str, ExpectedTensor]:
     """Every tensor of the Mixture-of-Experts by its key."""
     everywhere = _stacked(dense, files, model, router, stats, seed, layout)
+    if init.weights == "random":
+        everywhere = _all_drawn(everywhere, model, seed)
     if layout.layers is None:
         return everywhere
     nowhere = {
@@ -95,6 +99,8 @@ def expected_tensors(
         for key in dense.tensors
         if not TRAINING_STATE.match(key)
     }
+    if init.weights == "random":
+        nowhere = _all_drawn(nowhere, model, seed)
     expected = {key: tensor for key, tensor in nowhere.items() if not key.startswith(LAYERS)}
     for layer in range(model.num_layers):
         tensors = everywhere if layout.has_experts(layer) else nowhere
@@ -201,6 +207,20 @@ def _computed(model: DenseModel, shape: Shape, compute: Callable[[int], torch.Te
         yield Piece(box, source, "computed", box.offsets, tuple(range(len(box.offsets))))
 
     return ExpectedTensor("routers", (model.num_layers, *shape), model.dtype, pieces)
+
+
+def _all_drawn(tensors: dict[str, ExpectedTensor], model: DenseModel, seed: int) -> dict[str, ExpectedTensor]:
+    """All but the routers drawn anew, as Megatron draws a model from scratch."""
+
+    def drawn(key: str, tensor: ExpectedTensor) -> ExpectedTensor:
+        source = scratch.DrawnTensor(key, tensor.shape, tensor.dtype, scratch.megatron_std(key, model), seed)
+
+        def pieces(box: Box) -> Iterator[Piece]:
+            yield Piece(box, source, "drawn", box.offsets, tuple(range(len(box.offsets))))
+
+        return replace(tensor, pieces=pieces)
+
+    return {key: tensor if ROUTER in key else drawn(key, tensor) for key, tensor in tensors.items()}
 
 
 def _drawn(

@@ -1,0 +1,78 @@
+"""Every method trains at EP 2, saves, resumes, verifies and exports; Switch drops, LocMoE's loss works."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from tests import launch
+from tests.test_methods import CONFIGS, METHODS, ROUTER
+
+EP2 = ("--expert-model-parallel-size", 2, "--use-distributed-optimizer")
+
+
+def over_the_tests_model(folder: Path, method: str, moe_config: Path, **changes: object) -> Path:
+    """The method's file over the test's model in place of the demonstration's."""
+    common, own = (
+        yaml.safe_load((CONFIGS / f"methods/{name}.yaml").read_text()) for name in ("base", method)
+    )
+    entries = common | own | {"base": str(moe_config)} | changes
+    path = folder / f"{method}.yaml"
+    path.write_text(yaml.safe_dump(entries))
+    return path
+
+
+def numbers(text: str, name: str) -> list[float]:
+    return [float(value) for value in re.findall(rf"\| {name}: (\S+) \|", text)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_method_trains_resumes_and_leaves(
+    tmp_path: Path, dense: Path, key_stats_file: Path, moe_config: Path, method: str
+) -> None:
+    file = over_the_tests_model(tmp_path, method, moe_config, train_iters=6)
+    moe, run, resumed = tmp_path / "moe", tmp_path / "run", tmp_path / "resumed"
+    launch.cli("convert", dense, moe, "--config", file, "--key-stats", key_stats_file).ok()
+    whole = launch.torchrun(2, "pretrain", "--config", file, "--load", moe, "--save", run, *EP2).ok()
+    assert list(whole.losses) == [1, 2, 3, 4, 5, 6] and whole.losses[6] < whole.losses[1]
+    if method == "switch":
+        assert 0 < max(numbers(whole.text, "dropped token share")) < 1
+
+    stored = Checkpoint.open(run).tensors
+    router = {key for key in stored if key.startswith(f"{ROUTER}.")}
+    assert router == {key for key in Checkpoint.open(moe).tensors if key.startswith(f"{ROUTER}.")}
+    assert not router if method == "locmoe" else router
+
+    resumed.mkdir()
+    for name in ("iter_0000004", "router_upcycling.json"):
+        (resumed / name).symlink_to(run / name)
+    (resumed / "latest_checkpointed_iteration.txt").write_text("4")
+    again = launch.torchrun(2, "pretrain", "--config", file, "--load", resumed, *EP2).ok()
+    assert again.losses == {iteration: whole.losses[iteration] for iteration in (5, 6)}
+
+    assert "values not compared" in launch.cli("verify", dense, run).ok().text
+    exported = launch.cli("export-hf", run, tmp_path / "hf")
+    if method == "mlp":
+        assert exported.returncode == 2 and "--router mlp: no Hugging Face class" in exported.errors[0]
+    else:
+        exported.ok()
+
+
+@pytest.mark.slow
+def test_locality_loss_moves_tokens_to_local_experts(tmp_path: Path, dense: Path, moe_config: Path) -> None:
+    shares = {}
+    for coefficient in (1e-6, 1.0):
+        file = over_the_tests_model(
+            tmp_path, "locmoe", moe_config, train_iters=20, lr=0.01,
+            upcycling={"router": "locmoe", "locality_loss_coeff": coefficient},
+        )  # fmt: skip
+        moe = tmp_path / f"moe {coefficient}"
+        launch.cli("convert", dense, moe, "--config", file).ok()
+        text = launch.torchrun(2, "pretrain", "--config", file, "--load", moe, *EP2).ok().text
+        losses, shares[coefficient] = numbers(text, "locality_loss"), numbers(text, "local token share")
+        assert losses[0] == pytest.approx(0.69, abs=0.1)  # of two ranks' experts, half the mass is local
+    assert abs(shares[1e-6][-1] - 0.5) < 0.15
+    assert losses[-1] < 0.3 and shares[1.0][-1] > 0.8
