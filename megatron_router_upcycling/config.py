@@ -162,17 +162,20 @@ def _convert(action: argparse.Action, string: str, value: Any, source: str | Pat
     return [one(item) for item in value] if many else one(value)
 
 
-def section_defaults(section: dict[str, Any], source: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """An ``upcycling:`` section's entries: those that stand as flags' defaults, and those of the start."""
+def section_defaults(section: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """Check an ``upcycling:`` section's names; those of its entries that stand as flags' defaults."""
     for name in section:
         if name not in SECTION:
             raise UserError(f"{source}: unknown upcycling option {name!r}; known: {', '.join(SECTION)}")
-    start = {name: value for name, value in section.items() if name in init_config.NAMES}
-    return {name: value for name, value in section.items() if name not in start}, start
+    return {name: value for name, value in section.items() if name not in init_config.NAMES}
 
 
-def check_start(start: dict[str, Any], recorded: dict[str, Any] | None, source: str | Path | None) -> None:
-    """Compare what a YAML file says of the start with what ``recorded`` (a manifest) was converted with.
+def _start(section: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name in init_config.NAMES}
+
+
+def check_start(section: dict[str, Any], recorded: dict[str, Any] | None, source: str | Path | None) -> None:
+    """Compare what an ``upcycling:`` section says of the start with how ``recorded`` (a manifest) was made.
 
     Raises:
         UserError: they differ, so that another model would be trained than the file describes.
@@ -180,7 +183,7 @@ def check_start(start: dict[str, Any], recorded: dict[str, Any] | None, source: 
     if recorded is None:
         return
     made = manifest.init_config(recorded, str(source)).to_dict()
-    for name, value in start.items():
+    for name, value in _start(section).items():
         if made[name] != value:
             raise UserError(
                 f"--config: {name} {value}, but {source} was converted with {made[name]}; convert again with"
@@ -204,14 +207,16 @@ def read_conversion(path: str | Path | None) -> Conversion:
         UserError: an entry of the ``upcycling:`` section that does not exist or cannot have its value.
     """
     entries = read_yaml(path) if path else {"upcycling": {}}
-    flags, start = section_defaults(entries["upcycling"], str(path))
+    flags = section_defaults(entries["upcycling"], str(path))
     router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}
     for name, field in SHARED_WITH_MEGATRON.items():
         for spelling in (name, name.replace("_", "-")):
             if entries.get(spelling) is not None:
                 router[field] = entries[spelling]
     check_types(RouterConfig, router, f"{path}: option")
-    return Conversion(router, InitConfig.from_dict(start, str(path)), flags.get("key_source"))
+    return Conversion(
+        router, InitConfig.from_dict(_start(entries["upcycling"]), str(path)), flags.get("key_source")
+    )
 
 
 def router_config(

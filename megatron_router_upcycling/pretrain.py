@@ -48,7 +48,8 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     first.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     early, _ = first.parse_known_args(argv)
     entries = config.read_yaml(early.config) if early.config else {"upcycling": {}}
-    section, start = config.section_defaults(entries.pop("upcycling"), early.config)
+    given = entries.pop("upcycling")
+    section = config.section_defaults(given, early.config)
     paths = {
         name: getattr(early, name) or entries.get(name) for name in ("load", "save", "pretrained_checkpoint")
     }
@@ -58,7 +59,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     if needs_checkpoint and load is None:
         raise UserError("--load: name the dense checkpoint to read")
     recorded, source = config.find_manifest((load, paths["pretrained_checkpoint"]))
-    config.check_start(start, recorded, source)
+    config.check_start(given, recorded, source)
 
     chosen = device.choose(early.device)
     if chosen == "cpu":
