@@ -16,10 +16,7 @@ Ends with DIR/report.md, DIR/results.json and DIR/loss_curves.png.
 import argparse
 import json
 import math
-import os
-import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +24,12 @@ from typing import NoReturn
 
 from megatron_router_upcycling.errors import UserError
 from tools import demo_report
+from tools.foundation import NUM_RANKS, PACKAGE, Foundation, environment, program, torchrun
 from tools.stages import Pipeline, Stage
 
-PACKAGE = "megatron_router_upcycling."
 CONFIGS = Path("configs/demo")
-NUM_RANKS = 2
 # Name in the report -> how the converter makes it.
 UPCYCLED = {"router upcycling": "mixture", "vanilla upcycling": "linear"}
-# What --quick changes: a model and a corpus just large enough to go through every step.
-QUICK_CORPUS = ("--max-bytes", "800000", "--vocab-size", "500", "--held-out-fraction", "0.1")
-QUICK_MODEL = ("--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "176", "--kv-channels", "8")
-QUICK_RUN = ("--train-iters", "6", "--save-interval", "4", "--eval-iters", "2", "--log-interval", "2")
 
 
 @dataclass(frozen=True)
@@ -62,61 +54,18 @@ class Plan:
 
 def plan(output: Path, quick: bool) -> Plan:
     """The commands of the demonstration that writes to ``output``; runs nothing."""
-    programs = Path(sys.executable).parent
-    if programs.is_relative_to(Path.cwd()):
-        programs = programs.relative_to(Path.cwd())  # shorter to read, and what a user would type
-    torchrun = (str(programs / "torchrun"), "--standalone", "--nproc-per-node", str(NUM_RANKS), "-m")
-    run = QUICK_RUN if quick else ()
-    corpus = Stage(
-        "corpus",
-        "prepare the corpus: a tokenizer, training and held-out documents",
-        (
-            str(programs / "python"),
-            "tools/prepare_corpus.py",
-            *("--output", str(output / "corpus"), "--overwrite", "--quiet", *(QUICK_CORPUS if quick else ())),
-        ),
-        output / "corpus",
-    )
-    data = (
-        *("--tokenizer-model", str(corpus.output / "tokenizer.model")),
-        *("--data-cache-path", str(output / "data_cache")),
-        *("--train-data-path", str(corpus.output / "train")),
-        *("--valid-data-path", str(corpus.output / "held_out")),
-    )
-    dense_config = ("--config", str(CONFIGS / "dense.yaml"), *(QUICK_MODEL if quick else ()), *run, *data)
-    moe_config = ("--config", str(CONFIGS / "moe.yaml"), *run, *data)
-    dense_files = (CONFIGS / "training.yaml", CONFIGS / "dense.yaml")
-    moe_files = (CONFIGS / "training.yaml", CONFIGS / "moe.yaml")
-
-    dense = Stage(
-        "dense",
-        "train the dense model",
-        (*torchrun, PACKAGE + "pretrain", *dense_config, "--save", str(output / "dense")),
-        output / "dense",
-        dense_files,
-        (corpus,),
-        resumes=True,
-    )
-    statistics = output / "key_stats.safetensors"
-    keys = Stage(
-        "keys",
-        "collect the key statistics of the dense model",
-        (
-            *(*torchrun, PACKAGE + "collect_keys", *dense_config),
-            *("--load", str(dense.output), "--output", str(statistics), "--quiet"),
-        ),
-        statistics,
-        dense_files,
-        (dense,),
-    )
+    base = Foundation(output, CONFIGS / "dense.yaml", quick)
+    dense, keys = base.dense, base.keys()
+    moe_config = ("--config", str(CONFIGS / "moe.yaml"), *base.run_flags)
+    moe_files = (CONFIGS / "moe.yaml",)
 
     def convert(router: str) -> Stage:
-        flags = ("--key-stats", str(statistics)) if router == "mixture" else ("--router", router)
+        flags = ("--key-stats", str(keys.output)) if router == "mixture" else ("--router", router)
         return Stage(
             f"convert-{router}",
             f"convert the dense model, router: {router}",
             (
-                *(str(programs / "router-upcycle"), "convert", str(dense.output), str(output / router)),
+                *(program("router-upcycle"), "convert", str(dense.output), str(output / router)),
                 *(*flags, "--num-experts", "8", "--top-k", "2", "--quiet"),
             ),
             output / router,
@@ -129,7 +78,7 @@ def plan(output: Path, quick: bool) -> Plan:
             f"evaluate-{router}-{when}",
             f"evaluate on held-out text, router: {router}, {when}",
             (
-                *(*torchrun, "tools.expert_load", *moe_config),
+                *(*torchrun("tools.expert_load"), *moe_config),
                 *("--load", str(model.output), "--output", str(load)),
             ),
             load,
@@ -142,7 +91,7 @@ def plan(output: Path, quick: bool) -> Plan:
         return Stage(
             f"train-{router}",
             f"go on training, expert parallel on {NUM_RANKS} ranks, router: {router}",
-            (*torchrun, PACKAGE + "pretrain", *moe_config, "--load", str(model.output), "--save", str(save)),
+            (*torchrun(PACKAGE + "pretrain"), *moe_config, "--load", str(model.output), "--save", str(save)),
             save,
             moe_files,
             (model,),
@@ -155,7 +104,7 @@ def plan(output: Path, quick: bool) -> Plan:
             "export",
             "export to Hugging Face format",
             (
-                *(str(programs / "router-upcycle"), "export-hf", str(model.output), str(folder)),
+                *(program("router-upcycle"), "export-hf", str(model.output), str(folder)),
                 *("--dtype", "float32", "--quiet"),
             ),
             folder,
@@ -168,7 +117,7 @@ def plan(output: Path, quick: bool) -> Plan:
             "check",
             "load it with transformers, compare with Megatron, write a few lines",
             (
-                *(str(programs / "python"), "-m", "tools.check_export", str(exported.output), *moe_config),
+                *(program("python"), "-m", "tools.check_export", str(exported.output), *moe_config),
                 *("--load", str(model.output), "--output", str(found)),
             ),
             found,
@@ -180,7 +129,7 @@ def plan(output: Path, quick: bool) -> Plan:
     trained = {name: train(router, converted[name]) for name, router in UPCYCLED.items()}
     exported = export(trained["router upcycling"])
     return Plan(
-        corpus=corpus,
+        corpus=base.corpus,
         dense=dense,
         keys=keys,
         convert=converted,
@@ -190,17 +139,6 @@ def plan(output: Path, quick: bool) -> Plan:
         export=exported,
         check=check(exported, trained["router upcycling"]),
     )
-
-
-def environment() -> dict[str, str]:
-    """The environment of the commands; hides a single GPU, on which two ranks cannot run."""
-    changed = dict(os.environ, OMP_NUM_THREADS="1")
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-        if 0 < listed.count("GPU ") < NUM_RANKS:
-            print(f"One GPU is too few for {NUM_RANKS} ranks: the demonstration runs on the CPU.")
-            changed["CUDA_VISIBLE_DEVICES"] = ""
-    return changed
 
 
 def report(pipeline: Pipeline, stages: Plan, output: Path) -> str:

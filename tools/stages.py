@@ -24,6 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_router_upcycling import __version__
+from megatron_router_upcycling.config import read_yaml
 from megatron_router_upcycling.errors import UserError
 
 LOG_TAIL = 30  # lines of a failed stage's log to show where none begins with "error: "
@@ -63,7 +64,7 @@ class Pipeline:
         """Changes whenever the stage would do something else than before."""
         digest = hashlib.sha256(json.dumps([__version__, *stage.command]).encode())
         for path in stage.files:
-            digest.update(path.read_bytes() + b"\0")
+            digest.update(_content(path) + b"\0")
         for earlier in stage.after:
             record = self.record(earlier)
             digest.update(f"{record['digest']} {record['finished']}\0".encode())
@@ -176,6 +177,13 @@ class Pipeline:
                     f"--output {self.folder}: another run is at work there; wait for it or end it"
                 ) from None
             yield file.fileno()
+
+
+def _content(path: Path) -> bytes:
+    """What a file says: of a configuration, its entries with those it builds on."""
+    if path.suffix == ".yaml":
+        return json.dumps(read_yaml(path), sort_keys=True, default=str).encode()
+    return path.read_bytes()
 
 
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar:30}| {elapsed}{postfix}"
