@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 # Every process of a run imports Megatron: with bytecode on disk that takes half the time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-slow checks bench clean
+.PHONY: help setup demo compare test test-slow checks bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -17,6 +17,9 @@ setup:  ## make .venv with the package and what it needs (about 5 GB)
 
 demo: setup  ## from text to a dense model to two Mixtures-of-Experts, on two processes
 	@$(PYTHON) -m tools.demo $(ARGS)
+
+compare: setup  ## the paper's six methods over three seeds, from one dense model (ARGS= another file)
+	@$(PYTHON) -m tools.compare $(or $(ARGS),configs/compare/methods.yaml)
 
 test: setup  ## run the tests; ARGS= adds options of pytest
 	@$(PYTHON) -m pytest $(ARGS)
@@ -33,5 +36,5 @@ bench: setup  ## speed and memory beside the plain alternatives (best on an idle
 	@status=0; for bench in tools/bench_*.py; do echo "== $$bench"; $(PYTHON) $$bench || status=1; done; exit $$status
 
 clean:  ## remove caches and what demo and bench wrote; .venv stays
-	rm -rf demo bench build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf demo compare bench build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
