@@ -18,6 +18,7 @@ given again. Ends with OUTPUT/NAME/report.md, results.json and loss_curves.png.
 """
 
 import argparse
+import os
 import re
 import shlex
 import signal
@@ -76,10 +77,13 @@ def read(path: Path) -> Comparison:
         if name not in ENTRIES:
             raise UserError(f"{path}: unknown entry {name!r}; known: {', '.join(ENTRIES)}")
 
-    def file(name: str) -> Path | None:
-        return path.parent / entries[name] if name in entries else None
+    def beside(name: Any) -> Path:
+        return Path(os.path.normpath(path.parent / str(name)))
 
-    runs = {str(name): (path.parent / str(config)) for name, config in entries["runs"].items()}
+    def file(name: str) -> Path | None:
+        return beside(entries[name]) if name in entries else None
+
+    runs = {str(name): beside(config) for name, config in entries["runs"].items()}
     for config in runs.values():
         read_yaml(config)
     seeds = tuple(entries.get("seeds", (1234,)))
