@@ -11,9 +11,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from megatron_router_upcycling.diagnostics import runlog
-
 from megatron_router_upcycling.conversion import versions
+from megatron_router_upcycling.diagnostics import runlog
 from megatron_router_upcycling.errors import UserError
 
 if TYPE_CHECKING:
