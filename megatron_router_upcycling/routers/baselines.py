@@ -121,7 +121,7 @@ class LocMoERouter(TopKRouter):
         router.check_hidden_size(config.hidden_size)
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
+        self.bias = None  # a parameter where Megatron's linear layers have biases, else None already
         assert router.locality_loss_coeff is not None and pg_collection is not None
         self.locality_loss_coeff = router.locality_loss_coeff
         ranks, rank = pg_collection.ep.size(), pg_collection.ep.rank()
