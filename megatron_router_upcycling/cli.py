@@ -572,8 +572,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
+    except KeyboardInterrupt as interrupted:
+        print(f"interrupted; {str(interrupted) or 'nothing was left behind'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `router-upcycle inspect … | head`
         sys.stderr.close()

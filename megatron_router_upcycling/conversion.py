@@ -147,7 +147,7 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
     """
     out, options = conversion.out, conversion.options
     try:
-        with publish.new_folder(out, options.overwrite) as folder:
+        with publish.new_folder(out, options.overwrite, f"release/{DATA_FILES}*") as folder:
             with (
                 IntactCheck(conversion.plan.source, used(conversion.plan)) as intact,
                 CheckpointWriter(folder / "release", DATA_FILES, progress) as writer,

@@ -242,20 +242,27 @@ def named(found: list[Finding], check: str, key: str) -> list[Finding]:
     return [finding for finding in found if (finding.check, finding.name) == (check, key)]
 
 
-def test_one_changed_byte_is_found_in_every_tensor(made: Conversion) -> None:
-    """The checksum finds it; where DENSE does not share the bytes, the comparison too."""
+def test_one_changed_byte_is_found_in_every_chunk(made: Conversion) -> None:
+    """Its first byte, its last, or one between, in turn: the checksum finds it, as it does any change within
+    32 bits; where DENSE does not share the bytes, the comparison finds it too."""
     random.seed(0)
     moe = made.checkpoint()
+    seen: set[Blob] = set()
     for key, stored in moe.tensors.items():
-        chunk = random.choice(stored.chunks)
-        linked = (made.release / chunk.blob.file).stat().st_nlink > 1
-        with made.changed(made.release / chunk.blob.file, flip(chunk.blob, random.randrange(1 << 16))):
-            found = made.find()
-        layer = str(chunk.offsets[0]) if key.startswith("decoder.layers.") else ""
-        (damage,) = named(found, "damage", key)
-        assert "checksum" in damage.what and layer in damage.layer.split(",")
-        if not linked:
-            assert named(found, KINDS.get(key, "untouched"), key)
+        for chunk in stored.chunks:
+            if chunk.blob in seen:
+                continue
+            place = (0, -1, random.randrange(1 << 16))[len(seen) % 3]
+            seen.add(chunk.blob)
+            linked = (made.release / chunk.blob.file).stat().st_nlink > 1
+            with made.changed(made.release / chunk.blob.file, flip(chunk.blob, place)):
+                found = made.find()
+            layer = str(chunk.offsets[0]) if key.startswith("decoder.layers.") else ""
+            (damage,) = named(found, "damage", key)
+            assert "checksum" in damage.what and layer in damage.layer.split(",")
+            if not linked:
+                assert named(found, KINDS.get(key, "untouched"), key)
+    assert len(seen) >= 30
 
 
 @pytest.mark.parametrize("key", KINDS)

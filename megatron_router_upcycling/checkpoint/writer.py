@@ -31,6 +31,7 @@ from megatron_router_upcycling.checkpoint.torch_dist import (
 from megatron_router_upcycling.errors import UserError
 
 COPY_BYTES = 8 << 20
+COMPARED_BYTES = 1 << 20
 # Another disk, another owner, too many links, or a file system without them.
 CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EINVAL)
 DCP = "torch.distributed.checkpoint"
@@ -43,11 +44,14 @@ class CheckpointWriter:
     """Fills one iteration's folder; ``finish`` makes it a checkpoint.
 
     New values go to files of its own, named ``prefix`` and a number, which no file taken over may have.
-    ``progress`` is called with the number of bytes after each write.
+    Where a file of that name is there already, left by a run that was stopped, its bytes are compared with
+    those to write and stay as far as they are equal. ``progress`` is called with the number of bytes after
+    each write.
     """
 
     def __init__(self, folder: Path, prefix: str = "__0_", progress: Progress = lambda count: None) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
+        self._left = {path.name for path in folder.glob(f"{prefix}*.distcp")}
         self.folder, self.prefix, self.progress = folder, prefix, progress
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype, list[Chunk]]] = {}
         self.objects: dict[str, Blob] = {}
@@ -55,6 +59,7 @@ class CheckpointWriter:
         self._copied: dict[Blob, Blob] = {}
         self._flushing: dict[str, Future[None]] = {}
         self._aside = ThreadPoolExecutor(1)
+        self._is_reused = False  # all of the file so far was there already
         self._file = self._open()
 
     def __enter__(self) -> "CheckpointWriter":
@@ -66,7 +71,10 @@ class CheckpointWriter:
         self._aside.shutdown(cancel_futures=True)
 
     def _open(self) -> BinaryIO:
-        return open(self.folder / f"{self.prefix}{len(self._flushing)}.distcp", "xb")  # noqa: SIM115
+        name = f"{self.prefix}{len(self._flushing)}.distcp"
+        self._is_reused = name in self._left
+        self._left.discard(name)
+        return open(self.folder / name, "r+b" if self._is_reused else "xb")  # noqa: SIM115
 
     def next_file(self) -> None:
         """Go on in a new file; the one so far is flushed to the disk meanwhile."""
@@ -74,6 +82,7 @@ class CheckpointWriter:
         self._file = self._open()
 
     def _close(self) -> None:
+        self._go_on_here()  # nothing more
         self._file.close()
         path = Path(self._file.name)
         self._flushing[path.name] = self._aside.submit(sync, path)
@@ -129,7 +138,7 @@ class CheckpointWriter:
     def write_object(self, archive: bytes) -> Blob:
         """Write a ``torch.save`` file's bytes and return where they are."""
         start = self._file.tell()
-        self._file.write(archive)
+        self._put(archive)
         return self._written(start)
 
     def write_chunk(
@@ -166,8 +175,9 @@ class CheckpointWriter:
                 start = self._file.tell()
                 if parts:
                     for part in parts:
-                        self._file.write(part)
+                        self._put(part)
                 else:
+                    self._go_on_here()
                     torch.save(values, self._file)
                 blob = self._written(start)
             chunks.append(Chunk(offset, sizes, blob))
@@ -210,9 +220,9 @@ class CheckpointWriter:
         for offset in offsets:
             if blob is None or copies:
                 start = self._file.tell()
-                self._file.write(head)
+                self._put(head)
                 self._copy_range(source, values.offset, values.length)
-                self._file.write(tail)
+                self._put(tail)
                 blob = self._written(start)
             chunks.append(Chunk(offset, sizes, blob))
 
@@ -223,12 +233,41 @@ class CheckpointWriter:
         except OSError as error:
             raise UserError(f"{source}: cannot be read ({error.strerror})") from None
         with file:
+            while self._is_reused and length:
+                block = os.pread(file.fileno(), min(length, COMPARED_BYTES), offset)
+                if not block or not self._is_there(block):
+                    self._go_on_here()
+                    break
+                offset, length = offset + len(block), length - len(block)
+            if not length:
+                return
             while length:
                 count = _copy_some(file.fileno(), self._file.fileno(), offset, length)
                 if not count:
                     raise UserError(f"{source}: ends early; it has changed since it was opened")
                 offset, length = offset + count, length - count
         self._file.seek(0, os.SEEK_END)
+
+    def _put(self, content: bytes | memoryview) -> None:
+        if not self._is_reused or not self._is_there(content):
+            self._go_on_here()
+            self._file.write(content)
+
+    def _is_there(self, content: bytes | memoryview) -> bool:
+        """Whether the next bytes of the file are these already; then it goes on after them."""
+        place = self._file.tell()
+        for start in range(0, len(content), COMPARED_BYTES):
+            part = bytes(content[start : start + COMPARED_BYTES])  # as such they compare fast
+            if os.pread(self._file.fileno(), len(part), place + start) != part:
+                return False
+        self._file.seek(place + len(content))
+        return True
+
+    def _go_on_here(self) -> None:
+        """Cut off what a run that was stopped has left from here on."""
+        if self._is_reused:
+            self._file.truncate()
+            self._is_reused = False
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file of its own."""
@@ -238,6 +277,8 @@ class CheckpointWriter:
     def finish(self) -> dict[str, StoredTensor]:
         """Write ``.metadata`` and ``metadata.json``; return the tensors when everything is on the disk."""
         self._close()
+        for name in self._left:
+            (self.folder / name).unlink()
         tensors = {
             key: StoredTensor(shape, dtype, tuple(chunks))
             for key, (shape, dtype, chunks) in self.tensors.items()
