@@ -100,6 +100,11 @@ against one real rank. What cannot work, too little memory among it, is one line
 warnings.
 """
 
+REPORT_EXAMPLE = """\
+example:
+  router-upcycle report runs/mixture runs/linear --output report
+"""
+
 EVALUATE_EXAMPLE = """\
 tasks, by the paper's groups:
   understanding   openbookqa, openbookqa_fact
@@ -149,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export_hf(commands)
     _add_verify(commands)
     _add_inspect(commands)
+    _add_report(commands)
     _add_evaluate(commands)
     _add_plan(commands)
     return parser
@@ -303,6 +309,28 @@ def _add_inspect(commands: Any) -> None:
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint's root folder")
     inspect.add_argument("--all", action="store_true", help="list optimizer state and extra states as well")
     inspect.set_defaults(run=_inspect)
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="one page over training runs: losses, routing, experts",
+        description="Draw what training runs wrote beside their checkpoints (run.jsonl and routing.jsonl):"
+        " losses, load of the experts by layer and over time, how sure the routers are, how far routers and"
+        " experts have moved. Runs may still be training. The page needs neither network nor scripts.",
+        epilog=REPORT_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a folder that pretrain saves to")
+    report.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("report"),
+        help="for report.html and its pictures; those of an earlier report are replaced (default: report)",
+    )
+    report.set_defaults(run=_report)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -516,6 +544,14 @@ def _inspect(args: argparse.Namespace) -> None:
     from megatron_router_upcycling import inspection
 
     print(inspection.describe(args.checkpoint, everything=args.all))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from megatron_router_upcycling.diagnostics import report
+
+    runs = report.read_runs(args.runs)
+    page = report.write(runs, args.output)
+    print(*report.summary_lines(runs), f"saved as {page}", sep="\n")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
