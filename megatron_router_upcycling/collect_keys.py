@@ -6,9 +6,11 @@
 
 Paper, section 3.2. The model runs in evaluation mode at any tensor, pipeline, context and data
 parallelism, over the first ``--collect-iters`` global batches of the training data; no optimizer is
-built. The statistics cover every token of every rank (``key_stats``).
+built. The statistics cover every token of every rank (``key_stats``); ``--router-samples`` of them leave
+their hidden states in the file as well (``router_input``).
 """
 
+import contextlib
 import importlib.metadata
 import platform
 import sys
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_router_upcycling import key_stats, pretrain
+from megatron_router_upcycling import key_stats, pretrain, router_input
 from megatron_router_upcycling.errors import UserError
 
 # Arguments that decide a model's keys. A configuration that differs in one of them may load all the same.
@@ -61,8 +63,10 @@ def collect(run: pretrain.Run) -> None:
         args.num_layers, num_query_groups(args), args.kv_channels, torch.cuda.current_device()
     )
     tokens_per_batch = args.global_batch_size * args.seq_length
+    sample = router_input.RouterInput(args, args.router_samples, own_ranks())
     losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     with (
+        router_input.capture_router_input(model, sample) if sample.num_tokens else contextlib.nullcontext(),
         key_stats.capture_keys(model, moments, args.key_source),
         tqdm(
             total=args.collect_iters * tokens_per_batch,
@@ -77,11 +81,13 @@ def collect(run: pretrain.Run) -> None:
             torch.cuda.synchronize()
             progress.update(tokens_per_batch)
     moments.all_reduce()
+    inputs = sample.gather(args.num_layers) if sample.num_tokens else None
     torch.distributed.all_reduce(losses)
     loss_sum, loss_tokens = losses.tolist()
     if args.rank == 0:
         metadata = provenance(args) | {"lm_loss": loss_sum / loss_tokens}
         stats = moments.stats(metadata)
+        stats.router_input = inputs
         expected = args.collect_iters * tokens_per_batch
         if int(stats.count[0]) != expected:
             raise RuntimeError(
@@ -112,6 +118,8 @@ def check(run: pretrain.Run) -> None:
     if args.output is None:
         raise UserError("--output: name the file to write, such as key_stats.safetensors")
     key_stats.check_output(args.output, args.overwrite)
+    if args.router_samples < 0:
+        raise UserError(f"--router-samples {args.router_samples}: must be 0 (none) or more")
     if args.collect_iters < 1:
         raise UserError(f"--collect-iters {args.collect_iters}: must be at least 1")
     trained = Checkpoint.open(args.load).args
@@ -141,6 +149,17 @@ def check(run: pretrain.Run) -> None:
             f" {groups} query groups; use at most {groups}"
         )
     check_data(args)
+
+
+def own_ranks() -> dict[str, int]:
+    """This rank's place among data, context and tensor parallel ranks."""
+    from megatron.core import parallel_state
+
+    return {
+        "dp": parallel_state.get_data_parallel_rank(),
+        "cp": parallel_state.get_context_parallel_rank(),
+        "tp": parallel_state.get_tensor_model_parallel_rank(),
+    }
 
 
 def num_query_groups(args: Namespace) -> int:

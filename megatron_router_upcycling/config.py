@@ -77,6 +77,9 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--grouping", choices=GROUPINGS, help="how attention heads are grouped")
     group.add_argument("--locality-loss-coeff", type=float, help="of --router locmoe (default: 0.01)")
     group.add_argument("--collect-iters", type=int, default=10, help="batches to average keys over")
+    group.add_argument(
+        "--router-samples", type=int, default=512, help="tokens whose hidden states to keep (default: 512)"
+    )
     group.add_argument("--key-source", choices=("pre_rope", "post_rope"), default="pre_rope")
     group.add_argument("--output", metavar="FILE", help="where collect_keys writes")
     group.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -101,7 +104,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 OF_ROUTER = ("router", "num_routers", "pooling", "grouping", "locality_loss_coeff")
-SECTION = (*OF_ROUTER, "collect_iters", "key_source", *init_config.NAMES)
+SECTION = (*OF_ROUTER, "collect_iters", "key_source", "router_samples", *init_config.NAMES)
 
 
 def set_defaults(parser: ArgumentParser, entries: dict[str, Any], source: str | Path) -> list[str]:

@@ -59,13 +59,16 @@ class KeyStats:
     """What the converter needs to know of a dense model's keys.
 
     ``mean`` and ``square_mean`` are float32 [L, G, d], ``count`` (tokens) is int64 [L]. ``metadata``
-    holds JSON values: what the keys are, which model they come from and what made them.
+    holds JSON values: what the keys are, which model they come from and what made them. ``router_input``
+    [L, S, D] is a sample of what routers see, for ``save``; ``load`` leaves it in the file, from which
+    ``read_router_input`` takes a layer's.
     """
 
     mean: torch.Tensor
     square_mean: torch.Tensor
     count: torch.Tensor
     metadata: dict[str, Any] = field(default_factory=dict)
+    router_input: torch.Tensor | None = None
 
 
 class KeyMoments:
@@ -155,12 +158,15 @@ def save(path: str | Path, stats: KeyStats, overwrite: bool = False) -> None:
     """
     check_output(path, overwrite)
     path = Path(path)
+    tensors = {
+        "key_mean": stats.mean.contiguous(),
+        "key_square_mean": stats.square_mean.contiguous(),
+        "key_count": stats.count.contiguous(),
+    }
+    if stats.router_input is not None:
+        tensors["router_input"] = stats.router_input.contiguous()
     content = safetensors.torch.save(
-        {
-            "key_mean": stats.mean.contiguous(),
-            "key_square_mean": stats.square_mean.contiguous(),
-            "key_count": stats.count.contiguous(),
-        },
+        tensors,
         metadata={name: json.dumps(value) for name, value in (stats.metadata | {"format": FORMAT}).items()},
     )
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -196,16 +202,38 @@ def load(path: str | Path) -> KeyStats:
         )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names - {"router_input"}}
+            sample = file.get_slice("router_input").get_shape() if "router_input" in names else None
             metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"--key-stats {path}: cannot be read ({reason(error)}); collect the statistics again"
         ) from None
     problem = _problem(tensors, metadata)
+    if sample is not None and not problem and (len(sample) != 3 or sample[0] != len(tensors["key_mean"])):
+        problem = f"router_input is {sample}, where layers, tokens and hidden size are expected"
     if problem:
         raise UserError(f"--key-stats {path}: {problem}; collect the statistics again")
     return KeyStats(tensors["key_mean"], tensors["key_square_mean"], tensors["key_count"], metadata)
+
+
+def read_router_input(path: str | Path, layer: int) -> torch.Tensor:
+    """Hidden states that ``layer``'s router would see, [S, D] in float32, from a file that ``load`` has read.
+
+    Raises:
+        UserError: the file has none, or they are not finite.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        if "router_input" not in set(file.keys()):
+            raise UserError(
+                f"--key-stats {path}: holds no hidden states (router_input), which were not kept; collect the"
+                " statistics again with --router-samples 512"
+            )
+        values = file.get_slice("router_input")[layer].float()
+    if not values.isfinite().all():
+        raise UserError(f"--key-stats {path}: router_input holds NaN or infinite values; collect again")
+    return values
 
 
 def _problem(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str | None:

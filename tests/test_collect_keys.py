@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from megatron_router_upcycling import key_stats
+from megatron_router_upcycling import key_stats, router_input
 from megatron_router_upcycling.checkpoint.dense import open_dense, query_key_digest
 from megatron_router_upcycling.errors import UserError
 from tests import launch
@@ -109,12 +109,21 @@ def make(folder: Path) -> None:
         )
     captured = {source: key_stats.KeyMoments(LAYERS, GROUPS, HEAD_DIM) for source in key_stats.KEY_SOURCES}
     data = collect_keys.train_iterators(args, len(model), ITERATIONS)
+    inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(LAYERS)}
+    mlps = [module for module in model[0].modules() if type(module).__name__ == "MLP"]
+    for layer, mlp in enumerate(mlps):
+        mlp.register_forward_pre_hook(
+            lambda module, args, layer=layer: inputs[layer].append(args[0].transpose(0, 1).flatten(0, 1))
+        )
     with (
         key_stats.capture_keys(model, captured["pre_rope"], "pre_rope"),
         key_stats.capture_keys(model, captured["post_rope"], "post_rope"),
     ):
         for _ in range(ITERATIONS):
             collect_keys.forward(args, model, data)
+    # Every token is in the sample, which is larger than the data: sample after sample, token after token.
+    everything = torch.stack([torch.cat(inputs[layer]) for layer in range(LAYERS)])
+    safetensors.torch.save_file({"router_input": everything.contiguous()}, folder / "router_input")
     assert not any("get_query_key_value_tensors" in vars(attention) for attention in attentions)
 
     norms = [attention.k_layernorm.weight.detach().double().numpy() for attention in attentions]
@@ -251,11 +260,65 @@ def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, source: str
     assert torch.equal(stats.count, single["count"])
     assert_same(stats.mean, single["mean"], single["square_mean"])
     torch.testing.assert_close(stats.square_mean, single["square_mean"], rtol=4e-6, atol=0)
+    seen = safetensors.torch.load_file(made / "router_input")["router_input"]
+    assert seen.shape == (LAYERS, TOKENS, HIDDEN)
+    for layer in range(LAYERS):
+        torch.testing.assert_close(key_stats.read_router_input(output, layer), seen[layer])
     metadata = stats.metadata
     assert metadata["key_source"] == source and metadata["tokens"] == TOKENS
     assert metadata["checkpoint"] == str(made / "dense") and len(metadata["checkpoint_digest"]) == 64
     assert metadata["query_key_digest"] == query_key_digest(open_dense(made / "dense"))
     assert metadata["data"] == [str(data)] and metadata["iterations"] == ITERATIONS
+
+
+def test_part_of_the_tokens_are_kept_or_none(made: Path, tmp_path: Path) -> None:
+    output = tmp_path / "stats.safetensors"
+    collect(made, 1, "--output", output, "--router-samples", 20).ok()
+    seen = safetensors.torch.load_file(made / "router_input")["router_input"]
+    kept = torch.stack([key_stats.read_router_input(output, layer) for layer in range(LAYERS)])
+    places = [int((seen[0] == row).all(dim=1).nonzero()[0]) for row in kept[0]]
+    assert len(set(places)) == 20 and places == sorted(places)
+    assert torch.equal(kept, seen[:, places])
+
+    stats = key_stats.load(output)
+    key_stats.save(output, stats, overwrite=True)  # without them, as older files are
+    assert torch.equal(key_stats.load(output).mean, stats.mean)
+    with pytest.raises(UserError, match="holds no hidden states .* collect the statistics again"):
+        key_stats.read_router_input(output, 0)
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_the_norm_inside_transformer_engines_projection(zero_centered: bool) -> None:
+    weight, hidden = torch.rand(HIDDEN), torch.randn(5, HIDDEN)
+    mlp = types.SimpleNamespace(linear_fc1=types.SimpleNamespace(layer_norm_weight=weight))
+    config = Namespace(
+        normalization="RMSNorm", layernorm_epsilon=EPSILON, layernorm_zero_centered_gamma=zero_centered
+    )
+    found = router_input._norm_inside(mlp, config)(hidden)
+    for token, row in zip(hidden.double(), found, strict=True):
+        expected = token / ((token * token).sum() / HIDDEN + EPSILON).sqrt() * (weight + zero_centered)
+        torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tensor", "context", "data"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (1, 4, 2)])
+def test_each_token_of_the_sample_is_one_ranks(tensor: int, context: int, data: int) -> None:
+    """Over all ranks of a layout, each token once, at a place of its own, in its sequence's part."""
+    args = Namespace(
+        seq_length=16, global_batch_size=8, micro_batch_size=2, collect_iters=2, data_parallel_size=data,
+        context_parallel_size=context, tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1,
+        hidden_size=1, params_dtype=torch.float32,
+    )  # fmt: skip
+    length = 16 // context // tensor
+    rows = []
+    for dp, cp, tp in np.ndindex(data, context, tensor):
+        sample = router_input.RouterInput(args, 999, {"dp": dp, "cp": cp, "tp": tp})
+        for call, (own, positions, samples) in sample.rows.items():
+            assert call < 2 * 8 // (2 * data) and max(positions) < length and max(samples) < 2
+            assert len(set(zip(positions, samples, strict=True))) == len(own) == 2 * length
+            parts = {row % 16 // (16 // (2 * context)) for row in own}
+            assert context == 1 or parts <= {cp, 2 * context - 1 - cp}
+            rows += own
+    assert sorted(rows) == list(range(2 * 8 * 16))
 
 
 # A user's mistakes --------------------------------------------------------------------------------
@@ -297,7 +360,8 @@ def test_a_model_without_grouped_query_attention(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Checkpoint, "open", lambda root: Namespace(args=trained))
     monkeypatch.setattr(language_model, "check_data", lambda args: None)
     paths = {"output": str(tmp_path / "stats"), "overwrite": False, "load": "dense", "config": "config.yaml"}
-    flags = Namespace(num_query_groups=1, collect_iters=1, tensor_model_parallel_size=4, **sizes, **paths)
+    counts = {"num_query_groups": 1, "collect_iters": 1, "router_samples": 0}
+    flags = Namespace(tensor_model_parallel_size=4, **counts, **sizes, **paths)
     collect_keys.check(pretrain.Run(flags, None))
     trained.num_attention_heads = 2 * HEADS
     with pytest.raises(UserError, match=f"num_attention_heads {HEADS}, but .* was trained with {2 * HEADS}"):
