@@ -127,13 +127,14 @@ def _norm_inside(mlp: torch.nn.Module, config: Any) -> Any:
     weight = getattr(mlp.linear_fc1, "layer_norm_weight", None)
     if weight is None:
         return lambda hidden: hidden
-    bias = getattr(mlp.linear_fc1, "layer_norm_bias", None)
+    bias = mlp.linear_fc1.layer_norm_bias if config.normalization == "LayerNorm" else None
 
     def norm(hidden: torch.Tensor) -> torch.Tensor:
         gain = weight.float() + config.layernorm_zero_centered_gamma
         size, epsilon = (hidden.shape[-1],), config.layernorm_epsilon
         if config.normalization == "RMSNorm":
             return torch.nn.functional.rms_norm(hidden.float(), size, gain, epsilon)
-        return torch.nn.functional.layer_norm(hidden.float(), size, gain, bias.float(), epsilon)
+        shift = None if bias is None else bias.float()
+        return torch.nn.functional.layer_norm(hidden.float(), size, gain, shift, epsilon)
 
     return norm
