@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_convert import aside, measure  # type: ignore[import-not-found]  # beside this file
+from bench_convert import aside, measure_all, new_bytes  # type: ignore[import-not-found]  # beside this file
 
 HEAD_SIZE = 128
 EXPERTS = 8
@@ -111,18 +111,18 @@ def measure_shape(work: Path, shape: Shape) -> dict[str, Any]:
     aside(make_key_stats, stats, shape)
     size = sum(path.stat().st_size for path in dense.rglob("*") if path.is_file())
     result: dict[str, Any] = {"name": shape.name, "dense_bytes": size}
-    result["copy_seconds"], _ = measure("cp", "-r", dense, work / "copy")
-    result["sync_seconds"], _ = measure("sync")
+    result["copy_seconds"], result["copy_cpu_seconds"], _ = measure_all("cp", "-r", dense, work / "copy")
+    result["sync_seconds"], _, _ = measure_all("sync")
     shutil.rmtree(work / "copy")
-    start, base = measure(sys.executable, "-c", "import torch, numpy, safetensors.torch, tqdm")
+    start, start_cpu, base = measure_all(sys.executable, "-c", "import torch, numpy, safetensors.torch, tqdm")
     convert = (sys.executable, "-m", "megatron_router_upcycling.cli", "convert", dense, out, "--quiet")
-    seconds, peak = measure(*convert, "--key-stats", stats, "--num-experts", EXPERTS)
-    files = [path.stat() for path in out.rglob("*") if path.is_file()]
+    seconds, cpu, peak = measure_all(*convert, "--key-stats", stats, "--num-experts", EXPERTS)
     result |= {
         "seconds": seconds - start,
+        "cpu_seconds": cpu - start_cpu,
         "memory_mb": peak,
         "memory_beyond_imports_mb": peak - base,
-        "bytes_written": sum(file.st_size for file in files if file.st_nlink == 1),
+        "bytes_written": new_bytes(out),
     }
     for folder in (dense, out):
         shutil.rmtree(folder)
@@ -133,13 +133,14 @@ def measure_shape(work: Path, shape: Shape) -> dict[str, Any]:
 def report(results: list[dict[str, Any]]) -> str:
     lines = [
         f"{'convert to 8 experts':<30} {'dense':>8} {'written':>8} {'time':>8} {'cp -r, sync':>12}"
-        f" {'memory':>8} {'beyond imports':>15}"
+        f" {'processor':>10} {'cp -r':>8} {'memory':>8} {'beyond imports':>15}"
     ]
     for row in results:
         copying = row["copy_seconds"] + row["sync_seconds"]
         lines.append(
             f"{row['name']:<30} {row['dense_bytes'] / 1e9:5.1f} GB {row['bytes_written'] / 1e9:5.1f} GB"
-            f" {row['seconds']:6.1f} s {copying:10.1f} s {row['memory_mb']:5.0f} MB"
+            f" {row['seconds']:6.1f} s {copying:10.1f} s {row['cpu_seconds']:8.1f} s"
+            f" {row['copy_cpu_seconds']:6.1f} s {row['memory_mb']:5.0f} MB"
             f" {row['memory_beyond_imports_mb']:12.0f} MB"
         )
     return "\n".join(lines)
