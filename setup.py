@@ -44,6 +44,7 @@ setup(
         "pyyaml>=6,<7",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2,<0.3",
+        "tensorboard>=2.18,<3",
         "tqdm>=4.66,<5",
     ],
     extras_require={

@@ -35,6 +35,9 @@ ON_CPU: dict[str, Any] = {
     "overlap_grad_reduce": False,
     "overlap_param_gather": False,
     "cuda_graph_impl": "none",
+    # The process that writes checkpoints is a fresh one, to which the bridge does not reach.
+    "async_save": False,
+    "use_persistent_ckpt_worker": False,
 }
 
 

@@ -22,6 +22,10 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import RouterConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
+# In --save: running, stopped (saved before its end: a signal, --exit-*) or finished. Who starts a run again
+# needs to know; torchrun passes no exit status on.
+RUN_STATE = "run_state"
+RESTART_TO_TELL_CAUSE = 16  # exit status of Megatron's rerun state machine, which saved and wants a restart
 
 
 @dataclass(frozen=True)
@@ -187,12 +191,26 @@ def train(run: Run) -> None:
         model.transformer_layer_spec = layer_spec_for(run.router)
     RunLog(run.args).install()
     reshard_optimizer.install()
-    pretrain(
-        pretrain_cfg_container_from_args(run.args, model),
-        language_model.datasets_provider,
-        ModelType.encoder_or_decoder,
-        language_model.forward_step,
-    )
+    _write_state(run.args, "running")
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(run.args, model),
+            language_model.datasets_provider,
+            ModelType.encoder_or_decoder,
+            language_model.forward_step,
+        )
+    except SystemExit as ended:
+        if ended.code in (None, 0, RESTART_TO_TELL_CAUSE):
+            _write_state(run.args, "stopped")
+        raise
+    _write_state(run.args, "finished")
+
+
+def _write_state(args: Namespace, state: str) -> None:
+    """Leave word in ``--save`` of how far this run is."""
+    if args.save and args.rank == 0:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+        (Path(args.save) / RUN_STATE).write_text(f"{state}\n", encoding="utf-8")
 
 
 def exit_on_user_error(command: Any) -> None:

@@ -24,7 +24,9 @@ candidates() {
     type -ap python3.12 python3.13 python3 python || true
     local pyenv_root=${PYENV_ROOT:-$HOME/.pyenv}
     local versions=("$pyenv_root"/versions/3.*/bin/python3)
-    [[ -e ${versions[0]} ]] && printf '%s\n' "${versions[@]}" || true
+    if [[ -e ${versions[0]} ]]; then
+        printf '%s\n' "${versions[@]}"
+    fi
     type -ap python3.14 python3.15 || true
 }
 

@@ -1,6 +1,7 @@
 """Every cluster configuration goes through the training entry's own parsing, as one rank of 64."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -46,6 +47,7 @@ def test_each_configuration_parses_and_stays_alive(parsed: dict[str, dict]) -> N
         checks = ("check_for_nan_in_loss_and_grad", "check_for_spiky_loss", "check_for_large_grads")
         assert all(args[name] for name in checks), config
         assert args["rerun_mode"] == "validate_results" and args["exit_signal_handler"], config
+        assert args["exit_signal"] == signal.SIGURG, config
         assert args["global_batch_size"] * args["seq_length"] == 4_194_304, config
 
 

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Slurm and shellcheck from Debian's or Ubuntu's packages, for the tests that use them. Where they cannot be
+# installed this says so and ends well: those tests are then skipped.
+set -euo pipefail
+packages=(slurm-wlm munge shellcheck procps)
+
+if command -v slurmctld slurmd munged shellcheck pkill >/dev/null; then
+    exit 0
+elif [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
+    echo "install_test_tools: needs root and apt-get; tests that need ${packages[*]} will be skipped"
+    exit 0
+fi
+export DEBIAN_FRONTEND=noninteractive
+install() { apt-get install -y -q --no-install-recommends "${packages[@]}" >/dev/null; }
+install 2>/dev/null || { apt-get update -q >/dev/null && install; } ||
+    echo "install_test_tools: apt-get failed; tests that need ${packages[*]} will be skipped"

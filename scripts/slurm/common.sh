@@ -1,0 +1,38 @@
+# shellcheck shell=bash
+# Read by the batch files in this folder. What submit.sh sets: ROOT (this repository), WORK (where everything
+# of the run lies), DENSE, CONFIG, DENSE_CONFIG, DATA, and CONTAINER_IMAGE or VENV.
+cd "$ROOT" || exit
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+if [[ -n ${CONTAINER_IMAGE:-} ]]; then
+    export PYTHON=${PYTHON:-python3}
+else
+    export PYTHON=${PYTHON:-${VENV:-$ROOT/.venv}/bin/python}
+fi
+
+# Run a command once on each node of the job, in the container (pyxis) or in the virtual environment.
+on_each_node() {
+    local container=()
+    if [[ -n ${CONTAINER_IMAGE:-} ]]; then
+        container=(
+            "--container-image=$CONTAINER_IMAGE" "--container-workdir=$ROOT"
+            "--container-mounts=$ROOT:$ROOT,$WORK:$WORK${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+        )
+    fi
+    # By the address that Slurm itself uses; inside a container there may be no scontrol to ask.
+    local first
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_ADDR=$(scontrol show node -o "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+    export MASTER_ADDR
+    srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" "$@"
+}
+
+router_upcycle() {
+    on_each_node "$PYTHON" -m megatron_router_upcycling.cli "$@"
+}
+
+# Write $WORK/$2: the configuration $1, and above it the flags and tokenizer of the model that was imported.
+over_imported_model() {
+    local bases="\"$1\""
+    [[ -f $DENSE/model.yaml ]] && bases+=", \"$DENSE/model.yaml\""
+    printf '# Written by %s.\nbase: [%s]\n' "$SLURM_JOB_NAME" "$bases" >"$WORK/$2"
+}
