@@ -60,17 +60,17 @@ def _torchrun(ranks: int, module: str, args: tuple[object, ...]) -> list[str]:
 
 def torchrun(ranks: int, module: str, *args: object, **environment: str) -> Output:
     """``torchrun --nproc-per-node RANKS -m megatron_router_upcycling.MODULE ARGS``."""
-    return run(*_torchrun(ranks, module, args), **environment)
+    return run(*_torchrun(ranks, module, args), timeout=TIMEOUT + 60 * ranks, **environment)
 
 
-def run(*command: object, **environment: str) -> Output:
+def run(*command: object, timeout: float = TIMEOUT, **environment: str) -> Output:
     done = subprocess.run(
         [str(part) for part in command],
         env=ENVIRONMENT | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT,
+        timeout=timeout,
     )
     return Output(done.returncode, done.stdout)
 
