@@ -248,19 +248,12 @@ def test_killed_run_leaves_nothing_whole_and_stands_in_no_ones_way(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_run_removes_what_it_made(
-    tmp_path: Path, dense: Path, number: signal.Signals, status: int
-) -> None:
-    process = start_long_run(tmp_path)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == status
-    assert "Traceback" not in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ks"]
-
-
-def test_second_conversion_to_the_same_place_is_refused(
-    tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]
+def test_run_that_refuses_a_second_one_and_when_interrupted_removes_what_it_made(
+    tmp_path: Path,
+    dense: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    status: int,
 ) -> None:
     process = start_long_run(tmp_path)
     assert convert(tmp_path, "--router", "linear", "--quiet") == 2
@@ -268,8 +261,11 @@ def test_second_conversion_to_the_same_place_is_refused(
     assert said.startswith("error: OUT") and said.count("\n") == 1 and str(process.pid) in said
     assert len(list(tmp_path.glob(".moe.partial-*"))) == 1  # the first one's, left alone
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=TIMEOUT)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == status
+    assert "Traceback" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ks"]
 
 
 def test_inspect(tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
