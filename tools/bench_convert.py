@@ -2,12 +2,13 @@
 
     .venv/bin/python tools/bench_convert.py [--layers 24] [--json FILE]
 
-Makes a dense torch_dist checkpoint of Qwen1.5-0.5B's shape with random bfloat16 values, then measures in one
-run: importing torch, ``cp -r`` (and the ``sync`` after it, which the converter does by itself), the conversion
-to 8 and to 64 experts, the same to 8 with real copies (``--materialize``) and once more after it was killed at
-four fifths, a straightforward conversion that loads all and saves all (``tools/plain_upcycle.py``), and Megatron's
-own ``--moe-use-upcycling``, on a tiny model, if it works. Time is wall time, the best of ``--repeats``; a
-conversion's excludes the time to import torch. Memory is the peak of a process's resident set.
+Makes a dense torch_dist checkpoint of Qwen1.5-0.5B's shape with random bfloat16 values, then measures in
+one run: importing torch, ``cp -r`` (and the ``sync`` after it, which the converter does by itself), the
+conversion to 8 and to 64 experts, the same to 8 with real copies (``--materialize``) and once more after it
+was killed at four fifths, a straightforward conversion that loads all and saves all
+(``tools/plain_upcycle.py``), and Megatron's own ``--moe-use-upcycling``, on a tiny model, if it works. Time
+is wall time, the best of ``--repeats``; a conversion's excludes the time to import torch. Memory is the
+peak of a process's resident set.
 """
 
 import argparse
