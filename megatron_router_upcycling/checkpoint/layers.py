@@ -83,6 +83,11 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
 
 
+def one_layer(checkpoint: Checkpoint, own: str, key: str) -> Checkpoint:
+    """``checkpoint`` with what a layer's own key ``own`` holds as the one layer of a stacked ``key``."""
+    return dataclasses.replace(checkpoint, tensors={key: _stack([checkpoint.tensors[own]], own)})
+
+
 def split_key(key: str) -> tuple[str, int | None]:
     """The key of the stacked tensor, and the layer of a key of a layer's own."""
     match = LAYER.fullmatch(key)
