@@ -135,10 +135,7 @@ def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
     """What the layer's router would see, [S, D] in float32."""
     hidden = int(checkpoint.args.hidden_size)
     if source is not None:
-        with safetensors.safe_open(source, framework="pt") as file:
-            tokens = file.get_slice("router_input")[layer].float()
-        if not tokens.isfinite().all():
-            raise UserError(f"--key-stats {source}: router_input holds NaN or infinite values; collect again")
+        tokens = key_stats.read_router_input(source, layer)
         if tokens.shape[1] != hidden:
             raise UserError(
                 f"--key-stats {source}: its router_input is {tokens.shape[1]} wide and the model {hidden};"
