@@ -184,14 +184,14 @@ def _expert_distances(layers: dict[int, Any]) -> dict[int, float]:
         if not weights:
             raise _unknown("MoELayer.experts with a matrix linear_fc1.weight for each expert")
         rows = torch.stack([w[:: max(1, len(w) // SAMPLE_ROWS)][:SAMPLE_ROWS].flatten() for w in weights])
-        rows = rows.float()
-        counts = torch.tensor((float(rows.square().sum()), len(rows)), device=rows.device)
+        rows = rows.double()  # a small difference of large sums
+        counts = torch.stack((rows.square().sum(), rows.new_tensor(len(rows))))
         parts.append(torch.cat((rows.sum(dim=0), counts)))
     if not parts:
         return {}
     totals = torch.stack(parts)
     torch.distributed.all_reduce(totals, group=parallel_state.get_expert_model_parallel_group())
-    totals = totals.double().cpu()
+    totals = totals.cpu()
     return {
         i: measures.spread(row[:-2], float(row[-2]), int(row[-1]))
         for i, row in zip(layers, totals, strict=True)

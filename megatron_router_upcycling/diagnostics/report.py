@@ -127,8 +127,8 @@ section { margin: 18px 0 }
 p { margin: 0 0 12px; color: #555; max-width: 95ch }
 img { display: block; width: 100%; height: auto; margin-top: 8px }
 .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: 14px; width: 100% }
-th, td { text-align: right; padding: 6px 8px; border-bottom: 1px solid #e8e5df; white-space: nowrap }
+table { border-collapse: collapse; font-size: 13px; width: 100% }
+th, td { text-align: right; padding: 6px 7px; border-bottom: 1px solid #e8e5df; white-space: nowrap }
 th { color: #666; font-weight: 600; vertical-align: bottom }
 th small { display: block; font-weight: 400; color: #888 }
 th:first-child, td:first-child { text-align: left }
