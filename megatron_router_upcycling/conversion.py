@@ -118,10 +118,13 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
         options = replace(options, materialize=True)  # there is nothing to share
     stats = None
     options.router.check_hidden_size(model.hidden_size)
-    if options.router.router == "mixture":
+    kind = options.router.router
+    if kind == "mixture" or options.init.needs_router_input:
         if options.key_stats is None:
-            raise UserError("--key-stats: --router mixture needs the file that collect_keys wrote")
-        options.router.shape(model.num_attention_heads, model.kv_channels)
+            what = f"--router {kind}" if kind == "mixture" else "this --config"
+            raise UserError(f"--key-stats: {what} needs the file that collect_keys wrote")
+        if kind == "mixture":
+            options.router.shape(model.num_attention_heads, model.kv_channels)
         stats = key_stats.load(options.key_stats)
         check_key_stats(stats, options.key_stats, dense, model)
         found = stats.metadata["key_source"]
@@ -130,6 +133,8 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
                 f"--key-stats {options.key_stats}: holds {found} keys, and --config asks for key_source"
                 f" {options.key_source}; collect them with --key-source {options.key_source}"
             )
+        if options.init.needs_router_input:
+            key_stats.read_router_input(options.key_stats, 0)
     conversion = Conversion(dense, model, options, stats, plan(dense, model, options), out, sources)
     publish.check_space(out, conversion.bytes_to_write)
     return conversion
@@ -285,6 +290,8 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
             f"an FFN's output shrinks by the sum of the {router.top_k} largest of {router.num_experts}"
             " weights, so the loss starts above the dense model's"
         )
+    elif options.init.alters_experts:
+        first = "near the dense model, as far as its experts still are its FFN"
     else:
         first = "exactly the dense model"
         if router.granularity == 1:

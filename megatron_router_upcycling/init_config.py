@@ -76,6 +76,14 @@ class InitConfig:
         return self.expert_noise > 0 or self.drop_upcycling > 0
 
     @property
+    def alters_router(self) -> bool:
+        """Whether a router's values are not the paper's."""
+        paper = InitConfig(
+            weights=self.weights, expert_noise=self.expert_noise, drop_upcycling=self.drop_upcycling
+        )
+        return self != paper
+
+    @property
     def needs_router_input(self) -> bool:
         """Whether values are made from samples of what routers see."""
         return self.gate == "centroid" or self.target_entropy is not None
@@ -94,6 +102,8 @@ class InitConfig:
         only(("queries", "keys", "norm_gain"), ("mixture",))
         only(("gate",), ("linear", "switch"))
         only(("logit_scale", "target_entropy"), ("mixture", "linear", "switch", "mlp"))
+        if self.target_entropy is not None and self.logit_scale != 1:
+            raise UserError("target_entropy sets the logits' scale; leave logit_scale out")
         if self.weights == "random" and dataclasses.replace(self, weights="dense") != default:
             raise UserError("weights random: starts from nothing; no other option of the start goes with it")
         if self.weights == "random" and kind == "mixture":

@@ -6,17 +6,28 @@ d head size, D hidden size.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from megatron_router_upcycling.altered_start import alter_router
 from megatron_router_upcycling.checkpoint.dense import QKV, DenseModel
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.key_stats import KeyStats
+from megatron_router_upcycling.init_config import InitConfig
+from megatron_router_upcycling.key_stats import KeyStats, read_router_input
 from megatron_router_upcycling.qkv import split_qkv
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.router_init import init_mixture
 
 ROUTER = "decoder.layers.mlp.router"
+# A norm's weight, inside the projection behind it (Transformer Engine's way) or apart.
+NORMS = (
+    (
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.input_layernorm.weight",
+    ),
+    ("decoder.layers.mlp.linear_fc1.layer_norm_weight", "decoder.layers.pre_mlp_layernorm.weight"),
+)
 DRAWN = ("linear", "switch", "mlp")  # routers whose parameters are random
 
 
@@ -50,37 +61,72 @@ def router_values(
     dense: Checkpoint,
     model: DenseModel,
     router: RouterConfig,
-    stats: KeyStats | None,
+    init: InitConfig,
+    stats: tuple[KeyStats, Path] | None,
     seed: int,
     scratch: bytearray,
     layers: Iterable[int],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield the routers' parameters of ``layers`` in the order of ``router_parameters``, the model's dtype.
 
-    A random router is drawn layer after layer from one generator seeded with ``seed``. A bias is
-    zero: the paper's routers have none.
+    A bias is zero: the paper's routers have none.
     """
-    bias = () if model.flags["disable_bias_linear"] else (torch.zeros(router.num_experts),)
     if router.router == "locmoe":
         yield from (() for _ in layers)
         return
-    if router.router in DRAWN:
-        generator = torch.Generator().manual_seed(seed)
-        names = drawn_parameters(
-            replace(router, num_experts=router.num_copies, top_k=1, granularity=1), model.hidden_size
-        )
-        for _ in layers:
-            values = [
-                torch.empty(shape).normal_(std=model.init_method_std, generator=generator)
-                for _, shape in names
-            ]
-            values[-1] = values[-1].repeat_interleave(router.granularity, dim=0)
-            yield tuple(value.to(model.dtype) for value in (*values, *bias))
-        return
-    assert stats is not None
-    H, G, d = model.num_attention_heads, model.num_query_groups, model.kv_channels
+    bias = () if model.flags["disable_bias_linear"] else (torch.zeros(router.num_experts, dtype=model.dtype),)
+    generator = torch.Generator().manual_seed(seed)
     for layer in layers:
-        query, _, _ = split_qkv(dense.read_layer(QKV, layer, scratch), H, G)
-        key_heads = stats.mean[layer].repeat_interleave(H // G, dim=0)  # [G, d] -> [H, d]
-        query_weight, expert_key = init_mixture(query.unflatten(0, (H, d)), key_heads, router)
-        yield tuple(value.to(model.dtype) for value in (query_weight, expert_key, *bias))
+        if router.router == "mixture":
+            assert stats is not None
+            values = _of_heads(dense, model, router, stats[0], scratch, layer)
+        else:
+            values = _drawn(model, router, generator)
+        values = {name: value.to(model.dtype) for name, value in values.items()}
+        if init.alters_router:
+            gains = norm_gains(dense, model, layer, scratch) if init.norm_gain else None
+
+            def inputs(layer: int = layer) -> torch.Tensor:
+                assert stats is not None
+                return read_router_input(stats[1], layer)
+
+            values = alter_router(values, router, init, seed, layer, gains, inputs)
+        yield (*values.values(), *bias)
+
+
+def _of_heads(
+    dense: Checkpoint,
+    model: DenseModel,
+    router: RouterConfig,
+    stats: KeyStats,
+    scratch: bytearray,
+    layer: int,
+) -> dict[str, torch.Tensor]:
+    H, G, d = model.num_attention_heads, model.num_query_groups, model.kv_channels
+    query, _, _ = split_qkv(dense.read_layer(QKV, layer, scratch), H, G)
+    key_heads = stats.mean[layer].repeat_interleave(H // G, dim=0)  # [G, d] -> [H, d]
+    query_weight, expert_key = init_mixture(query.unflatten(0, (H, d)), key_heads, router)
+    return {"query_weight": query_weight, "expert_key": expert_key}
+
+
+def _drawn(model: DenseModel, router: RouterConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A random router, in float32; one layer after the other comes from one generator."""
+    copies = replace(router, num_experts=router.num_copies, top_k=1, granularity=1)
+    values = {
+        name: torch.empty(shape).normal_(std=model.init_method_std, generator=generator)
+        for name, shape in drawn_parameters(copies, model.hidden_size)
+    }
+    name, value = values.popitem()
+    return values | {name: value.repeat_interleave(router.granularity, dim=0)}
+
+
+def norm_gains(
+    dense: Checkpoint, model: DenseModel, layer: int, scratch: bytearray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gains [D] of a layer's norms before attention and before the FFN, as they multiply."""
+    gains = []
+    for names in NORMS:
+        key = next(name for name in names if name in dense.tensors)
+        gain = dense.read_layer(key, layer, scratch).double()
+        gains.append(gain + bool(model.flags.get("apply_layernorm_1p")))
+    return gains[0], gains[1]

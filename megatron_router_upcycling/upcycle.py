@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from megatron_router_upcycling import fine_grained, random_weights
+from megatron_router_upcycling.altered_start import alter_expert
 from megatron_router_upcycling.checkpoint import safe_load
 from megatron_router_upcycling.checkpoint.dense import FC1, FC2, QKV, DenseModel
 from megatron_router_upcycling.checkpoint.layers import at_layer, parse_layers, split_key, split_layers
@@ -101,6 +102,19 @@ class CopyExperts:
 
 
 @dataclass(frozen=True)
+class AlterExperts:
+    """Make ``target`` [L, n, ...] of n copies of ``key`` [L, ...] that differ, each stored.
+
+    ``front`` is as in ``CopyExperts``.
+    """
+
+    key: str
+    target: str
+    num_experts: int
+    front: int
+
+
+@dataclass(frozen=True)
 class CopyShared:
     """Make a parameter of the shared expert, FC1 as it is and FC2 scaled."""
 
@@ -161,6 +175,7 @@ Step = (
     Keep
     | CopyNorm
     | CopyExperts
+    | AlterExperts
     | CopyShared
     | Draw
     | MakeRouters
@@ -233,7 +248,11 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
         name, layer = split_key(key)
         parameter = name.removeprefix(f"{LAYERS}.mlp")
         cut = Cut.of(name, model, G, front) if G > 1 else None
-        steps.append(CopyExperts(key, at_layer(EXPERTS + parameter, layer), n, front, cut))
+        target = at_layer(EXPERTS + parameter, layer)
+        if options.init.alters_experts and name.endswith(".weight"):
+            steps.append(AlterExperts(key, target, n, front))
+        else:
+            steps.append(CopyExperts(key, target, n, front, cut))
         if options.shared_expert:
             shared.append(CopyShared(key, at_layer(SHARED_EXPERT + parameter, layer), name.startswith(FC2)))
     steps += shared
@@ -243,8 +262,10 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     added = tuple(key for key in extra_states(model, n, options.shared_expert, layers) if key not in kept)
     steps += [routers, AddExtraStates(ffn_states, added), WriteCommonState(common, made), LeaveOut(left_out)]
 
-    copies = options.router.num_copies if options.materialize else 1
-    read = [key for key in ffn if G > 1] + [step.key for step in shared if step.scaled]
+    copies = options.router.num_copies if options.materialize or options.init.alters_experts else 1
+    read = [key for key in ffn if G > 1 or options.init.alters_experts] + [
+        step.key for step in shared if step.scaled
+    ]
     elements = sum(math.prod(shape) for shape in routers.made().values())
     result = Plan(
         source=dense,
@@ -281,7 +302,7 @@ def _from_scratch(step: Step, dense: Checkpoint) -> list[Step]:
 def accounted(step: Step) -> tuple[str, ...]:
     """The entries of the dense checkpoint that ``step`` accounts for."""
     match step:
-        case CopyExperts(key=key) | Draw(like=key, goes=True):
+        case CopyExperts(key=key) | AlterExperts(key=key) | Draw(like=key, goes=True):
             return (key,)
         case Keep(keys=keys) | AddExtraStates(keys=keys) | WriteCommonState(keys=keys) | LeaveOut(keys=keys):
             return keys
@@ -316,6 +337,9 @@ def targets(plan: Plan, model: DenseModel) -> dict[str, Target]:
             case CopyExperts(key, target):
                 stored = plan.source.tensors[key]
                 made[target] = step.shape(stored.shape), stored.dtype
+            case AlterExperts(key, target, n, front):
+                stored = plan.source.tensors[key]
+                made[target] = (*stored.shape[:front], n, *stored.shape[front:]), stored.dtype
             case CopyShared(key, target):
                 like(key, target)
             case Draw(key, shape, source):
@@ -394,12 +418,17 @@ def execute(
                 fine_grained.write_scaled(source, key, target, writer, scratch)
             case CopyShared(key, target):
                 writer.take_over(source, key, target, copy=options.materialize)
+            case AlterExperts():
+                _alter_experts(dense, step, model, options, scratch, writer)
             case Draw():
                 _draw(step, source.tensors[step.like].dtype, model, options.seed, writer)
             case MakeRouters(parameters, layers):
                 writer.next_file()
                 chosen = layers or range(model.num_layers)
-                made = router_values(dense, model, options.router, stats, options.seed, scratch, chosen)
+                file = (stats, options.key_stats) if stats and options.key_stats else None
+                made = router_values(
+                    dense, model, options.router, options.init, file, options.seed, scratch, chosen
+                )
                 for layer, values in zip(chosen, made, strict=True):
                     for (key, shape), value in zip(parameters, values, strict=True):
                         if not value.isfinite().all():
@@ -436,6 +465,28 @@ def _copy_experts(source: Checkpoint, step: CopyExperts, copies: bool, writer: C
             (*chunk.offsets[:front], expert, *chunk.offsets[front:]) for expert in range(step.num_experts)
         ]
         writer.store_chunk(source, chunk, stored.dtype, step.target, shape, sizes, offsets, copies)
+
+
+def _alter_experts(
+    dense: Checkpoint,
+    step: AlterExperts,
+    model: DenseModel,
+    options: Options,
+    scratch: bytearray,
+    writer: CheckpointWriter,
+) -> None:
+    name, own = split_key(step.key)
+    linear = name.split(".")[-2]
+    for layer in range(model.num_layers) if own is None else (own,):
+        weight = dense.read_layer(name, layer, scratch)
+        shape = (step.num_experts, *weight.shape)
+        for expert in range(step.num_experts):
+            made = alter_expert(weight, linear, model.gated, options.init, options.seed, layer, expert)
+            if step.front:
+                place = (layer, expert, 0, 0)
+                writer.write_chunk(step.target, (model.num_layers, *shape), made[None, None], [place])
+            else:
+                writer.write_chunk(step.target, shape, made[None], [(expert, 0, 0)])
 
 
 def _draw(step: Draw, dtype: torch.dtype, model: DenseModel, seed: int, writer: CheckpointWriter) -> None:

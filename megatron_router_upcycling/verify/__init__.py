@@ -40,6 +40,7 @@ class Verification:
     router: RouterConfig
     stats: KeyStats | None
     init: InitConfig
+    key_stats_file: Path | None = None
     findings: Findings = field(default_factory=Findings)
 
     @property
@@ -77,15 +78,16 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
         )
     router = manifest.router_config(record, moe.root / manifest.NAME)
     init = manifest.init_config(record, moe.root / manifest.NAME)
-    verification = Verification(dense, model, moe, record, router, None, init, findings)
-    if router.router != "mixture" or verification.trained:
+    verification = Verification(dense, model, moe, record, router, None, init, findings=findings)
+    if verification.trained or not (router.router == "mixture" or init.needs_router_input):
         return verification
-    router.shape(model.num_attention_heads, model.kv_channels)
-    stats = _key_stats(verification, key_stats_file)
-    return replace(verification, stats=stats)
+    if router.router == "mixture":
+        router.shape(model.num_attention_heads, model.kv_channels)
+    stats, path = _key_stats(verification, key_stats_file)
+    return replace(verification, stats=stats, key_stats_file=path)
 
 
-def _key_stats(verification: Verification, path: Path | None) -> KeyStats:
+def _key_stats(verification: Verification, path: Path | None) -> tuple[KeyStats, Path]:
     model, recorded = (
         verification.model,
         structure.section(verification.moe, verification.record, "key_stats"),
@@ -106,7 +108,7 @@ def _key_stats(verification: Verification, path: Path | None) -> KeyStats:
     if structure.sha256(path) != recorded.get("sha256"):
         what = "is not the file of key statistics whose SHA-256 the manifest records"
         verification.findings.add("files", str(path), what)
-    return stats
+    return stats, path
 
 
 def run(verification: Verification, progress: Progress = lambda count: None) -> Findings:
@@ -128,8 +130,10 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
             raise UserError(f"MOE {moe.root}: its manifest has seed {seed!r}; convert the model again")
         source = moe.root / manifest.NAME
         layout = Layout.of(structure.section(moe, record, "model"), router, model, source)
-        init = verification.init
-        expected = expected_tensors(dense, dense_files, model, router, verification.stats, init, seed, layout)
+        stats, init, file = verification.stats, verification.init, verification.key_stats_file
+        expected = expected_tensors(
+            dense, dense_files, model, router, stats, init, None if trained else file, seed, layout
+        )
         comparable = structure.check_tensors(moe, expected, trained, findings)
         wanted = structure.expected_states(model, router, layout)
         identities = structure.check_objects(moe, dense, moe_files, wanted, layout, trained, findings)

@@ -9,18 +9,20 @@ Symbols: L layers, n experts, m routers, H query heads, G query groups, d head s
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatron_router_upcycling.checkpoint.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.dense import FC1, FC2, QKV, DenseModel
+from megatron_router_upcycling.checkpoint.finite import WORDS
 from megatron_router_upcycling.checkpoint.layers import at_layer
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.fine_grained import SHARED_EXPERT
 from megatron_router_upcycling.init_config import InitConfig
 from megatron_router_upcycling.initial_routers import ROUTER
-from megatron_router_upcycling.key_stats import KeyStats
+from megatron_router_upcycling.key_stats import KeyStats, read_router_input
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import (
     EXPERTS,
@@ -29,7 +31,7 @@ from megatron_router_upcycling.upcycle import (
     SEPARATE_NORM,
     TRAINING_STATE,
 )
-from megatron_router_upcycling.verify import routers, scratch
+from megatron_router_upcycling.verify import altered, routers, scratch
 from megatron_router_upcycling.verify.layout import Layout
 from megatron_router_upcycling.verify.sources import ComputedLayers, DataFiles, Source, StoredTensor
 
@@ -66,6 +68,14 @@ class ExpectedTensor:
     dtype: torch.dtype
     pieces: Callable[[Box], Iterator[Piece]]  # those that make up a box
 
+    def values(self, layer: int) -> torch.Tensor:
+        """``tensor[layer]`` of one stacked over layers, whole."""
+        made: np.ndarray = np.empty(self.shape[1:], WORDS[self.dtype.itemsize])
+        for piece in self.pieces(Box((layer, *(0 for _ in self.shape[1:])), (1, *self.shape[1:]))):
+            place = tuple(map(slice, piece.box.offsets[1:], piece.box.ends[1:]))
+            made[place] = piece.source.read(piece.source_box(piece.box)).reshape(piece.box.sizes[1:])
+        return torch.from_numpy(made).view(self.dtype)
+
     def of_layer(self, layer: int) -> "ExpectedTensor":
         """``tensor[layer]`` of one stacked over layers."""
 
@@ -85,6 +95,7 @@ def expected_tensors(
     router: RouterConfig,
     stats: KeyStats | None,
     init: InitConfig,
+    key_stats_file: Path | None,
     seed: int,
     layout: Layout,
 ) -> dict[str, ExpectedTensor]:
@@ -92,6 +103,10 @@ def expected_tensors(
     everywhere = _stacked(dense, files, model, router, stats, seed, layout)
     if init.weights == "random":
         everywhere = _all_drawn(everywhere, model, seed)
+    if init.alters_router:
+        everywhere |= _altered_routers(everywhere, dense, model, router, init, seed, key_stats_file)
+    if init.alters_experts:
+        everywhere |= _altered_experts(everywhere, dense, model, init, seed)
     if layout.layers is None:
         return everywhere
     nowhere = {
@@ -221,6 +236,64 @@ def _all_drawn(tensors: dict[str, ExpectedTensor], model: DenseModel, seed: int)
         return replace(tensor, pieces=pieces)
 
     return {key: tensor if ROUTER in key else drawn(key, tensor) for key, tensor in tensors.items()}
+
+
+def _altered_routers(
+    tensors: dict[str, ExpectedTensor],
+    dense: Checkpoint,
+    model: DenseModel,
+    router: RouterConfig,
+    init: InitConfig,
+    seed: int,
+    key_stats_file: Path | None,
+) -> dict[str, ExpectedTensor]:
+    """The routers' parameters as ``init`` changes them, a layer at a time."""
+    prefix = f"{ROUTER}."
+    plain = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(prefix) and key != f"{ROUTER}.bias"
+    }
+    known: tuple[int, altered.Values] | None = None
+
+    def values(layer: int) -> altered.Values:
+        nonlocal known
+        if known is None or known[0] != layer:
+            gains = altered.gains_of(dense, model, layer) if init.norm_gain else None
+            paper = {name: tensor.values(layer) for name, tensor in plain.items()}
+            known = (
+                layer,
+                altered.altered_router(
+                    paper, router, init, seed, layer, gains, lambda: _router_input(key_stats_file, layer)
+                ),
+            )
+        return known[1]
+
+    def parameter(name: str, tensor: ExpectedTensor) -> ExpectedTensor:
+        return _computed(model, tensor.shape[1:], lambda layer: values(layer)[name])
+
+    return {prefix + name: parameter(name, tensor) for name, tensor in plain.items()}
+
+
+def _router_input(path: Path | None, layer: int) -> np.ndarray:
+    assert path is not None
+    return read_router_input(path, layer).double().numpy()
+
+
+def _altered_experts(
+    tensors: dict[str, ExpectedTensor], dense: Checkpoint, model: DenseModel, init: InitConfig, seed: int
+) -> dict[str, ExpectedTensor]:
+    """FC1 and FC2 of experts that differ; biases stay as they are."""
+    changed = {}
+    for linear in (FC1, FC2):
+        key = f"{EXPERTS}{linear.removeprefix(f'{LAYERS}.mlp')}.weight"
+        source = altered.AlteredExperts(dense, f"{linear}.weight", model, init, seed)
+
+        def pieces(box: Box, source: altered.AlteredExperts = source) -> Iterator[Piece]:
+            yield Piece(box, source, "altered", box.offsets, tuple(range(len(box.offsets))))
+
+        changed[key] = replace(tensors[key], pieces=pieces)
+    return changed
 
 
 def _drawn(
