@@ -20,7 +20,7 @@ example (the paper's run, 8 nodes of 8 GPUs):
   export SBATCH_ACCOUNT=... SBATCH_PARTITION=...       # any of sbatch's own variables
   scripts/submit.sh --work /shared/me/8x0.5b --hf /shared/models/Qwen1.5-0.5B \
       --config configs/qwen1.5-0.5b-8x/moe.yaml --data /shared/data/tokens_text_document \
-      --nodes 8 --time 24:00:00 --container nvcr.io#nvidia/pytorch:25.09-py3
+      --nodes 8 --time 24:00:00 --container /shared/images/upcycling.sqsh
 
 required:
   --work DIR           where everything goes, on a file system that all nodes share

@@ -2,7 +2,9 @@
 
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +96,30 @@ def test_chain_with_a_requeue_ends_as_an_unbroken_run(cluster: Cluster, model: P
     unbroken = launch.torchrun(2, "pretrain", *flags).ok().losses
     assert list(unbroken) == list(range(1, ITERATIONS + 1))
     assert launch.Output(0, text).losses == unbroken
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_alone_saves_and_ends_the_run(
+    tmp_path: Path, moe_config: Path, moe: Path
+) -> None:
+    """As clusters deliver it that track processes by control groups; the one above signals every process."""
+    save, log = tmp_path / "run", tmp_path / "log"
+    signalled = ("--exit-signal-handler", "--exit-signal", "SIGURG", "--train-iters", "100000")
+    command = (SCRIPTS / "launch.sh", "pretrain", moe_config, "--load", moe, "--save", save, *signalled)
+    with log.open("w") as file:
+        launcher = subprocess.Popen(
+            [str(part) for part in (*command, "--save-interval", 100_000)],
+            env=launch.ENVIRONMENT | {"PYTHON": sys.executable}, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        wait_until(lambda: "iteration        3/" in log.read_text(), log.read_text)
+        launcher.send_signal(signal.SIGURG)
+        assert launcher.wait(120) == 0
+    finally:
+        launcher.terminate()
+        launcher.wait(60)
+    assert (save / "run_state").read_text() == "stopped\n"
+    assert int((save / "latest_checkpointed_iteration.txt").read_text()) >= 3
 
 
 @pytest.mark.parametrize(
