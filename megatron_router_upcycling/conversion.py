@@ -30,10 +30,6 @@ from megatron_router_upcycling.moe_arguments import model_flags
 from megatron_router_upcycling.upcycle import (
     LEFT_OUT,
     TRAINING_STATE,
-    CopyExperts,
-    Draw,
-    Keep,
-    LeaveOut,
     Options,
     Plan,
     accounted,
@@ -41,6 +37,7 @@ from megatron_router_upcycling.upcycle import (
     plan,
     targets,
 )
+from megatron_router_upcycling.upcycle_steps import AlterExperts, CopyExperts, Draw, Keep, LeaveOut
 
 
 def check_key_stats(stats: KeyStats, path: Path, dense: Checkpoint, model: DenseModel) -> None:
@@ -252,14 +249,24 @@ def describe_plan(conversion: Conversion) -> str:
     """What would be done, in a few lines."""
     model, options, plan, dense = conversion.model, conversion.options, conversion.plan, conversion.dense
     entries = {type(step): accounted(step) for step in plan.steps}
-    experts = [step for step in plan.steps if isinstance(step, CopyExperts)]
+    experts = [step for step in plan.steps if isinstance(step, CopyExperts | AlterExperts)]
+    drawn = sum(isinstance(step, Draw) for step in plan.steps)
     how = "linked, not written" if conversion.links else "copied"
-    copies = f"{options.router.num_experts} times" if options.materialize else "once"
+    all_bytes = plan.kept_bytes + plan.expert_bytes
+    apart = options.materialize or options.init.alters_experts
+    copies = f"{options.router.num_experts} times" if apart else "once"
     routers = "; ".join(f"{key} {list(shape)}" for key, shape in router_parameters(model, options.router))
     lines = [
         f"{dense.iteration_dir}: {model.describe()}",
-        f"  take over  {format_bytes(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
-        f"  experts    {format_bytes(plan.expert_bytes)} of {len(experts)} tensors, each written {copies}",
+        *(
+            [f"  draw       {format_bytes(all_bytes)} of {drawn} tensors, from seed {options.seed}"]
+            if drawn
+            else [
+                f"  take over  {format_bytes(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
+                f"  experts    {format_bytes(plan.expert_bytes)} of {len(experts)} tensors, each written"
+                f" {copies}",
+            ]
+        ),
         f"  routers    {format_bytes(plan.router_bytes)}: {routers}",
         f"  leave out  {len(entries[LeaveOut])} entries of training state",
         f"would write {format_bytes(conversion.bytes_to_write)} to {conversion.out},"
