@@ -276,3 +276,17 @@ def test_what_a_start_cannot_be_is_one_line(
         option(folder, tmp_path / "moe", "router_upcycling", **options)
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+
+
+@pytest.mark.parametrize("name", ["norm_gain", "target_entropy", "random_keys", "centroid", "expert_noise"])
+def test_verify_finds_another_start(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """A manifest that says the paper's start, of a checkpoint that was made in another way."""
+    dense_checkpoint.write(tmp_path / "dense")
+    inputs(tmp_path / "ks", "pre_rope")
+    convert(tmp_path, tmp_path / "moe", CONFIGS / f"ablations/{name}.yaml")
+    record = manifest.read(tmp_path / "moe")
+    assert record is not None
+    manifest.write(tmp_path / "moe", record | {"init": {}})
+    assert cli.main(["verify", str(tmp_path / "dense"), str(tmp_path / "moe"), "--quiet"]) == 1
+    said = capsys.readouterr().out
+    assert ("experts.experts" if name == "expert_noise" else ROUTER) in said
