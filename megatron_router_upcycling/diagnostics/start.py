@@ -20,7 +20,7 @@ from megatron_router_upcycling import key_stats, manifest
 from megatron_router_upcycling.checkpoint import layers
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.diagnostics import measures
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.router_init import cosine_similarity, fold, pool_logits
 
@@ -68,16 +68,26 @@ def describe(root: Path, stats: Path | None) -> str:
             )
         return ""
     router = manifest.router_config(record, checkpoint.root / manifest.NAME)
-    source = stats or _recorded(record)
+    num_layers, hidden = (getattr(checkpoint.args, name, None) for name in ("num_layers", "hidden_size"))
+    if not (isinstance(num_layers, int) and isinstance(hidden, int)):
+        raise UserError(f"{root}: its arguments tell no num_layers and hidden_size; convert the model again")
+    source = stats or _recorded(record, num_layers)
     if stats is not None:
         key_stats.load(stats)  # says what is wrong with it
-        sampled, expected = _num_layers_sampled(stats), int(checkpoint.args.num_layers)
-        if sampled != expected:
+        sampled = _num_layers_sampled(stats)
+        if sampled != num_layers:
             raise UserError(
                 f"--key-stats {stats}: holds samples of router inputs (router_input) for {sampled} layers and"
-                f" the model has {expected}; collect its dense model's statistics with --router-samples 512"
+                f" the model has {num_layers}; collect its dense model's statistics with --router-samples 512"
             )
-    found = [_look(checkpoint, router, layer, source) for layer in _router_layers(checkpoint)]
+    found = []
+    for layer in _router_layers(checkpoint):
+        try:
+            found.append(_look(checkpoint, router, layer, source))
+        except (RuntimeError, IndexError, ValueError) as error:  # shapes that do not go together
+            raise UserError(
+                f"{root}: layer {layer}'s router does not fit {manifest.NAME} ({reason(error)})"
+            ) from None
     if source is not None:
         inputs = f"of hidden states of the dense model, sampled in {source}"
     else:
@@ -115,15 +125,17 @@ def _read(checkpoint: Checkpoint, key: str, layer: int) -> Tensor:
     return checkpoint.read_layer(key, layer, bytearray()).float()
 
 
-def _recorded(record: dict[str, Any]) -> Path | None:
+def _recorded(record: dict[str, Any], num_layers: int) -> Path | None:
     """The key statistics that the manifest names, where they are still there and hold samples."""
     named = record.get("key_stats")
     path = named.get("path") if isinstance(named, dict) else None
-    return Path(path) if isinstance(path, str) and _num_layers_sampled(path) else None
+    return Path(path) if isinstance(path, str) and _num_layers_sampled(path) == num_layers else None
 
 
 def _num_layers_sampled(path: str | Path) -> int:
     """Layers that the key statistics in ``path`` hold ``router_input`` of; 0 where there is none."""
+    if not Path(path).is_file():
+        return 0
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return file.get_slice("router_input").get_shape()[0] if "router_input" in set(file.keys()) else 0
