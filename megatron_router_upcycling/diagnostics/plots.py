@@ -11,7 +11,7 @@ from typing import Any
 COLOURS = ("#c8401e", "#2867b2", "#3a9a4b", "#8a4fb0", "#c79a00", "#444444", "#00999c", "#d2679a")
 GREY = "#8a8a8a"
 EVEN_RANGE = 2  # load maps show shares from 1/4 to 4 times the even one, in powers of two
-MOST_ROWS = 40  # of a load map that are labelled by layer
+MOST_LABELS = 16  # of layers beside a load map
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,7 @@ def _load_map(run: RunData) -> Any:
     from matplotlib.ticker import FixedLocator
 
     layers = run.routing[-1]["layers"]
+    rows = list(range(0, len(layers), math.ceil(len(layers) / MOST_LABELS)))  # that are labelled
     num_experts = len(run.routing[-1]["load"][0])
     # [lines, layers, experts], as powers of two of the even share; a dead expert is darkest.
     loads = numpy.array([line["load"] for line in run.routing]) * num_experts
@@ -211,9 +212,8 @@ def _load_map(run: RunData) -> Any:
         image = panel.imshow(powers[at], aspect="auto", **scale)
         panel.set_title(f"step {run.routing[at]['iteration']}")
         panel.set_xlabel("expert")
-        step = max(1, len(layers) // MOST_ROWS * 2, math.ceil(len(layers) / 16))
-        panel.yaxis.set_major_locator(FixedLocator(list(range(0, len(layers), step))))
-        panel.set_yticklabels([str(layers[row]) for row in range(0, len(layers), step)])
+        panel.yaxis.set_major_locator(FixedLocator(rows))
+        panel.set_yticklabels([str(layers[row]) for row in rows])
     for panel in axes[len(chosen) : 3]:
         panel.axis("off")
     axes[0].set_ylabel("layer")
@@ -228,8 +228,6 @@ def _load_map(run: RunData) -> Any:
     over_time.invert_yaxis()
     for row in range(1, len(layers)):
         over_time.axhline(row * num_experts, color="black", linewidth=0.8)
-    step = math.ceil(len(layers) / 16)
-    rows = list(range(0, len(layers), step))
     over_time.yaxis.set_major_locator(FixedLocator([(row + 0.5) * num_experts for row in rows]))
     over_time.set_yticklabels([str(layers[row]) for row in rows])
     over_time.set_title("over time, a line an expert, by layer")

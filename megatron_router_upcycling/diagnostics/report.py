@@ -90,6 +90,8 @@ def write(runs: Sequence[RunData], output: Path) -> Path:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
+        for stale in output.glob("load_map_*.png"):  # an earlier report may have had more runs
+            stale.unlink()
         drawn = plots.draw_all(runs, output)
         page = output / PAGE
         page.write_text(render(runs, drawn), encoding="utf-8")
