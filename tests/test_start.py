@@ -16,12 +16,15 @@ from tests.conftest import HIDDEN, LAYERS
 EXPERTS, TOP_K, SAMPLES = 8, 2, 60
 
 
-def with_samples(path: Path, key_stats_file: Path, samples: torch.Tensor) -> Path:
-    """The session's key statistics with ``samples`` [L, S, D] as what routers see."""
+def with_samples(path: Path, key_stats_file: Path, samples: torch.Tensor | None) -> Path:
+    """The session's key statistics with ``samples`` [L, S, D] as what routers see, or with none."""
     with safetensors.safe_open(key_stats_file, framework="pt") as file:
         metadata = file.metadata()
     tensors = safetensors.torch.load_file(key_stats_file)
-    safetensors.torch.save_file(tensors | {"router_input": samples.bfloat16()}, path, metadata)
+    tensors.pop("router_input", None)
+    if samples is not None:
+        tensors["router_input"] = samples.bfloat16()
+    safetensors.torch.save_file(tensors, path, metadata)
     return path
 
 
@@ -85,10 +88,19 @@ def test_a_collapsed_start_is_told(
     assert all(float(row[5]) > 2 and int(row[6]) >= 4 for row in table(text))
 
 
-def test_random_tokens_stand_in_for_samples(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recorded_samples_are_taken_and_random_tokens_stand_in(
+    tmp_path: Path, moe: Path, dense: Path, key_stats_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["inspect", str(moe)]) == 0
     text = capsys.readouterr().out
-    assert "1024 random tokens" in text and len(table(text)) == LAYERS
+    assert f"hidden states of the dense model, sampled in {key_stats_file}:" in text
+    assert len(table(text)) == LAYERS
+    linear = tmp_path / "linear"
+    assert cli.main(["convert", str(dense), str(linear), "--router", "linear", "--layers", "1,3"]) == 0
+    assert cli.main(["inspect", str(linear)]) == 0
+    text = capsys.readouterr().out
+    assert "1024 random tokens" in text
+    assert [row[:3] for row in table(text)[:2]] == [["1", "–", "–"], ["3", "–", "–"]]
 
 
 def test_mistakes(
@@ -96,10 +108,11 @@ def test_mistakes(
 ) -> None:
     narrow = with_samples(tmp_path / "narrow", key_stats_file, torch.zeros(LAYERS, 4, HIDDEN // 2))
     short = with_samples(tmp_path / "short", key_stats_file, torch.zeros(LAYERS - 1, 4, HIDDEN))
+    none = with_samples(tmp_path / "none", key_stats_file, None)
     for checkpoint, stats, message in (
-        (moe, key_stats_file, "samples"),
+        (moe, none, "for 0 layers and the model has 4; collect"),
         (moe, narrow, "its router_input is 32 wide and the model 64"),
-        (moe, short, "layers"),
+        (moe, short, "router_input is [3, 4, 64]"),
         (dense, narrow, "has no routers"),
         (moe, tmp_path / "nowhere", "no such file"),
     ):

@@ -16,6 +16,8 @@ from typing import Any
 from megatron_router_upcycling.diagnostics import measures, runlog
 from megatron_router_upcycling.errors import UserError
 
+# Parameters of training_log that are read here.
+READ = ("iteration", "loss_dict", "total_loss_dict", "learning_rate", "grad_norm", "skipped_iter")
 RARELY = 10  # every so many routing lines, and on the first and the last
 
 
@@ -49,7 +51,7 @@ class RunLog:
             RuntimeError: a function is not there, or lacks a parameter that is read here.
         """
         _around("setup_model_and_optimizer", self._set_up)
-        _around("training_log", self._training_log, "iteration", "loss_dict", "total_loss_dict")
+        _around("training_log", self._training_log, *READ)
         _around("evaluate_and_print_results", self._evaluate_and_print, "prefix", "iteration")
         _around("evaluate", self._evaluate)
 
