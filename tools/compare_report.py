@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ROUTING = ("load_max_over_mean", "dead_experts", "entropy", "weight_sum", "dropped_fraction")
 COLOURS = ("#c8401e", "#2867b2", "#3a9a4b", "#8a4fb0", "#c79a00", "#444444", "#00999c", "#d2679a")
+FAR = 12.0  # typical differences; what is further off would flatten the picture
 SURE = 2.0  # standard errors that a mean difference must have, with the same sign in every seed
 
 
@@ -102,7 +103,7 @@ def verdict(claim: Claim, results: Sequence[RunResult]) -> str:
     found = differences(results, claim.better, claim.than)
     title = f"“{claim.better} is better than {claim.than}” ({claim.source})"
     if len(found) < 2:
-        return f"{title}: not judged; {len(found)} seeds have ended, and it takes two."
+        return f"{title}: not judged, which takes two seeds that both have ended."
     spread = Spread.of(found)
     assert spread.deviation is not None
     error = spread.deviation / math.sqrt(spread.count)
@@ -158,7 +159,7 @@ def _signed(spread: Spread) -> str:
 
 def picture(comparison: "Comparison", results: Sequence[RunResult], path: Path) -> None:
     """Training loss against tokens in the manner of the paper's figure 3: mean over seeds, band from the
-    lowest to the highest; on the right the held-out losses at the end."""
+    lowest to the highest; on the right the differences of held-out losses at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -179,13 +180,9 @@ def picture(comparison: "Comparison", results: Sequence[RunResult], path: Path) 
         left.fill_between(
             millions, [min(c) for c in curves], [max(c) for c in curves], color=colour, alpha=0.12
         )
-        losses = [run.held_out for run in runs]
-        right.plot(losses, [number] * len(losses), "o", color=colour, alpha=0.5, markersize=6)
-        right.plot([mean(losses)], [number], "|", color=colour, markersize=18, markeredgewidth=2.5)
         ends += [loss for curve in curves[len(curves) // 3 :] for loss in curve]
-    reference = [result.held_out for result in results if result.name == comparison.reference]
-    if reference:
-        right.axvline(mean(reference), color="#999999", linewidth=0.8, linestyle=":")
+    _draw_differences(right, {name: differences(results, name, comparison.reference) for name in names})
+    right.set_xlabel(f"held-out loss at the end minus that of {comparison.reference} (nats a token)")
     upcycled = sorted(ends)[: max(1, int(0.9 * len(ends)))]
     spread = upcycled[-1] - upcycled[0]
     left.set_ylim(min(ends) - 0.05 * spread, upcycled[-1] + 0.6 * spread)
@@ -193,16 +190,35 @@ def picture(comparison: "Comparison", results: Sequence[RunResult], path: Path) 
     left.set_ylabel("training loss (nats a token)")
     left.set_title(f"mean and range over {len(comparison.seeds)} seeds", fontsize=10)
     left.legend(frameon=False, fontsize=8, ncols=2)
-    right.set_yticks(range(len(names)), names)
-    right.invert_yaxis()
-    right.set_xlabel("held-out loss at the end (nats a token)")
-    right.set_title("points: seeds; bar: their mean", fontsize=10)
+    right.set_title("points: pairs of one seed; bar: their mean", fontsize=10)
     for axes in (left, right):
         axes.grid(alpha=0.25)
     figure.suptitle(comparison.title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _draw_differences(axes: Any, found: dict[str, list[float]]) -> None:
+    """A line a run: its difference with each seed, and their mean; what is far off stands at the edge."""
+    means = {name: mean(values) for name, values in found.items() if values}
+    typical = sorted(abs(value) for value in means.values())[len(means) // 2] if means else 0.0
+    edge = FAR * typical or 1.0
+    for number, (name, values) in enumerate(found.items()):
+        if not values:
+            continue
+        colour = COLOURS[number % len(COLOURS)]
+        if abs(means[name]) > edge:
+            side = math.copysign(1.0, means[name])
+            axes.plot([side * edge], [number], ">" if side > 0 else "<", color=colour, markersize=9)
+            text = f"{means[name]:+.3f} "
+            axes.text(0.93 * side * edge, number, text, ha="right" if side > 0 else "left", va="center")
+            continue
+        axes.plot(values, [number] * len(values), "o", color=colour, alpha=0.5, markersize=6)
+        axes.plot([means[name]], [number], "|", color=colour, markersize=18, markeredgewidth=2.5)
+    axes.axvline(0.0, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set_ylim(len(found) - 0.5, -0.5)
 
 
 def write(comparison: "Comparison", results: Sequence[RunResult], folder: Path, command: str) -> str:
@@ -223,7 +239,8 @@ def write(comparison: "Comparison", results: Sequence[RunResult], folder: Path, 
         f" {SURE:.0f} standard errors. Training took {minutes:.0f} minutes in all."
     )
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
-    text = "\n\n".join([table(comparison, results), note, *(f"- {sentence}" for sentence in verdicts)])
+    sentences = "\n".join(f"- {sentence}" for sentence in verdicts)
+    text = "\n\n".join([table(comparison, results), note, sentences]).rstrip()
     (folder / "report.md").write_text(
         f"# {comparison.title}\n\n{text}\n\n![Loss curves](loss_curves.png)\n\n"
         f"Made by `{command}` with {made}.\n",
