@@ -93,6 +93,21 @@ class Conversion:
         return plan.expert_bytes + plan.router_bytes + (plan.changed_bytes if self.links else plan.kept_bytes)
 
     @property
+    def memory_bytes(self) -> int:
+        """What the model itself takes of memory at most, whatever its number of layers.
+
+        A chunk that is read; for a mixture, one layer's queries, keys and values twice (joined from chunks,
+        then apart), its router, and that of the layer before.
+        """
+        model, plan = self.model, self.plan
+        if self.options.router.router != "mixture":
+            return plan.scratch_bytes
+        heads = model.num_attention_heads + 2 * model.num_query_groups
+        rows = heads * model.kv_channels * model.hidden_size * model.dtype.itemsize
+        layers = model.num_layers if plan.layers is None else len(plan.layers)
+        return plan.scratch_bytes + 2 * rows + 2 * plan.router_bytes // layers
+
+    @property
     def links(self) -> bool:
         """Whether what does not change is linked rather than copied."""
         linkable = self.plan.kept_bytes > self.plan.changed_bytes
@@ -270,7 +285,7 @@ def describe_plan(conversion: Conversion) -> str:
         f"  routers    {format_bytes(plan.router_bytes)}: {routers}",
         f"  leave out  {len(entries[LeaveOut])} entries of training state",
         f"would write {format_bytes(conversion.bytes_to_write)} to {conversion.out},"
-        f" with at most {format_bytes(plan.scratch_bytes)} of the model in memory",
+        f" with at most {format_bytes(conversion.memory_bytes)} of the model in memory",
     ]
     return "\n".join(lines)
 
