@@ -81,7 +81,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--router-samples", type=int, default=512, help="tokens whose hidden states to keep (default: 512)"
     )
     group.add_argument("--key-source", choices=("pre_rope", "post_rope"), default="pre_rope")
-    group.add_argument("--output", metavar="FILE", help="where collect_keys writes")
+    group.add_argument("--output", metavar="FILE", help="where collect_keys, and a rehearsal its JSON, write")
     group.add_argument("--overwrite", action="store_true", help="replace an existing output")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
     group.add_argument(
@@ -96,6 +96,19 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         type=int,
         help="iterations between two of them (default: --log-interval)",
     )
+    rehearsal = parser.add_argument_group(title="rehearsal")
+    rehearsal.add_argument(
+        "--rehearse", metavar="WORLD_SIZE", type=int, help="run one rank of so many for one step, alone"
+    )
+    rehearsal.add_argument("--rehearse-rank", metavar="R", type=int, default=0, help="(default: 0)")
+    rehearsal.add_argument(
+        "--rehearse-seq-length",
+        metavar="TOKENS",
+        type=int,
+        help="of the step (default: as configured; on the CPU so many that a micro-batch has 256)",
+    )
+    rehearsal.add_argument("--gpu-memory-gib", metavar="GIB", type=float, default=80, help="(default: 80)")
+    rehearsal.add_argument("--peak-tflops", type=float, default=989, help="of one GPU (default: 989)")
     parser.add_argument(
         "--no-moe-router-pre-softmax", dest="moe_router_pre_softmax", action="store_false", default=None
     )

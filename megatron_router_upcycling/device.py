@@ -21,7 +21,6 @@ WITHOUT_FUSED_KERNELS: dict[str, Any] = {
     "apply_rope_fusion": False,
     "moe_permute_fusion": False,
     "moe_router_fusion": False,
-    "moe_grouped_gemm": False,
     "fp8": None,
 }
 # Megatron argument -> the value it must have on the CPU, beside those.
@@ -73,6 +72,13 @@ def adapt(args: Namespace, device: str) -> str | None:
     if not args.reset_attention_mask:
         # Causal attention needs none, and PyTorch's fastest kernels take none.
         needed["create_attention_mask_in_dataloader"] = False
+    without_grouped = "no GPU" if device == "cpu" else None
+    if device == "cuda" and args.moe_grouped_gemm:
+        from megatron_router_upcycling import experts
+
+        without_grouped = experts.usable(device)
+    if without_grouped:
+        needed["moe_grouped_gemm"] = False
     changed = []
     for name, value in needed.items():
         if not hasattr(args, name):
@@ -82,5 +88,7 @@ def adapt(args: Namespace, device: str) -> str | None:
             changed.append(f"{name}={value}")
     if not changed:
         return None
-    place = "CPU over Gloo" if device == "cpu" else "GPU without Transformer Engine"
-    return f"{place}: set {', '.join(changed)}"
+    if device == "cpu":
+        return f"CPU over Gloo: set {', '.join(changed)}"
+    note = f" (grouped expert products: {without_grouped})" if without_grouped else ""
+    return f"GPU without Transformer Engine: set {', '.join(changed)}{note}"

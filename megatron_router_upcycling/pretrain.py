@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from megatron_router_upcycling import config, device, manifest
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.router_config import RouterConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -34,6 +35,8 @@ class Run:
 
     args: Namespace
     router: RouterConfig | None
+    load: str | None = None  # the checkpoint to start from
+    rehearsed: Setup | None = None  # with --rehearse: the run as it is configured
 
 
 def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
@@ -45,19 +48,21 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     Raises:
         UserError: anything in the flags, the YAML file or the checkpoint that cannot work.
     """
-    _start_alone()
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--config", "--load", "--save", "--pretrained-checkpoint"):
         first.add_argument(flag)
     first.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    first.add_argument("--rehearse", type=int)
+    first.add_argument("--rehearse-rank", type=int, default=0)
     early, _ = first.parse_known_args(argv)
+    _start_alone(early.rehearse, early.rehearse_rank)
     entries = config.read_yaml(early.config) if early.config else {"upcycling": {}}
     given = entries.pop("upcycling")
     section = config.section_defaults(given, early.config)
     paths = {
         name: getattr(early, name) or entries.get(name) for name in ("load", "save", "pretrained_checkpoint")
     }
-    if needs_checkpoint:
+    if needs_checkpoint or early.rehearse is not None:
         paths["save"] = None  # a reader of checkpoints takes the one that is named
     load = _resume_or_load(paths["load"], paths["save"])
     if needs_checkpoint and load is None:
@@ -118,6 +123,11 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         from megatron_router_upcycling import without_te
 
         without_te.install()
+    planned = None
+    if args.rehearse is not None:
+        from megatron_router_upcycling import rehearsal
+
+        planned = rehearsal.adapt(args, router, chosen == "cpu")
     try:
         validate_args(args)
     except (AssertionError, ValueError) as error:
@@ -125,7 +135,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     for root in (load, args.pretrained_checkpoint):
         if root and (Path(root) / TRACKER).is_file() and args.ckpt_step is None:
             torch_dist.check_whole(root)
-    if not needs_checkpoint:
+    if not needs_checkpoint and planned is None:
         language_model.check_data(args)
     set_global_variables(args)
     if recorded and args.save and args.rank == 0 and load != args.save:
@@ -135,7 +145,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
             manifest.write(args.save, record)
         except OSError as error:
             raise UserError(f"--save {args.save}: cannot be written ({error.strerror})") from None
-    return Run(args, router)
+    return Run(args, router, load, planned)
 
 
 def _resume_or_load(load: str | None, save: str | None) -> str | None:
@@ -162,24 +172,25 @@ def _refused(error: Exception) -> UserError:
     return UserError(f"Megatron refuses these arguments: {reason}")
 
 
-def _start_alone() -> None:
-    """Without torchrun, be the only rank."""
-    if "RANK" not in os.environ:
+def _start_alone(world_size: int | None, rank: int) -> None:
+    """Without torchrun, be the only rank; in a rehearsal ``rank`` of ``world_size``, which are not there."""
+    if world_size is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"--rehearse {world_size}: is one process; start it with python -m, not torchrun")
+    if world_size is not None or "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        alone = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size or 1)}
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
-def train(run: Run) -> None:
-    """Hand a prepared run to ``megatron.training.pretrain``."""
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+def model_config(run: Run) -> Any:
+    """Megatron's configuration of the model, with the router in its layer spec.
 
-    from megatron_router_upcycling import language_model, reshard_optimizer
-    from megatron_router_upcycling.diagnostics.training import RunLog
+    Raises:
+        UserError: Megatron refuses the arguments.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
 
     try:
         model = gpt_config_from_args(run.args)
@@ -189,6 +200,19 @@ def train(run: Run) -> None:
         from megatron_router_upcycling.layer_spec import layer_spec_for
 
         model.transformer_layer_spec = layer_spec_for(run.router)
+    return model
+
+
+def train(run: Run) -> None:
+    """Hand a prepared run to ``megatron.training.pretrain``."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_router_upcycling import language_model, reshard_optimizer
+    from megatron_router_upcycling.diagnostics.training import RunLog
+
+    model = model_config(run)
     RunLog(run.args).install()
     reshard_optimizer.install()
     _write_state(run.args, "running")
@@ -214,17 +238,26 @@ def _write_state(args: Namespace, state: str) -> None:
 
 
 def exit_on_user_error(command: Any) -> None:
-    """Run ``command``; a UserError ends with one line from rank 0 and exit status 2."""
+    """Run ``command``; a UserError ends with one line, from rank 0 or a rehearsed one, and exit status 2."""
     try:
         command()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or any(a.startswith("--rehearse") for a in sys.argv):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 def main() -> None:
-    exit_on_user_error(lambda: train(prepare(sys.argv[1:])))
+    def command() -> None:
+        run = prepare(sys.argv[1:])
+        if run.rehearsed is None:
+            train(run)
+            return
+        from megatron_router_upcycling import rehearsal
+
+        rehearsal.run(run, run.rehearsed, run.load)
+
+    exit_on_user_error(command)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What Megatron needs where neither Transformer Engine nor apex is installed, on a GPU and on the CPU alike.
 
 Two parts of megatron-core 0.19 fall back to plain PyTorch there and are not finished: the norm refuses
-sequence parallelism, and the distributed optimizer cannot load what it saved. A third is slow: attention
-materialises its scores. ``install()`` mends all three, once; it changes nothing where Transformer Engine or
-apex is in use.
+sequence parallelism, and the distributed optimizer cannot load what it saved. Two more are slow: attention
+materialises its scores, and experts are multiplied one by one. ``install()`` mends all four, once; it changes
+nothing where Transformer Engine or apex is in use.
 """
 
 import functools
@@ -14,14 +14,16 @@ import torch
 from megatron.core.models import backends
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.transformer import torch_norm
+from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megatron_router_upcycling.attention import core_attention
+from megatron_router_upcycling.experts import GroupedExperts
 
 _installed = False
 
 
 def install() -> None:
-    """Mend the norm and the distributed optimizer, and let local layer specs build ``SdpaAttention``.
+    """Mend the norm and the distributed optimizer, and let local layer specs build what is faster.
 
     Raises:
         RuntimeError: an upstream symbol that is wrapped has gone.
@@ -33,6 +35,7 @@ def install() -> None:
     _wrap(
         backends.LocalSpecProvider, "core_attention", lambda named: lambda self: core_attention(named(self))
     )
+    _wrap(backends.LocalSpecProvider, "grouped_mlp_modules", _group_experts)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _mend_distributed_optimizer()
     _installed = True
@@ -46,6 +49,23 @@ def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Callab
         )
     original = getattr(owner, name)
     setattr(owner, name, functools.wraps(original)(wrapper(original)))
+
+
+def _group_experts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """With ``--moe-grouped-gemm``, which ``device.adapt`` leaves set only where it works: GroupedExperts."""
+
+    def build(self: Any, moe_use_grouped_gemm: bool) -> Any:
+        experts = original(self, moe_use_grouped_gemm)
+        if not moe_use_grouped_gemm:
+            return experts
+        if not isinstance(experts, functools.partial) or experts.func is not SequentialMLP:
+            raise RuntimeError(
+                "without_te: LocalSpecProvider.grouped_mlp_modules is not partial(SequentialMLP, ...) in this"
+                " version of megatron-core; tested with 0.19"
+            )
+        return functools.partial(GroupedExperts, *experts.args, **experts.keywords)
+
+    return build
 
 
 def _allow_sequence_parallel_torch_norm() -> None:

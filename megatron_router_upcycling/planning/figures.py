@@ -162,29 +162,31 @@ def logits(setup: Setup) -> float:
     return elements * (element_size(setup) + 4)
 
 
-def activations(setup: Setup, stage: int) -> float:
+def activations(setup: Setup, stage: int, fused: bool = True) -> float:
     """Bytes that layers keep for the backward pass, of all micro-batches in flight (an estimate).
 
     Attention without a materialised score matrix (FlashAttention). A token is counted at k experts on this
-    GPU whatever the expert parallel size, which holds where the load is even.
+    GPU whatever the expert parallel size, which holds where the load is even. ``fused``: norms and SwiGLU in
+    one kernel each, as on a GPU; PyTorch's separate operators, as on the CPU, keep more.
     """
     layers = setup.layers_of_stage(stage)
-    tokens, in_flight = tokens_on_gpu(setup), _in_flight(setup, stage)
-    full = [_layer_bytes(setup, layer) for layer in layers]
+    tokens, flying = tokens_on_gpu(setup), in_flight(setup, stage)
+    full = [_layer_bytes(setup, layer, fused) for layer in layers]
     if setup.recompute_granularity == "full":
         inputs = setup.hidden_size * element_size(setup) / _sequence_shards(setup)
-        kept = setup.recompute_num_layers or 1
+        each = setup.recompute_num_layers or 1
         if setup.recompute_method == "block":
-            recomputed = min(kept, len(layers))
+            recomputed = min(each, len(layers))
             per_token = inputs * recomputed + sum(full[recomputed:])
-        else:  # uniform: the inputs of chunks of ``kept`` layers
-            per_token = inputs * -(-len(layers) // kept)
-        at_work = max(full, default=0) * (kept if setup.recompute_method == "uniform" else 1)
-        return tokens * (per_token * in_flight + at_work)
-    return tokens * sum(full) * in_flight
+            at_work = max(full, default=0)
+        else:  # uniform: the inputs of chunks of ``each`` layers, one chunk at work
+            per_token = inputs * -(-len(layers) // each)
+            at_work = max(full, default=0) * each
+        return tokens * (per_token * flying + at_work)
+    return tokens * sum(full) * flying
 
 
-def _in_flight(setup: Setup, stage: int) -> float:
+def in_flight(setup: Setup, stage: int) -> float:
     """Micro-batches whose activations pipeline rank ``stage`` holds at once (1F1B, interleaved or not)."""
     P, chunks = setup.pipeline_model_parallel_size, setup.virtual_stages
     if P == 1:
@@ -198,35 +200,45 @@ def _sequence_shards(setup: Setup) -> int:
     return setup.tensor_model_parallel_size if setup.sequence_parallel else 1
 
 
-def _layer_bytes(setup: Setup, layer: int) -> float:
-    """Bytes a token that one layer keeps: the inputs of its norms, products, attention and activation."""
+def _layer_bytes(setup: Setup, layer: int, fused: bool) -> float:
+    """Bytes a token that one layer keeps: what its norms, products, attention and activation go back by."""
     s, t = setup, setup.tensor_model_parallel_size
-    D, spread = s.hidden_size, _sequence_shards(setup)
-    modules = s.recompute_modules or []
+    D, H, G, d, size = s.hidden_size, s.num_attention_heads, s.groups, s.head_dim, element_size(setup)
     selective = s.recompute_granularity == "selective" or s.recompute_activations
-    skipped = set(modules or ["core_attn"]) if selective else set()
-    H, G, d = s.num_attention_heads, s.groups, s.head_dim
-    # Norm's input and output twice; queries, keys and values; the context, which is the projection's input.
-    elements = 2 * D / spread
-    elements += 0 if "layernorm" in skipped else 2 * D / spread
-    elements += (H + 2 * G) * d / t + H * d / t
-    if s.qk_layernorm:
-        elements += (H + G) * d / t
-    gated = 2 if s.swiglu else 1
-
-    def ffn(width: float, times: float, name: str) -> float:
-        """The FC1 output and the activation, which is FC2's input, of ``times`` experts."""
-        return times * (gated * width + (0 if name in skipped else width))
-
+    skipped = set(s.recompute_modules or ["core_attn"]) if selective else set()
+    # A fused norm keeps its input; separate operators its float32 copy and the normalised values.
+    norm = size if fused else 8
+    kept = 2 * D * norm / _sequence_shards(s)
+    kept += 0 if "layernorm" in skipped else 2 * D * size / _sequence_shards(s)  # the norms' outputs
+    kept += 0 if fused or not s.qk_layernorm else (H + G) * d * norm / t
+    # QKV's output, queries and keys turned by the rotary embedding, and the context.
+    kept += (3 * H + 3 * G) * d * size / t
     if s.has_experts()[layer]:
         if "moe" not in skipped:
-            k = s.moe_router_topk
-            elements += k * D + ffn(s.expert_ffn / s.expert_tensor_size, k, "moe_act")
+            # Tensor-parallel ranks of an expert see each other's tokens; other ranks keep their own.
+            k, width = s.moe_router_topk * s.expert_tensor_size / t, s.expert_ffn / s.expert_tensor_size
+            kept += (
+                k * (D + _ffn_elements(s, width, fused, weighted=True, redone="moe_act" in skipped)) * size
+            )
         if (shared := s.moe_shared_expert_intermediate_size) and "shared_experts" not in skipped:
-            elements += ffn(shared / t, 1, "")
+            kept += _ffn_elements(s, shared / t, fused) * size
     elif "mlp" not in skipped:
-        elements += ffn(s.ffn / t, 1, "")
-    return elements * element_size(s)
+        kept += _ffn_elements(s, s.ffn / t, fused) * size
+    return kept
+
+
+def _ffn_elements(
+    setup: Setup, width: float, fused: bool, weighted: bool = False, redone: bool = False
+) -> float:
+    """Elements a token kept between FC1 and FC2: FC1's output, and FC2's input unless it is ``redone``.
+
+    Unfused SwiGLU keeps two more factors, and a third where the router's weight is multiplied in.
+    """
+    if redone:
+        return 2 * width if setup.swiglu else width
+    if not setup.swiglu:
+        return 2 * width if fused or not weighted else 3 * width
+    return (3 if fused else 6 if weighted else 5) * width
 
 
 # Arithmetic and communication -------------------------------------------------------------------
@@ -267,7 +279,9 @@ def communication(setup: Setup, stage: int) -> Communication:
     others = sum(counts.values()) - experts
     # A reduce-scatter of gradients and an all-gather of weights, or an all-reduce of gradients.
     each = gradient_size(setup) + (
-        element_size(setup) if setup.use_distributed_optimizer else gradient_size(setup)
+        setup.weight_gathers * element_size(setup)
+        if setup.use_distributed_optimizer
+        else gradient_size(setup)
     )
     over_others = setup.data_parallel_size * setup.context_parallel_size
     over_experts = setup.expert_data_parallel_size

@@ -45,6 +45,11 @@ def warnings(plan: Plan, gpu_memory_gib: float, peak_tflops: float) -> list[str]
         )
     if s.data_parallel_size > 1 and not s.use_distributed_optimizer:
         found.append("--use-distributed-optimizer: is off; every GPU keeps all optimizer states")
+    if s.use_distributed_optimizer and s.weight_gathers > 1:
+        found.append(
+            "--overlap-param-gather: is off; with expert parallelism Megatron then gathers all weights twice"
+            " a step (it needs --overlap-grad-reduce)"
+        )
     if not (s.bf16 or s.fp16):
         found.append("--bf16: is off; float32 needs twice the memory and several times the time")
     if not plan.tokens:

@@ -80,6 +80,7 @@ class Setup:
     decoder_last_pipeline_num_layers: int | None = None
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
+    overlap_param_gather: bool = False
     bf16: bool = False
     fp16: bool = False
     grad_reduce_in_bf16: bool = False
@@ -116,6 +117,15 @@ class Setup:
         """Ranks that hold the same experts."""
         sizes = self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
         return self.world_size // sizes
+
+    @property
+    def weight_gathers(self) -> int:
+        """How often the distributed optimizer gathers all weights in a step.
+
+        With expert parallelism Megatron has two optimizers, for experts and for the rest. Unless gathering
+        overlaps with the forward pass, each of them gathers everything (seen in rehearsals of 0.19).
+        """
+        return 2 if self.expert_model_parallel_size > 1 and not self.overlap_param_gather else 1
 
     @property
     def num_microbatches(self) -> int:

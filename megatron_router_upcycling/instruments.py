@@ -1,0 +1,170 @@
+"""What one rank's step holds and sends, measured: parameters, gradients, optimizer, activations, collectives.
+
+Bytes are counted where they are held, not by the process's size, so that the figures are the same on the CPU
+and on a GPU and do not depend on an allocator.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Model = Sequence[torch.nn.Module]
+
+
+def parameters_by_part(model: Model) -> dict[str, int]:
+    """Number of parameters by ``planning.figures.PARTS``, from Megatron's names."""
+    from megatron_router_upcycling.planning.figures import PARTS
+
+    counts = dict.fromkeys(PARTS, 0)
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            counts[_part(name)] += parameter.numel()
+    return counts
+
+
+def _part(name: str) -> str:
+    if "embedding." in name:
+        return "embedding"
+    if "output_layer." in name:
+        return "output layer"
+    if "layernorm" in name or "layer_norm" in name:
+        return "norms"
+    if "self_attention." in name:
+        return "attention"
+    if ".router." in name:
+        return "routers"
+    return "experts" if ".mlp.experts." in name else "ffn"
+
+
+def weight_bytes(model: Model) -> int:
+    return sum(parameter.nbytes for chunk in model for parameter in chunk.parameters())
+
+
+def gradient_bytes(model: Model) -> int:
+    """Of the buffers that data parallelism reduces, padding included."""
+    return sum(
+        buffer.grad_data.nbytes
+        for chunk in model
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)  # type: ignore[misc]
+    )
+
+
+def optimizer_bytes(optimizer: Any, copies: bool) -> int:
+    """Of Adam's states and, with ``copies``, of the float32 copies of 16-bit weights, on this rank."""
+    total = 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                total += parameter.nbytes if copies else 0
+                states = inner.state.get(parameter, {}).values()
+                total += sum(state.nbytes for state in states if torch.is_tensor(state) and state.dim())
+    return total
+
+
+class SavedForBackward:
+    """Bytes that autograd keeps for the backward pass, each storage once, weights left out.
+
+    ``logits`` counts storages of tensors with ``vocabulary`` columns apart.
+    """
+
+    def __init__(self, model: Model, vocabulary: int) -> None:
+        self.weights = {_storage(parameter) for chunk in model for parameter in chunk.parameters()}
+        self.vocabulary = vocabulary
+        self.activations: dict[int, int] = {}
+        self.logits: dict[int, int] = {}
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        # A storage that is kept keeps its address; one that is freed again was not kept for long.
+        address, size = _storage(tensor), tensor.untyped_storage().nbytes()
+        if address and address not in self.weights:
+            is_logits = tensor.dim() > 0 and tensor.shape[-1] == self.vocabulary
+            (self.logits if is_logits else self.activations)[address] = size
+        return tensor
+
+    def during(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call`` with what it saves counted."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+                return call(*args, **kwargs)
+
+        return counted
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes that this rank sends in c10d's collectives, by process group, as rings send them.
+
+    Of ``groups``, name by process group's ``group_name``; others count as ``other``. Sends between pipeline
+    stages count in full. Only what runs in the calling thread is seen: on a GPU the backward pass does not.
+    """
+
+    # Operator -> which argument holds the volume, and how many times (n - 1) / n of it is sent.
+    VOLUMES = {
+        "allreduce_": (0, 2),
+        "allreduce_coalesced_": (0, 2),
+        "_reduce_scatter_base_": (1, 1),
+        "reduce_scatter_tensor_coalesced_": (1, 1),
+        "_allgather_base_": (0, 1),
+        "allgather_into_tensor_coalesced_": (0, 1),
+        "alltoall_base_": (1, 1),
+    }
+
+    def __init__(self, groups: dict[str, str]) -> None:
+        super().__init__()
+        self.groups = groups
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._count(func._schema.name.removeprefix("c10d::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Any) -> None:
+        group = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
+        if group is None or (name not in self.VOLUMES and name != "send"):
+            return
+        group = torch.distributed.ProcessGroup.unbox(group)
+        size = group.size()
+        position, times = self.VOLUMES.get(name, (0, 1))
+        tensors = args[position] if isinstance(args[position], list | tuple) else [args[position]]
+        share = 1.0 if name == "send" else times * (size - 1) / size
+        self.sent[self.groups.get(group.group_name, "other")] += int(share * sum(t.nbytes for t in tensors))
+
+
+def parallel_groups() -> dict[str, str]:
+    """``group_name`` -> kind, for Megatron's process groups of more than one rank."""
+    from megatron.core import parallel_state as mpu
+
+    kinds = {
+        "data_parallel": (
+            mpu.get_data_parallel_group(with_context_parallel=True),
+            mpu.get_data_parallel_group(),
+            mpu.get_expert_data_parallel_group(),
+        ),
+        "expert_parallel": (mpu.get_expert_model_parallel_group(),),
+        "tensor_parallel": (mpu.get_tensor_model_parallel_group(),),
+        "pipeline_parallel": (mpu.get_pipeline_model_parallel_group(),),
+    }
+    return {group.group_name: kind for kind, groups in kinds.items() for group in groups if group.size() > 1}
+
+
+@contextlib.contextmanager
+def wrapped(
+    owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """``owner.name`` replaced by ``wrapper`` of it while the context lasts."""
+    original = getattr(owner, name)
+    setattr(owner, name, wrapper(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
