@@ -116,6 +116,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     )
     if recorded:
         config.check_architecture(parsers[0], args, recorded["model"], str(source))
+    configured = dict(vars(args))
     changes = device.adapt(args, chosen)
     if changes and args.rank == 0:
         print(changes, flush=True)
@@ -127,7 +128,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     if args.rehearse is not None:
         from megatron_router_upcycling import rehearsal
 
-        planned = rehearsal.adapt(args, router, chosen == "cpu")
+        planned = rehearsal.adapt(args, configured, router, chosen == "cpu")
     try:
         validate_args(args)
     except (AssertionError, ValueError) as error:

@@ -5,7 +5,7 @@
 Megatron's ``--fake-process-group`` stands for the other ranks: collectives return at once and move nothing.
 So this rank builds its real shard of the model, its gradient buffers and its share of the optimizer, and goes
 one step, of one micro-batch (of as many as there are pipeline stages under pipeline parallelism), of random
-tokens. Sizes are real; the loss is not once other ranks' results would be part of it.
+tokens that go to experts by lot. Sizes are real; the loss is not.
 """
 
 import json
@@ -27,8 +27,10 @@ TOKENS_ON_CPU = 256  # of a micro-batch; activations grow with tokens and are sc
 GIB = figures.GIB
 
 
-def adapt(args: Namespace, router: RouterConfig | None, on_cpu: bool) -> Setup:
+def adapt(args: Namespace, configured: dict[str, Any], router: RouterConfig | None, on_cpu: bool) -> Setup:
     """Check the layout, and set Megatron's parsed arguments for a rehearsal; returns the run as configured.
+
+    ``configured`` holds the arguments as they were before ``device.adapt`` changed them for this machine.
 
     Raises:
         UserError: the layout cannot work, by the rules of ``router-upcycle plan``.
@@ -37,7 +39,8 @@ def adapt(args: Namespace, router: RouterConfig | None, on_cpu: bool) -> Setup:
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
         build_tokenizer(args)  # sets the padded size
-    values = {name: value for name, value in vars(args).items() if name != "router"}
+    values = {name: value for name, value in configured.items() if name != "router"}
+    values["padded_vocab_size"] = args.padded_vocab_size
     if args.recompute_modules is not None:
         values["recompute_modules"] = list(args.recompute_modules)
     planned = setup.from_values(
@@ -47,6 +50,9 @@ def adapt(args: Namespace, router: RouterConfig | None, on_cpu: bool) -> Setup:
     if not 0 <= args.rehearse_rank < args.rehearse:
         raise UserError(f"--rehearse-rank {args.rehearse_rank}: must be between 0 and {args.rehearse - 1}")
     args.fake_process_group = True
+    # Tokens go to experts by lot, after the router has done its work: an untrained router may leave an expert
+    # without any, and then what the missing ranks would send does not add up.
+    args.moe_router_force_load_balancing = planned.num_experts is not None
     args.mock_data = True
     args.data_path = args.train_data_path = args.valid_data_path = args.test_data_path = None
     args.data_args_path = args.per_split_data_args_path = args.split = None
@@ -132,20 +138,36 @@ def random_batches(args: Namespace, vocabulary: int) -> Iterator[dict[str, torch
         }
 
 
-def measure(
-    args: Namespace, model: list[Any], optimizer: Any, scheduler: Any, vocabulary: int
-) -> dict[str, Any]:
-    """Figures of one training step of this rank."""
-    from megatron.core import parallel_state
+def microbatches(args: Namespace) -> int:
+    return args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+
+
+def step(
+    args: Namespace, model: list[Any], optimizer: Any, scheduler: Any, data: Any, forward_step: Any = None
+) -> None:
+    """Megatron's own training step."""
+    from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_model_config
     from megatron.training.training import train_step
 
     from megatron_router_upcycling import language_model
 
-    saved = instruments.SavedForBackward(
-        model, vocabulary // parallel_state.get_tensor_model_parallel_world_size()
-    )
+    config = get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    call = forward_step or language_model.forward_step
+    train_step(call, data, model, optimizer, scheduler, config, get_forward_backward_func(), 0)
+
+
+def measure(
+    args: Namespace, model: list[Any], optimizer: Any, scheduler: Any, vocabulary: int
+) -> dict[str, Any]:
+    """Figures of one training step of this rank."""
+    from megatron_router_upcycling import language_model
+
+    columns = vocabulary // args.tensor_model_parallel_size
+    saved = instruments.SavedForBackward(model, columns)
     sent = instruments.Collectives(instruments.parallel_groups())
     first_forward = [saved.during(language_model.forward_step)]
 
@@ -156,19 +178,10 @@ def measure(
     data: Any = random_batches(args, vocabulary)
     if len(model) > 1:
         data = [random_batches(args, vocabulary) for _ in model]
-    config = get_model_config(model[0])
-    config.grad_scale_func = optimizer.scale_loss
-    from megatron.core.distributed import finalize_model_grads
-
-    config.finalize_model_grads_func = finalize_model_grads
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with sent:
-        outcome = train_step(
-            forward_step, data, model, optimizer, scheduler, config, get_forward_backward_func(), 0
-        )
-    losses = outcome[0]
-    microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+        step(args, model, optimizer, scheduler, data, forward_step)
     return {
         "parameters": instruments.parameters_by_part(model),
         "weights": instruments.weight_bytes(model),
@@ -178,8 +191,7 @@ def measure(
         / (args.micro_batch_size * args.seq_length / args.context_parallel_size),
         "logits_saved": sum(saved.logits.values()),
         "sent": dict(sent.sent),
-        "microbatches": microbatches,
-        "loss": float(losses["lm loss"]) if "lm loss" in losses else None,
+        "microbatches": microbatches(args),
         "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
 
@@ -222,10 +234,7 @@ def compare(args: Namespace, planned: Setup, stage: int, measured: dict[str, Any
             "megatron": activations(whole, planned.num_microbatches),
         },
         "sent_in_the_step": measured["sent"],
-        **{
-            name: measured[name]
-            for name in ("loss", "peak_memory", "loaded", "build_seconds", "step_seconds")
-        },
+        **{name: measured[name] for name in ("peak_memory", "loaded", "build_seconds", "step_seconds")},
     }
 
 

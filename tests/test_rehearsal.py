@@ -76,9 +76,9 @@ def test_plan_is_exact_of_the_real_rank(config: Path, tmp_path: Path, name: str)
     for part in ("gradients", "optimizer"):
         assert found[part]["measured"] == pytest.approx(found[part]["plan"], rel=0.02)
     # What autograd keeps, against the estimate for separate operators: index tensors weigh more at this size,
-    # and with expert parallelism as many of a few dozen tokens come to this rank as chance sends.
+    # and of a few dozen tokens as many come to this rank's experts as the lot sends.
     ratio = found["activations"]["measured"] / found["activations"]["plan"]
-    assert (0.7 if "EP" in name.replace("ETP", "EP") else 1.0) < ratio < 1.3
+    assert 0.8 < ratio < 1.3
     if name == "EP 8":
         sent, tokens, D, layers = found["sent_in_the_step"], 4 * 32, 64, 8
         experts = counts["plan"]["experts"]
