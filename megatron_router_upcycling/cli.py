@@ -37,7 +37,7 @@ example:
   router-upcycle export-hf runs/moe Qwen1.5-0.5B-8x --dtype bfloat16
 
 A mixture of routers with sum pooling and one key an expert is exactly one linear gate, and so is a linear
-router: stock classes hold them. Max pooling or several keys an expert need --modelling-code, and
+router: stock classes hold them. Max pooling, several keys an expert or an MLP need --modelling-code, and
 trust_remote_code where the folder is loaded.
 
 Qwen2-MoE has a shared expert beside the routed ones. It is written as zeros and adds exactly nothing. Its

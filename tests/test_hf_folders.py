@@ -310,6 +310,25 @@ def test_gates_and_experts_of_an_export(
     hf_models.load(tmp_path / "hf", trust_remote_code=bool(code))
 
 
+def test_an_mlp_router_is_exported_with_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moe = make_moe(tmp_path, 5, "--num-experts", 4, "--router", "mlp")
+    said = refused(capsys, "export-hf", moe, tmp_path / "hf")
+    assert "has a hidden layer (--router mlp)" in said and "--modelling-code" in said
+    assert run("export-hf", moe, tmp_path / "hf", "--modelling-code") == 0
+    source = dense_checkpoint.read_back(Checkpoint.open(moe).iteration_dir)
+    model = hf_models.load(tmp_path / "hf", trust_remote_code=True)
+    seen = torch.randn(8, dense_checkpoint.HIDDEN, generator=torch.Generator().manual_seed(0))
+    for layer in range(dense_checkpoint.LAYERS):
+        fc1, fc2 = (source[f"decoder.layers.mlp.router.fc{i}.weight"][layer].double() for i in (1, 2))
+        inner = seen.double() @ fc1.t()
+        expected = (inner * 0.5 * (1 + torch.erf(inner / 2**0.5))) @ fc2.t()
+        logits, scores, chosen = model.model.layers[layer].mlp.gate(seen)
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            scores.double(), expected.softmax(1).gather(1, chosen), rtol=1e-5, atol=1e-6
+        )
+
+
 @pytest.mark.parametrize("order", ["--moe-router-pre-softmax", "--no-moe-router-pre-softmax"])
 def test_the_order_of_softmax_and_top_k(tmp_path: Path, order: str) -> None:
     moe = make_moe(tmp_path, 2, "--num-experts", 4, order)

@@ -35,6 +35,7 @@ MOES: dict[str, tuple[str, tuple[Any, ...], bool, tuple[str, ...]]] = {
     "trained, top-k then softmax": ("qwen1.5", ("--num-experts", 8, "--no-moe-router-pre-softmax"), True, ()),
     "Qwen3": ("qwen3", ("--num-experts", 4), False, ()),
     "max pooling": ("qwen2.5", ("--num-experts", 4, "--pooling", "max"), False, ("--modelling-code",)),
+    "MLP": ("qwen1.5", ("--num-experts", 4, "--router", "mlp"), False, ("--modelling-code",)),
     "two keys": ("qwen3", ("--num-experts", 4, "--num-routers", 8), False, ("--modelling-code",)),
 }
 

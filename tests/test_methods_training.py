@@ -60,7 +60,7 @@ def test_method_trains_resumes_and_leaves(
     assert "values not compared" in launch.cli("verify", dense, run).ok().text
     exported = launch.cli("export-hf", run, tmp_path / "hf")
     if method == "mlp":
-        assert exported.returncode == 2 and "--router mlp: no Hugging Face class" in exported.errors[0]
+        assert exported.returncode == 2 and "has a hidden layer (--router mlp)" in exported.errors[0]
     else:
         exported.ok()
 

@@ -105,7 +105,8 @@ class Export:
     @property
     def is_stock(self) -> bool:
         """Whether stock classes hold the model."""
-        return self.gates is None or self.gates.num_rows == self.model.num_experts
+        gates = self.gates
+        return gates is None or (gates.num_rows == self.model.num_experts and gates.hidden is None)
 
 
 def prepare(root: Path, out: Path, options: Options) -> Export:
@@ -218,6 +219,9 @@ def _outputs(
         if gates is not None:
             gate = names.name(names.GATE, (layer,))
             yield Output(gate, (gates.num_rows, model.hidden_size), Folded(layer))
+            if gates.hidden is not None:
+                name, D = names.name(names.GATE_HIDDEN, (layer,)), model.hidden_size
+                yield Output(name, (D, D), Moved(gates.hidden, (layer,), ((0, D),)))
             if model.family == "qwen2":
                 yield from _shared_expert(model, layer, options.shared_expert_width)
     for row in after:
@@ -249,11 +253,12 @@ def _shards(outputs: list[Output], dtype: torch.dtype, limit: int) -> list[list[
 
 def _why_not_stock(job: Export) -> str:
     assert job.gates is not None and job.router is not None
-    why = (
-        "takes the maximum over routers (--pooling max)"
-        if job.router.pooling == "max"
-        else f"takes the maximum over {job.gates.keys_per_expert} keys an expert"
-    )
+    if job.gates.hidden is not None:
+        why = "has a hidden layer (--router mlp)"
+    elif job.router.pooling == "max":
+        why = "takes the maximum over routers (--pooling max)"
+    else:
+        why = f"takes the maximum over {job.gates.keys_per_expert} keys an expert"
     return (
         f"MOE {job.checkpoint.root}: its router {why}, which no stock class computes; pass --modelling-code"
         " to write a modelling file beside the weights, which is loaded with trust_remote_code"
@@ -346,7 +351,8 @@ def _fold(
     norm = torch.empty(job.model.hidden_size, dtype=job.checkpoint.tensors[key].dtype)
     reader.read(key, (layer,), 0, len(norm), norm)
     values = cast(gate, job.dtype, f"{job.checkpoint.root}: the router of layer {layer}")
-    rounding.add(gate, norm, job.router, job.gates.keys_per_expert, layer, job.dtype)
+    hidden = job.gates.hidden and job.checkpoint.read_layer(job.gates.hidden, layer, bytearray()).float()
+    rounding.add(gate, norm, job.router, job.gates.keys_per_expert, layer, job.dtype, hidden)
     return values
 
 

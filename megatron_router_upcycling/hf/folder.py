@@ -123,6 +123,7 @@ def config(job: "Export") -> dict[str, Any]:
             "auto_map": {"AutoModelForCausalLM": f"{module}.{class_name(job)}"},
             "router_gates": job.gates.num_rows,
             "router_keys_per_expert": job.gates.keys_per_expert,
+            "router_has_hidden_layer": job.gates.hidden is not None,
         }
     return values
 
@@ -158,6 +159,7 @@ def _router_section(job: "Export", record: dict[str, Any]) -> str:
     assert router is not None and job.gates is not None
     kind = {
         "linear": "a linear layer",
+        "mlp": "two layers with GELU between them",
         "switch": "Switch Transformer's, a linear layer (no token is dropped here)",
         "locmoe": "LocMoE's, the means of slices of the hidden state",
         "mixture": f"a mixture of {router.num_routers} routers, {router.pooling} pooling, made from a dense"
@@ -166,6 +168,8 @@ def _router_section(job: "Export", record: dict[str, Any]) -> str:
     order = "softmax, then top-k" if router.pre_softmax else "top-k, then softmax"
     if job.is_stock:
         folded = "It is linear in the hidden state, and stands here as one gate a layer, folded in float32."
+    elif job.gates.hidden is not None:
+        folded = f"It stands here as it is: see `{MODELLING_FILE}`, which needs transformers 5."
     else:
         folded = (
             f"It stands here as {job.gates.num_rows} linear gates a layer, of which each expert takes the"

@@ -1,7 +1,8 @@
 """A checkpoint's routers as linear gates, and what rounding a gate to another dtype changes.
 
 With sum pooling and one key an expert, eq. 6-8 of arXiv 2509.00679 are one linear gate, which is what a
-stock Mixture-of-Experts class holds; otherwise they are the maximum over several.
+stock Mixture-of-Experts class holds; otherwise they are the maximum over several. An MLP router is one
+linear gate behind a hidden layer.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.hf.architecture import Architecture
 from megatron_router_upcycling.hf.names import ROUTER
 from megatron_router_upcycling.router_config import RouterConfig
@@ -25,24 +25,19 @@ class Gates:
     num_rows: int
     keys_per_expert: int
     parameters: dict[str, tuple[int, ...]]  # key -> shape over all layers
+    hidden: str | None = None  # the key among them of an MLP's first layer, [L, D, D]
 
     @classmethod
     def of(cls, router: RouterConfig, model: Architecture) -> "Gates":
-        """The gates that ``router`` folds into.
-
-        Raises:
-            UserError: a router that is no maximum over linear gates.
-        """
+        """The gates that ``router`` folds into."""
         L, n, D = model.num_layers, router.num_experts, model.hidden_size
         if router.router in ("linear", "switch"):
             return cls(n, 1, {f"{ROUTER}.weight": (L, n, D)})
         if router.router == "locmoe":
             return cls(n, 1, {})
-        if router.router != "mixture":
-            raise UserError(
-                f"--router {router.router}: no Hugging Face class holds such a router, which is no linear"
-                " gate; evaluate this model in Megatron"
-            )
+        if router.router == "mlp":
+            hidden = f"{ROUTER}.fc1.weight"
+            return cls(n, 1, {hidden: (L, D, D), f"{ROUTER}.fc2.weight": (L, n, D)}, hidden)
         shape = router.shape(model.num_attention_heads, model.kv_channels)
         keys = n * shape.keys_per_expert
         parameters = {
@@ -58,7 +53,8 @@ def read_gate(checkpoint: Checkpoint, router: RouterConfig, layer: int) -> torch
     if router.router == "locmoe":
         return _slice_means(router.num_experts, checkpoint)
     if router.router != "mixture":
-        return checkpoint.read_layer(f"{ROUTER}.weight", layer, bytearray()).float()
+        name = "fc2.weight" if router.router == "mlp" else "weight"
+        return checkpoint.read_layer(f"{ROUTER}.{name}", layer, bytearray()).float()
     query_weight, expert_key = (
         checkpoint.read_layer(f"{ROUTER}.{parameter}", layer, bytearray())
         for parameter in ("query_weight", "expert_key")
@@ -88,6 +84,7 @@ class Rounding:
         keys: int,
         layer: int,
         dtype: torch.dtype,
+        hidden: torch.Tensor | None = None,
     ) -> None:
         """Compare one layer's choices with its gate as it is and in ``dtype``.
 
@@ -97,20 +94,25 @@ class Rounding:
         Args:
             gate: [rows, D] in float32.
             norm: [D], the norm's weight.
+            hidden: [D, D], an MLP's first layer.
         """
         generator = torch.Generator().manual_seed(layer)
         tokens = torch.randn(SAMPLE_TOKENS, gate.shape[1], generator=generator) * norm.float()
         tokens = tokens.to(dtype)
         n, k = router.num_experts, router.top_k
 
-        def choose(tokens: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        def choose(tokens: torch.Tensor, gate: torch.Tensor, kept: torch.dtype) -> torch.Tensor:
+            """The choices with weights kept in ``kept``, computed in the dtype of ``tokens``."""
+            gate = gate.to(kept).to(tokens.dtype)
+            if hidden is not None:
+                tokens = torch.nn.functional.gelu(tokens @ hidden.to(kept).to(tokens.dtype).t())
             logits = pool_logits((tokens @ gate.t()).float(), n, keys)
             return torch.zeros(logits.shape).scatter_(1, logits.topk(k, dim=1).indices, 1.0)
 
-        exact = choose(tokens.float(), gate)
+        exact = choose(tokens.float(), gate, torch.float32)
         self.choices += SAMPLE_TOKENS * k
-        self.by_rounding += int((exact > choose(tokens.float(), gate.to(dtype).float())).sum())
-        self.by_arithmetic += int((exact > choose(tokens, gate.to(dtype))).sum())
+        self.by_rounding += int((exact > choose(tokens.float(), gate, dtype)).sum())
+        self.by_arithmetic += int((exact > choose(tokens, gate, dtype)).sum())
 
     def describe(self, dtype: str) -> str:
         if dtype == "float32":

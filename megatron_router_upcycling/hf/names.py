@@ -103,6 +103,7 @@ TABLE = (
 
 # The router's gate is made, not moved, unless Megatron's router is linear already.
 GATE = _part("mlp.gate.weight", "n", "D")
+GATE_HIDDEN = _part("mlp.gate.hidden.weight", "D", "D")  # of an MLP router, for our own modelling file
 ROUTER = f"{DECODER}.mlp.router"
 # What Qwen2-MoE has beside the routed experts. All zeros, it adds exactly nothing. Symbol S: its width.
 SHARED_EXPERT = (
