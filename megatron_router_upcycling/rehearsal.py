@@ -167,7 +167,8 @@ def measure(
     from megatron_router_upcycling import language_model
 
     columns = vocabulary // args.tensor_model_parallel_size
-    saved = instruments.SavedForBackward(model, columns)
+    # Logits are told by their width; in a toy model whose hidden size is the same, they are not told apart.
+    saved = instruments.SavedForBackward(model, columns if columns != args.hidden_size else 0)
     sent = instruments.Collectives(instruments.parallel_groups())
     first_forward = [saved.during(language_model.forward_step)]
 

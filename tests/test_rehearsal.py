@@ -52,7 +52,7 @@ LAYOUTS = {
         *("--decoder-first-pipeline-num-layers", 1, "--decoder-last-pipeline-num-layers", 1),
         *("--moe-layer-freq", "[0,1,1,0,1,1,1,1]", "--qk-layernorm", "--rehearse-rank", 40),
     ),
-    "ETP 1, shared expert, biases, tied, last stage": (
+    "ETP 1, shared expert, last stage": (
         *("--tensor-model-parallel-size", 4, "--sequence-parallel", "--expert-tensor-parallel-size", 1),
         *("--expert-model-parallel-size", 4, "--pipeline-model-parallel-size", 2, "--num-routers", 4),
         *("--moe-shared-expert-intermediate-size", 64, "--moe-ffn-hidden-size", 32, "--rehearse-rank", 63),
