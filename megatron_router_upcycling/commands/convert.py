@@ -1,0 +1,146 @@
+"""A dense checkpoint into a Mixture-of-Experts."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling.commands.shared import progress_bar
+from megatron_router_upcycling.router_config import GROUPINGS, POOLINGS, ROUTERS, RouterConfig
+
+EXAMPLE = """\
+example:
+  torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys --config dense.yaml \\
+      --load ckpt/dense --output ckpt/key_stats.safetensors
+  router-upcycle convert ckpt/dense ckpt/moe --key-stats ckpt/key_stats.safetensors --num-experts 8 --top-k 2
+  torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config moe.yaml \\
+      --load ckpt/moe --save runs/moe
+
+DENSE and OUT are checkpoint roots: the folder of latest_checkpointed_iteration.txt. OUT names the bytes of
+each expert once, whatever --num-experts, and hard-links what does not change: DENSE may be deleted, but its
+files must not be written over in place (by training that saves the same iteration again). --materialize
+makes a checkpoint that shares nothing.
+
+DENSE is in torch_dist or in the legacy format (mp_rank_XX/model_optim_rng.pt), saved at any tensor and
+pipeline parallel size. Of the legacy format nothing can be linked, and little with --layers: it is copied.
+
+--config names the file that pretrain will be given. Its entries num_experts, moe_router_topk and
+moe_router_pre_softmax, and its upcycling: section, are the conversion's options, so that one file is one
+method: see configs/methods and configs/ablations.
+
+--granularity G cuts each of the --num-experts copies in G experts of 1/G the width, which start with equal
+router keys, so that a token goes to all G of each of --top-k copies. --shared-expert keeps the dense FFN for
+every token: one half of the output is its, the other the chosen experts'. What is said below of the first
+step holds for both, but that shards differ from the start, and that half of the output cannot shrink.
+
+what to expect of the first step:
+  --moe-router-pre-softmax      softmax over all experts, then top-k (the paper): the k weights sum to less
+                                than 1, the FFN's output shrinks by that sum and the loss jumps; the router
+                                learns from the first step
+  --no-moe-router-pre-softmax   top-k, then softmax: exactly the dense model; the LM loss gives the router no
+                                gradient until the experts differ
+"""
+
+
+def add(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="make a Mixture-of-Experts checkpoint of a dense one",
+        description="Make a Mixture-of-Experts checkpoint (torch_dist) of a dense one (torch_dist or legacy)."
+        " Any tensor, pipeline and expert parallel size loads it.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    convert.add_argument("dense", metavar="DENSE", type=Path, help="the dense model's checkpoint")
+    convert.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
+    convert.add_argument("--key-stats", metavar="FILE", type=Path, help="what collect_keys wrote for DENSE")
+    convert.add_argument(
+        "--config", metavar="YAML", type=Path, help="the method, as in configs/methods; flags stand above it"
+    )
+    convert.add_argument("--num-experts", type=int, help="experts a layer (default: 8)")
+    convert.add_argument("--top-k", type=int, help="experts a token goes to (default: 2; 1 for switch)")
+    convert.add_argument(
+        "--granularity",
+        metavar="G",
+        type=int,
+        default=1,
+        help="cut each expert in G narrower ones; a token goes to G times as many (default: 1)",
+    )
+    convert.add_argument(
+        "--layers",
+        metavar="LIST",
+        help="give experts to these layers only, as in 1,3,5-7 or 1-23:2 (default: all)",
+    )
+    convert.add_argument(
+        "--shared-expert", action="store_true", help="keep the dense FFN as an expert for every token as well"
+    )
+    convert.add_argument("--router", choices=ROUTERS, help="(default: mixture; linear is vanilla upcycling)")
+    convert.add_argument("--num-routers", type=int, help="routers in the mixture (default: --num-experts)")
+    convert.add_argument("--pooling", choices=POOLINGS, help="how scores combine (default: sum)")
+    convert.add_argument("--grouping", choices=GROUPINGS, help="how heads are paired (default: greedy)")
+    convert.add_argument("--seed", type=int, default=1234, help="of all that is drawn (default: 1234)")
+    convert.add_argument(
+        "--moe-router-pre-softmax",
+        action=argparse.BooleanOptionalAction,
+        help="softmax before top-k (default), or after; see below",
+    )
+    convert.add_argument("--materialize", action="store_true", help="real copies; share no bytes with DENSE")
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT once its successor is whole")
+    convert.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
+    convert.add_argument("--quiet", action="store_true", help="print errors only")
+    convert.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_router_upcycling import config
+
+    file = config.read_conversion(args.config)
+    router = _router_to_make(args, file.router)
+    file.init.check(router)
+    import torch
+
+    from megatron_router_upcycling import conversion
+    from megatron_router_upcycling.upcycle import Options
+
+    torch.set_num_threads(1)  # the work is moving bytes; more threads only wait for each other
+    start = time.monotonic()
+    options = Options(
+        router=router,
+        init=file.init,
+        key_source=file.key_source,
+        key_stats=args.key_stats,
+        seed=args.seed,
+        materialize=args.materialize,
+        overwrite=args.overwrite,
+        shared_expert=args.shared_expert,
+        layers=args.layers,
+    )
+    ready = conversion.prepare(args.dense, args.out, options)
+    if args.dry_run:
+        print(conversion.describe_plan(ready))
+        return
+    with progress_bar("convert", ready.bytes_to_write, args.quiet) as progress:
+        record = conversion.convert(ready, progress)
+    if not args.quiet:
+        print(conversion.describe_result(ready, record, time.monotonic() - start))
+
+
+def _router_to_make(args: argparse.Namespace, file: dict[str, Any]) -> RouterConfig:
+    """The flags' options over the file's over the defaults.
+
+    Flags count copies of the dense FFN, a file's ``num_experts`` and ``moe_router_topk`` Megatron's experts.
+    """
+    flags = {
+        "router": args.router,
+        "num_experts": args.num_experts and args.num_experts * args.granularity,
+        "top_k": args.top_k and args.top_k * args.granularity,
+        "num_routers": args.num_routers,
+        "pooling": args.pooling,
+        "grouping": args.grouping,
+        "pre_softmax": args.moe_router_pre_softmax,
+    }
+    given = file | {name: value for name, value in flags.items() if value is not None}
+    top_k = 1 if given.get("router") == "switch" else 2
+    defaults = {"num_experts": 8 * args.granularity, "top_k": top_k * args.granularity}
+    return RouterConfig(**(defaults | given), granularity=args.granularity)

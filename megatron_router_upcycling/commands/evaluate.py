@@ -1,0 +1,90 @@
+"""The paper's ten tasks, asked of a Hugging Face model."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = """\
+tasks, by the paper's groups:
+  understanding   openbookqa, openbookqa_fact
+  reasoning       arc_challenge, arc_easy, hellaswag, winogrande
+  knowledge       boolq, copa, nq_open, triviaqa
+and stdlib, which is made of Python's own docstrings and needs no data.
+
+examples:
+  router-upcycle evaluate hf/moe --device cuda --batch-size 32
+  router-upcycle evaluate hf/moe --tasks reasoning,copa --limit 100 --data-dir data
+  router-upcycle evaluate hf/moe --tasks stdlib
+
+FOLDER holds TASK/SPLIT.jsonl, TASK/SPLIT.parquet, the Hub's TASK/SPLIT-00000-of-00001.parquet or a data set
+that was saved with save_to_disk. Without --data-dir data comes from the Hugging Face Hub or its local cache
+(HF_HUB_OFFLINE=1 for the cache alone). Code of data sets is never run.
+"""
+
+
+def add(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="ask a Hugging Face model the paper's ten tasks",
+        description="Ask a model in Hugging Face format the paper's ten zero-shot tasks, and print its scores"
+        " beside the paper's. Needs the eval extra.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("model", metavar="HF_DIR", type=Path, help="the model's folder, tokenizer included")
+    evaluate.add_argument(
+        "--tasks", metavar="LIST", help="names of tasks or groups, comma between (default: the paper's ten)"
+    )
+    evaluate.add_argument("--limit", metavar="N", type=int, help="the first N questions of each task only")
+    evaluate.add_argument(
+        "--num-fewshot", metavar="N", type=int, default=0, help="examples before each question (default: 0)"
+    )
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: 8)")
+    evaluate.add_argument(
+        "--data-dir", metavar="FOLDER", type=Path, help="read the tasks' data from here and download nothing"
+    )
+    evaluate.add_argument(
+        "--output", metavar="DIR", type=Path, help="for the results (default: evaluation/NAME of HF_DIR)"
+    )
+    evaluate.add_argument("--overwrite", action="store_true", help="replace results that --output holds")
+    evaluate.add_argument(
+        "--trust-remote-code", action="store_true", help="run modelling code that HF_DIR brings with it"
+    )
+    evaluate.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_router_upcycling.evaluation import report, runner
+
+    options = runner.Options(
+        runner.parse_tasks(args.tasks),
+        args.limit,
+        args.num_fewshot,
+        args.device,
+        args.batch_size,
+        args.data_dir,
+        args.trust_remote_code,
+    )
+    output = args.output or Path("evaluation") / args.model.resolve().name
+    report.check_output(output, args.overwrite)
+    last: dict[str, Any] = {}
+
+    def done(result: dict[str, Any]) -> None:
+        report.write(output, result)  # after every task: what was measured survives an interruption
+        last.update(result)
+
+    try:
+        runner.evaluate(args.model, options, done)
+    except KeyboardInterrupt:
+        kept = (
+            f"{len(last['tasks'])} of {len(options.tasks)} tasks are in {output}"
+            if last
+            else "no task was complete"
+        )
+        print(f"interrupted; {kept}", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(report.markdown(last))
+    print(f"saved as {output / report.JSON_NAME} and {output / report.MARKDOWN_NAME}")

@@ -1,0 +1,90 @@
+"""A Megatron checkpoint into a Hugging Face folder."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling.commands.shared import DTYPES, progress_bar
+
+SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+EXAMPLE = """\
+example:
+  router-upcycle export-hf runs/moe Qwen1.5-0.5B-8x --dtype bfloat16
+
+A mixture of routers with sum pooling and one key an expert is exactly one linear gate, and so is a linear
+router: stock classes hold them. Max pooling, several keys an expert or an MLP need --modelling-code, and
+trust_remote_code where the folder is loaded.
+
+Qwen2-MoE has a shared expert beside the routed ones. It is written as zeros and adds exactly nothing. Its
+width should be a multiple of the tensor parallel sizes that the model is served at. With
+--shared-expert-width 0 there is none, which transformers reports as missing weights.
+"""
+
+
+def add(commands: Any) -> None:
+    command = commands.add_parser(
+        "export-hf",
+        help="make a Hugging Face folder of a Megatron checkpoint",
+        description="Make a Hugging Face folder of a converted or trained Mixture-of-Experts (Qwen2-MoE or"
+        " Qwen3-MoE) or of a dense model (Qwen2 or Qwen3), which stock transformers, vLLM and SGLang load.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("checkpoint", metavar="MOE", type=Path, help="the Megatron checkpoint (torch_dist)")
+    command.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    command.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as in MOE)")
+    command.add_argument(
+        "--tokenizer", metavar="DIR", type=Path, help="its folder (default: the one that training used)"
+    )
+    command.add_argument(
+        "--max-shard-size", metavar="SIZE", type=_size, default="5GB", help="of a file (default: 5GB)"
+    )
+    command.add_argument(
+        "--shared-expert-width",
+        metavar="N",
+        type=int,
+        default=128,
+        help="of the shared expert of zeros in Qwen2-MoE (default: 128); see below",
+    )
+    command.add_argument(
+        "--modelling-code",
+        action="store_true",
+        help="where stock classes cannot hold the router: write a modelling file beside the weights",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace OUT once its successor is whole")
+    command.add_argument("--quiet", action="store_true", help="print errors only")
+    command.set_defaults(run=run)
+
+
+def _size(text: str) -> int:
+    """Bytes in a text such as 5GB or 200MB."""
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in SIZES or not number.isdecimal() or not int(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 5GB or 200MB")
+    return int(number) * SIZES[unit]
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from megatron_router_upcycling.hf import exporter
+
+    torch.set_num_threads(1)  # the work is moving bytes
+    start = time.monotonic()
+    options = exporter.Options(
+        dtype=args.dtype and getattr(torch, args.dtype),
+        tokenizer=args.tokenizer,
+        max_shard_bytes=args.max_shard_size,
+        shared_expert_width=args.shared_expert_width,
+        modelling_code=args.modelling_code,
+        overwrite=args.overwrite,
+    )
+    job = exporter.prepare(args.checkpoint, args.out, options)
+    with progress_bar("export-hf", job.bytes_to_write, args.quiet) as progress:
+        record = exporter.run(job, progress)
+    if not args.quiet:
+        print(exporter.describe_result(job, record, time.monotonic() - start))

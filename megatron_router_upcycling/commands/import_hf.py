@@ -1,0 +1,59 @@
+"""A Hugging Face folder into a dense Megatron checkpoint."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling.commands.shared import DTYPES, progress_bar
+
+EXAMPLE = """\
+example:
+  router-upcycle import-hf Qwen1.5-0.5B ckpt/dense
+  torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys --config ckpt/dense/model.yaml \\
+      --load ckpt/dense --output ckpt/key_stats.safetensors [flags for data]
+
+OUT/model.yaml holds the model's Megatron flags: give it as --config, or build a configuration on it with
+base: in YAML. OUT/tokenizer is the model's tokenizer, which model.yaml names.
+"""
+
+
+def add(commands: Any) -> None:
+    command = commands.add_parser(
+        "import-hf",
+        help="make a dense Megatron checkpoint of a Hugging Face folder",
+        description="Make a dense Megatron checkpoint (torch_dist) of a Hugging Face folder with Qwen1.5,"
+        " Qwen2, Qwen2.5 or Qwen3 in safetensors. Any tensor and pipeline parallel size loads it.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("folder", metavar="HF_DIR", type=Path, help="the folder of config.json")
+    command.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
+    command.add_argument("--dtype", choices=DTYPES, help="of the checkpoint (default: as in HF_DIR)")
+    command.add_argument(
+        "--make-vocab-size-divisible-by",
+        metavar="N",
+        type=int,
+        default=128,
+        help="pad the embedding with zeros to a multiple of N (default: 128)",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace OUT once its successor is whole")
+    command.add_argument("--quiet", action="store_true", help="print errors only")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from megatron_router_upcycling.hf import importer
+
+    torch.set_num_threads(1)  # the work is moving bytes
+    start = time.monotonic()
+    dtype = args.dtype and getattr(torch, args.dtype)
+    options = importer.Options(dtype, args.make_vocab_size_divisible_by, args.overwrite)
+    job = importer.prepare(args.folder, args.out, options)
+    with progress_bar("import-hf", job.bytes_to_write, args.quiet) as progress:
+        record = importer.run(job, progress)
+    if not args.quiet:
+        print(importer.describe_result(job, record, time.monotonic() - start))

@@ -1,0 +1,36 @@
+"""What a checkpoint is, and how its routers would start."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a checkpoint is, list its tensors, and show how its routers would start",
+        description="Say what a checkpoint (torch_dist, or dense in the legacy format) is and list its"
+        " tensors. Nothing in it is executed. Of a Mixture-of-Experts: how like its experts' keys are, how"
+        " its routers would spread tokens, how far the first step scales the output, and a warning where"
+        " routing would start collapsed or experts are tied.",
+        allow_abbrev=False,
+    )
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint's root folder")
+    inspect.add_argument("--all", action="store_true", help="list optimizer state and extra states as well")
+    inspect.add_argument(
+        "--key-stats",
+        metavar="FILE",
+        type=Path,
+        help="route its samples of hidden states (default: those recorded, else random ones)",
+    )
+    inspect.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_router_upcycling import inspection
+    from megatron_router_upcycling.diagnostics import start
+
+    print(inspection.describe(args.checkpoint, everything=args.all))
+    routing = start.describe(args.checkpoint, args.key_stats)
+    if routing:
+        print(f"\n{routing}")

@@ -1,0 +1,67 @@
+"""What a run needs on so many GPUs, on paper."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = """\
+examples:
+  router-upcycle plan moe.yaml --load ckpt/moe --gpus 64
+  router-upcycle plan dense.yaml --gpus 64 --num-experts 8 --moe-router-topk 2 --expert-model-parallel-size 8
+
+CONFIG is what pretrain takes as --config. A converted checkpoint brings the architecture and the router with
+it (--load); without one, the YAML file and flags must hold them. Any Megatron flag stands above both.
+Parameters are exact; activations, communication and time are estimates, which pretrain --rehearse holds
+against one real rank. What cannot work, too little memory among it, is one line and exit status 2; doubts are
+warnings.
+"""
+
+
+def add(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what a run needs: parameters, memory, time, communication",
+        usage="router-upcycle plan [CONFIG] --gpus N [--load CHECKPOINT] [options] [Megatron flags]",
+        description="Say on paper what a run needs on N GPUs and what is wrong with its layout.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    plan.add_argument(
+        "config", metavar="CONFIG", type=Path, nargs="?", help="a YAML file as pretrain takes it"
+    )
+    plan.add_argument("--gpus", metavar="N", type=int, required=True, help="all GPUs of the run")
+    plan.add_argument(
+        "--load",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="the converted checkpoint: its architecture and router",
+    )
+    plan.add_argument(
+        "--gpu-memory-gib", metavar="GIB", type=float, default=80, help="of one GPU (default: 80)"
+    )
+    plan.add_argument(
+        "--peak-tflops",
+        metavar="TFLOPS",
+        type=float,
+        default=989,
+        help="of one GPU, dense, in the training dtype (default: 989, an H100's in bfloat16)",
+    )
+    plan.add_argument("--json", action="store_true", help="print all figures as JSON")
+    plan.set_defaults(run=run, takes_megatron_flags=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_router_upcycling.planning import command
+
+    print(
+        command.run(
+            args.config,
+            args.load,
+            args.megatron_flags,
+            args.gpus,
+            args.gpu_memory_gib,
+            args.peak_tflops,
+            args.json,
+        )
+    )
