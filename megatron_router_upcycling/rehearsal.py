@@ -253,7 +253,7 @@ def describe(args: Namespace, planned: Setup, stage: int, found: dict[str, Any],
         f"step of {found['tokens_of_the_step']} tokens in micro-batches of {args.micro_batch_size} x"
         f" {args.seq_length}: {found['step_seconds']:.1f} s here,"
         f" after {found['build_seconds']:.1f} s to build"
-        + (f"; the configured {planned.sequence} tokens a sequence are scaled to" if shortened else ""),
+        + (f"; activations are scaled up to {planned.sequence} tokens a sequence" if shortened else ""),
         f"{'parameters':24}{'measured':>16}{'plan':>16}",
         *(
             f"  {part:22}{counts['measured'][part]:16d}{counts['plan'][part]:16d}"

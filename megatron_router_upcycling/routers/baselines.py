@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_router_upcycling.router_config import RouterConfig
+from megatron_router_upcycling.routers.base import OwnParametersRouter, router_dtype
 
 # Names among Megatron's MoE metrics.
 DROPPED = "dropped token share"
@@ -24,19 +25,11 @@ LOCALITY = "locality_loss"
 LOCAL = "local token share"
 
 
-def router_dtype(config: TransformerConfig, input: Tensor) -> torch.dtype:
-    """The dtype of logits: ``moe_router_dtype``, or the input's."""
-    return {"fp32": torch.float32, "fp64": torch.float64}.get(config.moe_router_dtype, input.dtype)
-
-
-class MLPRouter(TopKRouter):
+class MLPRouter(OwnParametersRouter):
     """Two layers, D -> D -> n, with GELU between: ``fc1.weight`` [D, D] and ``fc2.weight`` [n, D].
 
     Replicated over all parallel groups, in ``config.params_dtype``; computed in ``moe_router_dtype``.
     """
-
-    # Megatron-FSDP knows the stock router as replicated by its class name, any other module by this.
-    tensor_model_parallel = False
 
     def __init__(
         self,
@@ -50,16 +43,6 @@ class MLPRouter(TopKRouter):
         self.fc1 = torch.nn.Linear(hidden, hidden, bias=False, device="cpu", dtype=torch.float32)
         self.fc2 = torch.nn.Linear(hidden, n, bias=False, device="cpu", dtype=torch.float32)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters and mark them for Megatron, as ``Router.reset_parameters`` does its own."""
-        if self.weight is not None:
-            return  # Router.__init__ calls this for the gate that goes at once
-        for parameter in self.parameters():
-            if self.config.perform_initialization:
-                self.config.init_method(parameter)
-            parameter.data = parameter.data.to(dtype=self.config.params_dtype)
-            parameter.sequence_parallel = self.config.sequence_parallel
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits [..., n] of tokens [..., D]."""

@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.router_init import fold, pool_logits
+from megatron_router_upcycling.routers.base import OwnParametersRouter, router_dtype
 
 # On the CPU, a product of many tokens with fewer rows than these runs up to twice as fast cut in blocks.
 NARROW, BLOCKS = 16, 64
 
 
-class MixtureRouter(TopKRouter):
+class MixtureRouter(OwnParametersRouter):
     """Parameters ``query_weight`` [m, d', D] and ``expert_key`` [n*c, d'], in ``config.params_dtype``.
 
     Replicated over all parallel groups, as the stock router's ``weight`` is, which does not exist here.
@@ -36,9 +36,6 @@ class MixtureRouter(TopKRouter):
     Raises:
         UserError: m, n and the model's attention heads do not fit (``RouterConfig.shape``).
     """
-
-    # Megatron-FSDP knows the stock router as replicated by its class name, any other module by this.
-    tensor_model_parallel = False
 
     def __init__(
         self,
@@ -62,29 +59,17 @@ class MixtureRouter(TopKRouter):
         self.expert_key = torch.nn.Parameter(torch.empty((num_keys, shape.router_width), dtype=torch.float32))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw the parameters and mark them for Megatron, as ``Router.reset_parameters`` does its own."""
-        if self.weight is not None:
-            return  # Router.__init__ calls this for the gate that goes at once
-        for parameter in self.parameters():
-            if self.config.perform_initialization:
-                self.config.init_method(parameter)
-            parameter.data = parameter.data.to(dtype=self.config.params_dtype)
-            parameter.sequence_parallel = self.config.sequence_parallel
-
     def gating(self, input: Tensor) -> Tensor:
         """Logits [..., n] of tokens [..., D], in ``moe_router_dtype`` (default: the input's dtype).
 
         The gate is folded in float32 or better whatever the parameters' dtype.
         """
-        router_dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(
-            self.config.moe_router_dtype, input.dtype
-        )
-        fold_dtype = torch.promote_types(router_dtype, torch.float32)
+        dtype = router_dtype(self.config, input)
+        fold_dtype = torch.promote_types(dtype, torch.float32)
         gate = fold(self.query_weight, self.expert_key, self.pooling, fold_dtype)
-        logits = _GateProduct.apply(input, gate, router_dtype)
+        logits = _GateProduct.apply(input, gate, dtype)
         logits = pool_logits(logits, self.config.num_moe_experts, self.keys_per_expert)
-        return logits if self.bias is None else logits + self.bias.to(router_dtype)
+        return logits if self.bias is None else logits + self.bias.to(dtype)
 
 
 class _GateProduct(torch.autograd.Function):
