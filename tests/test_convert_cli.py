@@ -227,6 +227,8 @@ def start_long_run(folder: Path) -> subprocess.Popen[str]:
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests themselves run in a shell's background, Ctrl-C is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + TIMEOUT
     while not any(path.stat().st_size for path in folder.glob(".moe.partial-*/release/__upcycled_0.distcp")):
