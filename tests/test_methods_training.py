@@ -1,7 +1,9 @@
 """Every method trains at EP 2, saves, resumes, verifies and exports; Switch drops, LocMoE's loss works."""
 
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -65,18 +67,40 @@ def test_method_trains_resumes_and_leaves(
         exported.ok()
 
 
+def train_with_text_of_its_own_on_each_rank() -> None:
+    """``pretrain``, but that rank r of R sees only tokens that are r modulo R."""
+    from megatron_router_upcycling import language_model, pretrain
+
+    run = pretrain.prepare(sys.argv[1:])
+    get_batch = language_model.get_batch
+
+    def get_own_batch(*args: Any) -> dict[str, Any]:
+        batch, ranks = get_batch(*args), run.args.world_size
+        own = {name: batch[name] // ranks * ranks + run.args.rank for name in ("tokens", "labels")}
+        return batch | own
+
+    language_model.get_batch = get_own_batch
+    pretrain.train(run)
+
+
 @pytest.mark.slow
 def test_locality_loss_moves_tokens_to_local_experts(tmp_path: Path, dense: Path, moe_config: Path) -> None:
+    """Where ranks see different text. Of the same text on all ranks their gradients cancel on average."""
     shares = {}
     for coefficient in (1e-6, 1.0):
         file = over_the_tests_model(
-            tmp_path, "locmoe", moe_config, train_iters=20, lr=0.01,
+            tmp_path, "locmoe", moe_config, train_iters=20, lr=0.005,
             upcycling={"router": "locmoe", "locality_loss_coeff": coefficient},
         )  # fmt: skip
         moe = tmp_path / f"moe {coefficient}"
         launch.cli("convert", dense, moe, "--config", file).ok()
-        text = launch.torchrun(2, "pretrain", "--config", file, "--load", moe, *EP2).ok().text
+        ranks = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", launch.free_port())
+        text = launch.run(sys.executable, *ranks, __file__, "--config", file, "--load", moe, *EP2).ok().text
         losses, shares[coefficient] = numbers(text, "locality_loss"), numbers(text, "local token share")
         assert losses[0] == pytest.approx(0.69, abs=0.1)  # of two ranks' experts, half the mass is local
     assert abs(shares[1e-6][-1] - 0.5) < 0.15
     assert losses[-1] < 0.3 and shares[1.0][-1] > 0.8
+
+
+if __name__ == "__main__":
+    train_with_text_of_its_own_on_each_rank()
