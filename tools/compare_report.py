@@ -166,13 +166,17 @@ def picture(comparison: "Comparison", results: Sequence[RunResult], path: Path) 
     from matplotlib import pyplot
 
     names = [name for name in comparison.runs if any(result.name == name for result in results)]
+    seeds = [{result.seed for result in results if result.name == name} for name in names]
+    shared = set.intersection(*seeds) or set.union(*seeds)  # curves of other seeds saw other data
     height = max(4.6, 1.2 + 0.32 * len(names))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, height), width_ratios=(3, 2))
     ends = []
     for number, name in enumerate(names):
         colour = COLOURS[number % len(COLOURS)]
         style = "-" if number < len(COLOURS) else "--"
-        runs = [result for result in results if result.name == name]
+        runs = [result for result in results if result.name == name and result.seed in shared]
+        if not runs:
+            continue
         tokens = sorted(set.intersection(*(set(run.training) for run in runs)))
         curves = [[run.training[at] for run in runs] for at in tokens]
         millions = [at / 1e6 for at in tokens]
@@ -182,13 +186,13 @@ def picture(comparison: "Comparison", results: Sequence[RunResult], path: Path) 
         )
         ends += [loss for curve in curves[len(curves) // 3 :] for loss in curve]
     _draw_differences(right, {name: differences(results, name, comparison.reference) for name in names})
-    right.set_xlabel(f"held-out loss at the end minus that of {comparison.reference} (nats a token)")
+    right.set_xlabel(f"held-out loss at the end, nats a token,\nminus that of {comparison.reference}")
     upcycled = sorted(ends)[: max(1, int(0.9 * len(ends)))]
     spread = upcycled[-1] - upcycled[0]
     left.set_ylim(min(ends) - 0.05 * spread, upcycled[-1] + 0.6 * spread)
     left.set_xlabel("million tokens after the conversion")
     left.set_ylabel("training loss (nats a token)")
-    left.set_title(f"mean and range over {len(comparison.seeds)} seeds", fontsize=10)
+    left.set_title(f"mean and range over seeds {', '.join(map(str, sorted(shared)))}", fontsize=10)
     left.legend(frameon=False, fontsize=8, ncols=2)
     right.set_title("points: pairs of one seed; bar: their mean", fontsize=10)
     for axes in (left, right):
