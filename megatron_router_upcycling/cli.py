@@ -23,18 +23,15 @@ from megatron_router_upcycling.commands import (
     report,
     verify,
 )
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import Parser, UserError
 
 COMMANDS = (import_hf, convert, export_hf, verify, inspect, report, evaluate, plan)
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.register("type", Path, _local_path)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def _local_path(text: str) -> Path:

@@ -1,6 +1,7 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and a parser of flags that raises it."""
 
-from typing import Any
+import argparse
+from typing import Any, NoReturn
 
 LONGEST = 1000  # characters of a message: names and values in it may come from a hostile file
 
@@ -15,6 +16,13 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose errors are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def printable(text: str, longest: int = LONGEST) -> str:

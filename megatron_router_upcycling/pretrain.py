@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_router_upcycling import config, device, manifest
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import Parser, UserError
 from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.router_config import RouterConfig
 
@@ -48,7 +48,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     Raises:
         UserError: anything in the flags, the YAML file or the checkpoint that cannot work.
     """
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     for flag in ("--config", "--load", "--save", "--pretrained-checkpoint"):
         first.add_argument(flag)
     first.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

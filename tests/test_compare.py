@@ -103,6 +103,13 @@ def test_mistakes_are_one_line(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("argv", [[], ["--bogus"], ["nowhere.yaml"]])
+def test_mistakes_on_the_command_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+
+
 def test_report_names_every_run(tmp_path: Path) -> None:
     comparison = replace(compare.read(FILES[0]), seeds=(1, 2), claims=(), paper={}, reference="b")
     comparison = replace(comparison, runs={"a": Path("a"), "b": Path("b"), "not begun": Path("c")})

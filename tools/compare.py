@@ -21,20 +21,19 @@ import argparse
 import os
 import re
 import shlex
-import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from megatron_router_upcycling.config import read_yaml
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import Parser, UserError
 from tools import compare_report
 from tools.compare_report import Claim, RunResult, read_run
 from tools.foundation import PACKAGE, Foundation, environment, program, torchrun
-from tools.stages import Pipeline, Stage
+from tools.stages import Pipeline, Stage, command_line
 
 ENTRIES = (
     *("title", "dense", "checkpoint", "key_stats", "launcher", "flags", "seeds", "runs", "reference"),
@@ -220,22 +219,16 @@ def collect(pipeline: Pipeline, plan: Plan) -> list[RunResult]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path, metavar="FILE", help="such as configs/compare/methods.yaml")
     parser.add_argument("--output", type=Path, default=Path("compare"), help="folder to work in (compare)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps: does it all run?")
     parser.add_argument(
         "--report-only", action="store_true", help="report what has ended so far, run nothing"
     )
-    args = parser.parse_args(argv)
 
-    def stop(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
+    def work() -> str:
+        args = parser.parse_args(argv)
         comparison = read(args.comparison)
         stages = plan(comparison, args.output, args.quick)
         pipeline = Pipeline(args.output, environment())
@@ -246,14 +239,10 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--output {args.output}: no run of {args.comparison} has ended there yet")
         folder = args.output / args.comparison.stem
         text = compare_report.write(comparison, results, folder, _again(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    print(f"\n{text}\n\nSaved: {folder}/report.md, results.json, loss_curves.png; logs in {args.output}/logs")
-    return 0
+        where = f"{folder}/report.md, results.json, loss_curves.png; logs in {args.output}/logs"
+        return f"{text}\n\nSaved: {where}"
+
+    return command_line(work)
 
 
 def _again(args: argparse.Namespace) -> str:

@@ -13,19 +13,16 @@ again; a run that was cut short goes on when the same command is given again.
 Ends with DIR/report.md, DIR/results.json and DIR/loss_curves.png.
 """
 
-import argparse
 import json
 import math
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import Parser
 from tools import demo_report
 from tools.foundation import NUM_RANKS, PACKAGE, Foundation, environment, program, torchrun
-from tools.stages import Pipeline, Stage
+from tools.stages import Pipeline, Stage, command_line
 
 CONFIGS = Path("configs/demo")
 # Name in the report -> how the converter makes it.
@@ -187,28 +184,20 @@ def report(pipeline: Pipeline, stages: Plan, output: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train, upcycle and compare a small model, start to end.")
+    parser = Parser(description="Train, upcycle and compare a small model, start to end.")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to work in (demo)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps: does it all run?")
-    args = parser.parse_args(argv)
 
-    def stop(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
+    def work() -> str:
+        args = parser.parse_args(argv)
         stages = plan(args.output, args.quick)
         pipeline = Pipeline(args.output, environment())
         pipeline.run(stages.stages())
-        print("\n" + report(pipeline, stages, args.output))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    print(f"\nSaved: {args.output}/report.md, results.json, loss_curves.png; logs in {args.output}/logs")
-    return 0
+        text = report(pipeline, stages, args.output)
+        where = f"{args.output}/report.md, results.json, loss_curves.png; logs in {args.output}/logs"
+        return f"{text}\n\nSaved: {where}"
+
+    return command_line(work)
 
 
 if __name__ == "__main__":

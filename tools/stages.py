@@ -16,10 +16,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -184,6 +185,25 @@ def _content(path: Path) -> bytes:
     if path.suffix == ".yaml":
         return json.dumps(read_yaml(path), sort_keys=True, default=str).encode()
     return path.read_bytes()
+
+
+def command_line(work: Callable[[], str]) -> int:
+    """Do ``work``, print what it returns, and return the exit status: 0, 2 after a user's mistake, 130 when
+    it was stopped (SIGINT or SIGTERM)."""
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        print(f"\n{work()}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
 
 
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar:30}| {elapsed}{postfix}"
