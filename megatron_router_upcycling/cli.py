@@ -23,7 +23,7 @@ from megatron_router_upcycling.commands import (
     report,
     verify,
 )
-from megatron_router_upcycling.errors import Parser, UserError
+from megatron_router_upcycling.errors import Parser, Terminated, UserError
 
 COMMANDS = (import_hf, convert, export_hf, verify, inspect, report, evaluate, plan)
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def stop(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)  # unwinds, so that half-made folders are removed
+        raise Terminated
 
     signal.signal(signal.SIGTERM, stop)
     try:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interrupted:
         print(f"interrupted; {str(interrupted) or 'nothing was left behind'}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(interrupted, Terminated) else 130
     except BrokenPipeError:  # `router-upcycle inspect … | head`
         sys.stderr.close()
         return 141

@@ -105,6 +105,21 @@ def collect(run: pretrain.Run) -> None:
         )
 
 
+def check_flags(flags: Namespace) -> None:
+    """Refuse what can be refused before Megatron is imported.
+
+    Raises:
+        UserError: names the flag and what would work.
+    """
+    if flags.output is None:
+        raise UserError("--output: name the file to write, such as key_stats.safetensors")
+    key_stats.check_output(flags.output, flags.overwrite)
+    if flags.router_samples < 0:
+        raise UserError(f"--router-samples {flags.router_samples}: must be 0 (none) or more")
+    if flags.collect_iters < 1:
+        raise UserError(f"--collect-iters {flags.collect_iters}: must be at least 1")
+
+
 def check(run: pretrain.Run) -> None:
     """Refuse what cannot work before anything is built; every rank sees the same.
 
@@ -115,13 +130,7 @@ def check(run: pretrain.Run) -> None:
     from megatron_router_upcycling.language_model import check_data
 
     args = run.args
-    if args.output is None:
-        raise UserError("--output: name the file to write, such as key_stats.safetensors")
-    key_stats.check_output(args.output, args.overwrite)
-    if args.router_samples < 0:
-        raise UserError(f"--router-samples {args.router_samples}: must be 0 (none) or more")
-    if args.collect_iters < 1:
-        raise UserError(f"--collect-iters {args.collect_iters}: must be at least 1")
+    check_flags(args)
     trained = Checkpoint.open(args.load).args
     if getattr(trained, "num_experts", None):
         raise UserError(
@@ -288,6 +297,7 @@ def provenance(args: Namespace) -> dict[str, Any]:
 
 def main() -> None:
     def command() -> None:
+        check_flags(pretrain.read_early(sys.argv[1:]).flags)
         collect(pretrain.prepare(sys.argv[1:], needs_checkpoint=True))
         torch.distributed.destroy_process_group()
 

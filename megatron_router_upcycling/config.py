@@ -49,7 +49,8 @@ def read_yaml(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]
         raise UserError(f"{current}: not readable as YAML ({reason(error)})") from None
     if not isinstance(entries, dict | None):
         raise UserError(f"{current}: must be a mapping of argument names to values")
-    entries = entries or {}
+    # As attributes: a name may be written with hyphens, as the flag is.
+    entries = {str(name).replace("-", "_"): value for name, value in (entries or {}).items()}
     base = entries.pop("base", None) or []
     section = entries.pop("upcycling", None) or {}
     if not isinstance(section, dict):
@@ -226,9 +227,8 @@ def read_conversion(path: str | Path | None) -> Conversion:
     flags = section_defaults(entries["upcycling"], str(path))
     router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}
     for name, field in SHARED_WITH_MEGATRON.items():
-        for spelling in (name, name.replace("_", "-")):
-            if entries.get(spelling) is not None:
-                router[field] = entries[spelling]
+        if entries.get(name) is not None:
+            router[field] = entries[name]
     check_types(RouterConfig, router, f"{path}: option")
     return Conversion(
         router, InitConfig.from_dict(_start(entries["upcycling"]), str(path)), flags.get("key_source")

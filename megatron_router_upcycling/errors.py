@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake, and a parser of flags that raises it."""
+"""The exceptions that end a command: a user's mistake (and a parser of flags that raises it), and SIGTERM."""
 
 import argparse
 from typing import Any, NoReturn
@@ -16,6 +16,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which unwinds and says what is left as Ctrl-C does."""
 
 
 class Parser(argparse.ArgumentParser):

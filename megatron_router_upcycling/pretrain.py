@@ -39,6 +39,39 @@ class Run:
     rehearsed: Setup | None = None  # with --rehearse: the run as it is configured
 
 
+@dataclass(frozen=True)
+class Early:
+    """What is known before Megatron is imported, which takes seconds and prints warnings."""
+
+    flags: Namespace  # this package's, and those that name checkpoints, the YAML file's among them
+    entries: dict[str, Any]  # the YAML file's Megatron arguments
+    section: dict[str, Any]  # of its ``upcycling:`` section what stands as flags' defaults
+    start: dict[str, Any]  # that section whole
+
+
+def read_early(argv: list[str]) -> Early:
+    """Read the YAML file and the flags that are not Megatron's.
+
+    Raises:
+        UserError: the file, or a value of such a flag, is not what it should be.
+    """
+    parser = Parser(add_help=False, allow_abbrev=False)
+    config.add_arguments(parser)
+    for flag in ("--load", "--save", "--pretrained-checkpoint", "--ckpt-step"):
+        parser.add_argument(flag)
+    path = parser.parse_known_args(argv)[0].config
+    entries = config.read_yaml(path) if path else {"upcycling": {}}
+    start = entries.pop("upcycling")
+    section = config.section_defaults(start, path)
+    known = {
+        name: value
+        for name, value in (entries | section).items()
+        if f"--{name.replace('_', '-')}" in parser._option_string_actions
+    }
+    config.set_defaults(parser, known, path)
+    return Early(parser.parse_known_args(argv)[0], entries, section, start)
+
+
 def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     """Parse and validate everything, choose the device, and set Megatron's global arguments.
 
@@ -48,29 +81,25 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     Raises:
         UserError: anything in the flags, the YAML file or the checkpoint that cannot work.
     """
-    first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--load", "--save", "--pretrained-checkpoint"):
-        first.add_argument(flag)
-    first.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    first.add_argument("--rehearse", type=int)
-    first.add_argument("--rehearse-rank", type=int, default=0)
-    early, _ = first.parse_known_args(argv)
-    _start_alone(early.rehearse, early.rehearse_rank)
-    entries = config.read_yaml(early.config) if early.config else {"upcycling": {}}
-    given = entries.pop("upcycling")
-    section = config.section_defaults(given, early.config)
-    paths = {
-        name: getattr(early, name) or entries.get(name) for name in ("load", "save", "pretrained_checkpoint")
-    }
-    if needs_checkpoint or early.rehearse is not None:
-        paths["save"] = None  # a reader of checkpoints takes the one that is named
-    load = _resume_or_load(paths["load"], paths["save"])
+    early = read_early(argv)
+    flags, entries, section = early.flags, early.entries, early.section
+    _start_alone(flags)
+    # A reader of checkpoints takes the one that is named.
+    reads = needs_checkpoint or flags.rehearse is not None
+    if flags.save and not reads:
+        _check_writable(flags.save)
+    load = _resume_or_load(flags.load, None if reads else flags.save)
     if needs_checkpoint and load is None:
         raise UserError("--load: name the dense checkpoint to read")
-    recorded, source = config.find_manifest((load, paths["pretrained_checkpoint"]))
-    config.check_start(given, recorded, source)
+    recorded, source = config.find_manifest((load, flags.pretrained_checkpoint))
+    config.check_start(early.start, recorded, source)
 
-    chosen = device.choose(early.device)
+    chosen = device.choose(flags.device)
+    from megatron_router_upcycling.checkpoint import torch_dist
+
+    for root in (load, flags.pretrained_checkpoint):
+        if root and (Path(root) / TRACKER).is_file() and flags.ckpt_step is None:
+            torch_dist.check_whole(root)
     if chosen == "cpu":
         from megatron_router_upcycling import cpu_backend
 
@@ -79,7 +108,6 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     from megatron.training.global_vars import set_global_variables
 
     from megatron_router_upcycling import language_model
-    from megatron_router_upcycling.checkpoint import torch_dist
 
     parsers: list[ArgumentParser] = []
 
@@ -102,7 +130,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
             parser.set_defaults(
                 **{name: getattr(router, field) for name, field in config.SHARED_WITH_MEGATRON.items()}
             )
-        config.set_defaults(parser, entries | section, str(early.config))
+        config.set_defaults(parser, entries | section, str(flags.config))
         parsers.append(parser)
         return parser
 
@@ -133,9 +161,6 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         validate_args(args)
     except (AssertionError, ValueError) as error:
         raise _refused(error) from None
-    for root in (load, args.pretrained_checkpoint):
-        if root and (Path(root) / TRACKER).is_file() and args.ckpt_step is None:
-            torch_dist.check_whole(root)
     if not needs_checkpoint and planned is None:
         language_model.check_data(args)
     set_global_variables(args)
@@ -173,15 +198,39 @@ def _refused(error: Exception) -> UserError:
     return UserError(f"Megatron refuses these arguments: {reason}")
 
 
-def _start_alone(world_size: int | None, rank: int) -> None:
-    """Without torchrun, be the only rank; in a rehearsal ``rank`` of ``world_size``, which are not there."""
-    if world_size is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"--rehearse {world_size}: is one process; start it with python -m, not torchrun")
-    if world_size is not None or "RANK" not in os.environ:
+def _check_writable(save: str) -> None:
+    from megatron_router_upcycling.checkpoint.publish import existing
+
+    folder = existing(Path(save).absolute())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--save {save}: cannot write in {folder}; name a folder in a writable one")
+
+
+def _start_alone(flags: Namespace) -> None:
+    """Without torchrun, be the only rank; in a rehearsal one of many, of which the others are not there.
+
+    Raises:
+        UserError: what a rehearsal is asked for cannot be.
+    """
+    size, rank, tokens = flags.rehearse, flags.rehearse_rank, flags.rehearse_seq_length
+    if size is None:
+        if rank or tokens is not None:
+            raise UserError("--rehearse-rank, --rehearse-seq-length: need --rehearse WORLD_SIZE")
+    elif size < 1:
+        raise UserError(f"--rehearse {size}: must be the number of GPUs of the run, at least 1")
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"--rehearse {size}: is one process; start it with python -m, not torchrun")
+    elif not 0 <= rank < size:
+        raise UserError(f"--rehearse-rank {rank}: must be between 0 and {size - 1}")
+    elif tokens is not None and tokens < 1:
+        raise UserError(f"--rehearse-seq-length {tokens}: must be at least 1")
+    elif flags.output and not (folder := Path(flags.output).absolute().parent).is_dir():
+        raise UserError(f"--output {flags.output}: there is no folder {folder}; make it first")
+    if size is not None or "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size or 1)}
+        alone = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(size or 1)}
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 

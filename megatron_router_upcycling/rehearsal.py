@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling import instruments
-from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import figures, report, setup
 from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.router_config import RouterConfig
@@ -47,8 +46,6 @@ def adapt(args: Namespace, configured: dict[str, Any], router: RouterConfig | No
         values | {"world_size": args.rehearse}, router.to_dict() if router else {}, "--rehearse"
     )
     setup.check(planned, "--rehearse")
-    if not 0 <= args.rehearse_rank < args.rehearse:
-        raise UserError(f"--rehearse-rank {args.rehearse_rank}: must be between 0 and {args.rehearse - 1}")
     args.fake_process_group = True
     # Tokens go to experts by lot, after the router has done its work: an untrained router may leave an expert
     # without any, and then what the missing ranks would send does not add up.

@@ -334,7 +334,7 @@ def test_a_mistake_is_refused_in_one_line(made: Path, what: str) -> None:
     ("ranks", "flags", "message"),
     [
         (2, ["--output", "OUTPUT"], "exists; pass --overwrite"),
-        (1, ["--load", "NOWHERE"], "no checkpoint there"),
+        (1, ["--load", "NOWHERE", "--output", "NEW"], "no checkpoint there"),
     ],
     ids=["output-exists-two-ranks", "no-checkpoint"],
 )

@@ -20,6 +20,12 @@ from tests.launch import ENVIRONMENT
 from tests.test_upcycle import make_stats
 
 COMMAND = (sys.executable, "-m", "megatron_router_upcycling.cli")
+# As for a checkpoint so large that what is written is kept when a run is told to end.
+KEEPING = (
+    *(sys.executable, "-c"),
+    "import sys; from megatron_router_upcycling import cli; from megatron_router_upcycling.checkpoint import"
+    " publish; publish.KEPT_BYTES = 1; sys.exit(cli.main())",
+)
 TIMEOUT = 60  # seconds
 
 
@@ -219,11 +225,11 @@ def test_full_disk(
     assert list(small_disk.iterdir()) == []
 
 
-def start_long_run(folder: Path) -> subprocess.Popen[str]:
+def start_long_run(folder: Path, command: tuple[str, ...] = COMMAND) -> subprocess.Popen[str]:
     """Start a conversion that takes seconds to write; return once it is writing."""
     flags = ("--router", "linear", "--num-experts", "3000", "--materialize", "--quiet")
     process = subprocess.Popen(
-        [*COMMAND, "convert", folder / "dense", folder / "moe", *flags],
+        [*command, "convert", folder / "dense", folder / "moe", *flags],
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,
@@ -251,7 +257,10 @@ def test_killed_run_leaves_nothing_whole_and_stands_in_no_ones_way(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ks", "moe"]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+TOLD_TO_END = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
+@TOLD_TO_END
 def test_run_that_refuses_a_second_one_and_when_interrupted_removes_what_it_made(
     tmp_path: Path,
     dense: Path,
@@ -268,8 +277,21 @@ def test_run_that_refuses_a_second_one_and_when_interrupted_removes_what_it_made
     process.send_signal(number)
     _, said = process.communicate(timeout=TIMEOUT)
     assert process.returncode == status
-    assert "Traceback" not in said
+    assert said == "interrupted; nothing was left behind\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ks"]
+
+
+@TOLD_TO_END
+def test_run_that_is_told_to_end_says_what_it_kept(
+    tmp_path: Path, dense: Path, number: signal.Signals, status: int
+) -> None:
+    process = start_long_run(tmp_path, KEEPING)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=TIMEOUT)
+    (left,) = tmp_path.glob(".moe.partial-*")
+    assert process.returncode == status
+    assert said.startswith("interrupted; ") and said.count("\n") == 1
+    assert said.endswith(f" are in {left.resolve()}; the same command goes on from there\n")
 
 
 def test_inspect(tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]) -> None:

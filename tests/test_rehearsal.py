@@ -156,7 +156,6 @@ def check_shard(argv: list[str]) -> None:
             "--expert-model-parallel-size 3: does not divide the 8 experts",
         ),
         (("--tensor-model-parallel-size", 3), "--rehearse 64: is not divisible by"),
-        (("--rehearse-rank", 64), "--rehearse-rank 64: must be between 0 and 63"),
     ],
 )
 def test_a_wrong_layout_is_one_line(
@@ -165,3 +164,21 @@ def test_a_wrong_layout_is_one_line(
     done = rehearse(config, tmp_path / "none.json", *flags, ok=False)
     assert done.returncode == 2
     assert len(done.errors) == 1 and message in done.errors[0] and "Traceback" not in done.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rehearse-rank", 64), "--rehearse-rank 64: must be between 0 and 63"),
+        (("--rehearse", 0), "--rehearse 0: must be the number of GPUs of the run, at least 1"),
+        (("--output", "/nowhere/found.json"), "--output /nowhere/found.json: there is no folder /nowhere;"),
+        (("--router", "mixtur"), "argument --router: invalid choice: 'mixtur'"),
+    ],
+)
+def test_what_needs_no_megatron_is_refused_without_it(
+    config: Path, tmp_path: Path, flags: tuple[object, ...], message: str
+) -> None:
+    """Nothing but the line stands there: Megatron prints warnings when it is imported."""
+    done = rehearse(config, tmp_path / "none.json", *flags, ok=False)
+    assert done.returncode == 2
+    assert done.text.startswith(f"error: {message}") and done.text.count("\n") == 1

@@ -98,7 +98,7 @@ def new_folder(out: Path, overwrite: bool, reusable: str | None = None) -> Itera
             (Ctrl-C, SIGTERM) leaves them where they are ``KEPT_BYTES`` and more.
 
     Raises:
-        KeyboardInterrupt: with a text that says what was left.
+        KeyboardInterrupt: or its subclass for SIGTERM, with a text that says what was left.
         UserError: another process is making ``out``, or it is there already and ``overwrite`` is not set.
     """
     out = out.resolve()
@@ -127,12 +127,12 @@ def new_folder(out: Path, overwrite: bool, reusable: str | None = None) -> Itera
                 sync(out.parent)
             except BaseException as error:
                 _put_back(out)
-                if reusable and not published and isinstance(error, KeyboardInterrupt | SystemExit):
+                if reusable and not published and isinstance(error, KeyboardInterrupt):
                     count = _own_bytes(partial)
                     kept = count >= KEPT_BYTES
-                    if kept and isinstance(error, KeyboardInterrupt):
+                    if kept:
                         left = f"{format_bytes(count)} are in {partial}; the same command goes on from there"
-                        raise KeyboardInterrupt(left) from None
+                        raise type(error)(left) from None
                 raise
             finally:
                 if not kept:

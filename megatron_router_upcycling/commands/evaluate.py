@@ -1,7 +1,6 @@
 """The paper's ten tasks, asked of a Hugging Face model."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +77,12 @@ def run(args: argparse.Namespace) -> None:
 
     try:
         runner.evaluate(args.model, options, done)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupted:
         kept = (
             f"{len(last['tasks'])} of {len(options.tasks)} tasks are in {output}"
             if last
             else "no task was complete"
         )
-        print(f"interrupted; {kept}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise type(interrupted)(kept) from None
     print(report.markdown(last))
     print(f"saved as {output / report.JSON_NAME} and {output / report.MARKDOWN_NAME}")
