@@ -3,6 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 PYTHON := .venv/bin/python
+# Two tests at a time (ARGS='-n 0' for one): what a run of Megatron does keeps about one core busy.
+PYTEST := $(PYTHON) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 export PYTHONUNBUFFERED := 1
 # Every process of a run imports Megatron: with bytecode on disk that takes half the time.
 unexport PYTHONDONTWRITEBYTECODE
@@ -22,10 +24,10 @@ compare: setup  ## the paper's six methods over three seeds, from one dense mode
 	@$(PYTHON) -m tools.compare $(or $(ARGS),configs/compare/methods.yaml)
 
 test: setup  ## run the tests; ARGS= adds options of pytest
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-slow: setup  ## run the tests that make test leaves out
-	@$(PYTHON) -m pytest -m slow $(ARGS)
+	@$(PYTEST) -m slow $(ARGS)
 
 checks: setup  ## lint, format and types
 	@$(PYTHON) -m ruff check .

@@ -52,6 +52,7 @@ setup(
             "hypothesis>=6.100,<7",
             "mypy>=1.15,<3",
             "pytest>=8,<10",
+            "pytest-xdist>=3.8,<4",
             "ruff>=0.15,<0.18",
             "types-PyYAML>=6,<7",
             *EVALUATION,

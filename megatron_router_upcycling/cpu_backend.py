@@ -17,6 +17,7 @@ import contextlib
 import functools
 import importlib
 import os
+import queue
 import runpy
 import sys
 import time
@@ -242,6 +243,7 @@ def _bridge_megatron() -> None:
         name: importlib.import_module(f"megatron.{name}")
         for name in (
             "core.datasets.utils",
+            "core.dist_checkpointing.strategies.filesystem_async",
             "core.tensor_parallel.random",
             "core.transformer.moe.token_dispatcher",
             "training.training",
@@ -262,6 +264,12 @@ def _bridge_megatron() -> None:
 
     # The wheel ships the built dataset helper and no Makefile to build it with.
     _replace(modules["core.datasets.utils"], "compile_helpers", lambda: None)
+
+    # What a save wrote is handed on through a queue. Megatron's is in a process that each rank starts for it
+    # and that imports PyTorch; where no save is asynchronous (device.ON_CPU), one process does it all.
+    saving = modules["core.dist_checkpointing.strategies.filesystem_async"]
+    results: queue.Queue = queue.Queue()
+    _replace(saving, "get_write_results_queue", lambda *args, **kwargs: results)
 
     training = modules["training.training"]
     _replace(

@@ -49,6 +49,20 @@ TRAINING = {
     "vocab_size": VOCABULARY,
     "split": "90,10,0",
 }
+EVALUATE = ("--skip-train", "--eval-iters", 4)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: the tests that share the trained models below come first and are one process's; the
+    others go file by file to whichever is free."""
+
+    def group(item: pytest.Item) -> str:
+        return "trained" if "dense_config" in getattr(item, "fixturenames", ()) else item.path.name
+
+    items.sort(key=lambda item: group(item) != "trained")
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
 @pytest.fixture(scope="session")
@@ -101,8 +115,16 @@ def moe_config(folder: Path, dense_config: Path) -> Path:
 def dense(folder: Path, dense_config: Path) -> Path:
     """Root of a dense checkpoint after eight steps, float32, saved by one rank."""
     root = folder / "dense"
-    launch.torchrun(1, "pretrain", "--config", dense_config, "--save", root).ok()
+    launch.ranks(1, "pretrain", "--config", dense_config, "--save", root).ok()
     return root
+
+
+@pytest.fixture(scope="session")
+def dense_validation(dense: Path, dense_config: Path) -> float:
+    """The dense model's validation loss, read back from its checkpoint."""
+    output = launch.ranks(1, "pretrain", "--config", dense_config, "--load", dense, *EVALUATE).ok()
+    assert "CPU over Gloo: set transformer_impl=local" in output.text
+    return output.validation
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,23 @@
-"""Start real runs for the tests: torchrun on Gloo, the command line tool, and what they printed."""
+"""Start real runs for the tests: ranks on Gloo, the command line tool, and what they printed."""
 
+import contextlib
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import warm
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-TIMEOUT = 240  # seconds; a run takes 10 to 20 on two cores
+TIMEOUT = 240  # seconds; a run takes 2 to 20 on two cores
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,12 @@ class Output:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that systems hand out, so that no other run is given it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _torchrun(ranks: int, module: str, args: tuple[object, ...]) -> list[str]:
@@ -63,6 +71,38 @@ def torchrun(ranks: int, module: str, *args: object, **environment: str) -> Outp
     return run(*_torchrun(ranks, module, args), timeout=TIMEOUT + 60 * ranks, **environment)
 
 
+def ranks(number: int, module: str, *args: object, **environment: str) -> Output:
+    """The processes that torchrun would start, warm; MODULE is this package's, or a file."""
+    program = [module] if module.endswith(".py") else ["-m", f"megatron_router_upcycling.{module}"]
+    return _warm(number, [*program, *map(str, args)], environment)
+
+
+def python(*args: object, **environment: str) -> Output:
+    """``python ARGS``, warm."""
+    return _warm(None, [str(arg) for arg in args], environment)
+
+
+def cli(*args: object) -> Output:
+    """``router-upcycle ARGS``, warm."""
+    return python("-m", "megatron_router_upcycling.cli", *args)
+
+
+def _warm(number: int | None, arguments: list[str], environment: dict[str, str]) -> Output:
+    places: list[dict[str, str]] = [{}]
+    if number:
+        sizes = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        places = [sizes | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    with tempfile.NamedTemporaryFile() as file:
+        log = Path(file.name)
+        processes = [warm.start(arguments, ENVIRONMENT | place | environment, log) for place in places]
+        try:
+            status = warm.wait(processes, TIMEOUT + 60 * len(places))
+        except TimeoutError as error:
+            raise AssertionError(f"{error}: {log.read_text()[-6000:]}") from None
+        return Output(status, log.read_text())
+
+
 def run(*command: object, timeout: float = TIMEOUT, **environment: str) -> Output:
     done = subprocess.run(
         [str(part) for part in command],
@@ -73,11 +113,6 @@ def run(*command: object, timeout: float = TIMEOUT, **environment: str) -> Outpu
         timeout=timeout,
     )
     return Output(done.returncode, done.stdout)
-
-
-def cli(*args: object) -> Output:
-    """``router-upcycle ARGS``."""
-    return run(sys.executable, "-m", "megatron_router_upcycling.cli", *args)
 
 
 def torchrun_killed(ranks: int, module: str, *args: object, when: str, log: Path) -> None:

@@ -14,7 +14,7 @@ TOLERANCE = 2e-6  # float32, values of order 1
 
 def test_equal_to_megatrons_forward_and_backward() -> None:
     """In a process of its own: Megatron's module runs on the CPU through the bridge alone."""
-    launch.run(launch.sys.executable, "-c", "from tests import test_attention; test_attention.compare()").ok()
+    launch.python("-c", "from tests import test_attention; test_attention.compare()").ok()
 
 
 def compare() -> None:

@@ -12,7 +12,7 @@ def test_on_the_cpu(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
     tool = launch.ROOT / "tools" / "bench_step.py"
     flags = ("--num-layers", 2, "--vocab-size", 256, "--rehearse-seq-length", 32, "--gpus", 4)
-    done = launch.run(launch.sys.executable, tool, "--rounds", 2, "--output", output, *flags).ok()
+    done = launch.python(tool, "--rounds", 2, "--output", output, *flags).ok()
     found = json.loads(output.read_text())
     assert "(no GPU)" in found["hardware"] and found["utilisation"] == {"mixture": None, "stock": None}
     assert found["micro_batch"] == [4, 32] and found["versions"]["megatron-core"]

@@ -1,4 +1,4 @@
-"""Collecting keys under torchrun, against a reference in loops over what the projection puts out.
+"""Collecting keys on one rank and on two, against a reference in loops over what the projection puts out.
 
 The model has grouped-query attention, a bias on its queries, keys and values, and key norms, all with
 random values. Run as a script, this file is the process that makes that model and the reference.
@@ -210,15 +210,14 @@ def made(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     folder = tmp_path_factory.mktemp("collect_keys")
     config = yaml.safe_load(MODEL) | {"data_path": [str(data)], "data_cache_path": str(folder / "cache")}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
-    launch.run(sys.executable, __file__, folder, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", **address).ok()
+    launch.ranks(1, __file__, folder).ok()
     return folder
 
 
 def collect(made: Path, ranks: int, *flags: object) -> launch.Output:
-    """Run the entry under torchrun; later flags win over those given here."""
+    """Run the entry; later flags win over those given here."""
     options = ("--config", made / "config.yaml", "--load", made / "dense", "--collect-iters", ITERATIONS)
-    return launch.torchrun(ranks, "collect_keys", *options, *flags)
+    return launch.ranks(ranks, "collect_keys", *options, *flags)
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor, square_mean: torch.Tensor) -> None:
@@ -345,8 +344,10 @@ def test_a_mistake_ends_the_run(
     output = tmp_path / "OUTPUT"
     output.write_text("precious")
     result = collect(made, ranks, *(tmp_path / flag if flag.isupper() else flag for flag in flags))
-    assert len(result.errors) == 1 and message in result.errors[0], result.text[-4000:]
-    assert "exitcode  : 2" in result.text and "collect_keys.py" not in result.text
+    assert result.returncode == 2 and len(result.errors) == 1 and message in result.errors[0], result.text[
+        -4000:
+    ]
+    assert "collect_keys.py" not in result.text
     assert output.read_text() == "precious" and os.listdir(tmp_path) == ["OUTPUT"]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_router_upcycling.errors import UserError
+from tests.test_methods_training import over_the_tests_model
 from tools import compare, compare_report
 from tools.compare_report import Claim, RunResult
 
@@ -121,22 +121,21 @@ def test_report_names_every_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_run_again(tmp_path: Path) -> None:
+def test_killed_and_run_again(tmp_path: Path, dense: Path, key_stats_file: Path, moe_config: Path) -> None:
     """A comparison ended by SIGKILL in a training goes on from there, and every run has ended once."""
-    folder = tmp_path / "configs"
-    shutil.copytree(ROOT / "configs", folder)
-    file = folder / "compare/two.yaml"
+    for method in ("locmoe", "mlp"):
+        over_the_tests_model(tmp_path, method, moe_config, expert_model_parallel_size=2)
+    file, output = tmp_path / "two.yaml", tmp_path / "out"
     file.write_text(
-        "dense: ../demo/dense.yaml\nseeds: [1]\n"
-        "runs: {locmoe: ../methods/locmoe.yaml, mlp: ../methods/mlp.yaml}\n"
+        f"checkpoint: {dense}\nkey_stats: {key_stats_file}\nseeds: [1]\n"
+        "flags: {train_iters: 40, save_interval: 20}\nruns: {locmoe: locmoe.yaml, mlp: mlp.yaml}\n"
     )
-    output = tmp_path / "out"
-    command = [sys.executable, "-m", "tools.compare", str(file), "--output", str(output), "--quick"]
+    command = [sys.executable, "-m", "tools.compare", str(file), "--output", str(output)]
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     log, deadline = output / "logs/train-locmoe-1.log", time.monotonic() + 300
-    while not (log.exists() and "iteration        2/" in log.read_text()):
+    while not (log.exists() and "iteration       22/" in log.read_text()):
         assert time.monotonic() < deadline and first.poll() is None
-        time.sleep(0.2)
+        time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     deadline = time.monotonic() + 300
@@ -144,7 +143,8 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
         # Ranks that outlived their parent hold the folder's lock until they end.
         assert "another run is at work there" in again.stderr and time.monotonic() < deadline, again.stderr
         time.sleep(1)
-    assert again.stdout.count("done before") >= 4  # corpus, dense, keys, and locmoe's conversion
+    assert again.stdout.count("done before") == 1  # locmoe's conversion
+    assert log.read_text().count("iteration       20/") == 1  # nor was its training begun again
     results = json.loads((output / "two/results.json").read_text())["runs"]
     assert sorted(result["name"] for result in results) == ["locmoe", "mlp"]
     assert all(result["held_out"] > 0 and result["routing"]["load_max_over_mean"] >= 1 for result in results)

@@ -18,9 +18,9 @@ def test_ep_8_equals_ep_1_and_resumes_at_ep_2_and_at_tp_2_pp_2(
     steps = ("--micro-batch-size", 1, "--train-iters", 6, "--save-interval", 3, "--eval-iters", 1)
     command = ("pretrain", "--config", moe_config, "--use-distributed-optimizer", *steps)
 
-    unbroken = launch.torchrun(1, *command, "--load", moe).ok().losses
+    unbroken = launch.ranks(1, *command, "--load", moe).ok().losses
     assert list(unbroken) == [1, 2, 3, 4, 5, 6]
-    ep8 = launch.torchrun(
+    ep8 = launch.ranks(
         8, *command, "--load", moe, "--save", save, "--expert-model-parallel-size", 8
     ).ok().losses  # fmt: skip
     assert ep8 == pytest.approx(unbroken, rel=TOLERANCE)
@@ -31,5 +31,5 @@ def test_ep_8_equals_ep_1_and_resumes_at_ep_2_and_at_tp_2_pp_2(
         (2, ("--expert-model-parallel-size", 2)),
         (4, (*tensor, "--sequence-parallel", *pipeline)),
     ):
-        resumed = launch.torchrun(ranks, *command, "--load", save, *layout).ok().losses
+        resumed = launch.ranks(ranks, *command, "--load", save, *layout).ok().losses
         assert resumed == pytest.approx({i: ep8[i] for i in (4, 5, 6)}, rel=TOLERANCE), layout

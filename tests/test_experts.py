@@ -11,7 +11,7 @@ TOKENS, D, EXPERTS = 40, 32, 4
 
 def test_equal_to_megatrons_loop_forward_and_backward() -> None:
     """In a process of its own, with Megatron on the CPU."""
-    launch.run(launch.sys.executable, "-c", "from tests import test_experts; test_experts.compare()").ok()
+    launch.python("-c", "from tests import test_experts; test_experts.compare()").ok()
 
 
 def compare() -> None:

@@ -1,6 +1,6 @@
 """The logits of Megatron itself, after import and before export, equal those of transformers.
 
-Run as a script under torchrun, this file is the two ranks that load one checkpoint after the other, each at
+Run as a script, this file is the two ranks that load one checkpoint after the other, each at
 its own tensor, pipeline and expert parallel size, and save the logits.
 """
 
@@ -119,8 +119,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
             train(folder, family, upcycled, folder / name)
         jobs.append(job(folder, family, name, "EP 2"))
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = ("--nproc-per-node", 2, "--master-port", launch.free_port(), __file__, folder / "jobs.json")
-    launch.run(sys.executable, "-m", "torch.distributed.run", *command).ok()
+    launch.ranks(2, __file__, folder / "jobs.json").ok()
     return folder
 
 
@@ -149,7 +148,7 @@ def train(folder: Path, family: str, moe: Path, out: Path) -> None:
     """A few steps at EP 2, with a learning rate that lets the experts differ."""
     flags = ("--train-iters", 4, "--lr", 0.02, "--expert-model-parallel-size", 2, "--eval-iters", 0)
     config = folder / f"{family}.yaml"
-    launch.torchrun(2, "pretrain", "--config", config, "--load", moe, "--save", out, *flags).ok()
+    launch.ranks(2, "pretrain", "--config", config, "--load", moe, "--save", out, *flags).ok()
 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)

@@ -13,6 +13,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import Options
 from tests import dense_checkpoint, launch, legacy_checkpoint
+from tests.conftest import EVALUATE
 from tests.dense_checkpoint import LAYERS
 from tests.test_dense_inputs import write_per_layer
 from tests.test_upcycle import is_ffn, make_stats
@@ -145,7 +146,7 @@ def test_what_is_no_list_of_layers_is_refused(text: str) -> None:
 
 @pytest.mark.slow
 def test_step_0_is_the_dense_model(
-    tmp_path: Path, dense: Path, dense_config: Path, moe_config: Path, key_stats_file: Path
+    tmp_path: Path, dense: Path, dense_validation: float, moe_config: Path, key_stats_file: Path
 ) -> None:
     """Megatron builds the unlike layers, loads them, and computes the dense model's loss: cut, with a shared
     expert, in every other layer, two ranks of expert parallelism. Then it trains on."""
@@ -153,10 +154,8 @@ def test_step_0_is_the_dense_model(
     options = ("--num-experts", 4, "--granularity", 2, "--shared-expert", "--layers", "1-3:2")
     stats = ("--key-stats", key_stats_file, "--no-moe-router-pre-softmax")
     launch.cli("convert", dense, moe, *stats, *options).ok()
-    evaluate = ("--skip-train", "--eval-iters", 4)
-    expected = launch.torchrun(1, "pretrain", "--config", dense_config, "--load", dense, *evaluate).ok()
     command = ("--config", moe_config, "--load", moe, "--expert-model-parallel-size", 2, "--train-iters", 1)
-    output = launch.torchrun(2, "pretrain", *command, *evaluate).ok()
-    assert output.validation == pytest.approx(expected.validation, rel=1e-5)
-    trained = launch.torchrun(2, "pretrain", *command, "--save", tmp_path / "run").ok()
+    output = launch.ranks(2, "pretrain", *command, *EVALUATE).ok()
+    assert output.validation == pytest.approx(dense_validation, rel=1e-5)
+    trained = launch.ranks(2, "pretrain", *command, "--save", tmp_path / "run").ok()
     assert trained.losses.keys() == {1}

@@ -227,7 +227,7 @@ def test_shards_that_megatron_saved(tmp_path: Path, dense: Path, dense_config: P
     """Megatron's own TP 2 x PP 2 shards and its torch_dist checkpoint of the same weights."""
     layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 2)
     save = ("--ckpt-convert-format", "torch", "--ckpt-convert-save", tmp_path)
-    launch.torchrun(4, "pretrain", "--config", dense_config, "--load", dense, *layout, *save).ok()
+    launch.ranks(4, "pretrain", "--config", dense_config, "--load", dense, *layout, *save).ok()
     saved = tmp_path / "torch"
     names = sorted(path.name for path in (saved / "iter_0000008").iterdir())
     assert names == ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]

@@ -38,7 +38,7 @@ def test_method_trains_resumes_and_leaves(
     file = over_the_tests_model(tmp_path, method, moe_config, train_iters=6)
     moe, run, resumed = tmp_path / "moe", tmp_path / "run", tmp_path / "resumed"
     launch.cli("convert", dense, moe, "--config", file, "--key-stats", key_stats_file).ok()
-    whole = launch.torchrun(2, "pretrain", "--config", file, "--load", moe, "--save", run, *EP2).ok()
+    whole = launch.ranks(2, "pretrain", "--config", file, "--load", moe, "--save", run, *EP2).ok()
     assert list(whole.losses) == [1, 2, 3, 4, 5, 6] and whole.losses[6] < whole.losses[1]
     if method == "switch":
         assert 0 < max(numbers(whole.text, "dropped token share")) < 1
@@ -52,7 +52,7 @@ def test_method_trains_resumes_and_leaves(
     for name in ("iter_0000004", "router_upcycling.json"):
         (resumed / name).symlink_to(run / name)
     (resumed / "latest_checkpointed_iteration.txt").write_text("4")
-    again = launch.torchrun(2, "pretrain", "--config", file, "--load", resumed, *EP2).ok()
+    again = launch.ranks(2, "pretrain", "--config", file, "--load", resumed, *EP2).ok()
     # On the CPU, jitter and the data loaders draw from one generator, and a resumed run makes loaders anew.
     exactly = 1e-3 if method == "switch" else 0.0
     assert list(again.losses) == [5, 6]
@@ -94,8 +94,7 @@ def test_locality_loss_moves_tokens_to_local_experts(tmp_path: Path, dense: Path
         )  # fmt: skip
         moe = tmp_path / f"moe {coefficient}"
         launch.cli("convert", dense, moe, "--config", file).ok()
-        ranks = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", launch.free_port())
-        text = launch.run(sys.executable, *ranks, __file__, "--config", file, "--load", moe, *EP2).ok().text
+        text = launch.ranks(2, __file__, "--config", file, "--load", moe, *EP2).ok().text
         losses, shares[coefficient] = numbers(text, "locality_loss"), numbers(text, "local token share")
         assert losses[0] == pytest.approx(0.69, abs=0.1)  # of two ranks' experts, half the mass is local
     assert abs(shares[1e-6][-1] - 0.5) < 0.15

@@ -37,8 +37,8 @@ def config(folder: Path) -> Path:
 
 def rehearse(config: Path, output: Path, *flags: object, ok: bool = True) -> Any:
     """The JSON that a rehearsal writes."""
-    command = (launch.sys.executable, "-m", "megatron_router_upcycling.pretrain", "--config", config)
-    done = launch.run(*command, "--rehearse", WORLD, "--output", output, *flags)
+    command = ("-m", "megatron_router_upcycling.pretrain", "--config", config)
+    done = launch.python(*command, "--rehearse", WORLD, "--output", output, *flags)
     if not ok:
         return done
     assert done.ok().text.count("rehearsal of rank") == 1
@@ -99,7 +99,7 @@ def test_a_shard_is_loaded_as_megatron_places_it(moe: Path, moe_config: Path, tm
         *("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 2),
         *("--expert-model-parallel-size", 2, "--global-batch-size", 64),
     )
-    output = launch.run(launch.sys.executable, "-c", code, *flags).ok()
+    output = launch.python("-c", code, *flags).ok()
     assert "shard is right" in output.text
 
 

@@ -93,7 +93,7 @@ def test_chain_with_a_requeue_ends_as_an_unbroken_run(cluster: Cluster, model: P
     assert "train     " + str(work / "run" / "run_state") + " is there" in cluster.run(*submit).ok().text
 
     flags = ("--config", work / "train.yaml", "--load", work / "moe", "--data-path", data)
-    unbroken = launch.torchrun(2, "pretrain", *flags).ok().losses
+    unbroken = launch.ranks(2, "pretrain", *flags).ok().losses
     assert list(unbroken) == list(range(1, ITERATIONS + 1))
     assert launch.Output(0, text).losses == unbroken
 

@@ -8,9 +8,9 @@ import pytest
 
 from megatron_router_upcycling.diagnostics import runlog
 from tests import launch
-from tests.conftest import expert_parallel
+from tests.conftest import EVALUATE, expert_parallel
 
-EVALUATE = ("--skip-train", "--eval-iters", 4)
+PRETRAIN = ("-m", "megatron_router_upcycling.pretrain")
 
 
 @pytest.mark.parametrize(
@@ -23,17 +23,10 @@ EVALUATE = ("--skip-train", "--eval-iters", 4)
 def test_dense_model_has_the_same_loss_in_every_layout(
     dense: Path, dense_config: Path, dense_validation: float, ranks: int, layout: tuple[object, ...]
 ) -> None:
-    output = launch.torchrun(
+    output = launch.ranks(
         ranks, "pretrain", "--config", dense_config, "--load", dense, *EVALUATE, *layout
     ).ok()
     assert output.validation == pytest.approx(dense_validation, rel=1e-5)
-
-
-@pytest.fixture(scope="session")
-def dense_validation(dense: Path, dense_config: Path) -> float:
-    output = launch.torchrun(1, "pretrain", "--config", dense_config, "--load", dense, *EVALUATE).ok()
-    assert "CPU over Gloo: set transformer_impl=local" in output.text
-    return output.validation
 
 
 def test_training_lowers_the_loss(unbroken: tuple[Path, dict[int, float]]) -> None:
@@ -47,7 +40,7 @@ def test_killed_run_goes_on_with_the_same_losses(
 ) -> None:
     command = (2, "pretrain", *expert_parallel(moe_config, moe), "--save", tmp_path / "killed")
     launch.torchrun_killed(*command, when=r"iteration +6/", log=tmp_path / "log")
-    losses = launch.torchrun(*command).ok().losses
+    losses = launch.ranks(*command).ok().losses
     assert list(losses) == [5, 6, 7, 8]
     assert losses == {iteration: unbroken[1][iteration] for iteration in losses}
     # So are the files beside the checkpoints: no line twice, none missing, every value the same.
@@ -80,7 +73,7 @@ def test_run_saved_at_ep_2_resumes_elsewhere(
         (resumed / name).symlink_to(save / name)
     (resumed / "latest_checkpointed_iteration.txt").write_text("4")
     options = ("--use-distributed-optimizer", *layout, "--save", tmp_path / "save")
-    output = launch.torchrun(ranks, "pretrain", "--config", moe_config, "--load", resumed, *options).ok()
+    output = launch.ranks(ranks, "pretrain", "--config", moe_config, "--load", resumed, *options).ok()
     assert list(output.losses) == [5, 6, 7, 8]
     # The order of float32 sums differs; one step later so do the weights, by as little.
     for iteration, loss in output.losses.items():
@@ -95,9 +88,7 @@ def test_run_saved_at_ep_2_resumes_elsewhere(
 
 
 def test_bf16_trains(moe_config: Path, moe: Path) -> None:
-    output = launch.torchrun(
-        2, "pretrain", *expert_parallel(moe_config, moe), "--bf16", "--train-iters", 4
-    ).ok()
+    output = launch.ranks(2, "pretrain", *expert_parallel(moe_config, moe), "--bf16", "--train-iters", 4).ok()
     assert output.losses[4] < output.losses[1]
 
 
@@ -111,7 +102,7 @@ def test_bf16_trains(moe_config: Path, moe: Path) -> None:
     ],
 )
 def test_mistake_gives_one_line_and_status_2(flags: tuple[object, ...], message: str) -> None:
-    output = launch.run(launch.sys.executable, "-m", "megatron_router_upcycling.pretrain", *flags)
+    output = launch.python(*PRETRAIN, *flags)
     assert output.returncode == 2
     assert len(output.errors) == 1 and message in output.errors[0]
     assert "Traceback" not in output.text
@@ -138,16 +129,14 @@ def test_what_cannot_be_trained_from_leaves_nothing_behind(
         cut = max((broken / "release").glob(pattern), key=lambda path: path.stat().st_size)
         os.truncate(cut, 1000)
         message = f"error: {cut}: "
-    command = (launch.sys.executable, "-m", "megatron_router_upcycling.pretrain", "--config", moe_config)
-    output = launch.run(*command, "--load", broken, "--save", save, *flags)
+    output = launch.python(*PRETRAIN, "--config", moe_config, "--load", broken, "--save", save, *flags)
     assert output.returncode == 2
     assert len(output.errors) == 1 and output.errors[0].startswith(message)
     assert "Traceback" not in output.text and not save.exists()
 
 
 def test_contradicting_the_checkpoint_is_an_error(moe: Path, moe_config: Path) -> None:
-    command = (launch.sys.executable, "-m", "megatron_router_upcycling.pretrain", "--config", moe_config)
     for flag, value in (("--num-experts", 4), ("--hidden-size", 128), ("--num-routers", 4)):
-        output = launch.run(*command, "--load", moe, flag, value)
+        output = launch.python(*PRETRAIN, "--config", moe_config, "--load", moe, flag, value)
         assert output.returncode == 2
         assert len(output.errors) == 1 and output.errors[0].startswith(f"error: {flag} {value}:")

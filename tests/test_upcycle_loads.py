@@ -10,8 +10,8 @@ import pytest
 
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from tests import launch
+from tests.conftest import EVALUATE
 
-EVALUATE = ("--skip-train", "--eval-iters", 4)
 TOLERANCE = 1e-5  # relative, of the LM loss
 LAYOUTS = [
     pytest.param(1, (), id="EP 1"),
@@ -22,21 +22,12 @@ LAYOUTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def dense_loss(dense: Path, dense_config: Path) -> float:
-    return (
-        launch.torchrun(1, "pretrain", "--config", dense_config, "--load", dense, *EVALUATE).ok().validation
-    )
-
-
 @pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
 def test_loss_is_the_dense_models(
-    moe: Path, moe_config: Path, dense_loss: float, ranks: int, layout: tuple[object, ...]
+    moe: Path, moe_config: Path, dense_validation: float, ranks: int, layout: tuple[object, ...]
 ) -> None:
-    output = launch.torchrun(
-        ranks, "pretrain", "--config", moe_config, "--load", moe, *EVALUATE, *layout
-    ).ok()
-    assert output.validation == pytest.approx(dense_loss, rel=TOLERANCE)
+    output = launch.ranks(ranks, "pretrain", "--config", moe_config, "--load", moe, *EVALUATE, *layout).ok()
+    assert output.validation == pytest.approx(dense_validation, rel=TOLERANCE)
     assert "validation loss at iteration 0" in output.text
 
 
@@ -52,10 +43,10 @@ def test_dense_model_of_another_layout_and_shape(
     )
     dense, stats, moe = tmp_path / "dense", tmp_path / "key_stats", tmp_path / "moe"
     layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--use-distributed-optimizer")
-    launch.torchrun(2, "pretrain", "--config", changed, "--save", dense, *layout).ok()
-    loss = launch.torchrun(1, "pretrain", "--config", changed, "--load", dense, *EVALUATE).ok().validation
+    launch.ranks(2, "pretrain", "--config", changed, "--save", dense, *layout).ok()
+    loss = launch.ranks(1, "pretrain", "--config", changed, "--load", dense, *EVALUATE).ok().validation
     command = ("--config", changed, "--load", dense, "--output", stats, "--collect-iters", 1)
-    launch.torchrun(1, "collect_keys", *command).ok()
+    launch.ranks(1, "collect_keys", *command).ok()
     convert = ("convert", dense, moe, "--key-stats", stats, "--num-experts", 4, "--no-moe-router-pre-softmax")
     launch.cli(*convert).ok()
     assert len(Checkpoint.open(dense).tensors["decoder.layers.mlp.linear_fc2.weight"].chunks) == 8
@@ -63,7 +54,7 @@ def test_dense_model_of_another_layout_and_shape(
     continued = tmp_path / "moe.yaml"
     continued.write_text(f"base: {changed}\nmoe_router_dtype: fp32\n")
     command = ("--config", continued, "--load", moe, "--expert-model-parallel-size", 2)
-    output = launch.torchrun(2, "pretrain", *command, *EVALUATE).ok()
+    output = launch.ranks(2, "pretrain", *command, *EVALUATE).ok()
     assert output.validation == pytest.approx(loss, rel=TOLERANCE)
 
 
@@ -76,17 +67,17 @@ def test_dense_model_with_biases(tmp_path: Path, dense_config: Path) -> None:
         "position_embedding_type: learned_absolute\ntrain_iters: 2\n"
     )
     dense, moe = tmp_path / "dense", tmp_path / "moe"
-    trained = launch.torchrun(1, "pretrain", "--config", changed, "--save", dense).ok()
+    trained = launch.ranks(1, "pretrain", "--config", changed, "--save", dense).ok()
     launch.cli("convert", dense, moe, "--router", "linear", "--no-moe-router-pre-softmax").ok()
-    output = launch.torchrun(1, "pretrain", "--config", changed, "--load", moe, *EVALUATE).ok()
+    output = launch.ranks(1, "pretrain", "--config", changed, "--load", moe, *EVALUATE).ok()
     assert output.validation == pytest.approx(trained.validation, rel=TOLERANCE)
 
 
 def test_softmax_before_top_k_raises_the_loss(
-    tmp_path: Path, dense: Path, moe_config: Path, key_stats_file: Path, dense_loss: float
+    tmp_path: Path, dense: Path, moe_config: Path, key_stats_file: Path, dense_validation: float
 ) -> None:
     """What ``convert`` says of the paper's order: the FFN's output shrinks, so the model is another one."""
     moe = tmp_path / "moe"
     launch.cli("convert", dense, moe, "--key-stats", key_stats_file, "--num-experts", 8, "--top-k", 1).ok()
-    output = launch.torchrun(1, "pretrain", "--config", moe_config, "--load", moe, *EVALUATE).ok()
-    assert output.validation > dense_loss * (1 + TOLERANCE)
+    output = launch.ranks(1, "pretrain", "--config", moe_config, "--load", moe, *EVALUATE).ok()
+    assert output.validation > dense_validation * (1 + TOLERANCE)
