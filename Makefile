@@ -3,8 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 PYTHON := .venv/bin/python
-# Two tests at a time (ARGS='-n 0' for one): what a run of Megatron does keeps about one core busy.
-PYTEST := $(PYTHON) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Two files of tests at a time (ARGS='-n 0' for one): most keep one core busy.
+PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export PYTHONUNBUFFERED := 1
 # Every process of a run imports Megatron: with bytecode on disk that takes half the time.
 unexport PYTHONDONTWRITEBYTECODE

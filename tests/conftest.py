@@ -1,9 +1,14 @@
 """What the tests share: token data, a small dense Qwen-shaped model trained a few steps, its keys, its MoE.
 
-All of it is made by the package's own commands, once a session.
+All of it is made by the package's own commands, once a session, however many processes share the tests.
 """
 
+import fcntl
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,55 +57,68 @@ TRAINING = {
 EVALUATE = ("--skip-train", "--eval-iters", 4)
 
 
-@pytest.hookimpl(tryfirst=True)
+# They take longest: none of them should be what one process is left with at the end.
+FIRST = ("test_demo.py", "test_slurm.py", "test_compare.py", "test_training.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: the tests that share the trained models below come first and are one process's; the
-    others go file by file to whichever is free."""
-
-    def group(item: pytest.Item) -> str:
-        return "trained" if "dense_config" in getattr(item, "fixturenames", ()) else item.path.name
-
-    items.sort(key=lambda item: group(item) != "trained")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("session")
+    """What the session shares, all processes of pytest-xdist included."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "session"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def once(path: Path, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns (as JSON), made by the first process that asks; ``path`` is what it makes."""
+    record = path.with_name(f"{path.name}.made")
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not record.exists():
+            record.write_text(json.dumps(make()))
+        return json.loads(record.read_text())
 
 
 @pytest.fixture(scope="session")
 def data(folder: Path) -> Path:
     """Prefix of a Megatron .bin/.idx pair: documents in which each token strongly suggests the next."""
+    once(folder / "data", lambda: write_data(folder / "data"))
+    return folder / "data"
+
+
+def write_data(prefix: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     generator = np.random.default_rng(0)
     successor = generator.permutation(VOCABULARY)
-    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.uint16)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for _ in range(200):
         tokens = [int(generator.integers(VOCABULARY))]
         while len(tokens) < 129:
             surprise = generator.random() < 0.2
             tokens.append(int(generator.integers(VOCABULARY) if surprise else successor[tokens[-1]]))
         builder.add_document(torch.tensor(tokens), [len(tokens)])
-    builder.finalize(str(folder / "data.idx"))
-    return folder / "data"
+    builder.finalize(f"{prefix}.idx")
 
 
 @pytest.fixture(scope="session")
-def dense_config(folder: Path, data: Path) -> Path:
-    """YAML of the dense model and its training."""
-    path = folder / "dense.yaml"
-    paths = {"data_path": [str(data)], "data_cache_path": str(folder / "cache")}
+def dense_config(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """YAML of the dense model and its training; each process has its own, for the data cache beside it."""
+    path = tmp_path_factory.mktemp("configs") / "dense.yaml"
+    paths = {"data_path": [str(data)], "data_cache_path": str(path.with_name("cache"))}
     path.write_text(yaml.safe_dump(MODEL | TRAINING | paths))
     return path
 
 
 @pytest.fixture(scope="session")
-def moe_config(folder: Path, dense_config: Path) -> Path:
+def moe_config(dense_config: Path) -> Path:
     """YAML that continues as a Mixture-of-Experts; the checkpoint brings the architecture."""
-    path = folder / "moe.yaml"
+    path = dense_config.with_name("moe.yaml")
     losses = {
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": 0.02,
@@ -115,24 +133,35 @@ def moe_config(folder: Path, dense_config: Path) -> Path:
 def dense(folder: Path, dense_config: Path) -> Path:
     """Root of a dense checkpoint after eight steps, float32, saved by one rank."""
     root = folder / "dense"
-    launch.ranks(1, "pretrain", "--config", dense_config, "--save", root).ok()
+
+    def train() -> None:
+        launch.ranks(1, "pretrain", "--config", dense_config, "--save", root).ok()
+
+    once(root, train)
     return root
 
 
 @pytest.fixture(scope="session")
-def dense_validation(dense: Path, dense_config: Path) -> float:
+def dense_validation(folder: Path, dense: Path, dense_config: Path) -> float:
     """The dense model's validation loss, read back from its checkpoint."""
-    output = launch.ranks(1, "pretrain", "--config", dense_config, "--load", dense, *EVALUATE).ok()
-    assert "CPU over Gloo: set transformer_impl=local" in output.text
-    return output.validation
+
+    def evaluate() -> float:
+        output = launch.ranks(1, "pretrain", "--config", dense_config, "--load", dense, *EVALUATE).ok()
+        assert "CPU over Gloo: set transformer_impl=local" in output.text
+        return output.validation
+
+    return once(folder / "dense_validation", evaluate)
 
 
 @pytest.fixture(scope="session")
 def key_stats_file(folder: Path, dense: Path, dense_config: Path) -> Path:
     path = folder / "key_stats.safetensors"
-    launch.torchrun(
-        1, "collect_keys", "--config", dense_config, "--load", dense, "--output", path, "--collect-iters", 2
-    ).ok()
+    flags = ("--config", dense_config, "--load", dense, "--output", path, "--collect-iters", 2)
+
+    def collect() -> None:
+        launch.torchrun(1, "collect_keys", *flags).ok()
+
+    once(path, collect)
     return path
 
 
@@ -141,7 +170,11 @@ def moe(folder: Path, dense: Path, key_stats_file: Path) -> Path:
     """Root of the upcycled checkpoint: 8 routers, 8 experts, top 2; top-k then softmax."""
     root = folder / "moe"
     options = ("--num-experts", 8, "--top-k", 2, "--no-moe-router-pre-softmax")
-    launch.cli("convert", dense, root, "--key-stats", key_stats_file, *options).ok()
+
+    def convert() -> None:
+        launch.cli("convert", dense, root, "--key-stats", key_stats_file, *options).ok()
+
+    once(root, convert)
     return root
 
 
@@ -155,6 +188,10 @@ def expert_parallel(config: Path, load: Path) -> tuple[object, ...]:
 def unbroken(folder: Path, moe_config: Path, moe: Path) -> tuple[Path, dict[int, float]]:
     """A run of eight steps at EP 2 with the distributed optimizer, and its losses."""
     save = folder / "unbroken"
-    output = launch.torchrun(2, "pretrain", *expert_parallel(moe_config, moe), "--save", save).ok()
-    assert "load_balancing_loss" in output.text and "z_loss" in output.text
-    return save, output.losses
+
+    def train() -> list[tuple[int, float]]:
+        output = launch.torchrun(2, "pretrain", *expert_parallel(moe_config, moe), "--save", save).ok()
+        assert "load_balancing_loss" in output.text and "z_loss" in output.text
+        return list(output.losses.items())
+
+    return save, dict(once(save, train))
