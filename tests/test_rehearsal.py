@@ -1,6 +1,7 @@
 """Rehearsals: one real rank of many, alone, beside what plan says of it."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ def config(folder: Path) -> Path:
     return path
 
 
-def rehearse(config: Path, output: Path, *flags: object, ok: bool = True) -> Any:
+def rehearse(config: Path, output: Path, *flags: object, ok: bool = True, warm: bool = True) -> Any:
     """The JSON that a rehearsal writes."""
     command = ("-m", "megatron_router_upcycling.pretrain", "--config", config)
-    done = launch.python(*command, "--rehearse", WORLD, "--output", output, *flags)
+    python = launch.python if warm else partial(launch.run, launch.sys.executable)
+    done = python(*command, "--rehearse", WORLD, "--output", output, *flags)
     if not ok:
         return done
     assert done.ok().text.count("rehearsal of rank") == 1
@@ -179,6 +181,6 @@ def test_what_needs_no_megatron_is_refused_without_it(
     config: Path, tmp_path: Path, flags: tuple[object, ...], message: str
 ) -> None:
     """Nothing but the line stands there: Megatron prints warnings when it is imported."""
-    done = rehearse(config, tmp_path / "none.json", *flags, ok=False)
+    done = rehearse(config, tmp_path / "none.json", *flags, ok=False, warm=False)
     assert done.returncode == 2
     assert done.text.startswith(f"error: {message}") and done.text.count("\n") == 1
