@@ -7,15 +7,17 @@ checkpoint's dtype after every change.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import safetensors
 import torch
 
 from megatron_router_upcycling.checkpoint.boxes import Box
 from megatron_router_upcycling.checkpoint.dense import DenseModel
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.init_config import InitConfig
-from megatron_router_upcycling.initial_routers import NORMS
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.verify.scratch import seed_of
 from megatron_router_upcycling.verify.sources import Place, as_words, inside
@@ -132,14 +134,31 @@ def _scale(logits: Array, target: float) -> float:
     return float(np.float32(math.exp(low)))
 
 
-def gains_of(dense: Checkpoint, model: DenseModel, layer: int) -> tuple[Array, Array]:
-    """Gains of the norms before attention and before the FFN."""
-    found = []
-    for names in NORMS:
-        name = names[0] if names[0] in dense.tensors else names[1]
-        found.append(_numbers(dense.read_layer(name, layer, bytearray())))
-    add = 1.0 if model.flags.get("apply_layernorm_1p") else 0.0
-    return found[0] + add, found[1] + add
+def gains_of(dense: Checkpoint, layer: int, centered: bool) -> tuple[Array, Array]:
+    """Gains of the norms before attention and before the FFN; ``centered``: stored less the 1."""
+
+    def gain(fused: str, apart: str) -> Array:
+        name = f"decoder.layers.{fused}.layer_norm_weight"  # as Transformer Engine keeps it
+        if name not in dense.tensors:
+            name = f"decoder.layers.{apart}.weight"
+        return _numbers(dense.read_layer(name, layer, bytearray())) + centered
+
+    attention = gain("self_attention.linear_qkv", "input_layernorm")
+    return attention, gain("mlp.linear_fc1", "pre_mlp_layernorm")
+
+
+def router_inputs(path: Path, layer: int) -> Array:
+    """A layer's sample of router inputs [S, D].
+
+    Raises:
+        UserError: the file, which has been found to be one of key statistics, holds none.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        if "router_input" not in set(file.keys()):
+            raise UserError(
+                f"--key-stats {path}: holds no hidden states (router_input); name the file that had"
+            )
+        return _numbers(file.get_slice("router_input")[layer])
 
 
 class AlteredExperts:

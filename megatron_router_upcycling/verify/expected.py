@@ -22,7 +22,7 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.fine_grained import SHARED_EXPERT
 from megatron_router_upcycling.init_config import InitConfig
 from megatron_router_upcycling.initial_routers import ROUTER
-from megatron_router_upcycling.key_stats import KeyStats, read_router_input
+from megatron_router_upcycling.key_stats import KeyStats
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import (
     EXPERTS,
@@ -256,16 +256,19 @@ def _altered_routers(
     }
     known: tuple[int, altered.Values] | None = None
 
+    def inputs(layer: int) -> np.ndarray:
+        assert key_stats_file is not None
+        return altered.router_inputs(key_stats_file, layer)
+
     def values(layer: int) -> altered.Values:
         nonlocal known
         if known is None or known[0] != layer:
-            gains = altered.gains_of(dense, model, layer) if init.norm_gain else None
+            centered = bool(model.flags.get("apply_layernorm_1p"))
+            gains = altered.gains_of(dense, layer, centered) if init.norm_gain else None
             paper = {name: tensor.values(layer) for name, tensor in plain.items()}
             known = (
                 layer,
-                altered.altered_router(
-                    paper, router, init, seed, layer, gains, lambda: _router_input(key_stats_file, layer)
-                ),
+                altered.altered_router(paper, router, init, seed, layer, gains, lambda: inputs(layer)),
             )
         return known[1]
 
@@ -273,11 +276,6 @@ def _altered_routers(
         return _computed(model, tensor.shape[1:], lambda layer: values(layer)[name])
 
     return {prefix + name: parameter(name, tensor) for name, tensor in plain.items()}
-
-
-def _router_input(path: Path | None, layer: int) -> np.ndarray:
-    assert path is not None
-    return read_router_input(path, layer).double().numpy()
 
 
 def _altered_experts(
