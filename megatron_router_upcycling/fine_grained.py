@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.checkpoint.dense import FC1, FC2, DenseModel
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, StoredTensor
+from megatron_router_upcycling.checkpoint.metadata import StoredTensor
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
 

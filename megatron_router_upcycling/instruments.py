@@ -103,8 +103,9 @@ def _storage(tensor: torch.Tensor) -> int:
 class Collectives(TorchDispatchMode):
     """Bytes that this rank sends in c10d's collectives, by process group, as rings send them.
 
-    Of ``groups``, name by process group's ``group_name``; others count as ``other``. Sends between pipeline
-    stages count in full. Only what runs in the calling thread is seen: on a GPU the backward pass does not.
+    Of ``groups``, name by process group's ``group_name``; others count as ``other``. Sends, in full, are
+    between pipeline stages (of two stages Megatron sends one way through the group of all ranks). Only what
+    runs in the calling thread is seen: on a GPU the backward pass does not.
     """
 
     # Operator -> which argument holds the volume, and how many times (n - 1) / n of it is sent.
@@ -116,6 +117,8 @@ class Collectives(TorchDispatchMode):
         "_allgather_base_": (0, 1),
         "allgather_into_tensor_coalesced_": (0, 1),
         "alltoall_base_": (1, 1),
+        "allgather_": (0, 1),
+        "reduce_scatter_": (1, 1),
     }
 
     def __init__(self, groups: dict[str, str]) -> None:
@@ -135,9 +138,14 @@ class Collectives(TorchDispatchMode):
         group = torch.distributed.ProcessGroup.unbox(group)
         size = group.size()
         position, times = self.VOLUMES.get(name, (0, 1))
-        tensors = args[position] if isinstance(args[position], list | tuple) else [args[position]]
         share = 1.0 if name == "send" else times * (size - 1) / size
-        self.sent[self.groups.get(group.group_name, "other")] += int(share * sum(t.nbytes for t in tensors))
+        kind = "pipeline_parallel" if name == "send" else self.groups.get(group.group_name, "other")
+        self.sent[kind] += int(share * _bytes(args[position]))
+
+
+def _bytes(tensors: Any) -> int:
+    """Of a tensor, or of a list of tensors, of lists of them …"""
+    return tensors.nbytes if torch.is_tensor(tensors) else sum(map(_bytes, tensors))
 
 
 def parallel_groups() -> dict[str, str]:
@@ -151,7 +159,7 @@ def parallel_groups() -> dict[str, str]:
             mpu.get_expert_data_parallel_group(),
         ),
         "expert_parallel": (mpu.get_expert_model_parallel_group(),),
-        "tensor_parallel": (mpu.get_tensor_model_parallel_group(),),
+        "tensor_parallel": (mpu.get_tensor_model_parallel_group(), mpu.get_expert_tensor_parallel_group()),
         "pipeline_parallel": (mpu.get_pipeline_model_parallel_group(),),
     }
     return {group.group_name: kind for kind, groups in kinds.items() for group in groups if group.size() > 1}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling import instruments
-from megatron_router_upcycling.planning import figures, report, setup
+from megatron_router_upcycling.planning import figures, reading, report, setup
 from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.router_config import RouterConfig
 
@@ -42,7 +42,7 @@ def adapt(args: Namespace, configured: dict[str, Any], router: RouterConfig | No
     values["padded_vocab_size"] = args.padded_vocab_size
     if args.recompute_modules is not None:
         values["recompute_modules"] = list(args.recompute_modules)
-    planned = setup.from_values(
+    planned = reading.from_values(
         values | {"world_size": args.rehearse}, router.to_dict() if router else {}, "--rehearse"
     )
     setup.check(planned, "--rehearse")

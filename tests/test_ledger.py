@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_router_upcycling.checkpoint.ledger import check_whole, content_digests, examine_all
-from megatron_router_upcycling.checkpoint.torch_dist import Blob, Chunk, StoredTensor
+from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk, StoredTensor
 from megatron_router_upcycling.errors import UserError
 
 BLOB = Blob("a", 0, 1)

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_router_upcycling import manifest
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.planning import command, figures, setup
+from megatron_router_upcycling.planning import command, figures, reading, setup
 from megatron_router_upcycling.router_config import RouterConfig
 from tests import launch
 
@@ -118,6 +118,16 @@ def test_a_checkpoints_manifest_brings_model_and_router(tmp_path: Path, paper: P
         (64, ("--seq-lenght", 8192), "did you mean 'seq_length'"),
         (64, ("--multi-latent-attention",), "--multi-latent-attention is not covered"),
         (64, ("--micro-batch-size", "four"), "--micro-batch-size four: must be a whole number"),
+        (0, (), "--gpus 0: must be at least 1"),
+        (64, ("--seq-length", 8192, "--max-position-embeddings", 4096), "--seq-length 8192: is more than"),
+        (64, ("--moe-layer-freq", "[0]*24+[1"), "--moe-layer-freq .* must be a number, or a list"),
+        (
+            64,
+            ("--pipeline-model-parallel-size", 4, "--num-layers-per-virtual-pipeline-stage", 4),
+            "4: does not divide the 6 layers",
+        ),
+        (64, ("--use-precision-aware-optimizer",), "--use-precision-aware-optimizer is not covered"),
+        (64, ("--optimizer", "sgd"), "--optimizer is not covered"),
     ],
 )
 def test_what_cannot_work_names_its_flag(
@@ -137,6 +147,16 @@ def test_what_cannot_work_names_its_flag(
 )
 def test_doubts_are_warnings(paper: Path, flags: tuple[object, ...], message: str) -> None:
     assert any(message in warning for warning in plan(paper, *flags)["warnings"])
+
+
+def test_layers_with_experts_as_megatron_reads_them(paper: Path) -> None:
+    for pattern, expected in (
+        ("([0]+[1]*3)*6", [0, 1, 1, 1] * 6),
+        ("[0]+[1]*23", [0, *[1] * 23]),
+        ("3", [1, 0, 0] * 8),
+    ):
+        made = reading.read(paper, None, ["--moe-layer-freq", pattern], 64)
+        assert made.has_experts() == expected
 
 
 def test_pipeline_stages_hold_the_layers_once() -> None:
@@ -189,10 +209,10 @@ def test_no_argument_of_megatrons_is_taken_for_a_misspelt_one() -> None:
 
     options = add_megatron_arguments(ArgumentParser(allow_abbrev=False))._option_string_actions
     names = {option.lstrip("-").replace("-", "_") for option in options}
-    read = {field.name for field in dataclasses.fields(setup.Setup)} | set(setup.NOT_COVERED)
-    read |= set(setup.NEGATED)
+    read = {field.name for field in dataclasses.fields(setup.Setup)} | set(reading.NOT_COVERED)
+    read |= set(reading.NEGATED)
     assert len(names) > 500
-    setup.from_values(dict.fromkeys(names - read), {}, "Megatron")
+    reading.from_values(dict.fromkeys(names - read), {}, "Megatron")
 
 
 def test_flops_are_megatrons(paper: Path) -> None:
@@ -200,7 +220,7 @@ def test_flops_are_megatrons(paper: Path) -> None:
 
     from megatron.training.training import num_floating_point_operations
 
-    made = setup.read(paper, None, ["--moe-layer-freq", "2"], 64)
+    made = reading.read(paper, None, ["--moe-layer-freq", "2"], 64)
     args = Namespace(
         **{
             name: getattr(made, name)

@@ -1,6 +1,7 @@
 """Rehearsals: one real rank of many, alone, beside what plan says of it."""
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_router_upcycling.planning import figures, reading
 from tests import launch
 from tests.conftest import MODEL, TRAINING
 
@@ -48,6 +50,7 @@ def rehearse(config: Path, output: Path, *flags: object, ok: bool = True, warm: 
 
 
 LAYOUTS = {
+    # The rank stands last: it is no flag of a plan.
     "EP 8": ("--expert-model-parallel-size", 8, "--rehearse-rank", 11),
     "TP 2 x PP 4, uneven, some dense": (
         *("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 4),
@@ -91,6 +94,16 @@ def test_plan_is_exact_of_the_real_rank(config: Path, tmp_path: Path, name: str)
         # Tokens there and back, forward and backward, and the router's weights of them.
         assert sent["expert_parallel"] == pytest.approx(4 * 2 * tokens * D * 2 * 7 / 8 * layers, rel=0.1)
         assert found["tokens_of_the_step"] == tokens
+    # The plan is of the configured step. At this size what tensor parallelism sends for the embedding and for
+    # gradients of norms and routers, which a plan leaves out, is a third of the rest.
+    plan = reading.read(config, None, [str(flag) for flag in LAYOUTS[name][:-2]], WORLD)
+    step = found["tokens_of_the_step"] / (plan.sequence * plan.micro_batch * plan.num_microbatches)
+    for kind, size in asdict(figures.communication(plan, found["pipeline_rank"])).items():
+        sent = found["sent_in_the_step"].get(kind, 0)
+        if kind == "tensor_parallel":
+            assert 1 <= sent / (size * step) < 1.4 if size else sent == 0
+        else:
+            assert sent == pytest.approx(size * (1 if kind == "data_parallel" else step), rel=0.1)
 
 
 def test_a_shard_is_loaded_as_megatron_places_it(moe: Path, moe_config: Path, tmp_path: Path) -> None:

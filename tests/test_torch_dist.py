@@ -11,13 +11,8 @@ import pytest
 import torch
 
 from megatron_router_upcycling.checkpoint import archive, safe_load
-from megatron_router_upcycling.checkpoint.torch_dist import (
-    Blob,
-    Checkpoint,
-    Chunk,
-    StoredTensor,
-    parse_metadata,
-)
+from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk, StoredTensor, parse_metadata
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter, format_metadata
 from megatron_router_upcycling.errors import UserError
 from tests import dense_checkpoint

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from megatron_router_upcycling import cli, conversion, manifest, verify
 from megatron_router_upcycling.checkpoint import ledger, writer
-from megatron_router_upcycling.checkpoint.torch_dist import Blob, Checkpoint
+from megatron_router_upcycling.checkpoint.metadata import Blob
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import Options
 from megatron_router_upcycling.verify import expected, values

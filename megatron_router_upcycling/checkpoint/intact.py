@@ -15,7 +15,8 @@ import torch
 
 from megatron_router_upcycling.checkpoint.archive import Values
 from megatron_router_upcycling.checkpoint.finite import WORDS, all_finite
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, Chunk, read_exactly
+from megatron_router_upcycling.checkpoint.metadata import Chunk
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, read_exactly
 from megatron_router_upcycling.errors import UserError, reason
 
 BLOCK_BYTES = 2 << 20  # stays in a processor's cache between the two looks at it

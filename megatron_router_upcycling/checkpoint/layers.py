@@ -10,7 +10,8 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from megatron_router_upcycling.checkpoint.torch_dist import Blob, Checkpoint, Chunk, StoredTensor
+from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk, StoredTensor
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 
 LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")

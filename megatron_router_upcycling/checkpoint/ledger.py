@@ -9,7 +9,8 @@ import torch
 
 from megatron_router_upcycling.checkpoint import boxes
 from megatron_router_upcycling.checkpoint.examine import Damaged, examine
-from megatron_router_upcycling.checkpoint.torch_dist import Blob, FileRange, StoredTensor
+from megatron_router_upcycling.checkpoint.metadata import Blob, StoredTensor
+from megatron_router_upcycling.checkpoint.torch_dist import FileRange
 from megatron_router_upcycling.errors import UserError
 
 Target = tuple[tuple[int, ...], torch.dtype] | None  # shape and dtype of a tensor, None for an object

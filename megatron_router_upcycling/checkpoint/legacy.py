@@ -19,14 +19,9 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.checkpoint.archive import Values
+from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk, StoredTensor
 from megatron_router_upcycling.checkpoint.rank_file import RankFile, Shard, Storage, checksum, read_blocks
-from megatron_router_upcycling.checkpoint.torch_dist import (
-    Blob,
-    Checkpoint,
-    Chunk,
-    StoredTensor,
-    read_exactly,
-)
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, read_exactly
 from megatron_router_upcycling.errors import UserError
 
 CHUNK_BYTES = 1 << 30  # larger shards are cut between rows

@@ -21,7 +21,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint import safe_load
 from megatron_router_upcycling.checkpoint.archive import LOCAL_HEADER, STORAGES
-from megatron_router_upcycling.checkpoint.torch_dist import Blob
+from megatron_router_upcycling.checkpoint.metadata import Blob
 from megatron_router_upcycling.errors import UserError
 
 RANK_FILE = "model_optim_rng.pt"

@@ -12,7 +12,8 @@ from collections import defaultdict
 import torch
 
 from megatron_router_upcycling.checkpoint.archive import Values
-from megatron_router_upcycling.checkpoint.torch_dist import Blob, Checkpoint, Chunk, read_exactly
+from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, read_exactly
 
 Index = tuple[int, ...]
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.checkpoint.boxes import Box
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, StoredTensor
+from megatron_router_upcycling.checkpoint.metadata import StoredTensor
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 
 

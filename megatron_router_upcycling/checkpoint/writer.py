@@ -19,15 +19,8 @@ import torch
 
 from megatron_router_upcycling.checkpoint import safe_load
 from megatron_router_upcycling.checkpoint.archive import STORAGES, ZIP32_LIMIT, Values, wrap_values
-from megatron_router_upcycling.checkpoint.torch_dist import (
-    BACKEND,
-    CONFIG,
-    METADATA,
-    Blob,
-    Checkpoint,
-    Chunk,
-    StoredTensor,
-)
+from megatron_router_upcycling.checkpoint.metadata import METADATA, Blob, Chunk, StoredTensor
+from megatron_router_upcycling.checkpoint.torch_dist import BACKEND, CONFIG, Checkpoint
 from megatron_router_upcycling.errors import UserError
 
 COPY_BYTES = 8 << 20

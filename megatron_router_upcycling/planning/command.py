@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.planning import report, setup
+from megatron_router_upcycling.planning import reading, report, setup
 from megatron_router_upcycling.planning.figures import Plan
 
 
@@ -22,7 +22,7 @@ def run(
     Raises:
         UserError: the files or flags cannot be read, or the layout cannot work or does not fit.
     """
-    described = setup.read(config, load, flags, gpus)
+    described = reading.read(config, load, flags, gpus)
     setup.check(described)
     plan = Plan(described)
     if problem := report.too_large(plan, gpu_memory_gib):

@@ -157,7 +157,7 @@ def tokens_on_gpu(setup: Setup) -> int:
 
 
 def logits(setup: Setup) -> float:
-    """Bytes of the logits, of the softmax in float32 that cross entropy keeps, and of their gradient."""
+    """Bytes of the softmax in float32 that cross entropy keeps, and of the logits or their gradient."""
     elements = tokens_on_gpu(setup) * setup.vocabulary / setup.tensor_model_parallel_size
     return elements * (element_size(setup) + 4)
 
@@ -189,11 +189,9 @@ def activations(setup: Setup, stage: int, fused: bool = True) -> float:
 def in_flight(setup: Setup, stage: int) -> float:
     """Micro-batches whose activations pipeline rank ``stage`` holds at once (1F1B, interleaved or not)."""
     P, chunks = setup.pipeline_model_parallel_size, setup.virtual_stages
-    if P == 1:
-        return 1
-    if chunks > 1:
-        return P / 1 * (1 + (P - 1) / (P * chunks)) if stage == 0 else P
-    return min(P - stage, setup.num_microbatches)
+    # Interleaved: of chunks, 2 (P - stage - 1) + (chunks - 1) P are warmed up, and one is at work.
+    held = P + (P - 2 * stage - 1) / chunks if chunks > 1 else P - stage
+    return min(held, setup.num_microbatches)
 
 
 def _sequence_shards(setup: Setup) -> int:
@@ -265,7 +263,10 @@ def flops_per_token(setup: Setup) -> float:
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes that one GPU sends in a step (an estimate: rings, and even loads)."""
+    """Bytes that one GPU sends in a step (an estimate: rings, even loads, tokens sent all to all).
+
+    What context parallelism sends within attention is not counted.
+    """
 
     data_parallel: float  # gradients reduced, and weights gathered
     expert_parallel: float  # tokens to their experts and back, forward and backward
@@ -296,13 +297,18 @@ def communication(setup: Setup, stage: int) -> Communication:
     )
     hidden = tokens_on_gpu(setup) * setup.hidden_size * element_size(setup)  # of a micro-batch
     steps = setup.num_microbatches
-    to_experts = 4 * setup.moe_router_topk * hidden / t * (1 - 1 / e) * moe * steps
-    # With sequence parallelism: five gathers or scatters for attention and for the FFN each; else two
-    # all-reduces each, of twice the volume.
-    times = 10 if setup.sequence_parallel else 8
-    tensor = times * hidden * (1 - 1 / t) * len(layers) * steps
-    sends = (stage < P - 1) + (stage > 0)
-    pipeline = sends * setup.virtual_stages * hidden / _sequence_shards(setup) * steps
+    copies = setup.moe_router_topk * hidden / t  # of this rank's tokens, on their way to experts
+    to_experts = 4 * copies * (1 - 1 / e) * moe * steps
+    # With sequence parallelism five gathers or scatters for attention and for a dense or shared FFN each;
+    # else two all-reduces each, of twice the volume. Experts' tokens are gathered and, in the router's
+    # float32, scattered among the ranks that share an expert; the same backward.
+    shared = moe if setup.moe_shared_expert_intermediate_size else 0
+    times = (5 if setup.sequence_parallel else 4) * (2 * len(layers) - moe + shared)
+    of_experts = (2 + 2 * 4 / element_size(setup)) * copies * (setup.expert_tensor_size - 1) * moe
+    tensor = (times * hidden * (1 - 1 / t) + of_experts) * steps
+    # Activations to the next stage and gradients to the one before, of every chunk but the model's ends.
+    sends = 2 * setup.virtual_stages - (stage == P - 1) - (stage == 0) if P > 1 else 0
+    pipeline = sends * hidden / _sequence_shards(setup) * steps
     return Communication(data, to_experts, tensor, pipeline)
 
 

@@ -29,13 +29,17 @@ def warnings(plan: Plan, gpu_memory_gib: float, peak_tflops: float) -> list[str]
             f"--gpu-memory-gib {gpu_memory_gib:g}: the estimate of {need:.1f} GiB leaves little for CUDA,"
             " NCCL and fragmentation"
         )
-    within = s.tensor_model_parallel_size * (s.expert_model_parallel_size if s.num_experts else 1)
-    if within > USUAL_GPUS_PER_NODE:
-        found.append(
-            f"--expert-model-parallel-size {s.expert_model_parallel_size} x --tensor-model-parallel-size"
-            f" {s.tensor_model_parallel_size}: more than {USUAL_GPUS_PER_NODE} GPUs, so that every layer"
-            " talks between nodes"
-        )
+    experts = s.expert_model_parallel_size * s.expert_tensor_size
+    for within, flags in (
+        (s.tensor_model_parallel_size, "--tensor-model-parallel-size"),
+        (experts, "--expert-model-parallel-size x --expert-tensor-parallel-size"),
+    ):
+        if within > USUAL_GPUS_PER_NODE:
+            found.append(
+                f"{flags}: {within} are more than the {USUAL_GPUS_PER_NODE} GPUs of a node, so that every"
+                " layer talks between nodes"
+            )
+            break
     P = s.pipeline_model_parallel_size
     if P > 1 and s.num_microbatches < 4 * P:
         bubble = (P - 1) / (s.virtual_stages * s.num_microbatches + P - 1)

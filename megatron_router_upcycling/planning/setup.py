@@ -1,40 +1,14 @@
 """What a plan is made of: Megatron's arguments that say how large a run is, and what cannot work in them.
 
-The same YAML files and flags as ``pretrain`` takes; of Megatron's arguments those that change no size are not
-read. Pure: imports neither torch nor Megatron.
+Pure: imports neither torch nor Megatron.
 """
 
-import dataclasses
-import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import yaml
-
-from megatron_router_upcycling import config, manifest
-from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import RouterConfig
-
-# Megatron's switch -> the field that it negates.
-NEGATED = {"disable_bias_linear": "add_bias_linear"}
-# Where one of these is set, the model or its layout is not what a plan is for.
-NOT_COVERED = (
-    *(
-        "multi_latent_attention",
-        "mtp_num_layers",
-        "moe_latent_size",
-        "hybrid_layer_pattern",
-        "attention_output_gate",
-    ),
-    *("heterogeneous_layers_config_path", "experimental_attention_variant", "pipeline_model_parallel_layout"),
-    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "use_megatron_fsdp"),
-    *("use_torch_fsdp2",),
-)
-# A name as near as this to one that is read here is misspelt, but for these of Megatron's own.
-SIMILAR, OTHERS = 0.89, {"pad_vocab_size"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +40,7 @@ class Setup:
     num_experts: int | None = None
     moe_router_topk: int = 2
     moe_ffn_hidden_size: int | None = None
-    moe_layer_freq: int | list[int] | str = 1
+    moe_layer_freq: int | list[int] = 1
     moe_shared_expert_intermediate_size: int | None = None
     moe_shared_expert_gate: bool = False
     tensor_model_parallel_size: int = 1
@@ -193,8 +167,6 @@ class Setup:
         if self.num_experts is None:
             return [False] * self.num_layers
         frequency = self.moe_layer_freq
-        if isinstance(frequency, str):  # "[0,1,1]", as the flag takes it
-            frequency = yaml.safe_load(frequency)
         if isinstance(frequency, int):
             return [layer % frequency == 0 for layer in range(self.num_layers)]
         return [bool(moe) for moe in frequency]
@@ -234,7 +206,7 @@ def problems(setup: Setup, gpus: str = "--gpus") -> Iterator[str]:
     ):
         value = getattr(s, name)
         flag = gpus if name == "world_size" else f"--{name.replace('_', '-')}"
-        if not value:
+        if not value and name != "world_size":
             yield f"{flag}: is missing or 0; give it in the YAML file, as a flag, or by --load CHECKPOINT"
             return
         if value < 1:
@@ -265,13 +237,17 @@ def problems(setup: Setup, gpus: str = "--gpus") -> Iterator[str]:
             f" --expert-tensor-parallel-size {s.expert_tensor_size} x EP {ep} x PP {pp} = {expert_size}"
         )
     uneven = s.decoder_first_pipeline_num_layers or s.decoder_last_pipeline_num_layers
-    if sum(len(s.layers_of_stage(stage)) for stage in range(pp)) != s.num_layers:
+    each = s.num_layers_per_virtual_pipeline_stage
+    if each and s.num_layers // pp % each:
+        yield (
+            f"--num-layers-per-virtual-pipeline-stage {each}: does not divide the {s.num_layers // pp} layers"
+            f" of a pipeline stage; use one of {_divisors(s.num_layers // pp)}"
+        )
+    elif sum(len(s.layers_of_stage(stage)) for stage in range(pp)) != s.num_layers:
         what = f" x {s.virtual_stages} virtual stages" if s.virtual_stages > 1 else ""
         what += " beside the uneven first and last stage" if uneven else ""
-        yield (
-            f"--pipeline-model-parallel-size {pp}{what}: does not divide the {s.num_layers} layers;"
-            f" use one of {_divisors(s.num_layers)}"
-        )
+        hint = "" if what else f"; use one of {_divisors(s.num_layers)}"
+        yield f"--pipeline-model-parallel-size {pp}{what}: does not divide the {s.num_layers} layers{hint}"
     for count, name in ((s.num_attention_heads, "attention heads"), (s.groups, "query groups")):
         if count % tp:
             yield (
@@ -304,6 +280,8 @@ def problems(setup: Setup, gpus: str = "--gpus") -> Iterator[str]:
             f"--global-batch-size {s.batch}: makes {s.num_microbatches} micro-batches, which virtual pipeline"
             f" stages need to be a multiple of --pipeline-model-parallel-size {pp}"
         )
+    if s.max_position_embeddings is not None and s.max_position_embeddings < s.sequence:
+        yield f"--seq-length {s.sequence}: is more than --max-position-embeddings {s.max_position_embeddings}"
     split = s.sequence / (2 * cp if cp > 1 else 1) / (tp if s.sequence_parallel else 1)
     if split != int(split):
         yield f"--seq-length {s.sequence}: is not divisible over context parallel {cp} x tensor parallel {tp}"
@@ -322,92 +300,3 @@ def check(setup: Setup, gpus: str = "--gpus") -> None:
     """Raise UserError for the first thing that cannot work."""
     for problem in problems(setup, gpus):
         raise UserError(problem)
-
-
-# Reading ----------------------------------------------------------------------------------------
-
-
-def read(config_file: Path | None, load: Path | None, flags: Sequence[str], world_size: int) -> Setup:
-    """The run that a YAML file, a checkpoint's manifest and Megatron flags describe, in rising precedence.
-
-    Raises:
-        UserError: a file that is missing or damaged, a value of the wrong kind, or a model that a plan does
-            not cover.
-    """
-    entries: dict[str, Any] = config.read_yaml(config_file) if config_file else {"upcycling": {}}
-    section = config.section_defaults(entries.pop("upcycling"), str(config_file))
-    values = entries | _parse(flags)
-    section |= {name: values.pop(name) for name in config.SECTION if name in values}
-    load = load or values.get("load")
-    recorded = manifest.read(load) if load else None
-    if load and recorded is None and not Path(load).is_dir():
-        raise UserError(f"--load {load}: no such folder; name a converted checkpoint's root folder")
-    router: dict[str, Any] = {}
-    if recorded:
-        values = recorded["model"] | values
-        if isinstance(recorded.get("router"), dict):
-            made = manifest.router_config(recorded, str(load))
-            values |= {name: getattr(made, field) for name, field in config.SHARED_WITH_MEGATRON.items()}
-            router = made.to_dict()
-    return from_values(values | {"world_size": world_size}, router | section, str(config_file or load))
-
-
-def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> Setup:
-    """A Setup from Megatron's arguments (other names in ``values`` are left alone) and router options."""
-    known = {field.name: field for field in dataclasses.fields(Setup)}
-    taken: dict[str, Any] = {}
-    for name, value in values.items():
-        name = name.replace("-", "_")
-        near = difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR) if name not in known else []
-        if near and name not in OTHERS:
-            raise UserError(f"{source}: unknown argument {name!r}; did you mean {near[0]!r}?")
-        if name in NOT_COVERED and value:
-            raise UserError(f"{source}: --{name.replace('_', '-')} is not covered by plan and --rehearse")
-        if name in NEGATED:
-            taken[NEGATED[name]] = not value
-        elif name in known and name != "router" and value is not None:
-            taken[name] = _checked(name, value, known[name].type, source)
-    setup = Setup(**taken)
-    if setup.num_experts is None:
-        return setup
-    options = {
-        name: router[name]
-        for name in (field.name for field in dataclasses.fields(RouterConfig))
-        if router.get(name) is not None
-    }
-    options |= {"num_experts": setup.num_experts, "top_k": setup.moe_router_topk}
-    return dataclasses.replace(setup, router=RouterConfig.from_dict({"router": "linear"} | options, source))
-
-
-def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
-    """``value`` as the field's type takes it."""
-    flag = f"{source}: --{name.replace('_', '-')} {value}"
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise UserError(f"{flag}: is a switch; true or false")
-    elif kind in (int, int | None) and (isinstance(value, bool) or not isinstance(value, int)):
-        raise UserError(f"{flag}: must be a whole number")
-    elif kind == list[str] | None and isinstance(value, str):
-        return [value]
-    return value
-
-
-def _parse(flags: Sequence[str]) -> dict[str, Any]:
-    """Megatron's flags as argument names and values, each read as YAML would; several values are a list."""
-    found: dict[str, Any] = {}
-    name = None
-    for word in flags:
-        if word.startswith("--"):
-            name, _, value = word[2:].replace("-", "_").partition("=")
-            found[name] = [value] if value else []
-        elif name is None:
-            raise UserError(f"{word}: belongs to no flag; flags of Megatron begin with --")
-        else:
-            found[name].append(word)
-    try:
-        read = {name: [yaml.safe_load(word) for word in words] for name, words in found.items()}
-    except yaml.YAMLError as error:
-        raise UserError(f"a flag's value cannot be read ({reason(error)})") from None
-    return {
-        name: True if not words else words[0] if len(words) == 1 else words for name, words in read.items()
-    }

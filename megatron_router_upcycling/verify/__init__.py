@@ -12,8 +12,9 @@ from typing import Any
 
 from megatron_router_upcycling import key_stats, manifest
 from megatron_router_upcycling.checkpoint.dense import DenseModel, open_dense
+from megatron_router_upcycling.checkpoint.metadata import METADATA
 from megatron_router_upcycling.checkpoint.publish import format_bytes
-from megatron_router_upcycling.checkpoint.torch_dist import COMMON_FILE, CONFIG, METADATA, Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import COMMON_FILE, CONFIG, Checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.init_config import InitConfig
 from megatron_router_upcycling.key_stats import KeyStats

@@ -14,7 +14,8 @@ from megatron_router_upcycling.checkpoint.archive import Values
 from megatron_router_upcycling.checkpoint.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.examine import Contents, Damaged, examine
 from megatron_router_upcycling.checkpoint.finite import WORDS
-from megatron_router_upcycling.checkpoint.torch_dist import Blob, Checkpoint, Chunk, FileRange, read_exactly
+from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, FileRange, read_exactly
 from megatron_router_upcycling.errors import UserError
 
 Place = tuple[int, int, int, int]  # device, inode, offset and length of a chunk's bytes

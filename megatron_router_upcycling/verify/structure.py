@@ -11,7 +11,8 @@ from megatron_router_upcycling.checkpoint.dense import ARCHITECTURE, FC1, FC2, N
 from megatron_router_upcycling.checkpoint.examine import Damaged
 from megatron_router_upcycling.checkpoint.layers import at_layer, split_key, split_layers
 from megatron_router_upcycling.checkpoint.ledger import content_digests
-from megatron_router_upcycling.checkpoint.torch_dist import COMMON_STATE, Blob, Checkpoint
+from megatron_router_upcycling.checkpoint.metadata import Blob
+from megatron_router_upcycling.checkpoint.torch_dist import COMMON_STATE, Checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initial_routers import ROUTER
 from megatron_router_upcycling.router_config import RouterConfig

@@ -17,7 +17,8 @@ from megatron_router_upcycling.checkpoint.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.examine import Contents, Damaged
 from megatron_router_upcycling.checkpoint.finite import WORDS, all_finite
 from megatron_router_upcycling.checkpoint.layers import split_key
-from megatron_router_upcycling.checkpoint.torch_dist import Blob, Checkpoint, Chunk
+from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.verify.expected import ExpectedTensor, Piece
 from megatron_router_upcycling.verify.findings import Findings, span
 from megatron_router_upcycling.verify.sources import DataFiles, as_words, inside

@@ -1,0 +1,144 @@
+"""A run's sizes from the YAML files, manifests and flags that ``pretrain`` takes.
+
+Of Megatron's arguments those that change no size are not read. Pure: imports neither torch nor Megatron.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_router_upcycling import config, manifest
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.planning.setup import Setup
+from megatron_router_upcycling.router_config import RouterConfig
+
+# Megatron's switch -> the field that it negates.
+NEGATED = {"disable_bias_linear": "add_bias_linear"}
+# Where one of these is set, the model or its layout is not what a plan is for.
+NOT_COVERED = (
+    *(
+        "multi_latent_attention",
+        "mtp_num_layers",
+        "moe_latent_size",
+        "hybrid_layer_pattern",
+        "attention_output_gate",
+    ),
+    *("heterogeneous_layers_config_path", "experimental_attention_variant", "pipeline_model_parallel_layout"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "use_megatron_fsdp"),
+    *("use_torch_fsdp2", "use_precision_aware_optimizer", "optimizer_cpu_offload", "fp8_param_gather"),
+    *("fine_grained_activation_offloading", "cpu_offloading_num_layers", "distribute_saved_activations"),
+    *("tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"),
+)
+# A name as near as this to one that is read here is misspelt, but for these of Megatron's own.
+SIMILAR, OTHERS = 0.89, {"pad_vocab_size"}
+
+
+def read(config_file: Path | None, load: Path | None, flags: Sequence[str], world_size: int) -> Setup:
+    """The run that a YAML file, a checkpoint's manifest and Megatron flags describe, in rising precedence.
+
+    Raises:
+        UserError: a file that is missing or damaged, a value of the wrong kind, or a model that a plan does
+            not cover.
+    """
+    entries: dict[str, Any] = config.read_yaml(config_file) if config_file else {"upcycling": {}}
+    section = config.section_defaults(entries.pop("upcycling"), str(config_file))
+    values = entries | _parse(flags)
+    section |= {name: values.pop(name) for name in config.SECTION if name in values}
+    load = load or values.get("load")
+    recorded = manifest.read(load) if load else None
+    if load and recorded is None:
+        what = f"holds no {manifest.NAME}" if Path(load).is_dir() else "no such folder"
+        raise UserError(f"--load {load}: {what}; name the root folder of a checkpoint that convert made")
+    router: dict[str, Any] = {}
+    if recorded:
+        values = recorded["model"] | values
+        if isinstance(recorded.get("router"), dict):
+            made = manifest.router_config(recorded, str(load))
+            values |= {name: getattr(made, field) for name, field in config.SHARED_WITH_MEGATRON.items()}
+            router = made.to_dict()
+    return from_values(values | {"world_size": world_size}, router | section, str(config_file or load))
+
+
+def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> Setup:
+    """A Setup from Megatron's arguments (other names in ``values`` are left alone) and router options."""
+    known = {field.name: field for field in dataclasses.fields(Setup)}
+    taken: dict[str, Any] = {}
+    for name, value in values.items():
+        near = difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR) if name not in known else []
+        if near and name not in OTHERS:
+            raise UserError(f"{source}: unknown argument {name!r}; did you mean {near[0]!r}?")
+        if (name in NOT_COVERED and value) or (name == "optimizer" and value not in (None, "adam")):
+            raise UserError(f"{source}: --{name.replace('_', '-')} is not covered by plan and --rehearse")
+        if name in NEGATED:
+            taken[NEGATED[name]] = not value
+        elif name in known and name != "router" and value is not None:
+            taken[name] = _checked(name, value, known[name].type, source)
+    setup = Setup(**taken)
+    if setup.num_experts is None:
+        return setup
+    options = {
+        name: router[name]
+        for name in (field.name for field in dataclasses.fields(RouterConfig))
+        if router.get(name) is not None
+    }
+    options |= {"num_experts": setup.num_experts, "top_k": setup.moe_router_topk}
+    return dataclasses.replace(setup, router=RouterConfig.from_dict({"router": "linear"} | options, source))
+
+
+def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
+    """``value`` as the field's type takes it."""
+    flag = f"{source}: --{name.replace('_', '-')} {value}"
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{flag}: is a switch; true or false")
+    elif name == "moe_layer_freq":
+        return _layers(value, flag)
+    elif kind in (int, int | None) and (isinstance(value, bool) or not isinstance(value, int)):
+        raise UserError(f"{flag}: must be a whole number")
+    elif kind == list[str] | None and isinstance(value, str):
+        return [value]
+    return value
+
+
+def _layers(value: Any, flag: str) -> int | list[int]:
+    """``--moe-layer-freq``: a number, or a list as Megatron takes it, such as ``([0]+[1]*3)*2``."""
+    if isinstance(value, str) and re.fullmatch(r"[\d\[\]()+*,]+", value):
+        with contextlib.suppress(SyntaxError, TypeError):
+            value = eval(value)  # nothing but numbers and lists of them can stand there
+    numbers = value if isinstance(value, list) else [value]
+    if not all(type(number) is int and number >= isinstance(value, int) for number in numbers):
+        raise UserError(
+            f"{flag}: must be a number, or a list with a 0 or 1 for each layer, as in ([0]+[1]*3)*2"
+        )
+    return value
+
+
+def _parse(flags: Sequence[str]) -> dict[str, Any]:
+    """Megatron's flags as argument names and values, read as YAML's where they are; several are a list."""
+    found: dict[str, Any] = {}
+    name = None
+    for word in flags:
+        if word.startswith("--"):
+            name, _, value = word[2:].replace("-", "_").partition("=")
+            found[name] = [value] if value else []
+        elif name is None:
+            raise UserError(f"{word}: belongs to no flag; flags of Megatron begin with --")
+        else:
+            found[name].append(word)
+    read = {name: [_value(word) for word in words] for name, words in found.items()}
+    return {
+        name: True if not words else words[0] if len(words) == 1 else words for name, words in read.items()
+    }
+
+
+def _value(word: str) -> Any:
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:  # [0]+[1]*3
+        return word
