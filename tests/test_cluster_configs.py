@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -12,10 +10,11 @@ from tests import launch
 CONFIGS = sorted(path.relative_to(launch.ROOT) for path in launch.ROOT.glob("configs/qwen*/*.yaml"))
 # In one process, for the time that importing Megatron takes; the tokenizer's files are not here.
 PARSE = """
-import json, sys
+import json, os, sys
 from megatron.training.global_vars import unset_global_variables
 from megatron_router_upcycling import pretrain
-for config in sys.argv[1:]:
+os.chdir(sys.argv[1])
+for config in sys.argv[2:]:
     flags = ["--config", config, "--mock-data", "--tokenizer-type", "NullTokenizer"]
     args = vars(pretrain.prepare(flags).args)
     print("parsed", json.dumps({"config": config} | args, default=str))
@@ -32,12 +31,8 @@ def parsed() -> dict[str, dict]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1",
     }
-    command = [sys.executable, "-c", PARSE, *map(str, CONFIGS)]
-    done = subprocess.run(
-        command, cwd=launch.ROOT, env=launch.ENVIRONMENT | rank, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("parsed ")]
+    said = launch.python("-c", PARSE, launch.ROOT, *CONFIGS, **rank).ok().text
+    lines = [line for line in said.splitlines() if line.startswith("parsed ")]
     return {args["config"]: args for args in (json.loads(line.removeprefix("parsed ")) for line in lines)}
 
 

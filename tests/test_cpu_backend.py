@@ -1,19 +1,11 @@
 """The CPU bridge: it answers for CUDA, says which upstream symbol has gone, and refuses where a GPU is."""
 
-import subprocess
-import sys
-
 from tests import launch
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env=launch.ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-
-
 def test_cuda_requests_are_answered_by_the_cpu() -> None:
-    done = python(
+    launch.python(
+        "-c",
         """
 import torch
 from megatron_router_upcycling import cpu_backend
@@ -35,14 +27,14 @@ import torch._dynamo.trace_rules
 torch._dynamo.trace_rules.get_torch_obj_rule_map()  # refuses one function under two of torch's names
 with torch.cuda.stream(torch.cuda.Stream()):
     torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
-"""
-    )
-    assert done.returncode == 0, done.stderr
+""",
+    ).ok()
 
 
 def test_missing_upstream_symbols_are_named() -> None:
     """Each symbol is removed in a process of its own, forked after the slow imports."""
-    done = python(
+    launch.python(
+        "-c",
         """
 import importlib, os, sys
 from megatron_router_upcycling import cpu_backend
@@ -81,13 +73,13 @@ for act, room, owner, symbol in cases:
         print(owner, symbol, status, file=sys.stderr)
         failed = True
 sys.exit(failed)
-"""
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+""",
+    ).ok()
 
 
 def test_nothing_is_touched_where_there_is_a_gpu() -> None:
-    done = python(
+    launch.python(
+        "-c",
         """
 import torch
 torch.cuda.is_available = lambda: True  # what a GPU answers
@@ -99,6 +91,5 @@ except RuntimeError:
     assert torch.zeros is zeros
 else:
     raise SystemExit("installed on a GPU")
-"""
-    )
-    assert done.returncode == 0, done.stderr
+""",
+    ).ok()

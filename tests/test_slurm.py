@@ -86,7 +86,10 @@ def test_chain_with_a_requeue_ends_as_an_unbroken_run(cluster: Cluster, model: P
     text = log.read_text()
     stopped = int(re.findall(r"train: stopped at iteration (\d+)", text)[0])
     assert max(first) == stopped < 45
-    assert "train: running at iteration 40" in text and text.count("train: back into the queue") == 2
+    assert (
+        re.search(r"train: running at iteration [46]0\b", text)
+        and text.count("train: back into the queue") == 2
+    )
     assert f"train: finished at iteration {ITERATIONS}" in text
     assert (work / "run" / "run_state").read_text() == "finished\n"
     assert list((work / "run" / "tensorboard").glob("events.out.tfevents.*"))
