@@ -9,6 +9,7 @@ import pytest
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.diagnostics import report, runlog
+from megatron_router_upcycling.diagnostics.plots import RunData
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SECTIONS = ("loss", "load", "load_map_1", "load_map_2", "routing", "specialisation")
@@ -84,3 +85,9 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
     folders = [Path("/a/seed1/mixture"), Path("/a/seed2/mixture"), Path("/a/seed1/linear")]
     assert report._names(folders) == ["seed1/mixture", "seed2/mixture", "seed1/linear"]
     assert report._names(folders[1:]) == ["mixture", "linear"]
+
+
+def test_options_say_what_a_start_changes_and_nothing_of_other_routers() -> None:
+    linear = {"router": {"router": "linear", "pooling": "sum"}, "init": {"gate": "centroid", "keys": "heads"}}
+    said = report._options([RunData("run", [], [], linear)])
+    assert "centroid" in said and "pooling" not in said and "heads" not in said

@@ -12,6 +12,7 @@ COLOURS = ("#c8401e", "#2867b2", "#3a9a4b", "#8a4fb0", "#c79a00", "#444444", "#0
 GREY = "#8a8a8a"
 EVEN_RANGE = 2  # load maps show shares from 1/4 to 4 times the even one, in powers of two
 MOST_LABELS = 16  # of layers beside a load map
+MOST_NAMES = 4  # of runs side by side in a legend
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _grid(routed: Sequence[tuple[int, RunData]], panels: Panels, columns: int) -
 
     present = {name: panel for name, panel in panels.items() if any(_series(run, name) for _, run in routed)}
     rows = math.ceil(len(present) / columns)
-    size = (11.5, 2.75 * rows + 0.15)
+    size = (11.5, 2.75 * rows + 0.5)
     figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.11, w_pad=0.08)
     for axes, (name, (title, ideal)) in zip(grid.flat, present.items(), strict=False):
@@ -174,7 +175,10 @@ def _grid(routed: Sequence[tuple[int, RunData]], panels: Panels, columns: int) -
         axes.set_xlabel("tokens")
     for axes in list(grid.flat)[len(present) :]:
         axes.axis("off")
-    grid[0][0].legend(fontsize=8.5)
+    names = {
+        name: line for axes in grid.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(names.values(), names, loc="outside lower center", ncols=MOST_NAMES, fontsize=8.5)
     return figure
 
 

@@ -14,6 +14,7 @@ from megatron_router_upcycling import manifest
 from megatron_router_upcycling.diagnostics import plots, runlog
 from megatron_router_upcycling.diagnostics.plots import COLOURS, RunData
 from megatron_router_upcycling.errors import UserError, shown
+from megatron_router_upcycling.init_config import InitConfig
 
 PAGE = "report.html"
 # Section -> (title, what its picture shows).
@@ -131,10 +132,11 @@ img { display: block; width: 100%; height: auto; margin-top: 8px }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: 13px; width: 100% }
 th, td { text-align: right; padding: 6px 7px; border-bottom: 1px solid #e8e5df; white-space: nowrap }
-th { color: #666; font-weight: 600; vertical-align: bottom }
-th small { display: block; font-weight: 400; color: #888 }
+th { color: #666; font-weight: 600; vertical-align: bottom; white-space: normal }
+th small { display: block; font-weight: 400; color: #888; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
-td.router, th:nth-child(2) { text-align: left; white-space: normal; min-width: 130px }
+td.router, th.router { text-align: left; white-space: normal; min-width: 130px }
+table.options td + td { white-space: normal; overflow-wrap: anywhere }
 td.best { font-weight: 700 }
 .chip { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px }
 """
@@ -169,8 +171,9 @@ def _summary(runs: Sequence[RunData]) -> str:
     titles = (OVER_TIME[name][0] for name in columns_over_time)
     over_time = "".join(f"<th>{title}<small>start{ARROW}end</small></th>" for title in titles)
     return (
-        '<section><div class="scroll"><table><thead><tr><th>run</th><th>router</th><th>tokens</th>'
-        "<th>training loss<small>last line</small></th><th>held-out loss<small>last</small></th>"
+        '<section><div class="scroll"><table><thead><tr><th>run</th><th class="router">router</th>'
+        "<th>tokens</th><th>training loss<small>last line</small></th>"
+        "<th>held-out loss<small>last</small></th>"
         f"{over_time}</tr></thead><tbody>{''.join(cells)}</tbody></table></div></section>"
     )
 
@@ -211,15 +214,25 @@ def _router(options: Any) -> str:
     return f"{kind}{routers * (kind == 'mixture')}; {k} of {n}; {order}"
 
 
+OF_MIXTURE = ("num_routers", "pooling", "grouping")
+PAPER = InitConfig().to_dict()  # what goes without saying of a start
+
+
 def _options(runs: Sequence[RunData]) -> str:
     """What the converter recorded of each run's model, a column a run."""
     columns = []
     for run in runs:
         record = run.manifest
-        source, router = (
-            part if isinstance(part := record.get(name), dict) else {} for name in ("source", "router")
+        source, router, init = (
+            part if isinstance(part := record.get(name), dict) else {}
+            for name in ("source", "router", "init")
         )
-        values = dict(router)
+        values = {
+            name: value
+            for name, value in router.items()
+            if name not in OF_MIXTURE or router.get("router") == "mixture"
+        }
+        values |= {name: value for name, value in init.items() if value != PAPER.get(name)}
         values |= {"seed": record.get("seed"), "dense checkpoint": source.get("path")}
         values |= {"its iteration": source.get("iteration")}
         columns.append({name: shown(value) for name, value in values.items() if value is not None})
@@ -235,8 +248,8 @@ def _options(runs: Sequence[RunData]) -> str:
     )
     return (
         "<section><h2>Conversion</h2><p>What router_upcycling.json records of each run's model.</p>"
-        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
-        "</div></section>"
+        f'<div class="scroll"><table class="options"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></section>"
     )
 
 
