@@ -2,9 +2,9 @@
 # Slurm and shellcheck from Debian's or Ubuntu's packages, for the tests that use them. Where they cannot be
 # installed this says so and ends well: those tests are then skipped.
 set -euo pipefail
-packages=(slurm-wlm munge shellcheck procps)
+packages=(slurm-wlm munge shellcheck)
 
-if command -v slurmctld slurmd munged shellcheck pkill >/dev/null; then
+if type slurmctld slurmd munged shellcheck >/dev/null 2>&1; then
     exit 0
 elif [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
     echo "install_test_tools: needs root and apt-get; tests that need ${packages[*]} will be skipped"

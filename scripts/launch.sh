@@ -65,7 +65,7 @@ if [[ -z ${PYTHON:-} ]]; then
     done
 fi
 
-given() { [[ " ${options[*]} " == *" --$1"[\ =]* ]]; }
+given() { [[ " ${options[*]//_/-} " == *" --$1"[\ =]* ]]; } # torchrun takes --nproc_per_node as well
 if ! given nproc-per-node; then
     gpus=${SLURM_GPUS_ON_NODE:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
     options+=(--nproc-per-node "${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}")
@@ -73,7 +73,7 @@ fi
 if ! given nnodes && [[ -n ${SLURM_NODEID:-} && ${SLURM_NNODES:-1} -gt 1 ]]; then
     options+=(--nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID")
     if [[ -z ${MASTER_ADDR:-} ]]; then
-        MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) ||
+        MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) ||
             fail "no scontrol here to name the first node: set MASTER_ADDR"
     fi
     options+=(--master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}")
@@ -92,7 +92,8 @@ export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 torchrun=$!
 # Where Slurm signals the task alone (proctrack/cgroup), the training processes would not hear of it. torchrun
 # and helpers without a handler ignore SIGURG; of SIGUSR1 they would die.
-trap 'pkill -URG -P "$torchrun" || true' URG
+# shellcheck disable=SC2046 # a word is a process
+trap 'kill -URG $(cat /proc/"$torchrun"/task/*/children) 2>/dev/null || true' URG
 trap 'kill -TERM "$torchrun" 2>/dev/null || true' TERM INT
 while :; do
     status=0

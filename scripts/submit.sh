@@ -10,9 +10,9 @@ usage: scripts/submit.sh --work DIR (--hf FOLDER | --dense CHECKPOINT) --config 
 
 Queues five jobs, each after the one before has ended well, and prints their numbers:
   import    Hugging Face folder -> DIR/dense                        1 node, no GPU     (with --hf)
-  keys      average keys over training data -> DIR/key_stats.safetensors    1 node, its GPUs
+  keys      average keys over training data -> DIR/key_stats.safetensors    1 whole node
   convert   -> DIR/moe, then verify                                 1 node, no GPU
-  train     -> DIR/run; queues itself again until it is finished    --nodes, their GPUs
+  train     -> DIR/run; queues itself again until it is finished    --nodes, whole
   evaluate  -> DIR/hf, DIR/evaluation                               1 node, 1 GPU
 What DIR holds already is not made again: after a failure, mend its cause and give the same command.
 
@@ -35,7 +35,8 @@ options:
   --gpus-per-node N    GPUs of each node (default 8; 0 on nodes without: NPROC_PER_NODE processes on the CPU)
   --time LIMIT         of one run of train, as sbatch takes it (default: the partition's)
   --stages LIST        of import,keys,convert,train,evaluate (default: all)
-  --container IMAGE    run in this image (pyxis and enroot); CONTAINER_MOUNTS adds SOURCE:TARGET pairs
+  --container IMAGE    run in this image (pyxis and enroot), with the folders of all that is named here mounted;
+                       CONTAINER_MOUNTS adds SOURCE:TARGET pairs
   --venv DIR           run in this virtual environment (default, without --container: .venv here)
   --import-flags, --keys-flags, --convert-flags, --evaluate-flags "FLAGS"
                        added to import-hf, collect_keys, convert (default: --num-experts 8 --top-k 2), evaluate
@@ -91,21 +92,34 @@ done
 [[ -f $CONFIG ]] || fail "--config $CONFIG: no such file"
 DENSE_CONFIG=${DENSE_CONFIG:-$(dirname "$CONFIG")/dense.yaml}
 [[ -f $DENSE_CONFIG ]] || fail "--dense-config $DENSE_CONFIG: no such file"
-for prefix in $DATA; do
-    [[ $prefix =~ ^[0-9.]+$ || -f $prefix.bin && -f $prefix.idx ]] || fail "--data $prefix: no $prefix.bin and .idx"
+read -ra parts <<<"$DATA"
+[[ ${#parts[@]} -gt 0 ]] || fail "--data: name the training data"
+DATA=''
+for part in "${parts[@]}"; do
+    if [[ ! $part =~ ^[0-9.]+$ ]]; then
+        [[ -f $part.bin && -f $part.idx ]] || fail "--data $part: no $part.bin and .idx"
+        part=$(realpath -sm "$part")
+    fi
+    DATA+="${DATA:+ }$part"
 done
-[[ -n $DATA ]] || fail "--data: name the training data"
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes $nodes: must be a number from 1"
 [[ $gpus =~ ^[0-9]+$ ]] || fail "--gpus-per-node $gpus: must be a number"
 for stage in ${stages//,/ }; do
     [[ -f $ROOT/scripts/slurm/$stage.sbatch ]] || fail "--stages $stage: not one of import, keys, convert, train, evaluate"
 done
+if [[ -z ${CONTAINER_IMAGE:-} ]]; then
+    python=${PYTHON:-${VENV:-$ROOT/.venv}/bin/python}
+    command -v "$python" >/dev/null || fail "--venv: no $python; 'make setup' makes .venv, or pass --container IMAGE"
+fi
 [[ -n $dry_run ]] || command -v sbatch >/dev/null || fail "no sbatch here: give this command on a login node"
 
 [[ -n $dry_run ]] || mkdir -p "$WORK/logs" || fail "--work $WORK: cannot be made"
 WORK=$(realpath -m "$WORK")
 DENSE=$(realpath -m "${DENSE:-$WORK/dense}") HF=${HF:+$(realpath "$HF")}
 CONFIG=$(realpath "$CONFIG") DENSE_CONFIG=$(realpath "$DENSE_CONFIG")
+# The jobs start in ROOT. (An image may be a registry's, which is no file.)
+[[ -z ${VENV:-} ]] || VENV=$(realpath -s "$VENV")
+[[ ! -f ${CONTAINER_IMAGE:-} ]] || CONTAINER_IMAGE=$(realpath "$CONTAINER_IMAGE")
 export ROOT WORK HF DENSE CONFIG DENSE_CONFIG DATA CONTAINER_IMAGE VENV
 
 previous=''
@@ -118,7 +132,7 @@ submit() {
         printf '%-9s %s is there\n' "$stage" "$result"
         return 0
     fi
-    local command=(sbatch --parsable "--output=$WORK/logs/%x-%j.log" "--chdir=$ROOT")
+    local command=(sbatch --parsable --export=ALL "--output=$WORK/logs/%x-%j.log" "--chdir=$ROOT")
     [[ -z $previous ]] || command+=("--dependency=afterok:$previous" --kill-on-invalid-dep=yes)
     [[ $gpus -eq 0 ]] || command+=("--gpus-per-node=$gpus")
     [[ $stage != train ]] || command+=("--nodes=$nodes" ${time:+"--time=$time"})
@@ -139,7 +153,7 @@ words "$import_flags"
 words "$keys_flags"
 submit keys "$WORK/key_stats.safetensors" "$gpus" "${flags[@]}"
 words "$convert_flags"
-submit convert "$WORK/moe/latest_checkpointed_iteration.txt" 0 "${flags[@]}"
+submit convert "$WORK/moe/verified" 0 "${flags[@]}"
 finished=''
 [[ $(cat "$WORK/run/run_state" 2>/dev/null) != finished ]] || finished=$WORK/run/run_state
 submit train "${finished:-/nonexistent/}" "$gpus" "$@"

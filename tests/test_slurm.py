@@ -1,5 +1,6 @@
 """The batch files under a real Slurm: from a Hugging Face folder to a trained mixture, over two requeues."""
 
+import os
 import re
 import shutil
 import signal
@@ -153,3 +154,25 @@ def test_dry_run_shows_jobs_chained_by_their_success(model: Path, data: Path) ->
     assert "--nodes=2" in commands[3] and "--time=1:00:00" in commands[3]
     assert "--gpus-per-node=4" in commands[3] and "gpus" not in commands[2]
     assert not (model.parent / "work").exists()
+
+
+def test_jobs_find_what_was_named_from_another_folder_in_a_container_too(model: Path, data: Path) -> None:
+    folder = model.parent
+    (folder / "image.sqsh").touch()
+    queue = folder / "bin" / "sbatch"
+    queue.parent.mkdir()
+    queue.write_text(f"#!/bin/sh\nenv -0 >{folder}/environment; echo 1\n")
+    queue.chmod(0o755)
+    relative = os.path.relpath(data, folder)
+    options = ("--container", "image.sqsh", "--data", f"0.3 {relative} 0.7 {relative}")
+    command = [str(part) for part in _submit(model, data, *options)]
+    path = f"{queue.parent}:{os.environ['PATH']}"
+    subprocess.run(command, cwd=folder, env=launch.ENVIRONMENT | {"PATH": path}, check=True)
+    job = dict(entry.split("=", 1) for entry in (folder / "environment").read_text().split("\0") if entry)
+    assert job["DATA"] == f"0.3 {data} 0.7 {data}" and job["CONTAINER_IMAGE"] == str(folder / "image.sqsh")
+    mounts = f"source {SCRIPTS}/slurm/common.sh; CONTAINER_MOUNTS=/more:/there mounts"
+    found = subprocess.run(
+        ["bash", "-euc", mounts], env=job, capture_output=True, text=True, check=True
+    ).stdout
+    expected = [launch.ROOT, folder / "work", folder, data.parent]
+    assert found.strip().split(",") == [*(f"{place}:{place}" for place in expected), "/more:/there"]

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Read by the batch files in this folder. What submit.sh sets: ROOT (this repository), WORK (where everything
-# of the run lies), DENSE, CONFIG, DENSE_CONFIG, DATA, and CONTAINER_IMAGE or VENV.
+# of the run lies), HF, DENSE, CONFIG, DENSE_CONFIG, DATA, and CONTAINER_IMAGE or VENV.
 cd "$ROOT" || exit
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then
@@ -9,18 +9,33 @@ else
     export PYTHON=${PYTHON:-${VENV:-$ROOT/.venv}/bin/python}
 fi
 
+# Folders of the files that submit.sh was given, each at its own path. (Files that are links to elsewhere, as in
+# the Hub's cache, need CONTAINER_MOUNTS.)
+mounts() {
+    local path folder found=$ROOT:$ROOT,$WORK:$WORK paths
+    read -ra paths <<<"$DATA"
+    for path in "$HF" "$DENSE" "$CONFIG" "$DENSE_CONFIG" "${paths[@]}"; do
+        folder=$(dirname "$path")
+        case $folder/ in
+        // | ./ | "$ROOT"/* | "$WORK"/*) continue ;; # the root, a weight or nothing, what is mounted already
+        esac
+        [[ ,$found, == *",$folder:$folder,"* ]] || found+=,$folder:$folder
+    done
+    echo "$found${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+}
+
 # Run a command once on each node of the job, in the container (pyxis) or in the virtual environment.
 on_each_node() {
     local container=()
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then
         container=(
             "--container-image=$CONTAINER_IMAGE" "--container-workdir=$ROOT"
-            "--container-mounts=$ROOT:$ROOT,$WORK:$WORK${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+            "--container-mounts=$(mounts)"
         )
     fi
     # By the address that Slurm itself uses; inside a container there may be no scontrol to ask.
     local first
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
     MASTER_ADDR=$(scontrol show node -o "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
     export MASTER_ADDR
     srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" "$@"
