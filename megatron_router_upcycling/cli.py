@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
     return parser
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = build_parser()
         args, rest = parser.parse_known_args(argv)
+        if args.command is None:
+            parser.error("name a command; router-upcycle --help lists them")
         if rest and not getattr(args, "takes_megatron_flags", False):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.megatron_flags = rest

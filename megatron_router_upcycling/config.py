@@ -108,13 +108,21 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         type=int,
         help="of the step (default: as configured; on the CPU so many that a micro-batch has 256)",
     )
-    rehearsal.add_argument("--gpu-memory-gib", metavar="GIB", type=float, default=80, help="(default: 80)")
-    rehearsal.add_argument("--peak-tflops", type=float, default=989, help="of one GPU (default: 989)")
+    rehearsal.add_argument("--gpu-memory-gib", metavar="GIB", type=positive, default=80, help="(default: 80)")
+    rehearsal.add_argument("--peak-tflops", type=positive, default=989, help="of one GPU (default: 989)")
     parser.add_argument(
         "--no-moe-router-pre-softmax", dest="moe_router_pre_softmax", action="store_false", default=None
     )
     parser.set_defaults(moe_router_pre_softmax=False)
     return parser
+
+
+def positive(text: str) -> float:
+    """A flag's number that must be more than 0."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be more than 0")
+    return number
 
 
 OF_ROUTER = ("router", "num_routers", "pooling", "grouping", "locality_loss_coeff")

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from megatron_router_upcycling import manifest
+from megatron_router_upcycling.cli import main
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import command, figures, reading, setup
 from megatron_router_upcycling.router_config import RouterConfig
@@ -249,3 +250,19 @@ def test_flops_are_megatrons(paper: Path) -> None:
     )
     expected = num_floating_point_operations(args, 1) / made.sequence
     assert figures.flops_per_token(made) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-layers", "24"], "--hidden-size: is missing"),  # 24 is no file
+        (["CONFIG", "--peak-tflops", "0"], "argument --peak-tflops: 0 must be more than 0"),
+        (["--config", "CONFIG", "--seq-length"], "--seq-length: needs a value"),
+    ],
+)
+def test_the_commands_words(
+    paper: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    words = [str(paper) if word == "CONFIG" else word for word in words]
+    assert main(["plan", "--gpus", "64", *words]) == 2
+    assert message in capsys.readouterr().err

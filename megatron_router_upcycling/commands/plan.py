@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.config import positive
+
 EXAMPLE = """\
 examples:
   router-upcycle plan moe.yaml --load ckpt/moe --gpus 64
@@ -28,7 +30,10 @@ def add(commands: Any) -> None:
         allow_abbrev=False,
     )
     plan.add_argument(
-        "config", metavar="CONFIG", type=Path, nargs="?", help="a YAML file as pretrain takes it"
+        "--config",
+        metavar="CONFIG",
+        type=Path,
+        help="a YAML file as pretrain takes it; it may also stand without --config, before Megatron's flags",
     )
     plan.add_argument("--gpus", metavar="N", type=int, required=True, help="all GPUs of the run")
     plan.add_argument(
@@ -38,12 +43,12 @@ def add(commands: Any) -> None:
         help="the converted checkpoint: its architecture and router",
     )
     plan.add_argument(
-        "--gpu-memory-gib", metavar="GIB", type=float, default=80, help="of one GPU (default: 80)"
+        "--gpu-memory-gib", metavar="GIB", type=positive, default=80, help="of one GPU (default: 80)"
     )
     plan.add_argument(
         "--peak-tflops",
         metavar="TFLOPS",
-        type=float,
+        type=positive,
         default=989,
         help="of one GPU, dense, in the training dtype (default: 989, an H100's in bfloat16)",
     )
@@ -54,11 +59,14 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from megatron_router_upcycling.planning import command
 
+    flags, config = args.megatron_flags, args.config
+    if config is None and flags and not flags[0].startswith("-"):
+        config = Path(flags.pop(0))
     print(
         command.run(
-            args.config,
+            config,
             args.load,
-            args.megatron_flags,
+            flags,
             args.gpus,
             args.gpu_memory_gib,
             args.peak_tflops,

@@ -94,6 +94,8 @@ def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> 
 def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
     """``value`` as the field's type takes it."""
     flag = f"{source}: --{name.replace('_', '-')} {value}"
+    if value is True and kind is not bool:
+        raise UserError(f"{source}: --{name.replace('_', '-')}: needs a value")
     if kind is bool:
         if not isinstance(value, bool):
             raise UserError(f"{flag}: is a switch; true or false")
