@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from megatron_router_upcycling import device
+
 CPU = torch.device("cpu")
 _installed = False
 
@@ -242,7 +244,6 @@ def _bridge_megatron() -> None:
     modules = {
         name: importlib.import_module(f"megatron.{name}")
         for name in (
-            "core.datasets.utils",
             "core.dist_checkpointing.strategies.filesystem_async",
             "core.tensor_parallel.random",
             "core.transformer.moe.token_dispatcher",
@@ -262,8 +263,7 @@ def _bridge_megatron() -> None:
 
     _replace(dispatcher, "maybe_move_tensor_to_cpu", to_host)
 
-    # The wheel ships the built dataset helper and no Makefile to build it with.
-    _replace(modules["core.datasets.utils"], "compile_helpers", lambda: None)
+    device.use_built_dataset_helper()
 
     # What a save wrote is handed on through a queue. Megatron's is in a process that each rank starts for it
     # and that imports PyTorch; where no save is asynchronous (device.ON_CPU), one process does it all.

@@ -1,8 +1,8 @@
 """Where a run takes place, and the Megatron flags that must differ there.
 
-Three platforms: a GPU with Transformer Engine (nothing is changed), a GPU without it, and the CPU. The
-last two lack fused kernels that Megatron turns on by default; a flag for each is set for the user, and
-``adapt`` says so in one line.
+Three platforms: a GPU with Transformer Engine, a GPU without it, and the CPU. The last two lack fused kernels
+that Megatron turns on by default, and the first lacks one where apex is missing; a flag for each is set for
+the user, and ``adapt`` says so in one line.
 """
 
 import importlib.util
@@ -11,10 +11,13 @@ from typing import Any
 
 from megatron_router_upcycling.errors import UserError
 
-# Megatron argument -> the value it must have without Transformer Engine and apex.
-WITHOUT_FUSED_KERNELS: dict[str, Any] = {
+# Megatron argument -> the value it must have without apex's extension of this name, which Megatron's output
+# layer needs for it; Transformer Engine's layers have their own.
+WITHOUT_APEX: dict[str, Any] = {"gradient_accumulation_fusion": False}
+APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
+# Megatron argument -> the value it must have without Transformer Engine, beside that.
+WITHOUT_FUSED_KERNELS: dict[str, Any] = WITHOUT_APEX | {
     "transformer_impl": "local",
-    "gradient_accumulation_fusion": False,
     "no_persist_layer_norm": True,
     "tp_comm_overlap": False,
     "masked_softmax_fusion": False,
@@ -60,6 +63,20 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def use_built_dataset_helper() -> None:
+    """Let Megatron take the compiled dataset helper that megatron-core's wheel brings, on any device.
+
+    ``initialize_megatron`` runs ``make`` beside it, and the wheel has no Makefile. Where the helper is
+    not there, in a source checkout, Megatron goes on to build it.
+    """
+    from megatron.core.datasets import utils
+
+    if not hasattr(utils, "compile_helpers"):
+        raise RuntimeError("device: megatron.core.datasets.utils.compile_helpers has gone; tested with 0.19")
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
+        utils.compile_helpers = lambda: None
+
+
 def adapt(args: Namespace, device: str) -> str | None:
     """Set the flags that must differ on this platform; return one line that says which, or None.
 
@@ -67,7 +84,8 @@ def adapt(args: Namespace, device: str) -> str | None:
     value changes.
     """
     if device == "cuda" and has_transformer_engine():
-        return None
+        needed = WITHOUT_APEX if importlib.util.find_spec(APEX_EXTENSION) is None else {}
+        return _set(args, needed, "GPU without apex")
     needed = WITHOUT_FUSED_KERNELS | (ON_CPU if device == "cpu" else {})
     if not args.reset_attention_mask:
         # Causal attention needs none, and PyTorch's fastest kernels take none.
@@ -79,6 +97,13 @@ def adapt(args: Namespace, device: str) -> str | None:
         without_grouped = experts.usable(device)
     if without_grouped:
         needed["moe_grouped_gemm"] = False
+    if device == "cpu":
+        return _set(args, needed, "CPU over Gloo")
+    note = f" (grouped expert products: {without_grouped})" if without_grouped else ""
+    return _set(args, needed, "GPU without Transformer Engine", note)
+
+
+def _set(args: Namespace, needed: dict[str, Any], platform: str, note: str = "") -> str | None:
     changed = []
     for name, value in needed.items():
         if not hasattr(args, name):
@@ -86,9 +111,4 @@ def adapt(args: Namespace, device: str) -> str | None:
         if getattr(args, name) != value:
             setattr(args, name, value)
             changed.append(f"{name}={value}")
-    if not changed:
-        return None
-    if device == "cpu":
-        return f"CPU over Gloo: set {', '.join(changed)}"
-    note = f" (grouped expert products: {without_grouped})" if without_grouped else ""
-    return f"GPU without Transformer Engine: set {', '.join(changed)}{note}"
+    return f"{platform}: set {', '.join(changed)}{note}" if changed else None

@@ -118,8 +118,6 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
     if model_config.transformer.num_moe_experts is None:
         return spec
     _check_agreement(router, model_config.transformer)
-    if router.router == "linear":
-        return spec
     for name in METRICS.get(router.router, ()):
         report_also(name)  # here, where every rank comes: a pipeline stage without experts reports as well
     if not isinstance(spec, TransformerBlockSubmodules):
@@ -128,7 +126,11 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
 
 
 def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
-    """A copy of a layer's spec whose MoE layer builds ``router``."""
+    """A copy of a layer's spec whose MoE layer builds ``router``, and whose norm before it has one name.
+
+    Megatron's specs without Transformer Engine save that norm as ``mlp.linear_fc1.layer_norm_weight``, those
+    with it as ``pre_mlp_layernorm.weight``. With one name, what was trained with it loads without it.
+    """
     submodules = getattr(layer, "submodules", None)
     if not isinstance(submodules, TransformerLayerSubmodules):
         raise _unknown("ModuleSpec.submodules", "TransformerLayerSubmodules", submodules)
@@ -138,10 +140,11 @@ def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
         return layer
     if not isinstance(inner, MoESubmodules) or mlp.func is not MoELayer:
         raise _unknown("TransformerLayerSubmodules.mlp", "partial(MoELayer, submodules=MoESubmodules)", mlp)
-    routed = partial(
-        mlp.func, *mlp.args, **(mlp.keywords | {"submodules": replace(inner, router=builder(router))})
-    )
-    return replace(layer, submodules=replace(submodules, mlp=routed))
+    if router.router != "linear":
+        inner = replace(inner, router=builder(router))
+    routed = partial(mlp.func, *mlp.args, **(mlp.keywords | {"submodules": inner}))
+    names = {k: v for k, v in submodules.sharded_state_dict_keys_map.items() if k != "pre_mlp_layernorm."}
+    return replace(layer, submodules=replace(submodules, mlp=routed, sharded_state_dict_keys_map=names))
 
 
 def _unknown(symbol: str, expected: str, found: Any) -> RuntimeError:

@@ -145,6 +145,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     if recorded:
         config.check_architecture(parsers[0], args, recorded["model"], str(source))
     configured = dict(vars(args))
+    device.use_built_dataset_helper()
     changes = device.adapt(args, chosen)
     if changes and args.rank == 0:
         print(changes, flush=True)

@@ -56,6 +56,7 @@ def adapt(args: Namespace, configured: dict[str, Any], router: RouterConfig | No
     args.padded_vocab_size = planned.vocabulary
     args.tokenizer_type, args.vocab_size = "NullTokenizer", planned.vocabulary
     args.load = args.pretrained_checkpoint = args.save = None
+    args.async_save = args.use_persistent_ckpt_worker = False
     args.tensorboard_dir = args.wandb_project = None
     args.rerun_mode = "disabled"
     args.rampup_batch_size = None

@@ -62,7 +62,13 @@ class RunLog:
         if self.save and self._writes():
             for name in (runlog.RUN, runlog.ROUTING):
                 runlog.keep_until(self.save / name, self.args.iteration)
-        if self.args.num_experts and self.args.routing_diagnostics and not self.args.skip_train:
+        collects = self.args.num_experts and self.args.routing_diagnostics and not self.args.skip_train
+        if collects and _routers_in_cuda_graphs(self.args):
+            if self.args.rank == 0:
+                print(
+                    "routing diagnostics: none; a CUDA graph replays routers without calling them", flush=True
+                )
+        elif collects:
             from megatron_router_upcycling.diagnostics.collector import RoutingCollector
 
             self.collector = RoutingCollector(
@@ -197,6 +203,14 @@ def _scalars(record: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]
             scalars[f"routing/{name}"] = sum(v for _, v in present) / len(present)
         scalars |= {f"routing/{name}/layer_{layer}": v for layer, v in present}
     return scalars
+
+
+def _routers_in_cuda_graphs(args: Namespace) -> bool:
+    """Whether Megatron captures routers: whole layers (no modules named) or parts of an MoE layer."""
+    modules = [getattr(module, "name", module) for module in args.cuda_graph_modules or ()]
+    return args.cuda_graph_impl != "none" and (
+        not modules or any(module.startswith("moe") for module in modules)
+    )
 
 
 def _around(name: str, outer: Callable[[Callable[[], Any], dict[str, Any]], Any], *reads: str) -> None:
