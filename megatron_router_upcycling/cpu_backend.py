@@ -210,7 +210,7 @@ def _bridge_torch_cuda() -> None:
     _replace(cuda, "initial_seed", lambda: torch.initial_seed())
     for owner in (cuda, cuda.random):
         _replace(owner, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state())
-        _replace(owner, "set_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+        _replace(owner, "set_rng_state", _set_rng_state)
 
 
 def _bridge_distributed() -> None:
@@ -239,6 +239,14 @@ class _SplitSizes(list):
         return list(self)
 
 
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """Set the CPU's random state; one that a GPU left in a checkpoint is a seed and an offset, int64 [2]."""
+    if state.numel() == torch.get_rng_state().numel():
+        torch.set_rng_state(state)
+    else:
+        torch.manual_seed(state.view(torch.int64)[0].item())
+
+
 def _bridge_megatron() -> None:
     """Replace what Megatron binds to CUDA by value, or does only with a GPU's libraries."""
     modules = {
@@ -252,7 +260,7 @@ def _bridge_megatron() -> None:
     }
     random = modules["core.tensor_parallel.random"]
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
-    _replace(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    _replace(random, "_set_cuda_rng_state", _set_rng_state)
 
     # The dispatcher hands split sizes to all_to_all as numpy arrays once they have left the GPU;
     # a tensor that was always on the CPU must become a list here.

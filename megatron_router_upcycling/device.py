@@ -72,7 +72,10 @@ def use_built_dataset_helper() -> None:
     from megatron.core.datasets import utils
 
     if not hasattr(utils, "compile_helpers"):
-        raise RuntimeError("device: megatron.core.datasets.utils.compile_helpers has gone; tested with 0.19")
+        raise RuntimeError(
+            "device: megatron.core.datasets.utils.compile_helpers does not exist in this version of"
+            " megatron-core; tested with 0.19"
+        )
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
         utils.compile_helpers = lambda: None
 

@@ -104,8 +104,8 @@ class Collectives(TorchDispatchMode):
     """Bytes that this rank sends in c10d's collectives, by process group, as rings send them.
 
     Of ``groups``, name by process group's ``group_name``; others count as ``other``. Sends, in full, are
-    between pipeline stages (of two stages Megatron sends one way through the group of all ranks). Only what
-    runs in the calling thread is seen: on a GPU the backward pass does not.
+    between pipeline stages (of two stages Megatron sends one way through the group of all ranks). Autograd's
+    threads are seen too: they take over the caller's dispatch modes.
     """
 
     # Operator -> which argument holds the volume, and how many times (n - 1) / n of it is sent.

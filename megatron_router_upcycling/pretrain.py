@@ -149,7 +149,11 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     changes = device.adapt(args, chosen)
     if changes and args.rank == 0:
         print(changes, flush=True)
-    if not (chosen == "cuda" and device.has_transformer_engine()):
+    if chosen == "cuda" and device.has_transformer_engine():
+        from megatron_router_upcycling import with_te
+
+        with_te.install()
+    else:
         from megatron_router_upcycling import without_te
 
         without_te.install()

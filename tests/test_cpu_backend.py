@@ -49,9 +49,9 @@ cases = [(install, "cpu_backend", owner, symbol) for owner, symbol in (
     ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state"),
     ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state"),
     ("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"),
-    ("megatron.core.datasets.utils", "compile_helpers"),
     ("megatron.core.dist_checkpointing.strategies.filesystem_async", "get_write_results_queue"),
     ("megatron.training.training", "initialize_megatron"))]
+cases.append((install, "device", "megatron.core.datasets.utils", "compile_helpers"))
 cases += [(mend, "without_te", "DistributedOptimizer", symbol) for symbol in (
     "state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")]
 failed = False

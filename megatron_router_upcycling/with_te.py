@@ -1,0 +1,60 @@
+"""What Transformer Engine needs to go on from checkpoints that were saved without it.
+
+Its modules ask a checkpoint for an ``_extra_state`` each (fp8 scales; empty without fp8), and its Adam for
+settings that PyTorch's does not have. ``install()`` lets both do without; it changes nothing for checkpoints
+saved with Transformer Engine. The other direction needs no help but one name (``layer_spec``).
+"""
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint import FileSystemReader
+
+EXTRA_STATE = "._extra_state"
+
+
+def install() -> None:
+    """Stand around ``dist_checkpointing.load`` and ``FusedAdam.load_state_dict``, once."""
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    if hasattr(dist_checkpointing.load, "__wrapped__"):
+        return
+    load, load_state_dict = dist_checkpointing.load, FusedAdam.load_state_dict
+
+    @functools.wraps(load)
+    def load_what_is_there(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
+        wanted = without_missing_states(sharded_state_dict, checkpoint_dir)
+        return load(wanted, checkpoint_dir, *args, **kwargs)
+
+    @functools.wraps(load_state_dict)
+    def with_defaults(self: Any, state_dict: dict[str, Any]) -> Any:
+        groups = [self.defaults | group for group in state_dict["param_groups"]]
+        for group in groups:
+            if isinstance(group.get("step"), float) or _is_float_tensor(group.get("step")):
+                group["step"] = int(group["step"])  # PyTorch's Adam counts in floats
+        return load_state_dict(self, state_dict | {"param_groups": groups})
+
+    dist_checkpointing.load = load_what_is_there
+    FusedAdam.load_state_dict = with_defaults
+
+
+def _is_float_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def without_missing_states(sharded_state_dict: Any, checkpoint_dir: str) -> Any:
+    """``sharded_state_dict`` less the extra states that the torch_dist checkpoint does not hold."""
+    saved = FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata
+
+    def is_missing(value: Any) -> bool:
+        return (
+            isinstance(value, ShardedObject)
+            and value.key.endswith(EXTRA_STATE)
+            and value.unique_key not in saved
+        )
+
+    return extract_matching_values(sharded_state_dict, is_missing)[1]
