@@ -63,7 +63,7 @@ class RunLog:
             for name in (runlog.RUN, runlog.ROUTING):
                 runlog.keep_until(self.save / name, self.args.iteration)
         collects = self.args.num_experts and self.args.routing_diagnostics and not self.args.skip_train
-        if collects and _routers_in_cuda_graphs(self.args):
+        if collects and routers_in_cuda_graphs(self.args):
             if self.args.rank == 0:
                 print(
                     "routing diagnostics: none; a CUDA graph replays routers without calling them", flush=True
@@ -205,7 +205,7 @@ def _scalars(record: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]
     return scalars
 
 
-def _routers_in_cuda_graphs(args: Namespace) -> bool:
+def routers_in_cuda_graphs(args: Namespace) -> bool:
     """Whether Megatron captures routers: whole layers (no modules named) or parts of an MoE layer."""
     modules = [getattr(module, "name", module) for module in args.cuda_graph_modules or ()]
     return args.cuda_graph_impl != "none" and (
