@@ -11,13 +11,12 @@ from typing import Any
 
 from megatron_router_upcycling.errors import UserError
 
-# Megatron argument -> the value it must have without apex's extension of this name, which Megatron's output
-# layer needs for it; Transformer Engine's layers have their own.
-WITHOUT_APEX: dict[str, Any] = {"gradient_accumulation_fusion": False}
+# apex's extension that Megatron's output layer needs for --gradient-accumulation-fusion, on by default.
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
-# Megatron argument -> the value it must have without Transformer Engine, beside that.
-WITHOUT_FUSED_KERNELS: dict[str, Any] = WITHOUT_APEX | {
+# Megatron argument -> the value it must have without Transformer Engine and apex.
+WITHOUT_FUSED_KERNELS: dict[str, Any] = {
     "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
     "no_persist_layer_norm": True,
     "tp_comm_overlap": False,
     "masked_softmax_fusion": False,
@@ -87,8 +86,8 @@ def adapt(args: Namespace, device: str) -> str | None:
     value changes.
     """
     if device == "cuda" and has_transformer_engine():
-        needed = WITHOUT_APEX if importlib.util.find_spec(APEX_EXTENSION) is None else {}
-        return _set(args, needed, "GPU without apex")
+        has_apex = importlib.util.find_spec(APEX_EXTENSION) is not None
+        return None if has_apex else _set(args, {"gradient_accumulation_fusion": False}, "GPU without apex")
     needed = WITHOUT_FUSED_KERNELS | (ON_CPU if device == "cpu" else {})
     if not args.reset_attention_mask:
         # Causal attention needs none, and PyTorch's fastest kernels take none.
