@@ -5,6 +5,7 @@ answer at once.
 """
 
 import argparse
+import difflib
 import re
 import signal
 import sys
@@ -43,7 +44,8 @@ def _local_path(text: str) -> Path:
     return Path(text)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> tuple[argparse.ArgumentParser, Any]:
+    """The parser, and the action that holds those of the commands."""
     parser = _Parser(
         prog="router-upcycle",
         description="Turn a dense Megatron checkpoint into a Mixture-of-Experts by Router Upcycling.",
@@ -53,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
-    return parser
+    return parser, commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,12 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        parser = build_parser()
+        parser, commands = build_parser()
         args, rest = parser.parse_known_args(argv)
         if args.command is None:
             parser.error("name a command; router-upcycle --help lists them")
         if rest and not getattr(args, "takes_megatron_flags", False):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            known = commands.choices[args.command]._option_string_actions
+            near = difflib.get_close_matches(rest[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; see router-upcycle {args.command} --help"
+            parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         args.megatron_flags = rest
         status = args.run(args)
     except UserError as error:

@@ -12,8 +12,6 @@ small vocabulary: the output layer collects nothing, so a large one would only m
 import argparse
 import contextlib
 import json
-import os
-import socket
 import statistics
 import sys
 import time
@@ -88,15 +86,6 @@ def measure(options: Namespace) -> dict[str, Any]:
     }
 
 
-def run_alone() -> None:
-    """What torchrun would say to one process on its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(alone | {"MASTER_PORT": str(port)})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -111,7 +100,6 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2, help="pairs of passes before those")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
-    run_alone()
     with contextlib.redirect_stdout(sys.stderr):  # Megatron prints a great deal
         result = measure(options)
         torch.distributed.destroy_process_group()

@@ -251,7 +251,7 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     for num_experts in options.experts:
         name = f"convert {num_experts}"
         seconds = best[name] - best["import torch"]
-        routers = 2 * options.layers * (HEADS * HEAD_SIZE * options.hidden + max(HEADS, num_experts) * 128)
+        routers = 2 * options.layers * HEADS * HEAD_SIZE * (options.hidden + 1)  # query maps and expert keys
         result["convert"][num_experts] = {
             "seconds_beyond_import_torch": seconds,
             "ratio_to_cp": seconds / best["cp -r"],

@@ -230,6 +230,10 @@ def main() -> int:
     options, flags = parser.parse_known_args()
     command = list(sys.argv)
     try:
+        if options.output and not options.output.absolute().parent.is_dir():
+            raise UserError(
+                f"--output {options.output}: there is no folder {options.output.absolute().parent}"
+            )
         found = measure(options, flags)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.commands.shared import progress_bar
+from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import GROUPINGS, POOLINGS, ROUTERS, RouterConfig
 
 EXAMPLE = """\
@@ -140,6 +141,11 @@ def _router_to_make(args: argparse.Namespace, file: dict[str, Any]) -> RouterCon
         "grouping": args.grouping,
         "pre_softmax": args.moe_router_pre_softmax,
     }
+    kind = args.router or file.get("router", "mixture")
+    for name in ("num_routers", "pooling", "grouping"):
+        if flags[name] is not None and kind != "mixture":
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {flags[name]}: is for --router mixture; leave it out for {kind}")
     given = file | {name: value for name, value in flags.items() if value is not None}
     top_k = 1 if given.get("router") == "switch" else 2
     defaults = {"num_experts": 8 * args.granularity, "top_k": top_k * args.granularity}

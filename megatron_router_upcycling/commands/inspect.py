@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_router_upcycling import inspection
     from megatron_router_upcycling.diagnostics import start
 
+    routing = start.describe(args.checkpoint, args.key_stats)  # first: what is wrong with --key-stats
     print(inspection.describe(args.checkpoint, everything=args.all))
-    routing = start.describe(args.checkpoint, args.key_stats)
     if routing:
         print(f"\n{routing}")
