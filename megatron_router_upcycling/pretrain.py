@@ -8,17 +8,19 @@ Where ``--save`` holds a checkpoint already, the run goes on from there, so that
 continued by the same command.
 """
 
+import contextlib
 import os
 import socket
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_router_upcycling import config, device, manifest
-from megatron_router_upcycling.errors import Parser, UserError
+from megatron_router_upcycling.errors import Parser, UserError, reason
 from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.router_config import RouterConfig
 
@@ -161,14 +163,20 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     if args.rehearse is not None:
         from megatron_router_upcycling import rehearsal
 
-        planned = rehearsal.adapt(args, configured, router, chosen == "cpu")
+        with _tokenizer_named(args):
+            planned = rehearsal.adapt(args, configured, router, chosen == "cpu")
+    if not (args.num_layers or args.encoder_num_layers or args.hybrid_layer_pattern):
+        raise UserError(
+            "--num-layers: is missing; give the architecture, or --load a checkpoint that brings it"
+        )
     try:
         validate_args(args)
     except (AssertionError, ValueError) as error:
         raise _refused(error) from None
     if not needs_checkpoint and planned is None:
         language_model.check_data(args)
-    set_global_variables(args)
+    with _tokenizer_named(args):
+        set_global_variables(args)
     if recorded and args.save and args.rank == 0 and load != args.save:
         record = recorded | {"router": router.to_dict() if router else None}
         try:
@@ -194,13 +202,27 @@ def _resume_or_load(load: str | None, save: str | None) -> str | None:
     return load
 
 
+@contextlib.contextmanager
+def _tokenizer_named(args: Namespace) -> Iterator[None]:
+    """What goes wrong where Megatron builds the tokenizer, in one line: its libraries raise anything."""
+    try:
+        yield
+    except Exception as error:
+        if not any(frame.name == "build_tokenizer" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise UserError(
+            f"--tokenizer-model {args.tokenizer_model}: --tokenizer-type {args.tokenizer_type} finds no"
+            f" tokenizer there ({reason(error)})"
+        ) from None
+
+
 def _refused(error: Exception) -> UserError:
     """Megatron's objection to its arguments in one line; an assertion without a message shows its source."""
-    reason = " ".join(str(error).split())
+    said = " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)
-    if not reason and frames:
-        reason = frames[-1].line or ""
-    return UserError(f"Megatron refuses these arguments: {reason}")
+    if not said and frames:
+        said = frames[-1].line or ""
+    return UserError(f"Megatron refuses these arguments: {said}")
 
 
 def _check_writable(save: str) -> None:
