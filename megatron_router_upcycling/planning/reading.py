@@ -103,8 +103,8 @@ def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
         return _layers(value, flag)
     elif kind in (int, int | None) and (isinstance(value, bool) or not isinstance(value, int)):
         raise UserError(f"{flag}: must be a whole number")
-    elif kind == list[str] | None and isinstance(value, str):
-        return [value]
+    elif kind == list[str] | None and not isinstance(value, list):
+        return [str(value)]
     return value
 
 

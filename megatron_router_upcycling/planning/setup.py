@@ -202,7 +202,7 @@ def problems(setup: Setup, gpus: str = "--gpus") -> Iterator[str]:
     for name in (
         *("world_size", "num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"),
         *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
-        "expert_model_parallel_size",
+        *("expert_model_parallel_size", "num_query_groups"),
     ):
         value = getattr(s, name)
         flag = gpus if name == "world_size" else f"--{name.replace('_', '-')}"
