@@ -35,7 +35,7 @@ class GroupedExperts(SequentialMLP):
     """``SequentialMLP`` of gated SiLU experts without biases, in grouped products.
 
     What it does not cover (biases, other activations, fp8, tensor-parallel experts, probabilities on the
-    input, recomputed activations) is left to Megatron's loop.
+    input, recomputed activations, and on a GPU all but bfloat16) is left to Megatron's loop.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +58,8 @@ class GroupedExperts(SequentialMLP):
     ) -> tuple[Tensor, None]:
         """Tokens [T, D], sorted by expert, through their experts and weighted: [T, D]."""
         tokens = permuted_local_hidden_states
-        if not self.grouped or tokens.shape[0] == 0:
+        untried = tokens.is_cuda and tokens.dtype is not torch.bfloat16  # usable() tries that dtype
+        if not self.grouped or untried or tokens.shape[0] == 0:
             return super().forward(tokens, tokens_per_expert, permuted_probs)
         counts = tokens_per_expert.to(tokens.device)
         fc1 = torch.stack([expert.linear_fc1.weight for expert in self.local_experts])

@@ -1,0 +1,3 @@
+from tests.pretend_gpu import main
+
+main()
