@@ -25,6 +25,8 @@ WITHOUT_FUSED_KERNELS: dict[str, Any] = {
     "moe_router_fusion": False,
     "fp8": None,
 }
+# Of --recompute-modules, what Megatron recomputes with Transformer Engine's help only.
+RECOMPUTED_WITH_TE = {"layernorm", "mla_up_proj", "moe_act"}
 # Megatron argument -> the value it must have on the CPU, beside those.
 ON_CPU: dict[str, Any] = {
     "distributed_backend": "gloo",
@@ -92,6 +94,11 @@ def adapt(args: Namespace, device: str) -> str | None:
     if not args.reset_attention_mask:
         # Causal attention needs none, and PyTorch's fastest kernels take none.
         needed["create_attention_mask_in_dataloader"] = False
+    modules = args.recompute_modules or ()
+    if kept := [module for module in modules if module not in RECOMPUTED_WITH_TE]:
+        needed["recompute_modules"] = kept
+    elif modules:
+        needed |= {"recompute_granularity": None, "recompute_modules": None}
     without_grouped = "no GPU" if device == "cpu" else None
     if device == "cuda" and args.moe_grouped_gemm:
         from megatron_router_upcycling import experts

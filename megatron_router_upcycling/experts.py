@@ -49,7 +49,7 @@ class GroupedExperts(SequentialMLP):
             and not config.moe_apply_probs_on_input
             and config.activation_func_clamp_value is None
             and config.glu_linear_offset == 0.0
-            and config.recompute_granularity != "selective"
+            and "moe_act" not in (config.recompute_modules or ())
             and self.tp_group.size() == 1
         )
 
