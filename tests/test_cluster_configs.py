@@ -1,6 +1,7 @@
 """Every cluster configuration goes through the training entry's own parsing, as one rank of 64."""
 
 import json
+import re
 import signal
 
 import pytest
@@ -67,3 +68,15 @@ def test_the_papers_run(parsed: dict[str, dict]) -> None:
     spread = parsed["configs/qwen1.5-0.5b-8x/moe_ep8.yaml"]
     differs = {name for name in args if args[name] != spread[name]} - {"config"}
     assert {name for name in differs if "expert" in name} == {"expert_model_parallel_size"}
+
+
+@pytest.mark.parametrize("model", ["qwen2.5-7b-4x", "qwen3-8b-8x"])
+def test_the_larger_models_layouts_rehearse(model: str) -> None:
+    """One rank of 64 steps, at a narrow width, with all else as configured, recomputation included."""
+    config = launch.ROOT / "configs" / model / "moe.yaml"
+    narrow = "--hidden-size 64 --ffn-hidden-size 96 --kv-channels 4 --vocab-size 256 --padded-vocab-size 256"
+    flags = ("--router", "mixture", "--rehearse", 64, "--rehearse-seq-length", 32, *narrow.split())
+    said = launch.python("-m", "megatron_router_upcycling.pretrain", "--config", config, *flags).ok()
+    assert "recompute_granularity=None, recompute_modules=None" in said.text  # both need Transformer Engine
+    counts = re.findall(r"^  all +(\d+) +(\d+)$", said.text, flags=re.M)
+    assert counts and counts[0][0] == counts[0][1]

@@ -27,6 +27,22 @@ def test_with_transformer_engine_only_apexs_kernel_is_missed(
     assert line == (None if apex else "GPU without apex: set gradient_accumulation_fusion=False")
 
 
+@pytest.mark.parametrize(
+    "asked, kept",
+    [(None, None), (["layernorm", "moe_act"], None), (["core_attn", "layernorm"], ["core_attn"])],
+)
+def test_without_transformer_engine_what_it_recomputes_is_dropped(
+    asked: list[str] | None, kept: list[str] | None
+) -> None:
+    args = Namespace(**device.WITHOUT_FUSED_KERNELS | device.ON_CPU, reset_attention_mask=True)
+    args.moe_grouped_gemm, args.recompute_granularity = False, "selective" if asked else None
+    args.recompute_modules = asked
+    line = device.adapt(args, "cpu")
+    assert args.recompute_modules == kept
+    assert args.recompute_granularity == ("selective" if kept else None)
+    assert (line is None) == (asked is None) and "recompute_modules" in (line or "recompute_modules")
+
+
 def test_only_extra_states_that_a_checkpoint_lacks_are_not_asked_for(dense: Path) -> None:
     from megatron_router_upcycling.with_te import without_missing_states
 
