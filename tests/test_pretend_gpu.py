@@ -8,7 +8,7 @@ import pytest
 
 from megatron_router_upcycling.checkpoint import torch_dist
 from tests import launch, pretend_gpu
-from tests.conftest import expert_parallel
+from tests.conftest import LAYERS, expert_parallel
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,6 +39,27 @@ def test_training_has_the_losses_of_the_cpu(
     assert output.losses == pytest.approx(unbroken[1], rel=1e-5)
     assert (save / "run_state").read_text() == "finished\n"
     torch_dist.check_whole(save)
+
+
+def test_cuda_graphs_take_the_mixtures_routers(
+    gpu: dict[str, str], moe_config: Path, moe: Path, tmp_path: Path
+) -> None:
+    """They are captured: nothing in them waits for the GPU. (A replay does nothing here.)"""
+    graphs = ("--cuda-graph-impl", "local", "--cuda-graph-modules", "attn", "moe_router", "--te-rng-tracker")
+    flags = (
+        "--config",
+        moe_config,
+        "--load",
+        moe,
+        "--save",
+        tmp_path / "run",
+        "--distributed-backend",
+        "gloo",
+    )
+    command = (sys.executable, *ON_GPU, "-m", "megatron_router_upcycling.pretrain", *flags, *graphs)
+    output = launch.run(*command, "--train-iters", 2, "--no-check-for-nan-in-loss-and-grad", **gpu).ok()
+    assert f"built {2 * LAYERS} cuda graph(s)" in output.text  # forward and backward of each layer
+    assert "routing diagnostics: none" in output.text
 
 
 def test_the_papers_run_steps_with_both_routers(gpu: dict[str, str], tmp_path: Path) -> None:

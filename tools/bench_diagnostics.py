@@ -18,12 +18,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from megatron_router_upcycling import pretrain
 from megatron_router_upcycling.diagnostics import collector, measures
 from megatron_router_upcycling.diagnostics.training import RunLog
 
 BOUND = 0.01  # of a step
 WARM_UP = 4  # iterations that are left out
+
+
+def now() -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Clock:
@@ -36,11 +45,11 @@ class Clock:
         function = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = now()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - start
+                self.seconds += now() - start
 
         setattr(owner, name, call)
 
@@ -73,7 +82,7 @@ def train(options: argparse.Namespace) -> list[tuple[float, float]]:
 
         def mark(*args: Any, **kwargs: Any) -> Any:
             result = after(*args, **kwargs)
-            marks.append((time.perf_counter(), clock.seconds))
+            marks.append((now(), clock.seconds))
             return result
 
         training.training_log = mark

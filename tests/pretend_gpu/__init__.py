@@ -3,8 +3,9 @@
 ``cuda.c`` stands for CUDA's runtime: its GPUs are host memory, and a kernel that is launched does nothing.
 PyTorch's allocator, streams, events and handles between processes are the real ones, ``torch.cuda`` says that
 a GPU is there, and no bridge to the CPU is laid. ``Pretended`` computes aten's operations on that memory with
-PyTorch's CPU kernels, and refuses tensors of different devices as a GPU does. What this cannot show: kernels,
-speed, NCCL, and libraries that launch kernels of their own, such as Transformer Engine.
+PyTorch's CPU kernels. It refuses what a GPU refuses: tensors of different devices, and waiting for a value
+inside a CUDA graph. What this cannot show: kernels, speed, NCCL, and libraries with kernels of their own,
+such as Transformer Engine.
 
 In the environment of ``environment``::
 
@@ -91,6 +92,12 @@ class Pretended(TorchDispatchMode):
             return func(*args, **kwargs)
         if takes and name not in ACROSS and any(not t.is_cuda and t.dim() for t in tensors):
             raise RuntimeError(f"{func}: tensors on {[str(tensor.device) for tensor in tensors]}")
+        # What the host waits for cannot be in a CUDA graph.
+        waits = (
+            name == "_local_scalar_dense" or name == "nonzero" or not gives and not kwargs.get("non_blocking")
+        )
+        if takes and waits and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{func} waits for the GPU inside a CUDA graph")
         if gives and device is not None:
             kwargs["device"] = torch.device("cpu")
         host_args, host_kwargs = tree_map_only(torch.Tensor, on_host, (args, kwargs))

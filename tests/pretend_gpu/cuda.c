@@ -102,10 +102,20 @@ int cudaEventCreateWithFlags(void **event, unsigned flags) { return named(event)
 int cudaEventCreate(void **event) { return named(event); }
 int cudaIpcOpenEventHandle(void **event, struct handle handle) { return named(event); }
 int cudaEventElapsedTime(float *milliseconds, void *start, void *end) { return *milliseconds = 1, 0; }
-int cudaStreamIsCapturing(void *stream, int *status) { return *status = 0, 0; }
-int cudaStreamGetCaptureInfo(void *stream, int *status, unsigned long long *id) {
-    if (id) *id = 0;
-    return *status = 0, 0;
+/* A graph is captured, which PyTorch asks about, and its replay does nothing. */
+static int capturing;
+int cudaStreamBeginCapture(void *stream, int mode) { return capturing = 1, 0; }
+int cudaStreamEndCapture(void *stream, void **graph) { return capturing = 0, named(graph); }
+int cudaGraphInstantiateWithFlags(void **executable) { return named(executable); }
+int cudaGraphGetNodes(void *graph, void **nodes, size_t *count) { return *count = 1, 0; }
+int cudaStreamIsCapturing(void *stream, int *status) { return *status = capturing, 0; }
+int cudaStreamGetCaptureInfo(
+    void *stream, int *status, unsigned long long *id, void **graph, void *nodes, void *edges, size_t *count
+) {
+    if (id) *id = capturing;
+    if (graph) *graph = (void *)names;
+    if (count) *count = 0;
+    return *status = capturing, 0;
 }
 int cublasCreate_v2(void **handle) { return named(handle); }
 int cublasLtCreate(void **handle) { return named(handle); }
