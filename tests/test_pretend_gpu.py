@@ -46,18 +46,10 @@ def test_cuda_graphs_take_the_mixtures_routers(
 ) -> None:
     """They are captured: nothing in them waits for the GPU. (A replay does nothing here.)"""
     graphs = ("--cuda-graph-impl", "local", "--cuda-graph-modules", "attn", "moe_router", "--te-rng-tracker")
-    flags = (
-        "--config",
-        moe_config,
-        "--load",
-        moe,
-        "--save",
-        tmp_path / "run",
-        "--distributed-backend",
-        "gloo",
-    )
-    command = (sys.executable, *ON_GPU, "-m", "megatron_router_upcycling.pretrain", *flags, *graphs)
-    output = launch.run(*command, "--train-iters", 2, "--no-check-for-nan-in-loss-and-grad", **gpu).ok()
+    load = ("--config", moe_config, "--load", moe, "--save", tmp_path / "run", "--train-iters", 2)
+    flags = (*load, *graphs, "--distributed-backend", "gloo", "--no-check-for-nan-in-loss-and-grad")
+    command = (sys.executable, *ON_GPU, "-m", "megatron_router_upcycling.pretrain", *flags)
+    output = launch.run(*command, **gpu).ok()
     assert f"built {2 * LAYERS} cuda graph(s)" in output.text  # forward and backward of each layer
     assert "routing diagnostics: none" in output.text
 

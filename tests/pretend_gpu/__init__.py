@@ -93,9 +93,7 @@ class Pretended(TorchDispatchMode):
         if takes and name not in ACROSS and any(not t.is_cuda and t.dim() for t in tensors):
             raise RuntimeError(f"{func}: tensors on {[str(tensor.device) for tensor in tensors]}")
         # What the host waits for cannot be in a CUDA graph.
-        waits = (
-            name == "_local_scalar_dense" or name == "nonzero" or not gives and not kwargs.get("non_blocking")
-        )
+        waits = name in ("_local_scalar_dense", "nonzero") or not (gives or kwargs.get("non_blocking"))
         if takes and waits and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{func} waits for the GPU inside a CUDA graph")
         if gives and device is not None:
