@@ -40,8 +40,6 @@ def adapt(args: Namespace, configured: dict[str, Any], router: RouterConfig | No
         build_tokenizer(args)  # sets the padded size
     values = {name: value for name, value in configured.items() if name != "router"}
     values["padded_vocab_size"] = args.padded_vocab_size
-    if configured["recompute_modules"] is not None:
-        values["recompute_modules"] = list(configured["recompute_modules"])
     planned = reading.from_values(
         values | {"world_size": args.rehearse}, router.to_dict() if router else {}, "--rehearse"
     )
