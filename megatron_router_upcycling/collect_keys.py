@@ -126,12 +126,12 @@ def check(run: pretrain.Run) -> None:
     Raises:
         UserError: names the flag and what would work.
     """
-    from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+    from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
     from megatron_router_upcycling.language_model import check_data
 
     args = run.args
     check_flags(args)
-    trained = Checkpoint.open(args.load).args
+    trained = open_checkpoint(args.load).args
     if getattr(trained, "num_experts", None):
         raise UserError(
             f"--load {args.load}: is a Mixture-of-Experts of {trained.num_experts} experts already; keys are"

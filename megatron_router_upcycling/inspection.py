@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_router_upcycling import manifest
 from megatron_router_upcycling.checkpoint.dense import ARCHITECTURE, NEGATED
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from megatron_router_upcycling.errors import printable, shown
 from megatron_router_upcycling.upcycle import EXTRA_STATE, TRAINING_STATE
 
@@ -22,7 +22,7 @@ def describe(root: str | Path, everything: bool = False) -> str:
     Raises:
         UserError: no whole checkpoint there, or one that is not safe to read.
     """
-    checkpoint = Checkpoint.open(root)
+    checkpoint = open_checkpoint(root)
     args = checkpoint.args
     num_experts = getattr(args, "num_experts", None)
     kind = f"Mixture-of-Experts, {shown(num_experts)} experts" if num_experts else "dense"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_router_upcycling import cli, manifest
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from tests import dense_checkpoint
 from tests.launch import ENVIRONMENT
 from tests.test_upcycle import make_stats
@@ -253,7 +253,7 @@ def test_killed_run_leaves_nothing_whole_and_stands_in_no_ones_way(tmp_path: Pat
     (left,) = tmp_path.glob(".moe.partial-*")
     assert not (left / "latest_checkpointed_iteration.txt").exists()
     assert convert(tmp_path, "--router", "linear", "--quiet") == 0
-    Checkpoint.open(tmp_path / "moe")
+    open_checkpoint(tmp_path / "moe")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ks", "moe"]
 
 

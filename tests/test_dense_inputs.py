@@ -15,7 +15,7 @@ import torch
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as OldTensorProperties
 
 from megatron_router_upcycling import conversion, verify
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import Options
@@ -118,7 +118,7 @@ def test_converts_to_the_same(tmp_path: Path, layout: str, dtype: torch.dtype) -
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
-    states = [set(Checkpoint.open(tmp_path / name).objects) for name in ("moe", "moe plain")]
+    states = [set(open_checkpoint(tmp_path / name).objects) for name in ("moe", "moe plain")]
     assert states[0] | {"common_state/shard_0_1"} == states[1]
     assert not verify.run(verify.prepare(tmp_path / "dense", tmp_path / "moe"))
 
@@ -127,7 +127,7 @@ def test_extra_states_keep_their_bytes(tmp_path: Path) -> None:
     """But for the dense FFN's, whose modules are gone."""
     transformer_engine(tmp_path / "dense", dense_checkpoint.tensors())
     convert(tmp_path / "dense", tmp_path / "moe")
-    dense, moe = Checkpoint.open(tmp_path / "dense"), Checkpoint.open(tmp_path / "moe")
+    dense, moe = open_checkpoint(tmp_path / "dense"), open_checkpoint(tmp_path / "moe")
     kept = [key for key in dense.objects if "_extra_state" in key and "linear_fc1" not in key]
     assert len(kept) == 2 * LAYERS + 1
     for key in kept:

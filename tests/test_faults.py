@@ -28,7 +28,7 @@ import torch
 
 from megatron_router_upcycling import conversion
 from megatron_router_upcycling.checkpoint import publish
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import Options
@@ -424,7 +424,7 @@ def refused(work: Callable[[], object]) -> str:
 
 def test_one_flipped_bit_of_the_values(shop: Workshop) -> None:
     """In every chunk of every tensor, at its first, last and some byte between."""
-    checkpoint = Checkpoint.open(shop.dense)
+    checkpoint = open_checkpoint(shop.dense)
     count = 0
     for key, stored in checkpoint.tensors.items():
         for place, chunk in enumerate(stored.chunks):
@@ -518,7 +518,7 @@ def test_names_of_folders(tmp_path: Path, name: str) -> None:
     shop.out = tmp_path / name / name
     shop.convert()
     shop.convert(overwrite=True, num_experts=2)
-    assert Checkpoint.open(shop.out).args.num_experts == 2
+    assert open_checkpoint(shop.out).args.num_experts == 2
     assert shop.listing() == sorted(["dense", "ks", name])
     assert "exists" in refused(shop.convert)
 
@@ -544,7 +544,7 @@ def test_read_only_target_and_read_only_source(shop: Workshop, read_only: Path) 
     assert "cannot be written (Read-only file system)" in refused(shop.convert)
     shop.dense, shop.out = read_only / "dense", shop.folder / "moe"
     shop.convert()
-    Checkpoint.open(shop.out)
+    open_checkpoint(shop.out)
 
 
 # Two at once -----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_router_upcycling import conversion, manifest, verify
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import Options
@@ -74,7 +74,7 @@ def test_cut_experts_are_the_uncut_model(
     whole = convert(tmp_path, "whole", num_experts=4, top_k=2, **common)
     G = granularity
     cut = convert(tmp_path, "cut", num_experts=4 * G, top_k=2 * G, granularity=G, **common)
-    args = [Checkpoint.open(tmp_path / name).args for name in ("whole", "cut")]
+    args = [open_checkpoint(tmp_path / name).args for name in ("whole", "cut")]
     assert args[1].moe_ffn_hidden_size == FFN // G and args[1].moe_router_topk_scaling_factor == G
     generator = torch.Generator().manual_seed(0)
     assert not verify.run(verify.prepare(tmp_path / "dense", tmp_path / "cut"))
@@ -92,7 +92,7 @@ def test_shared_expert_and_chosen_experts_are_the_dense_model(tmp_path: Path, gr
     moe = convert(
         tmp_path, shared_expert=True, num_experts=4 * G, top_k=2 * G, granularity=G, pre_softmax=False
     )
-    args = Checkpoint.open(tmp_path / "moe").args
+    args = open_checkpoint(tmp_path / "moe").args
     assert (
         args.moe_shared_expert_intermediate_size == FFN
         and (args.moe_router_topk_scaling_factor or 1) == G / 2
@@ -129,7 +129,7 @@ def test_values_and_places(tmp_path: Path, gated: bool, dtype: torch.dtype, mate
             assert torch.equal(moe[f"{EXPERTS}.linear_fc2.weight"][layer, expert], columns)
     assert torch.equal(moe[f"{SHARED}.linear_fc1.weight"], values[f"{MLP}.linear_fc1.weight"])
     assert torch.equal(moe[f"{SHARED}.linear_fc2.weight"], values[f"{MLP}.linear_fc2.weight"] / 2)
-    checkpoint = Checkpoint.open(tmp_path / "moe")
+    checkpoint = open_checkpoint(tmp_path / "moe")
     blobs = checkpoint.blobs(f"{EXPERTS}.linear_fc2.weight")
     assert len(blobs) == len(set(blobs)) * (1 if materialize else n)
     states = [f"{SHARED}.linear_fc2._extra_state/shard_{layer}_{LAYERS}" for layer in range(LAYERS)]

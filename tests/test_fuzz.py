@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megatron_router_upcycling import config, conversion, inspection, key_stats, manifest
 from megatron_router_upcycling.checkpoint import safe_load
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import Options
@@ -201,7 +201,7 @@ class Bench:
         if said[1]:
             assert not self.out.exists()
         else:
-            Checkpoint.open(self.out)
+            open_checkpoint(self.out)
         assert (
             sorted(path.name for path in self.folder.iterdir())
             == ["dense", "kept", "ks"] + ["moe"] * self.out.exists()
@@ -352,7 +352,7 @@ def test_common_state_that_makes_no_sense(bench: Bench) -> None:
 def test_data_files_with_changed_bytes(bench: Bench) -> None:
     """Where the pickles and headers of the small archives lie; values are another matter."""
     rng = random.Random(5)
-    checkpoint = Checkpoint.open(bench.root)
+    checkpoint = open_checkpoint(bench.root)
     blobs = [blob for key in checkpoint.tensors for blob in checkpoint.blobs(key)]
     blobs += list(checkpoint.objects.values())
 
@@ -450,7 +450,7 @@ def test_hostile_pickles(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """As metadata, as the common state, and within arguments that are otherwise good."""
     monkeypatch.chdir(bench.folder / "kept")
     assert len(HOSTILE) > 80
-    checkpoint = Checkpoint.open(bench.root)
+    checkpoint = open_checkpoint(bench.root)
     blob = checkpoint.objects["common_state/shard_0_1"]
     for pickled in HOSTILE:
         assert spoil_and_try(bench, bench.iteration / ".metadata", iter([pickled])) == 1

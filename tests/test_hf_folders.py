@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_router_upcycling import cli, config, manifest
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from megatron_router_upcycling.hf import values
 from megatron_router_upcycling.hf.safetensors_file import SafetensorsFile
 from tests import dense_checkpoint, hf_models, legacy_checkpoint
@@ -203,7 +203,7 @@ def test_tokenizer_and_special_tokens_go_along(models: Path, tmp_path: Path) -> 
     flags = config.read_yaml(tmp_path / "dense/model.yaml")
     assert flags["tokenizer_type"] == "HuggingFaceTokenizer"
     assert flags["tokenizer_model"] == str(tmp_path / "dense/tokenizer")
-    assert Checkpoint.open(tmp_path / "dense").args.tokenizer_model == flags["tokenizer_model"]
+    assert open_checkpoint(tmp_path / "dense").args.tokenizer_model == flags["tokenizer_model"]
 
     assert run("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear") == 0
     assert run("export-hf", tmp_path / "moe", tmp_path / "back") == 0
@@ -251,7 +251,7 @@ def make_moe(folder: Path, seed: int, *options: object, **changes: Any) -> Path:
     )
     make_stats(folder / "ks")
     assert run("convert", folder / "dense", folder / "upcycled", "--key-stats", folder / "ks", *options) == 0
-    upcycled = Checkpoint.open(folder / "upcycled")
+    upcycled = open_checkpoint(folder / "upcycled")
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         key: torch.randn(value.shape, generator=generator) * 0.3
@@ -291,7 +291,7 @@ def test_gates_and_experts_of_an_export(
 ) -> None:
     moe = make_moe(tmp_path, 1, *options)
     assert run("export-hf", moe, tmp_path / "hf", *code) == 0
-    source = dense_checkpoint.read_back(Checkpoint.open(moe).iteration_dir)
+    source = dense_checkpoint.read_back(open_checkpoint(moe).iteration_dir)
     found = hf_models.tensors(tmp_path / "hf")
     F = dense_checkpoint.FFN
     for layer in range(dense_checkpoint.LAYERS):
@@ -315,7 +315,7 @@ def test_an_mlp_router_is_exported_with_code(tmp_path: Path, capsys: pytest.Capt
     said = refused(capsys, "export-hf", moe, tmp_path / "hf")
     assert "has a hidden layer (--router mlp)" in said and "--modelling-code" in said
     assert run("export-hf", moe, tmp_path / "hf", "--modelling-code") == 0
-    source = dense_checkpoint.read_back(Checkpoint.open(moe).iteration_dir)
+    source = dense_checkpoint.read_back(open_checkpoint(moe).iteration_dir)
     model = hf_models.load(tmp_path / "hf", trust_remote_code=True)
     seen = torch.randn(8, dense_checkpoint.HIDDEN, generator=torch.Generator().manual_seed(0))
     for layer in range(dense_checkpoint.LAYERS):
@@ -395,7 +395,7 @@ def test_the_card_and_the_record_tell_of_rounding(tmp_path: Path, capsys: pytest
     assert rounding["choices"] == 3 * 1024 * 2 and 0 < rounding["by_rounding"] < 200
     said = f"changes {rounding['by_rounding']} of {rounding['choices']} top-k choices"
     assert said in capsys.readouterr().out and said in (tmp_path / "hf/README.md").read_text()
-    assert record["source"]["digest"] == Checkpoint.open(moe).digest()
+    assert record["source"]["digest"] == open_checkpoint(moe).digest()
     assert str(tmp_path) not in (tmp_path / "hf/README.md").read_text()
 
 

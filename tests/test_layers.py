@@ -8,7 +8,7 @@ import torch
 
 from megatron_router_upcycling import conversion, manifest, verify
 from megatron_router_upcycling.checkpoint.layers import parse_layers
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import Options
@@ -97,7 +97,7 @@ def wrong(dense: Path, moe: Path) -> list[Any]:
 def test_extra_states_arguments_and_manifest(tmp_path: Path) -> None:
     dense_checkpoint.write(tmp_path / "dense")
     convert(tmp_path, "moe", "1", num_experts=2)
-    moe = Checkpoint.open(tmp_path / "moe")
+    moe = open_checkpoint(tmp_path / "moe")
     states = {key for key in moe.objects if "_extra_state" in key}
     expected = {"decoder.final_layernorm._extra_state/shard_0_1"}
     for layer in range(LAYERS):

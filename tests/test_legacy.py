@@ -10,7 +10,7 @@ import torch
 
 from megatron_router_upcycling import cli, conversion, inspection, manifest, verify
 from megatron_router_upcycling.checkpoint import legacy
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import Options
@@ -63,7 +63,7 @@ def test_converts_to_the_same_as_torch_dist(
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
-    states = [set(Checkpoint.open(tmp_path / f"moe {name}").objects) for name in ("dense", "legacy")]
+    states = [set(open_checkpoint(tmp_path / f"moe {name}").objects) for name in ("dense", "legacy")]
     assert states[0] == states[1] - {"output_layer._extra_state/shard_0_1"}
     assert not verify.run(verify.prepare(tmp_path / "legacy", tmp_path / "moe legacy"))
 
@@ -79,7 +79,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     values["output_layer.weight"] = values["output_layer.weight"] + 1
     legacy_checkpoint.write(tmp_path / "other", values, **layout)
     with pytest.raises(UserError, match="its copy of the tied embeddings differs"):
-        Checkpoint.open(tmp_path / "other")
+        open_checkpoint(tmp_path / "other")
 
 
 def test_arguments_and_what_is_left_out(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_arguments_and_what_is_left_out(tmp_path: Path) -> None:
     assert record is not None
     left_out = {kind: entry["entries"] for kind, entry in record["left_out"].items()}
     assert left_out == {"optimizer": 4, "rng_state": 2}
-    args = Checkpoint.open(tmp_path / "moe").args
+    args = open_checkpoint(tmp_path / "moe").args
     assert args.num_experts == 4 and args.ckpt_format == "torch_dist" and args.consumed_train_samples == 0
     described = inspection.describe(tmp_path / "dense")
     assert "dense, iteration 8" in described and "decoder.layers.mlp.linear_fc1.weight" in described
@@ -101,7 +101,7 @@ def test_digest_is_of_the_values(tmp_path: Path) -> None:
     legacy_checkpoint.write(tmp_path / "b", values)
     values["decoder.final_layernorm.weight"][3] += 1
     legacy_checkpoint.write(tmp_path / "c", values)
-    a, b, c = (Checkpoint.open(tmp_path / name).digest() for name in "abc")
+    a, b, c = (open_checkpoint(tmp_path / name).digest() for name in "abc")
     assert a == b != c
 
 
@@ -231,7 +231,7 @@ def test_shards_that_megatron_saved(tmp_path: Path, dense: Path, dense_config: P
     saved = tmp_path / "torch"
     names = sorted(path.name for path in (saved / "iter_0000008").iterdir())
     assert names == ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]
-    expected, found = Checkpoint.open(dense), Checkpoint.open(saved)
+    expected, found = open_checkpoint(dense), open_checkpoint(saved)
     assert {key: tensor.shape for key, tensor in found.tensors.items()} == {
         key: tensor.shape for key, tensor in expected.tensors.items() if "optimizer." not in key
     }

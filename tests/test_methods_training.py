@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from tests import launch
 from tests.test_methods import CONFIGS, METHODS, ROUTER
 
@@ -43,9 +43,9 @@ def test_method_trains_resumes_and_leaves(
     if method == "switch":
         assert 0 < max(numbers(whole.text, "dropped token share")) < 1
 
-    stored = Checkpoint.open(run).tensors
+    stored = open_checkpoint(run).tensors
     router = {key for key in stored if key.startswith(f"{ROUTER}.")}
-    assert router == {key for key in Checkpoint.open(moe).tensors if key.startswith(f"{ROUTER}.")}
+    assert router == {key for key in open_checkpoint(moe).tensors if key.startswith(f"{ROUTER}.")}
     assert not router if method == "locmoe" else router
 
     resumed.mkdir()

@@ -126,7 +126,7 @@ def check_shard(argv: list[str]) -> None:
     sys.argv = ["pretrain", *argv]
     from megatron_router_upcycling import pretrain, rehearsal
     from megatron_router_upcycling.checkpoint import shard
-    from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+    from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 
     prepared = pretrain.prepare(argv)
     from megatron.core import parallel_state as mpu
@@ -137,7 +137,7 @@ def check_shard(argv: list[str]) -> None:
     loaded = shard.load([chunk], prepared.load)
     parameters = dict(chunk.named_parameters())
     assert loaded == sum(parameter.numel() for parameter in parameters.values())
-    checkpoint = Checkpoint.open(prepared.load)
+    checkpoint = open_checkpoint(prepared.load)
     tp, ep, pp = (
         mpu.get_tensor_model_parallel_rank(),
         mpu.get_expert_model_parallel_rank(),

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from megatron_router_upcycling import cli
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from megatron_router_upcycling.diagnostics import start
 from tests.conftest import HIDDEN, LAYERS
 
@@ -41,7 +41,7 @@ def test_the_table_holds_what_the_equations_give(
     stats = with_samples(tmp_path / "stats.safetensors", key_stats_file, samples)
     assert cli.main(["inspect", str(moe), "--key-stats", str(stats)]) == 0
     text = capsys.readouterr().out
-    checkpoint = Checkpoint.open(moe)
+    checkpoint = open_checkpoint(moe)
     for layer, row in enumerate(table(text)):
         query, key = (
             checkpoint.read_layer(f"decoder.layers.mlp.router.{name}", layer, bytearray()).double()

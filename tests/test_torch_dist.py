@@ -12,7 +12,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint import archive, safe_load
 from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk, StoredTensor, parse_metadata
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter, format_metadata
 from megatron_router_upcycling.errors import UserError
 from tests import dense_checkpoint
@@ -24,7 +24,7 @@ def test_layers_are_read_as_pytorch_reads_them(
     tmp_path: Path, tensor_parallel: int, dtype: torch.dtype
 ) -> None:
     values = dense_checkpoint.write(tmp_path, dense_checkpoint.tensors(dtype), tensor_parallel)
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
     assert set(checkpoint.tensors) == set(values)
     scratch = bytearray(1 << 16)
     for key in (
@@ -40,7 +40,7 @@ def test_arguments_and_digest(tmp_path: Path) -> None:
     dense_checkpoint.write(tmp_path / "a")
     dense_checkpoint.write(tmp_path / "b")
     dense_checkpoint.write(tmp_path / "c", args=dense_checkpoint.arguments(seed=1))
-    a, b, c = (Checkpoint.open(tmp_path / name) for name in "abc")
+    a, b, c = (open_checkpoint(tmp_path / name) for name in "abc")
     assert a.args == dense_checkpoint.arguments()
     assert a.digest() == b.digest() != c.digest()
 
@@ -98,7 +98,7 @@ def test_values_that_are_not_plain_are_not_taken(tensor: torch.Tensor) -> None:
 
 def test_writer_copies_where_it_cannot_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = dense_checkpoint.write(tmp_path / "dense")
-    checkpoint = Checkpoint.open(tmp_path / "dense")
+    checkpoint = open_checkpoint(tmp_path / "dense")
 
     def refuse(*_: Any) -> None:
         raise OSError(18, "Invalid cross-device link")
@@ -134,7 +134,7 @@ def test_nothing_in_a_checkpoint_is_executed(
         (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
     key = f"{dense_checkpoint.MLP}.linear_fc2.weight"
     with pytest.raises(UserError, match=r"posix\.system|Unsupported global|damaged"):
-        checkpoint = Checkpoint.open(root)
+        checkpoint = open_checkpoint(root)
         if place == "tensor":
             buffer = io.BytesIO()
             torch.save(Hostile(), buffer)
@@ -187,14 +187,14 @@ def test_what_is_not_whole_is_one_line(tmp_path: Path, spoil: Any, message: str)
     dense_checkpoint.write(tmp_path, tensor_parallel=2)
     spoil(tmp_path)
     with pytest.raises(UserError) as raised:
-        Checkpoint.open(tmp_path)
+        open_checkpoint(tmp_path)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_one_iterations_folder_is_not_a_root(tmp_path: Path) -> None:
     dense_checkpoint.write(tmp_path)
     with pytest.raises(UserError, match="name the checkpoint's root above it"):
-        Checkpoint.open(tmp_path / "iter_0000008")
+        open_checkpoint(tmp_path / "iter_0000008")
 
 
 def test_data_files_outside_the_folder_are_refused() -> None:

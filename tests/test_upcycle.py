@@ -10,7 +10,7 @@ import torch
 
 from megatron_router_upcycling import conversion, key_stats, manifest
 from megatron_router_upcycling.checkpoint.dense import open_dense, query_key_digest
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_stats import KeyStats
 from megatron_router_upcycling.router_config import RouterConfig
@@ -92,7 +92,7 @@ def test_every_tensor_is_the_dense_models(tmp_path: Path, changes: dict[str, Any
 
 def test_new_bytes_do_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:
     dense = dense_checkpoint.write(tmp_path / "dense", dense_checkpoint.tensors(torch.bfloat16))
-    checkpoint = Checkpoint.open(tmp_path / "dense")
+    checkpoint = open_checkpoint(tmp_path / "dense")
     ffn_on_disk = sum(checkpoint.stored_bytes(key) for key in dense if is_ffn(key))
     for n in (8, 64):
         (tmp_path / str(n)).mkdir()
@@ -109,7 +109,7 @@ def test_materialized_shares_nothing(tmp_path: Path) -> None:
     make_stats(stats)
     release = convert(tmp_path, Options(RouterConfig(num_experts=4), stats, materialize=True))
     assert all(path.stat().st_nlink == 1 for path in release.iterdir())
-    moe = Checkpoint.open(tmp_path / "moe")
+    moe = open_checkpoint(tmp_path / "moe")
     for key in filter(is_ffn, dense):
         blobs = moe.blobs(EXPERTS + key.removeprefix(MLP))
         assert len(set(blobs)) == len(blobs)
@@ -182,7 +182,7 @@ def test_common_state_in_a_file_of_its_own(tmp_path: Path) -> None:
     dense_checkpoint.write(tmp_path / "dense", common_file=True)
     release = convert(tmp_path, num_experts=4)
     assert (release / "common.pt").is_file()
-    moe = Checkpoint.open(tmp_path / "moe")
+    moe = open_checkpoint(tmp_path / "moe")
     assert moe.args.num_experts == 4 and "common_state/shard_0_1" not in moe.objects
 
 
@@ -198,7 +198,7 @@ def test_extra_states_and_training_state(tmp_path: Path) -> None:
     """What Megatron looks for with and without Transformer Engine; no optimizer, no random state."""
     dense_checkpoint.write(tmp_path / "dense", optimizer=True)
     convert(tmp_path, num_experts=2)
-    moe = Checkpoint.open(tmp_path / "moe")
+    moe = open_checkpoint(tmp_path / "moe")
     layers = [f"_extra_state/shard_{layer}_{LAYERS}" for layer in range(LAYERS)]
     experts = [f"_extra_state/shard_{layer}.{e}_{LAYERS}.2" for layer in range(LAYERS) for e in range(2)]
     expected = {"common_state/shard_0_1", "decoder.final_layernorm._extra_state/shard_0_1"}
@@ -218,7 +218,7 @@ def test_extra_states_and_training_state(tmp_path: Path) -> None:
 def test_common_state_is_that_of_a_fresh_run(tmp_path: Path) -> None:
     dense_checkpoint.write(tmp_path / "dense")
     convert(tmp_path, num_experts=4, top_k=3, pre_softmax=False)
-    common = Checkpoint.open(tmp_path / "moe").common
+    common = open_checkpoint(tmp_path / "moe").common
     assert set(common) == {
         "args", "checkpoint_version", "content_metadata", "iteration", "num_floating_point_operations_so_far"
     }  # fmt: skip
@@ -243,7 +243,7 @@ def test_manifest_records_what_made_it(tmp_path: Path) -> None:
     record = manifest.read(tmp_path / "moe")
     assert record is not None
     assert manifest.router_config(record, "manifest") == RouterConfig(num_experts=4, num_routers=4)
-    assert record["source"]["digest"] == Checkpoint.open(tmp_path / "dense").digest()
+    assert record["source"]["digest"] == open_checkpoint(tmp_path / "dense").digest()
     assert record["model"]["num_query_groups"] == GROUPS and record["model"]["norm_epsilon"] == 1e-6
     assert set(record["files"]) == {
         f"release/{name}"
@@ -323,7 +323,7 @@ def test_key_statistics_of_this_checkpoint_are_taken_and_of_one_with_other_value
     shutil.rmtree(tmp_path / "dense")
     values[dense_checkpoint.ATTENTION + ".linear_qkv.weight"][2, 0, 0] += 1e-3
     dense_checkpoint.write(tmp_path / "dense", values)
-    assert Checkpoint.open(tmp_path / "dense").digest() == dense.digest()
+    assert open_checkpoint(tmp_path / "dense").digest() == dense.digest()
     with pytest.raises(UserError, match="collected from another checkpoint"):
         conversion.prepare(tmp_path / "dense", tmp_path / "moe", options)
 

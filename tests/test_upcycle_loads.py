@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import open_checkpoint
 from tests import launch
 from tests.conftest import EVALUATE
 
@@ -49,7 +49,7 @@ def test_dense_model_of_another_layout_and_shape(
     launch.ranks(1, "collect_keys", *command).ok()
     convert = ("convert", dense, moe, "--key-stats", stats, "--num-experts", 4, "--no-moe-router-pre-softmax")
     launch.cli(*convert).ok()
-    assert len(Checkpoint.open(dense).tensors["decoder.layers.mlp.linear_fc2.weight"].chunks) == 8
+    assert len(open_checkpoint(dense).tensors["decoder.layers.mlp.linear_fc2.weight"].chunks) == 8
 
     continued = tmp_path / "moe.yaml"
     continued.write_text(f"base: {changed}\nmoe_router_dtype: fp32\n")

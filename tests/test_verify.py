@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from megatron_router_upcycling import cli, conversion, manifest, verify
 from megatron_router_upcycling.checkpoint import ledger, writer
 from megatron_router_upcycling.checkpoint.metadata import Blob
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, open_checkpoint
 from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.upcycle import Options
 from megatron_router_upcycling.verify import expected, values
@@ -67,7 +67,7 @@ class Conversion:
         return list(verify.run(verify.prepare(self.dense, self.moe)).found)
 
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint.open(self.moe)
+        return open_checkpoint(self.moe)
 
     @contextlib.contextmanager
     def changed(self, path: Path, change: Callable[[bytearray], object]) -> Iterator[None]:
@@ -102,7 +102,7 @@ class Conversion:
             record = json.loads(content)
             digests: dict[str, str] = {}
             with contextlib.suppress(Exception):  # where it cannot be read, that is what is found
-                moe = Checkpoint.open(self.moe, lambda key, what: None)
+                moe = open_checkpoint(self.moe, lambda key, what: None)
                 digests = ledger.content_digests(ledger.examine_all(self.release, moe.tensors, moe.objects))
             for name, entry in (record["files"] | record["linked"]).items():
                 path = self.moe / name
@@ -630,7 +630,7 @@ def test_chunks_of_another_grid_are_compared(
         (tmp_path / name / "latest_checkpointed_iteration.txt").write_text("8")
 
     def compare(one: str, other: str) -> list[Finding]:
-        source, target = Checkpoint.open(tmp_path / one), Checkpoint.open(tmp_path / other)
+        source, target = open_checkpoint(tmp_path / one), open_checkpoint(tmp_path / other)
         found = Findings()
         stored = StoredTensor(source, DataFiles(source.iteration_dir), "w")
         read: list[int] = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.checkpoint.layers import stack_layers
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, open_checkpoint
 from megatron_router_upcycling.errors import UserError, reason, shown
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
@@ -191,9 +191,9 @@ def open_dense(root: str | Path) -> Checkpoint:
     """Open a dense model's checkpoint of any format; its layers are stacked, however they are stored.
 
     Raises:
-        UserError: as ``Checkpoint.open``, or layers that are not alike.
+        UserError: as ``open_checkpoint``, or layers that are not alike.
     """
-    checkpoint = Checkpoint.open(root)
+    checkpoint = open_checkpoint(root)
     return checkpoint if _holds_experts(checkpoint.tensors) else stack_layers(checkpoint)
 
 

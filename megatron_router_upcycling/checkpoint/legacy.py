@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.checkpoint.archive import Values
-from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk, StoredTensor
+from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk, Report, StoredTensor
 from megatron_router_upcycling.checkpoint.rank_file import RankFile, Shard, Storage, checksum, read_blocks
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, read_exactly
 from megatron_router_upcycling.errors import UserError
@@ -78,7 +78,7 @@ class LegacyCheckpoint(Checkpoint):
     identity: str = ""
 
     @classmethod
-    def open_folder(cls, root: Path, folder: Path) -> "LegacyCheckpoint":
+    def open_folder(cls, root: Path, folder: Path, report: Report | None = None) -> "LegacyCheckpoint":
         """Open the legacy checkpoint in ``folder``, an iteration of ``root``.
 
         Raises:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint.boxes import Box
 from megatron_router_upcycling.checkpoint.metadata import StoredTensor
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, open_checkpoint
 from megatron_router_upcycling.errors import UserError
 
 
@@ -25,7 +25,7 @@ def load(model: Sequence[Any], root: str) -> int:
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    checkpoint = Checkpoint.open(root)
+    checkpoint = open_checkpoint(root)
     groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     scratch = bytearray(0)
     count = 0

@@ -20,6 +20,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint import safe_load
 from megatron_router_upcycling.checkpoint.archive import Values, find_values
+from megatron_router_upcycling.checkpoint.legacy import LegacyCheckpoint
 from megatron_router_upcycling.checkpoint.metadata import (
     METADATA,
     Blob,
@@ -53,27 +54,12 @@ class Checkpoint:
     common: dict[str, Any]
 
     @classmethod
-    def open(cls, root: str | Path, report: Report | None = None) -> "Checkpoint":
-        """Open the newest checkpoint under ``root``, torch_dist or legacy, and check that it is whole.
-
-        Args:
-            report: called with tensor or file and fault, instead of raising, where the checkpoint is not
-                whole or not self-consistent.
-
-        Raises:
-            UserError: nothing there, another format, half-written, or not safe to read.
-        """
-        root = Path(root)
-        folder = iteration_dir(root)
-        if not (folder / CONFIG).exists() and any(folder.glob("mp_rank_*")):
-            from megatron_router_upcycling.checkpoint.legacy import LegacyCheckpoint  # builds on this module
-
-            return LegacyCheckpoint.open_folder(root, folder)
-        _check_backend(folder)
+    def open_folder(cls, root: Path, folder: Path, report: Report | None = None) -> "Checkpoint":
+        """Open one iteration's torch_dist folder and check that it is whole; see ``open_checkpoint``."""
         metadata = folder / METADATA
-        tensors, objects = parse_metadata(_read(metadata), metadata, report)
+        tensors, objects = parse_metadata(read_record(metadata), metadata, report)
         checkpoint = cls(root, folder, tensors, objects, {})
-        checkpoint._check_files(report)
+        checkpoint.check_files(report)
         try:
             checkpoint.common.update(checkpoint._read_common())
         except (UserError, OSError) as error:
@@ -113,7 +99,7 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 over ``.metadata`` and the common state: a checkpoint's identity, cheap to compute."""
-        digest = hashlib.sha256(_read(self.iteration_dir / METADATA))
+        digest = hashlib.sha256(read_record(self.iteration_dir / METADATA))
         digest.update(self._common_bytes())
         return digest.hexdigest()
 
@@ -189,7 +175,8 @@ class Checkpoint:
             whole[box] = self.read_chunk(chunk, stored.dtype, scratch)[layer - chunk.offsets[0]]
         return whole
 
-    def _check_files(self, report: Report | None) -> None:
+    def check_files(self, report: Report | None) -> None:
+        """Whether each data file is there and as long as the metadata says; faults go to ``report``."""
         needed: dict[str, int] = {}
         for key in (*self.tensors, *self.objects):
             for blob in self.blobs(key):
@@ -215,7 +202,7 @@ class Checkpoint:
             if blob.length > LARGEST_RECORD:
                 raise UserError(f"{self.iteration_dir}: common state of {blob.length} bytes")
             return self.read_blob(blob)
-        return _read(self.iteration_dir / COMMON_FILE)
+        return read_record(self.iteration_dir / COMMON_FILE)
 
     def _read_common(self) -> dict[str, Any]:
         if COMMON_STATE in self.objects:
@@ -290,6 +277,24 @@ def iteration_dir(root: Path) -> Path:
     return folder
 
 
+def open_checkpoint(root: str | Path, report: Report | None = None) -> Checkpoint:
+    """Open the newest checkpoint under ``root``, torch_dist or legacy, and check that it is whole.
+
+    Args:
+        report: called with tensor or file and fault, instead of raising, where the checkpoint is not
+            whole or not self-consistent.
+
+    Raises:
+        UserError: nothing there, another format, half-written, or not safe to read.
+    """
+    root = Path(root)
+    folder = iteration_dir(root)
+    if not (folder / CONFIG).exists() and any(folder.glob("mp_rank_*")):
+        return LegacyCheckpoint.open_folder(root, folder)
+    _check_backend(folder)
+    return Checkpoint.open_folder(root, folder, report)
+
+
 def check_whole(root: str | Path) -> None:
     """Refuse what cannot be trained from: a checkpoint that is missing or half-written.
 
@@ -303,7 +308,7 @@ def check_whole(root: str | Path) -> None:
     if (folder / CONFIG).exists() or not any(folder.glob("mp_rank_*")):
         metadata = folder / METADATA
         if _backend(folder) == BACKEND:
-            Checkpoint(root, folder, *parse_metadata(_read(metadata), metadata), {})._check_files(None)
+            Checkpoint(root, folder, *parse_metadata(read_record(metadata), metadata), {}).check_files(None)
 
 
 def _check_backend(folder: Path) -> None:
@@ -317,12 +322,12 @@ def _check_backend(folder: Path) -> None:
 def _backend(folder: Path) -> Any:
     config = folder / CONFIG
     try:
-        return json.loads(_read(config)).get("sharded_backend")
+        return json.loads(read_record(config)).get("sharded_backend")
     except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{config}: not JSON; the checkpoint is incomplete") from None
 
 
-def _read(path: Path) -> bytes:
+def read_record(path: Path) -> bytes:
     try:
         if path.stat().st_size > LARGEST_RECORD:
             raise UserError(f"{path}: of {path.stat().st_size} bytes, which no checkpoint needs")

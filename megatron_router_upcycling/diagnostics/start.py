@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_router_upcycling import key_stats, manifest
 from megatron_router_upcycling.checkpoint import layers
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, open_checkpoint
 from megatron_router_upcycling.diagnostics import measures
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.router_config import RouterConfig
@@ -59,7 +59,7 @@ def describe(root: Path, stats: Path | None) -> str:
     Raises:
         UserError: the checkpoint's routers cannot be read, or ``stats`` does not fit or has no samples.
     """
-    checkpoint = Checkpoint.open(root)
+    checkpoint = open_checkpoint(root)
     record = manifest.read(root)
     if record is None or not _router_layers(checkpoint):
         if stats is not None:

@@ -19,7 +19,7 @@ from megatron_router_upcycling import manifest
 from megatron_router_upcycling.checkpoint import publish
 from megatron_router_upcycling.checkpoint.layers import stack_layers
 from megatron_router_upcycling.checkpoint.rows import RowReader
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, open_checkpoint
 from megatron_router_upcycling.checkpoint.writer import sync
 from megatron_router_upcycling.conversion import versions
 from megatron_router_upcycling.errors import UserError
@@ -115,7 +115,7 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
     Raises:
         UserError: whatever would make the export fail and can be known beforehand.
     """
-    checkpoint = Checkpoint.open(root)
+    checkpoint = open_checkpoint(root)
     publish.check_target(out, root, options.overwrite, source_name="MOE", made_by=RECORD)
     if EMBEDDING not in checkpoint.tensors:
         raise UserError(f"{root}: has no tensor {EMBEDDING}; export-hf takes a GPT model")

@@ -14,7 +14,7 @@ from megatron_router_upcycling import key_stats, manifest
 from megatron_router_upcycling.checkpoint.dense import DenseModel, open_dense
 from megatron_router_upcycling.checkpoint.metadata import METADATA
 from megatron_router_upcycling.checkpoint.publish import format_bytes
-from megatron_router_upcycling.checkpoint.torch_dist import COMMON_FILE, CONFIG, Checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import COMMON_FILE, CONFIG, Checkpoint, open_checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.init_config import InitConfig
 from megatron_router_upcycling.key_stats import KeyStats
@@ -70,7 +70,7 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
     dense = open_dense(dense_root)
     model = DenseModel.of(dense)
     findings = Findings()
-    moe = Checkpoint.open(moe_root, lambda name, what: findings.add("metadata", name, what))
+    moe = open_checkpoint(moe_root, lambda name, what: findings.add("metadata", name, what))
     record = manifest.read(moe.root)
     if record is None:
         raise UserError(
