@@ -18,10 +18,10 @@ setup:  ## make .venv with the package and what it needs (about 5 GB)
 	@scripts/setup.sh
 
 demo: setup  ## from text to a dense model to two Mixtures-of-Experts, on two processes
-	@$(PYTHON) -m tools.demo $(ARGS)
+	@$(PYTHON) -m tools.experiments.demo $(ARGS)
 
 compare: setup  ## the paper's six methods over three seeds, from one dense model (ARGS= another file)
-	@$(PYTHON) -m tools.compare $(or $(ARGS),configs/compare/methods.yaml)
+	@$(PYTHON) -m tools.experiments.compare $(or $(ARGS),configs/compare/methods.yaml)
 
 test: setup  ## run the tests; ARGS= adds options of pytest
 	@$(PYTEST) $(ARGS)
@@ -35,7 +35,7 @@ checks: setup  ## lint, format and types
 	@$(PYTHON) -m mypy
 
 bench: setup  ## speed and memory beside the plain alternatives (best on an idle machine)
-	@status=0; for bench in tools/bench_*.py; do echo "== $$bench"; $(PYTHON) $$bench || status=1; done; exit $$status
+	@status=0; for bench in tools/benchmarks/bench_*.py; do echo "== $$bench"; $(PYTHON) $$bench || status=1; done; exit $$status
 
 clean:  ## remove caches and what demo and bench wrote; .venv stays
 	rm -rf demo compare bench build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -56,7 +56,6 @@ TRAINING = {
 }
 EVALUATE = ("--skip-train", "--eval-iters", 4)
 
-
 # They take longest: none of them should be what one process is left with at the end.
 FIRST = ("test_demo.py", "test_slurm.py", "test_compare.py", "test_training.py")
 

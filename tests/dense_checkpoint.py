@@ -23,6 +23,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.key_statistics.file import KeyStats
+
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, VOCABULARY = 3, 32, 24, 8, 4, 4, 40
 ATTENTION = "decoder.layers.self_attention"
 MLP = "decoder.layers.mlp"
@@ -173,3 +176,18 @@ def read_back(folder: Path) -> dict[str, torch.Tensor]:
     }
     load_checkpoint(state, storage_reader=FileSystemReader(folder), no_dist=True)
     return state
+
+
+def make_stats(path: Path, **metadata: Any) -> KeyStats:
+    mean = torch.randn(LAYERS, GROUPS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    described = {
+        "num_layers": LAYERS, "num_query_groups": GROUPS, "kv_channels": HEAD_DIM,
+        "num_attention_heads": HEADS, "hidden_size": HIDDEN, "key_source": "pre_rope",
+    }  # fmt: skip
+    stats = KeyStats(mean, mean.square() + 1, torch.full((LAYERS,), 100), described | metadata)
+    key_stats_file.save(path, stats, overwrite=True)
+    return stats
+
+
+def is_ffn(key: str) -> bool:
+    return ".linear_fc" in key and "layer_norm" not in key

@@ -1,6 +1,6 @@
 """Small legacy checkpoints (``--ckpt-format torch``), cut into shards as Megatron's modules cut parameters.
 
-Independent of the package. ``tests/test_legacy.py`` compares with files that Megatron itself has written.
+Independent of the package. ``test_legacy.py`` compares with files that Megatron itself has written.
 """
 
 from argparse import Namespace

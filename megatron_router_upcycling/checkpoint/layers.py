@@ -10,13 +10,13 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk, StoredTensor
+from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, StoredTensor
+from megatron_router_upcycling.checkpoint.names import LAYER, STACKED, at_layer
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 
-LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
 STATE = re.compile(r"(.+\._extra_state/shard_)0_1")
-STACKED = "decoder.layers."
+
 STACKED_STATE = re.compile(r"(decoder\.layers\..+\._extra_state/shard_)(\d{1,6})_\d+")
 RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6})(?::(\d{1,6}))?)?")
 HALVES = re.compile(r"(mlp\.linear_fc1\.(?:weight|bias))_[wv]")
@@ -87,17 +87,6 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
 def one_layer(checkpoint: Checkpoint, own: str, key: str) -> Checkpoint:
     """``checkpoint`` with what a layer's own key ``own`` holds as the one layer of a stacked ``key``."""
     return dataclasses.replace(checkpoint, tensors={key: _stack([checkpoint.tensors[own]], own)})
-
-
-def split_key(key: str) -> tuple[str, int | None]:
-    """The key of the stacked tensor, and the layer of a key of a layer's own."""
-    match = LAYER.fullmatch(key)
-    return (f"{STACKED}{match[2]}", int(match[1])) if match else (key, None)
-
-
-def at_layer(key: str, layer: int | None) -> str:
-    """The key that layer ``layer`` has of its own for a stacked tensor's key; None: the key itself."""
-    return key if layer is None else f"{STACKED}{layer}.{key.removeprefix(STACKED)}"
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...] | None:

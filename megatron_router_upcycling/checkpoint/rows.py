@@ -11,9 +11,10 @@ from collections import defaultdict
 
 import torch
 
-from megatron_router_upcycling.checkpoint.archive import Values
-from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, read_exactly
+from megatron_router_upcycling.checkpoint.format.files import read_exactly
+from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Values
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 
 Index = tuple[int, ...]
 

@@ -7,7 +7,6 @@ is a torch.distributed.checkpoint folder with global tensors; its ``.metadata`` 
 import contextlib
 import hashlib
 import io
-import json
 import math
 import os
 from argparse import Namespace
@@ -18,10 +17,16 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_router_upcycling.checkpoint import safe_load
-from megatron_router_upcycling.checkpoint.archive import Values, find_values
-from megatron_router_upcycling.checkpoint.legacy import LegacyCheckpoint
-from megatron_router_upcycling.checkpoint.metadata import (
+from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.checkpoint.format.files import (
+    COMMON_FILE,
+    COMMON_STATE,
+    LARGEST_RECORD,
+    FileRange,
+    read_exactly,
+    read_record,
+)
+from megatron_router_upcycling.checkpoint.format.metadata import (
     METADATA,
     Blob,
     Chunk,
@@ -29,14 +34,8 @@ from megatron_router_upcycling.checkpoint.metadata import (
     StoredTensor,
     parse_metadata,
 )
-from megatron_router_upcycling.errors import UserError, reason, shown
-
-TRACKER = "latest_checkpointed_iteration.txt"
-CONFIG = "metadata.json"
-BACKEND = "torch_dist"
-COMMON_STATE = "common_state/shard_0_1"
-COMMON_FILE = "common.pt"  # where Megatron kept the common state before it became an object
-LARGEST_RECORD = 1 << 30  # bytes of metadata or common state; Megatron's are a hundred times smaller
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Values, find_values
+from megatron_router_upcycling.errors import UserError, reason
 
 
 @dataclass(frozen=True)
@@ -207,134 +206,11 @@ class Checkpoint:
     def _read_common(self) -> dict[str, Any]:
         if COMMON_STATE in self.objects:
             source = f"{self.iteration_dir}: common state"
-            loaded = safe_load.load_archive(self._common_bytes(), source)
+            loaded = safe_pickle.load_archive(self._common_bytes(), source)
             common = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else None
         else:
             source = str(self.iteration_dir / COMMON_FILE)
-            common = safe_load.load_archive(self._common_bytes(), source)
+            common = safe_pickle.load_archive(self._common_bytes(), source)
         if not isinstance(common, dict):
             raise UserError(f"{source}: not a dictionary; use a checkpoint that Megatron's training saved")
         return common
-
-
-class FileRange(io.RawIOBase):
-    """A range of a file as a file of its own, for ``torch.load``; nothing is copied twice."""
-
-    def __init__(self, file: BinaryIO, blob: Blob) -> None:
-        self.file, self.blob, self.position = file, blob, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + (0, self.position, self.blob.length)[whence]
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self.blob.length - self.position)]
-        self.file.seek(self.blob.offset + self.position)
-        count = self.file.readinto(view)  # type: ignore[attr-defined]
-        self.position += count
-        return count
-
-
-def read_exactly(file: io.RawIOBase, view: memoryview) -> None:
-    """Fill ``view`` from ``file``, which may give less at a time."""
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            raise EOFError("the file ends early")
-        done += count
-
-
-def iteration_dir(root: Path) -> Path:
-    """The folder of the newest iteration under ``root``.
-
-    Raises:
-        UserError: nothing there.
-    """
-    tracker = root / TRACKER
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; name a checkpoint's root, the folder of {TRACKER}")
-    try:
-        text = tracker.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        if (root / METADATA).exists() or (root / CONFIG).exists():
-            raise UserError(f"{root}: one iteration's folder; name the checkpoint's root above it") from None
-        raise UserError(f"{root}: no checkpoint there (no {TRACKER}); name a checkpoint's root") from None
-    if text != "release" and not (text.isdecimal() and len(text) < 20):
-        raise UserError(f"{tracker}: says {text[:40]!r} where an iteration or 'release' is expected")
-    folder = root / (text if text == "release" else f"iter_{int(text):07d}")
-    if not folder.is_dir():
-        raise UserError(f"{folder}: missing, though {tracker} names it; the checkpoint is incomplete")
-    return folder
-
-
-def open_checkpoint(root: str | Path, report: Report | None = None) -> Checkpoint:
-    """Open the newest checkpoint under ``root``, torch_dist or legacy, and check that it is whole.
-
-    Args:
-        report: called with tensor or file and fault, instead of raising, where the checkpoint is not
-            whole or not self-consistent.
-
-    Raises:
-        UserError: nothing there, another format, half-written, or not safe to read.
-    """
-    root = Path(root)
-    folder = iteration_dir(root)
-    if not (folder / CONFIG).exists() and any(folder.glob("mp_rank_*")):
-        return LegacyCheckpoint.open_folder(root, folder)
-    _check_backend(folder)
-    return Checkpoint.open_folder(root, folder, report)
-
-
-def check_whole(root: str | Path) -> None:
-    """Refuse what cannot be trained from: a checkpoint that is missing or half-written.
-
-    Only names and sizes of a torch_dist checkpoint are looked at; Megatron's other formats pass.
-
-    Raises:
-        UserError: no folder that the tracker names, damaged metadata, a data file that is too short.
-    """
-    root = Path(root)
-    folder = iteration_dir(root)
-    if (folder / CONFIG).exists() or not any(folder.glob("mp_rank_*")):
-        metadata = folder / METADATA
-        if _backend(folder) == BACKEND:
-            Checkpoint(root, folder, *parse_metadata(read_record(metadata), metadata), {}).check_files(None)
-
-
-def _check_backend(folder: Path) -> None:
-    backend = _backend(folder)
-    if backend != BACKEND:
-        raise UserError(
-            f"{folder / CONFIG}: format {shown(backend)!r}; save the checkpoint with --ckpt-format {BACKEND}"
-        )
-
-
-def _backend(folder: Path) -> Any:
-    config = folder / CONFIG
-    try:
-        return json.loads(read_record(config)).get("sharded_backend")
-    except (ValueError, AttributeError, RecursionError):
-        raise UserError(f"{config}: not JSON; the checkpoint is incomplete") from None
-
-
-def read_record(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > LARGEST_RECORD:
-            raise UserError(f"{path}: of {path.stat().st_size} bytes, which no checkpoint needs")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: missing; the checkpoint is incomplete, use one that was saved whole"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None

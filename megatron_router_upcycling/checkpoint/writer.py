@@ -6,7 +6,6 @@ the same bytes, so that equal experts are stored once.
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import zlib
@@ -17,18 +16,28 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_router_upcycling.checkpoint import safe_load
-from megatron_router_upcycling.checkpoint.archive import STORAGES, ZIP32_LIMIT, Values, wrap_values
-from megatron_router_upcycling.checkpoint.metadata import METADATA, Blob, Chunk, StoredTensor
-from megatron_router_upcycling.checkpoint.torch_dist import BACKEND, CONFIG, Checkpoint
+from megatron_router_upcycling.checkpoint.format.files import BACKEND, CONFIG
+from megatron_router_upcycling.checkpoint.format.metadata import (
+    METADATA,
+    Blob,
+    Chunk,
+    StoredTensor,
+    format_metadata,
+)
+from megatron_router_upcycling.checkpoint.format.torch_save_file import (
+    STORAGES,
+    ZIP32_LIMIT,
+    Values,
+    wrap_values,
+)
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.files import sync
 
 COPY_BYTES = 8 << 20
 COMPARED_BYTES = 1 << 20
 # Another disk, another owner, too many links, or a file system without them.
 CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EINVAL)
-DCP = "torch.distributed.checkpoint"
-DCP_VERSION = "1.0.0"
 
 Progress = Callable[[int], None]
 
@@ -293,57 +302,3 @@ def _copy_some(source: int, target: int, offset: int, length: int) -> int:
         if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
         return os.write(target, os.pread(source, min(length, COPY_BYTES), offset))
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def format_metadata(tensors: dict[str, StoredTensor], objects: dict[str, Blob]) -> bytes:
-    """The bytes of a ``.metadata`` file (torch.distributed.checkpoint.metadata.Metadata, pickled)."""
-
-    def record(name: str, **state: Any) -> Any:
-        return safe_load.inert(f"{DCP}.metadata", name, state=state)
-
-    # Equal values are one object, which is pickled once: equal experts' bytes, every chunk's sizes.
-    @functools.cache
-    def info(blob: Blob) -> Any:
-        state = {"relative_path": blob.file, "offset": blob.offset, "length": blob.length}
-        return safe_load.inert(f"{DCP}.filesystem", "_StorageInfo", state=state)
-
-    size = functools.cache(torch.Size)
-    contiguous = safe_load.inert(f"{DCP}.metadata", "_MEM_FORMAT_ENCODING", 0)
-    entries: dict[str, Any] = {}
-    storage: dict[Any, Any] = {}
-    for key, stored in tensors.items():
-        # PyTorch up to 2.14 reads these five alone; 2.15 writes strides as a sixth and does without them.
-        properties = (stored.dtype, torch.strided, False, contiguous, False)
-        chunks = []
-        for chunk in stored.chunks:
-            offsets = size(chunk.offsets)
-            chunks.append(record("ChunkStorageMetadata", offsets=offsets, sizes=size(chunk.sizes)))
-            storage[record("MetadataIndex", fqn=key, offset=offsets, index=None)] = info(chunk.blob)
-        entries[key] = record(
-            "TensorStorageMetadata",
-            properties=safe_load.inert(f"{DCP}.metadata", "TensorProperties", state=properties),
-            size=size(stored.shape),
-            chunks=chunks,
-        )
-    for key, blob in objects.items():
-        entries[key] = record("BytesStorageMetadata")
-        storage[record("MetadataIndex", fqn=key, offset=None, index=None)] = info(blob)
-    return safe_load.dumps(
-        record(
-            "Metadata",
-            state_dict_metadata=entries,
-            planner_data=None,
-            storage_data=storage,
-            storage_meta=None,
-            version=DCP_VERSION,
-        )
-    )

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.commands.shared import progress_bar
+from megatron_router_upcycling.config.router import GROUPINGS, POOLINGS, ROUTERS, RouterConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.router_config import GROUPINGS, POOLINGS, ROUTERS, RouterConfig
 
 EXAMPLE = """\
 example:
@@ -94,15 +94,15 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_router_upcycling import config
+    from megatron_router_upcycling.conversion.options import read_conversion
 
-    file = config.read_conversion(args.config)
+    file = read_conversion(args.config)
     router = _router_to_make(args, file.router)
     file.init.check(router)
     import torch
 
-    from megatron_router_upcycling import conversion
-    from megatron_router_upcycling.upcycle import Options
+    from megatron_router_upcycling.conversion import convert, describe
+    from megatron_router_upcycling.conversion.options import Options
 
     torch.set_num_threads(1)  # the work is moving bytes; more threads only wait for each other
     start = time.monotonic()
@@ -117,14 +117,14 @@ def run(args: argparse.Namespace) -> None:
         shared_expert=args.shared_expert,
         layers=args.layers,
     )
-    ready = conversion.prepare(args.dense, args.out, options)
+    ready = convert.prepare(args.dense, args.out, options)
     if args.dry_run:
-        print(conversion.describe_plan(ready))
+        print(describe.describe_plan(ready))
         return
     with progress_bar("convert", ready.bytes_to_write, args.quiet) as progress:
-        record = conversion.convert(ready, progress)
+        record = convert.convert(ready, progress)
     if not args.quiet:
-        print(conversion.describe_result(ready, record, time.monotonic() - start))
+        print(describe.describe_result(ready, record, time.monotonic() - start))
 
 
 def _router_to_make(args: argparse.Namespace, file: dict[str, Any]) -> RouterConfig:

@@ -9,7 +9,6 @@ from megatron_router_upcycling.commands.shared import DTYPES, progress_bar
 
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-
 EXAMPLE = """\
 example:
   router-upcycle export-hf runs/moe Qwen1.5-0.5B-8x --dtype bfloat16
@@ -71,11 +70,11 @@ def _size(text: str) -> int:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from megatron_router_upcycling.hf import exporter
+    from megatron_router_upcycling.hf import export_job, exporter
 
     torch.set_num_threads(1)  # the work is moving bytes
     start = time.monotonic()
-    options = exporter.Options(
+    options = export_job.Options(
         dtype=args.dtype and getattr(torch, args.dtype),
         tokenizer=args.tokenizer,
         max_shard_bytes=args.max_shard_size,

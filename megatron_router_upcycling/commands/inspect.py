@@ -27,10 +27,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_router_upcycling import inspection
-    from megatron_router_upcycling.diagnostics import start
+    from megatron_router_upcycling.diagnostics import checkpoint, routing_start
 
-    routing = start.describe(args.checkpoint, args.key_stats)  # first: what is wrong with --key-stats
-    print(inspection.describe(args.checkpoint, everything=args.all))
+    routing = routing_start.describe(args.checkpoint, args.key_stats)  # first: what is wrong with --key-stats
+    print(checkpoint.describe(args.checkpoint, everything=args.all))
     if routing:
         print(f"\n{routing}")

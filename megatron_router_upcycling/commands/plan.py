@@ -1,10 +1,14 @@
 """What a run needs on so many GPUs, on paper."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.config import positive
+from megatron_router_upcycling.config.flags import positive
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.planning import reading, report, setup
+from megatron_router_upcycling.planning.figures import Plan
 
 EXAMPLE = """\
 examples:
@@ -57,13 +61,11 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_router_upcycling.planning import command
-
     flags, config = args.megatron_flags, args.config
     if config is None and flags and not flags[0].startswith("-"):
         config = Path(flags.pop(0))
     print(
-        command.run(
+        describe(
             config,
             args.load,
             flags,
@@ -73,3 +75,27 @@ def run(args: argparse.Namespace) -> None:
             args.json,
         )
     )
+
+
+def describe(
+    config: Path | None,
+    load: Path | None,
+    flags: list[str],
+    gpus: int,
+    gpu_memory_gib: float,
+    peak_tflops: float,
+    as_json: bool,
+) -> str:
+    """The plan as text or JSON.
+
+    Raises:
+        UserError: the files or flags cannot be read, or the layout cannot work or does not fit.
+    """
+    described = reading.read(config, load, flags, gpus)
+    setup.check(described)
+    plan = Plan(described)
+    if problem := report.too_large(plan, gpu_memory_gib):
+        raise UserError(problem)
+    if as_json:
+        return json.dumps(report.as_json(plan, gpu_memory_gib, peak_tflops), indent=2)
+    return report.describe(plan, gpu_memory_gib, peak_tflops)

@@ -41,20 +41,20 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from megatron_router_upcycling import verify
+    from megatron_router_upcycling.verify import proof
 
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise UserError(f"--json {args.json}: a folder, or in none; name a file to write")
     torch.set_num_threads(1)
     start = time.monotonic()
-    ready = verify.prepare(args.dense, args.moe, args.key_stats)
+    ready = proof.prepare(args.dense, args.moe, args.key_stats)
     with progress_bar("verify", ready.bytes_to_read, args.quiet) as advance:
-        findings = verify.run(ready, advance)
+        findings = proof.run(ready, advance)
     if args.json:
         try:
             args.json.write_text(findings.to_json(dense=str(args.dense), moe=str(args.moe)) + "\n", "utf-8")
         except OSError as error:
             raise UserError(f"--json {args.json}: cannot be written ({error.strerror})") from None
     if findings or not args.quiet:
-        print(verify.describe(ready, time.monotonic() - start))
+        print(proof.describe(ready, time.monotonic() - start))
     return 1 if findings else 0

@@ -10,11 +10,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from megatron_router_upcycling import manifest
-from megatron_router_upcycling.diagnostics import plots, runlog
+from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.config.start import InitConfig
+from megatron_router_upcycling.diagnostics import plots
 from megatron_router_upcycling.diagnostics.plots import COLOURS, RunData
 from megatron_router_upcycling.errors import UserError, shown
-from megatron_router_upcycling.init_config import InitConfig
+from megatron_router_upcycling.training.run_log import files
 
 PAGE = "report.html"
 # Section -> (title, what its picture shows).
@@ -58,18 +59,18 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     """
     seen: set[Path] = set()
     for folder in folders:
-        if not (folder / runlog.RUN).is_file():
-            raise UserError(f"{folder}: no {runlog.RUN} there; name a folder that pretrain saves to")
+        if not (folder / files.RUN).is_file():
+            raise UserError(f"{folder}: no {files.RUN} there; name a folder that pretrain saves to")
         if folder.resolve() in seen:
             raise UserError(f"{folder}: is named twice")
         seen.add(folder.resolve())
     runs = []
     for name, folder in zip(_names([folder.resolve() for folder in folders]), folders, strict=True):
-        routing = [line for line in runlog.read(folder / runlog.ROUTING) if line.get("load")]
+        routing = [line for line in files.read(folder / files.ROUTING) if line.get("load")]
         alike = [line for line in routing if line["layers"] == routing[-1]["layers"]]
-        losses = runlog.read(folder / runlog.RUN)
+        losses = files.read(folder / files.RUN)
         if not any(line.get("lm_loss") is not None for line in losses):
-            raise UserError(f"{folder / runlog.RUN}: no loss in it yet; wait for the run's first lines")
+            raise UserError(f"{folder / files.RUN}: no loss in it yet; wait for the run's first lines")
         runs.append(RunData(name, losses, alike, manifest.read(folder) or {}))
     return runs
 

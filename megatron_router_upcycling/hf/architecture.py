@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.checkpoint.dense import ARCHITECTURE, NEGATED, UNKNOWN_LAYERS
+from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED, UNKNOWN_LAYERS
 from megatron_router_upcycling.errors import UserError
 
 # model_type -> class. Both are decoders of RMSNorm, gated SiLU and rotary embedding.

@@ -8,105 +8,35 @@ vLLM and SGLang load without code of ours. Values are streamed, block by block.
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from megatron_router_upcycling import manifest
-from megatron_router_upcycling.checkpoint import publish
+from megatron_router_upcycling import files
 from megatron_router_upcycling.checkpoint.layers import stack_layers
+from megatron_router_upcycling.checkpoint.names import TRAINING_STATE
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.rows import RowReader
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, open_checkpoint
-from megatron_router_upcycling.checkpoint.writer import sync
-from megatron_router_upcycling.conversion import versions
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.hf import names
+from megatron_router_upcycling.files import sync, versions
+from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import Architecture, from_megatron
-from megatron_router_upcycling.hf.folder import RECORD, class_name, find_tokenizer, shard_name, write_folder
-from megatron_router_upcycling.hf.gate import Gates, Rounding, read_gate
-from megatron_router_upcycling.hf.names import Part, Row
+from megatron_router_upcycling.hf.export_job import Export, Folded, Moved, Options, Output, Zeros, class_name
+from megatron_router_upcycling.hf.files import find_tokenizer, shard_name
+from megatron_router_upcycling.hf.folder import RECORD, write_folder
+from megatron_router_upcycling.hf.name_table import Part, Row
+from megatron_router_upcycling.hf.rounding import Gates, Rounding, read_gate
 from megatron_router_upcycling.hf.safetensors_file import format_header
 from megatron_router_upcycling.hf.values import ahead, as_bytes, blocks, cast, dtype_name, scratch_rows
-from megatron_router_upcycling.router_config import RouterConfig
-from megatron_router_upcycling.upcycle import TRAINING_STATE
 
 EMBEDDING = "embedding.word_embeddings.weight"
-
-
-@dataclass(frozen=True)
-class Options:
-    dtype: torch.dtype | None = None
-    tokenizer: Path | None = None
-    max_shard_bytes: int = 5 * 10**9
-    shared_expert_width: int = 128
-    modelling_code: bool = False
-    overwrite: bool = False
-
-
-# Where a tensor's values come from.
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Rows of a Megatron tensor: ``runs`` of them at a place of its stack."""
-
-    key: str
-    index: tuple[int, ...]
-    runs: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A layer's router, folded into gates."""
-
-    layer: int
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """A part of the shared expert, which adds nothing."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """A tensor of the Hugging Face folder."""
-
-    name: str
-    shape: tuple[int, ...]
-    source: Moved | Folded | Zeros
-
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        return math.prod(self.shape) * dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Export:
-    """Everything that is known before a byte is written."""
-
-    checkpoint: Checkpoint
-    out: Path
-    model: Architecture
-    router: RouterConfig | None
-    gates: Gates | None
-    dtype: torch.dtype
-    tokenizer: Path | None
-    options: Options
-    keys: dict[str, str]  # Megatron's name of a row -> the name that the checkpoint has for it
-    shards: list[list[Output]]
-    manifest: dict[str, Any] | None
-
-    @property
-    def bytes_to_write(self) -> int:
-        return sum(output.num_bytes(self.dtype) for shard in self.shards for output in shard)
-
-    @property
-    def is_stock(self) -> bool:
-        """Whether stock classes hold the model."""
-        gates = self.gates
-        return gates is None or (gates.num_rows == self.model.num_experts and gates.hidden is None)
 
 
 def prepare(root: Path, out: Path, options: Options) -> Export:
@@ -128,7 +58,7 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
         raise UserError(f"--shared-expert-width {options.shared_expert_width}: must be 0 or more")
     keys = _check_tensors(checkpoint, model, gates)
     outputs = list(_outputs(model, gates, keys, options))
-    dtype = options.dtype or checkpoint.tensors[keys[names.ANY_PROJECTION]].dtype
+    dtype = options.dtype or checkpoint.tensors[keys[name_table.ANY_PROJECTION]].dtype
     job = Export(
         checkpoint=checkpoint,
         out=out,
@@ -176,12 +106,12 @@ def _check_tensors(checkpoint: Checkpoint, model: Architecture, gates: Gates | N
     """
     root, stored = checkpoint.root, checkpoint.tensors
     expected, keys, spare = dict(gates.parameters if gates else {}), {}, set()
-    for row in names.rows(model):
+    for row in name_table.rows(model):
         # Where both names are there, as convert leaves them, they are the same bytes.
         key = row.megatron if row.other is None or row.megatron in stored else row.other
         keys[row.megatron] = key
         spare |= {row.other, row.megatron}
-        expected[key] = names.megatron_shape(row, model)
+        expected[key] = name_table.megatron_shape(row, model)
     for key, shape in expected.items():
         if key not in stored:
             raise UserError(f"{root}: has no tensor {key}, which its training arguments ask for")
@@ -199,28 +129,28 @@ def _outputs(
     model: Architecture, gates: Gates | None, keys: dict[str, str], options: Options
 ) -> Iterator[Output]:
     """Every tensor of the folder, in the order of the model."""
-    rows = names.rows(model)
+    rows = name_table.rows(model)
     before = [row for row in rows if row.megatron == EMBEDDING]
-    after = [row for row in rows if not names.stack(row, model) and row not in before]
+    after = [row for row in rows if not name_table.stack(row, model) and row not in before]
 
     def moved(row: Row, index: tuple[int, ...]) -> Iterator[Output]:
         for number, part in enumerate(row.parts):
-            runs = tuple(names.runs(row, number, model))
-            name, shape = names.name(part, index), names.shape(part, model)
+            runs = tuple(name_table.runs(row, number, model))
+            name, shape = name_table.name(part, index), name_table.shape(part, model)
             yield Output(name, shape, Moved(keys[row.megatron], index, runs))
 
     for row in before:
         yield from moved(row, ())
     for layer in range(model.num_layers):
         for row in rows:
-            for index in names.indices(row, model):
+            for index in name_table.indices(row, model):
                 if index and index[0] == layer:
                     yield from moved(row, index)
         if gates is not None:
-            gate = names.name(names.GATE, (layer,))
+            gate = name_table.name(name_table.GATE, (layer,))
             yield Output(gate, (gates.num_rows, model.hidden_size), Folded(layer))
             if gates.hidden is not None:
-                name, D = names.name(names.GATE_HIDDEN, (layer,)), model.hidden_size
+                name, D = name_table.name(name_table.GATE_HIDDEN, (layer,)), model.hidden_size
                 yield Output(name, (D, D), Moved(gates.hidden, (layer,), ((0, D),)))
             if model.family == "qwen2":
                 yield from _shared_expert(model, layer, options.shared_expert_width)
@@ -229,13 +159,13 @@ def _outputs(
 
 
 def _shared_expert(model: Architecture, layer: int, width: int) -> Iterator[Output]:
-    parts: tuple[Part, ...] = (names.SHARED_EXPERT_GATE,)
+    parts: tuple[Part, ...] = (name_table.SHARED_EXPERT_GATE,)
     if width:
-        parts = (*names.SHARED_EXPERT, *parts)
+        parts = (*name_table.SHARED_EXPERT, *parts)
     for part in parts:
         sizes = {"S": width, "D": model.hidden_size, "1": 1}
         shape = tuple(sizes[symbol] for symbol in part.shape)
-        yield Output(names.name(part, (layer,)), shape, Zeros())
+        yield Output(name_table.name(part, (layer,)), shape, Zeros())
 
 
 def _shards(outputs: list[Output], dtype: torch.dtype, limit: int) -> list[list[Output]]:
@@ -335,7 +265,7 @@ def _read_rows(
     stored = job.checkpoint.tensors[source.key].dtype
     values = scratch_rows(scratch, stored, (rows[1] - rows[0], *output.shape[1:]))
     position = 0
-    for _, first, last in names.cut(source.runs, *rows):
+    for _, first, last in name_table.cut(source.runs, *rows):
         reader.read(source.key, source.index, first, last, values[position : position + last - first])
         position += last - first
     return cast(values, job.dtype, f"{job.checkpoint.root}: {source.key}")
@@ -347,7 +277,7 @@ def _fold(
     """A layer's gates; what their rounding changes is added to ``rounding``."""
     assert job.router is not None and job.gates is not None and rounding is not None
     gate = read_gate(job.checkpoint, job.router, layer)
-    key = job.keys[names.NORM_BEFORE_FFN]
+    key = job.keys[name_table.NORM_BEFORE_FFN]
     norm = torch.empty(job.model.hidden_size, dtype=job.checkpoint.tensors[key].dtype)
     reader.read(key, (layer,), 0, len(norm), norm)
     values = cast(gate, job.dtype, f"{job.checkpoint.root}: the router of layer {layer}")
@@ -381,7 +311,7 @@ def _record(job: Export, rounding: Rounding | None) -> dict[str, Any]:
 
 def describe_result(job: Export, record: dict[str, Any], seconds: float) -> str:
     """What was made, and how to load it."""
-    size = publish.format_bytes(job.bytes_to_write)
+    size = files.format_bytes(job.bytes_to_write)
     what = f"{class_name(job)}, {record['architecture']}, {record['dtype']}"
     lines = [f"{job.out}: {what}, {size} in {seconds:.1f} s"]
     if record["rounding"]:

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import math
-import shutil
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -22,14 +21,26 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_router_upcycling.checkpoint import publish, safe_load
-from megatron_router_upcycling.checkpoint.torch_dist import COMMON_STATE, TRACKER
+from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
+from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
-from megatron_router_upcycling.conversion import versions
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.hf import names
+from megatron_router_upcycling.files import format_bytes, versions
+from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import Architecture, from_hf
-from megatron_router_upcycling.hf.names import Row
+from megatron_router_upcycling.hf.files import (
+    BESIDE_TOKENIZER,
+    CONFIG,
+    INDEX,
+    SINGLE_FILE,
+    TOKENIZER,
+    TOKENIZER_FILES,
+    copy_files,
+    is_tokenizer,
+    read_json,
+)
+from megatron_router_upcycling.hf.name_table import Row
 from megatron_router_upcycling.hf.safetensors_file import DTYPES, SafetensorsFile
 from megatron_router_upcycling.hf.values import (
     ahead,
@@ -41,18 +52,9 @@ from megatron_router_upcycling.hf.values import (
     scratch_rows,
 )
 
-CONFIG = "config.json"
-SINGLE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 RECORD = "import_hf.json"
 MODEL_YAML = "model.yaml"
-TOKENIZER = "tokenizer"
-# What of a folder makes a tokenizer, one of the first three at least; the rest goes with it.
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-BESIDE_TOKENIZER = (
-    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json", CONFIG),
-)
+
 # Tensors that old versions of transformers saved and no version reads.
 IGNORED = ".rotary_emb.inv_freq"
 LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -86,7 +88,7 @@ class Import:
 
     @property
     def bytes_to_write(self) -> int:
-        return names.num_elements(self.model) * self.dtype.itemsize
+        return name_table.num_elements(self.model) * self.dtype.itemsize
 
 
 def prepare(folder: Path, out: Path, options: Options) -> Import:
@@ -106,23 +108,6 @@ def prepare(folder: Path, out: Path, options: Options) -> Import:
     job = Import(folder, out, model, dtype, options, files)
     publish.check_space(out, job.bytes_to_write)
     return job
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object.
-
-    Raises:
-        UserError: it is missing, or is none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a Hugging Face folder") from None
-    except ValueError:
-        raise UserError(f"{path}: not JSON, or cut short; download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; download it again")
-    return content
 
 
 def _find_tensors(folder: Path) -> dict[str, Path]:
@@ -165,7 +150,7 @@ def _check_tensors(
         UserError: one is missing, not expected, of another shape, or of a dtype that is not covered.
     """
     expected: dict[str, tuple[int, ...]] = {}
-    for tensor, shape in names.hf_tensors(model):
+    for tensor, shape in name_table.hf_tensors(model):
         expected[tensor] = shape
         if tensor not in files:
             raise UserError(
@@ -241,7 +226,7 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
 def _write(job: Import, sources: dict[Path, SafetensorsFile], writer: CheckpointWriter) -> None:
     for block in ahead(_tasks(job, sources)):
         writer.write_chunk(block.key, block.shape, block.values, [block.offset], checksum=block.checksum)
-    empty = writer.write_object(safe_load.dump_archive([None]))
+    empty = writer.write_object(safe_pickle.dump_archive([None]))
     for key in _extra_states(job.model):
         writer.add_object(key, empty)
     common = {
@@ -251,7 +236,7 @@ def _write(job: Import, sources: dict[Path, SafetensorsFile], writer: Checkpoint
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    writer.add_object(COMMON_STATE, writer.write_object(safe_load.dump_archive([common])))
+    writer.add_object(COMMON_STATE, writer.write_object(safe_pickle.dump_archive([common])))
     writer.finish()
 
 
@@ -268,9 +253,9 @@ class Block:
 
 def _tasks(job: Import, sources: dict[Path, SafetensorsFile]) -> Iterator[Callable[[bytearray], Block]]:
     """What to call, in this order, for all blocks of the checkpoint."""
-    for row in names.rows(job.model):
-        shape = names.megatron_shape(row, job.model)
-        for index in names.indices(row, job.model):
+    for row in name_table.rows(job.model):
+        shape = name_table.megatron_shape(row, job.model)
+        for index in name_table.indices(row, job.model):
             width = math.prod(shape[len(index) + 1 :])
             for rows in blocks(shape[len(index)], width * job.dtype.itemsize):
                 yield partial(_read_block, job, sources, row, index, rows)
@@ -285,16 +270,16 @@ def _read_block(
     scratch: bytearray,
 ) -> Block:
     """Rows of Megatron's tensor at a place of its stack, each read at once to where it belongs."""
-    parts = [names.name(part, index) for part in row.parts]
+    parts = [name_table.name(part, index) for part in row.parts]
     files = [sources[job.files[part]] for part in parts]
     where = f"{files[0].path}: {' and '.join(parts)}"
-    whole = names.megatron_shape(row, job.model)
+    whole = name_table.megatron_shape(row, job.model)
     columns = whole[len(index) + 1 :]
     width = math.prod(columns)
     values = scratch_rows(scratch, job.dtype, (rows[1] - rows[0], *columns))
-    segments = names.segments(row, job.model)
+    segments = name_table.segments(row, job.model)
     position = 0
-    for number, first, last in names.cut([(start, stop) for _, start, stop in segments], *rows):
+    for number, first, last in name_table.cut([(start, stop) for _, start, stop in segments], *rows):
         part = segments[number].part
         target = values[position : position + last - first]
         position += last - first
@@ -342,19 +327,6 @@ def _extra_states(model: Architecture) -> list[str]:
     ]
 
 
-def is_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer that transformers loads."""
-    return any((folder / file).is_file() for file in TOKENIZER_FILES)
-
-
-def copy_files(source: Path, target: Path, files: tuple[str, ...]) -> list[str]:
-    """Copy those of ``files`` that there are; return their names."""
-    found = [file for file in files if (source / file).is_file()]
-    for file in found:
-        shutil.copyfile(source / file, target / file)
-    return found
-
-
 def _write_yaml(job: Import, path: Path) -> None:
     entries = job.model.megatron_flags() | job.tokenizer
     entries |= {"make_vocab_size_divisible_by": job.options.vocabulary_multiple}
@@ -370,7 +342,7 @@ def _write_yaml(job: Import, path: Path) -> None:
 
 def describe_result(job: Import, record: dict[str, Any], seconds: float) -> str:
     """What was made, and what to run next."""
-    size = publish.format_bytes(job.bytes_to_write)
+    size = format_bytes(job.bytes_to_write)
     return (
         f"{job.out}: {record['architecture']}, {record['dtype']}, {size} in {seconds:.1f} s\n"
         f"the model's flags: {job.out / MODEL_YAML}\n"

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from megatron_router_upcycling.checkpoint.finite import WORDS, all_finite
+from megatron_router_upcycling.checkpoint.format.finite import WORDS, all_finite
 from megatron_router_upcycling.errors import UserError
 
 BLOCK_BYTES = 8 << 20  # of a tensor in memory at a time: it is still in a cache when it is written

@@ -10,8 +10,8 @@ V vocabulary, t tensor and e expert parallel size. Pure: imports neither torch n
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.planning.setup import Setup
-from megatron_router_upcycling.router_config import RouterConfig
 
 PARTS = ("embedding", "attention", "ffn", "experts", "routers", "norms", "output layer")
 GIB = 2**30
@@ -237,9 +237,6 @@ def _ffn_elements(
     if not setup.swiglu:
         return 2 * width if fused or not weighted else 3 * width
     return (3 if fused else 6 if weighted else 5) * width
-
-
-# Arithmetic and communication -------------------------------------------------------------------
 
 
 def flops_per_token(setup: Setup) -> float:

@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
-from megatron_router_upcycling import config, manifest
+from megatron_router_upcycling.config import flags as config_flags
+from megatron_router_upcycling.config import manifest, yaml_files
+from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning.setup import Setup
-from megatron_router_upcycling.router_config import RouterConfig
 
 # Megatron's switch -> the field that it negates.
 NEGATED = {"disable_bias_linear": "add_bias_linear"}
@@ -46,10 +47,10 @@ def read(config_file: Path | None, load: Path | None, flags: Sequence[str], worl
         UserError: a file that is missing or damaged, a value of the wrong kind, or a model that a plan does
             not cover.
     """
-    entries: dict[str, Any] = config.read_yaml(config_file) if config_file else {"upcycling": {}}
-    section = config.section_defaults(entries.pop("upcycling"), str(config_file))
+    entries: dict[str, Any] = yaml_files.read_yaml(config_file) if config_file else {"upcycling": {}}
+    section = config_flags.section_defaults(entries.pop("upcycling"), str(config_file))
     values = entries | _parse(flags)
-    section |= {name: values.pop(name) for name in config.SECTION if name in values}
+    section |= {name: values.pop(name) for name in config_flags.SECTION if name in values}
     load = load or values.get("load")
     recorded = manifest.read(load) if load else None
     if load and recorded is None:
@@ -60,7 +61,9 @@ def read(config_file: Path | None, load: Path | None, flags: Sequence[str], worl
         values = recorded["model"] | values
         if isinstance(recorded.get("router"), dict):
             made = manifest.router_config(recorded, str(load))
-            values |= {name: getattr(made, field) for name, field in config.SHARED_WITH_MEGATRON.items()}
+            values |= {
+                name: getattr(made, field) for name, field in config_flags.SHARED_WITH_MEGATRON.items()
+            }
             router = made.to_dict()
     return from_values(values | {"world_size": world_size}, router | section, str(config_file or load))
 

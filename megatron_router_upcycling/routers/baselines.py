@@ -16,7 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_router_upcycling.router_config import RouterConfig
+from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.routers.base import OwnParametersRouter, router_dtype
 
 # Names among Megatron's MoE metrics.

@@ -19,9 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_router_upcycling.router_config import RouterConfig
-from megatron_router_upcycling.router_init import fold, pool_logits
+from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.routers.base import OwnParametersRouter, router_dtype
+from megatron_router_upcycling.routers.fold import fold, pool_logits
 
 # On the CPU, a product of many tokens with fewer rows than these runs up to twice as fast cut in blocks.
 NARROW, BLOCKS = 16, 64

@@ -13,12 +13,12 @@ import numpy as np
 import safetensors
 import torch
 
-from megatron_router_upcycling.checkpoint.boxes import Box
-from megatron_router_upcycling.checkpoint.dense import DenseModel
+from megatron_router_upcycling.checkpoint.dense_model import DenseModel
+from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.init_config import InitConfig
-from megatron_router_upcycling.router_config import RouterConfig
 from megatron_router_upcycling.verify.scratch import seed_of
 from megatron_router_upcycling.verify.sources import Place, as_words, inside
 

@@ -14,23 +14,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_router_upcycling.checkpoint.boxes import Box, Shape
-from megatron_router_upcycling.checkpoint.dense import FC1, FC2, QKV, DenseModel
-from megatron_router_upcycling.checkpoint.finite import WORDS
-from megatron_router_upcycling.checkpoint.layers import at_layer
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.fine_grained import SHARED_EXPERT
-from megatron_router_upcycling.init_config import InitConfig
-from megatron_router_upcycling.initial_routers import ROUTER
-from megatron_router_upcycling.key_stats import KeyStats
-from megatron_router_upcycling.router_config import RouterConfig
-from megatron_router_upcycling.upcycle import (
+from megatron_router_upcycling.checkpoint.dense_model import DenseModel
+from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
+from megatron_router_upcycling.checkpoint.format.finite import WORDS
+from megatron_router_upcycling.checkpoint.names import (
     EXPERTS,
+    FC1,
+    FC2,
     FUSED_NORM,
     LAYERS,
+    QKV,
+    ROUTER,
     SEPARATE_NORM,
+    SHARED_EXPERT,
     TRAINING_STATE,
+    at_layer,
 )
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.config.start import InitConfig
+from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.verify import altered, routers, scratch
 from megatron_router_upcycling.verify.layout import Layout
 from megatron_router_upcycling.verify.sources import ComputedLayers, DataFiles, Source, StoredTensor

@@ -11,8 +11,8 @@ import math
 import numpy as np
 import torch
 
-from megatron_router_upcycling.checkpoint.boxes import Box, Shape
-from megatron_router_upcycling.checkpoint.dense import DenseModel
+from megatron_router_upcycling.checkpoint.dense_model import DenseModel
+from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
 from megatron_router_upcycling.verify.sources import Place, as_words, inside
 
 MOST_ELEMENTS = 4194304

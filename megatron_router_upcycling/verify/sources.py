@@ -10,12 +10,13 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import torch
 
-from megatron_router_upcycling.checkpoint.archive import Values
-from megatron_router_upcycling.checkpoint.boxes import Box, Shape
-from megatron_router_upcycling.checkpoint.examine import Contents, Damaged, examine
-from megatron_router_upcycling.checkpoint.finite import WORDS
-from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, FileRange, read_exactly
+from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
+from megatron_router_upcycling.checkpoint.format.files import FileRange, read_exactly
+from megatron_router_upcycling.checkpoint.format.finite import WORDS
+from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
+from megatron_router_upcycling.checkpoint.format.torch_save_check import Contents, Damaged, examine
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Values
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 
 Place = tuple[int, int, int, int]  # device, inode, offset and length of a chunk's bytes

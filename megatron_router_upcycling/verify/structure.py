@@ -6,23 +6,27 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.checkpoint import safe_load
-from megatron_router_upcycling.checkpoint.dense import ARCHITECTURE, FC1, FC2, NEGATED, DenseModel
-from megatron_router_upcycling.checkpoint.examine import Damaged
-from megatron_router_upcycling.checkpoint.layers import at_layer, split_key, split_layers
-from megatron_router_upcycling.checkpoint.ledger import content_digests
-from megatron_router_upcycling.checkpoint.metadata import Blob
-from megatron_router_upcycling.checkpoint.torch_dist import COMMON_STATE, Checkpoint
-from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.initial_routers import ROUTER
-from megatron_router_upcycling.router_config import RouterConfig
-from megatron_router_upcycling.upcycle import (
+from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED, DenseModel
+from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
+from megatron_router_upcycling.checkpoint.format.metadata import Blob
+from megatron_router_upcycling.checkpoint.format.torch_save_check import Damaged
+from megatron_router_upcycling.checkpoint.layers import split_layers
+from megatron_router_upcycling.checkpoint.names import (
     EXTRA_STATE,
+    FC1,
+    FC2,
     FUSED_NORM,
+    ROUTER,
     SEPARATE_NORM,
     TRAINING_STATE,
-    extra_states,
+    at_layer,
+    split_key,
 )
+from megatron_router_upcycling.checkpoint.publish.completeness import content_digests
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.verify.expected import ExpectedTensor
 from megatron_router_upcycling.verify.findings import Findings
 from megatron_router_upcycling.verify.layout import Layout
@@ -120,7 +124,7 @@ def check_objects(
                     findings.add("states", key, "differs from the dense model's")
             elif key not in wanted:
                 findings.add("states", key, "has no place in this Mixture-of-Experts")
-            elif safe_load.load_archive(moe.read_blob(blob), key) != [None]:
+            elif safe_pickle.load_archive(moe.read_blob(blob), key) != [None]:
                 findings.add("states", key, "is not empty")
         except (Damaged, UserError, OSError) as error:
             findings.add("damage", key, f"{blob.file}, {blob.length} bytes at {blob.offset}: {error}")
@@ -131,7 +135,7 @@ def check_objects(
 
 
 def expected_states(model: DenseModel, router: RouterConfig, layout: Layout) -> set[str]:
-    return set(extra_states(model, router.num_experts, layout.shared_expert, layout.layers))
+    return set(model.extra_states(router.num_experts, layout.shared_expert, layout.layers))
 
 
 def check_files(

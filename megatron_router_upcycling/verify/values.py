@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_router_upcycling.checkpoint.boxes import Box, Shape
-from megatron_router_upcycling.checkpoint.examine import Contents, Damaged
-from megatron_router_upcycling.checkpoint.finite import WORDS, all_finite
-from megatron_router_upcycling.checkpoint.layers import split_key
-from megatron_router_upcycling.checkpoint.metadata import Blob, Chunk
+from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
+from megatron_router_upcycling.checkpoint.format.finite import WORDS, all_finite
+from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
+from megatron_router_upcycling.checkpoint.format.torch_save_check import Contents, Damaged
+from megatron_router_upcycling.checkpoint.names import split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.verify.expected import ExpectedTensor, Piece
 from megatron_router_upcycling.verify.findings import Findings, span

@@ -1,0 +1,88 @@
+"""Where a checkpoint's files are, and reading them."""
+
+import io
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_router_upcycling.checkpoint.format.metadata import METADATA, Blob
+from megatron_router_upcycling.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CONFIG = "metadata.json"
+BACKEND = "torch_dist"
+COMMON_STATE = "common_state/shard_0_1"
+COMMON_FILE = "common.pt"  # where Megatron kept the common state before it became an object
+LARGEST_RECORD = 1 << 30  # bytes of metadata or common state; Megatron's are a hundred times smaller
+
+
+class FileRange(io.RawIOBase):
+    """A range of a file as a file of its own, for ``torch.load``; nothing is copied twice."""
+
+    def __init__(self, file: BinaryIO, blob: Blob) -> None:
+        self.file, self.blob, self.position = file, blob, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + (0, self.position, self.blob.length)[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self.blob.length - self.position)]
+        self.file.seek(self.blob.offset + self.position)
+        count = self.file.readinto(view)  # type: ignore[attr-defined]
+        self.position += count
+        return count
+
+
+def read_exactly(file: io.RawIOBase, view: memoryview) -> None:
+    """Fill ``view`` from ``file``, which may give less at a time."""
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise EOFError("the file ends early")
+        done += count
+
+
+def iteration_dir(root: Path) -> Path:
+    """The folder of the newest iteration under ``root``.
+
+    Raises:
+        UserError: nothing there.
+    """
+    tracker = root / TRACKER
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; name a checkpoint's root, the folder of {TRACKER}")
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        if (root / METADATA).exists() or (root / CONFIG).exists():
+            raise UserError(f"{root}: one iteration's folder; name the checkpoint's root above it") from None
+        raise UserError(f"{root}: no checkpoint there (no {TRACKER}); name a checkpoint's root") from None
+    if text != "release" and not (text.isdecimal() and len(text) < 20):
+        raise UserError(f"{tracker}: says {text[:40]!r} where an iteration or 'release' is expected")
+    folder = root / (text if text == "release" else f"iter_{int(text):07d}")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: missing, though {tracker} names it; the checkpoint is incomplete")
+    return folder
+
+
+def read_record(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > LARGEST_RECORD:
+            raise UserError(f"{path}: of {path.stat().st_size} bytes, which no checkpoint needs")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing; the checkpoint is incomplete, use one that was saved whole"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,205 @@
+"""What a torch_dist checkpoint's ``.metadata`` says: its tensors, and where their chunks are stored.
+
+It maps every chunk of every global tensor to a range of bytes in a data file; each range is a ``torch.save``
+file of its own. It is a pickle, which is read without running what it names (``safe_load``).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_router_upcycling.checkpoint.format import boxes, safe_pickle
+from megatron_router_upcycling.errors import UserError, reason, shown
+
+METADATA = ".metadata"
+
+Report = Callable[[str, str], None]  # takes a tensor's or file's name, and what is wrong with it
+DCP = "torch.distributed.checkpoint"
+DCP_VERSION = "1.0.0"
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A range of bytes in a data file: one ``torch.save`` file."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a global tensor and where its values are stored.
+
+    The blob is a ``torch.save`` file of a tensor of these sizes. Where ``stored`` is given it is of those
+    instead, the same values in the same order, which must be stored anew to stand in a checkpoint under
+    ``sizes``.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    blob: Blob
+    stored: tuple[int, ...] | None = None
+
+    @property
+    def stored_sizes(self) -> tuple[int, ...]:
+        return self.sizes if self.stored is None else self.stored
+
+    @property
+    def verbatim(self) -> bool:
+        return self.stored is None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A global tensor: its shape, its dtype, and the chunks that make it up."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_metadata(
+    content: bytes, source: Any, report: Report | None = None
+) -> tuple[dict[str, StoredTensor], dict[str, Blob]]:
+    """Tensors and objects by key, from the bytes of a ``.metadata`` file.
+
+    Args:
+        report: called with key and fault for whatever is not self-consistent, instead of raising; what
+            can be used is returned. Bytes that nothing names, which loading ignores, are reported too.
+
+    Raises:
+        UserError: damaged, unsafe, or not self-consistent: a chunk without storage, elements in no chunk
+            or in several, a data file outside the folder.
+    """
+
+    def fault(key: str, what: str) -> None:
+        if report is None:
+            raise UserError(f"{source}: {key} {what}; the checkpoint is damaged or incomplete")
+        report(key, what)
+
+    metadata = safe_pickle.loads(content, source)
+    try:
+        stored = metadata.state["storage_data"]
+        blobs = {
+            (index.state["fqn"], _sizes(index.state.get("offset"))): _blob(info.state, source)
+            for index, info in stored.items()
+        }
+        tensors: dict[str, StoredTensor] = {}
+        objects: dict[str, Blob] = {}
+        unnamed = dict(blobs)
+        for key, entry in metadata.state["state_dict_metadata"].items():
+            if not isinstance(key, str):
+                raise TypeError(f"an entry is called {shown(key)}")
+            if type(entry).__name__ == "TensorStorageMetadata":
+                tensors[key] = _stored_tensor(key, entry.state, blobs, fault)
+                for chunk in tensors[key].chunks:
+                    unnamed.pop((key, chunk.offsets), None)
+            elif (key, None) in blobs:
+                objects[key] = blobs[key, None]
+                del unnamed[key, None]
+            else:
+                fault(key, "has no bytes")
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        kind = type(error).__name__
+        raise UserError(f"{source}: not a checkpoint's metadata ({kind}: {reason(error)})") from None
+    if report is not None:
+        for key, offsets in unnamed:
+            report(key, f"has bytes for a chunk at {list(offsets or ())} that it does not have")
+        if len(stored) > len(blobs):
+            report(METADATA, f"has {len(stored) - len(blobs)} chunks' bytes twice")
+    return tensors, objects
+
+
+def _stored_tensor(key: str, state: dict[str, Any], blobs: dict[Any, Blob], fault: Report) -> StoredTensor:
+    dtype, shape = state["properties"].state[0], _sizes(state["size"])
+    if not isinstance(dtype, torch.dtype) or shape is None:
+        raise TypeError(f"{key} has dtype {shown(dtype)} and shape {shape}")
+    chunks = []
+    for record in state["chunks"]:
+        offsets, sizes = _sizes(record.state["offsets"]), _sizes(record.state["sizes"])
+        assert offsets is not None and sizes is not None
+        if (key, offsets) not in blobs:
+            fault(key, f"has no bytes for its chunk at {list(offsets)}")
+        elif not boxes.is_inside(shape, boxes.Box(offsets, sizes)):
+            fault(key, f"{list(shape)} has a chunk outside its shape, at {list(offsets)} of {list(sizes)}")
+        elif math.prod(sizes) * dtype.itemsize > blobs[key, offsets].length:
+            fault(key, f"has {blobs[key, offsets].length} bytes for its chunk of {list(sizes)}")
+        else:
+            chunks.append(Chunk(offsets, sizes, blobs[key, offsets]))
+    for count, box in boxes.faults(shape, [boxes.Box(chunk.offsets, chunk.sizes) for chunk in chunks]):
+        how = f"has {count} chunks" if count else "is not covered by its chunks"
+        fault(key, f"{list(shape)} {how} at {list(box.offsets)} of {list(box.sizes)}")
+    return StoredTensor(shape, dtype, tuple(chunks))
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    return None if value is None else tuple(int(size) for size in value)
+
+
+def _blob(state: dict[str, Any], source: Any) -> Blob:
+    name = state["relative_path"]
+    if not isinstance(name, str) or Path(name).name != name:
+        raise UserError(
+            f"{source}: names the data file {shown(name)}, which is outside the checkpoint's folder"
+        )
+    if state.get("transform_descriptors"):
+        raise UserError(f"{source}: {name} is compressed; save the checkpoint without stream transforms")
+    blob = Blob(name, int(state["offset"]), int(state["length"]))
+    if blob.offset < 0 or blob.length < 0:
+        raise ValueError(f"{name} has a negative range")
+    return blob
+
+
+def format_metadata(tensors: dict[str, StoredTensor], objects: dict[str, Blob]) -> bytes:
+    """The bytes of a ``.metadata`` file (torch.distributed.checkpoint.metadata.Metadata, pickled)."""
+
+    def record(name: str, **state: Any) -> Any:
+        return safe_pickle.inert(f"{DCP}.metadata", name, state=state)
+
+    # Equal values are one object, which is pickled once: equal experts' bytes, every chunk's sizes.
+    @functools.cache
+    def info(blob: Blob) -> Any:
+        state = {"relative_path": blob.file, "offset": blob.offset, "length": blob.length}
+        return safe_pickle.inert(f"{DCP}.filesystem", "_StorageInfo", state=state)
+
+    size = functools.cache(torch.Size)
+    contiguous = safe_pickle.inert(f"{DCP}.metadata", "_MEM_FORMAT_ENCODING", 0)
+    entries: dict[str, Any] = {}
+    storage: dict[Any, Any] = {}
+    for key, stored in tensors.items():
+        # PyTorch up to 2.14 reads these five alone; 2.15 writes strides as a sixth and does without them.
+        properties = (stored.dtype, torch.strided, False, contiguous, False)
+        chunks = []
+        for chunk in stored.chunks:
+            offsets = size(chunk.offsets)
+            chunks.append(record("ChunkStorageMetadata", offsets=offsets, sizes=size(chunk.sizes)))
+            storage[record("MetadataIndex", fqn=key, offset=offsets, index=None)] = info(chunk.blob)
+        entries[key] = record(
+            "TensorStorageMetadata",
+            properties=safe_pickle.inert(f"{DCP}.metadata", "TensorProperties", state=properties),
+            size=size(stored.shape),
+            chunks=chunks,
+        )
+    for key, blob in objects.items():
+        entries[key] = record("BytesStorageMetadata")
+        storage[record("MetadataIndex", fqn=key, offset=None, index=None)] = info(blob)
+    return safe_pickle.dumps(
+        record(
+            "Metadata",
+            state_dict_metadata=entries,
+            planner_data=None,
+            storage_data=storage,
+            storage_meta=None,
+            version=DCP_VERSION,
+        )
+    )

@@ -1,0 +1,73 @@
+"""Open a checkpoint of either format, or a dense one, and refuse what is not whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling.checkpoint.dense_model import holds_experts
+from megatron_router_upcycling.checkpoint.format.files import BACKEND, CONFIG, iteration_dir, read_record
+from megatron_router_upcycling.checkpoint.format.metadata import METADATA, Report, parse_metadata
+from megatron_router_upcycling.checkpoint.layers import stack_layers
+from megatron_router_upcycling.checkpoint.legacy.checkpoint import LegacyCheckpoint
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.errors import UserError, shown
+
+
+def open_dense(root: str | Path) -> Checkpoint:
+    """Open a dense model's checkpoint of any format; its layers are stacked, however they are stored.
+
+    Raises:
+        UserError: as ``open_checkpoint``, or layers that are not alike.
+    """
+    checkpoint = open_checkpoint(root)
+    return checkpoint if holds_experts(checkpoint.tensors) else stack_layers(checkpoint)
+
+
+def open_checkpoint(root: str | Path, report: Report | None = None) -> Checkpoint:
+    """Open the newest checkpoint under ``root``, torch_dist or legacy, and check that it is whole.
+
+    Args:
+        report: called with tensor or file and fault, instead of raising, where the checkpoint is not
+            whole or not self-consistent.
+
+    Raises:
+        UserError: nothing there, another format, half-written, or not safe to read.
+    """
+    root = Path(root)
+    folder = iteration_dir(root)
+    if not (folder / CONFIG).exists() and any(folder.glob("mp_rank_*")):
+        return LegacyCheckpoint.open_folder(root, folder)
+    check_backend(folder)
+    return Checkpoint.open_folder(root, folder, report)
+
+
+def check_whole(root: str | Path) -> None:
+    """Refuse what cannot be trained from: a checkpoint that is missing or half-written.
+
+    Only names and sizes of a torch_dist checkpoint are looked at; Megatron's other formats pass.
+
+    Raises:
+        UserError: no folder that the tracker names, damaged metadata, a data file that is too short.
+    """
+    root = Path(root)
+    folder = iteration_dir(root)
+    if (folder / CONFIG).exists() or not any(folder.glob("mp_rank_*")):
+        metadata = folder / METADATA
+        if _backend(folder) == BACKEND:
+            Checkpoint(root, folder, *parse_metadata(read_record(metadata), metadata), {}).check_files(None)
+
+
+def check_backend(folder: Path) -> None:
+    backend = _backend(folder)
+    if backend != BACKEND:
+        raise UserError(
+            f"{folder / CONFIG}: format {shown(backend)!r}; save the checkpoint with --ckpt-format {BACKEND}"
+        )
+
+
+def _backend(folder: Path) -> Any:
+    config = folder / CONFIG
+    try:
+        return json.loads(read_record(config)).get("sharded_backend")
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"{config}: not JSON; the checkpoint is incomplete") from None

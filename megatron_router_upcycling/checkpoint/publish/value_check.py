@@ -1,0 +1,89 @@
+"""Are a checkpoint's values those that were saved, and are they numbers?
+
+``torch.save`` writes a CRC-32 beside every tensor's values, and ``torch.load`` ignores it. Copying goes on in
+the kernel meanwhile, so that on two cores the check takes hardly any time of its own: each block of values is
+read, goes into the checksum, and is looked through for NaN and infinity.
+"""
+
+import threading
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from megatron_router_upcycling.checkpoint.format.files import read_exactly
+from megatron_router_upcycling.checkpoint.format.finite import WORDS, all_finite
+from megatron_router_upcycling.checkpoint.format.metadata import Chunk
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Values
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.errors import UserError, reason
+
+BLOCK_BYTES = 2 << 20  # stays in a processor's cache between the two looks at it
+
+
+class IntactCheck:
+    """Checks the tensors ``keys`` of ``checkpoint`` aside, from the first to the last.
+
+    As a context it ends with what it is about; ``wait`` returns once everything was found right.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
+        self._checkpoint, self._keys = checkpoint, tuple(keys)
+        self._stopped = threading.Event()
+        self._aside = ThreadPoolExecutor(1)
+        self._done: Future[None] = self._aside.submit(self._run)
+
+    def __enter__(self) -> "IntactCheck":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
+        self._aside.shutdown()
+
+    def wait(self) -> None:
+        """Wait for the last tensor.
+
+        Raises:
+            UserError: values that are not what was saved, or not finite, or cannot be read.
+        """
+        self._done.result()
+
+    def _run(self) -> None:
+        block = bytearray(BLOCK_BYTES)
+        for key in self._keys:
+            stored = self._checkpoint.tensors[key]
+            for chunk in stored.chunks:
+                values = self._checkpoint.find_values(chunk, stored.dtype)
+                if values is None:
+                    tensor = self._checkpoint.read_chunk(chunk, stored.dtype, bytearray())
+                    self._refuse_unless(bool(tensor.isfinite().all()), key, chunk, "holds NaN or infinity")
+                else:
+                    self._check(key, chunk, stored.dtype, values, block)
+                if self._stopped.is_set():
+                    return
+
+    def _check(self, key: str, chunk: Chunk, dtype: torch.dtype, values: Values, block: bytearray) -> None:
+        path, checksum, finite = self._checkpoint.iteration_dir / chunk.blob.file, 0, True
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(values.offset)
+                for done in range(0, values.length, BLOCK_BYTES):
+                    view = memoryview(block)[: min(BLOCK_BYTES, values.length - done)]
+                    read_exactly(file, view)
+                    checksum = zlib.crc32(view, checksum)
+                    finite = finite and all_finite(
+                        np.frombuffer(view, WORDS.get(dtype.itemsize, np.uint8)), dtype
+                    )
+                    if self._stopped.is_set():
+                        return
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+        self._refuse_unless(checksum == values.checksum, key, chunk, "is not what was saved (checksum)")
+        self._refuse_unless(finite, key, chunk, "holds NaN or infinity")
+
+    def _refuse_unless(self, right: bool, key: str, chunk: Chunk, what: str) -> None:
+        if not right:
+            path = self._checkpoint.iteration_dir / chunk.blob.file
+            raise UserError(f"{path}: {key} at {list(chunk.offsets)} {what}; use another copy")

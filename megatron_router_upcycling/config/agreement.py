@@ -1,0 +1,85 @@
+"""What file, flags and checkpoint say of one run, held against each other."""
+
+import dataclasses
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.config.flags import OF_ROUTER, SHARED_WITH_MEGATRON, read_start, set_defaults
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.errors import UserError
+
+
+def check_start(section: dict[str, Any], recorded: dict[str, Any] | None, source: str | Path | None) -> None:
+    """Compare what an ``upcycling:`` section says of the start with how ``recorded`` (a manifest) was made.
+
+    Raises:
+        UserError: they differ, so that another model would be trained than the file describes.
+    """
+    if recorded is None:
+        return
+    made = manifest.init_config(recorded, str(source)).to_dict()
+    for name, value in read_start(section).items():
+        if made[name] != value:
+            raise UserError(
+                f"--config: {name} {value}, but {source} was converted with {made[name]}; convert again with"
+                " this file as --config"
+            )
+
+
+def router_config(
+    args: Namespace, recorded: RouterConfig | None, source: str | Path | None
+) -> RouterConfig | None:
+    """The router that a run trains: what its checkpoint records, with what flags and YAML change.
+
+    Args:
+        args: Megatron's parsed arguments with this package's.
+        recorded: the router in the checkpoint's manifest, found in ``source``; None without one.
+
+    Returns:
+        None for a dense model.
+
+    Raises:
+        UserError: a flag contradicts the checkpoint in what its parameters depend on.
+    """
+    if args.num_experts is None:
+        return None
+    asked = {name: getattr(args, name) for name in OF_ROUTER}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    asked |= {field: getattr(args, name) for name, field in SHARED_WITH_MEGATRON.items()}
+    if recorded is None:
+        return RouterConfig(**{"router": "linear"} | asked)
+    for name in ("router", "num_experts", "num_routers"):
+        if name in asked and asked[name] != getattr(recorded, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} {asked[name]}: {source} was converted with"
+                f" {getattr(recorded, name)}; leave the flag out or convert again"
+            )
+    return dataclasses.replace(recorded, **asked)
+
+
+def check_architecture(
+    parser: ArgumentParser, args: Namespace, model: dict[str, Any], source: str | Path
+) -> None:
+    """Compare the arguments with the architecture that a checkpoint records.
+
+    Raises:
+        UserError: names the first argument that differs and what the checkpoint has.
+    """
+    for attribute in set_defaults(parser, model, source):
+        expected, found = parser.get_default(attribute), getattr(args, attribute)
+        if found != expected:
+            raise UserError(
+                f"--{attribute.replace('_', '-')} {found}: the checkpoint {source} has {expected};"
+                " leave it out of the flags and the YAML file"
+            )
+
+
+def find_manifest(roots: Iterable[str | None]) -> tuple[dict[str, Any] | None, str | None]:
+    """The first manifest in checkpoint roots, and where it was found."""
+    for root in roots:
+        if root and (found := manifest.read(root)) is not None:
+            return found, root
+    return None, None

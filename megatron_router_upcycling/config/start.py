@@ -1,0 +1,126 @@
+"""How a Mixture-of-Experts starts, where that differs from the paper's upcycling: the ablations' options.
+
+Pure: imports neither torch nor Megatron. An ``InitConfig`` comes from the ``upcycling:`` section of the YAML
+file that ``convert`` is given, decides values and no shapes, and stands in the manifest as ``init``.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_router_upcycling.config.router import RouterConfig, check_types
+from megatron_router_upcycling.errors import UserError
+
+CHOICES = {
+    "weights": ("dense", "random"),
+    "queries": ("heads", "random"),
+    "keys": ("heads", "random"),
+    "gate": ("random", "centroid"),
+}
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """The defaults are the paper's.
+
+    - ``weights``: ``random`` takes the dense model's architecture and none of its values (from scratch).
+    - ``queries``, ``keys``: ``random`` draws the mixture's query maps or expert keys from a normal
+      distribution, each with the norm that the one made of heads has.
+    - ``norm_gain``: W_Q was trained behind the attention's norm and the router stands behind the FFN's, so
+      scale W_Q's columns by the ratio of the two norms' gains.
+    - ``gate``: of a linear router, ``centroid`` makes it of the centres of clusters of its inputs.
+    - ``logit_scale``: multiplies every logit.
+    - ``target_entropy``: in nats, the mean entropy of a token's routing distribution over all experts, which
+      each layer's logits are scaled to have.
+    - ``expert_noise``: standard deviation of noise on each expert's weights, relative to that of the tensor.
+    - ``drop_upcycling``: share of each expert's FFN channels that is drawn anew (arXiv 2502.19261).
+    """
+
+    weights: str = "dense"
+    queries: str = "heads"
+    keys: str = "heads"
+    norm_gain: bool = False
+    gate: str = "random"
+    logit_scale: float = 1.0
+    target_entropy: float | None = None
+    expert_noise: float = 0.0
+    drop_upcycling: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
+        if not 0 < self.logit_scale < math.inf:
+            raise UserError(f"logit_scale {self.logit_scale}: must be more than 0")
+        if not 0 <= self.expert_noise < math.inf:
+            raise UserError(f"expert_noise {self.expert_noise}: must be 0 or more")
+        if not 0 <= self.drop_upcycling <= 1:
+            raise UserError(f"drop_upcycling {self.drop_upcycling}: is a share, between 0 and 1")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> "InitConfig":
+        """Build from a mapping; ``source`` is named when an entry is unknown or of another type."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(f"{source}: unknown option {unknown[0]!r}")
+        check_types(cls, values, f"{source}: option")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def alters_experts(self) -> bool:
+        """Whether experts differ, so that each is stored."""
+        return self.expert_noise > 0 or self.drop_upcycling > 0
+
+    @property
+    def alters_router(self) -> bool:
+        """Whether a router's values are not the paper's."""
+        paper = InitConfig(
+            weights=self.weights, expert_noise=self.expert_noise, drop_upcycling=self.drop_upcycling
+        )
+        return self != paper
+
+    @property
+    def needs_router_input(self) -> bool:
+        """Whether values are made from samples of what routers see."""
+        return self.gate == "centroid" or self.target_entropy is not None
+
+    def check(self, router: RouterConfig) -> None:
+        """Raise UserError for what ``router`` cannot start with."""
+        kind, default = router.router, InitConfig()
+
+        def only(names: tuple[str, ...], kinds: tuple[str, ...]) -> None:
+            for name in names:
+                if getattr(self, name) != getattr(default, name) and kind not in kinds:
+                    raise UserError(
+                        f"{name} {getattr(self, name)}: is for --router {' or '.join(kinds)}, not for {kind}"
+                    )
+
+        only(("queries", "keys", "norm_gain"), ("mixture",))
+        only(("gate",), ("linear", "switch"))
+        only(("logit_scale", "target_entropy"), ("mixture", "linear", "switch", "mlp"))
+        if self.target_entropy is not None and self.logit_scale != 1:
+            raise UserError("target_entropy sets the logits' scale; leave logit_scale out")
+        if self.weights == "random" and dataclasses.replace(self, weights="dense") != default:
+            raise UserError("weights random: starts from nothing; no other option of the start goes with it")
+        if self.weights == "random" and kind == "mixture":
+            raise UserError(
+                "weights random: has no attention heads to make a mixture of; use --router linear (the"
+                " paper's scratch) or another baseline"
+            )
+        if self.target_entropy is not None and not 0 < self.target_entropy < math.log(router.num_experts):
+            raise UserError(
+                f"target_entropy {self.target_entropy}: is in nats and must be between 0 and"
+                f" ln {router.num_experts} = {math.log(router.num_experts):.4f}, that of even routing"
+            )
+        if router.granularity > 1 and (self.alters_experts or self.weights == "random"):
+            raise UserError(
+                f"--granularity {router.granularity}: expert_noise, drop_upcycling and weights random need"
+                " whole experts; leave it out"
+            )
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(InitConfig))

@@ -1,0 +1,41 @@
+"""YAML files: ``base:`` files under the entries that build on them, and nothing but plain values."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_router_upcycling.errors import UserError, reason
+
+
+def read_yaml(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The entries of a configuration, with the ``base:`` files (a name or a list, later ones win) beneath it.
+
+    Raises:
+        UserError: a file that is missing or is not a YAML mapping, or one that builds on itself.
+    """
+    current = Path(path)
+    try:
+        if current.resolve() in (seen.resolve() for seen in _above):
+            raise UserError(f"{current}: builds on itself through 'base:'")
+        entries = yaml.safe_load(current.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--config {current}: no such file") from None
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{current}: not readable as YAML ({reason(error)})") from None
+    if not isinstance(entries, dict | None):
+        raise UserError(f"{current}: must be a mapping of argument names to values")
+    # As attributes: a name may be written with hyphens, as the flag is.
+    entries = {str(name).replace("-", "_"): value for name, value in (entries or {}).items()}
+    base = entries.pop("base", None) or []
+    section = entries.pop("upcycling", None) or {}
+    if not isinstance(section, dict):
+        raise UserError(f"{current}: 'upcycling:' must be a mapping")
+    bases = [base] if isinstance(base, str) else base
+    if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
+        raise UserError(f"{current}: 'base:' must be the name of a file, or a list of names")
+    merged: dict[str, Any] = {"upcycling": {}}
+    for layer in (*(read_yaml(current.parent / name, (*_above, current)) for name in bases), entries):
+        merged |= layer | {"upcycling": merged["upcycling"] | layer.get("upcycling", {})}
+    merged["upcycling"] |= section
+    return merged

@@ -1,0 +1,1 @@
+"""A dense checkpoint into an upcycled one: plan, then execute chunk by chunk."""

@@ -1,0 +1,99 @@
+"""Fine-grained upcycling: smaller experts cut from each copy of the dense FFN, and a shared expert.
+
+n copies of an FFN of width F, each cut G ways along F, are n*G experts of width F/G. Expert i*G + g is
+shard g of copy i: rows of FC1 (of its gate and of its up projection), columns of FC2. An FFN acts on each
+of its F channels apart, so that the shards' outputs add up to the FFN's, for SwiGLU as for others.
+
+At step 0 the shards of a copy have equal router logits and are chosen together, k*G of n*G in all. The
+softmax divides a copy's weight among its G shards, over the chosen experts as over all, so each shard
+has 1/G of it; ``moe_router_topk_scaling_factor`` G makes up for that. The experts' values stay the dense
+FFN's own, in any dtype, and one shard's bytes serve all n copies. (Megatron's upcycling scales the weights
+instead: arXiv 2410.07524, section 4.) Copies whose logits are equal to the last bit, as those of a zero
+hidden state, may be chosen in part.
+
+A shared expert is the whole dense FFN, which every token passes. It gives one half of the output and the
+chosen experts the other: its FC2 is halved, which is exact, and the scaling factor is halved.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_router_upcycling.checkpoint.dense_model import DenseModel
+from megatron_router_upcycling.checkpoint.format.metadata import StoredTensor
+from megatron_router_upcycling.checkpoint.names import FC1, FC2
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.errors import UserError
+
+SHARE = 0.5  # of the output that the shared expert gives; a power of two, so that scaling by it is exact
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a parameter of the FFN is cut: ``parts`` blocks of F along ``axis``, each ``granularity`` ways."""
+
+    axis: int  # of the dense parameter
+    parts: int  # 2 for a gated FC1: gate, up
+    granularity: int
+
+    @classmethod
+    def of(cls, key: str, model: DenseModel, granularity: int, front: int) -> "Cut":
+        """``front``: 1 where ``key`` is stacked over layers, else 0."""
+        if key.startswith(f"{FC1}."):
+            return cls(front, 1 + model.gated, granularity)
+        return cls(front + 1, 1, granularity)
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a shard, of the dense parameter's."""
+        return (*shape[: self.axis], shape[self.axis] // self.granularity, *shape[self.axis + 1 :])
+
+    def shards(
+        self, tensor: torch.Tensor, offsets: tuple[int, ...], stored: StoredTensor
+    ) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
+        """What each shard takes of a chunk: shard, values, and their place in the shard.
+
+        Args:
+            tensor: the chunk's values, at ``offsets`` of ``stored``.
+        """
+        block = stored.shape[self.axis] // self.parts
+        width = block // self.granularity
+        begin, end = offsets[self.axis], offsets[self.axis] + tensor.shape[self.axis]
+        for part in range(self.parts):
+            for shard in range(self.granularity):
+                first = part * block + shard * width
+                low, high = max(first, begin), min(first + width, end)
+                if low < high:
+                    place = list(offsets)
+                    place[self.axis] = part * width + low - first
+                    yield shard, tensor.narrow(self.axis, low - begin, high - low), tuple(place)
+
+
+def check(dense: Checkpoint, model: DenseModel, granularity: int, shared_expert: bool) -> None:
+    """Refuse what cannot be cut or shared.
+
+    Raises:
+        UserError: F is not a multiple of G, or the FFN has biases.
+    """
+    F = model.ffn_hidden_size
+    if F % granularity:
+        near = sorted((G for G in range(1, F + 1) if F % G == 0), key=lambda G: abs(G - granularity))[:3]
+        raise UserError(
+            f"--granularity {granularity}: does not divide the FFN's width {F}; nearest that do: "
+            + ", ".join(map(str, sorted(near)))
+        )
+    flag = "--granularity" if granularity > 1 else "--shared-expert" if shared_expert else None
+    if flag and any(f"{linear}.bias" in dense.tensors for linear in (FC1, FC2)):
+        raise UserError(f"{flag}: {dense.root} has biases in its FFN, which cannot be divided; leave it out")
+
+
+def moe_arguments(model: DenseModel, granularity: int, shared_expert: bool) -> dict[str, Any]:
+    """Megatron's arguments that say how wide the experts are and how their outputs are scaled."""
+    F = model.ffn_hidden_size
+    scale = granularity * (1 - SHARE if shared_expert else 1)
+    return {
+        "moe_ffn_hidden_size": F // granularity,
+        "moe_router_topk_scaling_factor": None if scale == 1 else float(scale),
+        "moe_shared_expert_intermediate_size": F if shared_expert else None,
+    }

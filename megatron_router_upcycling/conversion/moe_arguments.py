@@ -1,0 +1,69 @@
+"""Megatron's arguments of an MoE that has not trained yet, for its common state and its manifest."""
+
+from typing import Any
+
+from megatron_router_upcycling.checkpoint.dense_model import DenseModel
+from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.checkpoint.format.files import BACKEND
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.conversion import fine_grained
+
+# Megatron's arguments of a fresh MoE run, beside those that the router gives.
+FRESH = {
+    "consumed_train_samples": 0,
+    "consumed_valid_samples": 0,
+    "skipped_train_samples": 0,
+    "iteration": 0,
+    "curr_iteration": 0,
+    "ckpt_format": BACKEND,
+    "num_floating_point_operations_so_far": 0,
+    "moe_layer_freq": 1,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_latent_size": None,
+}
+# Which experts to build is the business of the machine that trains: --use-checkpoint-args must not say.
+DECIDED_LATER = ("moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias")
+
+
+def _layer_freq(model: DenseModel, layers: tuple[int, ...]) -> list[int]:
+    """``moe_layer_freq``: 1 for a layer with experts, 0 for a dense one."""
+    return [int(layer in layers) for layer in range(model.num_layers)]
+
+
+def model_flags(
+    model: DenseModel, router: RouterConfig, shared_expert: bool, layers: tuple[int, ...] | None
+) -> dict[str, Any]:
+    """Megatron flags of the MoE's architecture, beside the dense model's and what the router gives."""
+    flags = fine_grained.moe_arguments(model, router.granularity, shared_expert)
+    if router.granularity == 1:
+        del flags["moe_ffn_hidden_size"]  # Megatron's own default
+    if layers is not None:
+        flags["moe_layer_freq"] = str(_layer_freq(model, layers)).replace(" ", "")  # as the flag takes it
+    return {flag: value for flag, value in flags.items() if value is not None}
+
+
+def moe_common_state(
+    common: dict[str, Any],
+    model: DenseModel,
+    router: RouterConfig,
+    shared_expert: bool,
+    layers: tuple[int, ...] | None,
+) -> dict[str, Any]:
+    """The common state of an MoE that has not trained yet.
+
+    Megatron takes architecture (``--use-checkpoint-args``) and the place in the data from the arguments
+    in it; optimizer, schedule and random state start anew.
+    """
+    values = vars(common["args"]) | FRESH
+    if layers is not None:
+        values["moe_layer_freq"] = _layer_freq(model, layers)
+    values |= fine_grained.moe_arguments(model, router.granularity, shared_expert)
+    values |= {
+        "num_experts": router.num_experts,
+        "moe_router_topk": router.top_k,
+        "moe_router_pre_softmax": router.pre_softmax,
+    }
+    kept = {name: common[name] for name in ("checkpoint_version", "content_metadata") if name in common}
+    args = safe_pickle.namespace({name: value for name, value in values.items() if name not in DECIDED_LATER})
+    return kept | {"args": args, "iteration": 0, "num_floating_point_operations_so_far": 0}

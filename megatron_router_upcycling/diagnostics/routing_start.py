@@ -1,0 +1,284 @@
+"""How a converted checkpoint's routers would start: before any GPU hour is spent, and without Megatron.
+
+The inputs are hidden states of the dense model, which the key statistics hold a sample of, or random ones of
+the size that the norm before the router gives them. Both stand for the first step; with softmax before
+top-k, where layers before have shrunk, even real samples are an approximation.
+
+Symbols: S sampled tokens, n experts, k experts a token, c keys an expert, D hidden size.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from megatron_router_upcycling.checkpoint import layers, names
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.initialisation.heads import cosine_similarity
+from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.routers.fold import fold, pool_logits
+from megatron_router_upcycling.training.run_log import measures
+
+ROUTER = "decoder.layers.mlp.router."
+EXPERTS = "decoder.layers.mlp.experts."
+NORMS = ("decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight")
+RANDOM_TOKENS = 1024
+SATURATED = 0.9  # mean largest probability from which softmax passes next to no gradient
+NAMED = 8  # experts or layers that a warning names
+
+
+@dataclass(frozen=True)
+class LayerStart:
+    """One layer's router before training. Cosines are of a mixture's expert keys, None for other kinds."""
+
+    layer: int
+    mean_cosine: float | None
+    max_cosine: float | None
+    condition: float | None  # largest over smallest singular value of the folded gate
+    ties: tuple[tuple[int, int], ...]  # experts of different copies that no token can tell apart
+    routing: dict[str, Any]  # measures.summarise, with the order of softmax and top-k that was recorded
+    softmax_first: float  # mean sum of the k weights where softmax comes before top-k
+
+    @property
+    def effective_experts(self) -> float:
+        """How many evenly loaded experts would be as uneven: exp of the entropy of the load."""
+        return math.exp(-sum(share * math.log(share) for share in self.routing["load"] if share))
+
+
+def describe(root: Path, stats: Path | None) -> str:
+    """The start of each layer's routing as a table, and plain warnings; "" for what has no routers.
+
+    Args:
+        stats: key statistics with ``router_input``; None takes those that the manifest names, if they have.
+
+    Raises:
+        UserError: the checkpoint's routers cannot be read, or ``stats`` does not fit or has no samples.
+    """
+    checkpoint = open_checkpoint(root)
+    record = manifest.read(root)
+    if record is None or not _router_layers(checkpoint):
+        if stats is not None:
+            raise UserError(
+                f"--key-stats {stats}: {checkpoint.root} has no routers to route its samples with"
+            )
+        return ""
+    router = manifest.router_config(record, checkpoint.root / manifest.NAME)
+    num_layers, hidden = (getattr(checkpoint.args, name, None) for name in ("num_layers", "hidden_size"))
+    if not (isinstance(num_layers, int) and isinstance(hidden, int)):
+        raise UserError(f"{root}: its arguments tell no num_layers and hidden_size; convert the model again")
+    source = stats or _recorded(record, num_layers)
+    if stats is not None:
+        key_stats_file.load(stats)  # says what is wrong with it
+        sampled = _num_layers_sampled(stats)
+        if sampled != num_layers:
+            raise UserError(
+                f"--key-stats {stats}: holds samples of router inputs (router_input) for {sampled} layers and"
+                f" the model has {num_layers}; collect its dense model's statistics with --router-samples 512"
+            )
+    found = []
+    for layer in _router_layers(checkpoint):
+        try:
+            found.append(_look(checkpoint, router, layer, source))
+        except (RuntimeError, IndexError, ValueError) as error:  # shapes that do not go together
+            raise UserError(
+                f"{root}: layer {layer}'s router does not fit {manifest.NAME} ({reason(error)})"
+            ) from None
+    if source is not None:
+        inputs = f"of hidden states of the dense model, sampled in {source}"
+    else:
+        inputs = (
+            f"of {RANDOM_TOKENS} random tokens, normal and scaled by the norm's gain, which route more evenly"
+            " than real ones (name key statistics that were collected with --router-samples as --key-stats)"
+        )
+    lines = [f"routing at the start, {inputs}:", *_table(found), *_expectation(found, router)]
+    return "\n".join([*lines, *_warnings(found, router)])
+
+
+def _stacked(checkpoint: Checkpoint) -> set[str]:
+    return {names.split_key(key)[0] for key in checkpoint.tensors}
+
+
+def _router_layers(checkpoint: Checkpoint) -> list[int]:
+    """The layers that have experts; a router may have no parameters."""
+    split = {names.split_key(key): tensor for key, tensor in checkpoint.tensors.items()}
+    found = {(layer, tensor.shape[0]) for (key, layer), tensor in split.items() if key.startswith(EXPERTS)}
+    own = sorted({layer for layer, _ in found if layer is not None})
+    return own or list(range(min((count for _, count in found), default=0)))
+
+
+def _read(checkpoint: Checkpoint, key: str, layer: int) -> Tensor:
+    """One layer's float32 values of a parameter, stored stacked or layer by layer.
+
+    Raises:
+        UserError: it is not there.
+    """
+    own = names.at_layer(key, layer)
+    if key not in checkpoint.tensors and own in checkpoint.tensors:
+        checkpoint, layer = layers.one_layer(checkpoint, own, key), 0
+    if key not in checkpoint.tensors:
+        raise UserError(f"{checkpoint.root}: has no {key}, which its {manifest.NAME} promises")
+    return checkpoint.read_layer(key, layer, bytearray()).float()
+
+
+def _recorded(record: dict[str, Any], num_layers: int) -> Path | None:
+    """The key statistics that the manifest names, where they are still there and hold samples."""
+    named = record.get("key_stats")
+    path = named.get("path") if isinstance(named, dict) else None
+    return Path(path) if isinstance(path, str) and _num_layers_sampled(path) == num_layers else None
+
+
+def _num_layers_sampled(path: str | Path) -> int:
+    """Layers that the key statistics in ``path`` hold ``router_input`` of; 0 where there is none."""
+    if not Path(path).is_file():
+        return 0
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.get_slice("router_input").get_shape()[0] if "router_input" in set(file.keys()) else 0
+    except (safetensors.SafetensorError, OSError, ValueError):
+        return 0
+
+
+def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
+    """What the layer's router would see, [S, D] in float32."""
+    hidden = int(checkpoint.args.hidden_size)
+    if source is not None:
+        tokens = key_stats_file.read_router_input(source, layer)
+        if tokens.shape[1] != hidden:
+            raise UserError(
+                f"--key-stats {source}: its router_input is {tokens.shape[1]} wide and the model {hidden};"
+                " name the statistics of the dense model that was converted"
+            )
+        return tokens
+    norm = next((key for key in NORMS if key in _stacked(checkpoint)), NORMS[0])
+    gain = _read(checkpoint, norm, layer) + float(bool(getattr(checkpoint.args, "apply_layernorm_1p", False)))
+    generator = torch.Generator().manual_seed(layer)
+    return torch.randn(RANDOM_TOKENS, hidden, generator=generator) * gain
+
+
+def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> LayerStart:
+    tokens, n = _inputs(checkpoint, layer, source), router.num_experts
+    cosines: tuple[float | None, float | None] = (None, None)
+    gate: Tensor | None = None
+    if router.router == "mlp":
+        first, second = (_read(checkpoint, f"{ROUTER}{name}.weight", layer) for name in ("fc1", "fc2"))
+        logits = torch.nn.functional.gelu(tokens @ first.t()) @ second.t()
+        rows = second
+    else:
+        if router.router == "mixture":
+            query, key = (_read(checkpoint, ROUTER + name, layer) for name in ("query_weight", "expert_key"))
+            gate = fold(query, key, router.pooling)
+            cosines = _cosines(key)
+        elif router.router == "locmoe":
+            gate = torch.eye(n).repeat_interleave(tokens.shape[1] // n, dim=1) * n / tokens.shape[1]
+        else:
+            gate = _read(checkpoint, f"{ROUTER}weight", layer)
+        keys = len(key) // n if router.router == "mixture" else 1
+        if len(gate) % n or gate.shape[1] != tokens.shape[1]:
+            raise UserError(f"{checkpoint.root}: layer {layer}'s router is no router of {n} experts")
+        logits = pool_logits(tokens @ gate.t(), n, keys)
+        rows = gate.unflatten(0, (-1, n, keys)).transpose(0, 1).flatten(1)  # an expert's gates side by side
+    decided = {first: measures.choose(logits, router.top_k, first) for first in (True, router.pre_softmax)}
+    return LayerStart(
+        layer,
+        *cosines,
+        None if gate is None else _condition(gate),
+        _ties(rows, router.granularity),
+        measures.summarise(measures.routing_sums(*decided[router.pre_softmax], top_k=router.top_k)),
+        float(decided[True][1].sum(dim=1).mean()),
+    )
+
+
+def _cosines(key: Tensor) -> tuple[float, float]:
+    """Mean and largest cosine of every two keys."""
+    pairs = cosine_similarity(key)[tuple(torch.triu_indices(len(key), len(key), offset=1))]
+    return (float(pairs.mean()), float(pairs.max())) if len(pairs) else (math.nan, math.nan)
+
+
+def _condition(gate: Tensor) -> float:
+    singular = torch.linalg.svdvals(gate.double())
+    return float(singular[0] / singular[-1]) if singular[-1] > 1e-7 * singular[0] else math.inf
+
+
+def _ties(rows: Tensor, granularity: int) -> tuple[tuple[int, int], ...]:
+    """Pairs of experts with equal rows [n, ...]; shards of one copy are meant to be equal."""
+    copies = rows[::granularity]
+    scale = copies.abs().max()
+    return tuple(
+        (a * granularity, b * granularity)
+        for a in range(len(copies))
+        for b in range(a + 1, len(copies))
+        if float((copies[a] - copies[b]).abs().max()) <= 1e-6 * float(scale)
+    )
+
+
+def _table(found: list[LayerStart]) -> list[str]:
+    titles = ("layer", "key cosine", "largest", "condition", "ties", "busiest/mean", "idle", "entropy")
+    header = "".join(f"{title:>13}" for title in (*titles, "largest p", "k weights"))
+    lines = [header]
+    for row in found:
+        cells = [str(row.layer), *(_number(value, ".3f") for value in (row.mean_cosine, row.max_cosine))]
+        cells += [_number(row.condition, ".1f"), str(len(row.ties))]
+        cells += [f"{row.routing['load_max_over_mean']:.2f}", str(row.routing["dead_experts"])]
+        cells += [f"{row.routing[name]:.3f}" for name in ("entropy", "top1_probability")]
+        lines.append("".join(f"{cell:>13}" for cell in (*cells, f"{row.softmax_first:.3f}")))
+    return lines
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def _expectation(found: list[LayerStart], router: RouterConfig) -> list[str]:
+    """What step 0 does to the FFN's output under both orders of softmax and top-k."""
+    sums = [row.softmax_first for row in found]
+    order = "before" if router.pre_softmax else "after"
+    mean = sum(sums) / len(sums)
+    return [
+        "",
+        f"prepared for softmax {order} top-k. While experts are equal, the output of a layer's experts is the"
+        " dense FFN's times the sum of the k weights:",
+        f"  softmax before top-k   x {mean:.3f} in the mean over layers, {min(sums):.3f} to {max(sums):.3f}:"
+        " the loss jumps at step 0",
+        "  softmax after top-k    x 1: no jump",
+        "(an estimate of the output's size; how far the loss jumps, an evaluation before training tells)",
+    ]
+
+
+def _warnings(found: list[LayerStart], router: RouterConfig) -> list[str]:
+    n = router.num_experts
+    warnings = []
+    collapsed = [row for row in found if row.effective_experts < n / 2]
+    if collapsed and n > router.top_k:
+        worst = min(collapsed, key=lambda row: row.effective_experts)
+        warnings.append(
+            f"routing would start collapsed in {_named([row.layer for row in collapsed])}: at worst (layer"
+            f" {worst.layer}) it is as uneven as if {worst.effective_experts:.1f} of {n} experts did all the"
+            " work. Wide differences between keys, such as biases give, do this"
+        )
+    saturated = [row.layer for row in found if row.routing["top1_probability"] > SATURATED]
+    if saturated:
+        warnings.append(
+            f"routing would start saturated in {_named(saturated)}: the largest probability is above"
+            f" {SATURATED} in the mean, and softmax passes little gradient"
+        )
+    tied = [row for row in found if row.ties]
+    if tied:
+        pairs = ", ".join(f"{a} and {b}" for a, b in tied[0].ties[:NAMED])
+        warnings.append(
+            f"experts are tied in {_named([row.layer for row in tied])} (layer {tied[0].layer}: {pairs}):"
+            " their gates are equal, and while the experts are equal too, nothing tells them apart"
+        )
+    return ["", *(f"warning: {warning}" for warning in warnings)] if warnings else []
+
+
+def _named(numbers: list[int]) -> str:
+    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:NAMED]))}{more}"

@@ -1,0 +1,176 @@
+"""First values that differ from the paper's: the ablations of the start (``InitConfig``), as pure tensors.
+
+Everything here changes values that are there already, in the checkpoint's dtype. Statistics (norms, standard
+deviations, scales) are computed in float64 and rounded to float32, so that they do not depend on the order of
+a sum, and what is drawn is drawn by a generator of its own (``random_weights.generator``).
+
+Symbols: S tokens, D hidden size, F FFN size, n experts.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.config.start import InitConfig
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.initialisation.random_weights import generator
+from megatron_router_upcycling.routers.fold import fold, pool_logits
+
+KMEANS_ROUNDS = 50
+BISECTIONS = 200
+SCALES = (1e-8, 1e8)
+
+
+def _float32(value: Tensor | float) -> float:
+    return torch.tensor(float(value), dtype=torch.float32).item()
+
+
+def with_norm_of(values: Tensor, random: torch.Generator) -> Tensor:
+    """Random values in float32 of the shape of ``values``, each slice along axis 0 with its norm there."""
+    drawn = torch.randn(values.shape, generator=random)
+    for row, like in zip(drawn, values, strict=True):
+        row *= _float32(like.double().norm() / row.double().norm())
+    return drawn
+
+
+def scale_columns(query_weight: Tensor, attention_gain: Tensor, ffn_gain: Tensor) -> Tensor:
+    """``query_weight`` [m, d', D] for inputs with the FFN norm's gain [D] in place of the attention norm's.
+
+    A column whose FFN gain is 0 sees nothing and is 0.
+    """
+    gain = ffn_gain.double()
+    ratio = torch.where(gain == 0, 0.0, attention_gain.double() / gain.where(gain != 0, 1.0))
+    return query_weight.double() * ratio
+
+
+def cluster_centres(inputs: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Centres of ``count`` clusters of the directions of ``inputs`` [S, D]: spherical k-means, float64.
+
+    Starts from tokens drawn at random. A cluster that loses all its tokens takes the one that is least like
+    its own centre.
+    """
+    unit = torch.nn.functional.normalize(inputs.double(), dim=1)
+    centres = unit[torch.randperm(len(unit), generator=random)[:count]]
+    for _ in range(KMEANS_ROUNDS):
+        likeness, nearest = (unit @ centres.t()).max(dim=1)
+        moved = torch.zeros_like(centres).index_add_(0, nearest, unit)
+        for empty in (torch.bincount(nearest, minlength=count) == 0).nonzero().flatten().tolist():
+            stray = int(likeness.argmin())
+            moved[empty], likeness[stray] = unit[stray], 2.0
+        moved = torch.nn.functional.normalize(moved, dim=1)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres
+
+
+def scale_to_entropy(logits: Tensor, target: float, place: str) -> float:
+    """What to multiply ``logits`` [S, n] by so that the mean entropy of softmax over n is ``target``.
+
+    Raises:
+        UserError: no scale does it; ``place`` says where.
+    """
+    logits = logits.double()
+
+    def entropy(scale: float) -> float:
+        log_p = torch.log_softmax(logits * scale, dim=1)
+        return float(-(log_p.exp() * log_p).sum(dim=1).mean())
+
+    low, high = map(math.log, SCALES)
+    if not entropy(math.exp(high)) < target < entropy(math.exp(low)):
+        raise UserError(
+            f"target_entropy {target}: no logit scale gives it {place}, where it can be"
+            f" {entropy(math.exp(high)):.4f} to {entropy(math.exp(low)):.4f}"
+        )
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if entropy(math.exp(middle)) > target else (low, middle)
+    return _float32(math.exp(low))
+
+
+def alter_router(
+    values: dict[str, Tensor],
+    router: RouterConfig,
+    init: InitConfig,
+    seed: int,
+    layer: int,
+    gains: tuple[Tensor, Tensor] | None,
+    inputs: Callable[[], Tensor],
+) -> dict[str, Tensor]:
+    """One layer's router as ``init`` wants it.
+
+    Args:
+        values: the parameters by name, in the checkpoint's dtype.
+        gains: the norms' before attention and before the FFN, where ``init.norm_gain``.
+        inputs: gives a sample of the layer's router inputs [S, D].
+    """
+    dtype = next(iter(values.values())).dtype
+    made = dict(values)
+    if gains is not None:
+        made["query_weight"] = scale_columns(made["query_weight"], *gains).to(dtype)
+    for option, name in ((init.queries, "query_weight"), (init.keys, "expert_key")):
+        if option == "random":
+            made[name] = with_norm_of(made[name], generator(seed, name, layer)).to(dtype)
+    if init.gate == "centroid":
+        sample = inputs()
+        if len(sample) < router.num_copies:
+            raise UserError(
+                f"gate centroid: {len(sample)} tokens in --key-stats are too few for {router.num_copies}"
+                " experts; collect more with --router-samples"
+            )
+        centres = cluster_centres(sample, router.num_copies, generator(seed, "centroid", layer))
+        norms = made["weight"][:: router.granularity].double().norm(dim=1, keepdim=True).float()
+        made["weight"] = (centres * norms).repeat_interleave(router.granularity, dim=0).to(dtype)
+    scale = init.logit_scale
+    if init.target_entropy is not None:
+        scale = scale_to_entropy(logits(made, router, inputs()), init.target_entropy, f"in layer {layer}")
+    if scale != 1:
+        last = {"mixture": "expert_key", "mlp": "fc2.weight"}.get(router.router, "weight")
+        made[last] = (made[last].double() * scale).to(dtype)
+    return made
+
+
+def logits(values: dict[str, Tensor], router: RouterConfig, inputs: Tensor) -> Tensor:
+    """Logits [S, n] in float64 of ``inputs`` [S, D]."""
+    x = inputs.double()
+    if router.router == "mixture":
+        gate = fold(values["query_weight"], values["expert_key"], router.pooling, torch.float64)
+        return pool_logits(x @ gate.t(), router.num_experts, len(values["expert_key"]) // router.num_experts)
+    if router.router == "mlp":
+        x = torch.nn.functional.gelu(x @ values["fc1.weight"].double().t())
+        return x @ values["fc2.weight"].double().t()
+    return x @ values["weight"].double().t()
+
+
+def alter_expert(
+    weight: Tensor, name: str, gated: bool, init: InitConfig, seed: int, layer: int, expert: int
+) -> Tensor:
+    """One expert's FC1 [F or 2F (gate, up), D] or FC2 [D, F], made of the dense FFN's ``weight``.
+
+    First noise, then channels drawn anew from N(mean, std) of the dense matrix, of the gate and of the up
+    projection apart (arXiv 2502.19261). A channel is the same in FC1 and FC2.
+    """
+    dense = weight.float()
+    made = dense.clone()
+    if init.expert_noise:
+        std = _float32(init.expert_noise * dense.double().std(correction=0))
+        made += std * torch.randn(dense.shape, generator=generator(seed, "noise", name, layer, expert))
+    if init.drop_upcycling:
+        first = name == "linear_fc1"
+        parts = dense.chunk(2) if first and gated else (dense,)
+        width = len(parts[0]) if first else dense.shape[1]
+        order = torch.randperm(width, generator=generator(seed, "channels", layer, expert))
+        channels = order[: round(init.drop_upcycling * width)].sort().values
+        random = generator(seed, "drop", name, layer, expert)
+        for number, part in enumerate(parts):
+            mean, std = _float32(part.double().mean()), _float32(part.double().std(correction=0))
+            shape = (len(channels), dense.shape[1]) if first else (len(dense), len(channels))
+            drawn = mean + std * torch.randn(shape, generator=random)
+            if first:
+                made[number * width + channels] = drawn
+            else:
+                made[:, channels] = drawn
+    return made.to(weight.dtype)

@@ -1,0 +1,191 @@
+"""From attention heads to a mixture of routers (arXiv 2509.00679, section 3.2 and 5.2).
+
+Pure torch: group a layer's heads by the likeness of their average keys, merge each set's query
+projections into a router's query map W^j and each set's keys into an expert's key K_i, and fold the two
+into linear gates.
+
+Symbols: T tokens, D hidden size, H query heads, d head size, m routers, n experts, c keys an expert,
+d' router width. ``RouterConfig.shape`` holds the rules that give d' and c.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.errors import UserError
+
+# Similarities that differ by less are equal, so that a tie is a tie whatever the order of a sum.
+SIMILARITY_DECIMALS = 12
+
+Sets = list[list[int]]
+
+
+def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor]:
+    """Initial parameters of one layer's mixture of routers (paper, eq. 4 and 5).
+
+    m > H first splits every head. m < n groups n/m copies of every head to make the n keys, while the
+    query maps come from the heads themselves. A copy is as similar to its twin as can be, so twins merge
+    first; where m = H nothing else merges, and the n/m experts of one head start with equal keys.
+
+    Args:
+        query_heads: [H, d, D], the rows of the query projection by head.
+        key_heads: [H, d], each head's average key; under grouped-query attention head h has its group's.
+
+    Returns:
+        query_weight [m, d', D] in the dtype of ``query_heads``, and expert_key [n*c, d'] in float32, of
+        which expert i owns rows i*c .. i*c + c-1. With granularity G, each of n copies' keys stand G
+        times, and there are n*G*c rows.
+
+    Raises:
+        UserError: a key is not finite, or m, n and H do not fit (``RouterConfig.shape``).
+    """
+    num_heads, head_dim, hidden = query_heads.shape
+    assert key_heads.shape == (num_heads, head_dim)
+    shape = config.shape(num_heads, head_dim)
+    query_parts = split_heads(query_heads, shape.head_splits)
+    key_parts = split_heads(key_heads.float(), shape.head_splits)
+
+    query_sets = group_heads(key_parts, shape.num_routers, config.grouping)
+    key_sets = query_sets
+    copies = max(1, shape.num_experts // shape.num_routers)
+    if copies > 1:
+        copied = group_heads(key_parts.repeat_interleave(copies, dim=0), shape.num_experts, config.grouping)
+        key_sets = [[copy // copies for copy in members] for members in copied]
+
+    query_weight = query_parts[torch.tensor(query_sets)]  # [m, heads a set, d / splits, D]
+    expert_key = key_parts[torch.tensor(key_sets)]
+    expert_key = expert_key.reshape(shape.num_experts, shape.keys_per_expert, shape.router_width)
+    return (
+        query_weight.reshape(shape.num_routers, shape.router_width, hidden),
+        expert_key.repeat_interleave(config.granularity, dim=0).flatten(0, 1),
+    )
+
+
+def split_heads(heads: Tensor, parts: int) -> Tensor:
+    """Cut each head's d rows in ``parts``: head h, part p becomes head h*parts + p (section 5.2.1).
+
+    Args:
+        heads: [H, d, ...].
+
+    Returns:
+        [H*parts, d/parts, ...], a view.
+    """
+    num_heads, head_dim = heads.shape[:2]
+    return heads.reshape(num_heads * parts, head_dim // parts, *heads.shape[2:])
+
+
+def cosine_similarity(keys: Tensor) -> Tensor:
+    """Cosine similarity of every two keys, [H, d] -> [H, H] in float64; 0 beside a key of zeros.
+
+    Raises:
+        UserError: a key has a NaN or an infinity.
+    """
+    keys = keys.double()
+    finite = keys.isfinite().all(dim=1)
+    if not finite.all():
+        head = int((~finite).nonzero()[0])
+        raise UserError(f"--key-stats: the average key of head {head} is not finite; collect keys again")
+    norm = keys.norm(dim=1, keepdim=True)
+    unit = keys / norm.where(norm > 0, 1.0)
+    # Each product is summed alone: equal keys then have equal similarities, which a matrix product's
+    # blocking does not promise.
+    return torch.stack([(unit * row).sum(dim=1) for row in unit]).round(decimals=SIMILARITY_DECIMALS)
+
+
+def group_heads(keys: Tensor, num_sets: int, grouping: str) -> Sets:
+    """Group heads into sets of equal size by the cosine similarity of their keys (section 3.2).
+
+    Sets of two are pairs; larger ones come from grouping the sets again by their mean keys, once for each
+    prime factor of the size, the small ones first.
+
+    - ``greedy``: all pairs by falling similarity, ties by head index, a pair being taken when both are
+      free. An odd prime factor p merges p sets at a time: the best free pair, then the free set most
+      similar to the mean of those chosen, until there are p.
+    - ``optimal``: the pairs with the largest sum of similarities; an odd prime factor is merged greedily.
+    - ``consecutive``: neighbours in index order, whatever their keys.
+
+    Args:
+        keys: [H, d].
+
+    Returns:
+        ``num_sets`` sets of head indices; heads within a set in index order, sets by their first head.
+
+    Raises:
+        UserError: a key is not finite.
+    """
+    num_heads = len(keys)
+    assert num_heads % num_sets == 0
+    size = num_heads // num_sets
+    if grouping == "consecutive":
+        return [list(range(start, start + size)) for start in range(0, num_heads, size)]
+    keys = keys.double()
+    sets = [[head] for head in range(num_heads)]
+    for prime in _prime_factors(size):
+        means = torch.stack([keys[members].mean(dim=0) for members in sets])
+        if prime > 2:
+            merged = _greedy_merge(means, prime)
+        else:
+            merged = _optimal_pairs(means) if grouping == "optimal" else _greedy_pairs(means)
+        sets = sorted(sorted(head for i in chosen for head in sets[i]) for chosen in merged)
+    return sets
+
+
+def _prime_factors(number: int) -> list[int]:
+    """Prime factors in rising order, repeated: 12 -> [2, 2, 3]."""
+    factors = []
+    prime = 2
+    while number > 1:
+        while number % prime == 0:
+            factors.append(prime)
+            number //= prime
+        prime += 1
+    return factors
+
+
+def _pairs_by_similarity(keys: Tensor) -> list[tuple[int, int]]:
+    """All pairs (i, j), i < j, by falling similarity, then by i, then by j."""
+    similarity = cosine_similarity(keys).tolist()
+    pairs = [(i, j) for i in range(len(keys)) for j in range(i + 1, len(keys))]
+    return sorted(pairs, key=lambda pair: -similarity[pair[0]][pair[1]])
+
+
+def _greedy_pairs(keys: Tensor) -> Sets:
+    free = set(range(len(keys)))
+    chosen = []
+    for i, j in _pairs_by_similarity(keys):
+        if i in free and j in free:
+            chosen.append([i, j])
+            free -= {i, j}
+    return chosen
+
+
+def _greedy_merge(keys: Tensor, count: int) -> Sets:
+    """Greedy sets of ``count`` > 2: a seed pair, then the best for the running mean, ties by index."""
+    free = set(range(len(keys)))
+    chosen = []
+    for i, j in _pairs_by_similarity(keys):
+        if i not in free or j not in free:
+            continue
+        members = [i, j]
+        free -= {i, j}
+        while len(members) < count:
+            candidates = sorted(free)
+            mean = keys[members].mean(dim=0, keepdim=True)
+            similarity = cosine_similarity(torch.cat((mean, keys[candidates])))[0, 1:].tolist()
+            best = candidates[similarity.index(max(similarity))]
+            members.append(best)
+            free.remove(best)
+        chosen.append(members)
+    return chosen
+
+
+def _optimal_pairs(keys: Tensor) -> Sets:
+    """The pairing with the largest sum of similarities (maximum-weight perfect matching)."""
+    import networkx  # type: ignore[import-untyped]
+
+    graph = networkx.Graph()
+    similarity = cosine_similarity(keys).tolist()
+    for i, j in _pairs_by_similarity(keys):
+        # Whole numbers: the matching is then exact, with no rounding in its dual variables.
+        graph.add_edge(i, j, weight=round(similarity[i][j] * 10**SIMILARITY_DECIMALS))
+    return [list(pair) for pair in networkx.max_weight_matching(graph, maxcardinality=True)]

@@ -1,0 +1,154 @@
+"""Take key vectors and router inputs out of a running Megatron model."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.key_statistics.moments import KeyMoments
+from megatron_router_upcycling.key_statistics.router_sample import RouterInput
+
+
+@contextlib.contextmanager
+def capture_keys(model: Sequence[torch.nn.Module], moments: KeyMoments, key_source: str) -> Iterator[None]:
+    """While the context lasts, every forward pass of ``model`` adds its keys to ``moments``.
+
+    Args:
+        model: this rank's model chunks (several under virtual pipeline parallelism), wrapped or not.
+        moments: of the whole model's size; this rank adds to its own layers and query groups.
+        key_source: ``pre_rope``: the key as ``SelfAttention.get_query_key_value_tensors`` returns it,
+            with its bias and its key norm. ``post_rope``: the key that core attention is called with.
+
+    Raises:
+        RuntimeError: Megatron no longer has the symbols that keys are captured at.
+    """
+    with contextlib.ExitStack() as stack:
+        for attention in self_attentions(model):
+            take = _taker(attention, moments)
+            if key_source == "pre_rope":
+                stack.callback(_take_before_rotary(attention, take))
+            else:
+                stack.callback(_take_after_rotary(attention, take))
+        yield
+
+
+def self_attentions(model: Sequence[torch.nn.Module]) -> list[Any]:
+    """The ``SelfAttention`` modules of this rank's decoder layers, in order."""
+    from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.utils import get_attr_wrapped_model
+
+    attentions = []
+    for chunk in model:
+        for layer in get_attr_wrapped_model(chunk, "decoder").layers:
+            attention = getattr(layer, "self_attention", None)
+            if not isinstance(attention, SelfAttention):
+                raise UserError(
+                    f"--load: layer {layer.layer_number} has {type(attention).__name__} where keys are"
+                    " collected from megatron.core.transformer.attention.SelfAttention alone; use a dense"
+                    " model with ordinary attention"
+                )
+            attentions.append(attention)
+    return attentions
+
+
+def _taker(attention: Any, moments: KeyMoments) -> Callable[[torch.Tensor], None]:
+    """A function that adds this rank's keys [..., groups, d] of one layer to ``moments``."""
+    from megatron.core.utils import get_pg_rank
+
+    layer = attention.layer_number - 1  # Megatron counts layers from 1, over all pipeline stages
+    num_groups = attention.num_query_groups_per_partition
+    expected = (num_groups, attention.hidden_size_per_attention_head)
+    first_group = get_pg_rank(attention.pg_collection.tp) * num_groups
+
+    def take(key: torch.Tensor) -> None:
+        if tuple(key.shape[-2:]) != expected:
+            raise RuntimeError(
+                f"key statistics: layer {layer} gives keys {list(key.shape)} where [..., {expected[0]},"
+                f" {expected[1]}] is expected from megatron.core.transformer.attention.SelfAttention"
+            )
+        moments.add(layer, first_group, key)
+
+    return take
+
+
+def _take_before_rotary(attention: Any, take: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+    """Wrap the instance's ``get_query_key_value_tensors``; return what undoes it."""
+    name = "get_query_key_value_tensors"
+    original = getattr(attention, name, None)
+    if original is None:
+        raise RuntimeError(
+            f"key statistics: megatron.core.transformer.attention.SelfAttention.{name} does not exist in"
+            " this version of megatron-core; tested with 0.19"
+        )
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if len(output) == 2:  # unsplit, for a fused rotary kernel: (..., groups, queries + key + value)
+            mixed, sizes = output
+            take(mixed.split(sizes, dim=-1)[-2])
+        else:
+            take(output[1])
+        return output
+
+    setattr(attention, name, call)
+    return lambda: delattr(attention, name)
+
+
+def _take_after_rotary(attention: Any, take: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+    """Hook core attention, whose second argument is the key; return what undoes it."""
+    core = getattr(attention, "core_attention", None)
+    if not isinstance(core, torch.nn.Module):
+        raise RuntimeError(
+            "key statistics: megatron.core.transformer.attention.SelfAttention.core_attention is not a"
+            " module in this version of megatron-core; tested with 0.19"
+        )
+
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) < 2 and "key" not in kwargs:
+            raise RuntimeError(
+                "key statistics: megatron.core.transformer.attention.SelfAttention.core_attention is"
+                " called without a key in this version of megatron-core; tested with 0.19"
+            )
+        take(kwargs["key"] if "key" in kwargs else args[1])
+
+    return core.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+
+@contextlib.contextmanager
+def capture_router_input(model: Sequence[torch.nn.Module], sample: RouterInput) -> Iterator[None]:
+    """While the context lasts, every forward pass of ``model`` (dense) gives its tokens to ``sample``."""
+    from megatron.core.utils import get_attr_wrapped_model
+
+    with contextlib.ExitStack() as stack:
+        for chunk in model:
+            for layer in get_attr_wrapped_model(chunk, "decoder").layers:
+                norm = _norm_inside(layer.mlp, layer.config)
+                number = layer.layer_number - 1
+
+                def hook(
+                    module: torch.nn.Module, args: tuple[Any, ...], layer: int = number, norm: Any = norm
+                ) -> None:
+                    sample.take(layer, args[0], norm)
+
+                stack.callback(layer.mlp.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def _norm_inside(mlp: torch.nn.Module, config: Any) -> Any:
+    """What an FFN does to its input before FC1: with Transformer Engine, FC1 holds the norm."""
+    weight = getattr(mlp.linear_fc1, "layer_norm_weight", None)
+    if weight is None:
+        return lambda hidden: hidden
+    bias = mlp.linear_fc1.layer_norm_bias if config.normalization == "LayerNorm" else None
+
+    def norm(hidden: torch.Tensor) -> torch.Tensor:
+        gain = weight.float() + config.layernorm_zero_centered_gamma
+        size, epsilon = (hidden.shape[-1],), config.layernorm_epsilon
+        if config.normalization == "RMSNorm":
+            return torch.nn.functional.rms_norm(hidden.float(), size, gain, epsilon)
+        shift = None if bias is None else bias.float()
+        return torch.nn.functional.layer_norm(hidden.float(), size, gain, shift, epsilon)
+
+    return norm

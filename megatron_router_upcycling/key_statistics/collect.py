@@ -1,0 +1,288 @@
+"""Run the dense model over its training data and average its key vectors (section 3.2)."""
+
+import contextlib
+import importlib.metadata
+import platform
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.key_statistics import capture, router_sample
+from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.key_statistics.moments import KeyMoments
+from megatron_router_upcycling.training import launch
+
+# Arguments that decide a model's keys. A configuration that differs in one of them may load all the same.
+ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "group_query_attention",
+    "kv_channels",
+    "add_qkv_bias",
+    "add_bias_linear",
+    "qk_layernorm",
+    "normalization",
+    "layernorm_epsilon",
+    "swiglu",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "use_rope_scaling",
+    "untie_embeddings_and_output_weights",
+)
+
+
+def collect(run: launch.Run) -> None:
+    """Run the dense model over ``--collect-iters`` global batches and write ``--output``.
+
+    Raises:
+        UserError: the checkpoint, the data, the output or the parallelism cannot work.
+    """
+    args = run.args
+    check(run)
+    model = load_model(args)
+    data = train_iterators(args, len(model), args.collect_iters)
+    moments = KeyMoments(
+        args.num_layers, num_query_groups(args), args.kv_channels, torch.cuda.current_device()
+    )
+    tokens_per_batch = args.global_batch_size * args.seq_length
+    sample = router_sample.RouterInput(args, args.router_samples, own_ranks())
+    losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    with (
+        capture.capture_router_input(model, sample) if sample.num_tokens else contextlib.nullcontext(),
+        capture.capture_keys(model, moments, args.key_source),
+        tqdm(
+            total=args.collect_iters * tokens_per_batch,
+            desc="collecting keys",
+            unit="token",
+            unit_scale=True,
+            disable=args.quiet or args.rank != 0 or None,
+        ) as progress,
+    ):
+        for _ in range(args.collect_iters):
+            losses += forward(args, model, data)
+            torch.cuda.synchronize()
+            progress.update(tokens_per_batch)
+    moments.all_reduce()
+    inputs = sample.gather(args.num_layers) if sample.num_tokens else None
+    torch.distributed.all_reduce(losses)
+    loss_sum, loss_tokens = losses.tolist()
+    if args.rank == 0:
+        metadata = provenance(args) | {"lm_loss": loss_sum / loss_tokens}
+        stats = moments.stats(metadata)
+        stats.router_input = inputs
+        expected = args.collect_iters * tokens_per_batch
+        if int(stats.count[0]) != expected:
+            raise RuntimeError(
+                f"key statistics: {int(stats.count[0])} tokens seen where {expected} were read"
+            )
+        if not stats.mean.isfinite().all():
+            raise UserError(
+                f"--load {args.load}: the model's keys hold NaN or infinite values; train it again"
+            )
+        key_stats_file.save(args.output, stats, args.overwrite)
+        print(
+            f"{args.output}: {args.key_source} keys of {args.num_layers} layers x {num_query_groups(args)}"
+            f" query groups over {expected} tokens; LM loss of the dense model {metadata['lm_loss']:.4f}",
+            flush=True,
+        )
+
+
+def check_flags(flags: Namespace) -> None:
+    """Refuse what can be refused before Megatron is imported.
+
+    Raises:
+        UserError: names the flag and what would work.
+    """
+    if flags.output is None:
+        raise UserError("--output: name the file to write, such as key_stats.safetensors")
+    key_stats_file.check_output(flags.output, flags.overwrite)
+    if flags.router_samples < 0:
+        raise UserError(f"--router-samples {flags.router_samples}: must be 0 (none) or more")
+    if flags.collect_iters < 1:
+        raise UserError(f"--collect-iters {flags.collect_iters}: must be at least 1")
+
+
+def check(run: launch.Run) -> None:
+    """Refuse what cannot work before anything is built; every rank sees the same.
+
+    Raises:
+        UserError: names the flag and what would work.
+    """
+    from megatron_router_upcycling.training.language_model import check_data
+
+    args = run.args
+    check_flags(args)
+    trained = open_checkpoint(args.load).args
+    if getattr(trained, "num_experts", None):
+        raise UserError(
+            f"--load {args.load}: is a Mixture-of-Experts of {trained.num_experts} experts already; keys are"
+            " collected from the dense checkpoint that it was made from"
+        )
+    if run.router is not None:
+        raise UserError(
+            f"--num-experts {args.num_experts}: keys are collected from a dense model; use the"
+            " configuration that the dense checkpoint was trained with"
+        )
+    groups = num_query_groups(args)
+    compared = {name: (getattr(args, name, None), getattr(trained, name, None)) for name in ARCHITECTURE}
+    # Megatron's argument is 1 without grouped-query attention, until a run sets it to the number of heads.
+    compared["num_query_groups"] = (groups, num_query_groups(trained))
+    for name, (asked, found) in compared.items():
+        if asked != found and hasattr(trained, name):
+            raise UserError(
+                f"--config {args.config}: {name} {asked}, but the checkpoint {args.load} was trained with"
+                f" {found}; use the configuration of its training"
+            )
+    if groups < args.tensor_model_parallel_size:
+        raise UserError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: is more than the model's"
+            f" {groups} query groups; use at most {groups}"
+        )
+    check_data(args)
+
+
+def own_ranks() -> dict[str, int]:
+    """This rank's place among data, context and tensor parallel ranks."""
+    from megatron.core import parallel_state
+
+    return {
+        "dp": parallel_state.get_data_parallel_rank(),
+        "cp": parallel_state.get_context_parallel_rank(),
+        "tp": parallel_state.get_tensor_model_parallel_rank(),
+    }
+
+
+def num_query_groups(args: Namespace) -> int:
+    """Number of key heads; Megatron's argument counts only under grouped-query attention."""
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
+
+
+def data_paths(args: Namespace) -> list[str]:
+    """Prefixes of the datasets that training reads."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if blend_per_split is not None:
+        blend = blend_per_split[0]
+    return list(blend[0]) if blend else []
+
+
+def load_model(args: Namespace) -> list[torch.nn.Module]:
+    """This rank's chunks of the dense model in ``--load``, in evaluation mode, without an optimizer."""
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import training
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    args.skip_train = True  # neither an optimizer nor gradient buffers
+    args.finetune = True  # weights alone, and the data from its beginning
+    args.no_load_optim = args.no_load_rng = True
+    args.exit_on_missing_checkpoint = True
+    args.rerun_mode = "disabled"  # as in Megatron's own evaluation
+    args.cuda_graph_impl = "none"  # a replayed graph would call no Python, and so capture no key
+    # By the module's attribute, which the CPU backend replaces.
+    training.initialize_megatron()
+    model, _, _ = training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        checkpointing_context={},
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    for chunk in model:
+        chunk.eval()
+    return model
+
+
+def train_iterators(args: Namespace, num_chunks: int, iterations: int) -> Any:
+    """Iterators over ``iterations`` global batches of the training data, as Megatron's loop has them.
+
+    One iterator, or under virtual pipeline parallelism a list with one for each model chunk.
+
+    Raises:
+        UserError: the data has no training part.
+    """
+    from megatron.training.training import build_train_valid_test_data_iterators
+
+    from megatron_router_upcycling.training.language_model import datasets_provider
+
+    args.skip_train = False  # Megatron reads no training data with it
+    args.train_iters, args.train_samples = iterations, None
+    args.eval_iters, args.eval_interval = 0, iterations
+    chunks: list[int | None] = (
+        [None] if args.virtual_pipeline_model_parallel_size is None else list(range(num_chunks))
+    )
+    iterators: list[Iterator | None] = []
+    for vp_stage in chunks:
+        provider = partial(datasets_provider, vp_stage=vp_stage)
+        provider.is_distributed = True  # type: ignore[attr-defined]
+        iterators.append(build_train_valid_test_data_iterators(provider)[0])
+    if not args.do_train:
+        raise UserError(f"--split {args.split}: leaves no training data to run over")
+    return iterators[0] if chunks == [None] else iterators
+
+
+def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.Tensor:
+    """Run one global batch forward through Megatron's pipeline schedule.
+
+    Returns:
+        float64 [2] on this rank: the sum of the token losses and their number; zeros on ranks that do
+        not hold the last pipeline stage.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_router_upcycling.training.language_model import forward_step
+
+    with torch.no_grad():
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=data,
+            model=model,
+            num_microbatches=args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            decoder_seq_length=args.decoder_seq_length,
+            forward_only=True,
+        )
+    losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    for report in reports:
+        losses += report["lm loss"]
+    return losses
+
+
+def provenance(args: Namespace) -> dict[str, Any]:
+    """What the statistics are of and what made them, as JSON values."""
+    from megatron_router_upcycling.checkpoint.dense_model import query_key_digest
+    from megatron_router_upcycling.checkpoint.open import open_dense
+
+    dense = open_dense(args.load)
+    recorded = (
+        "key_source num_layers kv_channels num_attention_heads hidden_size"
+        " seq_length global_batch_size micro_batch_size split seed config"
+        " tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size data_parallel_size"
+    )
+    return {name: getattr(args, name) for name in recorded.split()} | {
+        "num_query_groups": num_query_groups(args),
+        "checkpoint": str(Path(args.load).absolute()),
+        "checkpoint_digest": dense.digest(),
+        "query_key_digest": query_key_digest(dense),
+        "data": data_paths(args) or "mock",
+        "dtype": str(args.params_dtype).removeprefix("torch."),
+        "iterations": args.collect_iters,
+        "tokens": args.collect_iters * args.global_batch_size * args.seq_length,
+        "versions": {"python": platform.python_version()}
+        | {
+            name: importlib.metadata.version(name)
+            for name in ("megatron-router-upcycling", "megatron-core", "torch")
+        },
+    }

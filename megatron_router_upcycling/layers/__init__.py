@@ -1,0 +1,1 @@
+"""What a Mixture-of-Experts layer is made of here."""

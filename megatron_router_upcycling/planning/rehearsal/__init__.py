@@ -1,0 +1,1 @@
+"""One real rank of a run of any size, beside its plan."""

@@ -1,0 +1,47 @@
+"""The mixture's arithmetic: queries and keys folded into gates, and pooling over them (equations 6 to 8)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def fold(
+    query_weight: Tensor, expert_key: Tensor, pooling: str, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The linear gates that a mixture of routers amounts to (eq. 6-8, rearranged).
+
+    S_i^j = (W^j x) . K_i / sqrt(d') = ((K_i W^j) / sqrt(d')) . x is linear in x for every router j and key
+    i, and so is its sum over j. ``pool_logits`` does what is left: the maximum over routers and keys.
+
+    Args:
+        query_weight: [m, d', D].
+        expert_key: [n*c, d'].
+        pooling: ``sum`` or ``max`` over the routers.
+        dtype: arithmetic and result, whatever the parameters' dtype.
+
+    Returns:
+        ``sum``: [n*c, D]. ``max``: [m*n*c, D], all keys of router 0, then of router 1, ...
+    """
+    scaled_key = expert_key.to(dtype) / math.sqrt(expert_key.shape[1])
+    if pooling == "sum":
+        return scaled_key @ query_weight.sum(dim=0, dtype=dtype)
+    return (scaled_key @ query_weight.to(dtype)).flatten(0, 1)
+
+
+def pool_logits(logits: Tensor, num_experts: int, keys_per_expert: int) -> Tensor:
+    """An expert's score: the largest over its keys, and over the routers in ``max`` pooling (section 5.2).
+
+    Where several are equal the first gets the gradient, so that keys which start out equal (those of one
+    query group, under grouped-query attention) do not stay so.
+
+    Args:
+        logits: [..., n*c] or [..., m*n*c], tokens times the rows of a folded gate.
+
+    Returns:
+        [..., n]; ``logits`` itself where each expert has one.
+    """
+    if logits.shape[-1] == num_experts:
+        return logits
+    by_router = logits.unflatten(-1, (-1, num_experts, keys_per_expert))
+    return by_router.max(dim=-1).values.max(dim=-2).values

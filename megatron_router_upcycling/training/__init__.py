@@ -1,0 +1,1 @@
+"""Megatron's training loop with this package's model, data and log."""

@@ -1,0 +1,123 @@
+"""Where a run takes place, and the Megatron flags that must differ there.
+
+Three platforms: a GPU with Transformer Engine, a GPU without it, and the CPU. The last two lack fused kernels
+that Megatron turns on by default, and the first lacks one where apex is missing; a flag for each is set for
+the user, and ``adapt`` says so in one line.
+"""
+
+import importlib.util
+from argparse import Namespace
+from typing import Any
+
+from megatron_router_upcycling.errors import UserError
+
+# apex's extension that Megatron's output layer needs for --gradient-accumulation-fusion, on by default.
+APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
+# Megatron argument -> the value it must have without Transformer Engine and apex.
+WITHOUT_FUSED_KERNELS: dict[str, Any] = {
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "tp_comm_overlap": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
+    "fp8": None,
+}
+# Of --recompute-modules, what Megatron recomputes with Transformer Engine's help only.
+RECOMPUTED_WITH_TE = {"layernorm", "mla_up_proj", "moe_act"}
+# Megatron argument -> the value it must have on the CPU, beside those.
+ON_CPU: dict[str, Any] = {
+    "distributed_backend": "gloo",
+    "bias_swiglu_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_dropout_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "num_workers": 0,
+    "overlap_grad_reduce": False,
+    "overlap_param_gather": False,
+    "cuda_graph_impl": "none",
+    # The process that writes checkpoints is a fresh one, to which the bridge does not reach.
+    "async_save": False,
+    "use_persistent_ckpt_worker": False,
+}
+
+
+def choose(requested: str) -> str:
+    """'cpu' or 'cuda' for ``--device auto|cpu|cuda``.
+
+    Raises:
+        UserError: a device was asked for that this machine does not offer.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if requested == "cuda" and not available:
+        raise UserError("--device cuda: no GPU is visible here; use --device cpu or --device auto")
+    if requested == "cpu" and available:
+        raise UserError("--device cpu: a GPU is visible here; hide it with CUDA_VISIBLE_DEVICES= (empty)")
+    return "cuda" if available else "cpu"
+
+
+def has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def use_built_dataset_helper() -> None:
+    """Let Megatron take the compiled dataset helper that megatron-core's wheel brings, on any device.
+
+    ``initialize_megatron`` runs ``make`` beside it, and the wheel has no Makefile. Where the helper is
+    not there, in a source checkout, Megatron goes on to build it.
+    """
+    from megatron.core.datasets import utils
+
+    if not hasattr(utils, "compile_helpers"):
+        raise RuntimeError(
+            "device: megatron.core.datasets.utils.compile_helpers does not exist in this version of"
+            " megatron-core; tested with 0.19"
+        )
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
+        utils.compile_helpers = lambda: None
+
+
+def adapt(args: Namespace, device: str) -> str | None:
+    """Set the flags that must differ on this platform; return one line that says which, or None.
+
+    ``args`` are Megatron's parsed arguments before ``validate_args``. A flag is named only where its
+    value changes.
+    """
+    if device == "cuda" and has_transformer_engine():
+        has_apex = importlib.util.find_spec(APEX_EXTENSION) is not None
+        return None if has_apex else _set(args, {"gradient_accumulation_fusion": False}, "GPU without apex")
+    needed = WITHOUT_FUSED_KERNELS | (ON_CPU if device == "cpu" else {})
+    if not args.reset_attention_mask:
+        # Causal attention needs none, and PyTorch's fastest kernels take none.
+        needed["create_attention_mask_in_dataloader"] = False
+    modules = args.recompute_modules or ()
+    if kept := [module for module in modules if module not in RECOMPUTED_WITH_TE]:
+        needed["recompute_modules"] = kept
+    elif modules:
+        needed |= {"recompute_granularity": None, "recompute_modules": None}
+    without_grouped = "no GPU" if device == "cpu" else None
+    if device == "cuda" and args.moe_grouped_gemm:
+        from megatron_router_upcycling.layers import experts
+
+        without_grouped = experts.usable(device)
+    if without_grouped:
+        needed["moe_grouped_gemm"] = False
+    if device == "cpu":
+        return _set(args, needed, "CPU over Gloo")
+    note = f" (grouped expert products: {without_grouped})" if without_grouped else ""
+    return _set(args, needed, "GPU without Transformer Engine", note)
+
+
+def _set(args: Namespace, needed: dict[str, Any], platform: str, note: str = "") -> str | None:
+    changed = []
+    for name, value in needed.items():
+        if not hasattr(args, name):
+            raise RuntimeError(f"device: Megatron no longer has the argument {name!r}; tested with 0.19")
+        if getattr(args, name) != value:
+            setattr(args, name, value)
+            changed.append(f"{name}={value}")
+    return f"{platform}: set {', '.join(changed)}{note}" if changed else None

@@ -1,0 +1,153 @@
+"""Megatron's layer spec with an upcycled router in ``MoESubmodules.router``.
+
+``layer_spec_for(router)`` is what ``GPTModelConfig.transformer_layer_spec`` takes. Megatron-LM's own
+``pretrain_gpt.py`` reaches the same through one flag, with nothing of it changed::
+
+    pretrain_gpt.py --spec megatron_router_upcycling.layer_spec upcycled_layer_spec --load MOE ...
+
+The router's options then come from the checkpoint's manifest or, to train a model from scratch, from the
+``upcycling:`` section of a YAML file that the environment variable MEGATRON_ROUTER_UPCYCLING_CONFIG names.
+
+Multi-token-prediction layers keep Megatron's linear router: Megatron builds their spec apart
+(``megatron.training.models.gpt.mtp_block_spec``), and they have no dense layer to start from.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+from megatron_router_upcycling.config import agreement, manifest, yaml_files
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.build import METRICS, builder
+from megatron_router_upcycling.training.patches.moe_metrics import report_also
+
+ENVIRONMENT = "MEGATRON_ROUTER_UPCYCLING_CONFIG"
+
+type Spec = ModuleSpec | TransformerBlockSubmodules
+
+
+def layer_spec_for(router: RouterConfig) -> Callable[..., Spec]:
+    """A callable (model_config, vp_stage=None) that returns Megatron's own spec with ``router`` in it."""
+    return partial(_build_spec, router=router)
+
+
+def upcycled_layer_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
+    """What ``--spec megatron_router_upcycling.layer_spec upcycled_layer_spec`` names.
+
+    A dense model gets Megatron's own spec.
+
+    Raises:
+        UserError: the router's options are nowhere to be found, or the flags contradict them.
+    """
+    from megatron.training import get_args
+
+    transformer = model_config.transformer
+    if transformer.num_moe_experts is None:
+        return default_layer_spec(model_config, vp_stage)
+    return _build_spec(model_config, vp_stage, router=_find_router(get_args(), transformer))
+
+
+def _find_router(args: Namespace, transformer: TransformerConfig) -> RouterConfig:
+    """The router's options: from the environment's YAML file, else from a checkpoint's manifest.
+
+    Rank 0 copies that manifest to ``--save``, so that a run which goes on from there finds it.
+    """
+    if path := os.environ.get(ENVIRONMENT):
+        if not Path(path).is_file():
+            raise UserError(
+                f"{ENVIRONMENT}={path}: no such file; name a YAML file with an upcycling: section"
+            )
+        section = yaml_files.read_yaml(path)["upcycling"]
+        known = {field.name for field in fields(RouterConfig)}
+        of_model = {
+            field: getattr(transformer, attribute) for field, (attribute, _) in _SHARED_WITH_MODEL.items()
+        }
+        options = of_model | {name: value for name, value in section.items() if name in known}
+        return RouterConfig.from_dict(options, path)
+    recorded, root = agreement.find_manifest((args.load, args.pretrained_checkpoint, args.save))
+    if recorded is None:
+        raise UserError(
+            "--spec: no router_upcycling.json in --load, --pretrained-checkpoint or --save; load a converted"
+            f" checkpoint, or set {ENVIRONMENT} to a YAML file with an upcycling: section"
+        )
+    if args.rank == 0 and args.save and manifest.read(args.save) is None:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+        manifest.write(args.save, recorded)
+    return manifest.router_config(recorded, str(root))
+
+
+# RouterConfig field -> TransformerConfig attribute and Megatron flag.
+_SHARED_WITH_MODEL = {
+    "num_experts": ("num_moe_experts", "--num-experts"),
+    "top_k": ("moe_router_topk", "--moe-router-topk"),
+    "pre_softmax": ("moe_router_pre_softmax", "--moe-router-pre-softmax"),
+}
+
+
+def _check_agreement(router: RouterConfig, transformer: TransformerConfig) -> None:
+    for field, (attribute, flag) in _SHARED_WITH_MODEL.items():
+        expected, found = getattr(router, field), getattr(transformer, attribute)
+        if expected == found:
+            continue
+        if isinstance(expected, bool):
+            raise UserError(f"{flag}: {'give' if expected else 'leave out'} this flag; the router is made so")
+        raise UserError(f"{flag} {found}: the router is made for {expected}; give {flag} {expected}")
+
+
+def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, router: RouterConfig) -> Spec:
+    """Megatron's default spec, every MoE layer in it with ``router``; dense layers stay as they are.
+
+    Raises:
+        UserError: the model's flags contradict ``router``.
+        RuntimeError: Megatron's spec is not built the way it is in 0.19.
+    """
+    spec = default_layer_spec(model_config, vp_stage)
+    if model_config.transformer.num_moe_experts is None:
+        return spec
+    _check_agreement(router, model_config.transformer)
+    for name in METRICS.get(router.router, ()):
+        report_also(name)  # here, where every rank comes: a pipeline stage without experts reports as well
+    if not isinstance(spec, TransformerBlockSubmodules):
+        raise _unknown("default_layer_spec of an MoE", "TransformerBlockSubmodules", spec)
+    return replace(spec, layer_specs=[_with_router(layer, router) for layer in spec.layer_specs])
+
+
+def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
+    """A copy of a layer's spec whose MoE layer builds ``router``, and whose norm before it has one name.
+
+    Megatron's specs without Transformer Engine save that norm as ``mlp.linear_fc1.layer_norm_weight``, those
+    with it as ``pre_mlp_layernorm.weight``. With one name, what was trained with it loads without it.
+    """
+    submodules = getattr(layer, "submodules", None)
+    if not isinstance(submodules, TransformerLayerSubmodules):
+        raise _unknown("ModuleSpec.submodules", "TransformerLayerSubmodules", submodules)
+    mlp: Any = submodules.mlp
+    inner = mlp.keywords.get("submodules") if isinstance(mlp, partial) else None
+    if isinstance(inner, MLPSubmodules):
+        return layer
+    if not isinstance(inner, MoESubmodules) or mlp.func is not MoELayer:
+        raise _unknown("TransformerLayerSubmodules.mlp", "partial(MoELayer, submodules=MoESubmodules)", mlp)
+    if router.router != "linear":
+        inner = replace(inner, router=builder(router))
+    routed = partial(mlp.func, *mlp.args, **(mlp.keywords | {"submodules": inner}))
+    names = {k: v for k, v in submodules.sharded_state_dict_keys_map.items() if k != "pre_mlp_layernorm."}
+    return replace(layer, submodules=replace(submodules, mlp=routed, sharded_state_dict_keys_map=names))
+
+
+def _unknown(symbol: str, expected: str, found: Any) -> RuntimeError:
+    return RuntimeError(
+        f"layer_spec: Megatron's {symbol} is {found!r}, not {expected}; tested with megatron-core 0.19"
+    )

@@ -1,0 +1,1 @@
+"""Every upstream symbol that is wrapped, and why."""

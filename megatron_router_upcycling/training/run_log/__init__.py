@@ -1,0 +1,1 @@
+"""What a training run writes about itself: run.jsonl and routing.jsonl."""

@@ -1,0 +1,224 @@
+"""Routing statistics of a model in training, from Megatron's own routers: the edge to its MoE layers.
+
+Every kind of router is a ``TopKRouter`` whose ``routing`` turns logits into weights and a map; the collector
+stands around that method. Sums stay on the device; only ``gather`` makes ranks meet. What a checkpoint's
+recomputation or an evaluation runs again is not counted.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from megatron_router_upcycling.training.run_log import measures
+
+# Measures that cost more and change slowly, each with what it says.
+RARE = {
+    "router_agreement": "how often one router's first choice is the mixture's",
+    "gate_cosine": "cosine between the gates of two routers",
+    "expert_distance": "distance of two experts over their norm",
+    "router_drift": "change of the router's parameters since the run's start, over their norm",
+    "query_weight_drift": "the same, of the query maps",
+    "expert_key_drift": "the same, of the experts' keys",
+}
+SAMPLE_TOKENS = 256  # of one micro-batch, for router_agreement
+SAMPLE_ROWS = 16  # of each expert's first matrix, evenly spaced, for expert_distance
+INITIAL = "routing_initial"  # folder beside the checkpoints: the routers' parameters at the run's start
+FC1 = re.compile(r"(?:local_experts\.\d+\.)?linear_fc1\.weight\d*")
+
+
+class RoutingCollector:
+    """Collects from the routers of this rank's ``model`` chunks while ``wanted`` says so.
+
+    Args:
+        wanted: whether the present iteration's routing is collected.
+        save: the run's folder, for the routers' initial parameters; None keeps them in memory.
+        fresh: the run starts here and does not go on from a checkpoint of its own.
+
+    Raises:
+        RuntimeError: Megatron's MoE layer is not built the way it is in 0.19.
+    """
+
+    def __init__(
+        self,
+        model: Sequence[torch.nn.Module],
+        num_layers: int,
+        num_experts: int,
+        wanted: Callable[[], bool],
+        save: Path | None,
+        fresh: bool,
+    ) -> None:
+        from megatron.core.transformer.moe.moe_layer import MoELayer
+
+        self.wanted = wanted
+        self.layers: dict[int, Any] = {}  # of this rank: layer from 0 -> its MoELayer
+        for chunk in model:
+            for module in chunk.modules():
+                if isinstance(module, MoELayer) and not getattr(module.router, "is_mtp_layer", False):
+                    if not callable(getattr(module.router, "routing", None)):
+                        raise _unknown("TopKRouter.routing")
+                    self.layers[module.router.layer_number - 1] = module
+        columns = len(measures.SUMS) + num_experts
+        device = next(model[0].parameters()).device
+        self.sums = torch.zeros((num_layers, columns), dtype=torch.float64, device=device)
+        self.samples: dict[int, torch.Tensor] = {}
+        self.sampling = False  # whether the next inputs of the routers are kept for router_agreement
+        self.initial = {i: _initial(i, layer.router, save, fresh) for i, layer in self.layers.items()}
+        for index, layer in self.layers.items():
+            self._attach(index, layer.router)
+
+    def _attach(self, index: int, router: Any) -> None:
+        """Stand around the instance's ``routing``; look at its input on the way."""
+        original = router.routing
+
+        def routing(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = original(logits, *args, **kwargs)
+            if router.training and torch.is_grad_enabled() and self.wanted():
+                with torch.no_grad():
+                    flat = logits.detach().flatten(0, -2)
+                    weights, routing_map = output
+                    if router.config.moe_pad_expert_input_to_capacity:
+                        routing_map = routing_map & (weights > 0)  # the map counts the padding too
+                    scores = _scores(router, flat)
+                    self.sums[index] += measures.routing_sums(
+                        scores, weights.detach(), routing_map, router.topk
+                    )
+            return output
+
+        def sample(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            if self.sampling and index not in self.samples and module.training and torch.is_grad_enabled():
+                tokens = args[0].detach().flatten(0, -2)
+                stride = max(1, len(tokens) // SAMPLE_TOKENS)
+                self.samples[index] = tokens[::stride][:SAMPLE_TOKENS]
+
+        router.routing = routing
+        router.register_forward_pre_hook(sample)
+
+    @torch.no_grad()
+    def gather(self, with_rare: bool) -> dict[str, Any]:
+        """What all ranks collected since the last call, one entry a measure; every rank must call.
+
+        Returns:
+            ``layers``, the MoE layers from 0, and for each measure a list over them; ``rare`` likewise.
+        """
+        rare = torch.zeros((len(self.sums), len(RARE), 2), dtype=torch.float64)  # sum over ranks, ranks
+        if with_rare:
+            for index, values in self._rare().items():
+                for column, name in enumerate(RARE):
+                    if not math.isnan(value := values.get(name, math.nan)):
+                        rare[index, column] += torch.tensor((value, 1.0))
+        everything = torch.cat((self.sums, rare.flatten(1).to(self.sums.device)), dim=1)
+        # Layers of other pipeline stages are zero here, and tensor-parallel ranks that see the same tokens
+        # add the same to numerators and denominators: one sum over all ranks does for all.
+        torch.distributed.all_reduce(everything)
+        everything = everything.cpu()
+        self.sums.zero_()
+        self.samples.clear()
+        sums, rare = everything.split((self.sums.shape[1], 2 * len(RARE)), dim=1)
+        found = {i: summary for i, row in enumerate(sums) if (summary := measures.summarise(row))}
+        record: dict[str, Any] = {"layers": list(found)}
+        for name in ("load", *measures.MEASURES) if found else ():
+            record[name] = [summary[name] for summary in found.values()]
+        if with_rare:
+            means = rare.unflatten(1, (-1, 2))
+            means = means[..., 0] / means[..., 1]  # NaN where no rank had any
+            columns = {name: means[list(found), column] for column, name in enumerate(RARE)}
+            record["rare"] = {
+                name: column.tolist() for name, column in columns.items() if not column.isnan().all()
+            }
+        return record
+
+    def _rare(self) -> dict[int, dict[str, float]]:
+        from megatron_router_upcycling.routers.mixture import MixtureRouter
+
+        found: dict[int, dict[str, float]] = {}
+        distances = _expert_distances(self.layers)
+        for index, layer in self.layers.items():
+            router, values = layer.router, {"expert_distance": distances.get(index, math.nan)}
+            changes = {
+                name: measures.relative_change(parameter, self.initial[index][name])
+                for name, parameter in router.named_parameters()
+                if name in self.initial[index]
+            }
+            for name, change in changes.items():
+                values[f"{name}_drift"] = _root_ratio(change)
+            if changes:
+                values["router_drift"] = _root_ratio(torch.stack(list(changes.values())).sum(dim=0))
+            if isinstance(router, MixtureRouter) and len(router.query_weight) > 1:
+                parts = (router.query_weight, router.expert_key)
+                values["gate_cosine"] = measures.gate_cosine(*parts)
+                if index in self.samples:
+                    values["router_agreement"] = measures.router_agreement(
+                        self.samples[index], *parts, router.config.num_moe_experts, router.pooling
+                    )
+            found[index] = values
+        return found
+
+
+def _root_ratio(squares: torch.Tensor) -> float:
+    change, norm = squares.tolist()
+    return math.sqrt(change / norm) if norm else math.nan
+
+
+def _scores(router: Any, logits: torch.Tensor) -> torch.Tensor:
+    """The routing distribution [T, n] in float32 of logits [T, n], by the router's score function."""
+    if router.score_function == "softmax":
+        return logits.float().softmax(dim=1)
+    from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
+
+    return compute_routing_scores_for_aux_loss(logits.float(), router.topk, router.score_function)[1]
+
+
+def _expert_distances(layers: dict[int, Any]) -> dict[int, float]:
+    """Of each layer, ``measures.spread`` of sampled rows of all its experts, on whichever rank they are."""
+    from megatron.core import parallel_state
+
+    parts = []
+    for layer in layers.values():
+        weights = [p for name, p in layer.experts.named_parameters() if FC1.fullmatch(name) and p.dim() == 2]
+        if not weights:
+            raise _unknown("MoELayer.experts with a matrix linear_fc1.weight for each expert")
+        rows = torch.stack([w[:: max(1, len(w) // SAMPLE_ROWS)][:SAMPLE_ROWS].flatten() for w in weights])
+        rows = rows.double()  # a small difference of large sums
+        counts = torch.stack((rows.square().sum(), rows.new_tensor(len(rows))))
+        parts.append(torch.cat((rows.sum(dim=0), counts)))
+    if not parts:
+        return {}
+    totals = torch.stack(parts)
+    torch.distributed.all_reduce(totals, group=parallel_state.get_expert_model_parallel_group())
+    totals = totals.cpu()
+    return {
+        i: measures.spread(row[:-2], float(row[-2]), int(row[-1]))
+        for i, row in zip(layers, totals, strict=True)
+    }
+
+
+def _initial(index: int, router: Any, save: Path | None, fresh: bool) -> dict[str, torch.Tensor]:
+    """A router's parameters at the run's start; kept in the run's folder for when it goes on."""
+    from megatron.core import parallel_state
+
+    now = {name: p.detach().clone() for name, p in router.named_parameters()}
+    if save is None or not now:
+        return now
+    path = save / INITIAL / f"layer_{index:03}.safetensors"
+    if not fresh and path.is_file():
+        return safetensors.torch.load_file(path, device=str(next(iter(now.values())).device))
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    if replica == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        safetensors.torch.save_file({name: p.contiguous().cpu() for name, p in now.items()}, partial)
+        os.replace(partial, path)
+    return now
+
+
+def _unknown(symbol: str) -> RuntimeError:
+    return RuntimeError(
+        f"routing diagnostics: no {symbol} in this version of megatron-core; tested with 0.19"
+        " (--no-routing-diagnostics trains without them)"
+    )

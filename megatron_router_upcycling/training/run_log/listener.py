@@ -1,0 +1,239 @@
+"""Megatron's training loop, listened to: losses and routing statistics into files and Megatron's loggers.
+
+``install`` stands around four functions of ``megatron.training.training``, each of which the loop looks up
+by name when it calls it: ``setup_model_and_optimizer`` (the model is there), ``training_log`` (an iteration
+is over), ``evaluate_and_print_results`` and ``evaluate`` (held-out losses).
+"""
+
+import functools
+import inspect
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.training.run_log import files, measures
+
+# Parameters of training_log that are read here.
+READ = ("iteration", "loss_dict", "total_loss_dict", "learning_rate", "grad_norm", "skipped_iter")
+RARELY = 10  # every so many routing lines, and on the first and the last
+
+
+class RunLog:
+    """One run's listener; ``install`` once, before ``megatron.training.pretrain``.
+
+    Args:
+        args: Megatron's validated arguments, with ``routing_diagnostics`` and its interval.
+
+    Raises:
+        UserError: an interval below 1.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        if args.routing_diagnostics_interval is not None and args.routing_diagnostics_interval < 1:
+            raise UserError(
+                f"--routing-diagnostics-interval {args.routing_diagnostics_interval}: must be at least 1"
+                " (--no-routing-diagnostics collects none)"
+            )
+        self.args = args
+        self.save = Path(args.save) if args.save else None
+        self.interval = args.routing_diagnostics_interval or args.log_interval
+        self.collector: Any = None
+        self.moe_losses: dict[str, list[float]] = {}
+        self.evaluating: tuple[int, str] | None = None
+
+    def install(self) -> None:
+        """Stand around Megatron's functions.
+
+        Raises:
+            RuntimeError: a function is not there, or lacks a parameter that is read here.
+        """
+        _around("setup_model_and_optimizer", self._set_up)
+        _around("training_log", self._training_log, *READ)
+        _around("evaluate_and_print_results", self._evaluate_and_print, "prefix", "iteration")
+        _around("evaluate", self._evaluate)
+
+    # What stands around Megatron's functions ----------------------------------------------------
+
+    def _set_up(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
+        result = call()
+        if self.save and self._writes():
+            for name in (files.RUN, files.ROUTING):
+                files.keep_until(self.save / name, self.args.iteration)
+        collects = self.args.num_experts and self.args.routing_diagnostics and not self.args.skip_train
+        if collects and routers_in_cuda_graphs(self.args):
+            if self.args.rank == 0:
+                print(
+                    "routing diagnostics: none; a CUDA graph replays routers without calling them", flush=True
+                )
+        elif collects:
+            from megatron_router_upcycling.training.run_log.collector import RoutingCollector
+
+            self.collector = RoutingCollector(
+                result[0],
+                self.args.num_layers,
+                self.args.num_experts,
+                self._is_wanted,
+                self.save,
+                fresh=self.args.iteration == 0,
+            )
+            self.collector.sampling = self._is_rare(self.args.iteration + 1)
+            self._keep_moe_losses()
+        return result
+
+    def _training_log(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
+        iteration = given["iteration"]
+        if iteration % self.args.log_interval == 0:
+            # Megatron prints a run's first iteration and keeps it in the running sums; where that is a
+            # logging boundary anyway, the next line would average over it once more, and the losses would
+            # depend on where a run was started.
+            given["is_first_iteration"] = False
+        line = self._losses(given)  # before Megatron resets its sums
+        self.moe_losses = {}
+        result = call()
+        if line and self.save and self._writes():
+            files.append(self.save / files.RUN, line)
+        if self.collector is not None:
+            if self._is_wanted(iteration):
+                self._write_routing(iteration)
+            self.collector.sampling = self._is_rare(iteration + 1)
+        return result
+
+    def _evaluate_and_print(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
+        name = "test" if "test set" in given["prefix"] else "validation"
+        self.evaluating = given["iteration"], name
+        try:
+            return call()
+        finally:
+            self.evaluating = None
+
+    def _evaluate(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
+        result = call()
+        if self.evaluating and result[0] and "lm loss" in result[0] and self.save and self._writes():
+            iteration, name = self.evaluating
+            line = {"kind": "held_out", "iteration": iteration, "tokens": self._tokens(), "set": name}
+            files.append(self.save / files.RUN, line | {"lm_loss": float(result[0]["lm loss"])})
+        return result
+
+    # ----------------------------------------------------------------------------------------------
+
+    def _is_wanted(self, iteration: int | None = None) -> bool:
+        """Whether this iteration's routing is written; without a number, the one that is running."""
+        iteration = self.args.curr_iteration + 1 if iteration is None else iteration
+        return iteration == 1 or iteration % self.interval == 0
+
+    def _is_rare(self, iteration: int) -> bool:
+        if iteration in (1, self.args.train_iters):
+            return self._is_wanted(iteration)
+        return iteration % (RARELY * self.interval) == 0
+
+    def _writes(self) -> bool:
+        """Whether this rank holds Megatron's loggers and the loss: the last one."""
+        import torch
+
+        return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+    def _tokens(self) -> int:
+        return self.args.consumed_train_samples * self.args.seq_length
+
+    def _losses(self, given: dict[str, Any]) -> dict[str, Any] | None:
+        """The line of run.jsonl, or None where nothing is logged or this is not the last pipeline stage."""
+        iteration, losses, totals = given["iteration"], given["loss_dict"], given["total_loss_dict"]
+        logged = iteration == 1 or iteration % self.args.log_interval == 0
+        if not (logged and "lm loss" in losses) or given["skipped_iter"]:
+            return None
+        over = totals.get("advanced iterations", 0) + 1
+        loss = (float(totals.get("lm loss", 0.0)) + float(losses["lm loss"])) / over
+        line = {"kind": "train", "iteration": iteration, "tokens": self._tokens(), "lm_loss": loss}
+        return line | {
+            "over": over,
+            "learning_rate": given["learning_rate"],
+            "grad_norm": None if given["grad_norm"] is None else float(given["grad_norm"]),
+            "time": int(time.time()),
+        }
+
+    def _keep_moe_losses(self) -> None:
+        """Keep Megatron's auxiliary losses a layer, which it forgets once it has reported their mean.
+
+        ``report`` sums the tracker's values over the ranks and clears them last.
+        """
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+        tracker = get_moe_metrics_tracker()
+        clear = tracker.clear
+
+        def keep_and_clear() -> None:
+            if self._is_wanted() and self._writes():
+                self.moe_losses = {
+                    name: (entry.values.float() / get_num_microbatches()).tolist()
+                    for name, entry in tracker.metrics.items()
+                }
+            clear()
+
+        tracker.clear = keep_and_clear  # type: ignore[method-assign]
+
+    def _write_routing(self, iteration: int) -> None:
+        from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+        record = self.collector.gather(self._is_rare(iteration))
+        if not (self._writes() and record["layers"]):
+            return
+        for name, values in self.moe_losses.items():
+            record[name] = [values[layer] for layer in record["layers"]]
+        if self.save:
+            line = {"iteration": iteration, "tokens": self._tokens(), **record}
+            files.append(self.save / files.ROUTING, line)
+        scalars = _scalars(record, (*measures.MEASURES, *self.moe_losses))
+        if writer := get_tensorboard_writer():
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, iteration)
+        if wandb := get_wandb_writer():
+            wandb.log(scalars, iteration)
+
+
+def _scalars(record: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]:
+    """For loggers: each measure's mean over layers, ``routing/NAME``, and each ``routing/NAME/layer_N``."""
+    scalars = {}
+    for name, values in ({n: record[n] for n in names} | record.get("rare", {})).items():
+        present = [(layer, v) for layer, v in zip(record["layers"], values, strict=True) if v == v]
+        if present:
+            scalars[f"routing/{name}"] = sum(v for _, v in present) / len(present)
+        scalars |= {f"routing/{name}/layer_{layer}": v for layer, v in present}
+    return scalars
+
+
+def routers_in_cuda_graphs(args: Namespace) -> bool:
+    """Whether Megatron captures routers: whole layers (no modules named) or parts of an MoE layer."""
+    modules = [getattr(module, "name", module) for module in args.cuda_graph_modules or ()]
+    return args.cuda_graph_impl != "none" and (
+        not modules or any(module.startswith("moe") for module in modules)
+    )
+
+
+def _around(name: str, outer: Callable[[Callable[[], Any], dict[str, Any]], Any], *reads: str) -> None:
+    """Replace ``megatron.training.training.NAME`` by ``outer``(call, given), ``given`` its arguments by name.
+
+    What ``outer`` changes in ``given``, the call sees.
+    """
+    from megatron.training import training
+
+    function = getattr(training, name, None)
+    parameters = inspect.signature(function) if callable(function) else None
+    missing = [read for read in reads if parameters is None or read not in parameters.parameters]
+    if function is None or parameters is None or missing:
+        what = f"{name}({', '.join(missing)})" if missing else name
+        raise RuntimeError(
+            f"diagnostics: megatron.training.training.{what} does not exist in this version of megatron-core;"
+            " tested with 0.19"
+        )
+
+    @functools.wraps(function)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        bound = parameters.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return outer(lambda: function(*bound.args, **bound.kwargs), bound.arguments)
+
+    setattr(training, name, replacement)

@@ -1,0 +1,141 @@
+"""Measures of routing (pure torch): of one router's decisions, of its parts, of its experts.
+
+Symbols: T tokens, n experts, k experts a token, m routers, c keys an expert, d' router width, D hidden size.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_router_upcycling.routers.fold import fold
+
+# What is summed over tokens, before the n numbers of tokens that each expert was given.
+SUMS = ("tokens", "entropy", "top1_probability", "weight_sum", "dropped")
+# A layer's measures by the name that files and loggers use -> what it is, for readers.
+MEASURES = {
+    "load_max_over_mean": "busiest expert's tokens over the mean",
+    "load_cv": "standard deviation of the experts' tokens over their mean",
+    "dead_experts": "experts without a token",
+    "entropy": "entropy of the routing distribution, nats a token",
+    "top1_probability": "largest routing probability of a token",
+    "weight_sum": "sum of a token's k weights",
+    "dropped_fraction": "tokens' choices that capacity dropped",
+}
+
+
+def routing_sums(scores: Tensor, weights: Tensor, routing_map: Tensor, top_k: int) -> Tensor:
+    """One router's decisions on some tokens, as sums that may be added over micro-batches and ranks.
+
+    Args:
+        scores: [T, n] float32 or wider, the routing distribution of each token over all experts.
+        weights: [T, n], the weight of each chosen expert, 0 elsewhere.
+        routing_map: [T, n] bool, True where a token goes to an expert.
+        top_k: experts that a token asked for; what ``routing_map`` lacks of T * top_k was dropped.
+
+    Returns:
+        [5 + n] in the dtype of ``scores``: SUMS, then the tokens of each expert. Nothing waits for a GPU.
+    """
+    load = routing_map.sum(dim=0, dtype=scores.dtype)
+    tokens = scores.new_full((), scores.shape[0])
+    entropy = -torch.xlogy(scores, scores).sum()
+    dropped = tokens * top_k - load.sum()
+    parts = (tokens, entropy, scores.amax(dim=1).sum(), weights.sum(dtype=scores.dtype), dropped)
+    return torch.cat((torch.stack(parts), load))
+
+
+def summarise(sums: Tensor) -> dict[str, Any]:
+    """The measures of one layer, from the sums of ``routing_sums``.
+
+    Returns:
+        MEASURES, and ``load``: each expert's share of all choices that were kept. An empty mapping where
+        there were no tokens.
+    """
+    tokens, entropy, top1, weight_sum, dropped = sums[: len(SUMS)].tolist()
+    load = sums[len(SUMS) :].double()
+    total = float(load.sum())
+    if not tokens or not total:
+        return {}
+    share = load / total
+    return {
+        "load": share.tolist(),
+        "load_max_over_mean": float(share.max() * len(share)),
+        "load_cv": float(share.std(correction=0) * len(share)),
+        "dead_experts": int((load == 0).sum()),
+        "entropy": entropy / tokens,
+        "top1_probability": top1 / tokens,
+        "weight_sum": weight_sum / tokens,
+        "dropped_fraction": dropped / (total + dropped),
+    }
+
+
+def choose(logits: Tensor, top_k: int, pre_softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A softmax router's decisions without Megatron: what ``routing_sums`` takes, of logits [T, n]."""
+    scores = logits.float().softmax(dim=1)
+    top = logits.float().topk(top_k, dim=1)
+    values = scores.gather(1, top.indices) if pre_softmax else top.values.softmax(dim=1)
+    weights = torch.zeros_like(scores).scatter_(1, top.indices, values)
+    return scores, weights, torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top.indices, True)
+
+
+def router_agreement(
+    tokens: Tensor, query_weight: Tensor, expert_key: Tensor, num_experts: int, pooling: str
+) -> float:
+    """How often a single router's first choice is the mixture's, the mean over routers.
+
+    1/n when routers have nothing in common, 1 when any of them could stand for all.
+
+    Args:
+        tokens: [T, D], router inputs.
+        query_weight, expert_key: [m, d', D] and [n*c, d'], the mixture's parameters.
+        pooling: ``sum`` or ``max`` over the routers.
+    """
+    gates = fold(query_weight, expert_key, "max")  # all routers' apart
+    scores = (tokens.float() @ gates.t()).unflatten(-1, (len(query_weight), num_experts, -1))  # [T, m, n, c]
+    pooled = (scores.sum(dim=1) if pooling == "sum" else scores.amax(dim=1)).amax(dim=-1)
+    alone = scores.amax(dim=-1).argmax(dim=-1)  # [T, m]
+    return float((alone == pooled.argmax(dim=-1, keepdim=True)).float().mean())
+
+
+def gate_cosine(query_weight: Tensor, expert_key: Tensor) -> float:
+    """Mean cosine between every two routers' folded gates.
+
+    What all experts of a router have in common is taken off first: it cannot change the routing.
+    """
+    gates = fold(query_weight, expert_key, "max").unflatten(0, (len(query_weight), -1))  # [m, n*c, D]
+    gates = gates - gates.mean(dim=1, keepdim=True)
+    return mean_cosine(gates.flatten(1))
+
+
+def mean_cosine(rows: Tensor) -> float:
+    """Mean cosine similarity of every two different rows, [N, D]; NaN for a single row."""
+    unit = torch.nn.functional.normalize(rows.float(), dim=1)
+    pairs = len(rows) * (len(rows) - 1)
+    if not pairs:
+        return math.nan
+    # |sum of unit vectors|^2 is the sum over all pairs, those of a row with itself included.
+    own = (unit * unit).sum()
+    return float(((unit.sum(dim=0) ** 2).sum() - own) / pairs)
+
+
+def relative_change(now: Tensor, before: Tensor) -> Tensor:
+    """The squared norms of ``now - before`` and of ``before``, [2] in float32."""
+    difference = now.float() - before.float()
+    return torch.stack((difference.square().sum(), before.float().square().sum()))
+
+
+def spread(total: Tensor, square_total: float, count: int) -> float:
+    """Root mean square distance of every two of ``count`` vectors, over their root mean square norm.
+
+    0 when they are equal, sqrt(2) when they are orthogonal and of one length.
+
+    Args:
+        total: the vectors' sum.
+        square_total: the sum of their squared norms.
+    """
+    if count < 2 or not square_total:
+        return math.nan
+    mean_square = square_total / count
+    variance = max(0.0, mean_square - float((total.double() / count).square().sum()))
+    return math.sqrt(2 * count / (count - 1) * variance / mean_square)

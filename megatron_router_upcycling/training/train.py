@@ -1,0 +1,66 @@
+"""Hand a prepared run to Megatron's training loop."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling.training.launch import Run, megatron_refuses
+
+# In --save: running, stopped (saved before its end: a signal, --exit-*) or finished. Who starts a run again
+# needs to know; torchrun passes no exit status on.
+RUN_STATE = "run_state"
+RESTART_TO_TELL_CAUSE = 16  # exit status of Megatron's rerun state machine, which saved and wants a restart
+
+
+def model_config(run: Run) -> Any:
+    """Megatron's configuration of the model, with the router in its layer spec.
+
+    Raises:
+        UserError: Megatron refuses the arguments.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    try:
+        model = gpt_config_from_args(run.args)
+    except (AssertionError, ValueError) as error:
+        raise megatron_refuses(error) from None
+    if run.router is not None and run.args.spec is None:
+        from megatron_router_upcycling.training.layer_spec import layer_spec_for
+
+        model.transformer_layer_spec = layer_spec_for(run.router)
+    return model
+
+
+def train(run: Run) -> None:
+    """Hand a prepared run to ``megatron.training.pretrain``."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_router_upcycling.training import language_model
+    from megatron_router_upcycling.training.patches import reshard_optimizer
+    from megatron_router_upcycling.training.run_log.listener import RunLog
+
+    model = model_config(run)
+    RunLog(run.args).install()
+    reshard_optimizer.install()
+    _write_state(run.args, "running")
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(run.args, model),
+            language_model.datasets_provider,
+            ModelType.encoder_or_decoder,
+            language_model.forward_step,
+        )
+    except SystemExit as ended:
+        if ended.code in (None, 0, RESTART_TO_TELL_CAUSE):
+            _write_state(run.args, "stopped")
+        raise
+    _write_state(run.args, "finished")
+
+
+def _write_state(args: Namespace, state: str) -> None:
+    """Leave word in ``--save`` of how far this run is."""
+    if args.save and args.rank == 0:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+        (Path(args.save) / RUN_STATE).write_text(f"{state}\n", encoding="utf-8")

@@ -1,0 +1,193 @@
+"""Is an upcycled checkpoint what it must be? Proved by reading it and the dense checkpoint it came from.
+
+``prepare`` opens both, ``run`` reads them. Everything is said anew from the dense checkpoint, the key
+statistics and the manifest (``expected``); the converter is not asked. Of a checkpoint that has trained
+since, the structure alone can be checked.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling.checkpoint.dense_model import DenseModel
+from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, CONFIG
+from megatron_router_upcycling.checkpoint.format.metadata import METADATA
+from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dense
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.config.start import InitConfig
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.files import format_bytes
+from megatron_router_upcycling.key_statistics.file import KeyStats
+from megatron_router_upcycling.key_statistics.file import load as load_key_stats
+from megatron_router_upcycling.verify import structure
+from megatron_router_upcycling.verify.expected import expected_tensors
+from megatron_router_upcycling.verify.findings import Findings
+from megatron_router_upcycling.verify.layout import Layout
+from megatron_router_upcycling.verify.sources import DataFiles
+from megatron_router_upcycling.verify.values import Comparison, Progress
+
+FRESH_ITERATION = "release"  # the iteration of a checkpoint that convert made
+TRAINED = "the checkpoint has trained"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The two checkpoints, open, and what is wrong with them so far."""
+
+    dense: Checkpoint
+    model: DenseModel
+    moe: Checkpoint
+    record: dict[str, Any]
+    router: RouterConfig
+    stats: KeyStats | None
+    init: InitConfig
+    key_stats_file: Path | None = None
+    findings: Findings = field(default_factory=Findings)
+
+    @property
+    def trained(self) -> bool:
+        return self.moe.iteration_dir.name != FRESH_ITERATION
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of values, those that several chunks name being read once."""
+        return sum(
+            sum({chunk.blob: math.prod(chunk.sizes) for chunk in stored.chunks}.values())
+            * stored.dtype.itemsize
+            for stored in self.moe.tensors.values()
+        )
+
+
+def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path | None = None) -> Verification:
+    """Open everything that is needed.
+
+    Args:
+        key_stats_file: what the routers were made from; by default the file that the manifest names.
+
+    Raises:
+        UserError: not a dense checkpoint and an upcycled one, or no key statistics.
+    """
+    dense = open_dense(dense_root)
+    model = DenseModel.of(dense)
+    findings = Findings()
+    moe = open_checkpoint(moe_root, lambda name, what: findings.add("metadata", name, what))
+    record = manifest.read(moe.root)
+    if record is None:
+        raise UserError(
+            f"MOE {moe.root}: has no {manifest.NAME}; name a checkpoint that convert made, or that was"
+            " trained from one with megatron_router_upcycling.pretrain"
+        )
+    router = manifest.router_config(record, moe.root / manifest.NAME)
+    init = manifest.init_config(record, moe.root / manifest.NAME)
+    verification = Verification(dense, model, moe, record, router, None, init, findings=findings)
+    if verification.trained or not (router.router == "mixture" or init.needs_router_input):
+        return verification
+    if router.router == "mixture":
+        router.shape(model.num_attention_heads, model.kv_channels)
+    stats, path = _key_stats(verification, key_stats_file)
+    return replace(verification, stats=stats, key_stats_file=path)
+
+
+def _key_stats(verification: Verification, path: Path | None) -> tuple[KeyStats, Path]:
+    model, recorded = (
+        verification.model,
+        structure.section(verification.moe, verification.record, "key_stats"),
+    )
+    if path is None:
+        path = Path(str(recorded.get("path")))
+        if not path.is_file():
+            raise UserError(
+                f"--key-stats: {path}, from which the routers were made, is gone; name where it is now"
+            )
+    stats = load_key_stats(path)
+    expected = (model.num_layers, model.num_query_groups, model.kv_channels)
+    if tuple(stats.mean.shape) != expected:
+        raise UserError(
+            f"--key-stats {path}: of another model: keys {list(stats.mean.shape)} where DENSE has"
+            f" {list(expected)}"
+        )
+    if structure.sha256(path) != recorded.get("sha256"):
+        what = "is not the file of key statistics whose SHA-256 the manifest records"
+        verification.findings.add("files", str(path), what)
+    return stats, path
+
+
+def run(verification: Verification, progress: Progress = lambda count: None) -> Findings:
+    """Read both checkpoints and return all that is wrong.
+
+    Args:
+        progress: called with numbers of bytes, ``bytes_to_read`` together.
+
+    Raises:
+        UserError: the dense checkpoint is damaged.
+    """
+    dense, model, moe = verification.dense, verification.model, verification.moe
+    record, router, trained = verification.record, verification.router, verification.trained
+    findings = verification.findings
+    dense_files, moe_files = DataFiles(dense.iteration_dir), DataFiles(moe.iteration_dir)
+    try:
+        seed = record.get("seed")
+        if not isinstance(seed, int):
+            raise UserError(f"MOE {moe.root}: its manifest has seed {seed!r}; convert the model again")
+        source = moe.root / manifest.NAME
+        layout = Layout.of(structure.section(moe, record, "model"), router, model, source)
+        stats, init, file = verification.stats, verification.init, verification.key_stats_file
+        expected = expected_tensors(
+            dense, dense_files, model, router, stats, init, None if trained else file, seed, layout
+        )
+        comparable = structure.check_tensors(moe, expected, trained, findings)
+        wanted = structure.expected_states(model, router, layout)
+        identities = structure.check_objects(moe, dense, moe_files, wanted, layout, trained, findings)
+        structure.check_arguments(moe, dense, model, record, router, layout, trained, findings)
+        if structure.section(moe, record, "source").get("digest") != dense.digest():
+            what = "is not the checkpoint whose digest the manifest records"
+            findings.add("arguments", f"DENSE {dense.root}", what)
+        comparison = Comparison(moe, moe_files, findings, progress)
+        for key in moe.tensors:
+            comparison.compare(key, expected[key] if key in comparable and not trained else None)
+        identities |= comparison.identities
+        whole_files: set[str] = set()
+        if not trained:
+            small = {METADATA, CONFIG, COMMON_FILE}
+            whole_files = {Path(name).name for name in structure.recorded_files(moe, record, "files")} - small
+            structure.check_files(moe, record, identities, findings)
+        structure.check_ranges(moe, whole_files, findings)
+    finally:
+        dense_files.close()
+        moe_files.close()
+    _say_what_was_seen(verification, comparison)
+    return findings
+
+
+def _say_what_was_seen(verification: Verification, comparison: Comparison) -> None:
+    findings, moe = verification.findings, verification.moe
+    chunks = sum(len(stored.chunks) for stored in moe.tensors.values())
+    findings.looked_at["metadata"] = f"{len(moe.tensors)} tensors, {chunks} chunks"
+    findings.looked_at["damage"] = (
+        f"{len(comparison.identities)} of them stored, {format_bytes(comparison.read)}"
+    )
+    findings.looked_at["states"] = f"{len(moe.objects)} objects"
+    for check in ("experts", "untouched", "norms", "routers"):
+        if verification.trained:
+            findings.skipped[check] = f"but for names and shapes: {TRAINED}"
+        else:
+            findings.looked_at[check] = format_bytes(comparison.compared.get(check, 0))
+    if verification.trained:
+        findings.skipped["states"] = findings.skipped["files"] = TRAINED
+    elif verification.router.router in ("linear", "switch", "mlp"):
+        findings.looked_at["routers"] += f", drawn again from seed {verification.record.get('seed')}"
+
+
+def describe(verification: Verification, seconds: float) -> str:
+    """What was proved and what differs, for a screen."""
+    findings, router, moe = verification.findings, verification.router, verification.moe
+    kind = router.describe()
+    since = f", trained to {moe.iteration_dir.name}: values not compared" if verification.trained else ""
+    verdict = f"{len(findings.found)} DIFFERENCES" if findings else "as it must be"
+    return (
+        f"{moe.root}: {router.num_experts} experts, {kind}{since}\n{findings.table()}\n"
+        f"{verdict}; {format_bytes(verification.bytes_to_read)} of values read in {seconds:.1f} s"
+    )

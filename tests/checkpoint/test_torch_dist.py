@@ -1,0 +1,215 @@
+"""Reading and writing torch_dist folders by chunk, and reading them safely."""
+
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_router_upcycling.checkpoint.format import safe_pickle, torch_save_file
+from megatron_router_upcycling.checkpoint.format.metadata import (
+    Blob,
+    Chunk,
+    StoredTensor,
+    format_metadata,
+    parse_metadata,
+)
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
+from megatron_router_upcycling.errors import UserError
+from tests import dense_checkpoint
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_layers_are_read_as_pytorch_reads_them(
+    tmp_path: Path, tensor_parallel: int, dtype: torch.dtype
+) -> None:
+    values = dense_checkpoint.write(tmp_path, dense_checkpoint.tensors(dtype), tensor_parallel)
+    checkpoint = open_checkpoint(tmp_path)
+    assert set(checkpoint.tensors) == set(values)
+    scratch = bytearray(1 << 16)
+    for key in (
+        f"{dense_checkpoint.ATTENTION}.linear_qkv.weight",
+        f"{dense_checkpoint.MLP}.linear_fc2.weight",
+    ):
+        for layer in range(dense_checkpoint.LAYERS):
+            assert torch.equal(checkpoint.read_layer(key, layer, scratch), values[key][layer])
+            assert torch.equal(checkpoint.read_layer(key, layer, bytearray()), values[key][layer])
+
+
+def test_arguments_and_digest(tmp_path: Path) -> None:
+    dense_checkpoint.write(tmp_path / "a")
+    dense_checkpoint.write(tmp_path / "b")
+    dense_checkpoint.write(tmp_path / "c", args=dense_checkpoint.arguments(seed=1))
+    a, b, c = (open_checkpoint(tmp_path / name) for name in "abc")
+    assert a.args == dense_checkpoint.arguments()
+    assert a.digest() == b.digest() != c.digest()
+
+
+def test_metadata_survives_writing_and_reading() -> None:
+    tensors = {
+        "experts": StoredTensor(
+            (2, 3, 4),
+            torch.bfloat16,
+            tuple(Chunk((i, j, 0), (1, 1, 4), Blob("a", i, 8)) for i in range(2) for j in range(3)),
+        ),
+        "norm": StoredTensor((4,), torch.float32, (Chunk((0,), (4,), Blob("b", 7, 16)),)),
+    }
+    objects = {"state/shard_0_1": Blob("b", 0, 7)}
+    content = format_metadata(tensors, objects)
+    assert parse_metadata(content, "metadata") == (tensors, objects)
+    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+
+    metadata = pickle.loads(content)
+    assert isinstance(metadata, Metadata)
+    assert metadata.storage_data[MetadataIndex("experts", (1, 2, 0))].offset == 1
+    assert metadata.state_dict_metadata["norm"].properties.layout is torch.strided
+
+
+@pytest.mark.parametrize("dtype", list(torch_save_file.STORAGES.values()), ids=str)
+def test_values_given_another_shape_are_what_torch_loads(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.arange(24).view(2, 3, 4).to(dtype)
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    values = torch_save_file.find_values(buffer, (2, 3, 4), dtype)
+    assert values is not None
+    head, tail = torch_save_file.wrap_values(values, (2, 1, 3, 4), dtype)
+    content = head + buffer.getvalue()[values.offset : values.offset + values.length] + tail
+    loaded = torch.load(io.BytesIO(content), weights_only=True)
+    assert loaded.dtype == dtype and torch.equal(loaded, tensor.view(2, 1, 3, 4))
+    import zipfile
+
+    assert zipfile.ZipFile(io.BytesIO(content)).testzip() is None  # the checksums are right
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param(torch.ones(4, 6).t(), id="transposed"),
+        pytest.param(torch.ones(9, 4)[:6], id="part"),
+        pytest.param(torch.ones(6, 4, dtype=torch.float64), id="dtype"),
+        pytest.param(torch.nn.Parameter(torch.ones(6, 4)), id="parameter"),
+    ],
+)
+def test_values_that_are_not_plain_are_not_taken(tensor: torch.Tensor) -> None:
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    assert torch_save_file.find_values(buffer, (6, 4), torch.float32) is None
+
+
+def test_writer_copies_where_it_cannot_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = dense_checkpoint.write(tmp_path / "dense")
+    checkpoint = open_checkpoint(tmp_path / "dense")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    with CheckpointWriter(tmp_path / "copy") as writer:
+        for key in (*checkpoint.tensors, *checkpoint.objects):
+            writer.take_over(checkpoint, key, key)
+        writer.finish()
+    read = dense_checkpoint.read_back(tmp_path / "copy")
+    assert read.keys() == values.keys() and all(torch.equal(read[key], values[key]) for key in read)
+    assert all(path.stat().st_nlink == 1 for path in (tmp_path / "copy").iterdir())
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("place", ["metadata", "common state", "tensor"])
+def test_nothing_in_a_checkpoint_is_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "dense"
+    if place == "common state":
+        dense_checkpoint.write(root, hostile=Hostile())
+    else:
+        dense_checkpoint.write(root)
+    folder = root / "iter_0000008"
+    if place == "metadata":
+        (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    key = f"{dense_checkpoint.MLP}.linear_fc2.weight"
+    with pytest.raises(UserError, match=r"posix\.system|Unsupported global|damaged"):
+        checkpoint = open_checkpoint(root)
+        if place == "tensor":
+            buffer = io.BytesIO()
+            torch.save(Hostile(), buffer)
+            chunk = checkpoint.tensors[key].chunks[0]
+            content = buffer.getvalue().ljust(chunk.blob.length, b"\0")
+            with open(folder / chunk.blob.file, "r+b") as file:
+                file.seek(chunk.blob.offset)
+                file.write(content)
+        checkpoint.read_layer(key, 0, bytearray(1 << 16))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_records_are_written_back_under_their_names() -> None:
+    from megatron.core.transformer.enums import AttnBackend
+
+    content = pickle.dumps({"backend": AttnBackend.flash, "dtype": torch.bfloat16})
+    seen = safe_pickle.loads(content, "state")
+    assert not isinstance(seen["backend"], AttnBackend)
+    assert pickle.loads(safe_pickle.dumps(seen)) == {"backend": AttnBackend.flash, "dtype": torch.bfloat16}
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _change(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "latest_checkpointed_iteration.txt").unlink(), "no checkpoint there"),
+        (lambda root: (root / "latest_checkpointed_iteration.txt").write_text("9"), "iter_0000009: missing"),
+        (lambda root: (root / "latest_checkpointed_iteration.txt").write_text("../x"), "says '../x'"),
+        (lambda root: (root / "iter_0000008/.metadata").unlink(), ".metadata: missing"),
+        (lambda root: _truncate(root / "iter_0000008/.metadata"), ".metadata: damaged or half-written"),
+        (
+            lambda root: (root / "iter_0000008/.metadata").write_bytes(b""),
+            ".metadata: damaged or half-written",
+        ),
+        (lambda root: (root / "iter_0000008/metadata.json").unlink(), "metadata.json: missing"),
+        (lambda root: (root / "iter_0000008/metadata.json").write_text("{"), "metadata.json: not JSON"),
+        (lambda root: _change(root / "iter_0000008/metadata.json", sharded_backend="zarr"), "format 'zarr'"),
+        (lambda root: (root / "iter_0000008/__1_0.distcp").unlink(), "__1_0.distcp: missing"),
+        (lambda root: _truncate(root / "iter_0000008/__1_0.distcp"), "__1_0.distcp: half-written"),
+    ],
+)
+def test_what_is_not_whole_is_one_line(tmp_path: Path, spoil: Any, message: str) -> None:
+    dense_checkpoint.write(tmp_path, tensor_parallel=2)
+    spoil(tmp_path)
+    with pytest.raises(UserError) as raised:
+        open_checkpoint(tmp_path)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_one_iterations_folder_is_not_a_root(tmp_path: Path) -> None:
+    dense_checkpoint.write(tmp_path)
+    with pytest.raises(UserError, match="name the checkpoint's root above it"):
+        open_checkpoint(tmp_path / "iter_0000008")
+
+
+def test_data_files_outside_the_folder_are_refused() -> None:
+    stored = StoredTensor((4,), torch.float32, (Chunk((0,), (4,), Blob("../../secret", 0, 16)),))
+    with pytest.raises(UserError, match="outside the checkpoint's folder"):
+        parse_metadata(format_metadata({"norm": stored}, {}), "metadata")
+
+
+def test_tensor_with_a_missing_chunk_is_refused() -> None:
+    stored = StoredTensor((2, 4), torch.float32, (Chunk((0, 0), (1, 4), Blob("a", 0, 16)),))
+    with pytest.raises(UserError, match="not covered by its chunks"):
+        parse_metadata(format_metadata({"norm": stored}, {}), "metadata")

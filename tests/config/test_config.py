@@ -1,0 +1,131 @@
+"""YAML and flags into arguments: precedence, switches, and mistakes."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from megatron_router_upcycling.config import flags, yaml_files
+from megatron_router_upcycling.config.router import RouterConfig, router_shape
+from megatron_router_upcycling.errors import UserError
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--num-layers", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--swiglu", action="store_true")
+    parser.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
+    parser.add_argument("--log-progress", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--data-path", nargs="*")
+    parser.add_argument("--dispatcher", choices=("alltoall", "allgather"))
+    return parser
+
+
+def test_entries_become_defaults_that_flags_override(parser: argparse.ArgumentParser) -> None:
+    entries = {
+        "num_layers": 3,
+        "lr": "1e-3",
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "log-progress": False,
+        "data_path": ["a", "b"],
+    }
+    flags.set_defaults(parser, entries, "x.yaml")
+    args = parser.parse_args(["--num-layers", "5"])
+    assert (args.num_layers, args.lr, args.swiglu) == (5, 1e-3, True)
+    assert (args.add_bias_linear, args.log_progress, args.data_path) == (False, False, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_layer": 3}, "x.yaml: unknown argument 'num_layer'; did you mean 'num_layers'?"),
+        ({"num_layers": "three"}, "x.yaml: num_layers: 'three' is not a valid int"),
+        ({"swiglu": 1}, "x.yaml: swiglu: 1 is a switch; write true or false"),
+        ({"lr": [1]}, "x.yaml: lr: [1] takes one value, not a list"),
+        ({"dispatcher": "flex"}, "x.yaml: dispatcher: 'flex': choose one of alltoall, allgather"),
+    ],
+)
+def test_wrong_entries_name_file_and_remedy(
+    parser: argparse.ArgumentParser, entries: dict, message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        flags.set_defaults(parser, entries, "x.yaml")
+    assert str(error.value) == message
+
+
+def test_base_files_stand_below(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("lr: 1\nnum_layers: 2\nupcycling: {router: linear, pooling: max}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nlr: 3\nupcycling: {router: mixture}\n")
+    assert yaml_files.read_yaml(tmp_path / "b.yaml") == {
+        "lr": 3,
+        "num_layers": 2,
+        "upcycling": {"router": "mixture", "pooling": "max"},
+    }
+
+
+def test_later_bases_stand_above_earlier_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("lr: 1\nswiglu: true\nupcycling: {pooling: max, num_routers: 4}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nnum_layers: 2\n")
+    (tmp_path / "c.yaml").write_text("lr: 3\nnum_layers: 5\nupcycling: {pooling: sum}\n")
+    (tmp_path / "d.yaml").write_text("base: [b.yaml, c.yaml]\nnum_layers: 7\n")
+    assert yaml_files.read_yaml(tmp_path / "d.yaml") == {
+        "lr": 3, "swiglu": True, "num_layers": 7, "upcycling": {"pooling": "sum", "num_routers": 4},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: x.yaml", "builds on itself"),
+        ("- a\n- b", "must be a mapping"),
+        ("a: [", "not readable as YAML"),
+        ("base: none.yaml", "no such file"),
+        ("upcycling: 3", "'upcycling:' must be a mapping"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        yaml_files.read_yaml(path)
+
+
+def test_unknown_upcycling_option() -> None:
+    with pytest.raises(UserError, match="x.yaml: unknown upcycling option 'routers'"):
+        flags.section_defaults({"routers": 8}, "x.yaml")
+
+
+# Paper, section 5.2.1 and table 2: (m, n) over 16 heads of size 64 -> (c, d').
+@pytest.mark.parametrize(
+    ("m", "n", "c", "width"),
+    [(8, 8, 1, 128), (16, 16, 1, 64), (2, 8, 1, 512), (4, 8, 1, 256), (16, 8, 2, 64), (32, 8, 4, 32)],
+)
+def test_router_shapes_of_the_paper(m: int, n: int, c: int, width: int) -> None:
+    shape = router_shape(16, 64, m, n)
+    assert (shape.keys_per_expert, shape.router_width) == (c, width)
+
+
+@pytest.mark.parametrize(("m", "n", "heads"), [(3, 8, 16), (8, 8, 14), (0, 8, 16), (24, 8, 16)])
+def test_impossible_numbers_name_those_that_work(m: int, n: int, heads: int) -> None:
+    asked = f"--num-experts {n}, and as many routers" if m == n else f"--num-routers {m}"
+    with pytest.raises(UserError, match=f"^{asked}: does not fit {heads} attention heads") as error:
+        router_shape(heads, 64, m, n)
+    for near in map(int, str(error.value).rsplit("work: ", 1)[1].split(", ")):
+        router_shape(heads, 64, near, n)
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"top_k": 9}, "--top-k 9"),
+        ({"top_k": 0}, "--top-k 0"),
+        ({"router": "x"}, "--router x"),
+        ({"num_experts": 0}, "--num-experts 0"),
+    ],
+)
+def test_impossible_routers(options: dict, flag: str) -> None:
+    with pytest.raises(UserError, match=flag):
+        RouterConfig(**options)

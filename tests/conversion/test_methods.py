@@ -1,0 +1,293 @@
+"""Every method and every ablation is one YAML file: what it converts to, proved by ``verify``."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_router_upcycling import cli
+from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.conversion.options import read_conversion
+from megatron_router_upcycling.key_statistics import file as key_stats_file
+from tests import dense_checkpoint
+from tests.dense_checkpoint import make_stats
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml") if path.stem != "base")
+ROUTER = "decoder.layers.mlp.router"
+L, D = dense_checkpoint.LAYERS, dense_checkpoint.HIDDEN
+ROUTER_SHAPES = {
+    "scratch": {"weight": (L, 8, D)},
+    "vanilla": {"weight": (L, 8, D)},
+    "switch": {"weight": (L, 8, D)},
+    "locmoe": {},
+    "mlp": {"fc1.weight": (L, D, D), "fc2.weight": (L, 8, D)},
+    "router_upcycling": {"query_weight": (L, 8, 4, D), "expert_key": (L, 8, 4)},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    dense_checkpoint.write(folder / "dense")
+    make_stats(folder / "ks")
+    return folder
+
+
+def convert(folder: Path, out: Path, file: Path, *flags: object) -> dict[str, torch.Tensor]:
+    command = ["convert", folder / "dense", out, "--config", file, "--key-stats", folder / "ks", "--quiet"]
+    assert cli.main([str(part) for part in (*command, *flags)]) == 0
+    return dense_checkpoint.read_back(out / "release")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_is_one_file(folder: Path, tmp_path: Path, method: str) -> None:
+    values = convert(folder, tmp_path / "moe", CONFIGS / "methods" / f"{method}.yaml")
+    shapes = {
+        key.removeprefix(f"{ROUTER}."): tuple(value.shape) for key, value in values.items() if ROUTER in key
+    }
+    assert shapes == ROUTER_SHAPES[method]
+    record = manifest.read(tmp_path / "moe")
+    assert record is not None
+    assert record["router"]["top_k"] == (1 if method == "switch" else 2) and record["router"]["pre_softmax"]
+    assert cli.main(["verify", str(folder / "dense"), str(tmp_path / "moe"), "--quiet"]) == 0
+
+
+def test_scratch_is_drawn_as_megatron_draws_and_shares_nothing(folder: Path, tmp_path: Path) -> None:
+    file = CONFIGS / "methods/scratch.yaml"
+    first = convert(folder, tmp_path / "a", file)
+    again = convert(folder, tmp_path / "b", file)
+    other = convert(folder, tmp_path / "c", file, "--seed", 5)
+    dense = dense_checkpoint.read_back(folder / "dense/iter_0000008")
+    for key, value in first.items():
+        assert torch.equal(value, again[key])
+        if "norm" in key:
+            assert (value == 1).all()
+        elif key.endswith("bias"):
+            assert (value == 0).all()
+        else:
+            assert not torch.equal(value, other[key]) and not torch.equal(value, dense.get(key, other[key]))
+            scaled = (2 * L) ** -0.5 if "linear_proj" in key or "linear_fc2" in key else 1.0
+            assert value.std() == pytest.approx(0.02 * scaled, rel=0.1)
+            assert value.mean().abs() < 0.002
+    fc1 = first["decoder.layers.mlp.experts.experts.linear_fc1.weight"]
+    assert not torch.equal(fc1[0, 0], fc1[0, 1]) and not torch.equal(fc1[0, 0], fc1[1, 0])
+    assert all(path.stat().st_nlink == 1 for path in (tmp_path / "a/release").iterdir())
+
+    layered = convert(folder, tmp_path / "d", file, "--layers", "1")
+    assert torch.equal(layered["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"], fc1[1])
+    assert cli.main(["verify", str(folder / "dense"), str(tmp_path / "d"), "--quiet"]) == 0
+
+
+def test_verify_finds_what_differs_in_a_model_from_scratch(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "moe", CONFIGS / "methods/scratch.yaml")
+    record = manifest.read(tmp_path / "moe")
+    assert record is not None
+    manifest.write(tmp_path / "moe", record | {"seed": 1})
+    assert cli.main(["verify", str(folder / "dense"), str(tmp_path / "moe"), "--quiet"]) == 1
+
+
+ABLATIONS = sorted(path.stem for path in (CONFIGS / "ablations").glob("*.yaml"))
+# METHOD, over H = 16 heads of size 64 as in the paper: m, n, c, d'.
+TABLE_2 = {
+    "m2": (2, 8, 1, 512),
+    "m4": (4, 8, 1, 256),
+    "m8": (8, 8, 1, 128),
+    "m16": (16, 8, 2, 64),
+    "m32": (32, 8, 4, 32),
+    "m16_n16": (16, 16, 1, 64),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_shapes_of_table_2(name: str) -> None:
+    given = read_conversion(CONFIGS / f"ablations/{name}.yaml").router
+    m, n, c, width = TABLE_2[name]
+    for num_heads, head_dim in ((16, 64), (8, 16)):  # the paper's model, the demonstration's
+        shape = RouterConfig(**given).shape(num_heads, head_dim)
+        assert (shape.num_routers, shape.num_experts, shape.keys_per_expert) == (m, n, c)
+        assert shape.router_width == num_heads * head_dim // m
+    assert RouterConfig(**given).shape(16, 64).router_width == width
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_ablation_converts_and_verifies(tmp_path: Path, dtype: torch.dtype) -> None:
+    """``verify`` computes each start again by itself, bit for bit."""
+    plain = dense_checkpoint.tensors(dtype)
+    dense_checkpoint.write(tmp_path / "dense", plain, tensor_parallel=2)
+    inputs(tmp_path / "ks", "pre_rope")
+    inputs(tmp_path / "post_rope", "post_rope")
+    paper = convert(tmp_path, tmp_path / "paper", CONFIGS / "methods/router_upcycling.yaml")
+    vanilla = convert(tmp_path, tmp_path / "vanilla", CONFIGS / "methods/vanilla.yaml")
+    for name in ABLATIONS if dtype == torch.float32 else ALTERED:
+        file, out = CONFIGS / f"ablations/{name}.yaml", tmp_path / name
+        assert len(yaml.safe_load(file.read_text())) <= 3
+        if name == "post_rope_keys":
+            refused = ["convert", tmp_path / "dense", out, "--config", file, "--key-stats", tmp_path / "ks"]
+            assert cli.main([str(part) for part in refused]) == 2
+            made = convert(tmp_path, out, file, "--key-stats", tmp_path / "post_rope")
+        else:
+            made = convert(tmp_path, out, file)
+        assert cli.main(["verify", str(tmp_path / "dense"), str(out), "--quiet"]) == 0, name
+        like = vanilla if name == "centroid" else paper
+        changed = {key for key in like if key not in made or not torch.equal(made[key], like[key])}
+        if name in ALTERED:
+            assert {key.removeprefix("decoder.layers.mlp.") for key in changed} == ALTERED[name], name
+        shutil.rmtree(out)
+
+
+FC = {f"experts.experts.linear_fc{i}.weight" for i in (1, 2)}
+ALTERED = {
+    "random_queries": {"router.query_weight"},
+    "random_keys": {"router.expert_key"},
+    "norm_gain": {"router.query_weight"},
+    "target_entropy": {"router.expert_key"},
+    "centroid": {"router.weight"},
+    "expert_noise": FC,
+    "drop_upcycling": FC,
+}
+
+
+def inputs(path: Path, key_source: str) -> torch.Tensor:
+    """Key statistics with a sample of router inputs [L, 64, D]."""
+    stats = make_stats(path, key_source=key_source)
+    stats.router_input = torch.randn(L, 64, D, generator=torch.Generator().manual_seed(3))
+    key_stats_file.save(path, stats, overwrite=True)
+    return stats.router_input
+
+
+def option(folder: Path, out: Path, base: str, *flags: object, **options: Any) -> dict[str, torch.Tensor]:
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump({"base": str(CONFIGS / f"methods/{base}.yaml"), "upcycling": options}))
+    return convert(folder, out, file, *flags)
+
+
+def test_random_halves_keep_their_norms(folder: Path, tmp_path: Path) -> None:
+    paper = convert(folder, tmp_path / "paper", CONFIGS / "methods/router_upcycling.yaml")
+    made = option(folder, tmp_path / "moe", "router_upcycling", queries="random", keys="random")
+    for name, axes in (("query_weight", (2, 3)), ("expert_key", (2,))):
+        key = f"{ROUTER}.{name}"
+        torch.testing.assert_close(made[key].norm(dim=axes), paper[key].norm(dim=axes))
+        likeness = torch.cosine_similarity(made[key].flatten(), paper[key].flatten(), dim=0)
+        assert abs(likeness) < 0.3
+
+
+def test_norm_gain_asks_the_attentions_question(folder: Path, tmp_path: Path) -> None:
+    """Behind the FFN's norm, the corrected query maps give what W_Q gives behind the attention's."""
+    paper = convert(folder, tmp_path / "paper", CONFIGS / "methods/router_upcycling.yaml")
+    made = option(folder, tmp_path / "moe", "router_upcycling", norm_gain=True)
+    dense = dense_checkpoint.read_back(folder / "dense/iter_0000008")
+    attention = dense["decoder.layers.self_attention.linear_qkv.layer_norm_weight"]
+    ffn = dense["decoder.layers.mlp.linear_fc1.layer_norm_weight"]
+    token = torch.randn(D, generator=torch.Generator().manual_seed(4))
+    key = f"{ROUTER}.query_weight"
+    for layer in range(L):
+        expected = paper[key][layer] @ (token * attention[layer])
+        torch.testing.assert_close(made[key][layer] @ (token * ffn[layer]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["router_upcycling", "vanilla", "mlp"])
+def test_routing_has_the_entropy_that_was_asked_for(tmp_path: Path, method: str) -> None:
+    dense_checkpoint.write(tmp_path / "dense")
+    sample = inputs(tmp_path / "ks", "pre_rope")
+    made = option(tmp_path, tmp_path / "moe", method, target_entropy=1.2)
+    for layer in range(L):
+        router = {
+            key.removeprefix(f"{ROUTER}."): value[layer] for key, value in made.items() if ROUTER in key
+        }
+        x = sample[layer]
+        if method == "router_upcycling":
+            queries = torch.einsum("mqd,sd->smq", router["query_weight"], x)
+            scores = torch.einsum("smq,nq->sn", queries, router["expert_key"]) / queries.shape[-1] ** 0.5
+        elif method == "vanilla":
+            scores = x @ router["weight"].t()
+        else:
+            scores = torch.nn.functional.gelu(x @ router["fc1.weight"].t()) @ router["fc2.weight"].t()
+        entropy = torch.distributions.Categorical(logits=scores).entropy().mean()
+        assert entropy == pytest.approx(1.2, abs=1e-3)
+
+
+def test_centroids_find_clusters_that_are_there(tmp_path: Path) -> None:
+    dense_checkpoint.write(tmp_path / "dense")
+    stats = make_stats(tmp_path / "ks")
+    directions = torch.nn.functional.normalize(torch.eye(D)[:8] + 0.1, dim=1)
+    noise = torch.randn(L, 64, D, generator=torch.Generator().manual_seed(5))
+    stats.router_input = directions.repeat(8, 1) + 0.01 * noise
+    key_stats_file.save(tmp_path / "ks", stats, overwrite=True)
+    made = option(tmp_path, tmp_path / "moe", "vanilla", gate="centroid")
+    for gate in made[f"{ROUTER}.weight"]:
+        likeness = torch.nn.functional.normalize(gate, dim=1) @ directions.t()
+        # Every row is the centre of whole clusters, and most clusters have a row of their own.
+        assert (likeness.max(dim=1).values > 0.6).all() and len(set(likeness.argmax(dim=1).tolist())) >= 5
+
+
+def test_experts_are_altered_as_far_as_asked(folder: Path, tmp_path: Path) -> None:
+    dense = dense_checkpoint.read_back(folder / "dense/iter_0000008")
+    F = dense_checkpoint.FFN
+    noisy = option(folder, tmp_path / "a", "router_upcycling", expert_noise=0.1)
+    dropped = option(folder, tmp_path / "b", "router_upcycling", drop_upcycling=0.25)
+    fc1, fc2 = (dense[f"decoder.layers.mlp.linear_fc{i}.weight"] for i in (1, 2))
+    for made, weight in ((noisy[_experts(1)], fc1), (noisy[_experts(2)], fc2)):
+        difference = made - weight[:, None]
+        assert difference.std() == pytest.approx(0.1 * float(weight.std()), rel=0.05)
+        assert not torch.equal(difference[0, 0], difference[0, 1])
+    chosen = set()
+    for layer in range(L):
+        for expert in range(8):
+            new = dropped[_experts(1)][layer, expert] != fc1[layer]
+            rows = new.any(dim=1)
+            gate, up = rows[:F], rows[F:]
+            columns = (dropped[_experts(2)][layer, expert] != fc2[layer]).any(dim=0)
+            assert torch.equal(gate, up) and torch.equal(gate, columns) and gate.sum() == F // 4
+            assert new[rows].all()  # whole channels
+            chosen.add(tuple(gate.tolist()))
+    assert len(chosen) == 8 * L
+    drawn = dropped[_experts(1)][dropped[_experts(1)] != fc1[:, None]]
+    assert drawn.std() == pytest.approx(float(fc1.std()), rel=0.05)
+
+
+def _experts(number: int) -> str:
+    return f"decoder.layers.mlp.experts.experts.linear_fc{number}.weight"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate": "centroid"}, "gate centroid: is for --router linear or switch, not for mixture"),
+        ({"target_entropy": 3.0}, "target_entropy 3.0: is in nats and must be between 0 and ln 8 = 2.0794"),
+        ({"target_entropy": 1.0}, "holds no hidden states (router_input)"),
+        ({"target_entropy": 1.0, "logit_scale": 2.0}, "leave logit_scale out"),
+        ({"drop_upcycling": 1.5}, "drop_upcycling 1.5: is a share"),
+        ({"keys": "none"}, "keys none: choose one of heads, random"),
+        ({"expert_noise": "much"}, "option expert_noise cannot be 'much'"),
+        ({"entropy": 1}, "unknown upcycling option 'entropy'"),
+        ({"weights": "random"}, "weights random: has no attention heads"),
+        ({"router": "locmoe", "locality_loss_coeff": -1}, "locality_loss_coeff -1: must be 0 or more"),
+        ({"router": "switch"}, "--router switch: sends a token to one expert"),
+    ],
+)
+def test_what_a_start_cannot_be_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(AssertionError):
+        option(folder, tmp_path / "moe", "router_upcycling", **options)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+
+
+@pytest.mark.parametrize("name", ["norm_gain", "target_entropy", "random_keys", "centroid", "expert_noise"])
+def test_verify_finds_another_start(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """A manifest that says the paper's start, of a checkpoint that was made in another way."""
+    dense_checkpoint.write(tmp_path / "dense")
+    inputs(tmp_path / "ks", "pre_rope")
+    convert(tmp_path, tmp_path / "moe", CONFIGS / f"ablations/{name}.yaml")
+    record = manifest.read(tmp_path / "moe")
+    assert record is not None
+    manifest.write(tmp_path / "moe", record | {"init": {}})
+    assert cli.main(["verify", str(tmp_path / "dense"), str(tmp_path / "moe"), "--quiet"]) == 1
+    said = capsys.readouterr().out
+    assert ("experts.experts" if name == "expert_noise" else ROUTER) in said

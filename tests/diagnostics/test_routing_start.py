@@ -1,0 +1,126 @@
+"""``inspect`` of a converted checkpoint: its routers' start beside the paper's equations as loops."""
+
+import math
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from megatron_router_upcycling import cli
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.diagnostics import routing_start
+from tests.conftest import HIDDEN, LAYERS
+
+EXPERTS, TOP_K, SAMPLES = 8, 2, 60
+
+
+def with_samples(path: Path, key_stats_file: Path, samples: torch.Tensor | None) -> Path:
+    """The session's key statistics with ``samples`` [L, S, D] as what routers see, or with none."""
+    with safetensors.safe_open(key_stats_file, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load_file(key_stats_file)
+    tensors.pop("router_input", None)
+    if samples is not None:
+        tensors["router_input"] = samples.bfloat16()
+    safetensors.torch.save_file(tensors, path, metadata)
+    return path
+
+
+def table(text: str) -> list[list[str]]:
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.split()[:2] == ["layer", "key"])
+    return [line.split() for line in lines[first + 1 : first + 1 + LAYERS]]
+
+
+def test_the_table_holds_what_the_equations_give(
+    tmp_path: Path, moe: Path, key_stats_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = torch.randn(LAYERS, SAMPLES, HIDDEN, generator=torch.Generator().manual_seed(3)).bfloat16()
+    stats = with_samples(tmp_path / "stats.safetensors", key_stats_file, samples)
+    assert cli.main(["inspect", str(moe), "--key-stats", str(stats)]) == 0
+    text = capsys.readouterr().out
+    checkpoint = open_checkpoint(moe)
+    for layer, row in enumerate(table(text)):
+        query, key = (
+            checkpoint.read_layer(f"decoder.layers.mlp.router.{name}", layer, bytearray()).double()
+            for name in ("query_weight", "expert_key")
+        )
+        load, entropy, weights = [0] * EXPERTS, 0.0, 0.0
+        for x in samples[layer].double():
+            score = [sum(float((w @ x) @ k) for w in query) / math.sqrt(key.shape[1]) for k in key]
+            shares = torch.tensor(score).softmax(dim=0).tolist()
+            entropy -= sum(p * math.log(p) for p in shares)
+            for i in sorted(range(EXPERTS), key=lambda i: -shares[i])[:TOP_K]:
+                load[i] += 1
+                weights += shares[i]
+        cosines = [
+            float(torch.nn.functional.cosine_similarity(key[a], key[b], dim=0))
+            for a in range(EXPERTS)
+            for b in range(a)
+        ]
+        assert row[0] == str(layer)
+        assert float(row[1]) == pytest.approx(sum(cosines) / len(cosines), abs=6e-4)
+        assert float(row[2]) == pytest.approx(max(cosines), abs=6e-4)
+        assert float(row[7]) == pytest.approx(entropy / SAMPLES, abs=1e-3)
+        assert float(row[9]) == pytest.approx(weights / SAMPLES, abs=1e-3)
+        # Four query groups make eight experts' keys: equal in pairs, and either of two equal scores is right.
+        assert row[3:5] == ["inf", "4"]
+        halves = [sum(load[i] for i in range(EXPERTS) if torch.equal(key[i], key[j])) for j in range(EXPERTS)]
+        assert max(halves) / 2 - 0.1 <= float(row[5]) * SAMPLES * TOP_K / EXPERTS <= max(halves) + 0.1
+    assert "experts are tied in layers 0, 1, 2, 3 (layer 0: " in text
+    assert "prepared for softmax after top-k" in text and "softmax after top-k    x 1: no jump" in text
+    assert "collapsed" not in text
+
+
+def test_a_collapsed_start_is_told(
+    tmp_path: Path, moe: Path, key_stats_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What real Qwen keys do: all hidden states share a large part, which favours the same experts."""
+    generator = torch.Generator().manual_seed(4)
+    common = 30 * torch.randn(LAYERS, 1, HIDDEN, generator=generator)
+    samples = common + torch.randn(LAYERS, SAMPLES, HIDDEN, generator=generator)
+    stats = with_samples(tmp_path / "stats.safetensors", key_stats_file, samples)
+    assert cli.main(["inspect", str(moe), "--key-stats", str(stats)]) == 0
+    text = capsys.readouterr().out
+    assert "warning: routing would start collapsed in layers 0, 1, 2, 3: " in text
+    assert all(float(row[5]) > 2 and int(row[6]) >= 4 for row in table(text))
+
+
+def test_recorded_samples_are_taken_and_random_tokens_stand_in(
+    tmp_path: Path, moe: Path, dense: Path, key_stats_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", str(moe)]) == 0
+    text = capsys.readouterr().out
+    assert f"hidden states of the dense model, sampled in {key_stats_file}:" in text
+    assert len(table(text)) == LAYERS
+    linear = tmp_path / "linear"
+    assert cli.main(["convert", str(dense), str(linear), "--router", "linear", "--layers", "1,3"]) == 0
+    assert cli.main(["inspect", str(linear)]) == 0
+    text = capsys.readouterr().out
+    assert "1024 random tokens" in text
+    assert [row[:3] for row in table(text)[:2]] == [["1", "–", "–"], ["3", "–", "–"]]
+
+
+def test_mistakes(
+    tmp_path: Path, moe: Path, dense: Path, key_stats_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = with_samples(tmp_path / "narrow", key_stats_file, torch.zeros(LAYERS, 4, HIDDEN // 2))
+    short = with_samples(tmp_path / "short", key_stats_file, torch.zeros(LAYERS - 1, 4, HIDDEN))
+    none = with_samples(tmp_path / "none", key_stats_file, None)
+    for checkpoint, stats, message in (
+        (moe, none, "for 0 layers and the model has 4; collect"),
+        (moe, narrow, "its router_input is 32 wide and the model 64"),
+        (moe, short, "router_input is [3, 4, 64]"),
+        (dense, narrow, "has no routers"),
+        (moe, tmp_path / "nowhere", "no such file"),
+    ):
+        assert cli.main(["inspect", str(checkpoint), "--key-stats", str(stats)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --key-stats {stats}: ") and message in error
+
+
+def test_shards_of_one_copy_are_not_ties() -> None:
+    rows = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(5)).repeat_interleave(2, dim=0)
+    assert routing_start._ties(rows, granularity=2) == ()
+    assert routing_start._ties(rows, granularity=1) == ((0, 1), (2, 3), (4, 5), (6, 7))

@@ -1,0 +1,388 @@
+"""Collecting keys on one rank and on two, against a reference in loops over what the projection puts out.
+
+The model has grouped-query attention, a bias on its queries, keys and values, and key norms, all with
+random values. Run as a script, this file is the process that makes that model and the reference.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import types
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from megatron_router_upcycling.checkpoint.dense_model import query_key_digest
+from megatron_router_upcycling.checkpoint.open import open_dense
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.key_statistics import capture, moments, router_sample
+from megatron_router_upcycling.key_statistics import file as key_stats_file
+from tests import launch
+
+LAYERS, HEADS, GROUPS, HEAD_DIM, HIDDEN = 4, 4, 2, 8, 32
+SEQUENCE, BATCH, ITERATIONS, ROTARY_BASE, EPSILON = 16, 8, 2, 10000, 1e-5
+TOKENS = SEQUENCE * BATCH * ITERATIONS
+MODEL = f"""
+num_layers: {LAYERS}
+hidden_size: {HIDDEN}
+ffn_hidden_size: 48
+num_attention_heads: {HEADS}
+group_query_attention: true
+num_query_groups: {GROUPS}
+kv_channels: {HEAD_DIM}
+add_qkv_bias: true
+qk_layernorm: true
+disable_bias_linear: true
+normalization: RMSNorm
+norm_epsilon: {EPSILON}
+swiglu: true
+position_embedding_type: rope
+rotary_base: {ROTARY_BASE}
+untie_embeddings_and_output_weights: true
+hidden_dropout: 0.0
+attention_dropout: 0.0
+seq_length: {SEQUENCE}
+max_position_embeddings: {SEQUENCE}
+tokenizer_type: NullTokenizer
+vocab_size: 256
+split: "100,0,0"
+micro_batch_size: 2
+global_batch_size: {BATCH}
+train_iters: 5
+lr: 1.0e-3
+"""
+
+# Name -> what is changed in the arguments of a run that works (FOLDER is the fixture's), what is said.
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "half-written checkpoint": ({"load": "FOLDER/half"}, "half/.*half-written"),
+    "a Mixture-of-Experts": ({"load": "FOLDER/moe"}, "--load .*moe: is a Mixture-of-Experts of 4 experts"),
+    "another model": ({"rotary_base": 500000}, "rotary_base 500000, but .*dense was trained with 10000"),
+    "output exists": ({"output": "FOLDER/config.yaml"}, "--output .*config.yaml: exists; pass --overwrite"),
+    "no output": ({"output": None}, "--output: name the file"),
+    "no data": ({"data_path": None}, "--data-path: name the data"),
+    "missing data": ({"data_path": ["FOLDER/absent"]}, "--data-path .*absent: no file .*absent.bin"),
+    "no iterations": ({"collect_iters": 0}, "--collect-iters 0: must be at least 1"),
+    "too many ranks for the groups": (
+        {"tensor_model_parallel_size": 4},
+        "--tensor-model-parallel-size 4: is more than the model's 2 query groups; use at most 2",
+    ),
+}
+
+
+def make(folder: Path) -> None:
+    """Write a dense checkpoint and what follows from it.
+
+    ``loops_SOURCE``: the reference, from the projection's output. ``single_SOURCE``: what key_stats captures
+    in this one process from the same batches. ``mistakes.json``: what ``check`` says to each of MISTAKES.
+    """
+    from megatron_router_upcycling.key_statistics import collect
+    from megatron_router_upcycling.training import launch
+
+    config, dense = str(folder / "config.yaml"), str(folder / "dense")
+    argv = ["--config", config, "--save", dense, "--save-interval", "1"]
+    args = launch.prepare(argv).args
+    model = collect.load_model(args)
+    randomise(model)
+
+    from megatron.training.checkpointing import save_checkpoint
+
+    save_checkpoint(1, model, None, None, 0)
+    args.save, args.num_experts = str(folder / "moe"), 4
+    save_checkpoint(1, model, None, None, 0)
+    args.num_experts = None
+    said = {what: said_to(args, folder, change) for what, (change, _) in MISTAKES.items()}
+    (folder / "mistakes.json").write_text(json.dumps(said))
+
+    outputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(LAYERS)}
+    attentions = capture.self_attentions(model)
+    for layer, attention in enumerate(attentions):
+        attention.linear_qkv.register_forward_hook(
+            lambda module, inputs, output, layer=layer: outputs[layer].append(output[0].detach().clone())
+        )
+    captured = {source: moments.KeyMoments(LAYERS, GROUPS, HEAD_DIM) for source in key_stats_file.KEY_SOURCES}
+    data = collect.train_iterators(args, len(model), ITERATIONS)
+    inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(LAYERS)}
+    mlps = [module for module in model[0].modules() if type(module).__name__ == "MLP"]
+    for layer, mlp in enumerate(mlps):
+        mlp.register_forward_pre_hook(
+            lambda module, args, layer=layer: inputs[layer].append(args[0].transpose(0, 1).flatten(0, 1))
+        )
+    with (
+        capture.capture_keys(model, captured["pre_rope"], "pre_rope"),
+        capture.capture_keys(model, captured["post_rope"], "post_rope"),
+    ):
+        for _ in range(ITERATIONS):
+            collect.forward(args, model, data)
+    # Every token is in the sample, which is larger than the data: sample after sample, token after token.
+    everything = torch.stack([torch.cat(inputs[layer]) for layer in range(LAYERS)])
+    safetensors.torch.save_file({"router_input": everything.contiguous()}, folder / "router_input")
+    assert not any("get_query_key_value_tensors" in vars(attention) for attention in attentions)
+
+    norms = [attention.k_layernorm.weight.detach().double().numpy() for attention in attentions]
+    for source in key_stats_file.KEY_SOURCES:
+        mean, square_mean = means_by_loops(outputs, norms, source)
+        tensors = {"mean": torch.from_numpy(mean), "square_mean": torch.from_numpy(square_mean)}
+        safetensors.torch.save_file(tensors, folder / f"loops_{source}")
+        stats = captured[source].stats({})
+        tensors = {"mean": stats.mean, "square_mean": stats.square_mean, "count": stats.count}
+        safetensors.torch.save_file(tensors, folder / f"single_{source}")
+
+
+def said_to(args: Namespace, folder: Path, change: dict[str, Any]) -> str:
+    """What ``check`` says to ``args`` with ``change``; without the change it must say nothing."""
+    from megatron_router_upcycling.key_statistics import collect
+    from megatron_router_upcycling.training import launch
+
+    if not (folder / "half").exists():
+        shutil.copytree(folder / "dense", folder / "half")
+        data = max((folder / "half").rglob("*.distcp"), key=lambda path: path.stat().st_size)
+        os.truncate(data, data.stat().st_size // 2)
+    works = vars(args) | {"load": str(folder / "dense"), "output": str(folder / "new")}
+    collect.check(launch.Run(Namespace(**works), None))
+    change = json.loads(json.dumps(change).replace("FOLDER", str(folder)))
+    try:
+        collect.check(launch.Run(Namespace(**works | change), None))
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def randomise(model: list[torch.nn.Module]) -> None:
+    """Give biases and norms values that a mistake would show in (Megatron begins with zeros and ones)."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for chunk in model:
+            for parameter in chunk.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def means_by_loops(
+    outputs: dict[int, list[torch.Tensor]], norms: list[np.ndarray], source: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means of keys and of their squares [L, G, d], from the projections' outputs, in float64.
+
+    Args:
+        outputs: for each layer, [sequence, batch, (H + 2G) d] of every micro-batch.
+        norms: for each layer, the key norm's weight [d].
+    """
+    mean, square_mean = np.zeros((2, LAYERS, GROUPS, HEAD_DIM))
+    queries = HEADS // GROUPS  # in a group, before its key and its value
+    half = HEAD_DIM // 2
+    for layer in range(LAYERS):
+        tokens = 0
+        for output in outputs[layer]:
+            array = output.double().numpy()
+            for position in range(array.shape[0]):
+                angle = position * ROTARY_BASE ** (-np.arange(half) / half)
+                for sample in range(array.shape[1]):
+                    tokens += 1
+                    for group in range(GROUPS):
+                        first = (group * (queries + 2) + queries) * HEAD_DIM
+                        key = array[position, sample, first : first + HEAD_DIM]
+                        key = key / np.sqrt((key * key).mean() + EPSILON) * norms[layer]
+                        if source == "post_rope":
+                            low, high = key[:half], key[half:]
+                            key = np.concatenate(
+                                [
+                                    low * np.cos(angle) - high * np.sin(angle),
+                                    high * np.cos(angle) + low * np.sin(angle),
+                                ]
+                            )
+                        mean[layer, group] += key
+                        square_mean[layer, group] += key * key
+        assert tokens == TOKENS
+    return mean / TOKENS, square_mean / TOKENS
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The folder that ``make`` filled."""
+    folder = tmp_path_factory.mktemp("collect_keys")
+    config = yaml.safe_load(MODEL) | {"data_path": [str(data)], "data_cache_path": str(folder / "cache")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    launch.ranks(1, __file__, folder).ok()
+    return folder
+
+
+def collect(made: Path, ranks: int, *flags: object) -> launch.Output:
+    """Run the entry; later flags win over those given here."""
+    options = ("--config", made / "config.yaml", "--load", made / "dense", "--collect-iters", ITERATIONS)
+    return launch.ranks(ranks, "collect_keys", *options, *flags)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, square_mean: torch.Tensor) -> None:
+    """Equal but for float32 rounding, which is relative to the keys and not to their (smaller) mean."""
+    assert ((found - expected).abs() <= 2e-6 * square_mean.sqrt()).all()
+
+
+@pytest.mark.parametrize("source", key_stats_file.KEY_SOURCES)
+def test_one_process_equals_the_reference_in_loops(made: Path, source: str) -> None:
+    single = safetensors.torch.load_file(made / f"single_{source}")
+    loops = safetensors.torch.load_file(made / f"loops_{source}")
+    assert_same(single["mean"], loops["mean"], loops["square_mean"])
+    torch.testing.assert_close(single["square_mean"].double(), loops["square_mean"], rtol=4e-6, atol=0)
+    assert single["count"].tolist() == [TOKENS] * LAYERS
+
+
+def test_the_sources_differ(made: Path) -> None:
+    """Otherwise the comparisons with the reference could not tell one from the other."""
+    before, after = (
+        safetensors.torch.load_file(made / f"loops_{source}") for source in key_stats_file.KEY_SOURCES
+    )
+    assert (before["mean"] - after["mean"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("source", "flags"),
+    [
+        ("pre_rope", ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+        ("pre_rope", ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]),
+        ("post_rope", []),
+    ],
+    ids=["tensor-parallel", "virtual-pipeline-parallel", "data-parallel-post-rope"],
+)
+def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, source: str, flags: list[str]) -> None:
+    output = tmp_path / "stats.safetensors"
+    collect(made, 2, "--key-source", source, "--output", output, *flags).ok()
+    stats = key_stats_file.load(output)
+    single = safetensors.torch.load_file(made / f"single_{source}")
+    assert torch.equal(stats.count, single["count"])
+    assert_same(stats.mean, single["mean"], single["square_mean"])
+    torch.testing.assert_close(stats.square_mean, single["square_mean"], rtol=4e-6, atol=0)
+    seen = safetensors.torch.load_file(made / "router_input")["router_input"]
+    assert seen.shape == (LAYERS, TOKENS, HIDDEN)
+    for layer in range(LAYERS):
+        torch.testing.assert_close(key_stats_file.read_router_input(output, layer), seen[layer])
+    metadata = stats.metadata
+    assert metadata["key_source"] == source and metadata["tokens"] == TOKENS
+    assert metadata["checkpoint"] == str(made / "dense") and len(metadata["checkpoint_digest"]) == 64
+    assert metadata["query_key_digest"] == query_key_digest(open_dense(made / "dense"))
+    assert metadata["data"] == [str(data)] and metadata["iterations"] == ITERATIONS
+
+
+def test_part_of_the_tokens_are_kept_or_none(made: Path, tmp_path: Path) -> None:
+    output = tmp_path / "stats.safetensors"
+    collect(made, 1, "--output", output, "--router-samples", 20).ok()
+    seen = safetensors.torch.load_file(made / "router_input")["router_input"]
+    kept = torch.stack([key_stats_file.read_router_input(output, layer) for layer in range(LAYERS)])
+    places = [int((seen[0] == row).all(dim=1).nonzero()[0]) for row in kept[0]]
+    assert len(set(places)) == 20 and places == sorted(places)
+    assert torch.equal(kept, seen[:, places])
+
+    stats = key_stats_file.load(output)
+    key_stats_file.save(output, stats, overwrite=True)  # without them, as older files are
+    assert torch.equal(key_stats_file.load(output).mean, stats.mean)
+    with pytest.raises(UserError, match="holds no hidden states .* collect the statistics again"):
+        key_stats_file.read_router_input(output, 0)
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_the_norm_inside_transformer_engines_projection(zero_centered: bool) -> None:
+    weight, hidden = torch.rand(HIDDEN), torch.randn(5, HIDDEN)
+    mlp = types.SimpleNamespace(linear_fc1=types.SimpleNamespace(layer_norm_weight=weight))
+    config = Namespace(
+        normalization="RMSNorm", layernorm_epsilon=EPSILON, layernorm_zero_centered_gamma=zero_centered
+    )
+    found = capture._norm_inside(mlp, config)(hidden)
+    for token, row in zip(hidden.double(), found, strict=True):
+        expected = token / ((token * token).sum() / HIDDEN + EPSILON).sqrt() * (weight + zero_centered)
+        torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tensor", "context", "data"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (1, 4, 2)])
+def test_each_token_of_the_sample_is_one_ranks(tensor: int, context: int, data: int) -> None:
+    """Over all ranks of a layout, each token once, at a place of its own, in its sequence's part."""
+    args = Namespace(
+        seq_length=16, global_batch_size=8, micro_batch_size=2, collect_iters=2, data_parallel_size=data,
+        context_parallel_size=context, tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1,
+        hidden_size=1, params_dtype=torch.float32,
+    )  # fmt: skip
+    length = 16 // context // tensor
+    rows = []
+    for dp, cp, tp in np.ndindex(data, context, tensor):
+        sample = router_sample.RouterInput(args, 999, {"dp": dp, "cp": cp, "tp": tp})
+        for call, (own, positions, samples) in sample.rows.items():
+            assert call < 2 * 8 // (2 * data) and max(positions) < length and max(samples) < 2
+            assert len(set(zip(positions, samples, strict=True))) == len(own) == 2 * length
+            parts = {row % 16 // (16 // (2 * context)) for row in own}
+            assert context == 1 or parts <= {cp, 2 * context - 1 - cp}
+            rows += own
+    assert sorted(rows) == list(range(2 * 8 * 16))
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_refused_in_one_line(made: Path, what: str) -> None:
+    said = json.loads((made / "mistakes.json").read_text())[what]
+    assert re.search(MISTAKES[what][1], said) and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "message"),
+    [
+        (2, ["--output", "OUTPUT"], "exists; pass --overwrite"),
+        (1, ["--load", "NOWHERE", "--output", "NEW"], "no checkpoint there"),
+    ],
+    ids=["output-exists-two-ranks", "no-checkpoint"],
+)
+def test_a_mistake_ends_the_run(
+    made: Path, tmp_path: Path, ranks: int, flags: list[str], message: str
+) -> None:
+    """One line from rank 0 alone, exit status 2, no traceback of ours, nothing lost and nothing made."""
+    output = tmp_path / "OUTPUT"
+    output.write_text("precious")
+    result = collect(made, ranks, *(tmp_path / flag if flag.isupper() else flag for flag in flags))
+    assert result.returncode == 2 and len(result.errors) == 1 and message in result.errors[0], result.text[
+        -4000:
+    ]
+    assert "collect_keys.py" not in result.text
+    assert output.read_text() == "precious" and os.listdir(tmp_path) == ["OUTPUT"]
+
+
+def test_a_model_without_grouped_query_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron saves its number of heads as num_query_groups, which the flags of the same run leave at 1."""
+    from megatron_router_upcycling.key_statistics import collect
+    from megatron_router_upcycling.training import language_model, launch
+
+    sizes = {"num_attention_heads": HEADS, "group_query_attention": False, "kv_channels": HEAD_DIM}
+    trained = Namespace(num_query_groups=HEADS, num_experts=None, **sizes)
+    monkeypatch.setattr(collect, "open_checkpoint", lambda root: Namespace(args=trained))
+    monkeypatch.setattr(language_model, "check_data", lambda args: None)
+    paths = {"output": str(tmp_path / "stats"), "overwrite": False, "load": "dense", "config": "config.yaml"}
+    counts = {"num_query_groups": 1, "collect_iters": 1, "router_samples": 0}
+    flags = Namespace(tensor_model_parallel_size=4, **counts, **sizes, **paths)
+    collect.check(launch.Run(flags, None))
+    trained.num_attention_heads = 2 * HEADS
+    with pytest.raises(UserError, match=f"num_attention_heads {HEADS}, but .* was trained with {2 * HEADS}"):
+        collect.check(launch.Run(flags, None))
+
+
+def test_a_moved_seam_is_named() -> None:
+    changed = types.SimpleNamespace()  # an attention that has lost what keys are captured at
+    with pytest.raises(RuntimeError, match=r"SelfAttention\.get_query_key_value_tensors does not exist"):
+        capture._take_before_rotary(changed, lambda key: None)
+    with pytest.raises(RuntimeError, match=r"SelfAttention\.core_attention is not a module"):
+        capture._take_after_rotary(changed, lambda key: None)
+
+
+def test_the_unsplit_projection_of_a_fused_rotary_kernel() -> None:
+    """With ``split_qkv=False`` Megatron returns (mixed, sizes): the key stands between query and value."""
+    mixed = torch.randn(SEQUENCE, 2, GROUPS, 4 * HEAD_DIM)
+    attention = types.SimpleNamespace(
+        get_query_key_value_tensors=lambda: (mixed, [2 * HEAD_DIM, HEAD_DIM, HEAD_DIM])
+    )
+    taken: list[torch.Tensor] = []
+    capture._take_before_rotary(attention, taken.append)
+    attention.get_query_key_value_tensors()
+    assert torch.equal(taken[0], mixed[..., 2 * HEAD_DIM : 3 * HEAD_DIM])
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

@@ -1,0 +1,284 @@
+"""The pure part of key_stats: sums, merging, and the file."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.key_statistics.moments import KeyMoments, sums_over_tokens
+
+L, G, D = 3, 4, 5
+METADATA = {"num_layers": L, "num_query_groups": G, "kv_channels": D, "key_source": "pre_rope"}
+
+
+def random_keys(tokens: int, groups: int = G, dim: int = D, seed: int = 0) -> torch.Tensor:
+    """[T, G, d] with a mean of its own for each component, from near 0 to many standard deviations."""
+    generator = torch.Generator().manual_seed(seed)
+    offset = torch.randn(groups, dim, generator=generator) * torch.logspace(-2, 2, dim)
+    return torch.randn(tokens, groups, dim, generator=generator) + offset
+
+
+def reference_means(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of keys [T, G, d] and of their squares, each correctly rounded, by loops."""
+    tokens, groups, dim = keys.shape
+    mean, square_mean = torch.zeros(groups, dim), torch.zeros(groups, dim)
+    for g in range(groups):
+        for i in range(dim):
+            column = [float(x) for x in keys[:, g, i]]
+            mean[g, i] = math.fsum(column) / tokens
+            square_mean[g, i] = math.fsum(x * x for x in column) / tokens
+    return mean, square_mean
+
+
+def moments_of(keys: torch.Tensor) -> KeyMoments:
+    """The moments of keys [L, T, G, d] taken up in one piece."""
+    moments = KeyMoments(keys.shape[0], *keys.shape[2:])
+    for layer, keys_TGd in enumerate(keys):
+        moments.add(layer, 0, keys_TGd)
+    return moments
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 1023, 5000])
+def test_sums_are_better_than_float32(tokens: int, dtype: torch.dtype, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    keys = random_keys(tokens, groups=2, dim=8).to(dtype)
+    total, square_total = (x.cpu() for x in sums_over_tokens(keys.to(device)))
+    exact = keys.double()
+    # On the GPU one micro-batch's sum carries the roundings of a tree of float32 additions.
+    error = 2.0**-40 if device == "cpu" else 2.0**-22
+    root_mean_square = exact.square().mean(0).sqrt()
+    assert ((total - exact.sum(0)).abs() / tokens <= error * root_mean_square).all()
+    assert ((square_total - exact.square().sum(0)).abs() <= error * exact.square().sum(0)).all()
+
+
+def test_a_million_tokens_far_from_zero_keep_their_mean() -> None:
+    """Where a running float32 sum drifts by a thousandth, the mean is right to the last bit."""
+    keys = torch.full((1_000_000, 1, 1), 100.1)
+    drifted = np.cumsum(keys.flatten().numpy(), dtype=np.float32)[-1] / 1e6
+    moments = KeyMoments(1, 1, 1)
+    moments.add(0, 0, keys)
+    assert abs(drifted - 100.1) > 1e-3
+    assert torch.equal(moments.stats(METADATA).mean, keys[:1])
+
+
+def test_sums_leave_the_keys_as_they_were() -> None:
+    keys = random_keys(10).double()
+    before = keys.clone()
+    sums_over_tokens(keys)
+    assert torch.equal(keys, before)
+
+
+def test_means_equal_a_reference_in_loops() -> None:
+    keys = torch.stack([random_keys(700, seed=layer) for layer in range(L)])
+    stats = moments_of(keys).stats(METADATA)
+    for layer in range(L):
+        mean, square_mean = reference_means(keys[layer])
+        # Rounded once from float64, so at most one unit in the last place from the correctly rounded mean.
+        torch.testing.assert_close(stats.mean[layer], mean, rtol=2.0**-23, atol=0)
+        torch.testing.assert_close(stats.square_mean[layer], square_mean, rtol=2.0**-23, atol=0)
+    assert stats.mean.dtype == stats.square_mean.dtype == torch.float32
+    assert stats.count.tolist() == [700] * L and stats.count.dtype == torch.int64
+
+
+def test_integers_give_the_exact_mean_bitwise() -> None:
+    """Small integers add without rounding, so every way of adding must give the same bits."""
+    keys = torch.randint(-50, 50, (L, 1024, G, D)).float()
+    stats = moments_of(keys).stats(METADATA)
+    assert torch.equal(stats.mean, keys.double().mean(1).float())
+    assert torch.equal(stats.square_mean, keys.double().square().mean(1).float())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tensor_parallel=st.sampled_from([1, 2, 4]),
+    pipeline=st.sampled_from([1, 3]),
+    token_cuts=st.lists(st.integers(0, 90), max_size=4),
+    seed=st.integers(0, 9),
+)
+def test_merging_ranks_equals_one_rank(
+    tensor_parallel: int, pipeline: int, token_cuts: list[int], seed: int
+) -> None:
+    """Heads, layers and tokens divided among ranks in any way: bitwise what one rank has."""
+    keys = torch.randint(-50, 50, (L, 90, G, D), generator=torch.Generator().manual_seed(seed)).float()
+    whole = moments_of(keys)
+    bounds = sorted({0, 90, *token_cuts})
+    merged = KeyMoments(L, G, D)
+    for first, last in zip(bounds, bounds[1:], strict=False):  # data or context parallel
+        for stage in range(pipeline):
+            for rank in range(tensor_parallel):
+                own = KeyMoments(L, G, D)
+                groups = slice(rank * G // tensor_parallel, (rank + 1) * G // tensor_parallel)
+                for layer in range(stage, L, pipeline):  # interleaved, as under virtual stages
+                    own.add(layer, groups.start, keys[layer, first:last, groups])
+                merged.merge(own)
+    assert torch.equal(merged.total, whole.total)
+    assert torch.equal(merged.square_total, whole.square_total)
+    assert (merged.count == whole.count).all()
+    assert torch.equal(merged.stats(METADATA).mean, whole.stats(METADATA).mean)
+
+
+def test_keys_come_as_sequence_and_batch_or_packed() -> None:
+    keys = torch.randint(-9, 9, (6, 2, G, D)).float()  # (sequence, batch, groups, d)
+    whole, packed = KeyMoments(1, G, D), KeyMoments(1, G, D)
+    whole.add(0, 0, keys)
+    packed.add(0, 0, keys.flatten(0, 1))
+    assert torch.equal(whole.total, packed.total) and whole.count.tolist() == [[12] * G]
+
+
+def test_statistics_of_a_part_of_the_model_are_refused() -> None:
+    moments = KeyMoments(L, G, D)
+    with pytest.raises(RuntimeError, match="layer 0, query group 0 saw 0 tokens"):
+        moments.stats(METADATA)
+    for layer in range(L):
+        moments.add(layer, 0, random_keys(8))
+    moments.add(1, 2, random_keys(8)[:, 2:])
+    with pytest.raises(RuntimeError, match="saw 8 tokens where 16 are expected"):
+        moments.stats(METADATA)
+
+
+def some_stats() -> key_stats_file.KeyStats:
+    return moments_of(torch.stack([random_keys(64, seed=layer) for layer in range(L)])).stats(
+        METADATA | {"checkpoint": "a/b", "versions": {"torch": "2"}, "config": None}
+    )
+
+
+def test_save_and_load_keep_every_bit(tmp_path) -> None:
+    stats, path = some_stats(), tmp_path / "new folder" / "stats.safetensors"
+    key_stats_file.save(path, stats)
+    loaded = key_stats_file.load(path)
+    assert torch.equal(loaded.mean, stats.mean)
+    assert torch.equal(loaded.square_mean, stats.square_mean)
+    assert torch.equal(loaded.count, stats.count)
+    assert loaded.metadata == stats.metadata | {"format": key_stats_file.FORMAT}
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_existing_output_is_kept_without_overwrite(tmp_path) -> None:
+    path = tmp_path / "stats.safetensors"
+    key_stats_file.save(path, some_stats())
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"--output .*exists; pass --overwrite"):
+        key_stats_file.save(path, some_stats())
+    assert path.read_bytes() == before
+    changed = some_stats()
+    changed.mean += 1
+    key_stats_file.save(path, changed, overwrite=True)
+    assert torch.equal(key_stats_file.load(path).mean, changed.mean)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "stats.safetensors"
+    key_stats_file.save(path, some_stats())
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        key_stats_file.save(path, some_stats(), overwrite=True)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_output_that_cannot_be_written_is_refused_early(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a folder"):
+        key_stats_file.check_output(tmp_path)
+    with pytest.raises(UserError, match="cannot write in"):
+        key_stats_file.check_output(tmp_path / "file" / "stats.safetensors")
+    key_stats_file.check_output(tmp_path / "new" / "stats.safetensors")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def broken(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Tensors and metadata of a good file with one thing wrong."""
+    stats = some_stats()
+    tensors = {"key_mean": stats.mean, "key_square_mean": stats.square_mean, "key_count": stats.count}
+    metadata = stats.metadata | {"format": key_stats_file.FORMAT}
+    match name:
+        case "missing":
+            del tensors["key_count"]
+        case "dtype":
+            tensors["key_mean"] = tensors["key_mean"].half()
+        case "rank":
+            tensors["key_mean"] = tensors["key_mean"][0]
+        case "nan":
+            tensors["key_mean"][1, 2, 3] = float("nan")
+        case "infinite":
+            tensors["key_square_mean"][0, 0, 0] = float("inf")
+        case "shape":
+            tensors["key_square_mean"] = tensors["key_square_mean"][:, :2].contiguous()
+        case "count shape":
+            tensors["key_count"] = tensors["key_count"][:2].clone()
+        case "no tokens":
+            tensors["key_count"][1] = 0
+        case "negative":
+            tensors["key_square_mean"][0, 0, 0] = -1
+        case "format":
+            metadata["format"] = 99
+        case "metadata":
+            metadata["num_query_groups"] = G + 1
+        case "source":
+            metadata["key_source"] = "value"
+    return tensors, metadata
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "has no tensor key_count"),
+        ("dtype", "key_mean is float16"),
+        ("rank", r"key_mean is float32 \[4, 5\] where float32 of 3 dimensions"),
+        ("nan", "key_mean holds NaN or infinite"),
+        ("infinite", "key_square_mean holds NaN or infinite"),
+        ("shape", "its shapes disagree"),
+        ("count shape", "its shapes disagree"),
+        ("no tokens", "layers without tokens"),
+        ("negative", "negative"),
+        ("format", "not key statistics of format 1"),
+        ("metadata", "contradicts its metadata's num_query_groups 5"),
+        ("source", "key_source 'value'"),
+    ],
+)
+def test_load_refuses(name: str, message: str, tmp_path) -> None:
+    path = tmp_path / "stats.safetensors"
+    tensors, metadata = broken(name)
+    safetensors.torch.save_file(tensors, path, {k: json.dumps(v) for k, v in metadata.items()})
+    with pytest.raises(UserError, match=message) as error:
+        key_stats_file.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage", "plain metadata"])
+def test_load_refuses_what_is_not_a_whole_file(damage: str, tmp_path) -> None:
+    path = tmp_path / "stats.safetensors"
+    key_stats_file.save(path, some_stats())
+    content = path.read_bytes()
+    match damage:
+        case "missing":
+            path.unlink()
+        case "empty":
+            path.write_bytes(b"")
+        case "cut":
+            path.write_bytes(content[:-10])
+        case "garbage":
+            path.write_bytes(b"\x00\xff" * 500)
+        case "plain metadata":
+            safetensors.torch.save_file({"x": torch.zeros(1)}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="--key-stats") as error:
+        key_stats_file.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)

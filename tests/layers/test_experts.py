@@ -1,0 +1,77 @@
+"""Grouped expert products against Megatron's loop over experts, on the CPU."""
+
+from typing import Any
+
+import torch
+
+from tests import launch
+
+TOKENS, D, EXPERTS = 40, 32, 4
+
+
+def test_equal_to_megatrons_loop_forward_and_backward() -> None:
+    """In a process of its own, with Megatron on the CPU."""
+    launch.python("-c", "from tests.layers import test_experts; test_experts.compare()").ok()
+
+
+def compare() -> None:
+    from megatron_router_upcycling.layers import experts
+    from megatron_router_upcycling.training.patches import cpu_backend, without_te
+
+    cpu_backend.install()
+    without_te.install()
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    assert experts.usable("cpu") is None
+    builders = [LocalSpecProvider().grouped_mlp_modules(grouped) for grouped in (False, True)]
+    assert [builder.func for builder in builders] == [SequentialMLP, experts.GroupedExperts]
+    for counts in ([7, 0, 30, 3], [40, 0, 0, 0], [0, 0, 0, 0]):
+        loop, grouped = (build(builder) for builder in builders)
+        assert grouped.grouped
+        grouped.load_state_dict(loop.state_dict())  # the same names
+        expected, found = run(loop, counts), run(grouped, counts)
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+    biased = build(builders[1], add_bias_linear=True)
+    assert not biased.grouped
+
+
+def build(builder: Any, **changes: Any) -> Any:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    values = {"add_bias_linear": False, "num_moe_experts": EXPERTS, "moe_ffn_hidden_size": 16} | changes
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=D,
+        ffn_hidden_size=16,
+        num_attention_heads=4,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False,
+        **values,
+    )
+    return builder(
+        num_local_experts=EXPERTS,
+        config=config,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def run(experts: Any, counts: list[int]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randn(sum(counts), D, generator=generator, requires_grad=True)
+    probs = torch.rand(sum(counts), generator=generator, requires_grad=True)
+    output, bias = experts(tokens, torch.tensor(counts), probs)
+    assert bias is None
+    output.backward(torch.randn(output.shape, generator=generator))
+    found = {"output": output.detach(), "tokens": tokens.grad, "probs": probs.grad}
+    for name, parameter in experts.named_parameters():
+        found[name] = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    return {name: torch.zeros(0) if value is None else value for name, value in found.items()}

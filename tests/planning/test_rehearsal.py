@@ -1,0 +1,200 @@
+"""Rehearsals: one real rank of many, alone, beside what plan says of it."""
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_router_upcycling.planning import figures, reading
+from tests import launch
+from tests.conftest import MODEL, TRAINING
+
+MOE = {
+    "num_experts": 8,
+    "moe_router_topk": 2,
+    "moe_router_pre_softmax": True,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_dtype": "fp32",
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.02,
+    "use_distributed_optimizer": True,
+    "bf16": True,
+    "global_batch_size": 256,
+    "upcycling": {"router": "mixture"},
+}
+WORLD = 64
+
+
+@pytest.fixture(scope="session")
+def config(folder: Path) -> Path:
+    """A Mixture-of-Experts from scratch, its data and tokenizer not there."""
+    path = folder / "rehearsed.yaml"
+    absent = {"data_path": ["/nowhere/data"], "num_layers": 8, "ffn_hidden_size": 128}
+    path.write_text(yaml.safe_dump(MODEL | TRAINING | MOE | absent))
+    return path
+
+
+def rehearse(config: Path, output: Path, *flags: object, ok: bool = True, warm: bool = True) -> Any:
+    """The JSON that a rehearsal writes."""
+    command = ("-m", "megatron_router_upcycling.pretrain", "--config", config)
+    python = launch.python if warm else partial(launch.run, launch.sys.executable)
+    done = python(*command, "--rehearse", WORLD, "--output", output, *flags)
+    if not ok:
+        return done
+    assert done.ok().text.count("rehearsal of rank") == 1
+    return json.loads(output.read_text())
+
+
+LAYOUTS = {
+    # The rank stands last: it is no flag of a plan.
+    "EP 8": ("--expert-model-parallel-size", 8, "--rehearse-rank", 11),
+    "TP 2 x PP 4, uneven, some dense": (
+        *("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 4),
+        *("--decoder-first-pipeline-num-layers", 1, "--decoder-last-pipeline-num-layers", 1),
+        *("--moe-layer-freq", "[0,1,1,0,1,1,1,1]", "--qk-layernorm", "--rehearse-rank", 40),
+    ),
+    "ETP 1, shared expert, last stage": (
+        *("--tensor-model-parallel-size", 4, "--sequence-parallel", "--expert-tensor-parallel-size", 1),
+        *("--expert-model-parallel-size", 4, "--pipeline-model-parallel-size", 2, "--num-routers", 4),
+        *("--moe-shared-expert-intermediate-size", 64, "--moe-ffn-hidden-size", 32, "--rehearse-rank", 63),
+    ),
+    "virtual stages, linear router": (
+        *("--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2),
+        *("--router", "linear", "--rehearse-rank", 63),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["EP 8", *(pytest.param(name, marks=pytest.mark.slow) for name in list(LAYOUTS)[1:])]
+)
+def test_plan_is_exact_of_the_real_rank(config: Path, tmp_path: Path, name: str) -> None:
+    found = rehearse(config, tmp_path / "found.json", *LAYOUTS[name])
+    counts = found["parameters"]
+    assert counts["measured"] == counts["plan"] and sum(counts["plan"].values()) > 0
+    assert found["weights"]["measured"] == found["weights"]["plan"]
+    # Buffers and shards are padded: by under 2 percent at these sizes.
+    for part in ("gradients", "optimizer"):
+        assert found[part]["measured"] == pytest.approx(found[part]["plan"], rel=0.02)
+    # What autograd keeps, against the estimate for separate operators: index tensors weigh more at this size,
+    # and of a few dozen tokens as many come to this rank's experts as the lot sends.
+    ratio = found["activations"]["measured"] / found["activations"]["plan"]
+    assert 0.8 < ratio < 1.3
+    if name == "EP 8":
+        sent, tokens, D, layers = found["sent_in_the_step"], 4 * 32, 64, 8
+        experts = counts["plan"]["experts"]
+        others = sum(counts["plan"].values()) - experts
+        # Gradients in float32 once, weights in bfloat16 twice, for two optimizers gather them.
+        expected = 8 * (others * 63 / 64 + experts * 7 / 8)
+        assert sent["data_parallel"] == pytest.approx(expected, rel=0.01)
+        # Tokens there and back, forward and backward, and the router's weights of them.
+        assert sent["expert_parallel"] == pytest.approx(4 * 2 * tokens * D * 2 * 7 / 8 * layers, rel=0.1)
+        assert found["tokens_of_the_step"] == tokens
+    # The plan is of the configured step. At this size what tensor parallelism sends for the embedding and for
+    # gradients of norms and routers, which a plan leaves out, is a third of the rest.
+    plan = reading.read(config, None, [str(flag) for flag in LAYOUTS[name][:-2]], WORLD)
+    step = found["tokens_of_the_step"] / (plan.sequence * plan.micro_batch * plan.num_microbatches)
+    for kind, size in asdict(figures.communication(plan, found["pipeline_rank"])).items():
+        sent = found["sent_in_the_step"].get(kind, 0)
+        if kind == "tensor_parallel":
+            assert 1 <= sent / (size * step) < 1.4 if size else sent == 0
+        else:
+            assert sent == pytest.approx(size * (1 if kind == "data_parallel" else step), rel=0.1)
+
+
+def test_a_shard_is_loaded_as_megatron_places_it(moe: Path, moe_config: Path, tmp_path: Path) -> None:
+    """Rank 13 of 16 at TP 2, PP 2, EP 2, held against the checkpoint's tensors."""
+    code = "from tests.planning import test_rehearsal as t; import sys; t.check_shard(sys.argv[1:])"
+    flags = (
+        *("--config", moe_config, "--load", moe, "--rehearse", 16, "--rehearse-rank", 13),
+        *("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 2),
+        *("--expert-model-parallel-size", 2, "--global-batch-size", 64),
+    )
+    output = launch.python("-c", code, *flags).ok()
+    assert "shard is right" in output.text
+
+
+def check_shard(argv: list[str]) -> None:
+    import sys
+
+    import torch
+
+    sys.argv = ["pretrain", *argv]
+    from megatron_router_upcycling.checkpoint.open import open_checkpoint
+    from megatron_router_upcycling.planning.rehearsal import run as rehearsal
+    from megatron_router_upcycling.planning.rehearsal import shard
+    from megatron_router_upcycling.training import launch
+
+    prepared = launch.prepare(argv)
+    from megatron.core import parallel_state as mpu
+    from megatron.core.utils import unwrap_model
+
+    model, _, _ = rehearsal.build(prepared)
+    (chunk,) = unwrap_model(model)
+    loaded = shard.load([chunk], prepared.load)
+    parameters = dict(chunk.named_parameters())
+    assert loaded == sum(parameter.numel() for parameter in parameters.values())
+    checkpoint = open_checkpoint(prepared.load)
+    tp, ep, pp = (
+        mpu.get_tensor_model_parallel_rank(),
+        mpu.get_expert_model_parallel_rank(),
+        mpu.get_pipeline_model_parallel_rank(),
+    )
+    scratch = bytearray(0)
+
+    def whole(key: str, layer: int) -> torch.Tensor:
+        return checkpoint.read_layer(key, layer, scratch).clone()
+
+    layer = 2 * pp  # of two stages of two layers
+    prefix = "decoder.layers.0."
+    router = parameters[prefix + "mlp.router.query_weight"]
+    assert torch.equal(router, whole("decoder.layers.mlp.router.query_weight", layer))
+    projection = parameters[prefix + "self_attention.linear_proj.weight"]
+    columns = whole("decoder.layers.self_attention.linear_proj.weight", layer).chunk(2, dim=1)[tp]
+    assert torch.equal(projection, columns)
+    # Experts 4 * ep and on; gate and up projections are cut apart.
+    fc1 = parameters[prefix + "mlp.experts.local_experts.1.linear_fc1.weight"]
+    experts = whole("decoder.layers.mlp.experts.experts.linear_fc1.weight", layer)
+    gate, up = experts[4 * ep + 1].chunk(2)
+    assert torch.equal(fc1, torch.cat([gate.chunk(2)[tp], up.chunk(2)[tp]]))
+    print("shard is right")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--expert-model-parallel-size", 3),
+            "--expert-model-parallel-size 3: does not divide the 8 experts",
+        ),
+        (("--tensor-model-parallel-size", 3), "--rehearse 64: is not divisible by"),
+    ],
+)
+def test_a_wrong_layout_is_one_line(
+    config: Path, tmp_path: Path, flags: tuple[object, ...], message: str
+) -> None:
+    done = rehearse(config, tmp_path / "none.json", *flags, ok=False)
+    assert done.returncode == 2
+    assert len(done.errors) == 1 and message in done.errors[0] and "Traceback" not in done.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rehearse-rank", 64), "--rehearse-rank 64: must be between 0 and 63"),
+        (("--rehearse", 0), "--rehearse 0: must be the number of GPUs of the run, at least 1"),
+        (("--output", "/nowhere/found.json"), "--output /nowhere/found.json: there is no folder /nowhere;"),
+        (("--router", "mixtur"), "argument --router: invalid choice: 'mixtur'"),
+    ],
+)
+def test_what_needs_no_megatron_is_refused_without_it(
+    config: Path, tmp_path: Path, flags: tuple[object, ...], message: str
+) -> None:
+    """Nothing but the line stands there: Megatron prints warnings when it is imported."""
+    done = rehearse(config, tmp_path / "none.json", *flags, ok=False, warm=False)
+    assert done.returncode == 2
+    assert done.text.startswith(f"error: {message}") and done.text.count("\n") == 1

@@ -1,0 +1,134 @@
+"""The baselines' routers in a real single-process Megatron, beside loops over tokens."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.baselines import LOCAL, LocMoERouter, locality_loss
+from megatron_router_upcycling.routers.build import METRICS
+from megatron_router_upcycling.training.patches.moe_metrics import report_also
+from tests.routers.test_mixture import EXPERTS, HIDDEN, build, megatron, on_cpu, tokens, transformer_config
+
+__all__ = ["megatron", "on_cpu"]  # fixtures that every test of this file uses
+
+
+def kind(router: str) -> RouterConfig:
+    return RouterConfig(router=router, num_experts=EXPERTS, top_k=1 if router == "switch" else 2)
+
+
+@pytest.mark.parametrize(
+    ("router", "parameters"),
+    [("mlp", {"fc1.weight", "fc2.weight"}), ("switch", {"weight"}), ("locmoe", set())],
+)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_parameters_are_those_of_the_method_and_marked(
+    router: str, parameters: set[str], sequence_parallel: bool
+) -> None:
+    config = transformer_config(
+        params_dtype=torch.bfloat16, bf16=True, moe_router_topk=kind(router).top_k, add_bias_linear=True
+    )
+    config.sequence_parallel = sequence_parallel
+    made = dict(build(kind(router), config).named_parameters())
+    bias = set() if router == "locmoe" else {"bias"}
+    assert set(made) == parameters | bias
+    for parameter in made.values():
+        assert parameter.dtype == torch.bfloat16 and parameter.sequence_parallel is sequence_parallel
+
+
+def test_mlp_logits_are_two_layers() -> None:
+    router = build(kind("mlp"), transformer_config())
+    x = tokens(torch.bfloat16)
+    found = router.gating(x)
+    assert found.dtype == torch.float32 and found.requires_grad
+    first, second = router.fc1.weight.double(), router.fc2.weight.double()
+    for token, logits in zip(x.flatten(0, 1).double(), found.flatten(0, 1), strict=True):
+        hidden = first @ token
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        torch.testing.assert_close(logits.double(), second @ hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_locmoe_logits_are_means_of_slices_and_teach_the_layers_below() -> None:
+    router = build(kind("locmoe"), transformer_config())
+    x = tokens()
+    probs, _ = router(x)
+    logits, width = router.gating(x), HIDDEN // EXPERTS
+    for expert in range(EXPERTS):
+        expected = sum(x[..., expert * width + i] for i in range(width)) / width
+        torch.testing.assert_close(logits[..., expert], expected)
+    probs.square().sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_locality_loss_is_the_log_of_the_mass_that_stays() -> None:
+    logits = 3 * torch.randn(10, 3, EXPERTS, generator=torch.Generator().manual_seed(0))
+    local, padded = slice(2, 4), torch.arange(30).reshape(10, 3) % 4 == 0
+    mass = torch.softmax(logits.double(), dim=-1)[..., local].sum(dim=-1)
+    assert float(locality_loss(logits, local)) == pytest.approx(-math.log(mass.mean()), rel=1e-5)
+    expected = -math.log(mass[~padded].mean())
+    assert float(locality_loss(logits, local, padded)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_expert_parallelism_no_locality_loss() -> None:
+    """At EP 1 everything is local: gradients are those without the loss."""
+    grads = []
+    for coefficient in (0.0, 100.0):
+        router = RouterConfig(router="locmoe", num_experts=EXPERTS, top_k=2, locality_loss_coeff=coefficient)
+        x = tokens()
+        made = build(router, transformer_config())
+        assert isinstance(made, LocMoERouter)
+        made(x)[0].square().sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_switch_counts_what_it_drops(pad: bool) -> None:
+    config = transformer_config(
+        moe_router_topk=1,
+        moe_expert_capacity_factor=1.0,
+        moe_token_dispatcher_type="alltoall",
+        moe_pad_expert_input_to_capacity=pad,
+    )
+    router = build(kind("switch"), config)
+    x = tokens()
+    probs, _ = router(x)
+    chosen = router.gating(x).flatten(0, 1).argmax(dim=-1)
+    capacity = math.ceil(len(chosen) / EXPERTS)
+    dropped = sum(max(0, int((chosen == expert).sum()) - capacity) for expert in range(EXPERTS))
+    assert 0 < dropped == int(router.dropped_tokens)
+    assert int(router.routed_tokens) == len(chosen) == int((probs > 0).sum()) + dropped
+    router.eval()
+    router(x)
+    assert int(router.dropped_tokens) == dropped  # of training alone
+
+
+def test_switch_jitter_is_for_training() -> None:
+    config = transformer_config(moe_router_topk=1, moe_input_jitter_eps=0.1)
+    router = build(kind("switch"), config)
+    x = tokens()
+    jittered = router.apply_input_jitter(x) / x
+    assert 0.85 < jittered.min() < 0.95 and 1.05 < jittered.max() < 1.15
+    router.eval()
+    assert torch.equal(router.apply_input_jitter(x), x)
+
+
+def test_a_hidden_size_that_experts_do_not_divide_is_refused() -> None:
+    with pytest.raises(UserError, match="6 experts do not divide a hidden size of 32"):
+        RouterConfig(router="locmoe", num_experts=6).check_hidden_size(32)
+
+
+def test_what_routers_record_is_reported() -> None:
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+    for names in METRICS.values():
+        for name in names:
+            report_also(name)
+    tracker = MoEMetricsTracker()
+    tracker.record(LOCAL, torch.tensor(0.75), 1, 1)
+    said = tracker.report(
+        loss_scale=1.0, iteration=1, track_names=["z_loss"], num_layers=1, force_initialize=True
+    )
+    assert f"{LOCAL}: 0.75" in said

@@ -1,0 +1,148 @@
+"""The set-up: which Python scripts/find_python.sh takes, what make says, what the package declares."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# What the script itself needs, and nothing else: no Python, no pyenv, no uv.
+SHELL_TOOLS = ("bash", "env")
+
+
+class Machine:
+    """A made-up machine: a PATH of our own, a home folder, and Pythons that we put there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.home = folder / "bin", folder / "home"
+        self.path.mkdir()
+        self.home.mkdir()
+        for tool in SHELL_TOOLS:
+            found = subprocess.run(["which", tool], capture_output=True, text=True, check=True).stdout.strip()
+            (self.path / tool).symlink_to(found)
+
+    def add(self, path: Path, script: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    def real(self, path: Path) -> Path:
+        """A Python that works: the one that runs these tests."""
+        return self.add(path, f'exec "{sys.executable}" "$@"')
+
+    def pretending(self, path: Path, version: tuple[int, int], venv: bool = True) -> Path:
+        """A Python of another version, or one without what makes virtual environments."""
+        hidden = "" if venv else "sys.modules['ensurepip'] = None; "
+        start = f"import sys; sys.version_info = {(*version, 0, 'final', 0)}; {hidden}"
+        return self.add(path, f'exec "{sys.executable}" -c "{start}exec(sys.argv.pop(1))" "${{@:2}}"')
+
+    def find(self) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [self.path / "bash", ROOT / "scripts" / "find_python.sh"],
+            env={"PATH": str(self.path), "HOME": str(self.home)},
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+
+@pytest.fixture
+def machine(tmp_path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_a_plain_python_is_taken(machine):
+    python = machine.real(machine.path / "python3")
+    assert machine.find().stdout.strip() == str(python)
+
+
+def test_a_shim_that_fails_is_passed_over_for_an_inactive_pyenv_version(machine):
+    machine.add(machine.path / "python3.12", "echo 'pyenv: python3.12: command not found' >&2; exit 127")
+    machine.pretending(machine.path / "python3", (3, 11))
+    machine.pretending(machine.home / ".pyenv/versions/3.9.18/bin/python3", (3, 9))
+    python = machine.real(machine.home / ".pyenv/versions/3.12.1/bin/python3")
+    assert machine.find().stdout.strip() == str(python)
+
+
+def test_a_python_without_venv_is_passed_over(machine):
+    machine.pretending(machine.path / "python3.12", (3, 12), venv=False)
+    python = machine.pretending(machine.path / "python3.13", (3, 13))
+    assert machine.find().stdout.strip() == str(python)
+
+
+def test_the_virtual_environment_that_is_to_be_made_anew_is_passed_over(machine):
+    """It may be the active one, and making it clears it first."""
+    machine.real(machine.path / "python3.12")
+    assert machine.find().returncode == 0
+    (machine.home / ".venv").symlink_to(sys.prefix)
+    assert machine.find().returncode == 2
+
+
+def test_uv_brings_one_when_there_is_none(machine, tmp_path):
+    python = machine.real(tmp_path / "uv" / "python3.12")
+    machine.pretending(machine.path / "python3", (3, 11))
+    mark = tmp_path / "installed"
+    machine.add(
+        machine.path / "uv",
+        f'case "$*" in "python find --system 3.12") [[ -e {mark} ]] && echo "{python}" ;;'
+        f' "python install 3.12") : >{mark} ;; *) exit 2 ;; esac',
+    )
+    assert machine.find().stdout.strip() == str(python)
+
+
+def test_a_newer_python_is_the_last_resort(machine):
+    newer = machine.pretending(machine.path / "python3", (3, 15))
+    assert machine.find().stdout.strip() == str(newer)
+    tested = machine.real(machine.home / ".pyenv/versions/3.12.1/bin/python3")
+    assert machine.find().stdout.strip() == str(tested)
+
+
+def test_one_line_says_what_is_missing(machine):
+    machine.pretending(machine.path / "python3", (3, 11))
+    machine.add(machine.path / "uv", "echo 'no network' >&2; exit 1")
+    found = machine.find()
+    assert found.returncode == 2 and found.stdout == ""
+    last = found.stderr.splitlines()[-1]
+    assert last.startswith("error: no Python >= 3.12") and "pyenv install 3.12" in last
+
+
+def test_make_lists_its_targets():
+    listed = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("setup", "demo", "test", "checks", "bench", "clean"):
+        assert re.search(rf"^  make {target}\s+\S", listed, re.MULTILINE), target
+
+
+def test_continuous_integration_runs_the_test_command_of_the_readme():
+    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^ *make test\b", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+def test_apex_is_never_a_dependency():
+    """The package of that name on PyPI is not NVIDIA's."""
+    from importlib.metadata import requires
+
+    names = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower() for line in requires("megatron-router-upcycling")}
+    assert "megatron-core" in names and "apex" not in names
+
+
+def test_every_tested_range_holds_what_is_installed():
+    from importlib.metadata import requires, version
+
+    from packaging.requirements import Requirement
+
+    needed = [Requirement(line) for line in requires("megatron-router-upcycling")]
+    checked = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": "dev"})]
+    assert len(checked) >= 10
+    for requirement in checked:
+        assert requirement.specifier.contains(version(requirement.name)), requirement
+
+
+def test_entry_point_is_there():
+    command = Path(sys.executable).with_name("router-upcycle")
+    ended = subprocess.run([command, "--help"], capture_output=True, text=True, env=os.environ, timeout=60)
+    assert ended.returncode == 0 and "convert" in ended.stdout

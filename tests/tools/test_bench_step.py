@@ -1,0 +1,24 @@
+"""The step benchmark runs on the CPU at small size and says what it ran on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import launch
+
+
+def test_on_the_cpu(tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    tool = launch.ROOT / "tools" / "benchmarks" / "bench_step.py"
+    flags = ("--num-layers", 2, "--vocab-size", 256, "--rehearse-seq-length", 32, "--gpus", 4)
+    done = launch.python(tool, "--rounds", 2, "--output", output, *flags).ok()
+    found = json.loads(output.read_text())
+    assert "(no GPU)" in found["hardware"] and found["utilisation"] == {"mixture": None, "stock": None}
+    assert found["micro_batch"] == [4, 32] and found["versions"]["megatron-core"]
+    assert "bench_step.py --rounds 2" in found["command"]
+    for kind in ("mixture", "stock"):
+        seconds = found["step_seconds"][kind]
+        assert found["tokens_per_second"][kind] == pytest.approx(4 * 32 / seconds)
+        assert 0 < found["router_share"][kind] < 1
+    assert f"mixture's throughput over stock's: {found['throughput_ratio']:.4f}" in done.text

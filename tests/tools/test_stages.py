@@ -1,0 +1,138 @@
+"""stages.py with real commands: what runs, what is passed over, what goes on after a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_router_upcycling.errors import UserError
+from tools.experiments.stages import Pipeline, Stage
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def stage(folder: Path, name: str, code: str, **options) -> Stage:
+    """A stage whose command is a few lines of Python, with ``out`` bound to its output path."""
+    output = folder / name
+    program = f"import pathlib, sys; out = pathlib.Path({str(output)!r})\n{code}"
+    return Stage(name, name, (sys.executable, "-c", program), output, **options)
+
+
+def append(text: str) -> str:
+    """Code that appends, so that a second run shows in the output."""
+    return f"with out.open('a') as f: f.write({text!r})"
+
+
+@pytest.fixture
+def pipeline(tmp_path) -> Pipeline:
+    return Pipeline(tmp_path, dict(os.environ))
+
+
+def test_what_is_done_is_not_done_again(pipeline, tmp_path, capfd):
+    stages = [stage(tmp_path, "one", append("1") + "\nout.with_name('count').open('a').write('x')")]
+    stages.append(stage(tmp_path, "two", append("2"), after=(stages[0],)))
+    pipeline.run(stages)
+    pipeline.run(stages)
+    assert (tmp_path / "count").read_text() == "x"
+    assert (tmp_path / "one").read_text() == "1" and (tmp_path / "two").read_text() == "2"
+    assert capfd.readouterr().out.count("done before") == 2
+
+
+def test_a_change_runs_the_stage_and_all_after_it_again(pipeline, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("a: 1\n")
+    copy = f"out.write_text(pathlib.Path({str(config)!r}).read_text())"
+
+    def stages() -> list[Stage]:
+        first = stage(tmp_path, "first", copy, files=(config,))
+        other = stage(tmp_path, "other", append("o"))
+        after = stage(tmp_path, "after", "out.write_text((out.parent / 'first').read_text())", after=(first,))
+        return [first, other, after]
+
+    pipeline.run(stages())
+    other = (tmp_path / "other").stat().st_mtime_ns
+    config.write_text("a: 2\n")
+    pipeline.run(stages())
+    assert (tmp_path / "after").read_text() == "a: 2\n"
+    assert (tmp_path / "other").stat().st_mtime_ns == other
+    # So does an output that has gone.
+    before = (tmp_path / "after").stat().st_mtime_ns
+    (tmp_path / "first").unlink()
+    pipeline.run(stages())
+    assert (tmp_path / "after").stat().st_mtime_ns > before
+
+
+def test_a_failed_stage_ends_the_run_with_its_own_words(pipeline, tmp_path, capfd):
+    bad = stage(
+        tmp_path, "bad", "out.write_text('half'); print('noise'); print('error: no luck'); sys.exit(2)"
+    )
+    never = stage(tmp_path, "never", append("n"), after=(bad,))
+    with pytest.raises(UserError, match=r"bad: .*status 2.*bad\.log"):
+        pipeline.run([bad, never])
+    assert capfd.readouterr().err == "error: no luck\n"
+    assert not (tmp_path / "never").exists()
+    assert not pipeline.is_done(bad)
+
+
+def test_output_of_a_failed_stage_is_removed_unless_it_resumes(pipeline, tmp_path):
+    code = "text = out.read_text() if out.exists() else ''; out.write_text(text + 'x'); sys.exit(text == '')"
+    for name, resumes, expected in (("resuming", True, "xx"), ("plain", False, "x")):
+        trying = stage(tmp_path, name, code, resumes=resumes)
+        for _ in range(2):
+            try:
+                pipeline.run([trying])
+            except UserError:
+                continue
+        assert (tmp_path / name).read_text() == expected, name
+        assert pipeline.is_done(trying) == resumes
+
+
+def test_a_resuming_stage_starts_anew_when_its_command_changed(pipeline, tmp_path):
+    cut = stage(tmp_path, "run", append("old") + "\nsys.exit(1)", resumes=True)
+    with pytest.raises(UserError):
+        pipeline.run([cut])
+    pipeline.run([stage(tmp_path, "run", append("new"), resumes=True)])
+    assert (tmp_path / "run").read_text() == "new"
+
+
+def test_stopping_ends_the_command_and_only_one_run_works_in_a_folder(pipeline, tmp_path):
+    """SIGTERM ends the child too; meanwhile a second run is refused."""
+    pid = tmp_path / "pid"
+    slow = f"import os, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    driver = f"""
+import os, pathlib, signal, sys
+from tools.experiments.stages import Pipeline, Stage
+def stop(*_): raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, stop)
+folder = pathlib.Path({str(tmp_path)!r})
+slow = Stage("slow", "slow", (sys.executable, "-c", {"import pathlib;" + slow!r}), folder / "slow")
+Pipeline(folder, dict(os.environ)).run([slow])
+"""
+    process = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 20
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child = int(pid.read_text())
+    with pytest.raises(UserError, match="another run"):
+        pipeline.run([])
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    pipeline.run([])
+
+
+def test_progress_reads_the_last_line_of_megatron(pipeline, tmp_path):
+    line = (
+        " [2026-11-22 02:44:47.380598] iteration       10/      40 | consumed samples:          160 |"
+        " elapsed time per iteration (ms): 945.5 | lm loss: 7.525500E+00 | loss scale: 1.0 |"
+    )
+    training = stage(tmp_path, "training", append("x"))
+    pipeline.log(training).write_text(line.replace("10/", " 9/").replace("7.5", "8.5") + "\n" + line + "\n")
+    assert pipeline._progress(training) == (10, 40, "7.525500E+00")
+    pipeline.log(training).write_text("nothing yet\n")
+    assert pipeline._progress(training) == (0, None, None)

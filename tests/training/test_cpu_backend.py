@@ -1,0 +1,95 @@
+"""The CPU bridge: it answers for CUDA, says which upstream symbol has gone, and refuses where a GPU is."""
+
+from tests import launch
+
+
+def test_cuda_requests_are_answered_by_the_cpu() -> None:
+    launch.python(
+        "-c",
+        """
+import torch
+from megatron_router_upcycling.training.patches import cpu_backend
+before = torch.zeros
+cpu_backend.install()
+cpu_backend.install()  # a second time changes nothing
+assert torch.zeros.__wrapped__ is before
+for tensor in (torch.zeros(2, device="cuda"), torch.ones(2).cuda(), torch.ones(2).to("cuda:0"),
+               torch.empty(2, device=torch.cuda.current_device()), torch.ones(1).new_zeros(2, device="cuda")):
+    assert tensor.device.type == "cpu"
+assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+assert torch.zeros(1).to(torch.float64).dtype is torch.float64
+torch.cuda.manual_seed(7)
+state = torch.cuda.get_rng_state()
+first = torch.rand(3, device="cuda")
+torch.cuda.set_rng_state(state)
+assert torch.equal(first, torch.rand(3))
+import torch._dynamo.trace_rules
+torch._dynamo.trace_rules.get_torch_obj_rule_map()  # refuses one function under two of torch's names
+with torch.cuda.stream(torch.cuda.Stream()):
+    torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
+""",
+    ).ok()
+
+
+def test_missing_upstream_symbols_are_named() -> None:
+    """Each symbol is removed in a process of its own, forked after the slow imports."""
+    launch.python(
+        "-c",
+        """
+import importlib, os, sys
+from megatron_router_upcycling.training.patches import cpu_backend
+import megatron.training.training
+def install():
+    cpu_backend.install()
+def mend():
+    cpu_backend.install()
+    delattr(DistributedOptimizer, symbol)
+    without_te.install()
+cases = [(install, "cpu_backend", owner, symbol) for owner, symbol in (
+    ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state"),
+    ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state"),
+    ("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"),
+    ("megatron.core.dist_checkpointing.strategies.filesystem_async", "get_write_results_queue"),
+    ("megatron.training.training", "initialize_megatron"))]
+cases.append((install, "device", "megatron.core.datasets.utils", "compile_helpers"))
+cases += [(mend, "without_te", "DistributedOptimizer", symbol) for symbol in (
+    "state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")]
+failed = False
+for act, room, owner, symbol in cases:
+    child = os.fork()
+    if child == 0:
+        if act is install:
+            delattr(importlib.import_module(owner), symbol)
+        else:
+            from megatron_router_upcycling.training.patches import without_te
+            from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+        try:
+            act()
+        except RuntimeError as error:
+            os._exit(0 if f"{room}: {owner}.{symbol} does not exist" in str(error) else 1)
+        os._exit(2)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        print(owner, symbol, status, file=sys.stderr)
+        failed = True
+sys.exit(failed)
+""",
+    ).ok()
+
+
+def test_nothing_is_touched_where_there_is_a_gpu() -> None:
+    launch.python(
+        "-c",
+        """
+import torch
+torch.cuda.is_available = lambda: True  # what a GPU answers
+zeros = torch.zeros
+from megatron_router_upcycling.training.patches import cpu_backend
+try:
+    cpu_backend.install()
+except RuntimeError:
+    assert torch.zeros is zeros
+else:
+    raise SystemExit("installed on a GPU")
+""",
+    ).ok()

@@ -1,0 +1,90 @@
+"""What differs where fused kernels are missing, or where they hold the routers."""
+
+import importlib.util
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.transformer.enums import CudaGraphModule
+
+from megatron_router_upcycling.checkpoint.format import files
+from megatron_router_upcycling.training import device
+from megatron_router_upcycling.training.run_log.listener import routers_in_cuda_graphs
+
+
+@pytest.mark.parametrize("apex", [False, True])
+def test_with_transformer_engine_only_apexs_kernel_is_missed(
+    apex: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = {"transformer_engine"} | ({device.APEX_EXTENSION} if apex else set())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    args = Namespace(gradient_accumulation_fusion=True, moe_grouped_gemm=True)
+    line = device.adapt(args, "cuda")
+    assert args.moe_grouped_gemm and args.gradient_accumulation_fusion == apex
+    assert line == (None if apex else "GPU without apex: set gradient_accumulation_fusion=False")
+
+
+@pytest.mark.parametrize(
+    "asked, kept",
+    [(None, None), (["layernorm", "moe_act"], None), (["core_attn", "layernorm"], ["core_attn"])],
+)
+def test_without_transformer_engine_what_it_recomputes_is_dropped(
+    asked: list[str] | None, kept: list[str] | None
+) -> None:
+    args = Namespace(**device.WITHOUT_FUSED_KERNELS | device.ON_CPU, reset_attention_mask=True)
+    args.moe_grouped_gemm, args.recompute_granularity = False, "selective" if asked else None
+    args.recompute_modules = asked
+    line = device.adapt(args, "cpu")
+    assert args.recompute_modules == kept
+    assert args.recompute_granularity == ("selective" if kept else None)
+    assert (line is None) == (asked is None) and "recompute_modules" in (line or "recompute_modules")
+
+
+def test_only_extra_states_that_a_checkpoint_lacks_are_not_asked_for(dense: Path) -> None:
+    from megatron_router_upcycling.training.patches.with_te import without_missing_states
+
+    def state(key: str, layer: int, layers: int) -> ShardedObject:
+        return ShardedObject(key, None, (layers,), (layer,))
+
+    attention = state("decoder.layers.self_attention.linear_qkv._extra_state", 1, 4)
+    wanted: dict[str, Any] = {
+        "model": {
+            "norm": state("decoder.final_layernorm._extra_state", 0, 1),
+            "attention": attention,
+            "weight": state("decoder.final_layernorm.weights", 0, 1),  # no extra state, so asked for
+        },
+        "iteration": 3,
+    }
+    found = without_missing_states(wanted, str(files.iteration_dir(dense)))
+    assert found["model"].keys() == {"attention", "weight"} and found["iteration"] == 3
+    assert found["model"]["attention"] is attention
+
+
+@pytest.mark.parametrize(
+    "graphs, modules, held",
+    [
+        ("none", [], False),
+        ("local", [], True),  # whole layers
+        ("local", [CudaGraphModule.attn], False),
+        ("transformer_engine", [CudaGraphModule.attn, CudaGraphModule.moe_router], True),
+        ("full_iteration", [], True),
+    ],
+)
+def test_routers_in_cuda_graphs(graphs: str, modules: list[CudaGraphModule], held: bool) -> None:
+    assert routers_in_cuda_graphs(Namespace(cuda_graph_impl=graphs, cuda_graph_modules=modules)) == held
+
+
+def test_a_gpus_random_state_is_a_seed_on_the_cpu() -> None:
+    from megatron_router_upcycling.training.patches.cpu_backend import _set_rng_state
+
+    before = torch.get_rng_state()
+    try:
+        _set_rng_state(torch.tensor([7, 4096]).view(torch.uint8))  # as torch.cuda.get_rng_state gives it
+        drawn = torch.rand(3)
+        assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(7)))
+    finally:
+        _set_rng_state(before)
+    assert torch.equal(torch.get_rng_state(), before)

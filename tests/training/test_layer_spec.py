@@ -1,0 +1,235 @@
+"""The layer spec: what it replaces, where it takes its options from, and a model that Megatron builds."""
+
+import dataclasses
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import global_vars
+from megatron.training.models import gpt
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.mixture import MixtureRouter
+from megatron_router_upcycling.training import layer_spec
+from megatron_router_upcycling.training.layer_spec import ENVIRONMENT, layer_spec_for, upcycled_layer_spec
+
+LAYERS = 4
+ROUTER = RouterConfig(num_experts=4, top_k=2, num_routers=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def model_config(**changes: Any) -> GPTModelConfig:
+    values: dict[str, Any] = dict(
+        num_layers=LAYERS,
+        hidden_size=16,
+        ffn_hidden_size=32,
+        num_attention_heads=4,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_router_pre_softmax=True,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        normalization="RMSNorm",
+        transformer_impl="local",
+        use_cpu_initialization=True,
+    )
+    transformer = TransformerConfig(**(values | changes))
+    return GPTModelConfig(
+        transformer=transformer, vocab_size=64, seq_length=8, position_embedding_type="rope"
+    )
+
+
+def routers_of(spec: Any) -> list[Any]:
+    """For each layer, what builds its router, or None for a dense layer."""
+    layers = [layer.submodules.mlp.keywords["submodules"] for layer in spec.layer_specs]
+    return [None if isinstance(inner, MLPSubmodules) else inner.router for inner in layers]
+
+
+def is_ours(build: Any, router: RouterConfig = ROUTER) -> bool:
+    return isinstance(build, partial) and build.func is MixtureRouter and build.keywords == {"router": router}
+
+
+def build_model(config: GPTModelConfig) -> torch.nn.Module:
+    config.finalize()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
+
+
+def test_every_layer_has_our_router_and_nothing_else_differs() -> None:
+    config = model_config()
+    spec = layer_spec_for(ROUTER)(config, vp_stage=None)
+    default = gpt.default_layer_spec(config, None)
+    assert len(spec.layer_specs) == LAYERS and all(map(is_ours, routers_of(spec)))
+    assert routers_of(default) == [TopKRouter] * LAYERS  # Megatron's own spec is left alone
+    ours = repr(routers_of(spec)[0])
+    renamed = ", 'pre_mlp_layernorm.': 'mlp.linear_fc1.layer_norm_'"  # only without Transformer Engine
+    assert renamed in repr(default)
+    assert repr(spec).replace(ours, repr(TopKRouter)) == repr(default).replace(renamed, "")
+
+
+@pytest.mark.parametrize("frequency", [2, [0, 1, 1, 0]], ids=str)
+def test_dense_layers_stay_dense(frequency: int | list[int]) -> None:
+    routers = routers_of(layer_spec_for(ROUTER)(model_config(moe_layer_freq=frequency)))
+    pattern = [1, 0, 1, 0] if frequency == 2 else frequency
+    assert [build is not None for build in routers] == [bool(moe) for moe in pattern]
+    assert all(is_ours(build) for build in routers if build is not None)
+
+
+def test_a_dense_model_and_a_linear_router_get_megatrons_own_spec() -> None:
+    linear = RouterConfig(router="linear", num_experts=4)
+    assert routers_of(layer_spec_for(linear)(model_config())) == [TopKRouter] * LAYERS
+    dense = layer_spec_for(ROUTER)(model_config(num_moe_experts=None))
+    assert isinstance(dense.submodules.mlp.keywords["submodules"], MLPSubmodules)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_moe_experts": 8}, "--num-experts 8: .* give --num-experts 4"),
+        ({"moe_router_topk": 1}, "--moe-router-topk 1: .* give --moe-router-topk 2"),
+        ({"moe_router_pre_softmax": False}, "--moe-router-pre-softmax: give"),
+    ],
+    ids=["num_experts", "top_k", "pre_softmax"],
+)
+def test_flags_that_contradict_the_router_are_the_users_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        layer_spec_for(ROUTER)(model_config(**changes))
+
+
+@pytest.mark.parametrize("where", ["layer", "mlp", "experts"])
+def test_a_spec_of_another_shape_is_refused_loudly(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """As a later Megatron might build it."""
+    default = gpt.default_layer_spec
+
+    def changed(config: GPTModelConfig, vp_stage: int | None) -> Any:
+        spec = default(config, vp_stage)
+        layer = spec.layer_specs[0]
+        if where == "layer":
+            layer.submodules = None
+        elif where == "mlp":
+            layer.submodules.mlp = layer.submodules.mlp.func
+        else:
+            layer.submodules.mlp.keywords["submodules"] = object()
+        return spec
+
+    monkeypatch.setattr(layer_spec, "default_layer_spec", changed)
+    symbol = "ModuleSpec.submodules" if where == "layer" else "TransformerLayerSubmodules.mlp"
+    with pytest.raises(RuntimeError, match=f"Megatron's {symbol} "):
+        layer_spec_for(ROUTER)(model_config())
+
+
+def test_megatron_builds_a_model_with_it() -> None:
+    config = model_config()
+    config.transformer_layer_spec = layer_spec_for(ROUTER)
+    model = build_model(config)
+    names = {name for name, _ in model.named_parameters() if ".router." in name}
+    assert names == {
+        f"decoder.layers.{layer}.mlp.router.{parameter}"
+        for layer in range(LAYERS)
+        for parameter in ("query_weight", "expert_key")
+    }
+    sharded = model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group()})
+    for parameter, shape in (("query_weight", (2, 8, 16)), ("expert_key", (4, 8))):
+        entries = [e for e in sharded.values() if e.key == f"decoder.layers.mlp.router.{parameter}"]
+        assert [entry.global_shape for entry in entries] == [(LAYERS, *shape)] * LAYERS
+        assert [entry.global_offset[0] for entry in entries] == list(range(LAYERS))
+
+
+def test_multi_token_prediction_layers_keep_the_linear_router() -> None:
+    config = model_config(mtp_num_layers=1)
+    config.transformer_layer_spec = layer_spec_for(ROUTER)
+    kinds = {
+        name.split(".")[0]: type(module)
+        for name, module in build_model(config).named_modules()
+        if name.endswith("mlp.router")
+    }
+    assert kinds == {"decoder": MixtureRouter, "mtp": TopKRouter}
+
+
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
+    """Megatron's global arguments, as far as the spec reads them."""
+    args = Namespace(load=None, pretrained_checkpoint=None, save=None, rank=0)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    yield args
+
+
+def record(root: Path, router: RouterConfig) -> str:
+    root.mkdir()
+    manifest.write(root, {"format": manifest.FORMAT, "router": router.to_dict(), "model": {}})
+    return str(root)
+
+
+def test_the_checkpoint_that_is_loaded_comes_first(arguments: Namespace, tmp_path: Path) -> None:
+    other = dataclasses.replace(ROUTER, num_routers=4)
+    arguments.save = record(tmp_path / "save", other)
+    assert all(is_ours(build, other) for build in routers_of(upcycled_layer_spec(model_config())))
+    arguments.load = record(tmp_path / "load", ROUTER)
+    assert all(is_ours(build, ROUTER) for build in routers_of(upcycled_layer_spec(model_config())))
+    assert manifest.read(arguments.save)["router"] == other.to_dict()  # what is there already stays
+
+
+def test_the_pretrained_checkpoint_serves_where_load_has_none(arguments: Namespace, tmp_path: Path) -> None:
+    arguments.load = str(tmp_path / "not_there_yet")
+    arguments.pretrained_checkpoint = record(tmp_path / "converted", ROUTER)
+    assert all(is_ours(build) for build in routers_of(upcycled_layer_spec(model_config())))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_leaves_the_manifest_for_a_later_resume(
+    arguments: Namespace, tmp_path: Path, rank: int
+) -> None:
+    arguments.load, arguments.save = record(tmp_path / "load", ROUTER), str(tmp_path / "save")
+    arguments.rank = rank
+    upcycled_layer_spec(model_config())
+    assert manifest.read(arguments.save) == (manifest.read(arguments.load) if rank == 0 else None)
+
+
+def test_a_yaml_file_in_the_environment_comes_before_all(
+    arguments: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments.load = record(tmp_path / "load", ROUTER)
+    path = tmp_path / "router.yaml"
+    path.write_text("lr: 1.0\nupcycling: {num_routers: 4, pooling: max, collect_iters: 3}\n")
+    monkeypatch.setenv(ENVIRONMENT, str(path))
+    expected = dataclasses.replace(ROUTER, num_routers=4, pooling="max")
+    assert all(is_ours(build, expected) for build in routers_of(upcycled_layer_spec(model_config())))
+
+
+def test_without_any_the_error_says_what_to_do(arguments: Namespace) -> None:
+    with pytest.raises(UserError, match=f"--spec: no {manifest.NAME} in --load, .*{ENVIRONMENT}"):
+        upcycled_layer_spec(model_config())
+
+
+def test_a_yaml_file_that_is_not_there_is_named(
+    arguments: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT, "/nowhere/router.yaml")
+    with pytest.raises(UserError, match=f"{ENVIRONMENT}=/nowhere/router.yaml: no such file"):
+        upcycled_layer_spec(model_config())
+
+
+def test_a_dense_model_needs_no_options(arguments: Namespace) -> None:
+    spec = upcycled_layer_spec(model_config(num_moe_experts=None))
+    assert isinstance(spec.submodules.mlp.keywords["submodules"], MLPSubmodules)

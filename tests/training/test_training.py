@@ -1,0 +1,147 @@
+"""Real runs of the training entry: parallel layouts, saving, resuming, and what a user can get wrong."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_router_upcycling.training.run_log import files
+from tests import launch
+from tests.conftest import EVALUATE, expert_parallel
+
+PRETRAIN = ("-m", "megatron_router_upcycling.pretrain")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        pytest.param(2, ("--tensor-model-parallel-size", 2, "--sequence-parallel"), id="TP 2"),
+        pytest.param(2, ("--pipeline-model-parallel-size", 2), id="PP 2"),
+    ],
+)
+def test_dense_model_has_the_same_loss_in_every_layout(
+    dense: Path, dense_config: Path, dense_validation: float, ranks: int, layout: tuple[object, ...]
+) -> None:
+    output = launch.ranks(
+        ranks, "pretrain", "--config", dense_config, "--load", dense, *EVALUATE, *layout
+    ).ok()
+    assert output.validation == pytest.approx(dense_validation, rel=1e-5)
+
+
+def test_training_lowers_the_loss(unbroken: tuple[Path, dict[int, float]]) -> None:
+    _, losses = unbroken
+    assert list(losses) == list(range(1, 9))
+    assert losses[8] < losses[1]
+
+
+def test_killed_run_goes_on_with_the_same_losses(
+    tmp_path: Path, moe_config: Path, moe: Path, unbroken: tuple[Path, dict[int, float]]
+) -> None:
+    command = (2, "pretrain", *expert_parallel(moe_config, moe), "--save", tmp_path / "killed")
+    launch.torchrun_killed(*command, when=r"iteration +6/", log=tmp_path / "log")
+    losses = launch.ranks(*command).ok().losses
+    assert list(losses) == [5, 6, 7, 8]
+    assert losses == {iteration: unbroken[1][iteration] for iteration in losses}
+    # So are the files beside the checkpoints: no line twice, none missing, every value the same.
+    for name in (files.RUN, files.ROUTING):
+        found, expected = (
+            [line | {"time": None} for line in files.read(save / name)]
+            for save in (tmp_path / "killed", unbroken[0])
+        )
+        assert found == expected and len(found) >= 8, name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        pytest.param(1, ("--expert-model-parallel-size", 1), id="EP 1"),
+        pytest.param(2, ("--expert-model-parallel-size", 1, "--pipeline-model-parallel-size", 2), id="PP 2"),
+    ],
+)
+def test_run_saved_at_ep_2_resumes_elsewhere(
+    tmp_path: Path,
+    moe_config: Path,
+    unbroken: tuple[Path, dict[int, float]],
+    ranks: int,
+    layout: tuple[object, ...],
+) -> None:
+    save, losses = unbroken
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    for name in ("iter_0000004", "router_upcycling.json"):
+        (resumed / name).symlink_to(save / name)
+    (resumed / "latest_checkpointed_iteration.txt").write_text("4")
+    options = ("--use-distributed-optimizer", *layout, "--save", tmp_path / "save")
+    output = launch.ranks(ranks, "pretrain", "--config", moe_config, "--load", resumed, *options).ok()
+    assert list(output.losses) == [5, 6, 7, 8]
+    # The order of float32 sums differs; one step later so do the weights, by as little.
+    for iteration, loss in output.losses.items():
+        assert loss == pytest.approx(losses[iteration], rel=1e-4)
+    # What the routers did is the same, whichever ranks held layers, experts and tokens.
+    found, expected = (files.read(root / files.ROUTING)[-1] for root in (tmp_path / "save", save))
+    assert found["iteration"] == 8 and found["layers"] == expected["layers"] == [0, 1, 2, 3]
+    for name in ("entropy", "top1_probability", "weight_sum", "load_max_over_mean", "z_loss"):
+        assert found[name] == pytest.approx(expected[name], rel=2e-2), name
+    for name in ("expert_distance", "gate_cosine"):
+        assert found["rare"][name] == pytest.approx(expected["rare"][name], rel=2e-2, abs=1e-3), name
+
+
+def test_bf16_trains(moe_config: Path, moe: Path) -> None:
+    output = launch.ranks(2, "pretrain", *expert_parallel(moe_config, moe), "--bf16", "--train-iters", 4).ok()
+    assert output.losses[4] < output.losses[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--config", "none.yaml"), "--config none.yaml: no such file"),
+        (("--load", "/nowhere"), "--load /nowhere: no checkpoint there"),
+        (("--device", "cuda"), "--device cuda: no GPU is visible here"),
+        (("--num-layerz", 3), "unrecognized arguments: --num-layerz 3"),
+        (("--config", "configs/demo/moe.yaml"), "--num-layers: is missing; give the architecture, or --load"),
+        (
+            ("--config", "configs/demo/dense.yaml", "--mock-data", "--tokenizer-model", "/nowhere"),
+            "--tokenizer-model /nowhere: --tokenizer-type SentencePieceTokenizer finds no tokenizer",
+        ),
+    ],
+)
+def test_mistake_gives_one_line_and_status_2(flags: tuple[object, ...], message: str) -> None:
+    output = launch.python(*PRETRAIN, *flags)
+    assert output.returncode == 2
+    assert len(output.errors) == 1 and message in output.errors[0]
+    assert "Traceback" not in output.text
+
+
+@pytest.mark.parametrize(
+    "what", ["half-written data", "half-written metadata", "missing iteration", "no data"]
+)
+def test_what_cannot_be_trained_from_leaves_nothing_behind(
+    tmp_path: Path, moe: Path, moe_config: Path, what: str
+) -> None:
+    broken, save = shutil.copytree(moe, tmp_path / "broken"), tmp_path / "save"
+    flags: tuple[object, ...] = ()
+    if what == "missing iteration":
+        (broken / "latest_checkpointed_iteration.txt").write_text("7")
+        message = f"error: {broken / 'iter_0000007'}: missing"
+    elif what == "no data":
+        flags, message = (
+            ("--data-path", tmp_path / "absent"),
+            f"error: --data-path {tmp_path / 'absent'}: no file",
+        )
+    else:
+        pattern = "*.distcp" if what == "half-written data" else ".metadata"
+        cut = max((broken / "release").glob(pattern), key=lambda path: path.stat().st_size)
+        os.truncate(cut, 1000)
+        message = f"error: {cut}: "
+    output = launch.python(*PRETRAIN, "--config", moe_config, "--load", broken, "--save", save, *flags)
+    assert output.returncode == 2
+    assert len(output.errors) == 1 and output.errors[0].startswith(message)
+    assert "Traceback" not in output.text and not save.exists()
+
+
+def test_contradicting_the_checkpoint_is_an_error(moe: Path, moe_config: Path) -> None:
+    for flag, value in (("--num-experts", 4), ("--hidden-size", 128), ("--num-routers", 4)):
+        output = launch.python(*PRETRAIN, "--config", moe_config, "--load", moe, flag, value)
+        assert output.returncode == 2
+        assert len(output.errors) == 1 and output.errors[0].startswith(f"error: {flag} {value}:")

@@ -1,0 +1,119 @@
+"""What collecting keys costs: a forward pass that collects them against a plain evaluation forward pass.
+
+    python tools/benchmarks/bench_collect_keys.py [--device cpu|cuda] [--key-source post_rope] [--json]
+
+One process, one dense model of Qwen1.5-0.5B's layers with random weights, batches through Megatron's data
+pipeline and schedule as ``collect_keys`` runs them. Plain and collecting passes alternate, each pair in the
+opposite order to the last; the ratio is the median of the pairs' ratios, which other work on the machine
+disturbs least. On the CPU the model has fewer layers and a
+small vocabulary: the output layer collects nothing, so a large one would only make the ratio look better.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from megatron_router_upcycling.key_statistics import collect
+from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.key_statistics.capture import capture_keys
+from megatron_router_upcycling.key_statistics.moments import KeyMoments
+from megatron_router_upcycling.training import device, launch
+
+BOUND = 1.03  # collecting over plain
+# Qwen1.5-0.5B, apart from its number of layers and its vocabulary.
+MODEL = (
+    "--hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16 --kv-channels 64 --add-qkv-bias"
+    " --disable-bias-linear --swiglu --normalization RMSNorm --position-embedding-type rope"
+    " --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0"
+    " --mock-data --tokenizer-type NullTokenizer --train-iters 1 --lr 0"
+    " --num-layers {layers} --group-query-attention --num-query-groups {groups} --vocab-size {vocabulary}"
+    " --seq-length {sequence} --max-position-embeddings {sequence}"
+    " --micro-batch-size {batch} --global-batch-size {batch} --device {place}"
+)
+# (layers, vocabulary, tokens in a sequence, sequences in a batch, more flags)
+SIZES = {"cpu": (2, 2048, 512, 1, ""), "cuda": (24, 151936, 4096, 4, " --bf16")}
+
+
+def measure(options: Namespace) -> dict[str, Any]:
+    """Build the model and time pairs of passes; seconds are medians of one global batch."""
+    place = device.choose(options.device)
+    layers, vocabulary, sequence, batch, more = SIZES[place]
+    layers, groups = options.num_layers or layers, options.num_query_groups
+    flags = (MODEL + more).format(
+        layers=layers, groups=groups, vocabulary=vocabulary, sequence=sequence, batch=batch, place=place
+    )
+    args = launch.prepare(flags.split()).args
+    model = collect.load_model(args)
+    data = collect.train_iterators(args, len(model), 2 * (options.repeats + options.warmup))
+    moments = KeyMoments(layers, groups, args.kv_channels, torch.cuda.current_device())
+
+    def seconds(collecting: bool) -> float:
+        capture = capture_keys(model, moments, options.key_source) if collecting else contextlib.nullcontext()
+        with capture:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            collect.forward(args, model, data)
+            torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+    pairs: list[dict[bool, float]] = []
+    for number in range(options.warmup + options.repeats):
+        order = (False, True) if number % 2 else (True, False)
+        pairs.append({collecting: seconds(collecting) for collecting in order})
+    pairs = pairs[options.warmup :]
+    ratios = [pair[True] / pair[False] for pair in pairs]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    return {
+        "device": place,
+        "threads": torch.get_num_threads(),
+        "key_source": options.key_source,
+        "layers": layers,
+        "query_groups": groups,
+        "tokens": sequence * batch,
+        "pairs": options.repeats,
+        "plain_seconds": statistics.median(pair[False] for pair in pairs),
+        "collecting_seconds": statistics.median(pair[True] for pair in pairs),
+        "ratio": ratio,
+        "quartiles": [low, high],
+        "bound": BOUND,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--key-source", choices=key_stats_file.KEY_SOURCES, default="pre_rope")
+    parser.add_argument("--num-layers", type=int, help="default: 2 on the CPU, 24 on a GPU")
+    parser.add_argument(
+        "--num-query-groups", type=int, default=16, help="default: 16, no grouping, the most keys"
+    )
+    parser.add_argument("--repeats", type=int, default=25, help="pairs of passes that count")
+    parser.add_argument("--warmup", type=int, default=2, help="pairs of passes before those")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options = parser.parse_args()
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron prints a great deal
+        result = measure(options)
+        torch.distributed.destroy_process_group()
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"collecting keys ({result['key_source']}) on {result['device']}: {result['ratio']:.3f} times a plain"
+        f" evaluation forward (bound {BOUND}; half of the pairs between {result['quartiles'][0]:.3f} and"
+        f" {result['quartiles'][1]:.3f}); {result['collecting_seconds']:.3f} s against"
+        f" {result['plain_seconds']:.3f} s for {result['tokens']} tokens through {result['layers']} layers,"
+        f" medians of {result['pairs']} pairs"
+    )
+
+
+if __name__ == "__main__":
+    launch.exit_on_user_error(main)

@@ -1,0 +1,130 @@
+"""What routing diagnostics cost a training step.
+
+    .venv/bin/python tools/benchmarks/bench_diagnostics.py [--iterations 44] [--hidden-size 256] [--json]
+
+One process trains a mixture of routers on made-up tokens and collects in every other iteration. Two figures
+come out: the time spent inside the diagnostics over the time of the iterations that collect, which a busy
+machine hardly changes; and the median of the ratios of neighbouring iterations with and without, which it
+does. A run with the default interval collects once in --log-interval iterations, not in each.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_router_upcycling.training import launch, train
+from megatron_router_upcycling.training.run_log import collector, measures
+from megatron_router_upcycling.training.run_log.listener import RunLog
+
+BOUND = 0.01  # of a step
+WARM_UP = 4  # iterations that are left out
+
+
+def now() -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Clock:
+    """Seconds inside the functions that were handed to ``timed``."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += now() - start
+
+        setattr(owner, name, call)
+
+
+def train_once(options: argparse.Namespace) -> list[tuple[float, float]]:
+    """Of each iteration, its seconds and those of them inside the diagnostics; even ones collect."""
+    sizes = {"num-layers": options.num_layers, "hidden-size": options.hidden_size, "num-experts": 8}
+    sizes |= {"ffn-hidden-size": 11 * options.hidden_size // 4, "num-attention-heads": 8, "vocab-size": 4000}
+    sizes |= {"seq-length": 256, "max-position-embeddings": 256, "micro-batch-size": 4, "moe-router-topk": 2}
+    sizes |= {"global-batch-size": 8, "train-iters": options.iterations, "eval-iters": 0, "log-interval": 1}
+    sizes |= {"eval-interval": 10**6}
+    names = {"tokenizer-type": "NullTokenizer", "moe-router-dtype": "fp32", "lr": "1e-3", "router": "mixture"}
+    names |= {"normalization": "RMSNorm", "position-embedding-type": "rope", "lr-decay-style": "constant"}
+    names |= {"moe-token-dispatcher-type": "alltoall", "moe-aux-loss-coeff": "0.02"}
+    switches = ["--mock-data", "--swiglu", "--disable-bias-linear", "--moe-router-pre-softmax"]
+    flags = [text for name, value in (sizes | names).items() for text in (f"--{name}", str(value))]
+    run = launch.prepare([*flags, *switches, "--routing-diagnostics-interval", "2"])
+
+    clock, marks = Clock(), [(0.0, 0.0)]
+    clock.timed(collector, "_scores")
+    clock.timed(measures, "routing_sums")
+    clock.timed(RunLog, "_write_routing")
+    install: Callable[[RunLog], None] = RunLog.install
+
+    def install_and_mark(log: RunLog) -> None:
+        install(log)
+        from megatron.training import training
+
+        after = training.training_log
+
+        def mark(*args: Any, **kwargs: Any) -> Any:
+            result = after(*args, **kwargs)
+            marks.append((now(), clock.seconds))
+            return result
+
+        training.training_log = mark
+
+    setattr(RunLog, "install", install_and_mark)  # noqa: B010 (its type is another)
+    train.train(run)
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(marks, marks[1:], strict=False)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Cost of the routing diagnostics.")
+    parser.add_argument("--iterations", type=int, default=44, help="half of them collect (default: 44)")
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    options = parser.parse_args()
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            iterations = train_once(options)[WARM_UP:]
+    except BaseException:
+        print(printed.getvalue()[-4000:], file=sys.stderr)
+        raise
+    off, on = iterations[::2], iterations[1::2]  # iteration WARM_UP + 1 is odd
+    assert not any(inside for _, inside in off) and all(inside for _, inside in on)
+    result = {
+        "step_seconds": statistics.median(seconds for seconds, _ in off),
+        "inside_share": sum(inside for _, inside in on) / sum(seconds for seconds, _ in on),
+        "paired_ratio": statistics.median(a / b for (a, _), (b, _) in zip(on, off, strict=True)),
+        "pairs": len(on),
+    }
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{options.num_layers} layers x {options.hidden_size}, 2048 tokens a step in 2 micro-batches,"
+            f" {result['step_seconds']:.3f} s\n"
+            f"  inside the diagnostics  {result['inside_share']:.2%} of an iteration that collects\n"
+            f"  beside one that does not  x {result['paired_ratio']:.4f}, median of {result['pairs']} pairs"
+        )
+    return int(result["inside_share"] > BOUND)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What the mixture of routers costs: forward and backward of a router, beside Megatron's stock one.
+
+    .venv/bin/python tools/benchmarks/bench_router.py [--device cpu|cuda] [--threads 1 2] [--json]
+
+Three routers of one size take the same tokens: the stock ``TopKRouter``; ours, which folds eq. 6-8 of the
+paper into one linear gate; and the direct form of eq. 6-8. Each pass is a whole router as in training
+(softmax over all experts, top-k, auxiliary loss, z-loss) and its backward pass. Stock and folded take
+turns, each going first in every other round, and their ratio is the median of the rounds' ratios; the
+direct form, some twenty times slower, runs a few times at the end. Nothing else should run meanwhile.
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import statistics
+import sys
+import time
+from argparse import Namespace, RawDescriptionHelpFormatter
+from typing import Any
+
+import torch
+
+from megatron_router_upcycling.config.router import POOLINGS, RouterConfig
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.training import device
+
+BOUND = 1.05  # folded over stock
+DIRECT_ROUNDS = 5
+NUM_HEADS, HEAD_DIM = 16, 64  # Qwen1.5-0.5B
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_routers(options: Namespace, place: str) -> dict[str, torch.nn.Module]:
+    """Stock, folded and direct routers in a Megatron of one process."""
+    if place == "cpu":
+        from megatron_router_upcycling.training.patches import cpu_backend
+
+        cpu_backend.install()
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_router_upcycling.routers.mixture import MixtureRouter
+
+    class DirectRouter(MixtureRouter):
+        """Eq. 6-8 as written: every router's query, every score, then the pooling."""
+
+        def gating(self, input: torch.Tensor) -> torch.Tensor:
+            x = input.float()
+            query = torch.einsum("mqd,sbd->sbmq", self.query_weight.float(), x)
+            scores = query @ self.expert_key.float().T / math.sqrt(self.expert_key.shape[1])
+            pooled = scores.sum(dim=2) if self.pooling == "sum" else scores.amax(dim=2)
+            return pooled.unflatten(-1, (-1, self.keys_per_expert)).amax(dim=-1)
+
+    torch.distributed.init_process_group(
+        "gloo" if place == "cpu" else "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=options.hidden_size,
+        num_attention_heads=NUM_HEADS,
+        kv_channels=HEAD_DIM,
+        ffn_hidden_size=options.hidden_size,
+        moe_ffn_hidden_size=options.hidden_size,
+        num_moe_experts=options.num_experts,
+        moe_router_topk=2,
+        moe_router_pre_softmax=True,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=0.02,
+        moe_z_loss_coeff=0.001,
+        add_bias_linear=False,
+        params_dtype=DTYPES[options.dtype],
+    )
+    groups = get_default_pg_collection()
+    router = RouterConfig(
+        num_experts=options.num_experts, num_routers=options.num_routers, pooling=options.pooling
+    )
+    routers = {
+        "stock": TopKRouter(config, groups),
+        "folded": MixtureRouter(config, groups, router=router),
+        "direct": DirectRouter(config, groups, router=router),
+    }
+    for made in routers.values():
+        made.set_layer_number(1)
+        made.to(place)
+    return routers
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory, as PyTorch's allocator does on a GPU.
+
+    Otherwise the largest gradient goes back to the system in some passes and not in others, and asking
+    for its pages again takes longer than what is compared here.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # glibc
+        library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def measure(options: Namespace) -> dict[str, Any]:
+    """Median seconds of a forward and backward pass, and ratios to the stock router, by threads."""
+    place = device.choose(options.device)
+    keep_freed_memory()
+    routers = build_routers(options, place)
+    tokens = torch.randn(options.tokens, 1, options.hidden_size, device=place, dtype=DTYPES[options.dtype])
+    tokens.requires_grad_()
+    grad_probs = torch.randn(options.tokens, options.num_experts, device=place)
+
+    def seconds(router: torch.nn.Module) -> float:
+        # Megatron's data parallelism takes every gradient away as soon as it is there.
+        tokens.grad = None
+        router.zero_grad(set_to_none=True)
+        if place == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        probs, _ = router(tokens)
+        probs.backward(grad_probs)
+        if place == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    results: dict[str, Any] = {}
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for router in (*routers.values(), routers["stock"], routers["folded"]):
+            seconds(router)
+        times: dict[str, list[float]] = {name: [] for name in routers}
+        for turn in range(options.rounds):
+            for name in ("stock", "folded") if turn % 2 else ("folded", "stock"):
+                times[name].append(seconds(routers[name]))
+        times["direct"] = [seconds(routers["direct"]) for _ in range(DIRECT_ROUNDS)]
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        results[f"{threads} thread{'s' * (threads > 1)}"] = {
+            "seconds": medians,
+            "ratio": statistics.median(a / b for a, b in zip(times["folded"], times["stock"], strict=True)),
+            "direct_ratio": medians["direct"] / medians["stock"],
+        }
+    return vars(options) | {"device": place, "bound": BOUND, "results": results}
+
+
+def report(measured: dict[str, Any]) -> str:
+    lines = [
+        f"router forward + backward on {measured['device']}: {measured['tokens']} tokens,"
+        f" D={measured['hidden_size']}, m={measured['num_routers']}, n={measured['num_experts']},"
+        f" {measured['pooling']} pooling, {measured['dtype']}"
+    ]
+    for threads, result in measured["results"].items():
+        stock, folded, direct = (result["seconds"][name] * 1e3 for name in ("stock", "folded", "direct"))
+        lines.append(
+            f"  {threads}: stock {stock:.2f} ms, folded {folded:.2f} ms ({result['ratio']:.3f} times, bound"
+            f" {BOUND}), direct form {direct:.2f} ms ({result['direct_ratio']:.1f} times)"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads (default: 1 2)")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--num-experts", type=int, default=8)
+    parser.add_argument("--num-routers", type=int, default=8)
+    parser.add_argument("--pooling", choices=POOLINGS, default="sum")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of tokens and parameters")
+    parser.add_argument("--rounds", type=int, default=100, help="pairs of passes (default: 100)")
+    parser.add_argument("--json", action="store_true", help="print the measurement as JSON")
+    try:
+        measured = measure(parser.parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(measured, indent=2) if measured["json"] else report(measured))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

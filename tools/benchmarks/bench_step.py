@@ -1,0 +1,250 @@
+"""A training step with the mixture of routers, beside the same step with Megatron's stock linear router.
+
+    python tools/benchmarks/bench_step.py [--config YAML] [--gpus N] [--rounds R] [--output FILE] [flags]
+
+One rank of an N-GPU run stands on one device, as in ``pretrain --rehearse N``: its real shard of the model,
+its share of the optimizer, the configured micro-batch, one micro-batch a step; flags are Megatron's. What
+other ranks would send takes no time here, so that figures are of computation and memory, not of
+communication. The experts, attention and optimizer are one and the same model; between steps only the routers
+are exchanged, each kind going first in every other round, and the ratio is the median of the rounds' ratios.
+(The optimizer's step includes the mixture's parameters in both.) Tokens and weights are random,
+and tokens go to experts by lot, so that loads are even.
+
+On a GPU the default is the paper's run, configs/qwen1.5-0.5b-8x/moe.yaml of 64 GPUs; on the CPU a small
+model, whose figures say nothing about a GPU.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import resource
+import shlex
+import statistics
+import sys
+import time
+from argparse import Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.planning import figures
+from megatron_router_upcycling.planning.rehearsal import run as rehearsal
+from megatron_router_upcycling.training import launch
+
+ROOT = Path(__file__).resolve().parents[2]
+ON_GPU = ["--config", str(ROOT / "configs/qwen1.5-0.5b-8x/moe.yaml")]
+# A model shaped as that one, for the CPU.
+ON_CPU = shlex.split(
+    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 8 --kv-channels 16 --swiglu"
+    " --normalization RMSNorm --add-qkv-bias --disable-bias-linear --position-embedding-type rope"
+    " --untie-embeddings-and-output-weights --vocab-size 4000 --seq-length 256 --max-position-embeddings 256"
+    " --micro-batch-size 4 --num-experts 8 --moe-router-topk 2 --moe-router-pre-softmax"
+    " --moe-router-dtype fp32"
+    " --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.02 --moe-z-loss-coeff 0.001"
+    " --moe-token-dispatcher-type alltoall --use-distributed-optimizer --lr 1e-4 --train-iters 100"
+    " --rehearse-seq-length 256"
+)
+COLUMNS = {
+    "router": 8,
+    "step ms": 10,
+    "tokens/s": 12,
+    "TFLOP/s": 10,
+    "of peak": 9,
+    "routers": 9,
+    "peak GiB": 10,
+}
+WARM_UP = 2  # steps of each kind before the first that counts
+
+
+def prepare(options: Namespace, flags: list[str]) -> Any:
+    on_gpu = torch.cuda.is_available()
+    chosen = ["--config", options.config] if options.config else ON_GPU if on_gpu else ON_CPU
+    run = launch.prepare([*chosen, "--rehearse", str(options.gpus), "--router", "mixture", *flags])
+    if run.router is None:
+        raise UserError("--num-experts: is not given; a dense model has no router to compare")
+    # A router that is exchanged has no gradient; Megatron's overlapped reduction waits for all of them.
+    run.args.overlap_grad_reduce = run.args.overlap_param_gather = False
+    return run
+
+
+def moe_layers(model: list[Any]) -> list[Any]:
+    """The MoE layers of this rank, each with its ``router``."""
+    return [module for chunk in model for module in chunk.modules() if hasattr(module, "router")]
+
+
+def stock_routers(layers: list[Any]) -> list[torch.nn.Module]:
+    """Megatron's linear router for each layer, of the same configuration."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    made = []
+    for layer in layers:
+        router = TopKRouter(layer.config, get_default_pg_collection()).to(layer.router.query_weight.device)
+        router.set_layer_number(layer.router.layer_number)
+        made.append(router)
+    return made
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
+    """Seconds of a step with each router, of its routers, and bytes at the peak."""
+    run = prepare(options, flags)
+    args, planned = run.args, run.rehearsed
+    model, optimizer, scheduler = rehearsal.build(run)
+    layers = moe_layers(model)
+    kinds = {"mixture": [layer.router for layer in layers], "stock": stock_routers(layers)}
+    data = rehearsal.random_batches(args, planned.vocabulary)
+    peaks: dict[str, int] = {}
+
+    def seconds(kind: str) -> float:
+        for layer, router in zip(layers, kinds[kind], strict=True):
+            layer.router = router
+            router.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        start = time.perf_counter()
+        rehearsal.step(args, model, optimizer, scheduler, data)
+        synchronize()
+        taken = time.perf_counter() - start
+        peaks[kind] = max(peaks.get(kind, 0), peak_bytes())
+        return taken
+
+    for _ in range(WARM_UP):
+        for kind in kinds:
+            seconds(kind)
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for turn in range(options.rounds):
+        for kind in ("mixture", "stock") if turn % 2 else ("stock", "mixture"):
+            times[kind].append(seconds(kind))
+    medians = {kind: statistics.median(values) for kind, values in times.items()}
+    tokens = args.micro_batch_size * args.seq_length * rehearsal.microbatches(args)
+    flops = tokens * figures.flops_per_token(planned) / planned.model_parallel_size
+    routing = {kind: router_seconds(args, routers[0]) * len(layers) for kind, routers in kinds.items()}
+    return {
+        "hardware": hardware(),
+        "versions": versions(),
+        "model": {"parameters": figures.total_and_active(planned), "gpus": planned.world_size},
+        "micro_batch": [args.micro_batch_size, args.seq_length],
+        "transformer_impl": args.transformer_impl,
+        "grouped_experts": bool(args.moe_grouped_gemm),
+        "rounds": options.rounds,
+        "step_seconds": medians,
+        "throughput_ratio": statistics.median(
+            stock / mixture for stock, mixture in zip(times["stock"], times["mixture"], strict=True)
+        ),
+        "tokens_per_second": {kind: tokens / value for kind, value in medians.items()},
+        "tflops": {kind: flops / value / 1e12 for kind, value in medians.items()},
+        "utilisation": {
+            kind: flops / value / 1e12 / args.peak_tflops if torch.cuda.is_available() else None
+            for kind, value in medians.items()
+        },
+        "router_share": {
+            kind: routing[kind] * rehearsal.microbatches(args) / medians[kind] for kind in kinds
+        },
+        "peak_bytes": peaks,
+    }
+
+
+def router_seconds(args: Namespace, router: Any) -> float:
+    """Median seconds of one router's forward and backward pass over a micro-batch's tokens."""
+    weight = next(router.parameters())
+    shape = (args.seq_length, args.micro_batch_size, args.hidden_size)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    tokens = torch.randn(shape, device=weight.device, dtype=dtype, requires_grad=True)
+    taken = []
+    for _ in range(20):
+        synchronize()
+        start = time.perf_counter()
+        probs, _ = router(tokens)
+        probs.sum().backward()
+        synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[5:])
+
+
+def peak_bytes() -> int:
+    """The most memory in use: allocated on the GPU in the last step, or by this process since its start."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {torch.get_num_threads()} threads (no GPU)"
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in ("torch", "megatron-core", "transformer-engine", "megatron-router-upcycling"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def report(found: dict[str, Any]) -> str:
+    engine = found["transformer_impl"] + (", grouped experts" if found["grouped_experts"] else "")
+    total, active = found["model"]["parameters"]
+    lines = [
+        f"{found['hardware']}; torch {found['versions']['torch']}, {engine}",
+        f"one rank of {found['model']['gpus']}: {total / 1e9:.3f} B parameters, {active / 1e9:.3f} B active,"
+        f" micro-batch {found['micro_batch'][0]} x {found['micro_batch'][1]}, {found['rounds']} rounds",
+        "".join(name.rjust(width) for name, width in COLUMNS.items()),
+    ]
+    for kind, value in found["step_seconds"].items():
+        of_peak = found["utilisation"][kind]
+        cells = (
+            kind,
+            f"{value * 1e3:.1f}",
+            f"{found['tokens_per_second'][kind]:.0f}",
+            f"{found['tflops'][kind]:.3f}",
+            "-" if of_peak is None else f"{of_peak:.1%}",
+            f"{found['router_share'][kind]:.2%}",
+            f"{found['peak_bytes'][kind] / 2**30:.2f}",
+        )
+        lines.append("".join(cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True)))
+    lines.append(f"mixture's throughput over stock's: {found['throughput_ratio']:.4f}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="YAML", help="the run (default: see above)")
+    parser.add_argument("--gpus", type=int, default=64, help="of the run that one rank is of (default: 64)")
+    parser.add_argument("--rounds", type=int, default=10, help="pairs of steps (default: 10)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
+    options, flags = parser.parse_known_args()
+    command = list(sys.argv)
+    try:
+        if options.output and not options.output.absolute().parent.is_dir():
+            raise UserError(
+                f"--output {options.output}: there is no folder {options.output.absolute().parent}"
+            )
+        found = measure(options, flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found["command"] = shlex.join(["python", *command])
+    print(report(found))
+    if options.output:
+        options.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
