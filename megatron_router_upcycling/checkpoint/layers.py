@@ -10,14 +10,18 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, StoredTensor
-from megatron_router_upcycling.checkpoint.names import LAYER, STACKED, at_layer
+from megatron_router_upcycling.checkpoint.format.metadata import Chunk, StoredTensor
+from megatron_router_upcycling.checkpoint.names import (
+    LAYER,
+    LAYERS,
+    at_layer,
+    is_stacked,
+    own_state,
+    stacked_state,
+)
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 
-STATE = re.compile(r"(.+\._extra_state/shard_)0_1")
-
-STACKED_STATE = re.compile(r"(decoder\.layers\..+\._extra_state/shard_)(\d{1,6})_\d+")
 RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6})(?::(\d{1,6}))?)?")
 HALVES = re.compile(r"(mlp\.linear_fc1\.(?:weight|bias))_[wv]")
 
@@ -29,21 +33,12 @@ def stack_layers(checkpoint: Checkpoint) -> Checkpoint:
         UserError: layers that differ in their parameters, or whose parameters differ in shape or dtype.
     """
     tensors: dict[str, StoredTensor] = {}
-    objects: dict[str, Blob] = {}
     layers: dict[str, dict[int, StoredTensor]] = {}
-    states: list[tuple[str, int, Blob]] = []
     for key, tensor in checkpoint.tensors.items():
         if match := LAYER.fullmatch(key):
             layers.setdefault(match[2], {})[int(match[1])] = tensor
         else:
             tensors[key] = tensor
-    for key, blob in checkpoint.objects.items():
-        match = LAYER.fullmatch(key)
-        state = match and STATE.fullmatch(match[2])
-        if match and state:
-            states.append((state[1], int(match[1]), blob))
-        else:
-            objects[key] = blob
     count = max((max(found) + 1 for found in layers.values()), default=0)
     for key, found in _join_halves(layers).items():
         where = f"{checkpoint.root}: {key}"
@@ -51,8 +46,10 @@ def stack_layers(checkpoint: Checkpoint) -> Checkpoint:
             raise UserError(
                 f"{where} is in {len(found)} of {count} layers; convert takes layers that are alike"
             )
-        tensors[f"decoder.layers.{key}"] = _stack([found[layer] for layer in range(count)], where)
-    objects |= {f"decoder.layers.{key}{layer}_{count}": blob for key, layer, blob in states}
+        tensors[f"{LAYERS}.{key}"] = _stack([found[layer] for layer in range(count)], where)
+    states = {key: name for key in checkpoint.objects if (name := stacked_state(key, count))}
+    objects = {key: blob for key, blob in checkpoint.objects.items() if key not in states}
+    objects |= {name: checkpoint.objects[key] for key, name in states.items()}
     return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
 
 
@@ -64,7 +61,7 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
     """
     tensors: dict[str, StoredTensor] = {}
     for key, stored in checkpoint.tensors.items():
-        if not key.startswith(STACKED):
+        if not is_stacked(key):
             tensors[key] = stored
             continue
         layers: dict[int, list[Chunk]] = {layer: [] for layer in range(stored.shape[0])}
@@ -77,10 +74,7 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
             layers[chunk.offsets[0]].append(apart)
         for layer, chunks in layers.items():
             tensors[at_layer(key, layer)] = StoredTensor(stored.shape[1:], stored.dtype, tuple(chunks))
-    objects = {}
-    for key, blob in checkpoint.objects.items():
-        match = STACKED_STATE.fullmatch(key)
-        objects[f"{at_layer(match[1], int(match[2]))}0_1" if match else key] = blob
+    objects = {own_state(key) or key: blob for key, blob in checkpoint.objects.items()}
     return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
 
 

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.checkpoint.dense_model import holds_experts
 from megatron_router_upcycling.checkpoint.format.files import BACKEND, CONFIG, iteration_dir, read_record
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, Report, parse_metadata
 from megatron_router_upcycling.checkpoint.layers import stack_layers
 from megatron_router_upcycling.checkpoint.legacy.checkpoint import LegacyCheckpoint
+from megatron_router_upcycling.checkpoint.names import holds_experts
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError, shown
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.checkpoint.dense_model import DenseModel, query_key_digest
+from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import TRACKER, iteration_dir
 from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.publish import completeness
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.publish.source_guard import Stamps
 from megatron_router_upcycling.checkpoint.publish.value_check import IntactCheck
+from megatron_router_upcycling.checkpoint.read_model import query_key_digest, read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.config import manifest
@@ -71,7 +72,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     sources = Stamps(read)  # before anything is read
     dense = open_dense(root)
     publish.check_target(out, dense.root, options.overwrite)
-    model = DenseModel.of(dense)
+    model = read_model(dense)
     if options.init.weights == "random":
         options = replace(options, materialize=True)  # there is nothing to share
     stats = None

@@ -262,8 +262,8 @@ def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.T
 
 def provenance(args: Namespace) -> dict[str, Any]:
     """What the statistics are of and what made them, as JSON values."""
-    from megatron_router_upcycling.checkpoint.dense_model import query_key_digest
     from megatron_router_upcycling.checkpoint.open import open_dense
+    from megatron_router_upcycling.checkpoint.read_model import query_key_digest
 
     dense = open_dense(args.load)
     recorded = (

@@ -14,6 +14,7 @@ from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, CONFIG
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA
 from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dense
+from megatron_router_upcycling.checkpoint.read_model import read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.router import RouterConfig
@@ -71,7 +72,7 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
         UserError: not a dense checkpoint and an upcycled one, or no key statistics.
     """
     dense = open_dense(dense_root)
-    model = DenseModel.of(dense)
+    model = read_model(dense)
     findings = Findings()
     moe = open_checkpoint(moe_root, lambda name, what: findings.add("metadata", name, what))
     record = manifest.read(moe.root)
