@@ -3,7 +3,7 @@
 import torch
 
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
-from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
 from megatron_router_upcycling.checkpoint.names import at_layer, split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
@@ -116,7 +116,7 @@ def execute(
                         else:
                             writer.write_chunk(at_layer(key, layer), shape[1:], value, [(0,) * value.dim()])
             case AddExtraStates(added=added):
-                empty = writer.write_object(safe_pickle.dump_archive([None]))
+                empty = writer.write_object(torch_save_file.dump([None]))
                 for key in added:
                     writer.add_object(key, empty)
             case WriteCommonState(made=made):
@@ -124,10 +124,10 @@ def execute(
                     dense.common, model, options.router, options.shared_expert, plan.layers
                 )
                 if made:
-                    blob = writer.write_object(safe_pickle.dump_archive([common]))
+                    blob = writer.write_object(torch_save_file.dump([common]))
                     writer.add_object(COMMON_STATE, blob)
                 else:
-                    writer.write_file(COMMON_FILE, safe_pickle.dump_archive(common))
+                    writer.write_file(COMMON_FILE, torch_save_file.dump(common))
             case LeaveOut():
                 pass
 

@@ -5,7 +5,6 @@ that ``names`` gives it. Beside the checkpoint come ``model.yaml`` (the model's 
 configuration on), ``tokenizer/`` and ``import_hf.json`` (what it was made from).
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -21,12 +20,12 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.files import format_bytes, versions
+from megatron_router_upcycling.files import format_bytes, sha256, versions
 from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import Architecture, from_hf
 from megatron_router_upcycling.hf.files import (
@@ -206,7 +205,7 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
                 "format": 1,
                 "source": {
                     "path": str(job.folder.absolute()),
-                    "config_sha256": hashlib.sha256((job.folder / CONFIG).read_bytes()).hexdigest(),
+                    "config_sha256": sha256(job.folder / CONFIG),
                     "files": files,
                 },
                 "architecture": job.model.describe(),
@@ -226,7 +225,7 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
 def _write(job: Import, sources: dict[Path, SafetensorsFile], writer: CheckpointWriter) -> None:
     for block in ahead(_tasks(job, sources)):
         writer.write_chunk(block.key, block.shape, block.values, [block.offset], checksum=block.checksum)
-    empty = writer.write_object(safe_pickle.dump_archive([None]))
+    empty = writer.write_object(torch_save_file.dump([None]))
     for key in _extra_states(job.model):
         writer.add_object(key, empty)
     common = {
@@ -236,7 +235,7 @@ def _write(job: Import, sources: dict[Path, SafetensorsFile], writer: Checkpoint
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    writer.add_object(COMMON_STATE, writer.write_object(safe_pickle.dump_archive([common])))
+    writer.add_object(COMMON_STATE, writer.write_object(torch_save_file.dump([common])))
     writer.finish()
 
 

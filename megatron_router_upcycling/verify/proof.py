@@ -20,7 +20,7 @@ from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.files import format_bytes
+from megatron_router_upcycling.files import format_bytes, sha256
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.file import load as load_key_stats
 from megatron_router_upcycling.verify import structure
@@ -110,7 +110,7 @@ def _key_stats(verification: Verification, path: Path | None) -> tuple[KeyStats,
             f"--key-stats {path}: of another model: keys {list(stats.mean.shape)} where DENSE has"
             f" {list(expected)}"
         )
-    if structure.sha256(path) != recorded.get("sha256"):
+    if sha256(path) != recorded.get("sha256"):
         what = "is not the file of key statistics whose SHA-256 the manifest records"
         verification.findings.add("files", str(path), what)
     return stats, path
