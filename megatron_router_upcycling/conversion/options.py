@@ -1,6 +1,5 @@
 """What a conversion is asked for, in flags and in a YAML file."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,33 +15,6 @@ from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversion:
-    """What a YAML file says of a conversion; ``router`` has the fields of RouterConfig that it gives."""
-
-    router: dict[str, Any]
-    init: InitConfig
-    key_source: str | None
-
-
-def read_conversion(path: str | Path | None) -> Conversion:
-    """What ``convert --config`` takes from the file that ``pretrain --config`` will be given.
-
-    Raises:
-        UserError: an entry of the ``upcycling:`` section that does not exist or cannot have its value.
-    """
-    entries = read_yaml(path) if path else {"upcycling": {}}
-    flags = section_defaults(entries["upcycling"], str(path))
-    router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}
-    for name, field in SHARED_WITH_MEGATRON.items():
-        if entries.get(name) is not None:
-            router[field] = entries[name]
-    check_types(RouterConfig, router, f"{path}: option")
-    return Conversion(
-        router, InitConfig.from_dict(read_start(entries["upcycling"]), str(path)), flags.get("key_source")
-    )
-
-
 @dataclass(frozen=True)
 class Options:
     """What the user asks for, beside the two folders."""
@@ -56,3 +28,29 @@ class Options:
     layers: str | None = None  # those that get experts, as ``parse_layers`` reads them; None: all
     init: InitConfig = InitConfig()
     key_source: str | None = None  # that the key statistics must be of
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a YAML file says of a conversion; ``router`` has the fields of RouterConfig that it gives."""
+
+    router: dict[str, Any]
+    init: InitConfig
+    key_source: str | None
+
+
+def read_method(path: str | Path | None) -> Method:
+    """What ``convert --config`` takes from the file that ``pretrain --config`` will be given.
+
+    Raises:
+        UserError: an entry of the ``upcycling:`` section that does not exist or cannot have its value.
+    """
+    entries = read_yaml(path) if path else {"upcycling": {}}
+    flags = section_defaults(entries["upcycling"], str(path))
+    router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}
+    for name, field in SHARED_WITH_MEGATRON.items():
+        if entries.get(name) is not None:
+            router[field] = entries[name]
+    check_types(RouterConfig, router, f"{path}: option")
+    init = InitConfig.from_dict(read_start(entries["upcycling"]), str(path))
+    return Method(router, init, flags.get("key_source"))
