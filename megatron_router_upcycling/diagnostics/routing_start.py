@@ -165,19 +165,20 @@ def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
 
 
 def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> LayerStart:
-    tokens, kind = _inputs(checkpoint, layer, source), router.kind
+    tokens, n, kind = _inputs(checkpoint, layer, source), router.num_experts, router.kind
     named = kind.parameters(router, Sizes.of(checkpoint.args))
     values = {parameter.name: _read(checkpoint, ROUTER + parameter.name, layer) for parameter in named}
     gate = kind.gate(values, router, tokens.shape[1], torch.float32)
     logits = kind.logits(gate, tokens, router)
-    if logits.shape[1] != router.num_experts:
-        raise UserError(
-            f"{checkpoint.root}: layer {layer}'s router is no router of {router.num_experts} experts"
-        )
+    if logits.shape[1] != n:
+        raise UserError(f"{checkpoint.root}: layer {layer}'s router is no router of {n} experts")
+    cosines: tuple[float | None, float | None] = (None, None)
+    if kind.expert_keys:
+        cosines = _cosines(values[kind.expert_keys])
     decided = {first: measures.choose(logits, router.top_k, first) for first in (True, router.pre_softmax)}
     return LayerStart(
         layer,
-        *(_cosines(values[kind.expert_keys]) if kind.expert_keys else (None, None)),
+        *cosines,
         _condition(gate["weight"]) if set(gate) == {"weight"} else None,
         _ties(logits.t(), router.granularity),
         measures.summarise(measures.routing_sums(*decided[router.pre_softmax], top_k=router.top_k)),

@@ -7,6 +7,7 @@ the router's logits at the end; everything but the router is transformers' own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -15,7 +16,8 @@ from transformers import Qwen2MoeForCausalLM, Qwen3MoeForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-LOGITS = {}  # kind of router -> (its tensors by name, hidden states [..., D], its options) -> logits [..., n]
+# Kind of router -> (its tensors by name, hidden states [..., D], its options) -> logits [..., n].
+LOGITS: dict[str, Callable] = {}
 
 
 class _Router(nn.Module):

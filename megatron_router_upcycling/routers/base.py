@@ -41,7 +41,7 @@ class OwnParametersRouter(TopKRouter):
         # The stock gate goes, so that no state dict, DDP buffer or optimizer ever sees it.
         self.register_parameter("weight", None)
         if not router.kind.has_bias:
-            self.register_parameter("bias", None)
+            self.bias = None  # a parameter where linear layers have biases, else None already
         self.own = router.kind.parameters(router, Sizes.of(config))
         for parameter in self.own:
             *modules, name = parameter.name.split(".")

@@ -115,8 +115,8 @@ class Kind:
     settle: Callable[[Options], dict[str, Any]] = lambda options: {}
     not_stock: Callable[[Options], str | None] = lambda options: None
     exported: str = "as it is"
-    # The class that trains it, MODULE:NAME, called with (config, pg_collection, is_mtp_layer, router=options);
-    # None: Megatron's own TopKRouter.
+    # The class that trains it, MODULE:NAME, called with Megatron's (config, pg_collection, is_mtp_layer) and
+    # router=options; None: Megatron's own TopKRouter.
     module: str | None = "megatron_router_upcycling.routers.base:OwnParametersRouter"
     has_bias: bool = True  # where Megatron's linear layers have biases
     of_heads: bool = False  # starts from attention heads and key statistics, otherwise as ``Parameter`` says
@@ -221,7 +221,8 @@ def _locmoe_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
 def _locmoe_settle(options: Options) -> dict[str, Any]:
     if options.granularity > 1:
         raise UserError(
-            f"--granularity {options.granularity}: --router locmoe has no keys for shards to share; leave it out"
+            f"--granularity {options.granularity}: --router locmoe has no keys for shards to share;"
+            " leave it out"
         )
     if options.locality_loss_coeff is None:
         return {"locality_loss_coeff": LOCALITY_LOSS_COEFF}
@@ -244,8 +245,8 @@ KINDS: dict[str, Kind] = {
         Kind(
             "mixture",
             words="mixtures of {router.num_routers} routers",
-            card="a mixture of {router.num_routers} routers, {router.pooling} pooling, made from a dense model's"
-            " attention heads (Router Upcycling, [arXiv 2509.00679](https://arxiv.org/abs/2509.00679))",
+            card="a mixture of {router.num_routers} routers, {router.pooling} pooling, made from a dense"
+            " model's attention heads (Router Upcycling, [arXiv 2509.00679](https://arxiv.org/abs/2509.00679))",
             parameters=_mixture_parameters,
             gate=_mixture_gate,
             logits=mixture_logits,

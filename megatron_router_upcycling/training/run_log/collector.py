@@ -147,8 +147,9 @@ class RoutingCollector:
                 values[f"{name}_drift"] = _root_ratio(change)
             if changes:
                 values["router_drift"] = _root_ratio(torch.stack(list(changes.values())).sum(dim=0))
-            own_measures = getattr(router, "own_measures", lambda tokens: {})
-            found[index] = values | own_measures(self.samples.get(index))
+            if hasattr(router, "own_measures"):
+                values |= router.own_measures(self.samples.get(index))
+            found[index] = values
         return found
 
 
