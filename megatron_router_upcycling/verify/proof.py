@@ -19,7 +19,7 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes
-from megatron_router_upcycling.initialisation.first_routers import DRAWN
+from megatron_router_upcycling.initialisation.first_routers import DRAWN, router_parameters
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.file import load as load_key_stats
 from megatron_router_upcycling.verify import structure
@@ -81,13 +81,12 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
     source = moe.root / manifest.NAME
     router, init = manifest.router_config(record, source), manifest.init_config(record, source)
     init.check(router)
-    if router.router == "mixture":
-        router.shape(model.num_attention_heads, model.kv_channels)
+    router_parameters(model, router)  # whether the router fits the model
     seed = record.get("seed")
     if not isinstance(seed, int):
         raise UserError(f"MOE {moe.root}: its manifest has seed {seed!r}; convert the model again")
     stats = None
-    if not _has_trained(moe) and (router.router == "mixture" or init.needs_router_input):
+    if not _has_trained(moe) and (router.kind.of_heads or init.needs_router_input):
         stats = _key_stats(model, structure.section(moe, record, "key_stats"), key_stats_file, findings)
     layout = Layout.of(structure.section(moe, record, "model"), router, model, source)
     return Verification(dense, model, moe, record, Start(router, init, stats, seed), layout, findings)
