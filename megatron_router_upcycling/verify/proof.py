@@ -19,7 +19,7 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes
-from megatron_router_upcycling.initialisation.first_routers import DRAWN, router_parameters
+from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.file import load as load_key_stats
 from megatron_router_upcycling.verify import structure
@@ -177,7 +177,7 @@ def _say_what_was_seen(verification: Verification, comparison: Comparison) -> No
             findings.looked_at[check] = format_bytes(comparison.compared.get(check, 0))
     if verification.trained:
         findings.skipped["states"] = findings.skipped["files"] = TRAINED
-    elif verification.start.router.router in DRAWN:
+    elif not verification.start.router.kind.of_heads and comparison.compared.get("routers"):
         findings.looked_at["routers"] += f", drawn again from seed {verification.start.seed}"
 
 
