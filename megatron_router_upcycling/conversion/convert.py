@@ -22,6 +22,7 @@ from megatron_router_upcycling.conversion.plan import Plan, plan
 from megatron_router_upcycling.conversion.record import DATA_FILES, make_manifest
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.files import on_one_disk
+from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
@@ -63,7 +64,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     model = read_model(dense)
     if options.init.weights == "random":
         options = replace(options, materialize=True)  # there is nothing to share
-    options.router.check_hidden_size(model.hidden_size)
+    router_parameters(model, options.router)  # whether the router fits the model
     stats = _read_key_stats(options, dense, model)
     conversion = Conversion(plan(dense, model, options), stats, out, sources)
     publish.check_space(out, conversion.bytes_to_write)
@@ -119,14 +120,12 @@ def _write(conversion: Conversion, folder: Path, progress: Callable[[int], None]
 
 def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> KeyStats | None:
     """The key statistics where the routers are made from them, checked; else None."""
-    kind, path = options.router.router, options.key_stats
-    if kind != "mixture" and not options.init.needs_router_input:
+    kind, path = options.router.kind, options.key_stats
+    if not kind.of_heads and not options.init.needs_router_input:
         return None
     if path is None:
-        what = f"--router {kind}" if kind == "mixture" else "this --config"
+        what = f"--router {kind.name}" if kind.of_heads else "this --config"
         raise UserError(f"--key-stats: {what} needs the file that collect_keys wrote")
-    if kind == "mixture":
-        options.router.shape(model.num_attention_heads, model.kv_channels)
     stats = key_stats_file.load(path)
     _check_key_stats(stats, path, dense, model)
     found = stats.metadata["key_source"]

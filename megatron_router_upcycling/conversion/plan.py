@@ -62,11 +62,11 @@ class Plan:
     def memory_bytes(self) -> int:
         """What the model itself takes of memory at most, whatever its number of layers.
 
-        A chunk that is read; for a mixture, one layer's queries, keys and values twice (joined from chunks,
+        A chunk that is read; for a router of heads, one layer's queries, keys and values twice (joined from chunks,
         then apart), its router, and that of the layer before.
         """
         model = self.model
-        if self.options.router.router != "mixture":
+        if not self.options.router.kind.of_heads:
             return self.scratch_bytes
         heads = model.num_attention_heads + 2 * model.num_query_groups
         rows = heads * model.kv_channels * model.hidden_size * model.dtype.itemsize

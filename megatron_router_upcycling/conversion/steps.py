@@ -12,6 +12,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format import torch_save_file
+from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
 from megatron_router_upcycling.checkpoint.names import at_layer, split_key
 from megatron_router_upcycling.checkpoint.publish.completeness import Target
@@ -25,8 +26,6 @@ from megatron_router_upcycling.initialisation import random_weights
 from megatron_router_upcycling.initialisation.ablations import alter_expert
 from megatron_router_upcycling.initialisation.first_routers import router_values
 from megatron_router_upcycling.key_statistics.file import KeyStats
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -221,10 +220,11 @@ class Draw(Step):
             self.key, model.init_method_std, model.num_layers, model.centered_norms
         )
         name, layer = split_key(self.key)
-        for offsets, sizes in random_weights.blocks(self.shape):
-            place = offsets if layer is None else (layer, *offsets)  # as if the layers were stacked
-            values = random_weights.draw(work.options.seed, name, place, sizes, mean, std)
-            work.writer.write_chunk(self.key, self.shape, values.to(dtype), [offsets])
+        for block in random_weights.blocks(self.shape):
+            # A layer's own tensor has the values that it has where the layers are stacked.
+            place = block if layer is None else Box((layer, *block.offsets), (1, *block.sizes))
+            values = random_weights.draw(work.options.seed, name, place, mean, std).view(block.sizes)
+            work.writer.write_chunk(self.key, self.shape, values.to(dtype), [block.offsets])
 
 
 @dataclass(frozen=True)
