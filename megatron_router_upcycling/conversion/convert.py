@@ -27,6 +27,7 @@ from megatron_router_upcycling.conversion.plan import Plan, plan, targets
 from megatron_router_upcycling.conversion.record import DATA_FILES, make_manifest
 from megatron_router_upcycling.conversion.steps import Draw, LeaveOut, accounted
 from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
@@ -76,14 +77,12 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     if options.init.weights == "random":
         options = replace(options, materialize=True)  # there is nothing to share
     stats = None
-    options.router.check_hidden_size(model.hidden_size)
-    kind = options.router.router
-    if kind == "mixture" or options.init.needs_router_input:
+    router_parameters(model, options.router)  # whether the router fits the model
+    kind = options.router.kind
+    if kind.of_heads or options.init.needs_router_input:
         if options.key_stats is None:
-            what = f"--router {kind}" if kind == "mixture" else "this --config"
+            what = f"--router {kind.name}" if kind.of_heads else "this --config"
             raise UserError(f"--key-stats: {what} needs the file that collect_keys wrote")
-        if kind == "mixture":
-            options.router.shape(model.num_attention_heads, model.kv_channels)
         stats = key_stats_file.load(options.key_stats)
         check_key_stats(stats, options.key_stats, dense, model)
         found = stats.metadata["key_source"]

@@ -38,7 +38,7 @@ class Conversion:
         then apart), its router, and that of the layer before.
         """
         model, plan = self.model, self.plan
-        if self.options.router.router != "mixture":
+        if not self.options.router.kind.of_heads:
             return plan.scratch_bytes
         heads = model.num_attention_heads + 2 * model.num_query_groups
         rows = heads * model.kv_channels * model.hidden_size * model.dtype.itemsize

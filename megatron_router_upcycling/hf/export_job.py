@@ -10,7 +10,7 @@ import torch
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.hf.architecture import Architecture
-from megatron_router_upcycling.hf.rounding import Gates
+from megatron_router_upcycling.routers.kinds import Sizes
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,10 @@ class Moved:
 
 @dataclass(frozen=True)
 class Folded:
-    """A layer's router, folded into gates."""
+    """A tensor of a layer's folded router (``Kind.gate``)."""
 
     layer: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Export:
     out: Path
     model: Architecture
     router: RouterConfig | None
-    gates: Gates | None
+    gate: dict[str, tuple[int, ...]] | None  # the tensors of a layer's folded router
     dtype: torch.dtype
     tokenizer: Path | None
     options: Options
@@ -79,8 +80,11 @@ class Export:
     @property
     def is_stock(self) -> bool:
         """Whether stock classes hold the model."""
-        gates = self.gates
-        return gates is None or (gates.num_rows == self.model.num_experts and gates.hidden is None)
+        return self.router is None or self.router.kind.not_stock(self.router) is None
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes.of(self.model)
 
 
 def class_name(job: "Export") -> str:

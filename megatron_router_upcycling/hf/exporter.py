@@ -17,7 +17,7 @@ import torch
 
 from megatron_router_upcycling import files
 from megatron_router_upcycling.checkpoint.layers import stack_layers
-from megatron_router_upcycling.checkpoint.names import TRAINING_STATE
+from megatron_router_upcycling.checkpoint.names import ROUTER, TRAINING_STATE
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.rows import RowReader
@@ -32,9 +32,10 @@ from megatron_router_upcycling.hf.export_job import Export, Folded, Moved, Optio
 from megatron_router_upcycling.hf.files import find_tokenizer, shard_name
 from megatron_router_upcycling.hf.folder import RECORD, write_folder
 from megatron_router_upcycling.hf.name_table import Part, Row
-from megatron_router_upcycling.hf.rounding import Gates, Rounding, read_gate
+from megatron_router_upcycling.hf.rounding import Rounding, read_gate
 from megatron_router_upcycling.hf.safetensors_file import format_header
 from megatron_router_upcycling.hf.values import ahead, as_bytes, blocks, cast, dtype_name, scratch_rows
+from megatron_router_upcycling.routers import kinds
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -53,18 +54,18 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
     checkpoint = stack_layers(checkpoint)
     recorded = manifest.read(root)
     router = _router(checkpoint, recorded, model) if model.num_experts else None
-    gates = Gates.of(router, model) if router else None
+    gate = kinds.gate_shapes(router, kinds.Sizes.of(model)) if router else None
     if options.shared_expert_width < 0:
         raise UserError(f"--shared-expert-width {options.shared_expert_width}: must be 0 or more")
-    keys = _check_tensors(checkpoint, model, gates)
-    outputs = list(_outputs(model, gates, keys, options))
+    keys = _check_tensors(checkpoint, model, router)
+    outputs = list(_outputs(model, gate, keys, options))
     dtype = options.dtype or checkpoint.tensors[keys[name_table.ANY_PROJECTION]].dtype
     job = Export(
         checkpoint=checkpoint,
         out=out,
         model=model,
         router=router,
-        gates=gates,
+        gate=gate,
         dtype=dtype,
         tokenizer=find_tokenizer(options.tokenizer, checkpoint),
         options=options,
@@ -98,14 +99,16 @@ def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: Arch
     return router
 
 
-def _check_tensors(checkpoint: Checkpoint, model: Architecture, gates: Gates | None) -> dict[str, str]:
+def _check_tensors(
+    checkpoint: Checkpoint, model: Architecture, router: RouterConfig | None
+) -> dict[str, str]:
     """Compare the checkpoint's tensors with the architecture; return the name it has for each row.
 
     Raises:
         UserError: one is missing, has another shape, or has no place in a Hugging Face folder.
     """
     root, stored = checkpoint.root, checkpoint.tensors
-    expected, keys, spare = dict(gates.parameters if gates else {}), {}, set()
+    expected, keys, spare = _router_shapes(router, model), {}, set()
     for row in name_table.rows(model):
         # Where both names are there, as convert leaves them, they are the same bytes.
         key = row.megatron if row.other is None or row.megatron in stored else row.other
@@ -125,8 +128,16 @@ def _check_tensors(checkpoint: Checkpoint, model: Architecture, gates: Gates | N
     return keys
 
 
+def _router_shapes(router: RouterConfig | None, model: Architecture) -> dict[str, tuple[int, ...]]:
+    """The routers' tensors over all layers, by their names in Megatron."""
+    if router is None:
+        return {}
+    own = router.kind.parameters(router, kinds.Sizes.of(model))
+    return {f"{ROUTER}.{parameter.name}": (model.num_layers, *parameter.shape) for parameter in own}
+
+
 def _outputs(
-    model: Architecture, gates: Gates | None, keys: dict[str, str], options: Options
+    model: Architecture, gate: dict[str, tuple[int, ...]] | None, keys: dict[str, str], options: Options
 ) -> Iterator[Output]:
     """Every tensor of the folder, in the order of the model."""
     rows = name_table.rows(model)
@@ -146,12 +157,9 @@ def _outputs(
             for index in name_table.indices(row, model):
                 if index and index[0] == layer:
                     yield from moved(row, index)
-        if gates is not None:
-            gate = name_table.name(name_table.GATE, (layer,))
-            yield Output(gate, (gates.num_rows, model.hidden_size), Folded(layer))
-            if gates.hidden is not None:
-                name, D = name_table.name(name_table.GATE_HIDDEN, (layer,)), model.hidden_size
-                yield Output(name, (D, D), Moved(gates.hidden, (layer,), ((0, D),)))
+        if gate is not None:
+            for name, shape in gate.items():
+                yield Output(f"{name_table.GATE.format(layer=layer)}.{name}", shape, Folded(layer, name))
             if model.family == "qwen2":
                 yield from _shared_expert(model, layer, options.shared_expert_width)
     for row in after:
@@ -182,13 +190,8 @@ def _shards(outputs: list[Output], dtype: torch.dtype, limit: int) -> list[list[
 
 
 def _why_not_stock(job: Export) -> str:
-    assert job.gates is not None and job.router is not None
-    if job.gates.hidden is not None:
-        why = "has a hidden layer (--router mlp)"
-    elif job.router.pooling == "max":
-        why = "takes the maximum over routers (--pooling max)"
-    else:
-        why = f"takes the maximum over {job.gates.keys_per_expert} keys an expert"
+    assert job.router is not None
+    why = job.router.kind.not_stock(job.router)
     return (
         f"MOE {job.checkpoint.root}: its router {why}, which no stock class computes; pass --modelling-code"
         " to write a modelling file beside the weights, which is loaded with trust_remote_code"
@@ -252,8 +255,8 @@ def _tasks(
                 row_bytes = math.prod(output.shape[1:]) * job.checkpoint.tensors[key].dtype.itemsize
                 for rows in blocks(output.shape[0], row_bytes):
                     yield partial(_read_rows, job, output, output.source, reader, rows)
-            case Folded(layer):
-                yield partial(_fold, job, layer, reader, rounding)
+            case Folded():
+                yield partial(_fold, job, output.source, reader, rounding)
             case Zeros():
                 yield partial(_zeros, job, output)
 
@@ -272,17 +275,19 @@ def _read_rows(
 
 
 def _fold(
-    job: Export, layer: int, reader: RowReader, rounding: Rounding | None, scratch: bytearray
+    job: Export, source: Folded, reader: RowReader, rounding: Rounding | None, scratch: bytearray
 ) -> torch.Tensor:
-    """A layer's gates; what their rounding changes is added to ``rounding``."""
-    assert job.router is not None and job.gates is not None and rounding is not None
-    gate = read_gate(job.checkpoint, job.router, layer)
+    """A tensor of a layer's gate; with the first, what rounding them changes is added to ``rounding``."""
+    assert job.router is not None and job.gate is not None and rounding is not None
+    layer = source.layer
+    gate = read_gate(job.checkpoint, job.router, job.sizes, layer)
+    values = cast(gate[source.name], job.dtype, f"{job.checkpoint.root}: the router of layer {layer}")
+    if source.name != next(iter(job.gate)):
+        return values
     key = job.keys[name_table.NORM_BEFORE_FFN]
     norm = torch.empty(job.model.hidden_size, dtype=job.checkpoint.tensors[key].dtype)
     reader.read(key, (layer,), 0, len(norm), norm)
-    values = cast(gate, job.dtype, f"{job.checkpoint.root}: the router of layer {layer}")
-    hidden = job.gates.hidden and job.checkpoint.read_layer(job.gates.hidden, layer, bytearray()).float()
-    rounding.add(gate, norm, job.router, job.gates.keys_per_expert, layer, job.dtype, hidden)
+    rounding.add(gate, norm, job.router, layer, job.dtype)
     return values
 
 

@@ -101,10 +101,7 @@ TABLE = (
     Row("output_layer.weight", (Part("lm_head.weight", ("V", "D")),), PADDED, only="untied"),
 )
 
-# The router's gate is made, not moved, unless Megatron's router is linear already.
-GATE = _part("mlp.gate.weight", "n", "D")
-GATE_HIDDEN = _part("mlp.gate.hidden.weight", "D", "D")  # of an MLP router, for our own modelling file
-ROUTER = f"{DECODER}.mlp.router"
+GATE = f"{LAYER}.mlp.gate"  # the router's tensors, which are made and not moved (``Kind.gate``)
 # What Qwen2-MoE has beside the routed experts. All zeros, it adds exactly nothing. Symbol S: its width.
 SHARED_EXPERT = (
     _part("mlp.shared_expert.gate_proj.weight", "S", "D"),

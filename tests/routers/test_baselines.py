@@ -7,8 +7,9 @@ import torch
 
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.routers.baselines import LOCAL, LocMoERouter, locality_loss
-from megatron_router_upcycling.routers.build import METRICS
+from megatron_router_upcycling.routers import kinds
+from megatron_router_upcycling.routers.baselines import LocMoERouter, locality_loss
+from megatron_router_upcycling.routers.kinds import LOCAL
 from megatron_router_upcycling.training.patches.moe_metrics import report_also
 from tests.routers.test_mixture import EXPERTS, HIDDEN, build, megatron, on_cpu, tokens, transformer_config
 
@@ -117,14 +118,14 @@ def test_switch_jitter_is_for_training() -> None:
 
 def test_a_hidden_size_that_experts_do_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="6 experts do not divide a hidden size of 32"):
-        RouterConfig(router="locmoe", num_experts=6).check_hidden_size(32)
+        kinds.all_parameters(RouterConfig(router="locmoe", num_experts=6), kinds.Sizes(32, 4, 8))
 
 
 def test_what_routers_record_is_reported() -> None:
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
-    for names in METRICS.values():
-        for name in names:
+    for row in kinds.KINDS.values():
+        for name in row.metrics:
             report_also(name)
     tracker = MoEMetricsTracker()
     tracker.record(LOCAL, torch.tensor(0.75), 1, 1)

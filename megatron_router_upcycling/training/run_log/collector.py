@@ -134,8 +134,6 @@ class RoutingCollector:
         return record
 
     def _rare(self) -> dict[int, dict[str, float]]:
-        from megatron_router_upcycling.routers.mixture import MixtureRouter
-
         found: dict[int, dict[str, float]] = {}
         distances = _expert_distances(self.layers)
         for index, layer in self.layers.items():
@@ -149,13 +147,8 @@ class RoutingCollector:
                 values[f"{name}_drift"] = _root_ratio(change)
             if changes:
                 values["router_drift"] = _root_ratio(torch.stack(list(changes.values())).sum(dim=0))
-            if isinstance(router, MixtureRouter) and len(router.query_weight) > 1:
-                parts = (router.query_weight, router.expert_key)
-                values["gate_cosine"] = measures.gate_cosine(*parts)
-                if index in self.samples:
-                    values["router_agreement"] = measures.router_agreement(
-                        self.samples[index], *parts, router.config.num_moe_experts, router.pooling
-                    )
+            if hasattr(router, "own_measures"):
+                values |= router.own_measures(self.samples.get(index))
             found[index] = values
         return found
 
