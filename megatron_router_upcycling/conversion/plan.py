@@ -62,8 +62,8 @@ class Plan:
     def memory_bytes(self) -> int:
         """What the model itself takes of memory at most, whatever its number of layers.
 
-        A chunk that is read; for a router of heads, one layer's queries, keys and values twice (joined from chunks,
-        then apart), its router, and that of the layer before.
+        A chunk that is read; for a router of heads, one layer's queries, keys and values twice (joined from
+        chunks, then apart), its router, and that of the layer before.
         """
         model = self.model
         if not self.options.router.kind.of_heads:

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.hf.export_job import Export, class_name
+from megatron_router_upcycling.hf import config_json
+from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import (
     CONFIG,
     GENERATION_CONFIG,
@@ -21,7 +22,7 @@ from megatron_router_upcycling.routers.kinds import Kind
 RECORD = "export_hf.json"
 
 
-def write_folder(job: "Export", folder: Path, record: dict[str, Any]) -> None:
+def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     """Write everything but the weights."""
     special = copy_tokenizer(job.tokenizer, folder) if job.tokenizer else {}
     _write_json(folder / CONFIG, config(job) | special)
@@ -52,10 +53,10 @@ def modelling_file(kind: Kind) -> str:
     return "\n\n".join([classes, *functions, entry])
 
 
-def config(job: "Export") -> dict[str, Any]:
+def config(job: Export) -> dict[str, Any]:
     """The config.json, but for special tokens."""
-    values = job.model.hf_config()
-    values["architectures"] = [class_name(job)]
+    values = config_json.from_model(job.model)
+    values["architectures"] = [job.class_name]
     values["max_window_layers"] = job.model.num_layers
     values["torch_dtype"] = dtype_name(job.dtype)
     if job.router is None:
@@ -77,7 +78,7 @@ def config(job: "Export") -> dict[str, Any]:
     if not job.is_stock:
         module = MODELLING_FILE.removesuffix(".py")
         values |= {
-            "auto_map": {"AutoModelForCausalLM": f"{module}.{class_name(job)}"},
+            "auto_map": {"AutoModelForCausalLM": f"{module}.{job.class_name}"},
             "upcycled_router": job.router.to_dict(),
             "upcycled_gate": job.gate,
         }

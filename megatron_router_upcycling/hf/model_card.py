@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_router_upcycling import __version__
-from megatron_router_upcycling.hf.export_job import Export, class_name
+from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import MODELLING_FILE
 from megatron_router_upcycling.hf.rounding import Rounding
 
@@ -20,7 +20,7 @@ pipeline_tag: text-generation{tags}
 
 # {job.out.absolute().name}
 
-`{class_name(job)}`: {record["architecture"]}, {record["dtype"]}.
+`{job.class_name}`: {record["architecture"]}, {record["dtype"]}.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -36,7 +36,7 @@ Exported by megatron-router-upcycling {__version__} (`router-upcycle export-hf`)
 
 def _router_section(job: Export, record: dict[str, Any]) -> str:
     router = job.router
-    assert router is not None and job.gate is not None
+    assert router is not None
     kind = router.kind.card.format(router=router)
     order = "softmax, then top-k" if router.pre_softmax else "top-k, then softmax"
     if job.is_stock:
