@@ -12,18 +12,20 @@ from collections.abc import Iterable
 
 from megatron_router_upcycling.checkpoint.format.metadata import Chunk, StoredTensor
 from megatron_router_upcycling.checkpoint.names import (
+    FC1,
     LAYER,
     LAYERS,
     at_layer,
-    is_stacked,
+    is_of_layers,
     own_state,
     stacked_state,
+    within_layer,
 )
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 
 RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6})(?::(\d{1,6}))?)?")
-HALVES = re.compile(r"(mlp\.linear_fc1\.(?:weight|bias))_[wv]")
+HALVES = re.compile(rf"({re.escape(within_layer(FC1))}\.(?:weight|bias))_[wv]")
 
 
 def stack_layers(checkpoint: Checkpoint) -> Checkpoint:
@@ -61,7 +63,7 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
     """
     tensors: dict[str, StoredTensor] = {}
     for key, stored in checkpoint.tensors.items():
-        if not is_stacked(key):
+        if not is_of_layers(key):
             tensors[key] = stored
             continue
         layers: dict[int, list[Chunk]] = {layer: [] for layer in range(stored.shape[0])}

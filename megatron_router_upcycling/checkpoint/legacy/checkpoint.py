@@ -135,7 +135,7 @@ class LegacyCheckpoint(Checkpoint):
 
         A layer's parameter gets an axis over the layers in front, as in torch_dist.
         """
-        stacked, axis = names.is_stacked(key), AXES[key]
+        stacked, axis = names.is_of_layers(key), AXES[key]
         gated = gated and key.startswith(names.FC1) and axis == 0
         chunks: list[Chunk] = []
         shapes = set()
@@ -260,7 +260,7 @@ def _collect(stages: list[list[RankFile]]) -> tuple[dict[str, list[list[Shard]]]
                 file.shard(name, model[name]) for file, model in zip(files, held, strict=True)
             ]
     for key, layers in parameters.items():
-        expected = num_layers if names.is_stacked(key) else 1
+        expected = num_layers if names.is_of_layers(key) else 1
         if len(layers) != expected:
             raise UserError(f"{folder}: holds {key} for {len(layers)} of {expected} layers")
     objects = {
@@ -279,7 +279,7 @@ def _global_key(name: Any, path: Path) -> tuple[str, int | None]:
         # A layer built without Transformer Engine has its norms apart; torch_dist fuses them all the same.
         if layer is not None and key.startswith(separate):
             key = fused + key.removeprefix(separate)
-    if key not in AXES or names.is_stacked(key) != (layer is not None):
+    if key not in AXES or names.is_of_layers(key) != (layer is not None):
         raise UserError(f"{path}: holds {str(name)[:200]!r}, which convert does not know what to make of")
     return key, layer
 
