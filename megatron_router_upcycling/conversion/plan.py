@@ -13,14 +13,14 @@ from typing import NamedTuple
 from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
-from megatron_router_upcycling.checkpoint.layers import parse_layers, split_layers
+from megatron_router_upcycling.checkpoint.layers import split_layers
 from megatron_router_upcycling.checkpoint.names import at_layer, split_key
 from megatron_router_upcycling.checkpoint.publish.completeness import Target
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.conversion import fine_grained
 from megatron_router_upcycling.conversion.fine_grained import Cut
-from megatron_router_upcycling.conversion.options import Options
+from megatron_router_upcycling.conversion.options import Options, parse_layers
 from megatron_router_upcycling.conversion.steps import (
     AddExtraStates,
     AlterExperts,
