@@ -47,9 +47,10 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> 
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(partial)
         os.replace(partial, path)
-        sync(path.parent)
-    finally:
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def sha256(path: Path) -> str:
