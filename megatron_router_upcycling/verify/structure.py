@@ -1,13 +1,12 @@
 """All that is not values: which entries there are, where their bytes lie, the files, the arguments."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED, DenseModel
-from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
 from megatron_router_upcycling.checkpoint.format.torch_save_check import Damaged
@@ -16,20 +15,19 @@ from megatron_router_upcycling.checkpoint.names import (
     EXTRA_STATE,
     FC1,
     FC2,
-    FUSED_NORM,
     ROUTER,
-    SEPARATE_NORM,
     TRAINING_STATE,
-    at_layer,
+    other_norm,
     split_key,
 )
 from megatron_router_upcycling.checkpoint.publish.completeness import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.verify.expected import ExpectedTensor
+from megatron_router_upcycling.files import sha256
 from megatron_router_upcycling.verify.findings import Findings
 from megatron_router_upcycling.verify.layout import Layout
+from megatron_router_upcycling.verify.pieces import ExpectedTensor
 from megatron_router_upcycling.verify.sources import DataFiles
 
 BALANCING = (f"{ROUTER}.expert_bias", f"{ROUTER}.local_tokens_per_expert")  # made by training, if at all
@@ -44,8 +42,7 @@ def check_tensors(
     for key, wanted in expected.items():
         stored = moe.tensors.get(key)
         if stored is None:
-            other = _other_norm(key)
-            if not (trained and other in moe.tensors):  # training saves the name that it uses
+            if not (trained and other_norm(key) in moe.tensors):  # training saves the name that it uses
                 findings.add(wanted.check, key, "is missing")
         elif stored.shape != wanted.shape:
             findings.add(wanted.check, key, f"is {list(stored.shape)} where {list(wanted.shape)} is expected")
@@ -58,13 +55,6 @@ def check_tensors(
         if key not in expected and not (trained and made_by_training):
             findings.add("metadata", key, "has no place in this Mixture-of-Experts")
     return comparable
-
-
-def _other_norm(key: str) -> str:
-    name, layer = split_key(key)
-    if name.startswith(FUSED_NORM):
-        return at_layer(SEPARATE_NORM + name.removeprefix(FUSED_NORM), layer)
-    return at_layer(FUSED_NORM + name.removeprefix(SEPARATE_NORM), layer)
 
 
 def check_ranges(moe: Checkpoint, whole_files: Iterable[str], findings: Findings) -> None:
@@ -124,7 +114,7 @@ def check_objects(
                     findings.add("states", key, "differs from the dense model's")
             elif key not in wanted:
                 findings.add("states", key, "has no place in this Mixture-of-Experts")
-            elif safe_pickle.load_archive(moe.read_blob(blob), key) != [None]:
+            elif torch_save_file.load(moe.read_blob(blob), key) != [None]:
                 findings.add("states", key, "is not empty")
         except (Damaged, UserError, OSError) as error:
             findings.add("damage", key, f"{blob.file}, {blob.length} bytes at {blob.offset}: {error}")
@@ -132,10 +122,6 @@ def check_objects(
         for key in sorted((kept | wanted) - set(moe.objects)):
             findings.add("states", key, "is missing")
     return identities
-
-
-def expected_states(model: DenseModel, router: RouterConfig, layout: Layout) -> set[str]:
-    return set(model.extra_states(router.num_experts, layout.shared_expert, layout.layers))
 
 
 def check_files(
@@ -185,11 +171,6 @@ def recorded_files(moe: Checkpoint, record: dict[str, Any], name: str) -> dict[s
                 f"MOE {moe.root}: its manifest says {path!r} in {name!r}; convert the model again"
             )
     return files
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Arguments of the dense run that mean nothing to a Mixture-of-Experts that starts anew, and their values.

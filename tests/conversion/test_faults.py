@@ -269,13 +269,15 @@ def test_everything_is_on_the_disk_before_the_name_appears(shop: Workshop) -> No
     for path in made - {path for path in made if "/.router_upcycling" in path}:
         assert (last := max(place for place, entry in enumerate(log) if entry[1] == path)) < published
         assert log[last] == ("fsync", path)
-    for folder, entry in ((partial, "router_upcycling.json"), (f"{partial}/release", ".metadata")):
-        flushed = log.index(("fsync", folder))
-        assert flushed < published and flushed > max(
+    for folder in (partial, f"{partial}/release"):
+        flushed = max(place for place, entry in enumerate(log[:published]) if entry == ("fsync", folder))
+        named = ("create", "replace", "link")
+        entries = [
             place
             for place, (name, path) in enumerate(log)
-            if name == "create" and path == f"{folder}/{entry}" or path.startswith(f"{folder}/.{entry}")
-        )
+            if name in named and os.path.dirname(path) == folder
+        ]
+        assert len(entries) > 2 and flushed > max(entries)
     assert ("fsync", str(shop.folder)) in log[published:]
 
 
