@@ -1,18 +1,32 @@
-"""A dense model's architecture, read from its checkpoint and checked against its tensors."""
+"""A model's architecture: its sizes, and all that makes two models' parameters mean the same. Pure: no torch.
 
-import hashlib
-import math
-import zlib
+``Architecture`` is the one description of a model in this package. Here it is made of Megatron's training
+arguments; ``hf`` makes it of a config.json and adds what that says beyond it. ``DenseModel`` is the
+architecture of a dense model in a checkpoint.
+"""
+
 from argparse import Namespace
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
+from megatron_router_upcycling.checkpoint.names import (
+    EMBEDDING,
+    FC1,
+    FC2,
+    FINAL_NORM,
+    KEY_NORM,
+    NORM_BEFORE_ATTENTION,
+    NORM_BEFORE_FFN,
+    OUTPUT_LAYER,
+    PROJECTION,
+    QKV_LINEAR,
+    QUERY_NORM,
+    extra_states,
+)
+from megatron_router_upcycling.errors import shown
 
-from megatron_router_upcycling.checkpoint.names import FC1, FC2, QKV, extra_states
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.errors import UserError, reason, shown
+if TYPE_CHECKING:
+    import torch
 
 # Megatron flag (underscores for dashes) -> the attribute of its arguments, for all that makes two models'
 # parameters mean the same. A switch that turns something off stands for the attribute's negation.
@@ -43,7 +57,6 @@ ARCHITECTURE = {
     "untie_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
 }
 NEGATED = {"disable_bias_linear": "add_bias_linear"}
-MOST_LAYERS = 10_000
 # Where these arguments are set, the layers are not what the converter knows.
 UNKNOWN_LAYERS = (
     "multi_latent_attention",
@@ -59,9 +72,13 @@ UNKNOWN_LAYERS = (
 )
 
 
-@dataclass(frozen=True)
-class DenseModel:
-    """Sizes of a dense model: L layers, D hidden, F FFN, H query heads, G query groups, d head size."""
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Sizes of a GPT model: L layers, D hidden, F FFN, H query heads, G query groups, d head size.
+
+    ``flags`` are Megatron's (underscores for dashes), by name: the sizes once more, and the switches of
+    ``ARCHITECTURE`` and ``NEGATED``. One without a value is left out. The manifest records them.
+    """
 
     num_layers: int
     hidden_size: int
@@ -69,180 +86,118 @@ class DenseModel:
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
-    gated: bool
-    dtype: torch.dtype
     init_method_std: float
-    flags: dict[str, Any]  # Megatron flag -> value, what the manifest records
+    flags: dict[str, Any]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "DenseModel":
-        """Read the architecture of ``checkpoint``.
+    def from_arguments(cls, args: Namespace, **more: Any) -> Self:
+        """The architecture that Megatron's training arguments describe.
+
+        Args:
+            more: values of the fields that a subclass adds.
 
         Raises:
-            UserError: an MoE, layers that the converter does not know, or arguments that the stored
-                tensors contradict.
+            AttributeError, TypeError, ValueError, OverflowError: they do not give the architecture.
         """
-        root, args = checkpoint.root, checkpoint.args
-        _refuse_unknown(checkpoint, args)
-        try:
-            heads = int(args.num_attention_heads)
-            model = cls(
-                num_layers=int(args.num_layers),
-                hidden_size=int(args.hidden_size),
-                ffn_hidden_size=int(args.ffn_hidden_size),
-                num_attention_heads=heads,
-                num_query_groups=int(args.num_query_groups) if args.group_query_attention else heads,
-                kv_channels=int(args.kv_channels),
-                gated=bool(args.swiglu or getattr(args, "quick_geglu", False)),
-                dtype=_dtype(checkpoint),
-                init_method_std=float(args.init_method_std),
-                flags=_flags(args),
-            )
-        except (AttributeError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(
-                f"{root}: its training arguments do not give the architecture ({reason(error)})"
-            ) from None
-        model._check_numbers(checkpoint)
-        model._check_complete(checkpoint)
-        model._check_shapes(checkpoint)
-        return model
+        heads = int(args.num_attention_heads)
+        return cls(
+            num_layers=int(args.num_layers),
+            hidden_size=int(args.hidden_size),
+            ffn_hidden_size=int(args.ffn_hidden_size),
+            num_attention_heads=heads,
+            num_query_groups=int(args.num_query_groups) if args.group_query_attention else heads,
+            kv_channels=int(args.kv_channels),
+            init_method_std=float(args.init_method_std),
+            flags=flags_of(args),
+            **more,
+        )
+
+    @property
+    def gated(self) -> bool:
+        """Whether FC1 is a gate over an up projection, [2F, D]."""
+        return bool(self.flags.get("swiglu") or self.flags.get("quick_geglu"))
+
+    @property
+    def linear_bias(self) -> bool:
+        """Whether linear layers have biases; then Megatron gives its router one as well."""
+        return not self.flags["disable_bias_linear"]
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.linear_bias or bool(self.flags.get("add_qkv_bias"))
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys have norms of their own."""
+        return bool(self.flags.get("qk_layernorm"))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the output layer as well."""
+        return not self.flags.get("untie_embeddings_and_output_weights")
+
+    @property
+    def centered_norms(self) -> bool:
+        """Whether a norm's gain is its parameter and 1 (``--apply-layernorm-1p``)."""
+        return bool(self.flags.get("apply_layernorm_1p"))
 
     def describe(self) -> str:
         """The architecture in one line."""
         return (
-            f"dense, {self.num_layers} layers, hidden size {self.hidden_size},"
+            f"{self.num_layers} layers, hidden size {self.hidden_size},"
             f" {'gated ' * self.gated}FFN {self.ffn_hidden_size}, {self.num_attention_heads} heads of size"
-            f" {self.kv_channels} in {self.num_query_groups} groups, {str(self.dtype).removeprefix('torch.')}"
+            f" {self.kv_channels} in {self.num_query_groups} groups"
         )
+
+    def parameters(self) -> list[tuple[str, ...]]:
+        """The names of all its parameters, stacked over layers; where Megatron has two for one, both."""
+        norms = ("weight", "bias") if self.flags.get("normalization") == "LayerNorm" else ("weight",)
+        linears = (QKV_LINEAR, PROJECTION, FC1, FC2)
+        found: list[tuple[str, ...]] = [(EMBEDDING,), *((f"{linear}.weight",) for linear in linears)]
+        if not self.tied:
+            found.append((OUTPUT_LAYER,))
+        if self.linear_bias:
+            found += [(f"{linear}.bias",) for linear in (PROJECTION, FC1, FC2)]
+        if self.qkv_bias:
+            found.append((f"{QKV_LINEAR}.bias",))
+        for part in norms:
+            found.append((f"{FINAL_NORM}.{part}",))
+            found += [
+                tuple(f"{name}{part}" for name in names) for names in (NORM_BEFORE_ATTENTION, NORM_BEFORE_FFN)
+            ]
+            if self.qk_norm:
+                found += [(f"{norm}.{part}",) for norm in (QUERY_NORM, KEY_NORM)]
+        return found
 
     def extra_states(
         self, num_experts: int, shared_expert: bool = False, layers: tuple[int, ...] | None = None
     ) -> list[str]:
-        """Keys of the extra states that an MoE made of this model looks for; see ``names.extra_states``."""
+        """Names of the extra states that an MoE made of this model looks for; see ``names.extra_states``."""
         return extra_states(
             self.num_layers,
             num_experts,
-            qk_layernorm=bool(self.flags.get("qk_layernorm")),
+            qk_layernorm=self.qk_norm,
             shared_expert=shared_expert,
             layers=layers,
         )
 
-    def _check_numbers(self, checkpoint: Checkpoint) -> None:
-        names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-        for name in (*names, "kv_channels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{checkpoint.root}: its training arguments say {name} {getattr(self, name)}")
-        if self.num_layers > MOST_LAYERS:
-            raise UserError(f"{checkpoint.root}: {self.num_layers} layers; convert takes up to {MOST_LAYERS}")
-        if not 0 <= self.init_method_std < math.inf:
-            raise UserError(
-                f"{checkpoint.root}: its training arguments say init_method_std {self.init_method_std}"
-            )
 
-    def _check_complete(self, checkpoint: Checkpoint) -> None:
-        for names in self._parameters():
-            if not any(name in checkpoint.tensors for name in names):
-                raise UserError(
-                    f"{checkpoint.root}: has no tensor {names[0]}, which its training arguments ask for;"
-                    " convert takes a dense GPT model"
-                )
+@dataclass(frozen=True, kw_only=True)
+class DenseModel(Architecture):
+    """The architecture of a dense model in a checkpoint, and its parameters' dtype; see ``read_model``."""
 
-    def _parameters(self) -> list[tuple[str, ...]]:
-        """The names of all parameters of a GPT model with these flags; where Megatron has two, both."""
-        flags, attention = self.flags, "decoder.layers.self_attention"
-        norm_parts = ("weight", "bias") if flags.get("normalization") == "LayerNorm" else ("weight",)
-        found: list[tuple[str, ...]] = [
-            ("embedding.word_embeddings.weight",),
-            (QKV,),
-            (f"{attention}.linear_proj.weight",),
-        ]
-        found += [(f"{FC1}.weight",), (f"{FC2}.weight",)]
-        if flags.get("untie_embeddings_and_output_weights"):
-            found.append(("output_layer.weight",))
-        if not flags["disable_bias_linear"]:
-            found += [(f"{linear}.bias",) for linear in (f"{attention}.linear_proj", FC1, FC2)]
-        if flags.get("add_qkv_bias") or not flags["disable_bias_linear"]:
-            found.append((f"{attention}.linear_qkv.bias",))
-        for part in norm_parts:
-            found += [
-                (f"decoder.final_layernorm.{part}",),
-                (f"{attention}.linear_qkv.layer_norm_{part}", f"decoder.layers.input_layernorm.{part}"),
-                (f"{FC1}.layer_norm_{part}", f"decoder.layers.pre_mlp_layernorm.{part}"),
-            ]
-            if flags.get("qk_layernorm"):
-                found += [(f"{attention}.q_layernorm.{part}",), (f"{attention}.k_layernorm.{part}",)]
-        return found
+    dtype: "torch.dtype"
 
-    def _check_shapes(self, checkpoint: Checkpoint) -> None:
-        L, D, F, d = self.num_layers, self.hidden_size, self.ffn_hidden_size, self.kv_channels
-        H, G = self.num_attention_heads, self.num_query_groups
-        if H % G:
-            raise UserError(f"{checkpoint.root}: {G} query groups do not divide {H} attention heads")
-        expected = {
-            QKV: (L, (H + 2 * G) * d, D),
-            f"{FC1}.weight": (L, (1 + self.gated) * F, D),
-            f"{FC2}.weight": (L, D, F),
-        }
-        for key, shape in expected.items():
-            stored = checkpoint.tensors.get(key)
-            if stored is None:
-                raise UserError(f"{checkpoint.root}: has no tensor {key}; convert takes a dense GPT model")
-            if stored.shape != shape:
-                raise UserError(
-                    f"{checkpoint.root}: {key} is {list(stored.shape)} where the training arguments give"
-                    f" {list(shape)} (layers {L}, hidden {D}, FFN {F}, heads {H}, groups {G}, head size {d})"
-                )
+    def describe(self) -> str:
+        return f"dense, {super().describe()}, {str(self.dtype).removeprefix('torch.')}"
 
 
-def query_key_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 over places and CRC-32s of the attention's input weights, which any training step changes.
+def flags_of(args: Namespace) -> dict[str, Any]:
+    """The architecture's flags in Megatron's arguments, but for those without a value.
 
-    ``Checkpoint.digest`` does not see values that a torch_dist checkpoint's files hold. The checksums are
-    those that ``torch.save`` wrote beside the values; no value is read where one is there.
-
-    Args:
-        checkpoint: stacked over layers, as ``open_dense`` gives it.
+    Raises:
+        AttributeError, ValueError: an argument that is needed is missing, or its value is no flag's.
     """
-    stored, digest = checkpoint.tensors[QKV], hashlib.sha256()
-    for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets):
-        values = checkpoint.find_values(chunk, stored.dtype)
-        if values:
-            checksum = values.checksum
-        else:
-            tensor = checkpoint.read_chunk(chunk, stored.dtype, bytearray()).contiguous()
-            checksum = zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
-        digest.update(f"{chunk.offsets} {chunk.sizes} {checksum}\n".encode())
-    return digest.hexdigest()
-
-
-def holds_experts(keys: Iterable[str]) -> bool:
-    return any(".mlp.experts." in key or ".mlp.router." in key for key in keys)
-
-
-def _refuse_unknown(checkpoint: Checkpoint, args: Namespace) -> None:
-    root, keys = checkpoint.root, checkpoint.tensors
-    num_experts = getattr(args, "num_experts", None)
-    if num_experts or holds_experts(keys):
-        experts = f" with {shown(num_experts)} experts" if num_experts else ""
-        raise UserError(
-            f"DENSE {root}: a Mixture-of-Experts already{experts}; name a dense model's checkpoint"
-        )
-    for name in UNKNOWN_LAYERS:
-        if value := getattr(args, name, None):
-            raise UserError(
-                f"DENSE {root}: trained with --{name.replace('_', '-')} {shown(value)}, which convert does"
-                " not support; it takes GPT models with ordinary attention"
-            )
-
-
-def _dtype(checkpoint: Checkpoint) -> torch.dtype:
-    stored = checkpoint.tensors.get(QKV)
-    if stored is None:
-        raise UserError(f"{checkpoint.root}: has no tensor {QKV}; convert takes a dense GPT model")
-    return stored.dtype
-
-
-def _flags(args: Namespace) -> dict[str, Any]:
     flags = {flag: getattr(args, name, None) for flag, name in ARCHITECTURE.items()}
     flags |= {flag: not getattr(args, name) for flag, name in NEGATED.items()}
     if args.group_query_attention:

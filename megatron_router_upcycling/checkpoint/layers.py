@@ -10,16 +10,21 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, StoredTensor
-from megatron_router_upcycling.checkpoint.names import LAYER, STACKED, at_layer
+from megatron_router_upcycling.checkpoint.format.metadata import Chunk, StoredTensor
+from megatron_router_upcycling.checkpoint.names import (
+    FC1,
+    LAYER,
+    LAYERS,
+    at_layer,
+    is_of_layers,
+    own_state,
+    stacked_state,
+    within_layer,
+)
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 
-STATE = re.compile(r"(.+\._extra_state/shard_)0_1")
-
-STACKED_STATE = re.compile(r"(decoder\.layers\..+\._extra_state/shard_)(\d{1,6})_\d+")
-RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6})(?::(\d{1,6}))?)?")
-HALVES = re.compile(r"(mlp\.linear_fc1\.(?:weight|bias))_[wv]")
+HALVES = re.compile(rf"({re.escape(within_layer(FC1))}\.(?:weight|bias))_[wv]")
 
 
 def stack_layers(checkpoint: Checkpoint) -> Checkpoint:
@@ -29,21 +34,12 @@ def stack_layers(checkpoint: Checkpoint) -> Checkpoint:
         UserError: layers that differ in their parameters, or whose parameters differ in shape or dtype.
     """
     tensors: dict[str, StoredTensor] = {}
-    objects: dict[str, Blob] = {}
     layers: dict[str, dict[int, StoredTensor]] = {}
-    states: list[tuple[str, int, Blob]] = []
     for key, tensor in checkpoint.tensors.items():
         if match := LAYER.fullmatch(key):
             layers.setdefault(match[2], {})[int(match[1])] = tensor
         else:
             tensors[key] = tensor
-    for key, blob in checkpoint.objects.items():
-        match = LAYER.fullmatch(key)
-        state = match and STATE.fullmatch(match[2])
-        if match and state:
-            states.append((state[1], int(match[1]), blob))
-        else:
-            objects[key] = blob
     count = max((max(found) + 1 for found in layers.values()), default=0)
     for key, found in _join_halves(layers).items():
         where = f"{checkpoint.root}: {key}"
@@ -51,8 +47,10 @@ def stack_layers(checkpoint: Checkpoint) -> Checkpoint:
             raise UserError(
                 f"{where} is in {len(found)} of {count} layers; convert takes layers that are alike"
             )
-        tensors[f"decoder.layers.{key}"] = _stack([found[layer] for layer in range(count)], where)
-    objects |= {f"decoder.layers.{key}{layer}_{count}": blob for key, layer, blob in states}
+        tensors[f"{LAYERS}.{key}"] = _stack([found[layer] for layer in range(count)], where)
+    states = {key: name for key in checkpoint.objects if (name := stacked_state(key, count))}
+    objects = {key: blob for key, blob in checkpoint.objects.items() if key not in states}
+    objects |= {name: checkpoint.objects[key] for key, name in states.items()}
     return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
 
 
@@ -64,7 +62,7 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
     """
     tensors: dict[str, StoredTensor] = {}
     for key, stored in checkpoint.tensors.items():
-        if not key.startswith(STACKED):
+        if not is_of_layers(key):
             tensors[key] = stored
             continue
         layers: dict[int, list[Chunk]] = {layer: [] for layer in range(stored.shape[0])}
@@ -77,36 +75,13 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
             layers[chunk.offsets[0]].append(apart)
         for layer, chunks in layers.items():
             tensors[at_layer(key, layer)] = StoredTensor(stored.shape[1:], stored.dtype, tuple(chunks))
-    objects = {}
-    for key, blob in checkpoint.objects.items():
-        match = STACKED_STATE.fullmatch(key)
-        objects[f"{at_layer(match[1], int(match[2]))}0_1" if match else key] = blob
+    objects = {own_state(key) or key: blob for key, blob in checkpoint.objects.items()}
     return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
 
 
 def one_layer(checkpoint: Checkpoint, own: str, key: str) -> Checkpoint:
     """``checkpoint`` with what a layer's own key ``own`` holds as the one layer of a stacked ``key``."""
     return dataclasses.replace(checkpoint, tensors={key: _stack([checkpoint.tensors[own]], own)})
-
-
-def parse_layers(text: str, num_layers: int) -> tuple[int, ...] | None:
-    """The layers that ``--layers`` names, None for all: numbers and ranges with an optional step.
-
-    ``1,3,5-7`` are the layers 1, 3, 5, 6, 7, counted from 0; ``1-23:2`` is every other layer from 1 on.
-
-    Raises:
-        UserError: not of this form, or a layer that the model does not have.
-    """
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = RANGE.fullmatch(part.strip())
-        if not match:
-            raise UserError(f"--layers {text!r}: write layers as in 1,3,5-7 or 1-{num_layers - 1}:2")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last < num_layers:
-            raise UserError(f"--layers {part.strip()}: the model has the layers 0 to {num_layers - 1}")
-        chosen.update(range(first, last + 1, max(1, int(match[3] or 1))))
-    return None if len(chosen) == num_layers else tuple(sorted(chosen))
 
 
 def _stack(layers: list[StoredTensor], where: str) -> StoredTensor:

@@ -1,28 +1,49 @@
-"""Names of Megatron's tensors, each here and nowhere else."""
+"""The names of Megatron's tensors and objects in a checkpoint: each here and nowhere else. Pure: no torch.
+
+A name is stacked over layers (``decoder.layers.mlp.linear_fc2.weight`` [L, D, F]) where all layers are alike,
+or a layer's own (``decoder.layers.0.mlp.linear_fc2.weight`` [D, F]). The constants are of the stacked kind;
+``split_key`` and ``at_layer`` go from one to the other.
+"""
 
 import re
+from collections.abc import Iterable
 
-QKV = "decoder.layers.self_attention.linear_qkv.weight"
-FC1 = "decoder.layers.mlp.linear_fc1"
-FC2 = "decoder.layers.mlp.linear_fc2"
-LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
-
-STACKED = "decoder.layers."
-SHARED_EXPERT = "decoder.layers.mlp.shared_experts"
-ROUTER = "decoder.layers.mlp.router"
-# A norm's weight, inside the projection behind it (Transformer Engine's way) or apart.
-NORMS = (
-    (
-        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
-        "decoder.layers.input_layernorm.weight",
-    ),
-    ("decoder.layers.mlp.linear_fc1.layer_norm_weight", "decoder.layers.pre_mlp_layernorm.weight"),
-)
+EMBEDDING = "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm"
 LAYERS = "decoder.layers"
-EXPERTS = f"{LAYERS}.mlp.experts.experts"
-EXTRA_STATE = "._extra_state/"
-FUSED_NORM = f"{FC1}.layer_norm_"  # the norm before the FFN in a dense layer, and in an MoE layer built
-SEPARATE_NORM = f"{LAYERS}.pre_mlp_layernorm."  # without Transformer Engine; with it, this is its name
+LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")  # a layer's number, and what it is a name of there
+
+# Modules of a layer.
+ATTENTION = f"{LAYERS}.self_attention"
+QKV_LINEAR = f"{ATTENTION}.linear_qkv"
+PROJECTION = f"{ATTENTION}.linear_proj"
+CORE_ATTENTION = f"{ATTENTION}.core_attention"
+QUERY_NORM = f"{ATTENTION}.q_layernorm"
+KEY_NORM = f"{ATTENTION}.k_layernorm"
+MLP = f"{LAYERS}.mlp"
+FC1 = f"{MLP}.linear_fc1"
+FC2 = f"{MLP}.linear_fc2"
+ROUTER = f"{MLP}.router"
+EXPERTS = f"{MLP}.experts.experts"
+SHARED_EXPERT = f"{MLP}.shared_experts"
+
+QKV = f"{QKV_LINEAR}.weight"
+
+# A norm goes by two names: that of the projection behind it, where Transformer Engine fuses the two, and its
+# own. ``weight`` or ``bias`` follows. A layer with experts has the norm before them apart with Transformer
+# Engine, and by the fused name without: the reverse of a dense layer.
+FUSED_NORM = f"{FC1}.layer_norm_"
+SEPARATE_NORM = f"{LAYERS}.pre_mlp_layernorm."
+NORM_BEFORE_ATTENTION = (f"{QKV_LINEAR}.layer_norm_", f"{LAYERS}.input_layernorm.")
+NORM_BEFORE_FFN = (FUSED_NORM, SEPARATE_NORM)
+NORMS = tuple(tuple(f"{name}weight" for name in names) for names in (NORM_BEFORE_ATTENTION, NORM_BEFORE_FFN))
+
+# What a module of Transformer Engine keeps beside its parameters. In a checkpoint ``/shard_...`` follows.
+EXTRA_STATE = "._extra_state"
+OWN_STATE = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)\._extra_state/shard_0_1")
+STACKED_STATE = re.compile(r"decoder\.layers\.(.+)\._extra_state/shard_(\d{1,6})_\d+")
 
 # What a fresh run makes anew, whoever saved it, and why it is left out.
 LEFT_OUT = {
@@ -36,23 +57,76 @@ MODEL_STATE = re.compile(r"embedding\.|decoder\.|output_layer\.")
 
 
 def split_key(key: str) -> tuple[str, int | None]:
-    """The key of the stacked tensor, and the layer of a key of a layer's own."""
+    """The name stacked over layers, and the layer whose own ``key`` is; None where it is stacked itself."""
     match = LAYER.fullmatch(key)
-    return (f"{STACKED}{match[2]}", int(match[1])) if match else (key, None)
+    return (f"{LAYERS}.{match[2]}", int(match[1])) if match else (key, None)
 
 
 def at_layer(key: str, layer: int | None) -> str:
-    """The key that layer ``layer`` has of its own for a stacked tensor's key; None: the key itself."""
-    return key if layer is None else f"{STACKED}{layer}.{key.removeprefix(STACKED)}"
+    """A layer's own name for what is called ``key`` where layers are stacked; None: the name itself."""
+    return key if layer is None else f"{LAYERS}.{layer}.{within_layer(key)}"
+
+
+def within_layer(key: str) -> str:
+    """What ``key``, stacked over layers, is called within a layer."""
+    return key.removeprefix(f"{LAYERS}.")
+
+
+def is_of_layers(key: str) -> bool:
+    """Whether ``key`` is of all layers, stacked, or of one."""
+    return key.startswith(f"{LAYERS}.")
+
+
+def is_ffn(key: str) -> bool:
+    """Whether ``key``, stacked, is a parameter of a dense layer's FFN; the norm before it is none."""
+    return key.startswith((f"{FC1}.", f"{FC2}.")) and not key.startswith(FUSED_NORM)
+
+
+def holds_experts(keys: Iterable[str]) -> bool:
+    """Whether these are the names of a Mixture-of-Experts."""
+    return any(".mlp.experts." in key or ".mlp.router." in key for key in keys)
 
 
 def other_norm(key: str) -> str | None:
+    """The other name of a norm before the FFN; None for all else."""
     name, layer = split_key(key)
+    if EXTRA_STATE in name:
+        return None
     if name.startswith(FUSED_NORM):
         return at_layer(SEPARATE_NORM + name.removeprefix(FUSED_NORM), layer)
-    if name.startswith(SEPARATE_NORM) and EXTRA_STATE not in name:
+    if name.startswith(SEPARATE_NORM):
         return at_layer(FUSED_NORM + name.removeprefix(SEPARATE_NORM), layer)
     return None
+
+
+def extra_state(module: str, *places: tuple[int, int]) -> str:
+    """The name of a module's extra state.
+
+    Args:
+        places: along each axis that the module is stacked on (layers, experts), which it is, and of how many.
+    """
+    numbers, sizes = zip(*(places or ((0, 1),)), strict=True)
+    return f"{module}{EXTRA_STATE}/shard_{'.'.join(map(str, numbers))}_{'.'.join(map(str, sizes))}"
+
+
+def stacked_state(key: str, num_layers: int) -> str | None:
+    """The name, in a stack of layers, of an extra state that is a layer's own; None for all else."""
+    match = OWN_STATE.fullmatch(key)
+    return match and extra_state(f"{LAYERS}.{match[2]}", (int(match[1]), num_layers))
+
+
+def own_state(key: str) -> str | None:
+    """The name as a layer's own of an extra state in a stack of layers; None for all else."""
+    match = STACKED_STATE.fullmatch(key)
+    return match and extra_state(f"{LAYERS}.{match[2]}.{match[1]}")
+
+
+def dense_extra_states(num_layers: int, *, qk_layernorm: bool) -> list[str]:
+    """Names of the extra states that a dense model with Transformer Engine looks for, stacked over layers."""
+    modules = (*_attention(qk_layernorm), FC1, FC2)
+    layers = range(num_layers)
+    states = [extra_state(module, (layer, num_layers)) for layer in layers for module in modules]
+    return [extra_state(FINAL_NORM), *states]
 
 
 def extra_states(
@@ -63,27 +137,30 @@ def extra_states(
     shared_expert: bool = False,
     layers: tuple[int, ...] | None = None,
 ) -> list[str]:
-    """Keys of the extra states that an MoE with or without Transformer Engine looks for.
+    """Names of the extra states that an MoE with or without Transformer Engine looks for.
 
     Megatron stops where one is missing, and ignores those that it does not look for.
+
+    Args:
+        layers: those with experts, where every layer has names of its own; None: all, stacked.
     """
-    L = num_layers
-    modules = ["pre_mlp_layernorm", "self_attention.core_attention"]
-    modules += ["self_attention.linear_qkv", "self_attention.linear_proj"]
-    modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"] * qk_layernorm
-    keys = ["decoder.final_layernorm._extra_state/shard_0_1"]
-    for layer in range(L):
-        own = None if layers is None else layer
-        place = f"{layer}_{L}" if layers is None else "0_1"
-        keys += [at_layer(f"{LAYERS}.{module}{EXTRA_STATE}shard_{place}", own) for module in modules]
-        for linear in ("linear_fc1", "linear_fc2"):
+    modules = (SEPARATE_NORM.removesuffix("."), *_attention(qk_layernorm))
+    states = [extra_state(FINAL_NORM)]
+    for layer in range(num_layers):
+        own, place = (None, [(layer, num_layers)]) if layers is None else (layer, [])
+        states += [extra_state(at_layer(module, own), *place) for module in modules]
+        for linear in (FC1, FC2):
             if layers is not None and layer not in layers:
-                keys.append(at_layer(f"{LAYERS}.mlp.{linear}{EXTRA_STATE}shard_0_1", own))
+                states.append(extra_state(at_layer(linear, own), *place))
                 continue
-            keys += [at_layer(f"{SHARED_EXPERT}.{linear}{EXTRA_STATE}shard_{place}", own)] * shared_expert
-            for expert in range(num_experts):
-                place_of_expert = (
-                    f"{layer}.{expert}_{L}.{num_experts}" if own is None else f"{expert}_{num_experts}"
-                )
-                keys.append(at_layer(f"{EXPERTS}.{linear}{EXTRA_STATE}shard_{place_of_expert}", own))
-    return keys
+            part = linear.removeprefix(MLP)
+            if shared_expert:
+                states.append(extra_state(at_layer(SHARED_EXPERT + part, own), *place))
+            experts = at_layer(EXPERTS + part, own)
+            states += [extra_state(experts, *place, (number, num_experts)) for number in range(num_experts)]
+    return states
+
+
+def _attention(qk_layernorm: bool) -> tuple[str, ...]:
+    """The modules of a layer's attention that have extra states."""
+    return (CORE_ATTENTION, QKV_LINEAR, PROJECTION, *((QUERY_NORM, KEY_NORM) if qk_layernorm else ()))

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.commands.shared import progress_bar
-from megatron_router_upcycling.config.router import GROUPINGS, POOLINGS, ROUTERS, RouterConfig
+from megatron_router_upcycling.config.router import GROUPINGS, POOLINGS, RouterConfig
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers import kinds
 
 EXAMPLE = """\
 example:
@@ -76,7 +77,9 @@ def add(commands: Any) -> None:
     convert.add_argument(
         "--shared-expert", action="store_true", help="keep the dense FFN as an expert for every token as well"
     )
-    convert.add_argument("--router", choices=ROUTERS, help="(default: mixture; linear is vanilla upcycling)")
+    convert.add_argument(
+        "--router", choices=kinds.KINDS, help="(default: mixture; linear is vanilla upcycling)"
+    )
     convert.add_argument("--num-routers", type=int, help="routers in the mixture (default: --num-experts)")
     convert.add_argument("--pooling", choices=POOLINGS, help="how scores combine (default: sum)")
     convert.add_argument("--grouping", choices=GROUPINGS, help="how heads are paired (default: greedy)")
@@ -94,9 +97,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_router_upcycling.conversion.options import read_conversion
+    from megatron_router_upcycling.conversion.options import read_method
 
-    file = read_conversion(args.config)
+    file = read_method(args.config)
     router = _router_to_make(args, file.router)
     file.init.check(router)
     import torch
@@ -141,12 +144,11 @@ def _router_to_make(args: argparse.Namespace, file: dict[str, Any]) -> RouterCon
         "grouping": args.grouping,
         "pre_softmax": args.moe_router_pre_softmax,
     }
-    kind = args.router or file.get("router", "mixture")
+    kind = kinds.get(args.router or file.get("router", "mixture"))
     for name in ("num_routers", "pooling", "grouping"):
-        if flags[name] is not None and kind != "mixture":
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {flags[name]}: is for --router mixture; leave it out for {kind}")
+        if flags[name] is not None and name not in kind.options:
+            flag, suits = f"--{name.replace('_', '-')}", " or ".join(kinds.names_with(name))
+            raise UserError(f"{flag} {flags[name]}: is for --router {suits}; leave it out for {kind.name}")
     given = file | {name: value for name, value in flags.items() if value is not None}
-    top_k = 1 if given.get("router") == "switch" else 2
-    defaults = {"num_experts": 8 * args.granularity, "top_k": top_k * args.granularity}
+    defaults = {"num_experts": 8 * args.granularity, "top_k": kind.top_k * args.granularity}
     return RouterConfig(**(defaults | given), granularity=args.granularity)

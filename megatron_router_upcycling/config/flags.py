@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.config import start
-from megatron_router_upcycling.config.router import GROUPINGS, POOLINGS, ROUTERS
+from megatron_router_upcycling.config.router import GROUPINGS, POOLINGS
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.kinds import KINDS
 
 # Megatron argument -> the RouterConfig field that it sets.
 SHARED_WITH_MEGATRON = {
@@ -34,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)"
     )
-    group.add_argument("--router", choices=ROUTERS, help="kind of router")
+    group.add_argument("--router", choices=KINDS, help="kind of router")
     group.add_argument("--num-routers", type=int, help="routers in the mixture (default: one an expert)")
     group.add_argument("--pooling", choices=POOLINGS, help="how the mixture's scores combine")
     group.add_argument("--grouping", choices=GROUPINGS, help="how attention heads are grouped")

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_router_upcycling.config.router import RouterConfig, check_types
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers import kinds
 
 CHOICES = {
     "weights": ("dense", "random"),
@@ -90,23 +91,18 @@ class InitConfig:
 
     def check(self, router: RouterConfig) -> None:
         """Raise UserError for what ``router`` cannot start with."""
-        kind, default = router.router, InitConfig()
-
-        def only(names: tuple[str, ...], kinds: tuple[str, ...]) -> None:
-            for name in names:
-                if getattr(self, name) != getattr(default, name) and kind not in kinds:
-                    raise UserError(
-                        f"{name} {getattr(self, name)}: is for --router {' or '.join(kinds)}, not for {kind}"
-                    )
-
-        only(("queries", "keys", "norm_gain"), ("mixture",))
-        only(("gate",), ("linear", "switch"))
-        only(("logit_scale", "target_entropy"), ("mixture", "linear", "switch", "mlp"))
+        kind, default = router.kind, InitConfig()
+        for name in NAMES:
+            suits = kinds.names_with(name)
+            if suits and getattr(self, name) != getattr(default, name) and name not in kind.starts:
+                raise UserError(
+                    f"{name} {getattr(self, name)}: is for --router {' or '.join(suits)}, not for {kind.name}"
+                )
         if self.target_entropy is not None and self.logit_scale != 1:
             raise UserError("target_entropy sets the logits' scale; leave logit_scale out")
         if self.weights == "random" and dataclasses.replace(self, weights="dense") != default:
             raise UserError("weights random: starts from nothing; no other option of the start goes with it")
-        if self.weights == "random" and kind == "mixture":
+        if self.weights == "random" and kind.of_heads:
             raise UserError(
                 "weights random: has no attention heads to make a mixture of; use --router linear (the"
                 " paper's scratch) or another baseline"

@@ -4,7 +4,7 @@ The inputs are hidden states of the dense model, which the key statistics hold a
 the size that the norm before the router gives them. Both stand for the first step; with softmax before
 top-k, where layers before have shrunk, even real samples are an approximation.
 
-Symbols: S sampled tokens, n experts, k experts a token, c keys an expert, D hidden size.
+Symbols: S sampled tokens, n experts, k experts a token, D hidden size.
 """
 
 import math
@@ -24,12 +24,12 @@ from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.initialisation.heads import cosine_similarity
 from megatron_router_upcycling.key_statistics import file as key_stats_file
-from megatron_router_upcycling.routers.fold import fold, pool_logits
+from megatron_router_upcycling.routers.kinds import Sizes
 from megatron_router_upcycling.training.run_log import measures
 
-ROUTER = "decoder.layers.mlp.router."
-EXPERTS = "decoder.layers.mlp.experts."
-NORMS = ("decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight")
+ROUTER = f"{names.ROUTER}."
+EXPERTS = f"{names.EXPERTS}."
+NORMS = (f"{names.SEPARATE_NORM}weight", f"{names.FUSED_NORM}weight")
 RANDOM_TOKENS = 1024
 SATURATED = 0.9  # mean largest probability from which softmax passes next to no gradient
 NAMED = 8  # experts or layers that a warning names
@@ -37,12 +37,12 @@ NAMED = 8  # experts or layers that a warning names
 
 @dataclass(frozen=True)
 class LayerStart:
-    """One layer's router before training. Cosines are of a mixture's expert keys, None for other kinds."""
+    """One layer's router before training. Cosines are of experts' keys, None for kinds without."""
 
     layer: int
     mean_cosine: float | None
     max_cosine: float | None
-    condition: float | None  # largest over smallest singular value of the folded gate
+    condition: float | None  # largest over smallest singular value, where the gate is one matrix
     ties: tuple[tuple[int, int], ...]  # experts of different copies that no token can tell apart
     routing: dict[str, Any]  # measures.summarise, with the order of softmax and top-k that was recorded
     softmax_first: float  # mean sum of the k weights where softmax comes before top-k
@@ -71,9 +71,10 @@ def describe(root: Path, stats: Path | None) -> str:
             )
         return ""
     router = manifest.router_config(record, checkpoint.root / manifest.NAME)
-    num_layers, hidden = (getattr(checkpoint.args, name, None) for name in ("num_layers", "hidden_size"))
-    if not (isinstance(num_layers, int) and isinstance(hidden, int)):
-        raise UserError(f"{root}: its arguments tell no num_layers and hidden_size; convert the model again")
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "kv_channels"):
+        if not isinstance(getattr(checkpoint.args, name, None), int):
+            raise UserError(f"{root}: its arguments tell no {name}; convert the model again")
+    num_layers = int(checkpoint.args.num_layers)
     source = stats or _recorded(record, num_layers)
     if stats is not None:
         key_stats_file.load(stats)  # says what is wrong with it
@@ -164,33 +165,22 @@ def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
 
 
 def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> LayerStart:
-    tokens, n = _inputs(checkpoint, layer, source), router.num_experts
+    tokens, n, kind = _inputs(checkpoint, layer, source), router.num_experts, router.kind
+    named = kind.parameters(router, Sizes.of(checkpoint.args))
+    values = {parameter.name: _read(checkpoint, ROUTER + parameter.name, layer) for parameter in named}
+    gate = kind.gate(values, router, tokens.shape[1], torch.float32)
+    logits = kind.logits(gate, tokens, router)
+    if logits.shape[1] != n:
+        raise UserError(f"{checkpoint.root}: layer {layer}'s router is no router of {n} experts")
     cosines: tuple[float | None, float | None] = (None, None)
-    gate: Tensor | None = None
-    if router.router == "mlp":
-        first, second = (_read(checkpoint, f"{ROUTER}{name}.weight", layer) for name in ("fc1", "fc2"))
-        logits = torch.nn.functional.gelu(tokens @ first.t()) @ second.t()
-        rows = second
-    else:
-        if router.router == "mixture":
-            query, key = (_read(checkpoint, ROUTER + name, layer) for name in ("query_weight", "expert_key"))
-            gate = fold(query, key, router.pooling)
-            cosines = _cosines(key)
-        elif router.router == "locmoe":
-            gate = torch.eye(n).repeat_interleave(tokens.shape[1] // n, dim=1) * n / tokens.shape[1]
-        else:
-            gate = _read(checkpoint, f"{ROUTER}weight", layer)
-        keys = len(key) // n if router.router == "mixture" else 1
-        if len(gate) % n or gate.shape[1] != tokens.shape[1]:
-            raise UserError(f"{checkpoint.root}: layer {layer}'s router is no router of {n} experts")
-        logits = pool_logits(tokens @ gate.t(), n, keys)
-        rows = gate.unflatten(0, (-1, n, keys)).transpose(0, 1).flatten(1)  # an expert's gates side by side
+    if kind.expert_keys:
+        cosines = _cosines(values[kind.expert_keys])
     decided = {first: measures.choose(logits, router.top_k, first) for first in (True, router.pre_softmax)}
     return LayerStart(
         layer,
         *cosines,
-        None if gate is None else _condition(gate),
-        _ties(rows, router.granularity),
+        _condition(gate["weight"]) if set(gate) == {"weight"} else None,
+        _ties(logits.t(), router.granularity),
         measures.summarise(measures.routing_sums(*decided[router.pre_softmax], top_k=router.top_k)),
         float(decided[True][1].sum(dim=1).mean()),
     )
@@ -208,7 +198,7 @@ def _condition(gate: Tensor) -> float:
 
 
 def _ties(rows: Tensor, granularity: int) -> tuple[tuple[int, int], ...]:
-    """Pairs of experts with equal rows [n, ...]; shards of one copy are meant to be equal."""
+    """Pairs of experts with equal logits in ``rows`` [n, S]; shards of one copy are meant to be equal."""
     copies = rows[::granularity]
     scale = copies.abs().max()
     return tuple(

@@ -5,19 +5,14 @@ into one linear gate ``Qwen2MoeForCausalLM`` or ``Qwen3MoeForCausalLM``: stock c
 vLLM and SGLang load without code of ours. Values are streamed, block by block.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-
-from megatron_router_upcycling import files
 from megatron_router_upcycling.checkpoint.layers import stack_layers
-from megatron_router_upcycling.checkpoint.names import TRAINING_STATE
+from megatron_router_upcycling.checkpoint.names import EMBEDDING, ROUTER, TRAINING_STATE, other_norm
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.rows import RowReader
@@ -25,18 +20,17 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.files import sync, versions
+from megatron_router_upcycling.files import format_bytes, sync, versions
 from megatron_router_upcycling.hf import name_table
-from megatron_router_upcycling.hf.architecture import Architecture, from_megatron
-from megatron_router_upcycling.hf.export_job import Export, Folded, Moved, Options, Output, Zeros, class_name
+from megatron_router_upcycling.hf.architecture import QwenModel, from_megatron
+from megatron_router_upcycling.hf.export_job import Export, Options
 from megatron_router_upcycling.hf.files import find_tokenizer, shard_name
 from megatron_router_upcycling.hf.folder import RECORD, write_folder
-from megatron_router_upcycling.hf.name_table import Part, Row
-from megatron_router_upcycling.hf.rounding import Gates, Rounding, read_gate
-from megatron_router_upcycling.hf.safetensors_file import format_header
-from megatron_router_upcycling.hf.values import ahead, as_bytes, blocks, cast, dtype_name, scratch_rows
-
-EMBEDDING = "embedding.word_embeddings.weight"
+from megatron_router_upcycling.hf.outputs import outputs, split
+from megatron_router_upcycling.hf.rounding import Rounding
+from megatron_router_upcycling.hf.shard import write_shard
+from megatron_router_upcycling.hf.values import dtype_name
+from megatron_router_upcycling.routers import kinds
 
 
 def prepare(root: Path, out: Path, options: Options) -> Export:
@@ -53,32 +47,36 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
     checkpoint = stack_layers(checkpoint)
     recorded = manifest.read(root)
     router = _router(checkpoint, recorded, model) if model.num_experts else None
-    gates = Gates.of(router, model) if router else None
+    gate = kinds.gate_shapes(router, kinds.Sizes.of(model)) if router else {}
     if options.shared_expert_width < 0:
         raise UserError(f"--shared-expert-width {options.shared_expert_width}: must be 0 or more")
-    keys = _check_tensors(checkpoint, model, gates)
-    outputs = list(_outputs(model, gates, keys, options))
-    dtype = options.dtype or checkpoint.tensors[keys[name_table.ANY_PROJECTION]].dtype
+    if router and not options.modelling_code and (why := router.kind.not_stock(router)):
+        raise UserError(
+            f"MOE {root}: its router {why}, which no stock class computes; pass --modelling-code to write a"
+            " modelling file beside the weights, which is loaded with trust_remote_code"
+        )
+    stored = _stored_names(checkpoint, model)
+    _check_tensors(checkpoint, model, router, stored)
+    dtype = options.dtype or checkpoint.tensors[stored[name_table.PROJECTION]].dtype
+    tensors = list(outputs(model, stored, gate, options.shared_expert_width))
     job = Export(
         checkpoint=checkpoint,
         out=out,
         model=model,
         router=router,
-        gates=gates,
+        gate=gate,
         dtype=dtype,
         tokenizer=find_tokenizer(options.tokenizer, checkpoint),
         options=options,
-        keys=keys,
-        shards=_shards(outputs, dtype, options.max_shard_bytes),
+        stored=stored,
+        shards=split(tensors, dtype, options.max_shard_bytes),
         manifest=recorded,
     )
-    if not job.is_stock and not options.modelling_code:
-        raise UserError(_why_not_stock(job))
     publish.check_space(out, job.bytes_to_write)
     return job
 
 
-def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: Architecture) -> RouterConfig:
+def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: QwenModel) -> RouterConfig:
     """The router that the manifest records; without one, Megatron's own linear router.
 
     Raises:
@@ -98,101 +96,45 @@ def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: Arch
     return router
 
 
-def _check_tensors(checkpoint: Checkpoint, model: Architecture, gates: Gates | None) -> dict[str, str]:
-    """Compare the checkpoint's tensors with the architecture; return the name it has for each row.
+def _stored_names(checkpoint: Checkpoint, model: QwenModel) -> dict[str, str]:
+    """The tensor of each row -> the name that the checkpoint has for it.
+
+    A norm goes by two names. Where both are there, as convert leaves them, they are the same bytes.
+    """
+    names = [row.megatron for row in name_table.rows(model)]
+    return {name: name if name in checkpoint.tensors else other_norm(name) or name for name in names}
+
+
+def _check_tensors(
+    checkpoint: Checkpoint, model: QwenModel, router: RouterConfig | None, stored: dict[str, str]
+) -> None:
+    """Compare the checkpoint's tensors with the architecture.
 
     Raises:
         UserError: one is missing, has another shape, or has no place in a Hugging Face folder.
     """
-    root, stored = checkpoint.root, checkpoint.tensors
-    expected, keys, spare = dict(gates.parameters if gates else {}), {}, set()
+    root, tensors = checkpoint.root, checkpoint.tensors
+    expected = _router_shapes(router, model)
     for row in name_table.rows(model):
-        # Where both names are there, as convert leaves them, they are the same bytes.
-        key = row.megatron if row.other is None or row.megatron in stored else row.other
-        keys[row.megatron] = key
-        spare |= {row.other, row.megatron}
-        expected[key] = name_table.megatron_shape(row, model)
-    for key, shape in expected.items():
-        if key not in stored:
-            raise UserError(f"{root}: has no tensor {key}, which its training arguments ask for")
-        if stored[key].shape != shape:
-            raise UserError(
-                f"{root}: {key} is {list(stored[key].shape)} where the training arguments give {list(shape)}"
-            )
-    for key in stored:
-        if key not in expected and key not in spare and not TRAINING_STATE.match(key):
-            raise UserError(f"{root}: holds {key}, which has no place in a {model.family} model")
-    return keys
+        expected[stored[row.megatron]] = name_table.megatron_shape(row, model)
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise UserError(f"{root}: has no tensor {name}, which its training arguments ask for")
+        if tensors[name].shape != shape:
+            found = list(tensors[name].shape)
+            raise UserError(f"{root}: {name} is {found} where the training arguments give {list(shape)}")
+    for name in tensors:
+        is_known = name in expected or other_norm(name) in expected or TRAINING_STATE.match(name)
+        if not is_known:
+            raise UserError(f"{root}: holds {name}, which has no place in a {model.family} model")
 
 
-def _outputs(
-    model: Architecture, gates: Gates | None, keys: dict[str, str], options: Options
-) -> Iterator[Output]:
-    """Every tensor of the folder, in the order of the model."""
-    rows = name_table.rows(model)
-    before = [row for row in rows if row.megatron == EMBEDDING]
-    after = [row for row in rows if not name_table.stack(row, model) and row not in before]
-
-    def moved(row: Row, index: tuple[int, ...]) -> Iterator[Output]:
-        for number, part in enumerate(row.parts):
-            runs = tuple(name_table.runs(row, number, model))
-            name, shape = name_table.name(part, index), name_table.shape(part, model)
-            yield Output(name, shape, Moved(keys[row.megatron], index, runs))
-
-    for row in before:
-        yield from moved(row, ())
-    for layer in range(model.num_layers):
-        for row in rows:
-            for index in name_table.indices(row, model):
-                if index and index[0] == layer:
-                    yield from moved(row, index)
-        if gates is not None:
-            gate = name_table.name(name_table.GATE, (layer,))
-            yield Output(gate, (gates.num_rows, model.hidden_size), Folded(layer))
-            if gates.hidden is not None:
-                name, D = name_table.name(name_table.GATE_HIDDEN, (layer,)), model.hidden_size
-                yield Output(name, (D, D), Moved(gates.hidden, (layer,), ((0, D),)))
-            if model.family == "qwen2":
-                yield from _shared_expert(model, layer, options.shared_expert_width)
-    for row in after:
-        yield from moved(row, ())
-
-
-def _shared_expert(model: Architecture, layer: int, width: int) -> Iterator[Output]:
-    parts: tuple[Part, ...] = (name_table.SHARED_EXPERT_GATE,)
-    if width:
-        parts = (*name_table.SHARED_EXPERT, *parts)
-    for part in parts:
-        sizes = {"S": width, "D": model.hidden_size, "1": 1}
-        shape = tuple(sizes[symbol] for symbol in part.shape)
-        yield Output(name_table.name(part, (layer,)), shape, Zeros())
-
-
-def _shards(outputs: list[Output], dtype: torch.dtype, limit: int) -> list[list[Output]]:
-    """``outputs`` in files of at most ``limit`` bytes, or of one tensor that is larger."""
-    shards: list[list[Output]] = [[]]
-    size = 0
-    for output in outputs:
-        if shards[-1] and size + output.num_bytes(dtype) > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(output)
-        size += output.num_bytes(dtype)
-    return shards
-
-
-def _why_not_stock(job: Export) -> str:
-    assert job.gates is not None and job.router is not None
-    if job.gates.hidden is not None:
-        why = "has a hidden layer (--router mlp)"
-    elif job.router.pooling == "max":
-        why = "takes the maximum over routers (--pooling max)"
-    else:
-        why = f"takes the maximum over {job.gates.keys_per_expert} keys an expert"
-    return (
-        f"MOE {job.checkpoint.root}: its router {why}, which no stock class computes; pass --modelling-code"
-        " to write a modelling file beside the weights, which is loaded with trust_remote_code"
-    )
+def _router_shapes(router: RouterConfig | None, model: QwenModel) -> dict[str, tuple[int, ...]]:
+    """The routers' tensors over all layers, by their names in Megatron."""
+    if router is None:
+        return {}
+    own = router.kind.parameters(router, kinds.Sizes.of(model))
+    return {f"{ROUTER}.{parameter.name}": (model.num_layers, *parameter.shape) for parameter in own}
 
 
 def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
@@ -204,7 +146,7 @@ def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> di
     Raises:
         UserError: it cannot be written, or a data file or a value is damaged.
     """
-    rounding = Rounding() if job.router else None
+    rounding = Rounding()
     try:
         with (
             publish.new_folder(job.out, job.options.overwrite) as folder,
@@ -214,8 +156,7 @@ def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> di
             flushed = []
             for number, shard in enumerate(job.shards, start=1):
                 path = folder / shard_name(number, len(job.shards))
-                with open(path, "xb") as file:
-                    _write_shard(job, shard, reader, file, rounding, progress)
+                write_shard(job, shard, reader, path, rounding, progress)
                 flushed.append(aside.submit(sync, path))
             record = _record(job, rounding)
             write_folder(job, folder, record)
@@ -228,69 +169,7 @@ def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> di
     return record
 
 
-def _write_shard(
-    job: Export,
-    shard: list[Output],
-    reader: RowReader,
-    file: BinaryIO,
-    rounding: Rounding | None,
-    progress: Callable[[int], None],
-) -> None:
-    file.write(format_header([(output.name, output.shape) for output in shard], job.dtype))
-    for values in ahead(_tasks(job, shard, reader, rounding)):
-        file.write(as_bytes(values))
-        progress(values.nbytes)
-
-
-def _tasks(
-    job: Export, shard: list[Output], reader: RowReader, rounding: Rounding | None
-) -> Iterator[Callable[[bytearray], torch.Tensor]]:
-    """What to call, in this order, for all values of a file."""
-    for output in shard:
-        match output.source:
-            case Moved(key):
-                row_bytes = math.prod(output.shape[1:]) * job.checkpoint.tensors[key].dtype.itemsize
-                for rows in blocks(output.shape[0], row_bytes):
-                    yield partial(_read_rows, job, output, output.source, reader, rows)
-            case Folded(layer):
-                yield partial(_fold, job, layer, reader, rounding)
-            case Zeros():
-                yield partial(_zeros, job, output)
-
-
-def _read_rows(
-    job: Export, output: Output, source: Moved, reader: RowReader, rows: tuple[int, int], scratch: bytearray
-) -> torch.Tensor:
-    """Rows of a tensor, gathered from where they stand in Megatron's."""
-    stored = job.checkpoint.tensors[source.key].dtype
-    values = scratch_rows(scratch, stored, (rows[1] - rows[0], *output.shape[1:]))
-    position = 0
-    for _, first, last in name_table.cut(source.runs, *rows):
-        reader.read(source.key, source.index, first, last, values[position : position + last - first])
-        position += last - first
-    return cast(values, job.dtype, f"{job.checkpoint.root}: {source.key}")
-
-
-def _fold(
-    job: Export, layer: int, reader: RowReader, rounding: Rounding | None, scratch: bytearray
-) -> torch.Tensor:
-    """A layer's gates; what their rounding changes is added to ``rounding``."""
-    assert job.router is not None and job.gates is not None and rounding is not None
-    gate = read_gate(job.checkpoint, job.router, layer)
-    key = job.keys[name_table.NORM_BEFORE_FFN]
-    norm = torch.empty(job.model.hidden_size, dtype=job.checkpoint.tensors[key].dtype)
-    reader.read(key, (layer,), 0, len(norm), norm)
-    values = cast(gate, job.dtype, f"{job.checkpoint.root}: the router of layer {layer}")
-    hidden = job.gates.hidden and job.checkpoint.read_layer(job.gates.hidden, layer, bytearray()).float()
-    rounding.add(gate, norm, job.router, job.gates.keys_per_expert, layer, job.dtype, hidden)
-    return values
-
-
-def _zeros(job: Export, output: Output, scratch: bytearray) -> torch.Tensor:
-    return torch.zeros(output.shape, dtype=job.dtype)
-
-
-def _record(job: Export, rounding: Rounding | None) -> dict[str, Any]:
+def _record(job: Export, rounding: Rounding) -> dict[str, Any]:
     """What made the folder."""
     upcycled = job.manifest or {}
     return {
@@ -303,7 +182,7 @@ def _record(job: Export, rounding: Rounding | None) -> dict[str, Any]:
         "architecture": job.model.describe(),
         "dtype": dtype_name(job.dtype),
         "router": job.router.to_dict() if job.router else None,
-        "rounding": asdict(rounding) if rounding else None,
+        "rounding": asdict(rounding) if job.router else None,
         "upcycled": {name: upcycled[name] for name in ("seed", "versions") if name in upcycled} or None,
         "versions": versions(),
     }
@@ -311,8 +190,8 @@ def _record(job: Export, rounding: Rounding | None) -> dict[str, Any]:
 
 def describe_result(job: Export, record: dict[str, Any], seconds: float) -> str:
     """What was made, and how to load it."""
-    size = files.format_bytes(job.bytes_to_write)
-    what = f"{class_name(job)}, {record['architecture']}, {record['dtype']}"
+    size = format_bytes(job.bytes_to_write)
+    what = f"{job.class_name}, {record['architecture']}, {record['dtype']}"
     lines = [f"{job.out}: {what}, {size} in {seconds:.1f} s"]
     if record["rounding"]:
         lines.append(Rounding(**record["rounding"]).describe(record["dtype"]))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,17 @@ SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 TOKENIZER = "tokenizer"
-# What of a folder makes a tokenizer, one of the first three at least; the rest goes with it.
+# A folder with one of these holds a tokenizer; what else there is of it goes along.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 BESIDE_TOKENIZER = (
-    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json", CONFIG),
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION_CONFIG,
+    CONFIG,
 )
 
 
@@ -51,8 +58,7 @@ def shard_name(number: int, count: int) -> str:
 
 def copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
     """Copy the tokenizer's files; return the ids of its special tokens as config.json has them."""
-    files = (*TOKENIZER_FILES, *BESIDE_TOKENIZER)
-    copy_files(source, target, tuple(file for file in files if file != CONFIG))
+    copy_files(source, target, [file for file in TOKENIZER_FILES + BESIDE_TOKENIZER if file != CONFIG])
     for file in (CONFIG, GENERATION_CONFIG):
         if (source / file).is_file():
             found = read_json(source / file)
@@ -82,9 +88,8 @@ def is_tokenizer(folder: Path) -> bool:
     return any((folder / file).is_file() for file in TOKENIZER_FILES)
 
 
-def copy_files(source: Path, target: Path, files: tuple[str, ...]) -> list[str]:
-    """Copy those of ``files`` that there are; return their names."""
-    found = [file for file in files if (source / file).is_file()]
-    for file in found:
-        shutil.copyfile(source / file, target / file)
-    return found
+def copy_files(source: Path, target: Path, files: Iterable[str]) -> None:
+    """Copy those of ``files`` that there are."""
+    for file in files:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, target / file)

@@ -1,11 +1,12 @@
 """What stands beside the weights in an exported folder: configurations, tokenizer, model card, record."""
 
+import inspect
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.hf.export_job import Export, class_name
+from megatron_router_upcycling.hf import config_json
+from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import (
     CONFIG,
     GENERATION_CONFIG,
@@ -16,11 +17,12 @@ from megatron_router_upcycling.hf.files import (
 )
 from megatron_router_upcycling.hf.model_card import model_card
 from megatron_router_upcycling.hf.values import dtype_name
+from megatron_router_upcycling.routers.kinds import Kind
 
 RECORD = "export_hf.json"
 
 
-def write_folder(job: "Export", folder: Path, record: dict[str, Any]) -> None:
+def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     """Write everything but the weights."""
     special = copy_tokenizer(job.tokenizer, folder) if job.tokenizer else {}
     _write_json(folder / CONFIG, config(job) | special)
@@ -33,8 +35,8 @@ def write_folder(job: "Export", folder: Path, record: dict[str, Any]) -> None:
             for output in shard
         }
         _write_json(folder / INDEX, {"metadata": {"total_size": job.bytes_to_write}, "weight_map": places})
-    if not job.is_stock:
-        shutil.copyfile(Path(__file__).with_name(MODELLING_FILE), folder / MODELLING_FILE)
+    if job.router is not None and not job.is_stock:
+        (folder / MODELLING_FILE).write_text(modelling_file(job.router.kind), encoding="utf-8")
     _write_json(folder / RECORD, record)
     (folder / "README.md").write_text(model_card(job, record), encoding="utf-8")
 
@@ -43,13 +45,21 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def config(job: "Export") -> dict[str, Any]:
+def modelling_file(kind: Kind) -> str:
+    """The source of the classes that load a model, with that of the kind's logits at its end."""
+    classes = Path(__file__).with_name(MODELLING_FILE).read_text(encoding="utf-8")
+    functions = [inspect.getsource(function) for function in (*kind.helpers, kind.logits)]
+    entry = f'LOGITS["{kind.name}"] = {kind.logits.__name__}\n'
+    return "\n\n".join([classes, *functions, entry])
+
+
+def config(job: Export) -> dict[str, Any]:
     """The config.json, but for special tokens."""
-    values = job.model.hf_config()
-    values["architectures"] = [class_name(job)]
+    values = config_json.from_model(job.model)
+    values["architectures"] = [job.class_name]
     values["max_window_layers"] = job.model.num_layers
     values["torch_dtype"] = dtype_name(job.dtype)
-    if job.router is None or job.gates is None:
+    if job.router is None:
         return values
     loss = getattr(job.checkpoint.args, "moe_aux_loss_coeff", 0.0)
     values |= {
@@ -68,9 +78,8 @@ def config(job: "Export") -> dict[str, Any]:
     if not job.is_stock:
         module = MODELLING_FILE.removesuffix(".py")
         values |= {
-            "auto_map": {"AutoModelForCausalLM": f"{module}.{class_name(job)}"},
-            "router_gates": job.gates.num_rows,
-            "router_keys_per_expert": job.gates.keys_per_expert,
-            "router_has_hidden_layer": job.gates.hidden is not None,
+            "auto_map": {"AutoModelForCausalLM": f"{module}.{job.class_name}"},
+            "upcycled_router": job.router.to_dict(),
+            "upcycled_gate": job.gate,
         }
     return values

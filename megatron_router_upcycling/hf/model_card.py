@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_router_upcycling import __version__
-from megatron_router_upcycling.hf.export_job import Export, class_name
+from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import MODELLING_FILE
 from megatron_router_upcycling.hf.rounding import Rounding
 
@@ -20,7 +20,7 @@ pipeline_tag: text-generation{tags}
 
 # {job.out.absolute().name}
 
-`{class_name(job)}`: {record["architecture"]}, {record["dtype"]}.
+`{job.class_name}`: {record["architecture"]}, {record["dtype"]}.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -36,25 +36,14 @@ Exported by megatron-router-upcycling {__version__} (`router-upcycle export-hf`)
 
 def _router_section(job: Export, record: dict[str, Any]) -> str:
     router = job.router
-    assert router is not None and job.gates is not None
-    kind = {
-        "linear": "a linear layer",
-        "mlp": "two layers with GELU between them",
-        "switch": "Switch Transformer's, a linear layer (no token is dropped here)",
-        "locmoe": "LocMoE's, the means of slices of the hidden state",
-        "mixture": f"a mixture of {router.num_routers} routers, {router.pooling} pooling, made from a dense"
-        " model's attention heads (Router Upcycling, [arXiv 2509.00679](https://arxiv.org/abs/2509.00679))",
-    }[router.router]
+    assert router is not None
+    kind = router.kind.card.format(router=router)
     order = "softmax, then top-k" if router.pre_softmax else "top-k, then softmax"
     if job.is_stock:
         folded = "It is linear in the hidden state, and stands here as one gate a layer, folded in float32."
-    elif job.gates.hidden is not None:
-        folded = f"It stands here as it is: see `{MODELLING_FILE}`, which needs transformers 5."
     else:
-        folded = (
-            f"It stands here as {job.gates.num_rows} linear gates a layer, of which each expert takes the"
-            f" maximum: see `{MODELLING_FILE}`, which needs transformers 5."
-        )
+        how = router.kind.exported.format(rows=job.gate["weight"][0])
+        folded = f"It stands here {how}: see `{MODELLING_FILE}`, which needs transformers 5."
     shared = ""
     if job.model.family == "qwen2":
         shared = "\n\nThe shared expert that the class asks for is all zeros: it adds exactly nothing."

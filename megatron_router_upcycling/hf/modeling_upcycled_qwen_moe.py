@@ -1,9 +1,14 @@
-"""Qwen Mixture-of-Experts whose router is more than one linear gate (transformers 5).
+"""Qwen Mixture-of-Experts whose router is not one linear gate (transformers 5).
 
 Of arXiv 2509.00679: the maximum over several gates, which is max pooling over routers or several keys an
-expert (section 5.2), or an MLP (section 4.3). Written beside a model by megatron-router-upcycling;
-everything but the router is transformers' own.
+expert (section 5.2), or an MLP (section 4.3). Written beside a model by megatron-router-upcycling, which adds
+the router's logits at the end; everything but the router is transformers' own.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -11,30 +16,35 @@ from transformers import Qwen2MoeForCausalLM, Qwen3MoeForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+# Kind of router -> (its tensors by name, hidden states [..., D], its options) -> logits [..., n].
+LOGITS: dict[str, Callable] = {}
 
-class _PooledRouter(nn.Module):
-    """``weight`` [routers * experts * keys, hidden]; an expert's logit is the largest of its gates'.
 
-    With ``hidden.weight`` [hidden, hidden], an MLP's first layer, the gates see its output after GELU.
+class _Router(nn.Module):
+    """A router of the kind and the options in ``config.upcycled_router``.
+
+    ``config.upcycled_gate`` gives the names and shapes of its tensors. Logits are computed in float32.
     """
 
     def __init__(self, config):
         nn.Module.__init__(self)  # the stock router's makes a gate of another shape
-        self.num_experts = config.num_experts
+        self.options = SimpleNamespace(**config.upcycled_router)
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
-        self.keys_per_expert = config.router_keys_per_expert
-        self.weight = nn.Parameter(torch.zeros(config.router_gates, config.hidden_size))
-        width = config.hidden_size
-        self.hidden = nn.Linear(width, width, bias=False) if config.router_has_hidden_layer else None
+        self.names = list(config.upcycled_gate)
+        for place, shape in config.upcycled_gate.items():
+            *modules, name = place.split(".")
+            owner = self
+            for module in modules:
+                if not hasattr(owner, module):
+                    owner.add_module(module, nn.Module())
+                owner = getattr(owner, module)
+            owner.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def forward(self, hidden_states):
-        hidden_states = hidden_states.reshape(-1, self.weight.shape[1])
-        seen = hidden_states.float()
-        if self.hidden is not None:
-            seen = nn.functional.gelu(nn.functional.linear(seen, self.hidden.weight.float()))
-        logits = nn.functional.linear(seen, self.weight.float())
-        logits = logits.unflatten(-1, (-1, self.num_experts, self.keys_per_expert)).amax(dim=(-3, -1))
+        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        gate = {name: self.get_parameter(name).float() for name in self.names}
+        logits = LOGITS[self.options.router](gate, hidden_states.float(), self.options)
         scores, indices = logits.softmax(dim=-1).topk(self.top_k, dim=-1)
         if self.norm_topk_prob:
             scores = scores / scores.sum(dim=-1, keepdim=True)
@@ -42,11 +52,11 @@ class _PooledRouter(nn.Module):
 
 
 # Of the stock router's kind, so that transformers finds the logits for its auxiliary loss.
-class PooledQwen2MoeRouter(_PooledRouter, Qwen2MoeTopKRouter):
+class UpcycledQwen2MoeRouter(_Router, Qwen2MoeTopKRouter):
     pass
 
 
-class PooledQwen3MoeRouter(_PooledRouter, Qwen3MoeTopKRouter):
+class UpcycledQwen3MoeRouter(_Router, Qwen3MoeTopKRouter):
     pass
 
 
@@ -54,11 +64,11 @@ class UpcycledQwen2MoeForCausalLM(Qwen2MoeForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         for layer in self.model.layers:
-            layer.mlp.gate = PooledQwen2MoeRouter(config)
+            layer.mlp.gate = UpcycledQwen2MoeRouter(config)
 
 
 class UpcycledQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         for layer in self.model.layers:
-            layer.mlp.gate = PooledQwen3MoeRouter(config)
+            layer.mlp.gate = UpcycledQwen3MoeRouter(config)

@@ -3,9 +3,10 @@
 Megatron stacks a tensor over layers on axis 0 and over experts on axis 1, and fuses tensors that share an
 input. A row of ``TABLE`` says which Hugging Face tensors are the rows of a Megatron tensor; ``segments``
 says in which order, so that either side is made from the other by moving rows, with nothing computed.
+Pure: no torch.
 
 Symbols of shapes: V vocabulary, D hidden size, F FFN size, d head size, Q = query heads x d,
-K = query groups x d, n experts.
+K = query groups x d, S width of Qwen2-MoE's shared expert.
 """
 
 import math
@@ -13,13 +14,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_router_upcycling.hf.architecture import Architecture
+from megatron_router_upcycling.checkpoint import names
+from megatron_router_upcycling.hf.architecture import QwenModel
 
 LAYER = "model.layers.{layer}"
 EXPERT = "mlp.experts.{expert}"
-DECODER = "decoder.layers"
-ATTENTION = f"{DECODER}.self_attention"
-EXPERTS = f"{DECODER}.mlp.experts.experts"
+EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NORM_BEFORE_FFN = names.NORMS[1][0]
+PROJECTION = f"{names.PROJECTION}.weight"
 
 # How the rows of several tensors become those of one.
 WHOLE = "whole"  # one tensor, as it is
@@ -42,22 +44,18 @@ class Row:
     megatron: str
     parts: tuple[Part, ...]
     order: str = WHOLE
-    only: str | None = None  # a property of the model that has this tensor
-    other: str | None = None  # Megatron's other name for it, of which a checkpoint may have either
+    only: str | None = None  # what a model must be or have to have this tensor: see ``rows``
 
 
 def _part(name: str, *shape: str) -> Part:
     return Part(f"{LAYER}.{name}", shape)
 
 
-NORM_BEFORE_FFN = f"{DECODER}.mlp.linear_fc1.layer_norm_weight"
-ANY_PROJECTION = f"{ATTENTION}.linear_proj.weight"
-
 TABLE = (
-    Row("embedding.word_embeddings.weight", (Part("model.embed_tokens.weight", ("V", "D")),), PADDED),
-    Row(f"{ATTENTION}.linear_qkv.layer_norm_weight", (_part("input_layernorm.weight", "D"),)),
+    Row(names.EMBEDDING, (Part(EMBED_TOKENS, ("V", "D")),), PADDED),
+    Row(names.NORMS[0][0], (_part("input_layernorm.weight", "D"),)),
     Row(
-        f"{ATTENTION}.linear_qkv.weight",
+        names.QKV,
         (
             _part("self_attn.q_proj.weight", "Q", "D"),
             _part("self_attn.k_proj.weight", "K", "D"),
@@ -66,7 +64,7 @@ TABLE = (
         GROUPED,
     ),
     Row(
-        f"{ATTENTION}.linear_qkv.bias",
+        f"{names.QKV_LINEAR}.bias",
         (
             _part("self_attn.q_proj.bias", "Q"),
             _part("self_attn.k_proj.bias", "K"),
@@ -75,37 +73,30 @@ TABLE = (
         GROUPED,
         only="qkv_bias",
     ),
-    Row(f"{ATTENTION}.q_layernorm.weight", (_part("self_attn.q_norm.weight", "d"),), only="qk_norm"),
-    Row(f"{ATTENTION}.k_layernorm.weight", (_part("self_attn.k_norm.weight", "d"),), only="qk_norm"),
-    Row(f"{ATTENTION}.linear_proj.weight", (_part("self_attn.o_proj.weight", "D", "Q"),)),
+    Row(f"{names.QUERY_NORM}.weight", (_part("self_attn.q_norm.weight", "d"),), only="qk_norm"),
+    Row(f"{names.KEY_NORM}.weight", (_part("self_attn.k_norm.weight", "d"),), only="qk_norm"),
+    Row(PROJECTION, (_part("self_attn.o_proj.weight", "D", "Q"),)),
+    Row(NORM_BEFORE_FFN, (_part("post_attention_layernorm.weight", "D"),)),
     Row(
-        NORM_BEFORE_FFN,
-        (_part("post_attention_layernorm.weight", "D"),),
-        other=f"{DECODER}.pre_mlp_layernorm.weight",
-    ),
-    Row(
-        f"{DECODER}.mlp.linear_fc1.weight",
+        f"{names.FC1}.weight",
         (_part("mlp.gate_proj.weight", "F", "D"), _part("mlp.up_proj.weight", "F", "D")),
         STACKED,
         only="dense",
     ),
-    Row(f"{DECODER}.mlp.linear_fc2.weight", (_part("mlp.down_proj.weight", "D", "F"),), only="dense"),
+    Row(f"{names.FC2}.weight", (_part("mlp.down_proj.weight", "D", "F"),), only="dense"),
     Row(
-        f"{EXPERTS}.linear_fc1.weight",
+        f"{names.EXPERTS}.linear_fc1.weight",
         (_part(f"{EXPERT}.gate_proj.weight", "F", "D"), _part(f"{EXPERT}.up_proj.weight", "F", "D")),
         STACKED,
         only="moe",
     ),
-    Row(f"{EXPERTS}.linear_fc2.weight", (_part(f"{EXPERT}.down_proj.weight", "D", "F"),), only="moe"),
-    Row("decoder.final_layernorm.weight", (Part("model.norm.weight", ("D",)),)),
-    Row("output_layer.weight", (Part("lm_head.weight", ("V", "D")),), PADDED, only="untied"),
+    Row(f"{names.EXPERTS}.linear_fc2.weight", (_part(f"{EXPERT}.down_proj.weight", "D", "F"),), only="moe"),
+    Row(f"{names.FINAL_NORM}.weight", (Part("model.norm.weight", ("D",)),)),
+    Row(names.OUTPUT_LAYER, (Part(LM_HEAD, ("V", "D")),), PADDED, only="untied"),
 )
 
-# The router's gate is made, not moved, unless Megatron's router is linear already.
-GATE = _part("mlp.gate.weight", "n", "D")
-GATE_HIDDEN = _part("mlp.gate.hidden.weight", "D", "D")  # of an MLP router, for our own modelling file
-ROUTER = f"{DECODER}.mlp.router"
-# What Qwen2-MoE has beside the routed experts. All zeros, it adds exactly nothing. Symbol S: its width.
+GATE = f"{LAYER}.mlp.gate"  # the router's tensors, which are made and not moved (``Kind.gate``)
+# What Qwen2-MoE has beside the routed experts. All zeros, it adds exactly nothing.
 SHARED_EXPERT = (
     _part("mlp.shared_expert.gate_proj.weight", "S", "D"),
     _part("mlp.shared_expert.up_proj.weight", "S", "D"),
@@ -122,7 +113,7 @@ class Segment(NamedTuple):
     stop: int
 
 
-def rows(model: Architecture) -> list[Row]:
+def rows(model: QwenModel) -> list[Row]:
     """The tensors that ``model`` has."""
     has = {
         None: True,
@@ -135,38 +126,41 @@ def rows(model: Architecture) -> list[Row]:
     return [row for row in TABLE if has[row.only]]
 
 
-def shape(part: Part, model: Architecture) -> tuple[int, ...]:
+def shape(part: Part, model: QwenModel, shared_expert_width: int = 0) -> tuple[int, ...]:
     """The shape of a Hugging Face tensor."""
     sizes = {
+        "1": 1,
+        "S": shared_expert_width,
         "V": model.vocab_size,
         "D": model.hidden_size,
         "F": model.ffn_hidden_size,
         "d": model.kv_channels,
         "Q": model.num_attention_heads * model.kv_channels,
         "K": model.num_query_groups * model.kv_channels,
-        "n": model.num_experts,
     }
     return tuple(sizes[symbol] for symbol in part.shape)
 
 
-def stack(row: Row, model: Architecture) -> tuple[int, ...]:
-    """The axes that Megatron stacks this tensor on: (), (layers,) or (layers, experts)."""
+def stack(row: Row, model: QwenModel) -> tuple[int, ...]:
+    """The sizes of the axes that Megatron stacks this tensor on: (), (layers,) or (layers, experts)."""
     name = row.parts[0].name
     return (model.num_layers,) * ("{layer}" in name) + (model.num_experts,) * ("{expert}" in name)
 
 
-def indices(row: Row, model: Architecture) -> Iterator[tuple[int, ...]]:
+def indices(row: Row, model: QwenModel) -> Iterator[tuple[int, ...]]:
     """Every place in the stack, one after the other."""
+    if not stack(row, model):
+        yield ()
+        return
+    for layer in range(model.num_layers):
+        yield from indices_in(layer, row, model)
 
-    def places(axes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        if not axes:
-            yield ()
-            return
-        for place in range(axes[0]):
-            for rest in places(axes[1:]):
-                yield place, *rest
 
-    return places(stack(row, model))
+def indices_in(layer: int, row: Row, model: QwenModel) -> list[tuple[int, ...]]:
+    """The places of one layer in the stack: (layer,), or (layer, expert) for every expert."""
+    if len(stack(row, model)) == 1:
+        return [(layer,)]
+    return [(layer, expert) for expert in range(model.num_experts)]
 
 
 def name(part: Part, index: tuple[int, ...]) -> str:
@@ -174,7 +168,7 @@ def name(part: Part, index: tuple[int, ...]) -> str:
     return part.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
 
 
-def segments(row: Row, model: Architecture) -> list[Segment]:
+def segments(row: Row, model: QwenModel) -> list[Segment]:
     """The rows of Megatron's tensor, from first to last, by where they come from."""
     heights = [shape(part, model)[0] for part in row.parts]
     if row.order == GROUPED:
@@ -190,7 +184,7 @@ def segments(row: Row, model: Architecture) -> list[Segment]:
     return found
 
 
-def runs(row: Row, part: int, model: Architecture) -> list[tuple[int, int]]:
+def runs(row: Row, part: int, model: QwenModel) -> list[tuple[int, int]]:
     """Where a part's rows stand in Megatron's tensor: (start, stop), in the part's own order."""
     found, position = [], 0
     for segment in segments(row, model):
@@ -215,13 +209,13 @@ def cut(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> Iterator[tu
         position += last - first
 
 
-def megatron_shape(row: Row, model: Architecture) -> tuple[int, ...]:
+def megatron_shape(row: Row, model: QwenModel) -> tuple[int, ...]:
     """The global shape of Megatron's tensor."""
     height = sum(segment.stop - segment.start for segment in segments(row, model))
     return (*stack(row, model), height, *shape(row.parts[0], model)[1:])
 
 
-def hf_tensors(model: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+def hf_tensors(model: QwenModel) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the Hugging Face tensors that the table covers."""
     for row in rows(model):
         for index in indices(row, model):
@@ -229,6 +223,6 @@ def hf_tensors(model: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield name(part, index), shape(part, model)
 
 
-def num_elements(model: Architecture) -> int:
+def num_elements(model: QwenModel) -> int:
     """Elements of all Megatron tensors in the table."""
     return sum(math.prod(megatron_shape(row, model)) for row in rows(model))

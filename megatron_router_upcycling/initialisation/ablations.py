@@ -17,7 +17,6 @@ from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.random_weights import generator
-from megatron_router_upcycling.routers.fold import fold, pool_logits
 
 KMEANS_ROUNDS = 50
 BISECTIONS = 200
@@ -128,21 +127,16 @@ def alter_router(
     if init.target_entropy is not None:
         scale = scale_to_entropy(logits(made, router, inputs()), init.target_entropy, f"in layer {layer}")
     if scale != 1:
-        last = {"mixture": "expert_key", "mlp": "fc2.weight"}.get(router.router, "weight")
-        made[last] = (made[last].double() * scale).to(dtype)
+        scaled = router.kind.scaled
+        assert scaled is not None  # InitConfig.check refuses the others
+        made[scaled] = (made[scaled].double() * scale).to(dtype)
     return made
 
 
 def logits(values: dict[str, Tensor], router: RouterConfig, inputs: Tensor) -> Tensor:
     """Logits [S, n] in float64 of ``inputs`` [S, D]."""
-    x = inputs.double()
-    if router.router == "mixture":
-        gate = fold(values["query_weight"], values["expert_key"], router.pooling, torch.float64)
-        return pool_logits(x @ gate.t(), router.num_experts, len(values["expert_key"]) // router.num_experts)
-    if router.router == "mlp":
-        x = torch.nn.functional.gelu(x @ values["fc1.weight"].double().t())
-        return x @ values["fc2.weight"].double().t()
-    return x @ values["weight"].double().t()
+    gate = router.kind.gate(values, router, inputs.shape[1], torch.float64)
+    return router.kind.logits(gate, inputs.double(), router)
 
 
 def alter_expert(

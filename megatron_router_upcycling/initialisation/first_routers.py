@@ -19,34 +19,21 @@ from megatron_router_upcycling.initialisation.ablations import alter_router
 from megatron_router_upcycling.initialisation.heads import init_mixture
 from megatron_router_upcycling.initialisation.qkv import split_qkv
 from megatron_router_upcycling.key_statistics.file import KeyStats, read_router_input
-
-DRAWN = ("linear", "switch", "mlp")  # routers whose parameters are random
+from megatron_router_upcycling.routers import kinds
 
 
 def router_parameters(model: DenseModel, router: RouterConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Global keys and shapes of the routers' parameters.
 
-    Megatron gives a router a bias where linear layers have one.
+    Raises:
+        UserError: the router does not fit the model.
     """
-    L, D, n = model.num_layers, model.hidden_size, router.num_experts
-    bias = () if model.flags["disable_bias_linear"] else ((f"{ROUTER}.bias", (L, n)),)
-    if router.router == "locmoe":
-        return ()
-    if router.router in DRAWN:
-        return *((f"{ROUTER}.{name}", (L, *shape)) for name, shape in drawn_parameters(router, D)), *bias
-    shape = router.shape(model.num_attention_heads, model.kv_channels)
-    return (
-        (f"{ROUTER}.query_weight", (L, shape.num_routers, shape.router_width, D)),
-        (f"{ROUTER}.expert_key", (L, n * shape.keys_per_expert, shape.router_width)),
-        *bias,
-    )
+    L, made = model.num_layers, kinds.all_parameters(router, _sizes(model))
+    return tuple((f"{ROUTER}.{parameter.name}", (L, *parameter.shape)) for parameter in made)
 
 
-def drawn_parameters(router: RouterConfig, hidden: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes, in one layer, of a random router's parameters; the last has a row for each expert."""
-    if router.router == "mlp":
-        return ("fc1.weight", (hidden, hidden)), ("fc2.weight", (router.num_experts, hidden))
-    return (("weight", (router.num_experts, hidden)),)
+def _sizes(model: DenseModel) -> kinds.Sizes:
+    return kinds.Sizes.of(model, add_bias_linear=not model.flags["disable_bias_linear"])
 
 
 def router_values(
@@ -63,19 +50,16 @@ def router_values(
 
     A bias is zero: the paper's routers have none.
     """
-    if router.router == "locmoe":
-        yield from (() for _ in layers)
-        return
-    bias = () if model.flags["disable_bias_linear"] else (torch.zeros(router.num_experts, dtype=model.dtype),)
+    parameters = kinds.all_parameters(router, _sizes(model))
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
-        if router.router == "mixture":
+        if router.kind.of_heads:
             assert stats is not None
             values = _of_heads(dense, model, router, stats[0], scratch, layer)
         else:
             values = _drawn(model, router, generator)
         values = {name: value.to(model.dtype) for name, value in values.items()}
-        if init.alters_router:
+        if init.alters_router and values:
             gains = norm_gains(dense, model, layer, scratch) if init.norm_gain else None
 
             def inputs(layer: int = layer) -> torch.Tensor:
@@ -83,7 +67,12 @@ def router_values(
                 return read_router_input(stats[1], layer)
 
             values = alter_router(values, router, init, seed, layer, gains, inputs)
-        yield (*values.values(), *bias)
+        yield tuple(
+            values[parameter.name]
+            if parameter.name in values
+            else torch.zeros(parameter.shape, dtype=model.dtype)  # the bias
+            for parameter in parameters
+        )
 
 
 def _of_heads(
@@ -104,12 +93,17 @@ def _of_heads(
 def _drawn(model: DenseModel, router: RouterConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """A random router, in float32; one layer after the other comes from one generator."""
     copies = replace(router, num_experts=router.num_copies, top_k=1, granularity=1)
-    values = {
-        name: torch.empty(shape).normal_(std=model.init_method_std, generator=generator)
-        for name, shape in drawn_parameters(copies, model.hidden_size)
-    }
-    name, value = values.popitem()
-    return values | {name: value.repeat_interleave(router.granularity, dim=0)}
+    values = {}
+    for parameter in router.kind.parameters(copies, _sizes(model)):
+        value = torch.empty(parameter.shape)
+        if parameter.constant is None:
+            value.normal_(std=model.init_method_std, generator=generator)
+        else:
+            value.fill_(parameter.constant)
+        if parameter.per_expert:
+            value = value.repeat_interleave(router.granularity, dim=0)
+        values[parameter.name] = value
+    return values
 
 
 def norm_gains(

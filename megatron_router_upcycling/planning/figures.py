@@ -12,6 +12,7 @@ from functools import cached_property
 
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.planning.setup import Setup
+from megatron_router_upcycling.routers import kinds
 
 PARTS = ("embedding", "attention", "ffn", "experts", "routers", "norms", "output layer")
 GIB = 2**30
@@ -19,16 +20,8 @@ GIB = 2**30
 
 def router_parameters(router: RouterConfig, setup: Setup) -> int:
     """Of one layer's router, which every rank holds whole."""
-    D, n = setup.hidden_size, router.num_experts
-    bias = n if setup.add_bias_linear else 0
-    if router.router == "mixture":
-        shape = router.shape(setup.num_attention_heads, setup.head_dim)
-        return (shape.num_routers * D + n * shape.keys_per_expert) * shape.router_width + bias
-    if router.router == "mlp":
-        return D * D + D * n
-    if router.router == "locmoe":
-        return 0
-    return n * D + bias
+    heads = setup.num_attention_heads, setup.head_dim
+    return kinds.num_parameters(router, kinds.Sizes(setup.hidden_size, *heads, setup.add_bias_linear))
 
 
 def parameters(setup: Setup, stage: int) -> dict[str, int]:

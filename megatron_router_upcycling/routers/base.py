@@ -1,29 +1,79 @@
-"""What routers with parameters of their own have in common, in place of Megatron's linear gate."""
+"""A router trained from its row in ``kinds.KINDS``, in place of Megatron's linear gate.
+
+A ``TopKRouter`` with other parameters and logits: all that Megatron does after the logits (z-loss, softmax,
+top-k, auxiliary losses, token dropping, expert bias, replay) is inherited.
+"""
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.routers.kinds import Sizes
+
 
 class OwnParametersRouter(TopKRouter):
-    """A ``TopKRouter`` whose constructor replaces ``weight`` and then calls ``reset_parameters`` again.
+    """The parameters of ``router.kind``, in ``config.params_dtype``, and its logits.
 
-    Its parameters are replicated over all parallel groups, as the stock router's ``weight`` is.
+    Replicated over all parallel groups, as the stock router's ``weight`` is. From scratch they are drawn with
+    ``config.init_method``, but for those that the row gives a constant.
+
+    Raises:
+        UserError: the options do not fit the model.
     """
 
     # Megatron-FSDP knows the stock router as replicated by its class name, any other module by this.
     tensor_model_parallel = False
 
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        *,
+        router: RouterConfig,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        assert router.num_experts == config.num_moe_experts
+        self.options = router
+        # The stock gate goes, so that no state dict, DDP buffer or optimizer ever sees it.
+        self.register_parameter("weight", None)
+        if not router.kind.has_bias:
+            self.bias = None  # a parameter where linear layers have biases, else None already
+        self.own = router.kind.parameters(router, Sizes.of(config))
+        for parameter in self.own:
+            *modules, name = parameter.name.split(".")
+            owner: torch.nn.Module = self
+            for module in modules:
+                if not hasattr(owner, module):
+                    owner.add_module(module, torch.nn.Module())
+                owner = getattr(owner, module)
+            empty = torch.empty(parameter.shape, dtype=torch.float32)
+            owner.register_parameter(name, torch.nn.Parameter(empty))
+        self.reset_parameters()
+
     def reset_parameters(self) -> None:
         """Draw the parameters and mark them for Megatron, as ``Router.reset_parameters`` does its own."""
-        if self.weight is not None:
+        if not hasattr(self, "own"):
             return  # Router.__init__ calls this for the gate that goes at once
-        for parameter in self.parameters():
-            if self.config.perform_initialization:
+        constants = {parameter.name: parameter.constant for parameter in self.own}
+        for name, parameter in self.named_parameters():
+            if (constant := constants.get(name)) is not None:
+                torch.nn.init.constant_(parameter, constant)
+            elif self.config.perform_initialization:
                 self.config.init_method(parameter)
             parameter.data = parameter.data.to(dtype=self.config.params_dtype)
             parameter.sequence_parallel = self.config.sequence_parallel
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [..., n] of tokens [..., D], in ``moe_router_dtype`` (default: the input's dtype)."""
+        dtype, kind = router_dtype(self.config, input), self.options.kind
+        values = {parameter.name: self.get_parameter(parameter.name) for parameter in self.own}
+        gate = kind.gate(values, self.options, self.config.hidden_size, dtype)
+        logits = kind.logits(gate, input.to(dtype), self.options)
+        return logits if self.bias is None else logits + self.bias.to(dtype)
 
 
 def router_dtype(config: TransformerConfig, input: Tensor) -> torch.dtype:

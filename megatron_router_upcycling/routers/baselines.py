@@ -1,7 +1,8 @@
 """The paper's baselines in Megatron's MoE layer (arXiv 2509.00679, section 4.3).
 
-Each is a ``TopKRouter`` with other logits or with something added to the routing; aux loss, z-loss, top-k and
-token dropping are inherited. Vanilla upcycling and training from scratch use ``TopKRouter`` as it is.
+Each is a ``TopKRouter`` with something added to the routing; aux loss, z-loss, top-k and token dropping are
+inherited. Vanilla upcycling and training from scratch use ``TopKRouter`` as it is, and the MLP router is what
+its row in ``kinds.KINDS`` says.
 
 Symbols: n experts, D hidden size.
 """
@@ -18,38 +19,7 @@ from torch import Tensor
 
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.routers.base import OwnParametersRouter, router_dtype
-
-# Names among Megatron's MoE metrics.
-DROPPED = "dropped token share"
-LOCALITY = "locality_loss"
-LOCAL = "local token share"
-
-
-class MLPRouter(OwnParametersRouter):
-    """Two layers, D -> D -> n, with GELU between: ``fc1.weight`` [D, D] and ``fc2.weight`` [n, D].
-
-    Replicated over all parallel groups, in ``config.params_dtype``; computed in ``moe_router_dtype``.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
-        is_mtp_layer: bool = False,
-    ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.register_parameter("weight", None)
-        hidden, n = config.hidden_size, config.num_moe_experts
-        self.fc1 = torch.nn.Linear(hidden, hidden, bias=False, device="cpu", dtype=torch.float32)
-        self.fc2 = torch.nn.Linear(hidden, n, bias=False, device="cpu", dtype=torch.float32)
-        self.reset_parameters()
-
-    def gating(self, input: Tensor) -> Tensor:
-        """Logits [..., n] of tokens [..., D]."""
-        dtype = router_dtype(self.config, input)
-        hidden = torch.nn.functional.linear(input.to(dtype), self.fc1.weight.to(dtype))
-        logits = torch.nn.functional.linear(torch.nn.functional.gelu(hidden), self.fc2.weight.to(dtype))
-        return logits if self.bias is None else logits + self.bias.to(dtype)
+from megatron_router_upcycling.routers.kinds import DROPPED, LOCAL, LOCALITY
 
 
 class SwitchRouter(TopKRouter):
@@ -61,8 +31,8 @@ class SwitchRouter(TopKRouter):
     reads and zeroes them, and the share of dropped tokens is in Megatron's log.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args: Any, router: RouterConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         self.dropped_tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.routed_tokens = torch.zeros((), dtype=torch.int64, device=device)
@@ -83,15 +53,13 @@ class SwitchRouter(TopKRouter):
         return probs, routing_map
 
 
-class LocMoERouter(TopKRouter):
+class LocMoERouter(OwnParametersRouter):
     """LocMoE (arXiv 2401.13920): grouped average pooling for a gate, and a loss that keeps tokens local.
 
     Expert i's logit is the mean of the i-th of n equal slices of the hidden state: no parameter is learned.
     The locality loss is ``coefficient`` times the KL divergence between all mass on this rank's own experts
     and the rank's mean routing distribution P, which is -log(sum of P over them); 0 at EP 1.
     """
-
-    tensor_model_parallel = False
 
     def __init__(
         self,
@@ -101,10 +69,7 @@ class LocMoERouter(TopKRouter):
         *,
         router: RouterConfig,
     ) -> None:
-        router.check_hidden_size(config.hidden_size)
-        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.register_parameter("weight", None)
-        self.bias = None  # a parameter where Megatron's linear layers have biases, else None already
+        super().__init__(config, pg_collection, is_mtp_layer, router=router)
         assert router.locality_loss_coeff is not None and pg_collection is not None
         self.locality_loss_coeff = router.locality_loss_coeff
         ranks, rank = pg_collection.ep.size(), pg_collection.ep.rank()
@@ -113,7 +78,7 @@ class LocMoERouter(TopKRouter):
         self.expert_parallel = ranks > 1
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits [..., n] of tokens [..., D]."""
+        """Logits [..., n] of tokens [..., D]: what the row's constant matrix gives, with less arithmetic."""
         tokens = input.to(router_dtype(self.config, input))
         return tokens.unflatten(-1, (self.config.num_moe_experts, -1)).mean(dim=-1)
 

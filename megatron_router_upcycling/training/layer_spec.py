@@ -28,10 +28,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_router_upcycling.checkpoint.names import SEPARATE_NORM, within_layer
 from megatron_router_upcycling.config import agreement, manifest, yaml_files
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.routers.build import METRICS, builder
+from megatron_router_upcycling.routers.build import builder
 from megatron_router_upcycling.training.patches.moe_metrics import report_also
 
 ENVIRONMENT = "MEGATRON_ROUTER_UPCYCLING_CONFIG"
@@ -118,7 +119,7 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
     if model_config.transformer.num_moe_experts is None:
         return spec
     _check_agreement(router, model_config.transformer)
-    for name in METRICS.get(router.router, ()):
+    for name in router.kind.metrics:
         report_also(name)  # here, where every rank comes: a pipeline stage without experts reports as well
     if not isinstance(spec, TransformerBlockSubmodules):
         raise _unknown("default_layer_spec of an MoE", "TransformerBlockSubmodules", spec)
@@ -140,10 +141,11 @@ def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
         return layer
     if not isinstance(inner, MoESubmodules) or mlp.func is not MoELayer:
         raise _unknown("TransformerLayerSubmodules.mlp", "partial(MoELayer, submodules=MoESubmodules)", mlp)
-    if router.router != "linear":
+    if router.kind.module is not None:
         inner = replace(inner, router=builder(router))
     routed = partial(mlp.func, *mlp.args, **(mlp.keywords | {"submodules": inner}))
-    names = {k: v for k, v in submodules.sharded_state_dict_keys_map.items() if k != "pre_mlp_layernorm."}
+    norm = within_layer(SEPARATE_NORM)
+    names = {k: v for k, v in submodules.sharded_state_dict_keys_map.items() if k != norm}
     return replace(layer, submodules=replace(submodules, mlp=routed, sharded_state_dict_keys_map=names))
 
 

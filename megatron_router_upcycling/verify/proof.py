@@ -15,11 +15,12 @@ from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, CONFIG
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA
 from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dense
+from megatron_router_upcycling.checkpoint.read_model import read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.files import format_bytes
-from megatron_router_upcycling.initialisation.first_routers import DRAWN
+from megatron_router_upcycling.files import format_bytes, sha256
+from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.file import load as load_key_stats
 from megatron_router_upcycling.verify import structure
@@ -69,7 +70,7 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
         UserError: not a dense checkpoint and an upcycled one, or no key statistics.
     """
     dense = open_dense(dense_root)
-    model = DenseModel.of(dense)
+    model = read_model(dense)
     findings = Findings()
     moe = open_checkpoint(moe_root, lambda name, what: findings.add("metadata", name, what))
     record = manifest.read(moe.root)
@@ -81,13 +82,12 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
     source = moe.root / manifest.NAME
     router, init = manifest.router_config(record, source), manifest.init_config(record, source)
     init.check(router)
-    if router.router == "mixture":
-        router.shape(model.num_attention_heads, model.kv_channels)
+    router_parameters(model, router)  # whether the router fits the model
     seed = record.get("seed")
     if not isinstance(seed, int):
         raise UserError(f"MOE {moe.root}: its manifest has seed {seed!r}; convert the model again")
     stats = None
-    if not _has_trained(moe) and (router.router == "mixture" or init.needs_router_input):
+    if not _has_trained(moe) and (router.kind.of_heads or init.needs_router_input):
         stats = _key_stats(model, structure.section(moe, record, "key_stats"), key_stats_file, findings)
     layout = Layout.of(structure.section(moe, record, "model"), router, model, source)
     return Verification(dense, model, moe, record, Start(router, init, stats, seed), layout, findings)
@@ -113,7 +113,7 @@ def _key_stats(
             f"--key-stats {path}: of another model: keys {list(stats.mean.shape)} where DENSE has"
             f" {list(expected)}"
         )
-    if structure.sha256(path) != recorded.get("sha256"):
+    if sha256(path) != recorded.get("sha256"):
         findings.add(
             "files", str(path), "is not the file of key statistics whose SHA-256 the manifest records"
         )
@@ -178,7 +178,7 @@ def _say_what_was_seen(verification: Verification, comparison: Comparison) -> No
             findings.looked_at[check] = format_bytes(comparison.compared.get(check, 0))
     if verification.trained:
         findings.skipped["states"] = findings.skipped["files"] = TRAINED
-    elif verification.start.router.router in DRAWN:
+    elif not verification.start.router.kind.of_heads and comparison.compared.get("routers"):
         findings.looked_at["routers"] += f", drawn again from seed {verification.start.seed}"
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_router_upcycling.checkpoint.dense_model import query_key_digest
 from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dense
+from megatron_router_upcycling.checkpoint.read_model import query_key_digest
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion import convert as conversion

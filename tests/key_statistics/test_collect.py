@@ -20,8 +20,8 @@ import safetensors.torch
 import torch
 import yaml
 
-from megatron_router_upcycling.checkpoint.dense_model import query_key_digest
 from megatron_router_upcycling.checkpoint.open import open_dense
+from megatron_router_upcycling.checkpoint.read_model import query_key_digest
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics import capture, moments, router_sample
 from megatron_router_upcycling.key_statistics import file as key_stats_file

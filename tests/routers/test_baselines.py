@@ -7,8 +7,9 @@ import torch
 
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.routers.baselines import LOCAL, LocMoERouter, locality_loss
-from megatron_router_upcycling.routers.build import METRICS
+from megatron_router_upcycling.routers import kinds
+from megatron_router_upcycling.routers.baselines import LocMoERouter, locality_loss
+from megatron_router_upcycling.routers.kinds import LOCAL
 from megatron_router_upcycling.training.patches.moe_metrics import report_also
 from tests.routers.test_mixture import EXPERTS, HIDDEN, build, megatron, on_cpu, tokens, transformer_config
 
@@ -17,37 +18,6 @@ __all__ = ["megatron", "on_cpu"]  # fixtures that every test of this file uses
 
 def kind(router: str) -> RouterConfig:
     return RouterConfig(router=router, num_experts=EXPERTS, top_k=1 if router == "switch" else 2)
-
-
-@pytest.mark.parametrize(
-    ("router", "parameters"),
-    [("mlp", {"fc1.weight", "fc2.weight"}), ("switch", {"weight"}), ("locmoe", set())],
-)
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_parameters_are_those_of_the_method_and_marked(
-    router: str, parameters: set[str], sequence_parallel: bool
-) -> None:
-    config = transformer_config(
-        params_dtype=torch.bfloat16, bf16=True, moe_router_topk=kind(router).top_k, add_bias_linear=True
-    )
-    config.sequence_parallel = sequence_parallel
-    made = dict(build(kind(router), config).named_parameters())
-    bias = set() if router == "locmoe" else {"bias"}
-    assert set(made) == parameters | bias
-    for parameter in made.values():
-        assert parameter.dtype == torch.bfloat16 and parameter.sequence_parallel is sequence_parallel
-
-
-def test_mlp_logits_are_two_layers() -> None:
-    router = build(kind("mlp"), transformer_config())
-    x = tokens(torch.bfloat16)
-    found = router.gating(x)
-    assert found.dtype == torch.float32 and found.requires_grad
-    first, second = router.fc1.weight.double(), router.fc2.weight.double()
-    for token, logits in zip(x.flatten(0, 1).double(), found.flatten(0, 1), strict=True):
-        hidden = first @ token
-        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-        torch.testing.assert_close(logits.double(), second @ hidden, rtol=1e-4, atol=1e-4)
 
 
 def test_locmoe_logits_are_means_of_slices_and_teach_the_layers_below() -> None:
@@ -117,14 +87,14 @@ def test_switch_jitter_is_for_training() -> None:
 
 def test_a_hidden_size_that_experts_do_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="6 experts do not divide a hidden size of 32"):
-        RouterConfig(router="locmoe", num_experts=6).check_hidden_size(32)
+        kinds.all_parameters(RouterConfig(router="locmoe", num_experts=6), kinds.Sizes(32, 4, 8))
 
 
 def test_what_routers_record_is_reported() -> None:
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
-    for names in METRICS.values():
-        for name in names:
+    for row in kinds.KINDS.values():
+        for name in row.metrics:
             report_also(name)
     tracker = MoEMetricsTracker()
     tracker.record(LOCAL, torch.tensor(0.75), 1, 1)

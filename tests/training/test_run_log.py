@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_router_upcycling.routers import likeness
 from megatron_router_upcycling.training.run_log import files, measures
 from megatron_router_upcycling.training.run_log.collector import RARE
 
@@ -66,7 +67,7 @@ def test_agreement_and_gates_beside_loops(random: torch.Generator, pooling: str,
         alone = torch.stack([key @ (query[j] @ x) for j in range(m)])
         pooled = first(alone.sum(dim=0) if pooling == "sum" else alone.amax(dim=0))
         agreed += sum(first(scores) == pooled for scores in alone)
-    assert measures.router_agreement(tokens, query, key, EXPERTS, pooling) == pytest.approx(
+    assert likeness.router_agreement(tokens, query, key, EXPERTS, pooling) == pytest.approx(
         agreed / (TOKENS * m)
     )
     gates = [key @ query[j] for j in range(m)]
@@ -74,7 +75,7 @@ def test_agreement_and_gates_beside_loops(random: torch.Generator, pooling: str,
     cosines = [
         torch.nn.functional.cosine_similarity(gates[a], gates[b], dim=0) for a in range(m) for b in range(a)
     ]
-    assert measures.gate_cosine(query, key) == pytest.approx(float(sum(cosines)) / len(cosines), abs=1e-5)
+    assert likeness.gate_cosine(query, key) == pytest.approx(float(sum(cosines)) / len(cosines), abs=1e-5)
 
 
 def test_spread_is_the_root_mean_square_distance_of_pairs(random: torch.Generator) -> None:

@@ -32,8 +32,8 @@ def make_model(folder: Path, layers: int, hidden: int, ffn: int, vocabulary: int
     import torch
     from safetensors.torch import save_file
 
-    from megatron_router_upcycling.hf import name_table
-    from megatron_router_upcycling.hf.architecture import from_hf
+    from megatron_router_upcycling.hf import config_json, name_table
+    from megatron_router_upcycling.hf.architecture import from_flags
 
     config = {
         "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": layers,
@@ -43,7 +43,7 @@ def make_model(folder: Path, layers: int, hidden: int, ffn: int, vocabulary: int
     }  # fmt: skip
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    model = from_hf(config, folder, 128)
+    model = from_flags(config_json.to_flags(config, folder, 128))
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)

@@ -43,6 +43,7 @@ def build_routers(options: Namespace, place: str) -> dict[str, torch.nn.Module]:
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_router_upcycling.routers.kinds import keys_per_expert
     from megatron_router_upcycling.routers.mixture import MixtureRouter
 
     class DirectRouter(MixtureRouter):
@@ -52,8 +53,8 @@ def build_routers(options: Namespace, place: str) -> dict[str, torch.nn.Module]:
             x = input.float()
             query = torch.einsum("mqd,sbd->sbmq", self.query_weight.float(), x)
             scores = query @ self.expert_key.float().T / math.sqrt(self.expert_key.shape[1])
-            pooled = scores.sum(dim=2) if self.pooling == "sum" else scores.amax(dim=2)
-            return pooled.unflatten(-1, (-1, self.keys_per_expert)).amax(dim=-1)
+            pooled = scores.sum(dim=2) if self.options.pooling == "sum" else scores.amax(dim=2)
+            return pooled.unflatten(-1, (-1, keys_per_expert(self.options))).amax(dim=-1)
 
     torch.distributed.init_process_group(
         "gloo" if place == "cpu" else "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1

@@ -6,7 +6,6 @@ recomputation or an evaluation runs again is not counted.
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from megatron_router_upcycling.files import write_whole
 from megatron_router_upcycling.training.run_log import measures
 
 # Measures that cost more and change slowly, each with what it says.
@@ -134,8 +134,6 @@ class RoutingCollector:
         return record
 
     def _rare(self) -> dict[int, dict[str, float]]:
-        from megatron_router_upcycling.routers.mixture import MixtureRouter
-
         found: dict[int, dict[str, float]] = {}
         distances = _expert_distances(self.layers)
         for index, layer in self.layers.items():
@@ -149,13 +147,8 @@ class RoutingCollector:
                 values[f"{name}_drift"] = _root_ratio(change)
             if changes:
                 values["router_drift"] = _root_ratio(torch.stack(list(changes.values())).sum(dim=0))
-            if isinstance(router, MixtureRouter) and len(router.query_weight) > 1:
-                parts = (router.query_weight, router.expert_key)
-                values["gate_cosine"] = measures.gate_cosine(*parts)
-                if index in self.samples:
-                    values["router_agreement"] = measures.router_agreement(
-                        self.samples[index], *parts, router.config.num_moe_experts, router.pooling
-                    )
+            if hasattr(router, "own_measures"):
+                values |= router.own_measures(self.samples.get(index))
             found[index] = values
         return found
 
@@ -211,9 +204,7 @@ def _initial(index: int, router: Any, save: Path | None, fresh: bool) -> dict[st
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     if replica == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        safetensors.torch.save_file({name: p.contiguous().cpu() for name, p in now.items()}, partial)
-        os.replace(partial, path)
+        write_whole(path, safetensors.torch.save({name: p.contiguous().cpu() for name, p in now.items()}))
     return now
 
 

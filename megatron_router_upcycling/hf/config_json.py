@@ -1,0 +1,184 @@
+"""A Qwen model's config.json: to Megatron's flags, and back from the model. Pure: no torch."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.hf.architecture import FIXED_FLAGS, QwenModel
+
+# model_type -> class. Both are decoders of RMSNorm, gated SiLU and rotary embedding.
+DENSE_CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+MOE_CLASSES = {"qwen2": "Qwen2MoeForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}
+
+# Entry of config.json -> attribute of QwenModel. The default is what transformers takes where the entry is
+# missing; None means that it must be there.
+ENTRIES: dict[str, tuple[str, Any]] = {
+    "num_hidden_layers": ("num_layers", None),
+    "hidden_size": ("hidden_size", None),
+    "intermediate_size": ("ffn_hidden_size", None),
+    "num_attention_heads": ("num_attention_heads", None),
+    "vocab_size": ("vocab_size", None),
+    "max_position_embeddings": ("max_position_embeddings", 32768),
+    "rms_norm_eps": ("norm_epsilon", 1e-6),
+    "initializer_range": ("init_method_std", 0.02),
+    "tie_word_embeddings": ("tied", False),
+}
+QWEN3_HEAD_DIM = 128  # Qwen3Config's default; the others have hidden_size / num_attention_heads
+ROPE_THETA = 10000.0
+
+
+def class_name(model: QwenModel) -> str:
+    """The stock class that holds the model."""
+    return (MOE_CLASSES if model.num_experts else DENSE_CLASSES)[model.family]
+
+
+def from_model(model: QwenModel) -> dict[str, Any]:
+    """What a dense and an MoE config.json have in common, but for dtype and special tokens."""
+    config = {entry: getattr(model, attribute) for entry, (attribute, _) in ENTRIES.items()}
+    config |= {
+        "model_type": model.family + "_moe" * bool(model.num_experts),
+        "architectures": [class_name(model)],
+        "num_key_value_heads": model.num_query_groups,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        # transformers 5 reads the one, transformers 4 and the inference engines the other
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
+        "rope_theta": float(model.rotary_base),
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "use_cache": True,
+    }
+    if model.qk_norm:
+        config["attention_bias"] = False
+    if model.qk_norm or model.kv_channels * model.num_attention_heads != model.hidden_size:
+        config["head_dim"] = model.kv_channels
+    return config
+
+
+def to_flags(config: dict[str, Any], path: Path, vocabulary_multiple: int) -> dict[str, Any]:
+    """Megatron's flags (underscores for dashes) that build the dense model of a config.json.
+
+    Args:
+        path: the config.json, named in errors.
+        vocabulary_multiple: Megatron's embedding is padded to a multiple of it.
+
+    Raises:
+        UserError: a model, or a feature of one, that is not covered.
+    """
+    if vocabulary_multiple < 1:
+        raise UserError(f"--make-vocab-size-divisible-by {vocabulary_multiple}: must be at least 1")
+    try:
+        family = _family(config, path)
+        _refuse_features(config, family, path)
+        values = _values(config, path)
+        groups, head_size = _attention_sizes(config, values, family, path)
+        return FIXED_FLAGS | {
+            "num_layers": values["num_layers"],
+            "hidden_size": values["hidden_size"],
+            "ffn_hidden_size": values["ffn_hidden_size"],
+            "num_attention_heads": values["num_attention_heads"],
+            "num_query_groups": groups,
+            "kv_channels": head_size,
+            "add_qkv_bias": family == "qwen2",
+            "qk_layernorm": family == "qwen3",
+            "norm_epsilon": values["norm_epsilon"],
+            "rotary_base": _rotary_base(config, path),
+            "untie_embeddings_and_output_weights": not values["tied"],
+            "max_position_embeddings": values["max_position_embeddings"],
+            "init_method_std": values["init_method_std"],
+            "vocab_size": values["vocab_size"],
+            "padded_vocab_size": math.ceil(values["vocab_size"] / vocabulary_multiple) * vocabulary_multiple,
+        }
+    except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:
+        raise UserError(f"{path}: an entry of the wrong kind ({error}); download it again") from None
+
+
+def _family(config: dict[str, Any], path: Path) -> str:
+    family = config.get("model_type")
+    names = config.get("architectures") or [DENSE_CLASSES.get(str(family), family)]
+    name = names[0]
+    covered = " or ".join(DENSE_CLASSES.values())
+    if config.get("num_experts") or config.get("num_local_experts") or "Moe" in str(name):
+        raise UserError(f"{path}: {name} is a Mixture-of-Experts; import-hf takes a dense {covered}")
+    if family not in DENSE_CLASSES or name != DENSE_CLASSES[family]:
+        raise UserError(f"{path}: {name} is not covered; import-hf takes a dense {covered}")
+    return str(family)
+
+
+def _refuse_features(config: dict[str, Any], family: str, path: Path) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UserError(f"{path}: quantised weights ({method}); name the folder of the unquantised model")
+    layers = config.get("layer_types") or []
+    if not layers and _uses_window(config):
+        layers = ["sliding_attention"]
+    if other := [kind for kind in layers if kind != "full_attention"]:
+        raise UserError(f"{path}: layers of {other[0]} are not covered; full attention in every layer is")
+    for entry in ("rope_scaling", "rope_parameters"):
+        rope = config.get(entry) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"{path}: {entry} of type {kind!r} is not covered; plain rotary embedding is")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UserError(f"{path}: partial_rotary_factor is not covered")
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: hidden_act {config['hidden_act']!r} is not covered; 'silu' is")
+    if family == "qwen3" and config.get("attention_bias"):
+        raise UserError(f"{path}: attention_bias is not covered for Qwen3")
+
+
+def _uses_window(config: dict[str, Any]) -> bool:
+    """Whether a layer has a sliding window; the defaults are those of transformers."""
+    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
+        return False
+    return bool(config.get("max_window_layers", 28) < config.get("num_hidden_layers", 0))
+
+
+def _values(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Attribute of QwenModel -> value, of ``ENTRIES``."""
+    values: dict[str, Any] = {}
+    for entry, (attribute, default) in ENTRIES.items():
+        value = config.get(entry, default)
+        if value is None:
+            raise UserError(f"{path}: has no {entry}; not the config.json of a whole model")
+        if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, bool | int | float):
+            raise UserError(f"{path}: {entry} is {value!r}, which is no size")
+        if default is None:
+            _check_size(entry, value, path)
+        values[attribute] = value
+    return values
+
+
+def _attention_sizes(
+    config: dict[str, Any], values: dict[str, Any], family: str, path: Path
+) -> tuple[int, int]:
+    """The number of query groups, and the size of a head."""
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    groups = config.get("num_key_value_heads") or heads
+    _check_size("num_key_value_heads", groups, path)
+    if heads % groups:
+        raise UserError(f"{path}: num_key_value_heads {groups} does not divide num_attention_heads {heads}")
+    head_size = config.get("head_dim") or (QWEN3_HEAD_DIM if family == "qwen3" else None)
+    if head_size is None:
+        if hidden % heads:
+            raise UserError(f"{path}: num_attention_heads {heads} does not divide hidden_size {hidden}")
+        head_size = hidden // heads
+    _check_size("head_dim", head_size, path)
+    return groups, head_size
+
+
+def _check_size(entry: str, value: Any, path: Path) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{path}: {entry} is {value!r}, which is no size")
+
+
+def _rotary_base(config: dict[str, Any], path: Path) -> int:
+    rope = config.get("rope_parameters") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta", ROPE_THETA))
+    if not isinstance(theta, int | float) or theta != int(theta):
+        raise UserError(
+            f"{path}: rope_theta {theta!r} is no whole number, which Megatron's --rotary-base needs"
+        )
+    return int(theta)

@@ -1,0 +1,51 @@
+"""How much the routers of a mixture say the same (pure torch).
+
+Symbols: T tokens, n experts, m routers, c keys an expert, d' router width, D hidden size.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_router_upcycling.routers.fold import fold
+
+
+def router_agreement(
+    tokens: Tensor, query_weight: Tensor, expert_key: Tensor, num_experts: int, pooling: str
+) -> float:
+    """How often a single router's first choice is the mixture's, the mean over routers.
+
+    1/n when routers have nothing in common, 1 when any of them could stand for all.
+
+    Args:
+        tokens: [T, D], router inputs.
+        query_weight, expert_key: [m, d', D] and [n*c, d'], the mixture's parameters.
+        pooling: ``sum`` or ``max`` over the routers.
+    """
+    gates = fold(query_weight, expert_key, "max")  # all routers' apart
+    scores = (tokens.float() @ gates.t()).unflatten(-1, (len(query_weight), num_experts, -1))  # [T, m, n, c]
+    pooled = (scores.sum(dim=1) if pooling == "sum" else scores.amax(dim=1)).amax(dim=-1)
+    alone = scores.amax(dim=-1).argmax(dim=-1)  # [T, m]
+    return float((alone == pooled.argmax(dim=-1, keepdim=True)).float().mean())
+
+
+def gate_cosine(query_weight: Tensor, expert_key: Tensor) -> float:
+    """Mean cosine between every two routers' folded gates.
+
+    What all experts of a router have in common is taken off first: it cannot change the routing.
+    """
+    gates = fold(query_weight, expert_key, "max").unflatten(0, (len(query_weight), -1))  # [m, n*c, D]
+    gates = gates - gates.mean(dim=1, keepdim=True)
+    return mean_cosine(gates.flatten(1))
+
+
+def mean_cosine(rows: Tensor) -> float:
+    """Mean cosine similarity of every two different rows, [N, D]; NaN for a single row."""
+    unit = torch.nn.functional.normalize(rows.float(), dim=1)
+    pairs = len(rows) * (len(rows) - 1)
+    if not pairs:
+        return math.nan
+    # |sum of unit vectors|^2 is the sum over all pairs, those of a row with itself included.
+    own = (unit * unit).sum()
+    return float(((unit.sum(dim=0) ** 2).sum() - own) / pairs)
