@@ -19,12 +19,12 @@ from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.names import (
     EXPERTS,
     FC1,
-    FC2,
-    FUSED_NORM,
-    LAYERS,
+    MLP,
     SHARED_EXPERT,
     TRAINING_STATE,
     at_layer,
+    is_ffn,
+    is_of_layers,
     other_norm,
 )
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
@@ -60,17 +60,19 @@ def expected_tensors(
 ) -> Tensors:
     """Every tensor of the Mixture-of-Experts by its key; ``files`` are the dense checkpoint's."""
     stored = {key: StoredTensor(dense, files, key) for key in dense.tensors if not TRAINING_STATE.match(key)}
-    without = {key: copy_of(tensor, "untouched") for key, tensor in stored.items()}
-    having = _with_experts(dense, stored, model, start, layout)
+    dense_layers = {key: copy_of(tensor, "untouched") for key, tensor in stored.items()}
+    moe_layers = _with_experts(dense, stored, model, start, layout)
     if start.init.weights == "random":
-        without, having = (_drawn(tensors, model, start.seed) for tensors in (without, having))
-    having |= _routers(dense, model, start, layout.layers or range(model.num_layers))
+        dense_layers, moe_layers = (
+            _drawn(tensors, model, start.seed) for tensors in (dense_layers, moe_layers)
+        )
+    moe_layers |= _routers(dense, model, start, layout.layers or range(model.num_layers))
     if layout.layers is None:
-        return having
-    expected = {key: tensor for key, tensor in without.items() if not key.startswith(LAYERS)}
+        return moe_layers
+    expected = {key: tensor for key, tensor in dense_layers.items() if not is_of_layers(key)}
     for layer in range(model.num_layers):
-        for key, tensor in (having if layout.has_experts(layer) else without).items():
-            if key.startswith(LAYERS):
+        for key, tensor in (moe_layers if layout.has_experts(layer) else dense_layers).items():
+            if is_of_layers(key):
                 expected[at_layer(key, layer)] = tensor.of_layer(layer)
     return expected
 
@@ -81,8 +83,8 @@ def _with_experts(
     """What there is where every layer has experts, but for the routers."""
     expected: Tensors = {}
     for key, tensor in stored.items():
-        if key.startswith((f"{FC1}.", f"{FC2}.")) and FUSED_NORM not in key:
-            parameter = key.removeprefix(f"{LAYERS}.mlp")
+        if is_ffn(key):
+            parameter = key.removeprefix(MLP)
             expected[EXPERTS + parameter] = _experts(dense, tensor, model, start)
             if layout.shared_expert:
                 expected[SHARED_EXPERT + parameter] = _shared_expert(dense, tensor)
@@ -159,10 +161,11 @@ def _shared_expert(dense: Checkpoint, source: StoredTensor) -> ExpectedTensor:
 
 def _drawn(tensors: Tensors, model: DenseModel, seed: int) -> Tensors:
     """The same tensors with values drawn as Megatron draws a model from scratch."""
-    centered_norms = bool(model.flags.get("apply_layernorm_1p"))
 
     def drawn(key: str, tensor: ExpectedTensor) -> ExpectedTensor:
-        mean, std = random_weights.first_values(key, model.init_method_std, model.num_layers, centered_norms)
+        mean, std = random_weights.first_values(
+            key, model.init_method_std, model.num_layers, model.centered_norms
+        )
         source = ComputedTensor(
             tensor.dtype,
             lambda box: random_weights.blocks(tensor.shape, box),

@@ -5,9 +5,7 @@ statistics and the manifest (``expected``). Of a checkpoint that has trained sin
 checked.
 """
 
-import math
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +14,21 @@ from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, CONFI
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA
 from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dense
 from megatron_router_upcycling.checkpoint.read_model import read_model
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sha256
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.file import load as load_key_stats
-from megatron_router_upcycling.verify import structure
+from megatron_router_upcycling.verify import arguments, structure
 from megatron_router_upcycling.verify.expected import Start, expected_tensors
 from megatron_router_upcycling.verify.findings import Findings
 from megatron_router_upcycling.verify.layout import Layout
 from megatron_router_upcycling.verify.sources import DataFiles
 from megatron_router_upcycling.verify.values import Comparison, Progress
+from megatron_router_upcycling.verify.verification import Verification, has_trained, section
 
-FRESH_ITERATION = "release"  # the iteration of a checkpoint that convert made
 TRAINED = "the checkpoint has trained"
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The two checkpoints, open, and what is wrong with them so far."""
-
-    dense: Checkpoint
-    model: DenseModel
-    moe: Checkpoint
-    record: dict[str, Any]  # the manifest
-    start: Start
-    layout: Layout
-    findings: Findings
-
-    @property
-    def trained(self) -> bool:
-        return _has_trained(self.moe)
-
-    @property
-    def bytes_to_read(self) -> int:
-        """Bytes of values, those that several chunks name being read once."""
-        return sum(
-            sum({chunk.blob: math.prod(chunk.sizes) for chunk in stored.chunks}.values())
-            * stored.dtype.itemsize
-            for stored in self.moe.tensors.values()
-        )
 
 
 def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path | None = None) -> Verification:
@@ -87,14 +58,10 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
     if not isinstance(seed, int):
         raise UserError(f"MOE {moe.root}: its manifest has seed {seed!r}; convert the model again")
     stats = None
-    if not _has_trained(moe) and (router.kind.of_heads or init.needs_router_input):
-        stats = _key_stats(model, structure.section(moe, record, "key_stats"), key_stats_file, findings)
-    layout = Layout.of(structure.section(moe, record, "model"), router, model, source)
+    if not has_trained(moe) and (router.kind.of_heads or init.needs_router_input):
+        stats = _key_stats(model, section(moe, record, "key_stats"), key_stats_file, findings)
+    layout = Layout.of(section(moe, record, "model"), router, model, source)
     return Verification(dense, model, moe, record, Start(router, init, stats, seed), layout, findings)
-
-
-def _has_trained(moe: Checkpoint) -> bool:
-    return moe.iteration_dir.name != FRESH_ITERATION
 
 
 def _key_stats(
@@ -142,25 +109,21 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
 def _check(
     verification: Verification, dense_files: DataFiles, moe_files: DataFiles, comparison: Comparison
 ) -> None:
-    dense, model, moe, record = verification.dense, verification.model, verification.moe, verification.record
+    dense, model, moe = verification.dense, verification.model, verification.moe
     start, layout, trained = verification.start, verification.layout, verification.trained
-    findings = verification.findings
     expected = expected_tensors(dense, dense_files, model, start, layout)
-    comparable = structure.check_tensors(moe, expected, trained, findings)
-    states = set(model.extra_states(start.router.num_experts, layout.shared_expert, layout.layers))
-    identities = structure.check_objects(moe, dense, moe_files, states, layout, trained, findings)
-    structure.check_arguments(moe, dense, model, record, start.router, layout, trained, findings)
-    if structure.section(moe, record, "source").get("digest") != dense.digest():
-        what = "is not the checkpoint whose digest the manifest records"
-        findings.add("arguments", f"DENSE {dense.root}", what)
+    comparable = structure.check_tensors(verification, expected)
+    identities = structure.check_objects(verification, moe_files)
+    arguments.check_arguments(verification)
+    arguments.check_manifest(verification)
     for key in moe.tensors:
         comparison.compare(key, expected[key] if key in comparable and not trained else None)
     whole_files: set[str] = set()
     if not trained:
         small = {METADATA, CONFIG, COMMON_FILE}
-        whole_files = {Path(name).name for name in structure.recorded_files(moe, record, "files")} - small
-        structure.check_files(moe, record, identities | comparison.identities, findings)
-    structure.check_ranges(moe, whole_files, findings)
+        whole_files = {Path(name).name for name in verification.recorded_files("files")} - small
+        structure.check_files(verification, identities | comparison.identities)
+    structure.check_ranges(moe, whole_files, verification.findings)
 
 
 def _say_what_was_seen(verification: Verification, comparison: Comparison) -> None:

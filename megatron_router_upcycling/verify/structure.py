@@ -1,11 +1,8 @@
-"""All that is not values: which entries there are, where their bytes lie, the files, the arguments."""
+"""All that is neither values nor arguments: which entries there are, where their bytes lie, and the files."""
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
-from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED, DenseModel
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
@@ -13,31 +10,28 @@ from megatron_router_upcycling.checkpoint.format.torch_save_check import Damaged
 from megatron_router_upcycling.checkpoint.layers import split_layers
 from megatron_router_upcycling.checkpoint.names import (
     EXTRA_STATE,
-    FC1,
-    FC2,
     ROUTER,
     TRAINING_STATE,
+    is_ffn,
     other_norm,
     split_key,
 )
 from megatron_router_upcycling.checkpoint.publish.completeness import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sha256
 from megatron_router_upcycling.verify.findings import Findings
 from megatron_router_upcycling.verify.layout import Layout
 from megatron_router_upcycling.verify.pieces import ExpectedTensor
 from megatron_router_upcycling.verify.sources import DataFiles
+from megatron_router_upcycling.verify.verification import Verification
 
 BALANCING = (f"{ROUTER}.expert_bias", f"{ROUTER}.local_tokens_per_expert")  # made by training, if at all
-READ_BYTES = 8 << 20
 
 
-def check_tensors(
-    moe: Checkpoint, expected: Mapping[str, ExpectedTensor], trained: bool, findings: Findings
-) -> set[str]:
+def check_tensors(verification: Verification, expected: Mapping[str, ExpectedTensor]) -> set[str]:
     """Find tensors that are missing, unexplained or of another shape; return those that can be compared."""
+    moe, trained, findings = verification.moe, verification.trained, verification.findings
     comparable = set()
     for key, wanted in expected.items():
         stored = moe.tensors.get(key)
@@ -58,7 +52,7 @@ def check_tensors(
 
 
 def check_ranges(moe: Checkpoint, whole_files: Iterable[str], findings: Findings) -> None:
-    """Bytes that two chunks hold in part, and bytes of ``whole_files`` that no chunk holds."""
+    """Find bytes that two chunks have in common, and bytes of ``whole_files`` that are no chunk's."""
     by_file: dict[str, dict[tuple[int, int], str]] = {name: {} for name in whole_files}
     for key in (*moe.tensors, *moe.objects):
         for blob in moe.blobs(key):
@@ -77,70 +71,67 @@ def check_ranges(moe: Checkpoint, whole_files: Iterable[str], findings: Findings
                     findings.add("metadata", name, f"bytes {end}-{start} belong to no chunk")
 
 
-def check_objects(
-    moe: Checkpoint,
-    dense: Checkpoint,
-    files: DataFiles,
-    wanted: set[str],
-    layout: Layout,
-    trained: bool,
-    findings: Findings,
-) -> dict[Blob, bytes]:
-    """Compare extra states with the dense model's; return the identities of all objects' bytes.
+def check_objects(verification: Verification, files: DataFiles) -> dict[Blob, bytes]:
+    """Compare extra states with the dense model's; return the identities of all objects' bytes."""
+    moe, layout, findings = verification.moe, verification.layout, verification.findings
+    router, model = verification.start.router, verification.model
+    dense = verification.dense if layout.layers is None else split_layers(verification.dense)
+    kept = _kept_states(dense, layout)
+    looked_for = set(model.extra_states(router.num_experts, layout.shared_expert, layout.layers))
 
-    Args:
-        wanted: the entries that modules of the Mixture-of-Experts look for.
-    """
-    dense = dense if layout.layers is None else split_layers(dense)
+    def fault(key: str, blob: Blob) -> str | None:
+        if key in kept:
+            same = moe.read_blob(blob) == dense.read_blob(dense.objects[key])
+            return None if same else "differs from the dense model's"
+        if key not in looked_for:
+            return "has no place in this Mixture-of-Experts"
+        return None if torch_save_file.load(moe.read_blob(blob), key) == [None] else "is not empty"
 
-    def is_ffn(key: str) -> bool:
-        name, layer = split_key(key)
-        return name.startswith((f"{FC1}{EXTRA_STATE}", f"{FC2}{EXTRA_STATE}")) and layout.has_experts(layer)
-
-    kept = {
-        key
-        for key in dense.objects
-        if not (TRAINING_STATE.match(key) or is_ffn(key) or key == COMMON_STATE) and dense.is_verbatim(key)
-    }
     identities: dict[Blob, bytes] = {}
     for key, blob in moe.objects.items():
         try:
             if blob not in identities:
                 identities[blob] = files.examine(blob).identity
-            if trained or key == COMMON_STATE:
-                continue
-            if key in kept:
-                if moe.read_blob(blob) != dense.read_blob(dense.objects[key]):
-                    findings.add("states", key, "differs from the dense model's")
-            elif key not in wanted:
-                findings.add("states", key, "has no place in this Mixture-of-Experts")
-            elif torch_save_file.load(moe.read_blob(blob), key) != [None]:
-                findings.add("states", key, "is not empty")
+            if key != COMMON_STATE and not verification.trained and (what := fault(key, blob)):
+                findings.add("states", key, what)
         except (Damaged, UserError, OSError) as error:
             findings.add("damage", key, f"{blob.file}, {blob.length} bytes at {blob.offset}: {error}")
-    if not trained:
-        for key in sorted((kept | wanted) - set(moe.objects)):
+    if not verification.trained:
+        for key in sorted((kept | looked_for) - set(moe.objects)):
             findings.add("states", key, "is missing")
     return identities
 
 
-def check_files(
-    moe: Checkpoint,
-    record: dict[str, Any],
-    identities: Mapping[Blob, bytes],
-    findings: Findings,
-) -> None:
-    """Sizes and digests of the files that the manifest records, and files that it does not."""
-    new, linked = recorded_files(moe, record, "files"), recorded_files(moe, record, "linked")
-    folder = moe.iteration_dir
+def _kept_states(dense: Checkpoint, layout: Layout) -> set[str]:
+    """The dense model's extra states that the Mixture-of-Experts has too: all but those of an FFN."""
+
+    def is_replaced(key: str) -> bool:
+        name, layer = split_key(key)
+        return EXTRA_STATE in name and is_ffn(name) and layout.has_experts(layer)
+
+    return {
+        key
+        for key in dense.objects
+        if not (TRAINING_STATE.match(key) or is_replaced(key) or key == COMMON_STATE)
+        and dense.is_verbatim(key)
+    }
+
+
+def check_files(verification: Verification, identities: Mapping[Blob, bytes]) -> None:
+    """Check sizes and digests of the files that the manifest records, and find files that it does not.
+
+    Args:
+        identities: of all chunks' and objects' bytes.
+    """
+    moe, findings = verification.moe, verification.findings
+    new, linked = verification.recorded_files("files"), verification.recorded_files("linked")
     digests = content_digests(identities)
     recorded = {moe.root / name: entry for name, entry in (new | linked).items()}
     for path, entry in recorded.items():
         name = path.name
         if not path.is_file():
             findings.add("files", name, "is missing")
-            continue
-        if path.stat().st_size != entry.get("bytes"):
+        elif path.stat().st_size != entry.get("bytes"):
             what = f"has {path.stat().st_size} bytes where the manifest says {entry.get('bytes')}"
             findings.add("files", name, what)
         elif "sha256" in entry:
@@ -148,96 +139,7 @@ def check_files(
                 findings.add("files", name, "is not the file whose SHA-256 the manifest records")
         elif digests.get(name) != entry.get("content"):
             findings.add("files", name, "its chunks are not those whose digest the manifest records")
-    for path in sorted(folder.iterdir()):
+    for path in sorted(moe.iteration_dir.iterdir()):
         if path not in recorded:
             findings.add("files", path.name, "is not in the manifest")
     findings.looked_at["files"] = f"{len(new)} new, {len(linked)} linked"
-
-
-def section(moe: Checkpoint, record: dict[str, Any], name: str) -> dict[str, Any]:
-    """A part of the manifest. Raises: UserError, where there is none."""
-    part = record.get(name)
-    if not isinstance(part, dict):
-        raise UserError(f"MOE {moe.root}: its manifest has no {name!r} section; convert the model again")
-    return part
-
-
-def recorded_files(moe: Checkpoint, record: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    """File -> what the manifest says of it. Raises: UserError, where it says something else."""
-    files = section(moe, record, name)
-    for path, entry in files.items():
-        if not isinstance(entry, dict) or Path(path).is_absolute() or ".." in Path(path).parts:
-            raise UserError(
-                f"MOE {moe.root}: its manifest says {path!r} in {name!r}; convert the model again"
-            )
-    return files
-
-
-# Arguments of the dense run that mean nothing to a Mixture-of-Experts that starts anew, and their values.
-FRESH = {
-    "ckpt_format": "torch_dist",
-    "iteration": 0,
-    "curr_iteration": 0,
-    "consumed_train_samples": 0,
-    "consumed_valid_samples": 0,
-    "skipped_train_samples": 0,
-    "num_floating_point_operations_so_far": 0,
-}
-UPCYCLED = {
-    "moe_router_score_function": "softmax",
-    "moe_router_topk_scaling_factor": None,
-    "moe_router_enable_expert_bias": False,
-    "moe_shared_expert_intermediate_size": None,
-    "moe_latent_size": None,
-    "moe_layer_freq": 1,
-}
-LEFT_TO_TRAINING = {"moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias"}
-
-
-def check_arguments(
-    moe: Checkpoint,
-    dense: Checkpoint,
-    model: DenseModel,
-    record: dict[str, Any],
-    router: RouterConfig,
-    layout: Layout,
-    trained: bool,
-    findings: Findings,
-) -> None:
-    """Compare the training arguments with the dense run's, and with the manifest."""
-    try:
-        args, dense_args = vars(moe.args), vars(dense.args)
-    except UserError as error:
-        findings.add("arguments", COMMON_STATE, str(error))
-        return
-    wanted = {
-        "num_experts": router.num_experts,
-        "moe_router_topk": router.top_k,
-        "moe_router_pre_softmax": router.pre_softmax,
-        **layout.arguments(model),
-    }
-    if trained:
-        names = {*ARCHITECTURE.values(), *NEGATED.values(), "num_query_groups"}
-        wanted |= {name: dense_args[name] for name in names if dense_args.get(name) is not None}
-    else:
-        unchanged = set(dense_args) - LEFT_TO_TRAINING - set(wanted) - set(FRESH) - set(UPCYCLED)
-        wanted = FRESH | UPCYCLED | {name: dense_args[name] for name in unchanged} | wanted
-        for name in sorted(set(args) - set(wanted)):
-            findings.add("arguments", name, "has no place among the arguments")
-        if moe.common.get("iteration") != 0:
-            findings.add("arguments", "iteration", f"is {moe.common.get('iteration')} in the common state")
-        known = {"args", "checkpoint_version", "content_metadata", *FRESH}
-        for name in sorted(set(moe.common) - known):
-            findings.add("arguments", name, "has no place in the common state")
-    for name, value in wanted.items():
-        if name not in args:
-            findings.add("arguments", name, "is missing")
-        elif repr(args[name]) != repr(value):
-            findings.add("arguments", name, f"is {args[name]!r:.60} where {value!r:.60} is expected")
-    recorded, flags = section(moe, record, "model"), model.flags | layout.flags(model)
-    if recorded != flags:
-        for flag in sorted({*recorded, *flags}):
-            if recorded.get(flag) != flags.get(flag):
-                what = f"manifest says {recorded.get(flag)!r:.60}, DENSE {flags.get(flag)!r:.60}"
-                findings.add("arguments", flag, what)
-    findings.looked_at["arguments"] = f"{len(wanted)} arguments"

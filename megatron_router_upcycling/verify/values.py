@@ -17,7 +17,7 @@ from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.format.finite import WORDS, all_finite
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
 from megatron_router_upcycling.checkpoint.format.torch_save_check import Contents, Damaged
-from megatron_router_upcycling.checkpoint.names import is_of_layers, split_key
+from megatron_router_upcycling.checkpoint.names import EXPERTS, is_of_layers, split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.verify.findings import Findings, span
 from megatron_router_upcycling.verify.pieces import ExpectedTensor, Piece
@@ -30,12 +30,12 @@ Progress = Callable[[int], None]
 
 @dataclass
 class _Stream:
-    """Bytes in the reading: what they hold, the chunks that name them, and what was seen so far."""
+    """A range of bytes that is being read, what it holds, and what was seen so far."""
 
     blob: Blob
     contents: Contents
-    chunks: list[Chunk]
-    linked: bool  # to the bytes that they must be equal to
+    chunks: list[Chunk]  # that are stored there
+    linked: bool  # a hard link to the dense checkpoint's bytes, so equal to them
     checksum: int = 0
     finite: bool = True
     different: int = 0
@@ -194,15 +194,18 @@ def where(key: str, chunks: list[Chunk]) -> tuple[str, str]:
     """The layers and the experts of chunks, as words; empty where the tensor has none."""
     if not is_of_layers(key):
         return "", ""
-    _, layer = split_key(key)
-    axes = [
-        span(
-            index for chunk in chunks for index in range(chunk.offsets[a], chunk.offsets[a] + chunk.sizes[a])
+
+    def along(axis: int) -> str:
+        return span(
+            index
+            for chunk in chunks
+            for index in range(chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis])
         )
-        for a in range((layer is None) + (".experts." in key))
-    ]
-    axes = axes if layer is None else [str(layer), *axes]
-    return axes[0], axes[1] if len(axes) > 1 else ""
+
+    name, layer = split_key(key)
+    layers = along(0) if layer is None else str(layer)
+    experts = along(int(layer is None)) if name.startswith(EXPERTS) else ""
+    return layers, experts
 
 
 def _expected(pieces: list[Piece], block: Box) -> Iterator[tuple[Box, np.ndarray]]:

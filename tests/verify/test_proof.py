@@ -607,6 +607,15 @@ def test_mistakes_are_one_line(
             assert "convert" in message(shared.dense, shared.moe) or "router" in change
 
 
+def test_an_unknown_kind_of_router_is_refused_by_name(
+    shared: Conversion, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with edit_manifest(shared, lambda record: record["router"].update(router="hyperbolic")):
+        assert cli.main(["verify", str(shared.dense), str(shared.moe)]) == 2
+    said = capsys.readouterr()
+    assert "hyperbolic: choose one of mixture" in said.err and not said.out
+
+
 def message_without_stats(made: Conversion, message: Callable[..., str]) -> str:
     made.stats.rename(made.stats.with_name("moved"))
     try:

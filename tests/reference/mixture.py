@@ -1,16 +1,14 @@
-"""A mixture of routers computed again, by loops over numbers (arXiv 2509.00679, section 3.2 and 5.2).
+"""A mixture of routers of attention heads, by loops over numbers (arXiv 2509.00679, section 3.2 and 5.2).
 
-Written from the paper and not from ``router_init``, with which it shares nothing: what one gets wrong the
-other does not repeat. Says which rows of the query projection and which numbers of the average keys every
-router parameter is, so that nothing needs to be computed beyond grouping.
-
-Symbols: H query heads, G query groups, d head size, m routers, n experts.
+Symbols: H query heads, G query groups, d head size, D hidden size, m routers, n experts.
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from megatron_router_upcycling.config.router import RouterConfig
 
 DECIMALS = 12  # similarities closer than this are a tie, which the lower index wins
 
@@ -18,70 +16,54 @@ Vector = np.ndarray
 Sets = list[list[int]]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """``count`` rows of head ``head`` from its row ``first`` on: a head, or a part of one."""
-
-    head: int
-    first: int
-    count: int
-
-
-@dataclass(frozen=True)
-class LayerSources:
-    """What a layer's routers are made of: for each router, and for each key, the rows it consists of."""
-
-    queries: list[list[Rows]]
-    keys: list[list[Rows]]
-
-
-def layer_sources(
-    mean_keys: Vector, num_heads: int, num_routers: int, num_experts: int, grouping: str
-) -> LayerSources:
-    """Group one layer's heads.
+def of_heads(
+    fused: torch.Tensor, mean_keys: Vector, num_heads: int, router: RouterConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer's query_weight [m, d', D] and expert_key [n*c, d'] (eq. 4, 5).
 
     Args:
+        fused: the query-key-value projection [(H + 2G)*d, D]: group after group, its query heads, its key,
+            its value.
         mean_keys: float32 [G, d], the average key of each query group.
     """
+    assert router.num_routers is not None
     num_groups, head_size = mean_keys.shape
-    parts = max(1, num_routers // num_heads)  # more routers than heads: every head is cut
+    heads_a_group = num_heads // num_groups
+    parts = max(1, router.num_routers // num_heads)  # more routers than heads: every head is cut
     size = head_size // parts
-    pieces: list = []
-    vectors: list = []
+    queries, keys = [], []
     for head in range(num_heads):
-        group = head * num_groups // num_heads
+        group, place = divmod(head, heads_a_group)
+        row = (group * (heads_a_group + 2) + place) * head_size
         for part in range(parts):
-            pieces.append(Rows(head, part * size, size))
-            vectors.append(mean_keys[group, part * size : (part + 1) * size].astype(np.float64))
+            queries.append(fused[row + part * size : row + (part + 1) * size])
+            keys.append(mean_keys[group, part * size : (part + 1) * size])
+    num_copies = router.num_experts // router.granularity
+    query_sets, key_sets = sets_of_heads(keys, router.num_routers, num_copies, router.grouping)
+    vectors = [np.concatenate([keys[i] for i in members]) for members in key_sets]
+    a_copy = len(vectors) // num_copies
+    shards = [
+        vectors[copy * a_copy + i]
+        for copy in range(num_copies)
+        for _ in range(router.granularity)  # which begin with equal keys
+        for i in range(a_copy)
+    ]
+    query_weight = torch.stack([torch.cat([queries[i] for i in members]) for members in query_sets])
+    return query_weight, torch.from_numpy(np.stack(shards))
+
+
+def sets_of_heads(keys: list[Vector], num_routers: int, num_experts: int, grouping: str) -> tuple[Sets, Sets]:
+    """The (parts of) heads that each router, and each key, is made of."""
+    vectors = [key.astype(np.float64) for key in keys]
     similar = _similarities(vectors)
     query_sets = _group(vectors, similar, num_routers, grouping)
-    key_sets = query_sets
-    if num_experts > num_routers:  # every head several times, so that there is a key for every expert
-        times = num_experts // num_routers
-        copies = [index // times for index in range(len(vectors) * times)]
-        of_copies = [[similar[i][j] for j in copies] for i in copies]
-        key_sets = _group([vectors[i] for i in copies], of_copies, num_experts, grouping)
-        key_sets = [[copies[i] for i in members] for members in key_sets]
-    return LayerSources(
-        [[pieces[i] for i in members] for members in query_sets],
-        [[pieces[i] for i in members] for members in key_sets],
-    )
-
-
-def fused_row(rows: Rows, num_heads: int, num_groups: int, head_size: int) -> int:
-    """Where ``rows`` begin in Megatron's fused query-key-value projection of a layer.
-
-    Group after group: the group's query heads, its key, its value.
-    """
-    heads_a_group = num_heads // num_groups
-    group, place = divmod(rows.head, heads_a_group)
-    return (group * (heads_a_group + 2) + place) * head_size + rows.first
-
-
-def key_values(rows: Rows, mean_keys: Vector, num_heads: int) -> Vector:
-    """The numbers of the average keys that ``rows`` stand for, float32."""
-    group = rows.head * len(mean_keys) // num_heads
-    return mean_keys[group, rows.first : rows.first + rows.count]
+    if num_experts <= num_routers:
+        return query_sets, query_sets
+    times = num_experts // num_routers  # every head several times, so that there is a key for every expert
+    copies = [index // times for index in range(len(vectors) * times)]
+    of_copies = [[similar[i][j] for j in copies] for i in copies]
+    key_sets = _group([vectors[i] for i in copies], of_copies, num_experts, grouping)
+    return query_sets, [[copies[i] for i in members] for members in key_sets]
 
 
 def _cosine(a: Vector, b: Vector) -> float:

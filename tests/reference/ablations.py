@@ -1,0 +1,166 @@
+"""The ablations of the start, in NumPy: routers and experts that are not the paper's.
+
+Statistics are float64 rounded to float32; what is changed is rounded to the checkpoint's dtype after every
+change.
+"""
+
+import math
+from argparse import Namespace
+
+import numpy as np
+import torch
+
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.config.start import InitConfig
+from tests.reference.drawn import generator, normal
+
+Array = np.ndarray
+Values = dict[str, torch.Tensor]
+
+
+def _rounded(values: Array, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
+
+
+def _numbers(values: torch.Tensor) -> Array:
+    return values.double().numpy()
+
+
+def router(
+    values: Values,
+    config: RouterConfig,
+    init: InitConfig,
+    seed: int,
+    layer: int,
+    gains: tuple[Array, Array] | None,
+    router_input: torch.Tensor,
+) -> Values:
+    """One layer's parameters, from those that the paper's way or chance gives.
+
+    Args:
+        router_input: a sample of what the layer's router sees, [S, D].
+    """
+    dtype, inputs = next(iter(values.values())).dtype, _numbers(router_input)
+    values = dict(values)
+    if gains is not None:
+        attention, ffn = gains
+        ratio = np.array([a / f if f else 0.0 for a, f in zip(attention, ffn, strict=True)])
+        values["query_weight"] = _rounded(_numbers(values["query_weight"]) * ratio, dtype)
+    for wanted, name in ((init.queries, "query_weight"), (init.keys, "expert_key")):
+        if wanted == "random":
+            old = _numbers(values[name])
+            new = normal(tuple(values[name].shape), generator(seed, name, layer)).numpy()
+            for i in range(len(old)):
+                length = math.sqrt((new[i].astype(np.float64) ** 2).sum())
+                new[i] *= np.float32(math.sqrt((old[i] ** 2).sum()) / length)
+            values[name] = _rounded(new, dtype)
+    if init.gate == "centroid":
+        copies, shards = config.num_experts // config.granularity, config.granularity
+        centres = _k_means(inputs, copies, generator(seed, "centroid", layer))
+        lengths = np.sqrt((_numbers(values["weight"])[::shards] ** 2).sum(axis=1)).astype(np.float32)
+        gate = centres * lengths[:, None].astype(np.float64)
+        values["weight"] = _rounded(gate.repeat(shards, axis=0), dtype)
+    scale = init.logit_scale
+    if init.target_entropy is not None:
+        scale = _scale(_logits(values, config, inputs), init.target_entropy)
+    if scale != 1.0:
+        name = {"mixture": "expert_key", "mlp": "fc2.weight"}.get(config.router, "weight")
+        values[name] = _rounded(_numbers(values[name]) * scale, dtype)
+    return values
+
+
+def _unit(rows: Array) -> Array:
+    return rows / np.maximum(np.sqrt((rows**2).sum(axis=1, keepdims=True)), 1e-12)
+
+
+def _k_means(inputs: Array, count: int, random: torch.Generator) -> Array:
+    points = _unit(inputs)
+    centres = points[torch.randperm(len(points), generator=random).numpy()[:count]]
+    for _ in range(50):
+        products = points @ centres.T
+        nearest, likeness = products.argmax(axis=1), products.max(axis=1)
+        moved = np.stack([points[nearest == i].sum(axis=0) for i in range(count)])
+        for i in range(count):
+            if not (nearest == i).any():
+                stray = int(likeness.argmin())
+                moved[i], likeness[stray] = points[stray], 2.0
+        moved = _unit(moved)
+        if np.allclose(moved, centres, rtol=0, atol=1e-14):
+            return moved
+        centres = moved
+    return centres
+
+
+def _logits(values: Values, config: RouterConfig, inputs: Array) -> Array:
+    if config.router == "mixture":  # eq. 6-8 as written
+        queries, keys = _numbers(values["query_weight"]), _numbers(values["expert_key"])
+        scores = np.stack([(inputs @ query.T) @ keys.T for query in queries]) / math.sqrt(keys.shape[1])
+        pooled = scores.max(axis=0) if config.pooling == "max" else scores.sum(axis=0)
+        return pooled.reshape(len(inputs), config.num_experts, -1).max(axis=2)
+    if config.router == "mlp":
+        hidden = inputs @ _numbers(values["fc1.weight"]).T
+        hidden = torch.nn.functional.gelu(torch.from_numpy(hidden)).numpy()
+        return hidden @ _numbers(values["fc2.weight"]).T
+    return inputs @ _numbers(values["weight"]).T
+
+
+def _scale(logits: Array, target: float) -> float:
+    """Where the mean entropy, which falls with the scale, passes ``target``; halving in the logarithm."""
+
+    def entropy(power: float) -> float:
+        scaled = logits * math.exp(power)
+        scaled = scaled - scaled.max(axis=1, keepdims=True)
+        p = np.exp(scaled)
+        total = p.sum(axis=1, keepdims=True)
+        p /= total
+        return float(-(p * (scaled - np.log(total))).sum(axis=1).mean())
+
+    low, high = math.log(1e-8), math.log(1e8)
+    while high - low > 1e-15 * max(abs(low), abs(high)):
+        middle = low + (high - low) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if entropy(middle) > target else (low, middle)
+    return float(np.float32(math.exp(low)))
+
+
+def norm_gains(dense: Values, layer: int, args: Namespace) -> tuple[Array, Array]:
+    """Gains [D] of the norms before attention and before the FFN."""
+    centered = 1.0 if getattr(args, "layernorm_zero_centered_gamma", False) else 0.0  # stored less the 1
+
+    def gain(fused: str, apart: str) -> Array:
+        name = f"decoder.layers.{fused}.layer_norm_weight"  # as Transformer Engine keeps it
+        if name not in dense:
+            name = f"decoder.layers.{apart}.weight"
+        return _numbers(dense[name][layer]) + centered
+
+    attention = gain("self_attention.linear_qkv", "input_layernorm")
+    return attention, gain("mlp.linear_fc1", "pre_mlp_layernorm")
+
+
+def expert(
+    dense: torch.Tensor, linear: str, gated: bool, init: InitConfig, seed: int, layer: int, number: int
+) -> torch.Tensor:
+    """FC1 or FC2 of expert ``number``: with noise, then with channels drawn anew (arXiv 2502.19261)."""
+    weight = dense.float().numpy()
+    made = weight.copy()
+    if init.expert_noise:
+        deviation = np.float32(init.expert_noise * weight.astype(np.float64).std())
+        random = generator(seed, "noise", linear, layer, number)
+        made = made + deviation * normal(weight.shape, random).numpy()
+    if init.drop_upcycling:
+        rows = linear == "linear_fc1"
+        count = len(weight) // (1 + gated) if rows else weight.shape[1]
+        shuffled = torch.randperm(count, generator=generator(seed, "channels", layer, number)).numpy()
+        chosen = np.sort(shuffled[: round(init.drop_upcycling * count)])
+        random = generator(seed, "drop", linear, layer, number)
+        for start in (0, count) if rows and gated else (0,):
+            matrix = (weight[start : start + count] if rows else weight).astype(np.float64)
+            mean, deviation = np.float32(matrix.mean()), np.float32(matrix.std())
+            shape = (len(chosen), weight.shape[1]) if rows else (len(weight), len(chosen))
+            channels = mean + deviation * normal(shape, random).numpy()
+            if rows:
+                made[start + chosen] = channels
+            else:
+                made[:, chosen] = channels
+    return _rounded(made, dense.dtype)

@@ -1,0 +1,150 @@
+"""All tensors of a Mixture-of-Experts, made of all tensors of a dense model at once."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.config.start import InitConfig
+from tests.reference import ablations, drawn, mixture
+
+LAYERS = "decoder.layers."
+ROUTER = "decoder.layers.mlp.router."
+FC1, FC2 = "decoder.layers.mlp.linear_fc1.", "decoder.layers.mlp.linear_fc2."
+QKV = "decoder.layers.self_attention.linear_qkv.weight"
+# Both names of the norm before the FFN: with Transformer Engine in a dense layer, and elsewhere.
+NORMS = ("decoder.layers.mlp.linear_fc1.layer_norm_", "decoder.layers.pre_mlp_layernorm.")
+Tensors = dict[str, Tensor]
+
+
+def upcycle(
+    dense: Tensors,
+    args: Namespace,
+    router: RouterConfig,
+    init: InitConfig,
+    mean_keys: Tensor,
+    router_input: Tensor,
+    seed: int,
+    shared_expert: bool = False,
+    layers: Sequence[int] | None = None,
+) -> Tensors:
+    """Every tensor by its name.
+
+    Args:
+        dense: the dense model's, stacked over layers [L, ...].
+        args: Megatron's arguments.
+        mean_keys: [L, G, d].
+        router_input: [L, S, D].
+        layers: those that get experts, each layer having names of its own; None: all, stacked.
+    """
+    moe = with_experts(dense, args, router, init, seed, shared_expert)
+    if init.weights == "random":
+        dense, moe = (
+            {key: drawn.from_scratch(key, value, args, seed) for key, value in tensors.items()}
+            for tensors in (dense, moe)
+        )
+    made = routers(dense, args, router, init, mean_keys, router_input, seed, layers or range(args.num_layers))
+    if layers is None:
+        return moe | {ROUTER + name: torch.stack(list(values.values())) for name, values in made.items()}
+    apart = {key: value for key, value in dense.items() if not key.startswith(LAYERS)}
+    for layer in range(args.num_layers):
+        for key, value in (moe if layer in layers else dense).items():
+            if key.startswith(LAYERS):
+                apart[key.replace(LAYERS, f"{LAYERS}{layer}.")] = value[layer]
+    for name, values in made.items():
+        for layer, parameter in values.items():
+            apart[f"{LAYERS}{layer}.mlp.router.{name}"] = parameter
+    return apart
+
+
+def with_experts(
+    dense: Tensors, args: Namespace, router: RouterConfig, init: InitConfig, seed: int, shared_expert: bool
+) -> Tensors:
+    """All but the routers, where every layer has experts (eq. 3)."""
+    made: Tensors = {}
+    for key, value in dense.items():
+        if key.startswith((FC1, FC2)) and "layer_norm" not in key:
+            linear, parameter = key.split(".")[-2:]
+
+            def of_layer(layer: int, key: str = key, weights: Tensor = value) -> Tensor:
+                numbers = range(router.num_experts)
+                made = [expert(key, weights[layer], args, router, init, seed, layer, i) for i in numbers]
+                return torch.stack(made)
+
+            experts = torch.stack([of_layer(layer) for layer in range(args.num_layers)])
+            made[f"decoder.layers.mlp.experts.experts.{linear}.{parameter}"] = experts
+            if shared_expert:
+                half = value * 0.5 if linear == "linear_fc2" else value
+                made[f"decoder.layers.mlp.shared_experts.{linear}.{parameter}"] = half
+            continue
+        made[key] = value
+        for here, there in (NORMS, NORMS[::-1]):
+            if key.startswith(here):
+                made[key.replace(here, there)] = value
+    return made
+
+
+def expert(
+    key: str,
+    weight: Tensor,
+    args: Namespace,
+    router: RouterConfig,
+    init: InitConfig,
+    seed: int,
+    layer: int,
+    number: int,
+) -> Tensor:
+    """FC1 [F or 2F (gate, up), D] or FC2 [D, F] of one expert: a copy, a shard of it, or a changed one."""
+    linear, parameter = key.split(".")[-2:]
+    if parameter == "weight" and (init.expert_noise or init.drop_upcycling):
+        return ablations.expert(weight, linear, bool(args.swiglu), init, seed, layer, number)
+    if router.granularity == 1:
+        return weight
+    width, shard = args.ffn_hidden_size // router.granularity, number % router.granularity
+    if linear == "linear_fc2":
+        return weight[:, shard * width : (shard + 1) * width]
+    starts = (0, args.ffn_hidden_size) if args.swiglu else (0,)
+    return torch.cat([weight[s + shard * width : s + (shard + 1) * width] for s in starts])
+
+
+def routers(
+    dense: Tensors,
+    args: Namespace,
+    router: RouterConfig,
+    init: InitConfig,
+    mean_keys: Tensor,
+    router_input: Tensor,
+    seed: int,
+    layers: Sequence[int],
+) -> dict[str, dict[int, Tensor]]:
+    """Parameter -> layer -> values."""
+    dtype, D, n = dense[QKV].dtype, args.hidden_size, router.num_experts
+    made: dict[str, dict[int, Tensor]] = {}
+    random = torch.Generator().manual_seed(seed)
+    copies = n // router.granularity
+    for layer in layers:
+        values: Tensors = {}
+        match router.router:
+            case "mixture":
+                values["query_weight"], keys = mixture.of_heads(
+                    dense[QKV][layer], mean_keys[layer].numpy(), args.num_attention_heads, router
+                )
+                values["expert_key"] = keys.to(dtype)
+            case "linear" | "switch":
+                values["weight"] = drawn.normal((copies, D), random, args.init_method_std).to(dtype)
+            case "mlp":
+                values["fc1.weight"] = drawn.normal((D, D), random, args.init_method_std).to(dtype)
+                values["fc2.weight"] = drawn.normal((copies, D), random, args.init_method_std).to(dtype)
+        for name in ("weight", "fc2.weight"):  # a row for each copy: its shards begin alike
+            if name in values:
+                values[name] = torch.stack([values[name][i // router.granularity] for i in range(n)])
+        gains = ablations.norm_gains(dense, layer, args) if init.norm_gain else None
+        if values:
+            values = ablations.router(values, router, init, seed, layer, gains, router_input[layer])
+        if args.add_bias_linear and values:
+            values["bias"] = torch.zeros(n, dtype=dtype)
+        for name, value in values.items():
+            made.setdefault(name, {})[layer] = value
+    return made

@@ -1,0 +1,206 @@
+"""What ``convert`` writes, what ``verify`` expects and what a slow reference makes are equal, bit for bit."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_router_upcycling import cli
+from megatron_router_upcycling.checkpoint.format.boxes import Box
+from megatron_router_upcycling.checkpoint.format.finite import WORDS
+from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.conversion.options import read_conversion
+from megatron_router_upcycling.initialisation import random_weights
+from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.key_statistics.file import KeyStats
+from megatron_router_upcycling.verify import proof
+from megatron_router_upcycling.verify.expected import expected_tensors
+from megatron_router_upcycling.verify.pieces import ExpectedTensor
+from megatron_router_upcycling.verify.sources import DataFiles
+from megatron_router_upcycling.verify.values import blocks
+from tests import dense_checkpoint
+from tests.dense_checkpoint import ATTENTION, GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP
+from tests.reference import drawn
+from tests.reference.upcycled import upcycle
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STARTS = [
+    path.relative_to(CONFIGS).with_suffix("").as_posix()
+    for folder in ("methods", "ablations")
+    for path in sorted((CONFIGS / folder).glob("*.yaml"))
+    if path.stem != "base"
+]
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "all layers": {},
+    "two layers": {"layers": (0, 2)},
+    "shards and a shared expert": {"granularity": 2, "shared_expert": True},
+}
+UNCUT = {  # what refuses --granularity
+    "methods/locmoe",
+    "methods/scratch",
+    "methods/switch",
+    "ablations/drop_upcycling",
+    "ablations/expert_noise",
+}
+SEED = 7
+TOKENS = 64
+
+Tensors = dict[str, torch.Tensor]
+
+
+def grouped_query(dtype: torch.dtype, fused_norms: bool) -> tuple[Tensors, Namespace]:
+    values = dense_checkpoint.tensors(dtype)
+    if not fused_norms:
+        norms = {
+            f"{ATTENTION}.linear_qkv.layer_norm_weight": "decoder.layers.input_layernorm.weight",
+            f"{MLP}.linear_fc1.layer_norm_weight": "decoder.layers.pre_mlp_layernorm.weight",
+        }
+        values = {norms.get(key, key): value for key, value in values.items()}
+    return values, dense_checkpoint.arguments()
+
+
+def multi_head(dtype: torch.dtype, bias: bool) -> tuple[Tensors, Namespace]:
+    """Heads with keys of their own; with ``bias`` all of a GPT's biases, and norms stored less the 1."""
+    values = dense_checkpoint.tensors(dtype, gated=not bias, bias=bias)
+    random = torch.Generator().manual_seed(2)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{ATTENTION}.linear_qkv.weight": (LAYERS, 3 * HEADS * HEAD_DIM, HIDDEN),
+        f"{ATTENTION}.linear_qkv.bias": (LAYERS, 3 * HEADS * HEAD_DIM),
+    }
+    changes: dict[str, Any] = {"group_query_attention": False, "swiglu": not bias, "add_bias_linear": bias}
+    if bias:
+        changes |= {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True}
+        shapes["decoder.final_layernorm.bias"] = (HIDDEN,)
+        for linear in (f"{ATTENTION}.linear_qkv", f"{MLP}.linear_fc1"):
+            shapes[f"{linear}.layer_norm_bias"] = (LAYERS, HIDDEN)
+    values |= {key: torch.randn(shape, generator=random).to(dtype) for key, shape in shapes.items()}
+    return values, dense_checkpoint.arguments(**changes)
+
+
+MODELS = {
+    "float32, grouped queries": grouped_query(torch.float32, fused_norms=True),
+    "bfloat16, grouped queries, norms apart": grouped_query(torch.bfloat16, fused_norms=False),
+    "bfloat16": multi_head(torch.bfloat16, bias=False),
+    "float32, biases": multi_head(torch.float32, bias=True),
+}
+
+
+CASES = [
+    (model, layout, start)
+    for model, layout in (
+        ("float32, grouped queries", "all layers"),
+        ("bfloat16, grouped queries, norms apart", "two layers"),
+        ("bfloat16, grouped queries, norms apart", "shards and a shared expert"),
+        ("bfloat16", "all layers"),
+        ("float32, biases", "two layers"),
+    )
+    for start in STARTS
+    if "granularity" not in LAYOUTS[layout] or start not in UNCUT
+]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense checkpoint at ``root``, its tensors and arguments, and its key statistics."""
+
+    root: Path
+    tensors: Tensors
+    args: Namespace
+    mean_keys: torch.Tensor
+    router_input: torch.Tensor
+
+    def stats(self, key_source: str) -> Path:
+        return self.root.with_name(key_source)
+
+
+@pytest.fixture(scope="module")
+def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dense:
+    root = tmp_path_factory.mktemp("dense") / "dense"
+    values, args = MODELS[request.param]
+    dense_checkpoint.write(root, values, tensor_parallel=2, args=args)
+    groups = GROUPS if args.group_query_attention else HEADS
+    random = torch.Generator().manual_seed(1)
+    mean = torch.randn(LAYERS, groups, HEAD_DIM, generator=random)
+    mean[0, 1] = mean[0, 0]  # a tie
+    made = Dense(root, values, args, mean, torch.randn(LAYERS, TOKENS, HIDDEN, generator=random))
+    for key_source in ("pre_rope", "post_rope"):
+        described = {
+            "num_layers": LAYERS, "num_query_groups": groups, "kv_channels": HEAD_DIM,
+            "num_attention_heads": HEADS, "hidden_size": HIDDEN, "key_source": key_source,
+        }  # fmt: skip
+        stats = KeyStats(mean, mean.square() + 1, torch.full((LAYERS,), 100), described)
+        stats.router_input = made.router_input
+        key_stats_file.save(made.stats(key_source), stats)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix of a model from scratch is drawn in several runs of rows."""
+    monkeypatch.setattr(random_weights, "BLOCK", 100)
+    monkeypatch.setattr(drawn, "MOST_ELEMENTS", 100)
+
+
+def convert(dense: Dense, out: Path, config: str, layout: dict[str, Any]) -> None:
+    file = CONFIGS / f"{config}.yaml"
+    given = read_conversion(file)
+    command = ["convert", dense.root, out, "--config", file, "--seed", SEED, "--quiet"]
+    command += ["--key-stats", dense.stats(given.key_source or "pre_rope")]
+    if "layers" in layout:
+        command += ["--layers", ",".join(map(str, layout["layers"]))]
+    if "granularity" in layout:  # flags count copies, a file counts shards
+        command += ["--granularity", layout["granularity"], "--shared-expert"]
+        command += ["--num-experts", given.router["num_experts"], "--top-k", given.router["top_k"]]
+    assert cli.main([str(part) for part in command]) == 0
+
+
+def values_of(tensor: ExpectedTensor) -> torch.Tensor:
+    """All that ``verify`` expects in a tensor, asked for in blocks of a few values."""
+    made: np.ndarray = np.empty(tensor.shape, WORDS[tensor.dtype.itemsize])
+    for block in blocks(Box((0,) * len(tensor.shape), tensor.shape), 50):
+        for piece in tensor.pieces(block):
+            place = tuple(map(slice, piece.box.offsets, piece.box.ends))
+            made[place] = piece.source.read(piece.source_box(piece.box)).reshape(piece.box.sizes)
+    return torch.from_numpy(made).view(tensor.dtype)
+
+
+def expected_by_verify(dense: Path, moe: Path) -> Tensors:
+    ready = proof.prepare(dense, moe)
+    files = DataFiles(ready.dense.iteration_dir)
+    expected = expected_tensors(ready.dense, files, ready.model, ready.start, ready.layout)
+    made = {key: values_of(tensor) for key, tensor in expected.items()}
+    files.close()
+    return made
+
+
+def assert_equal(found: Tensors, wanted: Tensors) -> None:
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert (found[key].dtype, found[key].shape) == (value.dtype, value.shape), key
+        same = torch.equal(*(one.contiguous().view(torch.uint8) for one in (found[key], value)))
+        assert same, f"{key}: {int((found[key] != value).sum())} of {value.numel()} values differ"
+
+
+@pytest.mark.parametrize(("dense", "layout", "config"), CASES, indirect=["dense"])
+def test_converter_verify_and_reference_agree(dense: Dense, tmp_path: Path, config: str, layout: str) -> None:
+    options = LAYOUTS[layout]
+    convert(dense, tmp_path / "moe", config, options)
+    record = manifest.read(tmp_path / "moe")
+    assert record is not None
+    reference = upcycle(
+        dense.tensors,
+        dense.args,
+        manifest.router_config(record, "moe"),
+        manifest.init_config(record, "moe"),
+        dense.mean_keys,
+        dense.router_input,
+        SEED,
+        options.get("shared_expert", False),
+        options.get("layers"),
+    )
+    assert_equal(dense_checkpoint.read_back(tmp_path / "moe/release"), reference)
+    assert_equal(expected_by_verify(dense.root, tmp_path / "moe"), reference)
