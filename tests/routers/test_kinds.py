@@ -32,7 +32,8 @@ def options(kind: str) -> RouterConfig:
 
 def reference(kind: str, values: Values, tokens: torch.Tensor) -> torch.Tensor:
     doubles = {name: value.detach().double() for name, value in values.items()}
-    return torch.tensor([KINDS[kind].logits(doubles, token, EXPERTS) for token in tokens.detach().double()])
+    rows = [KINDS[kind].logits(doubles, token, EXPERTS) for token in tokens.detach().double()]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def seen(count: int = 20) -> torch.Tensor:
