@@ -4,6 +4,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
 from megatron_router_upcycling.checkpoint.names import at_layer, split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
@@ -169,7 +170,8 @@ def _draw(step: Draw, dtype: torch.dtype, model: DenseModel, seed: int, writer: 
     centered = bool(model.flags.get("apply_layernorm_1p"))
     mean, std = random_weights.first_values(step.key, model.init_method_std, model.num_layers, centered)
     name, layer = split_key(step.key)
-    for offsets, sizes in random_weights.blocks(step.shape):
-        place = offsets if layer is None else (layer, *offsets)  # as if the layers were stacked
-        values = random_weights.draw(seed, name, place, sizes, mean, std)
-        writer.write_chunk(step.key, step.shape, values.to(dtype), [offsets])
+    for block in random_weights.blocks(step.shape):
+        # A layer's own tensor has the values that it has where the layers are stacked.
+        place = block if layer is None else Box((layer, *block.offsets), (1, *block.sizes))
+        values = random_weights.draw(seed, name, place, mean, std).view(block.sizes)
+        writer.write_chunk(step.key, step.shape, values.to(dtype), [block.offsets])

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
+
 BLOCK = 2**22  # elements
 
 
@@ -20,16 +22,20 @@ def generator(seed: int, *what: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
 
 
-def blocks(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Offsets and sizes of blocks that make up ``shape``: rows of one matrix (the last two axes) each."""
-    rows, columns = (1, *shape)[-2:]
-    count = max(1, BLOCK // max(columns, 1))
-    for front in itertools.product(*map(range, shape[:-2])):
-        for row in range(0, rows, count):
-            if len(shape) == 1:
-                yield (0,), shape
-            else:
-                yield (*front, row, 0), (*(1 for _ in front), min(count, rows - row), columns)
+def blocks(shape: Shape, part: Box | None = None) -> Iterator[Box]:
+    """The blocks that make up a tensor of ``shape``, or those of them that overlap ``part``.
+
+    Each is a run of rows of one matrix (the last two axes).
+    """
+    if len(shape) == 1:
+        yield Box((0,), shape)
+        return
+    *front, rows, columns = shape
+    part = part or Box((0,) * len(shape), shape)
+    step = max(1, BLOCK // max(columns, 1))
+    for matrix in itertools.product(*map(range, part.offsets[:-2], part.ends[:-2])):
+        for row in range(part.offsets[-2] // step * step, part.ends[-2], step):
+            yield Box((*matrix, row, 0), (*(1 for _ in front), min(step, rows - row), columns))
 
 
 def first_values(key: str, std: float, num_layers: int, centered_norms: bool) -> tuple[float, float]:
@@ -47,9 +53,7 @@ def first_values(key: str, std: float, num_layers: int, centered_norms: bool) ->
     return 0.0, std
 
 
-def draw(
-    seed: int, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], mean: float, std: float
-) -> torch.Tensor:
+def draw(seed: int, key: str, block: Box, mean: float, std: float) -> torch.Tensor:
     """One of the ``blocks`` of ``key``, in float32; N(mean, std), or all ``mean`` where std is 0."""
-    values = torch.full(sizes, mean)
-    return values if std == 0 else values.normal_(mean, std, generator=generator(seed, key, *offsets))
+    values = torch.full(block.sizes, mean)
+    return values if std == 0 else values.normal_(mean, std, generator=generator(seed, key, *block.offsets))

@@ -15,7 +15,7 @@ CHECKS = {
     "experts": "every expert bitwise equal to the dense FFN",
     "untouched": "everything else bitwise equal to the dense model's",
     "norms": "the norm before the FFN equal under both of its names",
-    "routers": "routers equal to an independent computation",
+    "routers": "routers equal to those computed again",
     "states": "extra states: the dense model's, or empty",
     "arguments": "training arguments and manifest agree with each other and with DENSE",
     "files": "files as the manifest records them",

@@ -1,12 +1,13 @@
 """Is an upcycled checkpoint what it must be? Proved by reading it and the dense checkpoint it came from.
 
-``prepare`` opens both, ``run`` reads them. Everything is said anew from the dense checkpoint, the key
-statistics and the manifest (``expected``); the converter is not asked. Of a checkpoint that has trained
-since, the structure alone can be checked.
+``prepare`` opens both, ``run`` reads them. What there must be follows from the dense checkpoint, the key
+statistics and the manifest (``expected``). Of a checkpoint that has trained since, the structure alone can be
+checked.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,13 @@ from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dens
 from megatron_router_upcycling.checkpoint.read_model import read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.config.router import RouterConfig
-from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes
+from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.file import load as load_key_stats
 from megatron_router_upcycling.verify import structure
-from megatron_router_upcycling.verify.expected import expected_tensors
+from megatron_router_upcycling.verify.expected import Start, expected_tensors
 from megatron_router_upcycling.verify.findings import Findings
 from megatron_router_upcycling.verify.layout import Layout
 from megatron_router_upcycling.verify.sources import DataFiles
@@ -41,16 +41,14 @@ class Verification:
     dense: Checkpoint
     model: DenseModel
     moe: Checkpoint
-    record: dict[str, Any]
-    router: RouterConfig
-    stats: KeyStats | None
-    init: InitConfig
-    key_stats_file: Path | None = None
-    findings: Findings = field(default_factory=Findings)
+    record: dict[str, Any]  # the manifest
+    start: Start
+    layout: Layout
+    findings: Findings
 
     @property
     def trained(self) -> bool:
-        return self.moe.iteration_dir.name != FRESH_ITERATION
+        return _has_trained(self.moe)
 
     @property
     def bytes_to_read(self) -> int:
@@ -81,22 +79,27 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
             f"MOE {moe.root}: has no {manifest.NAME}; name a checkpoint that convert made, or that was"
             " trained from one with megatron_router_upcycling.pretrain"
         )
-    router = manifest.router_config(record, moe.root / manifest.NAME)
-    init = manifest.init_config(record, moe.root / manifest.NAME)
-    verification = Verification(dense, model, moe, record, router, None, init, findings=findings)
-    if verification.trained or not (router.router == "mixture" or init.needs_router_input):
-        return verification
-    if router.router == "mixture":
-        router.shape(model.num_attention_heads, model.kv_channels)
-    stats, path = _key_stats(verification, key_stats_file)
-    return replace(verification, stats=stats, key_stats_file=path)
+    source = moe.root / manifest.NAME
+    router, init = manifest.router_config(record, source), manifest.init_config(record, source)
+    init.check(router)
+    router_parameters(model, router)  # whether the router fits the model
+    seed = record.get("seed")
+    if not isinstance(seed, int):
+        raise UserError(f"MOE {moe.root}: its manifest has seed {seed!r}; convert the model again")
+    stats = None
+    if not _has_trained(moe) and (router.kind.of_heads or init.needs_router_input):
+        stats = _key_stats(model, structure.section(moe, record, "key_stats"), key_stats_file, findings)
+    layout = Layout.of(structure.section(moe, record, "model"), router, model, source)
+    return Verification(dense, model, moe, record, Start(router, init, stats, seed), layout, findings)
 
 
-def _key_stats(verification: Verification, path: Path | None) -> tuple[KeyStats, Path]:
-    model, recorded = (
-        verification.model,
-        structure.section(verification.moe, verification.record, "key_stats"),
-    )
+def _has_trained(moe: Checkpoint) -> bool:
+    return moe.iteration_dir.name != FRESH_ITERATION
+
+
+def _key_stats(
+    model: DenseModel, recorded: dict[str, Any], path: Path | None, findings: Findings
+) -> tuple[KeyStats, Path]:
     if path is None:
         path = Path(str(recorded.get("path")))
         if not path.is_file():
@@ -111,8 +114,9 @@ def _key_stats(verification: Verification, path: Path | None) -> tuple[KeyStats,
             f" {list(expected)}"
         )
     if structure.sha256(path) != recorded.get("sha256"):
-        what = "is not the file of key statistics whose SHA-256 the manifest records"
-        verification.findings.add("files", str(path), what)
+        findings.add(
+            "files", str(path), "is not the file of key statistics whose SHA-256 the manifest records"
+        )
     return stats, path
 
 
@@ -125,42 +129,38 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
     Raises:
         UserError: the dense checkpoint is damaged.
     """
-    dense, model, moe = verification.dense, verification.model, verification.moe
-    record, router, trained = verification.record, verification.router, verification.trained
-    findings = verification.findings
-    dense_files, moe_files = DataFiles(dense.iteration_dir), DataFiles(moe.iteration_dir)
-    try:
-        seed = record.get("seed")
-        if not isinstance(seed, int):
-            raise UserError(f"MOE {moe.root}: its manifest has seed {seed!r}; convert the model again")
-        source = moe.root / manifest.NAME
-        layout = Layout.of(structure.section(moe, record, "model"), router, model, source)
-        stats, init, file = verification.stats, verification.init, verification.key_stats_file
-        expected = expected_tensors(
-            dense, dense_files, model, router, stats, init, None if trained else file, seed, layout
-        )
-        comparable = structure.check_tensors(moe, expected, trained, findings)
-        wanted = structure.expected_states(model, router, layout)
-        identities = structure.check_objects(moe, dense, moe_files, wanted, layout, trained, findings)
-        structure.check_arguments(moe, dense, model, record, router, layout, trained, findings)
-        if structure.section(moe, record, "source").get("digest") != dense.digest():
-            what = "is not the checkpoint whose digest the manifest records"
-            findings.add("arguments", f"DENSE {dense.root}", what)
-        comparison = Comparison(moe, moe_files, findings, progress)
-        for key in moe.tensors:
-            comparison.compare(key, expected[key] if key in comparable and not trained else None)
-        identities |= comparison.identities
-        whole_files: set[str] = set()
-        if not trained:
-            small = {METADATA, CONFIG, COMMON_FILE}
-            whole_files = {Path(name).name for name in structure.recorded_files(moe, record, "files")} - small
-            structure.check_files(moe, record, identities, findings)
-        structure.check_ranges(moe, whole_files, findings)
-    finally:
-        dense_files.close()
-        moe_files.close()
+    with (
+        closing(DataFiles(verification.dense.iteration_dir)) as dense_files,
+        closing(DataFiles(verification.moe.iteration_dir)) as moe_files,
+    ):
+        comparison = Comparison(verification.moe, moe_files, verification.findings, progress)
+        _check(verification, dense_files, moe_files, comparison)
     _say_what_was_seen(verification, comparison)
-    return findings
+    return verification.findings
+
+
+def _check(
+    verification: Verification, dense_files: DataFiles, moe_files: DataFiles, comparison: Comparison
+) -> None:
+    dense, model, moe, record = verification.dense, verification.model, verification.moe, verification.record
+    start, layout, trained = verification.start, verification.layout, verification.trained
+    findings = verification.findings
+    expected = expected_tensors(dense, dense_files, model, start, layout)
+    comparable = structure.check_tensors(moe, expected, trained, findings)
+    states = set(model.extra_states(start.router.num_experts, layout.shared_expert, layout.layers))
+    identities = structure.check_objects(moe, dense, moe_files, states, layout, trained, findings)
+    structure.check_arguments(moe, dense, model, record, start.router, layout, trained, findings)
+    if structure.section(moe, record, "source").get("digest") != dense.digest():
+        what = "is not the checkpoint whose digest the manifest records"
+        findings.add("arguments", f"DENSE {dense.root}", what)
+    for key in moe.tensors:
+        comparison.compare(key, expected[key] if key in comparable and not trained else None)
+    whole_files: set[str] = set()
+    if not trained:
+        small = {METADATA, CONFIG, COMMON_FILE}
+        whole_files = {Path(name).name for name in structure.recorded_files(moe, record, "files")} - small
+        structure.check_files(moe, record, identities | comparison.identities, findings)
+    structure.check_ranges(moe, whole_files, findings)
 
 
 def _say_what_was_seen(verification: Verification, comparison: Comparison) -> None:
@@ -178,13 +178,13 @@ def _say_what_was_seen(verification: Verification, comparison: Comparison) -> No
             findings.looked_at[check] = format_bytes(comparison.compared.get(check, 0))
     if verification.trained:
         findings.skipped["states"] = findings.skipped["files"] = TRAINED
-    elif verification.router.router in ("linear", "switch", "mlp"):
-        findings.looked_at["routers"] += f", drawn again from seed {verification.record.get('seed')}"
+    elif not verification.start.router.kind.of_heads and comparison.compared.get("routers"):
+        findings.looked_at["routers"] += f", drawn again from seed {verification.start.seed}"
 
 
 def describe(verification: Verification, seconds: float) -> str:
     """What was proved and what differs, for a screen."""
-    findings, router, moe = verification.findings, verification.router, verification.moe
+    findings, router, moe = verification.findings, verification.start.router, verification.moe
     kind = router.describe()
     since = f", trained to {moe.iteration_dir.name}: values not compared" if verification.trained else ""
     verdict = f"{len(findings.found)} DIFFERENCES" if findings else "as it must be"

@@ -1,9 +1,10 @@
-"""Where expected values come from: boxes of a stored tensor, or of one that was computed again."""
+"""Where expected values come from: boxes of a stored tensor, or of one that is computed."""
 
 import io
+import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -131,25 +132,44 @@ class StoredTensor:
         return np.lib.stride_tricks.as_strided(buffer, box.sizes, strides, writeable=False)
 
 
-class ComputedLayers:
-    """A tensor [L, ...] that is computed layer after layer: ``compute(layer)`` gives [...]."""
+class ComputedTensor:
+    """A tensor that is computed box by box; the box computed last is kept.
 
-    def __init__(self, compute: Callable[[int], torch.Tensor]) -> None:
-        self.compute = compute
-        self._layer: tuple[int, np.ndarray] | None = None
+    Args:
+        boxes: those of the boxes it is computed in that overlap the one given.
+        compute: the values of one of them.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        boxes: Callable[[Box], Iterator[Box]],
+        compute: Callable[[Box], torch.Tensor],
+    ) -> None:
+        self.dtype, self.boxes, self.compute = dtype, boxes, compute
+        self._last: tuple[Box, np.ndarray] | None = None
 
     def place(self, box: Box) -> Place | None:
         return None
 
     def read(self, box: Box) -> np.ndarray:
-        rest = tuple(map(slice, box.offsets[1:], box.ends[1:]))
-        layers = range(box.offsets[0], box.ends[0])
-        return np.stack([self._values(layer)[rest] for layer in layers])
+        made: np.ndarray = np.empty(box.sizes, WORDS[self.dtype.itemsize])
+        for whole in self.boxes(box):
+            if part := whole.overlap(box):
+                made[inside(part, box.offsets)] = self._values(whole)[inside(part, whole.offsets)]
+        return made
 
-    def _values(self, layer: int) -> np.ndarray:
-        if self._layer is None or self._layer[0] != layer:
-            self._layer = layer, as_words(self.compute(layer))
-        return self._layer[1]
+    def _values(self, box: Box) -> np.ndarray:
+        if self._last is None or self._last[0] != box:
+            self._last = box, as_words(self.compute(box).to(self.dtype)).reshape(box.sizes)
+        return self._last[1]
+
+
+def slices(shape: Shape, num_axes: int, box: Box) -> Iterator[Box]:
+    """The boxes at one index of each of the first ``num_axes`` axes that overlap ``box``."""
+    rest = shape[num_axes:]
+    for index in itertools.product(*map(range, box.offsets[:num_axes], box.ends[:num_axes])):
+        yield Box((*index, *(0 for _ in rest)), (*(1 for _ in index), *rest))
 
 
 def as_words(tensor: torch.Tensor) -> np.ndarray:

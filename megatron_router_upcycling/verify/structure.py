@@ -16,20 +16,18 @@ from megatron_router_upcycling.checkpoint.names import (
     EXTRA_STATE,
     FC1,
     FC2,
-    FUSED_NORM,
     ROUTER,
-    SEPARATE_NORM,
     TRAINING_STATE,
-    at_layer,
+    other_norm,
     split_key,
 )
 from megatron_router_upcycling.checkpoint.publish.completeness import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.verify.expected import ExpectedTensor
 from megatron_router_upcycling.verify.findings import Findings
 from megatron_router_upcycling.verify.layout import Layout
+from megatron_router_upcycling.verify.pieces import ExpectedTensor
 from megatron_router_upcycling.verify.sources import DataFiles
 
 BALANCING = (f"{ROUTER}.expert_bias", f"{ROUTER}.local_tokens_per_expert")  # made by training, if at all
@@ -44,8 +42,7 @@ def check_tensors(
     for key, wanted in expected.items():
         stored = moe.tensors.get(key)
         if stored is None:
-            other = _other_norm(key)
-            if not (trained and other in moe.tensors):  # training saves the name that it uses
+            if not (trained and other_norm(key) in moe.tensors):  # training saves the name that it uses
                 findings.add(wanted.check, key, "is missing")
         elif stored.shape != wanted.shape:
             findings.add(wanted.check, key, f"is {list(stored.shape)} where {list(wanted.shape)} is expected")
@@ -58,13 +55,6 @@ def check_tensors(
         if key not in expected and not (trained and made_by_training):
             findings.add("metadata", key, "has no place in this Mixture-of-Experts")
     return comparable
-
-
-def _other_norm(key: str) -> str:
-    name, layer = split_key(key)
-    if name.startswith(FUSED_NORM):
-        return at_layer(SEPARATE_NORM + name.removeprefix(FUSED_NORM), layer)
-    return at_layer(FUSED_NORM + name.removeprefix(SEPARATE_NORM), layer)
 
 
 def check_ranges(moe: Checkpoint, whole_files: Iterable[str], findings: Findings) -> None:
@@ -132,10 +122,6 @@ def check_objects(
         for key in sorted((kept | wanted) - set(moe.objects)):
             findings.add("states", key, "is missing")
     return identities
-
-
-def expected_states(model: DenseModel, router: RouterConfig, layout: Layout) -> set[str]:
-    return set(model.extra_states(router.num_experts, layout.shared_expert, layout.layers))
 
 
 def check_files(

@@ -19,8 +19,8 @@ from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
 from megatron_router_upcycling.checkpoint.format.torch_save_check import Contents, Damaged
 from megatron_router_upcycling.checkpoint.names import split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.verify.expected import ExpectedTensor, Piece
 from megatron_router_upcycling.verify.findings import Findings, span
+from megatron_router_upcycling.verify.pieces import ExpectedTensor, Piece
 from megatron_router_upcycling.verify.sources import DataFiles, as_words, inside
 
 BLOCK_BYTES = 2 << 20  # stays in a processor's cache between the checksum and the comparison

@@ -15,19 +15,17 @@ from megatron_router_upcycling.conversion.options import read_conversion
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from tests import dense_checkpoint
 from tests.dense_checkpoint import make_stats
+from tests.router_kinds import KINDS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml") if path.stem != "base")
 ROUTER = "decoder.layers.mlp.router"
 L, D = dense_checkpoint.LAYERS, dense_checkpoint.HIDDEN
-ROUTER_SHAPES = {
-    "scratch": {"weight": (L, 8, D)},
-    "vanilla": {"weight": (L, 8, D)},
-    "switch": {"weight": (L, 8, D)},
-    "locmoe": {},
-    "mlp": {"fc1.weight": (L, D, D), "fc2.weight": (L, 8, D)},
-    "router_upcycling": {"query_weight": (L, 8, 4, D), "expert_key": (L, 8, 4)},
-}
+
+
+def kind_of(method: str) -> str:
+    """The kind of router that a method's file asks for."""
+    return str(yaml.safe_load((CONFIGS / f"methods/{method}.yaml").read_text())["upcycling"]["router"])
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +48,11 @@ def test_method_is_one_file(folder: Path, tmp_path: Path, method: str) -> None:
     shapes = {
         key.removeprefix(f"{ROUTER}."): tuple(value.shape) for key, value in values.items() if ROUTER in key
     }
-    assert shapes == ROUTER_SHAPES[method]
+    row = KINDS[kind_of(method)]
+    assert shapes == {name: (L, *shape) for name, shape in row.shapes.items()}
     record = manifest.read(tmp_path / "moe")
     assert record is not None
-    assert record["router"]["top_k"] == (1 if method == "switch" else 2) and record["router"]["pre_softmax"]
+    assert record["router"]["top_k"] == row.top_k and record["router"]["pre_softmax"]
     assert cli.main(["verify", str(folder / "dense"), str(tmp_path / "moe"), "--quiet"]) == 0
 
 
@@ -199,14 +198,7 @@ def test_routing_has_the_entropy_that_was_asked_for(tmp_path: Path, method: str)
         router = {
             key.removeprefix(f"{ROUTER}."): value[layer] for key, value in made.items() if ROUTER in key
         }
-        x = sample[layer]
-        if method == "router_upcycling":
-            queries = torch.einsum("mqd,sd->smq", router["query_weight"], x)
-            scores = torch.einsum("smq,nq->sn", queries, router["expert_key"]) / queries.shape[-1] ** 0.5
-        elif method == "vanilla":
-            scores = x @ router["weight"].t()
-        else:
-            scores = torch.nn.functional.gelu(x @ router["fc1.weight"].t()) @ router["fc2.weight"].t()
+        scores = torch.tensor([KINDS[kind_of(method)].logits(router, x, 8) for x in sample[layer]])
         entropy = torch.distributions.Categorical(logits=scores).entropy().mean()
         assert entropy == pytest.approx(1.2, abs=1e-3)
 

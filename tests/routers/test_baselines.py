@@ -20,37 +20,6 @@ def kind(router: str) -> RouterConfig:
     return RouterConfig(router=router, num_experts=EXPERTS, top_k=1 if router == "switch" else 2)
 
 
-@pytest.mark.parametrize(
-    ("router", "parameters"),
-    [("mlp", {"fc1.weight", "fc2.weight"}), ("switch", {"weight"}), ("locmoe", set())],
-)
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_parameters_are_those_of_the_method_and_marked(
-    router: str, parameters: set[str], sequence_parallel: bool
-) -> None:
-    config = transformer_config(
-        params_dtype=torch.bfloat16, bf16=True, moe_router_topk=kind(router).top_k, add_bias_linear=True
-    )
-    config.sequence_parallel = sequence_parallel
-    made = dict(build(kind(router), config).named_parameters())
-    bias = set() if router == "locmoe" else {"bias"}
-    assert set(made) == parameters | bias
-    for parameter in made.values():
-        assert parameter.dtype == torch.bfloat16 and parameter.sequence_parallel is sequence_parallel
-
-
-def test_mlp_logits_are_two_layers() -> None:
-    router = build(kind("mlp"), transformer_config())
-    x = tokens(torch.bfloat16)
-    found = router.gating(x)
-    assert found.dtype == torch.float32 and found.requires_grad
-    first, second = router.fc1.weight.double(), router.fc2.weight.double()
-    for token, logits in zip(x.flatten(0, 1).double(), found.flatten(0, 1), strict=True):
-        hidden = first @ token
-        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-        torch.testing.assert_close(logits.double(), second @ hidden, rtol=1e-4, atol=1e-4)
-
-
 def test_locmoe_logits_are_means_of_slices_and_teach_the_layers_below() -> None:
     router = build(kind("locmoe"), transformer_config())
     x = tokens()

@@ -6,7 +6,7 @@ import torch
 
 from megatron_router_upcycling.config.router import GROUPINGS, RouterConfig
 from megatron_router_upcycling.initialisation.heads import init_mixture
-from megatron_router_upcycling.verify.routers import fused_row, key_values, layer_sources
+from tests.reference.routers import fused_row, key_values, layer_sources
 
 HIDDEN = 3
 

@@ -19,8 +19,8 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.verify.scratch import seed_of
 from megatron_router_upcycling.verify.sources import Place, as_words, inside
+from tests.reference.scratch import seed_of
 
 Array = np.ndarray
 Values = dict[str, torch.Tensor]
