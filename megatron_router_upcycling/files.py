@@ -1,10 +1,11 @@
-"""Files in general: durable writes, digests, sizes, and versions of what wrote them."""
+"""Files in general: written whole or not at all, digests, sizes, and versions of what wrote them."""
 
 import functools
 import hashlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -26,16 +27,41 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write ``path`` whole or not at all, in a folder that is there.
+
+    The content goes to a hidden file beside it, to the disk, and then takes the place of ``path``; of a write
+    that fails nothing is left.
+
+    Args:
+        content: text (as UTF-8), bytes, or a function that writes to the path that it is given.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache
-def versions() -> dict[str, str]:
-    names = ("megatron-router-upcycling", "megatron-core", "torch")
+def versions(*packages: str) -> dict[str, str]:
+    """Python's version and those of ``packages``: if none are named, of this one and of what it stands on."""
     found = {"python": platform.python_version()}
-    for name in names:
+    for name in packages or ("megatron-router-upcycling", "megatron-core", "torch"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -12,18 +12,19 @@ from collections.abc import Iterable
 
 from megatron_router_upcycling.checkpoint.format.metadata import Chunk, StoredTensor
 from megatron_router_upcycling.checkpoint.names import (
+    FC1,
     LAYER,
     LAYERS,
     at_layer,
-    is_stacked,
+    is_of_layers,
     own_state,
     stacked_state,
+    within_layer,
 )
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 
-RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6})(?::(\d{1,6}))?)?")
-HALVES = re.compile(r"(mlp\.linear_fc1\.(?:weight|bias))_[wv]")
+HALVES = re.compile(rf"({re.escape(within_layer(FC1))}\.(?:weight|bias))_[wv]")
 
 
 def stack_layers(checkpoint: Checkpoint) -> Checkpoint:
@@ -61,7 +62,7 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
     """
     tensors: dict[str, StoredTensor] = {}
     for key, stored in checkpoint.tensors.items():
-        if not is_stacked(key):
+        if not is_of_layers(key):
             tensors[key] = stored
             continue
         layers: dict[int, list[Chunk]] = {layer: [] for layer in range(stored.shape[0])}
@@ -81,26 +82,6 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
 def one_layer(checkpoint: Checkpoint, own: str, key: str) -> Checkpoint:
     """``checkpoint`` with what a layer's own key ``own`` holds as the one layer of a stacked ``key``."""
     return dataclasses.replace(checkpoint, tensors={key: _stack([checkpoint.tensors[own]], own)})
-
-
-def parse_layers(text: str, num_layers: int) -> tuple[int, ...] | None:
-    """The layers that ``--layers`` names, None for all: numbers and ranges with an optional step.
-
-    ``1,3,5-7`` are the layers 1, 3, 5, 6, 7, counted from 0; ``1-23:2`` is every other layer from 1 on.
-
-    Raises:
-        UserError: not of this form, or a layer that the model does not have.
-    """
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = RANGE.fullmatch(part.strip())
-        if not match:
-            raise UserError(f"--layers {text!r}: write layers as in 1,3,5-7 or 1-{num_layers - 1}:2")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last < num_layers:
-            raise UserError(f"--layers {part.strip()}: the model has the layers 0 to {num_layers - 1}")
-        chosen.update(range(first, last + 1, max(1, int(match[3] or 1))))
-    return None if len(chosen) == num_layers else tuple(sorted(chosen))
 
 
 def _stack(layers: list[StoredTensor], where: str) -> StoredTensor:

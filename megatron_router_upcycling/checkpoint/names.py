@@ -64,16 +64,16 @@ def split_key(key: str) -> tuple[str, int | None]:
 
 def at_layer(key: str, layer: int | None) -> str:
     """A layer's own name for what is called ``key`` where layers are stacked; None: the name itself."""
-    return key if layer is None else f"{LAYERS}.{layer}.{in_layer(key)}"
+    return key if layer is None else f"{LAYERS}.{layer}.{within_layer(key)}"
 
 
-def in_layer(key: str) -> str:
-    """``key``, stacked, without what all names of a layer begin with."""
+def within_layer(key: str) -> str:
+    """What ``key``, stacked over layers, is called within a layer."""
     return key.removeprefix(f"{LAYERS}.")
 
 
-def is_stacked(key: str) -> bool:
-    """Whether ``key`` is of a layer's parameters or objects."""
+def is_of_layers(key: str) -> bool:
+    """Whether ``key`` is of all layers, stacked, or of one."""
     return key.startswith(f"{LAYERS}.")
 
 

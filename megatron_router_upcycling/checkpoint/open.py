@@ -35,9 +35,12 @@ def open_checkpoint(root: str | Path, report: Report | None = None) -> Checkpoin
     """
     root = Path(root)
     folder = iteration_dir(root)
-    if not (folder / CONFIG).exists() and any(folder.glob("mp_rank_*")):
+    if _is_legacy(folder):
         return LegacyCheckpoint.open_folder(root, folder)
-    check_backend(folder)
+    if (backend := _backend(folder)) != BACKEND:
+        raise UserError(
+            f"{folder / CONFIG}: format {shown(backend)!r}; save the checkpoint with --ckpt-format {BACKEND}"
+        )
     return Checkpoint.open_folder(root, folder, report)
 
 
@@ -51,18 +54,13 @@ def check_whole(root: str | Path) -> None:
     """
     root = Path(root)
     folder = iteration_dir(root)
-    if (folder / CONFIG).exists() or not any(folder.glob("mp_rank_*")):
+    if not _is_legacy(folder) and _backend(folder) == BACKEND:
         metadata = folder / METADATA
-        if _backend(folder) == BACKEND:
-            Checkpoint(root, folder, *parse_metadata(read_record(metadata), metadata), {}).check_files(None)
+        Checkpoint(root, folder, *parse_metadata(read_record(metadata), metadata), {}).check_files(None)
 
 
-def check_backend(folder: Path) -> None:
-    backend = _backend(folder)
-    if backend != BACKEND:
-        raise UserError(
-            f"{folder / CONFIG}: format {shown(backend)!r}; save the checkpoint with --ckpt-format {BACKEND}"
-        )
+def _is_legacy(folder: Path) -> bool:
+    return not (folder / CONFIG).exists() and any(folder.glob("mp_rank_*"))
 
 
 def _backend(folder: Path) -> Any:

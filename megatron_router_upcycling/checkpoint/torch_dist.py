@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import (
     COMMON_FILE,
     COMMON_STATE,
@@ -206,11 +206,11 @@ class Checkpoint:
     def _read_common(self) -> dict[str, Any]:
         if COMMON_STATE in self.objects:
             source = f"{self.iteration_dir}: common state"
-            loaded = safe_pickle.load_archive(self._common_bytes(), source)
+            loaded = torch_save_file.load(self._common_bytes(), source)
             common = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else None
         else:
             source = str(self.iteration_dir / COMMON_FILE)
-            common = safe_pickle.load_archive(self._common_bytes(), source)
+            common = torch_save_file.load(self._common_bytes(), source)
         if not isinstance(common, dict):
             raise UserError(f"{source}: not a dictionary; use a checkpoint that Megatron's training saved")
         return common

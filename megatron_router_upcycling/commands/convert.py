@@ -97,9 +97,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_router_upcycling.conversion.options import read_conversion
+    from megatron_router_upcycling.conversion.options import read_method
 
-    file = read_conversion(args.config)
+    file = read_method(args.config)
     router = _router_to_make(args, file.router)
     file.init.check(router)
     import torch

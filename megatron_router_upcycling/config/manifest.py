@@ -5,13 +5,13 @@ options from it, and write it anew beside the checkpoints that training saves.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.files import write_whole
 
 NAME = "router_upcycling.json"
 FORMAT = 1
@@ -65,7 +65,4 @@ def init_config(manifest: dict[str, Any], source: str | Path) -> InitConfig:
 
 def write(root: str | Path, manifest: dict[str, Any]) -> None:
     """Write ``manifest`` to ``root``, whole or not at all."""
-    path = Path(root) / NAME
-    partial = path.with_name(f".{NAME}.{os.getpid()}")
-    partial.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(Path(root) / NAME, json.dumps(manifest, indent=2, sort_keys=True) + "\n")

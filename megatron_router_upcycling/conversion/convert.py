@@ -1,11 +1,8 @@
-"""One conversion from end to end: check everything, write aside, publish, keep a record.
-
-``upcycle`` says what becomes of each tensor; here are the folders, the key statistics and the manifest.
-"""
+"""One conversion from end to end: check everything, write aside, publish, keep a record."""
 
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +17,129 @@ from megatron_router_upcycling.checkpoint.read_model import query_key_digest, re
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.conversion.execute import execute
-from megatron_router_upcycling.conversion.job import Conversion
 from megatron_router_upcycling.conversion.options import Options
-from megatron_router_upcycling.conversion.plan import Plan, plan, targets
+from megatron_router_upcycling.conversion.plan import Plan, plan
 from megatron_router_upcycling.conversion.record import DATA_FILES, make_manifest
-from megatron_router_upcycling.conversion.steps import Draw, LeaveOut, accounted
 from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.files import on_one_disk
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
 
-def check_key_stats(stats: KeyStats, path: Path, dense: Checkpoint, model: DenseModel) -> None:
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is ready to run: everything that is known before a byte is written."""
+
+    plan: Plan
+    stats: KeyStats | None
+    out: Path
+    sources: Stamps
+
+    @property
+    def links(self) -> bool:
+        """Whether what does not change is linked rather than copied."""
+        plan = self.plan
+        linkable = plan.kept_bytes > plan.changed_bytes and not plan.options.materialize
+        return linkable and on_one_disk(plan.dense.iteration_dir, self.out)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """What the disk must have room for, but for the few bytes around each chunk."""
+        plan = self.plan
+        return plan.expert_bytes + plan.router_bytes + (plan.changed_bytes if self.links else plan.kept_bytes)
+
+
+def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
+    """Read and check everything; write nothing.
+
+    Raises:
+        UserError: whatever would make the conversion fail and can be known beforehand.
+    """
+    out = Path(out)
+    read = [path for path in (options.key_stats,) if path] + list(iteration_dir(Path(root)).rglob("*"))
+    sources = Stamps(read)  # before anything is read
+    dense = open_dense(root)
+    publish.check_target(out, dense.root, options.overwrite)
+    model = read_model(dense)
+    if options.init.weights == "random":
+        options = replace(options, materialize=True)  # there is nothing to share
+    router_parameters(model, options.router)  # whether the router fits the model
+    stats = _read_key_stats(options, dense, model)
+    conversion = Conversion(plan(dense, model, options), stats, out, sources)
+    publish.check_space(out, conversion.bytes_to_write)
+    return conversion
+
+
+def convert(conversion: Conversion, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+    """Make the checkpoint and return its manifest.
+
+    On any exception there is no checkpoint. Nothing else is left either, but where the process is told to end
+    (Ctrl-C, SIGTERM) or is killed: then the data files so far stay in a hidden folder beside ``out``, and the
+    next conversion to ``out`` goes on from them (``publish.folder``).
+
+    Args:
+        progress: called with the number of bytes after each write.
+
+    Raises:
+        UserError: it cannot be written; a chunk of the dense checkpoint cannot be read, is not what was
+            saved or holds NaN; or a file that was read has changed meanwhile.
+    """
+    plan, out, sources = conversion.plan, conversion.out, conversion.sources
+    try:
+        with publish.new_folder(out, plan.options.overwrite, f"release/{DATA_FILES}*") as folder:
+            contents = _write(conversion, folder / "release", progress)
+            record = make_manifest(plan, conversion.stats, folder, contents)
+            manifest.write(folder, record)
+            (folder / TRACKER).write_text("release", encoding="utf-8")
+            sources.check()
+    except OSError as error:
+        sources.check()  # one that has gone is the cause
+        raise UserError(f"OUT {out}: cannot be written ({error.strerror}); nothing was left behind") from None
+    except (pickle.PicklingError, RecursionError) as error:
+        raise UserError(
+            f"DENSE {plan.dense.root}: its training arguments hold what cannot be carried over"
+            f" ({reason(error)})"
+        ) from None
+    return record
+
+
+def _write(conversion: Conversion, folder: Path, progress: Callable[[int], None]) -> dict[str, str]:
+    """Fill the iteration's folder, look at all that lies there, and return the digests of its data files."""
+    plan = conversion.plan
+    with (
+        IntactCheck(plan.source, plan.values_taken_over()) as intact,
+        CheckpointWriter(folder, DATA_FILES, progress) as writer,
+    ):
+        plan.run(conversion.stats, writer)
+        tensors = writer.finish()
+        intact.wait()
+    completeness.check_whole(tensors, writer.objects, plan.makes())
+    return completeness.content_digests(completeness.examine_all(folder, tensors, writer.objects))
+
+
+def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> KeyStats | None:
+    """The key statistics where the routers are made from them, checked; else None."""
+    kind, path = options.router.kind, options.key_stats
+    if not kind.of_heads and not options.init.needs_router_input:
+        return None
+    if path is None:
+        what = f"--router {kind.name}" if kind.of_heads else "this --config"
+        raise UserError(f"--key-stats: {what} needs the file that collect_keys wrote")
+    stats = key_stats_file.load(path)
+    _check_key_stats(stats, path, dense, model)
+    found = stats.metadata["key_source"]
+    if options.key_source not in (None, found):
+        raise UserError(
+            f"--key-stats {path}: holds {found} keys, and --config asks for key_source"
+            f" {options.key_source}; collect them with --key-source {options.key_source}"
+        )
+    if options.init.needs_router_input:
+        key_stats_file.read_router_input(path, 0)
+    return stats
+
+
+def _check_key_stats(stats: KeyStats, path: Path, dense: Checkpoint, model: DenseModel) -> None:
     """Refuse statistics of another model.
 
     Raises:
@@ -60,87 +167,3 @@ def check_key_stats(stats: KeyStats, path: Path, dense: Checkpoint, model: Dense
                 f"--key-stats {path}: collected from another checkpoint ({stats.metadata.get('checkpoint')});"
                 f" collect them from {dense.root}"
             )
-
-
-def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
-    """Read and check everything; write nothing.
-
-    Raises:
-        UserError: whatever would make the conversion fail and can be known beforehand.
-    """
-    out = Path(out)
-    read = [path for path in (options.key_stats,) if path] + list(iteration_dir(Path(root)).rglob("*"))
-    sources = Stamps(read)  # before anything is read
-    dense = open_dense(root)
-    publish.check_target(out, dense.root, options.overwrite)
-    model = read_model(dense)
-    if options.init.weights == "random":
-        options = replace(options, materialize=True)  # there is nothing to share
-    stats = None
-    router_parameters(model, options.router)  # whether the router fits the model
-    kind = options.router.kind
-    if kind.of_heads or options.init.needs_router_input:
-        if options.key_stats is None:
-            what = f"--router {kind.name}" if kind.of_heads else "this --config"
-            raise UserError(f"--key-stats: {what} needs the file that collect_keys wrote")
-        stats = key_stats_file.load(options.key_stats)
-        check_key_stats(stats, options.key_stats, dense, model)
-        found = stats.metadata["key_source"]
-        if options.key_source not in (None, found):
-            raise UserError(
-                f"--key-stats {options.key_stats}: holds {found} keys, and --config asks for key_source"
-                f" {options.key_source}; collect them with --key-source {options.key_source}"
-            )
-        if options.init.needs_router_input:
-            key_stats_file.read_router_input(options.key_stats, 0)
-    conversion = Conversion(dense, model, options, stats, plan(dense, model, options), out, sources)
-    publish.check_space(out, conversion.bytes_to_write)
-    return conversion
-
-
-def convert(conversion: Conversion, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
-    """Make the checkpoint and return its manifest. On any exception nothing is left behind.
-
-    Args:
-        progress: called with the number of bytes after each write.
-
-    Raises:
-        UserError: it cannot be written; a chunk of the dense checkpoint cannot be read, is not what was
-            saved or holds NaN; or a file that was read has changed meanwhile.
-    """
-    out, options = conversion.out, conversion.options
-    try:
-        with publish.new_folder(out, options.overwrite, f"release/{DATA_FILES}*") as folder:
-            with (
-                IntactCheck(conversion.plan.source, used(conversion.plan)) as intact,
-                CheckpointWriter(folder / "release", DATA_FILES, progress) as writer,
-            ):
-                execute(
-                    conversion.plan, conversion.dense, conversion.model, options, conversion.stats, writer
-                )
-                tensors = writer.finish()
-                intact.wait()
-            made = targets(conversion.plan, conversion.model)
-            completeness.check_whole(tensors, writer.objects, made)
-            contents = completeness.content_digests(
-                completeness.examine_all(writer.folder, tensors, writer.objects)
-            )
-            record = make_manifest(conversion, folder, contents)
-            manifest.write(folder, record)
-            (folder / TRACKER).write_text("release", encoding="utf-8")
-            conversion.sources.check()
-    except OSError as error:
-        conversion.sources.check()  # one that has gone is the cause
-        raise UserError(f"OUT {out}: cannot be written ({error.strerror}); nothing was left behind") from None
-    except (pickle.PicklingError, RecursionError) as error:
-        raise UserError(
-            f"DENSE {conversion.dense.root}: its training arguments hold what cannot be carried over"
-            f" ({reason(error)})"
-        ) from None
-    return record
-
-
-def used(plan: Plan) -> list[str]:
-    """The tensors of ``plan.source`` whose values are taken over."""
-    steps = [step for step in plan.steps if not isinstance(step, LeaveOut | Draw)]
-    return [key for step in steps for key in accounted(step) if key in plan.source.tensors]

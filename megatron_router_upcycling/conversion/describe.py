@@ -2,60 +2,55 @@
 
 from typing import Any
 
-from megatron_router_upcycling.conversion.job import Conversion
-from megatron_router_upcycling.conversion.steps import (
-    AlterExperts,
-    CopyExperts,
-    Draw,
-    Keep,
-    LeaveOut,
-    accounted,
-)
+from megatron_router_upcycling.conversion.convert import Conversion
+from megatron_router_upcycling.conversion.steps import Draw, Keep, LeaveOut, MakeExperts
 from megatron_router_upcycling.files import format_bytes
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 
 
 def describe_plan(conversion: Conversion) -> str:
     """What would be done, in a few lines."""
-    model, options, plan, dense = conversion.model, conversion.options, conversion.plan, conversion.dense
-    entries = {type(step): accounted(step) for step in plan.steps}
-    experts = [step for step in plan.steps if isinstance(step, CopyExperts | AlterExperts)]
+    plan = conversion.plan
+    model, options = plan.model, plan.options
+    entries = {type(step): step.accounts_for() for step in plan.steps}
+    experts = sum(isinstance(step, MakeExperts) for step in plan.steps)
     drawn = sum(isinstance(step, Draw) for step in plan.steps)
     how = "linked, not written" if conversion.links else "copied"
-    all_bytes = plan.kept_bytes + plan.expert_bytes
     apart = options.materialize or options.init.alters_experts
     copies = f"{options.router.num_experts} times" if apart else "once"
     routers = "; ".join(f"{key} {list(shape)}" for key, shape in router_parameters(model, options.router))
+    if drawn:
+        made = [
+            f"  draw       {format_bytes(plan.kept_bytes + plan.expert_bytes)} of {drawn} tensors,"
+            f" from seed {options.seed}"
+        ]
+    else:
+        made = [
+            f"  take over  {format_bytes(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
+            f"  experts    {format_bytes(plan.expert_bytes)} of {experts} tensors, each written {copies}",
+        ]
     lines = [
-        f"{dense.iteration_dir}: {model.describe()}",
-        *(
-            [f"  draw       {format_bytes(all_bytes)} of {drawn} tensors, from seed {options.seed}"]
-            if drawn
-            else [
-                f"  take over  {format_bytes(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
-                f"  experts    {format_bytes(plan.expert_bytes)} of {len(experts)} tensors, each written"
-                f" {copies}",
-            ]
-        ),
+        f"{plan.dense.iteration_dir}: {model.describe()}",
+        *made,
         f"  routers    {format_bytes(plan.router_bytes)}: {routers}",
         f"  leave out  {len(entries[LeaveOut])} entries of training state",
         f"would write {format_bytes(conversion.bytes_to_write)} to {conversion.out},"
-        f" with at most {format_bytes(conversion.memory_bytes)} of the model in memory",
+        f" with at most {format_bytes(plan.memory_bytes)} of the model in memory",
     ]
     return "\n".join(lines)
 
 
 def describe_result(conversion: Conversion, record: dict[str, Any], seconds: float) -> str:
     """What was made, what to expect of its first step, and what to run next."""
-    options, out = conversion.options, conversion.out
-    router = options.router
+    plan, out = conversion.plan, conversion.out
+    options, router = plan.options, plan.options.router
     written = sum(file["bytes"] for file in record["files"].values())
     cut = f" (copies cut {router.granularity} ways)" * (router.granularity > 1) + (
         ", a shared expert" * options.shared_expert
     )
     kind = router.describe()
-    linked = conversion.plan.kept_bytes - conversion.plan.changed_bytes
-    shared = f", {format_bytes(linked)} linked to {conversion.dense.root}" if conversion.links else ""
+    linked = plan.kept_bytes - plan.changed_bytes
+    shared = f", {format_bytes(linked)} linked to {plan.dense.root}" if conversion.links else ""
     if router.pre_softmax:
         order = "softmax, then top-k (--moe-router-pre-softmax)"
     else:

@@ -17,7 +17,6 @@ chosen experts the other: its FC2 is halved, which is exact, and the scaling fac
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -86,14 +85,3 @@ def check(dense: Checkpoint, model: DenseModel, granularity: int, shared_expert:
     flag = "--granularity" if granularity > 1 else "--shared-expert" if shared_expert else None
     if flag and any(f"{linear}.bias" in dense.tensors for linear in (FC1, FC2)):
         raise UserError(f"{flag}: {dense.root} has biases in its FFN, which cannot be divided; leave it out")
-
-
-def moe_arguments(model: DenseModel, granularity: int, shared_expert: bool) -> dict[str, Any]:
-    """Megatron's arguments that say how wide the experts are and how their outputs are scaled."""
-    F = model.ffn_hidden_size
-    scale = granularity * (1 - SHARE if shared_expert else 1)
-    return {
-        "moe_ffn_hidden_size": F // granularity,
-        "moe_router_topk_scaling_factor": None if scale == 1 else float(scale),
-        "moe_shared_expert_intermediate_size": F if shared_expert else None,
-    }

@@ -6,7 +6,7 @@ from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format import safe_pickle
 from megatron_router_upcycling.checkpoint.format.files import BACKEND
 from megatron_router_upcycling.config.router import RouterConfig
-from megatron_router_upcycling.conversion import fine_grained
+from megatron_router_upcycling.conversion.fine_grained import SHARE
 
 # Megatron's arguments of a fresh MoE run, beside those that the router gives.
 FRESH = {
@@ -26,6 +26,17 @@ FRESH = {
 DECIDED_LATER = ("moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias")
 
 
+def _expert_sizes(model: DenseModel, granularity: int, shared_expert: bool) -> dict[str, Any]:
+    """How wide the experts are and how their outputs are scaled."""
+    F = model.ffn_hidden_size
+    scale = granularity * (1 - SHARE if shared_expert else 1)
+    return {
+        "moe_ffn_hidden_size": F // granularity,
+        "moe_router_topk_scaling_factor": None if scale == 1 else float(scale),
+        "moe_shared_expert_intermediate_size": F if shared_expert else None,
+    }
+
+
 def _layer_freq(model: DenseModel, layers: tuple[int, ...]) -> list[int]:
     """``moe_layer_freq``: 1 for a layer with experts, 0 for a dense one."""
     return [int(layer in layers) for layer in range(model.num_layers)]
@@ -35,7 +46,7 @@ def model_flags(
     model: DenseModel, router: RouterConfig, shared_expert: bool, layers: tuple[int, ...] | None
 ) -> dict[str, Any]:
     """Megatron flags of the MoE's architecture, beside the dense model's and what the router gives."""
-    flags = fine_grained.moe_arguments(model, router.granularity, shared_expert)
+    flags = _expert_sizes(model, router.granularity, shared_expert)
     if router.granularity == 1:
         del flags["moe_ffn_hidden_size"]  # Megatron's own default
     if layers is not None:
@@ -58,7 +69,7 @@ def moe_common_state(
     values = vars(common["args"]) | FRESH
     if layers is not None:
         values["moe_layer_freq"] = _layer_freq(model, layers)
-    values |= fine_grained.moe_arguments(model, router.granularity, shared_expert)
+    values |= _expert_sizes(model, router.granularity, shared_expert)
     values |= {
         "num_experts": router.num_experts,
         "moe_router_topk": router.top_k,

@@ -1,6 +1,6 @@
 """What a conversion is asked for, in flags and in a YAML file."""
 
-import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,33 +14,9 @@ from megatron_router_upcycling.config.flags import (
 from megatron_router_upcycling.config.router import RouterConfig, check_types
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
+from megatron_router_upcycling.errors import UserError
 
-
-@dataclasses.dataclass(frozen=True)
-class Conversion:
-    """What a YAML file says of a conversion; ``router`` has the fields of RouterConfig that it gives."""
-
-    router: dict[str, Any]
-    init: InitConfig
-    key_source: str | None
-
-
-def read_conversion(path: str | Path | None) -> Conversion:
-    """What ``convert --config`` takes from the file that ``pretrain --config`` will be given.
-
-    Raises:
-        UserError: an entry of the ``upcycling:`` section that does not exist or cannot have its value.
-    """
-    entries = read_yaml(path) if path else {"upcycling": {}}
-    flags = section_defaults(entries["upcycling"], str(path))
-    router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}
-    for name, field in SHARED_WITH_MEGATRON.items():
-        if entries.get(name) is not None:
-            router[field] = entries[name]
-    check_types(RouterConfig, router, f"{path}: option")
-    return Conversion(
-        router, InitConfig.from_dict(read_start(entries["upcycling"]), str(path)), flags.get("key_source")
-    )
+RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6})(?::(\d{1,6}))?)?")
 
 
 @dataclass(frozen=True)
@@ -56,3 +32,49 @@ class Options:
     layers: str | None = None  # those that get experts, as ``parse_layers`` reads them; None: all
     init: InitConfig = InitConfig()
     key_source: str | None = None  # that the key statistics must be of
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a YAML file says of a conversion; ``router`` has the fields of RouterConfig that it gives."""
+
+    router: dict[str, Any]
+    init: InitConfig
+    key_source: str | None
+
+
+def read_method(path: str | Path | None) -> Method:
+    """What ``convert --config`` takes from the file that ``pretrain --config`` will be given.
+
+    Raises:
+        UserError: an entry of the ``upcycling:`` section that does not exist or cannot have its value.
+    """
+    entries = read_yaml(path) if path else {"upcycling": {}}
+    flags = section_defaults(entries["upcycling"], str(path))
+    router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}
+    for name, field in SHARED_WITH_MEGATRON.items():
+        if entries.get(name) is not None:
+            router[field] = entries[name]
+    check_types(RouterConfig, router, f"{path}: option")
+    init = InitConfig.from_dict(read_start(entries["upcycling"]), str(path))
+    return Method(router, init, flags.get("key_source"))
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...] | None:
+    """The layers that ``--layers`` names, None for all: numbers and ranges with an optional step.
+
+    ``1,3,5-7`` are the layers 1, 3, 5, 6, 7, counted from 0; ``1-23:2`` is every other layer from 1 on.
+
+    Raises:
+        UserError: not of this form, or a layer that the model does not have.
+    """
+    chosen: set[int] = set()
+    for part in text.split(","):
+        match = RANGE.fullmatch(part.strip())
+        if not match:
+            raise UserError(f"--layers {text!r}: write layers as in 1,3,5-7 or 1-{num_layers - 1}:2")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < num_layers:
+            raise UserError(f"--layers {part.strip()}: the model has the layers 0 to {num_layers - 1}")
+        chosen.update(range(first, last + 1, max(1, int(match[3] or 1))))
+    return None if len(chosen) == num_layers else tuple(sorted(chosen))

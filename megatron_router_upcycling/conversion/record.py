@@ -6,30 +6,33 @@ from typing import Any
 
 from megatron_router_upcycling.checkpoint.names import LEFT_OUT, TRAINING_STATE
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.conversion.job import Conversion
 from megatron_router_upcycling.conversion.moe_arguments import model_flags
+from megatron_router_upcycling.conversion.plan import Plan
 from megatron_router_upcycling.conversion.steps import LeaveOut
 from megatron_router_upcycling.files import sha256, versions
+from megatron_router_upcycling.key_statistics.file import KeyStats
 
 DATA_FILES = "__upcycled_"  # begins the new data files' names, beside the dense checkpoint's own
 EXPERT_FILE = f"{DATA_FILES}0.distcp"
 
 
-def make_manifest(conversion: Conversion, folder: Path, contents: dict[str, str]) -> dict[str, Any]:
+def make_manifest(
+    plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[str, str]
+) -> dict[str, Any]:
     """The record of a conversion; ``contents`` are the digests of the data files' chunks."""
-    dense, options, stats = conversion.dense, conversion.options, conversion.stats
+    dense, model, options = plan.dense, plan.model, plan.options
     left_out = Counter(
         found["kind"]
-        for step in conversion.plan.steps
+        for step in plan.steps
         for key in (step.keys if isinstance(step, LeaveOut) else ())
         if (found := TRAINING_STATE.match(key))
     )
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     record = {
         "format": manifest.FORMAT,
         "router": options.router.to_dict(),
         "init": options.init.to_dict(),
-        "model": conversion.model.flags
-        | model_flags(conversion.model, options.router, options.shared_expert, conversion.plan.layers),
+        "model": model.flags | model_flags(model, options.router, options.shared_expert, plan.layers),
         "seed": options.seed,
         "shared_storage": not options.materialize,
         "source": {
@@ -38,11 +41,8 @@ def make_manifest(conversion: Conversion, folder: Path, contents: dict[str, str]
             "digest": dense.digest(),
         },
         "key_stats": None,
-        "files": {str(path.relative_to(folder)): _file_record(path, contents) for path in new_files(folder)},
-        "linked": {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "content": contents[path.name]}
-            for path in linked_files(folder)
-        },
+        "files": {name: _file_record(path, contents) for name, path in files.items() if not _is_linked(path)},
+        "linked": {name: _linked_record(path, contents) for name, path in files.items() if _is_linked(path)},
         "left_out": {kind: {"entries": left_out[kind], "reason": LEFT_OUT[kind]} for kind in left_out},
         "versions": versions(),
     }
@@ -55,18 +55,16 @@ def make_manifest(conversion: Conversion, folder: Path, contents: dict[str, str]
     return record
 
 
-def new_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint that the dense one does not share."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in files if path.stat().st_nlink == 1)
-
-
-def linked_files(folder: Path) -> list[Path]:
-    """The data files of a checkpoint that are the dense one's as well."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink > 1)
+def _is_linked(path: Path) -> bool:
+    """Whether the file is the dense checkpoint's as well."""
+    return path.stat().st_nlink > 1
 
 
 def _file_record(path: Path, contents: dict[str, str]) -> dict[str, Any]:
     """Size and SHA-256; for the experts, whose values keep the checksums they had, a digest of those."""
     digest = {"content": contents[path.name]} if path.name == EXPERT_FILE else {"sha256": sha256(path)}
     return {"bytes": path.stat().st_size} | digest
+
+
+def _linked_record(path: Path, contents: dict[str, str]) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "content": contents[path.name]}

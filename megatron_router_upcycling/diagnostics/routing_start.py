@@ -27,9 +27,9 @@ from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.routers.kinds import Sizes
 from megatron_router_upcycling.training.run_log import measures
 
-ROUTER = "decoder.layers.mlp.router."
-EXPERTS = "decoder.layers.mlp.experts."
-NORMS = ("decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight")
+ROUTER = f"{names.ROUTER}."
+EXPERTS = f"{names.EXPERTS}."
+NORMS = (f"{names.SEPARATE_NORM}weight", f"{names.FUSED_NORM}weight")
 RANDOM_TOKENS = 1024
 SATURATED = 0.9  # mean largest probability from which softmax passes next to no gradient
 NAMED = 8  # experts or layers that a warning names

@@ -1,7 +1,6 @@
 """What an evaluation found, as JSON and as a Markdown table beside the paper's table 1."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from decimal import ROUND_HALF_UP, Decimal
@@ -10,6 +9,7 @@ from typing import Any
 
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.evaluation.paper import GROUPS, METHODS, averages, figures
+from megatron_router_upcycling.files import write_whole
 
 FORMAT = 1
 JSON_NAME, MARKDOWN_NAME = "results.json", "results.md"
@@ -56,9 +56,7 @@ def write(output: Path, result: Mapping[str, Any]) -> None:
             (JSON_NAME, json.dumps(result, indent=2) + "\n"),
             (MARKDOWN_NAME, markdown(result)),
         ):
-            partial = output / f".{name}.{os.getpid()}"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(output / name)
+            write_whole(output / name, text)
     except OSError as error:
         raise UserError(
             f"--output {output}: cannot be written ({error.strerror}); name another folder"

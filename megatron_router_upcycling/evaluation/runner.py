@@ -5,21 +5,19 @@ and model ready made, so it downloads nothing and runs no code of a data set.
 """
 
 import difflib
-import hashlib
 import importlib.util
 import json
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling import __version__
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.evaluation import data, report
 from megatron_router_upcycling.evaluation.paper import GROUPS, PAPER_TASKS, TASKS, Task, members
+from megatron_router_upcycling.files import sha256, versions
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 SEED = 1234  # of the choice of few-shot examples
@@ -103,7 +101,7 @@ def evaluate(model_dir: Path, options: Options, done: Callable[[dict[str, Any]],
             "architecture": type(language_model.model).__name__,
             "parameters": language_model.model.num_parameters(),
             "dtype": str(language_model.model.dtype).removeprefix("torch."),
-            "config_sha256": hashlib.sha256((model_dir / "config.json").read_bytes()).hexdigest(),
+            "config_sha256": sha256(model_dir / "config.json"),
         },
         "options": {
             **{name: value for name, value in asdict(options).items() if name not in ("tasks", "data_dir")},
@@ -112,8 +110,7 @@ def evaluate(model_dir: Path, options: Options, done: Callable[[dict[str, Any]],
             "device": str(language_model.device),
             "seed": SEED,
         },
-        "versions": {"megatron-router-upcycling": __version__}
-        | {name: version(name) for name in ("lm_eval", "transformers", "torch", "datasets")},
+        "versions": versions("megatron-router-upcycling", "lm_eval", "transformers", "torch", "datasets"),
         "tasks": {},
     }
     for task in options.tasks:

@@ -5,7 +5,6 @@ that ``name_table`` gives it. Beside the checkpoint come ``model.yaml`` (the mod
 configuration on), ``tokenizer/`` and ``import_hf.json`` (what it was made from).
 """
 
-import hashlib
 import json
 import math
 import zlib
@@ -19,13 +18,13 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
 from megatron_router_upcycling.checkpoint.names import dense_extra_states
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.files import format_bytes, versions
+from megatron_router_upcycling.files import format_bytes, sha256, versions
 from megatron_router_upcycling.hf import config_json, name_table
 from megatron_router_upcycling.hf.architecture import QwenModel, from_flags, megatron_arguments
 from megatron_router_upcycling.hf.files import (
@@ -139,7 +138,7 @@ def _record(job: Import) -> dict[str, Any]:
         "format": 1,
         "source": {
             "path": str(job.folder.absolute()),
-            "config_sha256": hashlib.sha256((job.folder / CONFIG).read_bytes()).hexdigest(),
+            "config_sha256": sha256(job.folder / CONFIG),
             "files": {
                 path.name: {"bytes": path.stat().st_size, "sample_sha256": sample_digest(path)}
                 for path in job.weights.paths
@@ -155,7 +154,7 @@ def _record(job: Import) -> dict[str, Any]:
 def _write(job: Import, writer: CheckpointWriter) -> None:
     for block in ahead(_tasks(job)):
         writer.write_chunk(block.name, block.shape, block.values, [block.offset], checksum=block.checksum)
-    empty = writer.write_object(safe_pickle.dump_archive([None]))
+    empty = writer.write_object(torch_save_file.dump([None]))
     for name in dense_extra_states(job.model.num_layers, qk_layernorm=job.model.qk_norm):
         writer.add_object(name, empty)
     common = {
@@ -165,7 +164,7 @@ def _write(job: Import, writer: CheckpointWriter) -> None:
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    writer.add_object(COMMON_STATE, writer.write_object(safe_pickle.dump_archive([common])))
+    writer.add_object(COMMON_STATE, writer.write_object(torch_save_file.dump([common])))
     writer.finish()
 
 

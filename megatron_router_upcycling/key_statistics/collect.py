@@ -1,8 +1,6 @@
 """Run the dense model over its training data and average its key vectors (section 3.2)."""
 
 import contextlib
-import importlib.metadata
-import platform
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.files import versions
 from megatron_router_upcycling.key_statistics import capture, router_sample
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.moments import KeyMoments
@@ -280,9 +279,5 @@ def provenance(args: Namespace) -> dict[str, Any]:
         "dtype": str(args.params_dtype).removeprefix("torch."),
         "iterations": args.collect_iters,
         "tokens": args.collect_iters * args.global_batch_size * args.seq_length,
-        "versions": {"python": platform.python_version()}
-        | {
-            name: importlib.metadata.version(name)
-            for name in ("megatron-router-upcycling", "megatron-core", "torch")
-        },
+        "versions": versions(),
     }

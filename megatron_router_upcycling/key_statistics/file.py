@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.files import write_whole
 
 FORMAT = 1
 KEY_SOURCES = ("pre_rope", "post_rope")
@@ -65,23 +66,11 @@ def save(path: str | Path, stats: KeyStats, overwrite: bool = False) -> None:
         tensors,
         metadata={name: json.dumps(value) for name, value in (stats.metadata | {"format": FORMAT}).items()},
     )
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_whole(path, content)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> KeyStats:

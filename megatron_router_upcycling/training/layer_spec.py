@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_router_upcycling.checkpoint.names import SEPARATE_NORM, within_layer
 from megatron_router_upcycling.config import agreement, manifest, yaml_files
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
@@ -143,7 +144,8 @@ def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
     if router.kind.module is not None:
         inner = replace(inner, router=builder(router))
     routed = partial(mlp.func, *mlp.args, **(mlp.keywords | {"submodules": inner}))
-    names = {k: v for k, v in submodules.sharded_state_dict_keys_map.items() if k != "pre_mlp_layernorm."}
+    norm = within_layer(SEPARATE_NORM)
+    names = {k: v for k, v in submodules.sharded_state_dict_keys_map.items() if k != norm}
     return replace(layer, submodules=replace(submodules, mlp=routed, sharded_state_dict_keys_map=names))
 
 

@@ -19,7 +19,7 @@ from megatron_router_upcycling.checkpoint.read_model import read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.files import format_bytes
+from megatron_router_upcycling.files import format_bytes, sha256
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.file import load as load_key_stats
@@ -113,7 +113,7 @@ def _key_stats(
             f"--key-stats {path}: of another model: keys {list(stats.mean.shape)} where DENSE has"
             f" {list(expected)}"
         )
-    if structure.sha256(path) != recorded.get("sha256"):
+    if sha256(path) != recorded.get("sha256"):
         findings.add(
             "files", str(path), "is not the file of key statistics whose SHA-256 the manifest records"
         )

@@ -1,13 +1,12 @@
 """All that is not values: which entries there are, where their bytes lie, the files, the arguments."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED, DenseModel
-from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
 from megatron_router_upcycling.checkpoint.format.torch_save_check import Damaged
@@ -25,6 +24,7 @@ from megatron_router_upcycling.checkpoint.publish.completeness import content_di
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.files import sha256
 from megatron_router_upcycling.verify.findings import Findings
 from megatron_router_upcycling.verify.layout import Layout
 from megatron_router_upcycling.verify.pieces import ExpectedTensor
@@ -114,7 +114,7 @@ def check_objects(
                     findings.add("states", key, "differs from the dense model's")
             elif key not in wanted:
                 findings.add("states", key, "has no place in this Mixture-of-Experts")
-            elif safe_pickle.load_archive(moe.read_blob(blob), key) != [None]:
+            elif torch_save_file.load(moe.read_blob(blob), key) != [None]:
                 findings.add("states", key, "is not empty")
         except (Damaged, UserError, OSError) as error:
             findings.add("damage", key, f"{blob.file}, {blob.length} bytes at {blob.offset}: {error}")
@@ -171,11 +171,6 @@ def recorded_files(moe: Checkpoint, record: dict[str, Any], name: str) -> dict[s
                 f"MOE {moe.root}: its manifest says {path!r} in {name!r}; convert the model again"
             )
     return files
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Arguments of the dense run that mean nothing to a Mixture-of-Experts that starts anew, and their values.

@@ -17,7 +17,7 @@ from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.format.finite import WORDS, all_finite
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
 from megatron_router_upcycling.checkpoint.format.torch_save_check import Contents, Damaged
-from megatron_router_upcycling.checkpoint.names import split_key
+from megatron_router_upcycling.checkpoint.names import is_of_layers, split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.verify.findings import Findings, span
 from megatron_router_upcycling.verify.pieces import ExpectedTensor, Piece
@@ -192,7 +192,7 @@ def blocks(box: Box, most: int) -> Iterator[Box]:
 
 def where(key: str, chunks: list[Chunk]) -> tuple[str, str]:
     """The layers and the experts of chunks, as words; empty where the tensor has none."""
-    if not key.startswith("decoder.layers."):
+    if not is_of_layers(key):
         return "", ""
     _, layer = split_key(key)
     axes = [

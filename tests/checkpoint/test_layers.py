@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_router_upcycling.checkpoint.layers import parse_layers
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion import convert as conversion
-from megatron_router_upcycling.conversion.options import Options
+from megatron_router_upcycling.conversion.options import Options, parse_layers
 from megatron_router_upcycling.conversion.record import EXPERT_FILE
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.verify import proof

@@ -11,7 +11,7 @@ import yaml
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.router import RouterConfig
-from megatron_router_upcycling.conversion.options import read_conversion
+from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from tests import dense_checkpoint
 from tests.dense_checkpoint import make_stats
@@ -104,7 +104,7 @@ TABLE_2 = {
 
 @pytest.mark.parametrize("name", TABLE_2)
 def test_shapes_of_table_2(name: str) -> None:
-    given = read_conversion(CONFIGS / f"ablations/{name}.yaml").router
+    given = read_method(CONFIGS / f"ablations/{name}.yaml").router
     m, n, c, width = TABLE_2[name]
     for num_heads, head_dim in ((16, 64), (8, 16)):  # the paper's model, the demonstration's
         shape = RouterConfig(**given).shape(num_heads, head_dim)

@@ -57,7 +57,7 @@ def make_dense(root: Path, layers: int, hidden: int, ffn: int, vocabulary: int) 
 def _write_dense(writer: Any, layers: int, hidden: int, ffn: int, vocabulary: int) -> None:
     import torch
 
-    from megatron_router_upcycling.checkpoint.format import safe_pickle
+    from megatron_router_upcycling.checkpoint.format import torch_save_file
     from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 
     D, F, d = hidden, ffn, HEAD_SIZE
@@ -93,7 +93,7 @@ def _write_dense(writer: Any, layers: int, hidden: int, ffn: int, vocabulary: in
         num_experts=None, padded_vocab_size=vocabulary,
     )  # fmt: skip
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 1}
-    writer.add_object(COMMON_STATE, writer.write_object(safe_pickle.dump_archive([common])))
+    writer.add_object(COMMON_STATE, writer.write_object(torch_save_file.dump([common])))
 
 
 def make_key_stats(path: Path, layers: int, hidden: int) -> None:

@@ -47,7 +47,7 @@ def make_dense(root: Path, shape: Shape) -> None:
     """A dense checkpoint as Megatron saves it on one rank. All its values are one block of random ones."""
     import torch
 
-    from megatron_router_upcycling.checkpoint.format import safe_pickle
+    from megatron_router_upcycling.checkpoint.format import torch_save_file
     from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
     from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 
@@ -87,7 +87,7 @@ def make_dense(root: Path, shape: Shape) -> None:
             num_experts=None, padded_vocab_size=V,
         )  # fmt: skip
         common = {"args": args, "checkpoint_version": 3.0, "iteration": 1}
-        writer.add_object(COMMON_STATE, writer.write_object(safe_pickle.dump_archive([common])))
+        writer.add_object(COMMON_STATE, writer.write_object(torch_save_file.dump([common])))
         writer.finish()
     (root / TRACKER).write_text("1")
 

@@ -15,9 +15,7 @@ model, whose figures say nothing about a GPU.
 """
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import resource
 import shlex
 import statistics
@@ -29,6 +27,7 @@ from typing import Any
 
 import torch
 
+from megatron_router_upcycling import files
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.rehearsal import run as rehearsal
@@ -186,13 +185,8 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in ("torch", "megatron-core", "transformer-engine", "megatron-router-upcycling"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    packages = ("torch", "megatron-core", "transformer-engine", "megatron-router-upcycling")
+    return {"cuda": torch.version.cuda} | files.versions(*packages)
 
 
 def report(found: dict[str, Any]) -> str:

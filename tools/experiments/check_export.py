@@ -10,7 +10,6 @@ that the exported model continues.
 
 import json
 import multiprocessing
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.files import write_whole
 from megatron_router_upcycling.training import launch, train
 
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 12, 24
@@ -110,11 +110,8 @@ def check(argv: list[str]) -> None:
     print(f"held-out loss: Megatron {in_megatron:.6f}, transformers {in_transformers:.6f}")
     for sample in samples:
         print(f"  {sample['prompt']!r} -> {sample['continuation']!r}")
-    output = Path(args.output)
     found = {"megatron": in_megatron, "transformers": in_transformers, "samples": samples}
-    partial = output.with_name(f"{output.name}.partial{os.getpid()}")
-    partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    partial.rename(output)
+    write_whole(Path(args.output), json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Ends with DIR/report.md, DIR/results.json and DIR/loss_curves.png.
 
 import json
 import math
-import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.errors import Parser, UserError
+from megatron_router_upcycling.files import write_whole
 from megatron_router_upcycling.training import launch, train
 from tools.experiments import demo_report
 from tools.experiments.foundation import NUM_RANKS, PACKAGE, Foundation, environment, program, torchrun
@@ -249,10 +249,7 @@ def measure(argv: list[str]) -> None:
             ]
             for layer in layers
         ]
-        output = Path(run.args.output)
-        partial = output.with_name(output.name + f".partial{os.getpid()}")
-        partial.write_text(json.dumps({"tokens_per_expert": table}) + "\n", encoding="utf-8")
-        partial.rename(output)
+        write_whole(Path(run.args.output), json.dumps({"tokens_per_expert": table}) + "\n")
 
 
 if __name__ == "__main__":

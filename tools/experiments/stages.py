@@ -27,6 +27,7 @@ from tqdm import tqdm
 from megatron_router_upcycling import __version__
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.files import write_whole
 
 LOG_TAIL = 30  # lines of a failed stage's log to show where none begins with "error: "
 # The last of Megatron's progress lines: " iteration       10/     280 | ... | lm loss: 7.525500E+00 | ..."
@@ -163,9 +164,7 @@ class Pipeline:
         return self.folder / "stages" / f"{stage.name}.json"
 
     def _write(self, stage: Stage, record: dict) -> None:
-        partial = self._record_file(stage).with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.rename(self._record_file(stage))
+        write_whole(self._record_file(stage), json.dumps(record, indent=2) + "\n")
 
     @contextmanager
     def _alone(self) -> Iterator[int]:

@@ -1,7 +1,7 @@
 """What a torch_dist checkpoint's ``.metadata`` says: its tensors, and where their chunks are stored.
 
 It maps every chunk of every global tensor to a range of bytes in a data file; each range is a ``torch.save``
-file of its own. It is a pickle, which is read without running what it names (``safe_load``).
+file of its own. It is a pickle, which is read without running what it names (``safe_pickle``).
 """
 
 import functools

@@ -1,25 +1,28 @@
 """A ``torch.save`` file examined: is it what PyTorch would read, and what does it claim to hold?
 
-``archive`` finds values fast and takes a file's word for it. Here nothing is taken for granted but the
-values themselves, whose checksum the caller takes as it reads them: every other record is read and
+``torch_save_file`` finds values fast and takes a file's word for it. Here nothing is taken for granted but
+the values themselves, whose checksum the caller takes as it reads them: every other record is read and
 checked, and the file ends where its place in the data file ends.
 """
 
 import hashlib
 import math
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
-from megatron_router_upcycling.checkpoint.format import safe_pickle
-from megatron_router_upcycling.checkpoint.format.torch_save_file import END, STORAGES, Values, is_row_major
+from megatron_router_upcycling.checkpoint.format.torch_save_file import (
+    END,
+    STORAGES,
+    TorchSaveFile,
+    Values,
+    pickled_tensor,
+)
 
 END_MAGIC = b"PK\x05\x06"
-PICKLE = "data.pkl"
-REBUILD = "_rebuild_tensor_v2"
-BYTE_ORDER = b"little"
 FLAGS = 0x808  # of a record: its sizes follow it as well, its name is UTF-8
 # The classes of torch that a tensor's pickle names its dtype by.
 DTYPES = STORAGES | {
@@ -62,65 +65,48 @@ def examine(content: BinaryIO, length: int) -> Contents:
         end = content.read(END.size)
         if len(end) < END.size or end[:4] != END_MAGIC or end[-2:] != b"\0\0":
             raise Damaged("does not end as a torch.save file")
-        with zipfile.ZipFile(content) as archive:
-            return _examine(archive, content)
+        return _examine(TorchSaveFile(content))
     except Damaged:
         raise
     except Exception as error:  # zipfile and pickle fail in many ways on damaged bytes
         raise Damaged(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def identity(archive: zipfile.ZipFile) -> bytes:
+def identity(infos: Iterable[zipfile.ZipInfo]) -> bytes:
     """A digest of the names, sizes and CRC-32 of all records."""
-    records = sorted((info.filename, info.file_size, info.CRC) for info in archive.infolist())
+    records = sorted((info.filename, info.file_size, info.CRC) for info in infos)
     return hashlib.sha256(repr(records).encode()).digest()
 
 
-def _examine(archive: zipfile.ZipFile, content: BinaryIO) -> Contents:
-    infos = archive.infolist()
-    if not infos or min(info.header_offset for info in infos) != 0:
+def _examine(file: TorchSaveFile) -> Contents:
+    if min(info.header_offset for info in file.infos) != 0:
         raise Damaged("does not begin as a torch.save file")
-    if len({info.filename for info in infos}) < len(infos):
+    if len(file.records) < len(file.infos):
         raise Damaged("two records of one name")
-    content.seek(0)
-    reader = torch._C.PyTorchFileReader(content)  # Python's zip module forgives what this does not
-    prefix = infos[0].filename.split("/")[0] + "/"
-    if sorted(prefix + name for name in reader.get_all_records()) != sorted(i.filename for i in infos):
-        raise Damaged("PyTorch finds other records in it than Python does")
-    for info in infos:
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+    for info in file.infos:
+        if info.compress_size != info.file_size:
             raise Damaged(f"record {info.filename} is compressed")
         if info.flag_bits & ~FLAGS:
             raise Damaged(f"record {info.filename} is encrypted")
-    plain = _plain_tensor(safe_pickle.loads(archive.read(prefix + PICKLE), "its pickle"))
-    values_name = plain and f"{prefix}data/{plain[0]}"
-    for info in infos:
-        name = info.filename.removeprefix(prefix)
-        if info.filename != values_name:
-            held = archive.read(info)  # checks the CRC-32
-            if reader.get_record(name) != held:
+    file.content.seek(0)
+    reader = torch._C.PyTorchFileReader(file.content)  # Python's zip module forgives what this does not
+    if sorted(file.prefix + name for name in reader.get_all_records()) != sorted(file.records):
+        raise Damaged("PyTorch finds other records in it than Python does")
+    file.check_byte_order()
+    tensor = pickled_tensor(file.load("its pickle"))
+    dtype = DTYPES.get(tensor.storage) if tensor and tensor.is_whole else None
+    values = file.prefix + tensor.record if tensor and dtype else None
+    for info in file.infos:
+        if info.filename != values:
+            name = info.filename.removeprefix(file.prefix)
+            if reader.get_record(name) != file.read(info):  # which checks the CRC-32
                 raise Damaged(f"PyTorch reads another {name} than Python does")
-            if name == "byteorder" and held != BYTE_ORDER:
-                raise Damaged(f"byte order {held!r}")
-    if plain is None:
-        return Contents(identity(archive))
-    key, sizes, dtype = plain
-    info = archive.getinfo(str(values_name))
-    if info.file_size != math.prod(sizes) * dtype.itemsize:
-        raise Damaged(f"{info.file_size} bytes of values where {dtype} {list(sizes)} is claimed")
-    archive.open(info).close()  # checks the header before the values
-    begin = reader.get_record_offset(f"data/{key}")
-    return Contents(identity(archive), Values(begin, info.file_size, info.CRC), sizes, dtype)
-
-
-def _plain_tensor(tensor: Any) -> tuple[str, tuple[int, ...], torch.dtype] | None:
-    """Key of the storage, sizes and dtype of a tensor that is all of its storage, row after row."""
-    if type(tensor).__name__ != REBUILD:
-        return None
-    storage, first, size, stride, *_ = tensor.args
-    _, kind, key, _, count = storage.args[0]
-    sizes = tuple(size)
-    dtype = DTYPES.get(kind.__name__)
-    if first or count != math.prod(sizes) or not is_row_major(sizes, stride) or dtype is None:
-        return None
-    return key, sizes, dtype
+    if tensor is None or dtype is None:
+        return Contents(identity(file.infos))
+    info = file.records[file.prefix + tensor.record]
+    if info.file_size != math.prod(tensor.sizes) * dtype.itemsize:
+        raise Damaged(f"{info.file_size} bytes of values where {dtype} {list(tensor.sizes)} is claimed")
+    file.check_header(info)
+    begin = reader.get_record_offset(tensor.record)
+    found = Values(begin, info.file_size, info.CRC)
+    return Contents(identity(file.infos), found, tensor.sizes, dtype)

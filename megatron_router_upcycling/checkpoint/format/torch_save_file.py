@@ -1,8 +1,8 @@
-"""``torch.save`` files of one tensor, taken apart and put together without moving its values.
+"""Files that ``torch.save`` wrote: read here and nowhere else, taken apart without moving a tensor's values.
 
-Such a file is an uncompressed zip archive: a pickle that gives dtype and shape, a few small records, and
-the values as they lie in memory. Giving a tensor another shape changes the pickle alone; the values can be
-copied from file to file by the kernel, with the checksum that stands beside them.
+Such a file is an uncompressed zip archive: a pickle of the object, a few small records, and the values of
+each storage as they lie in memory, with a CRC-32. Giving a tensor another shape changes the pickle alone;
+the values can be copied from file to file by the kernel, with the checksum that stands beside them.
 """
 
 import functools
@@ -10,15 +10,17 @@ import io
 import math
 import pickle
 import struct
+import types
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.errors import UserError, reason
 
 LOCAL_HEADER = struct.Struct("<IHHHHHIIIHH")
 CENTRAL_HEADER = struct.Struct("<IHHHHHHIIIHHHHHII")
@@ -26,6 +28,7 @@ END = struct.Struct("<IHHHHIIH")
 DESCRIPTOR_SIZES = (0, 16, 24)  # checksum and sizes once more, after a record's content
 VERSION_NEEDED = 20
 ZIP32_LIMIT = 1 << 31  # values of as many bytes need fields that ``wrap_values`` does not write
+PICKLE = "data.pkl"
 
 # The classes of torch that a tensor's pickle names its dtype by.
 STORAGES = {"BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32, "HalfStorage": torch.float16}
@@ -40,6 +43,104 @@ class Values:
     checksum: int
 
 
+class PickledTensor(NamedTuple):
+    """A tensor as a pickle has it: a view of a storage, whose values are a record beside the pickle."""
+
+    storage: str  # the class of torch that gives the dtype, one of ``STORAGES``
+    record: str  # the name of the values' record, after the file's prefix
+    first: int  # element of the storage
+    sizes: tuple[int, ...]
+    stride: tuple[int, ...]
+    num_stored: int  # elements of the storage
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its storage, row after row."""
+        whole = self.first == 0 and self.num_stored == math.prod(self.sizes)
+        return whole and is_row_major(self.sizes, self.stride)
+
+
+class TorchSaveFile:
+    """A file that ``torch.save`` wrote, open for reading.
+
+    Its pickle passes the allow-list of ``safe_pickle``. Records are by the names that the zip archive has for
+    them: ``prefix`` and ``data.pkl``, ``byteorder``, ``data/0`` and so on. No record is compressed, so that
+    none is larger than the file.
+
+    Raises:
+        Exception: of any kind on a damaged file, here and in all methods.
+    """
+
+    def __init__(self, content: BinaryIO) -> None:
+        self.content = content
+        self._archive = zipfile.ZipFile(content)
+        self.infos = self._archive.infolist()
+        for info in self.infos:
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed, which torch.save never does")
+        self.records = {info.filename: info for info in self.infos}
+        (name,) = [info.filename for info in self.infos if info.filename.endswith(PICKLE)]
+        self.prefix = name.removesuffix(PICKLE)
+
+    @property
+    def end(self) -> int:
+        """Where the records end and the archive's directory begins."""
+        return self._archive.start_dir
+
+    def read(self, info: zipfile.ZipInfo) -> bytes:
+        """A record's content, checked against its CRC-32."""
+        return self._archive.read(info)
+
+    def pickle(self) -> bytes:
+        return self.read(self.records[self.prefix + PICKLE])
+
+    def load(self, source: Any) -> Any:
+        """The object in the file; tensors within come as inert records.
+
+        Raises:
+            UserError: as ``safe_pickle.loads``, which names ``source``.
+        """
+        return safe_pickle.loads(self.pickle(), source)
+
+    def check_byte_order(self) -> None:
+        info = self.records.get(f"{self.prefix}byteorder")
+        if info and (order := self.read(info)) != b"little":
+            raise ValueError(f"its values are not in little-endian order ({order!r})")
+
+    def check_header(self, info: zipfile.ZipInfo) -> None:
+        """Whether what stands before a record's content is what the archive's directory says."""
+        self._archive.open(info).close()
+
+    def values(self, info: zipfile.ZipInfo) -> Values:
+        """Where a record's content lies."""
+        self.check_header(info)
+        begin = record_start(self.content, info)
+        following = (other.header_offset for other in self.infos if other.header_offset > info.header_offset)
+        if min(following, default=self.end) - begin - info.file_size not in DESCRIPTOR_SIZES:
+            raise ValueError("its values do not end where the next record begins")
+        return Values(begin, info.file_size, info.CRC)
+
+
+def record_start(content: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Offset of a record's content: its local header is of any length."""
+    content.seek(info.header_offset)
+    *_, name_length, extra_length = LOCAL_HEADER.unpack(content.read(LOCAL_HEADER.size))
+    return info.header_offset + LOCAL_HEADER.size + name_length + extra_length
+
+
+def pickled_tensor(value: Any) -> PickledTensor | None:
+    """A tensor among what ``safe_pickle`` read; None for anything else, a ``Parameter`` too.
+
+    Raises:
+        Exception: of any kind, where a pickle only looks like a tensor's.
+    """
+    if type(value).__name__ != "_rebuild_tensor_v2":
+        return None
+    storage, first, sizes, stride, *_ = value.args
+    _, kind, key, _, num_stored = storage.args[0]
+    return PickledTensor(kind.__name__, f"data/{key}", first, tuple(sizes), tuple(stride), num_stored)
+
+
 def find_values(content: BinaryIO, sizes: tuple[int, ...], dtype: torch.dtype) -> Values | None:
     """The values in a ``torch.save`` file of one tensor, or None where they are not plain.
 
@@ -49,30 +150,39 @@ def find_values(content: BinaryIO, sizes: tuple[int, ...], dtype: torch.dtype) -
     Raises:
         Exception: of any kind, on a damaged file.
     """
-    with zipfile.ZipFile(content) as archive:
-        records = archive.infolist()
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise ValueError("compressed, which torch.save never does")
-        (pickled,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        tensor = safe_pickle.loads(archive.read(pickled), "its pickle")
-        if type(tensor).__name__ != "_rebuild_tensor_v2":
-            return None
-        storage, first, size, stride, *_ = tensor.args
-        _, kind, key, _, count = storage.args[0]
-        if first or count != math.prod(sizes) or tuple(size) != sizes or not is_row_major(sizes, stride):
-            return None
-        record = archive.getinfo(pickled.removesuffix("data.pkl") + f"data/{key}")
-        if record.file_size != count * dtype.itemsize or STORAGES.get(kind.__name__) != dtype:
-            return None
-        archive.open(record).close()  # checks the header before the values
-        following = [other.header_offset for other in records if other.header_offset > record.header_offset]
-        end = min(following, default=archive.start_dir)
-    content.seek(record.header_offset)
-    *_, name_length, extra_length = LOCAL_HEADER.unpack(content.read(LOCAL_HEADER.size))
-    begin = record.header_offset + LOCAL_HEADER.size + name_length + extra_length
-    if end - begin - record.file_size not in DESCRIPTOR_SIZES:
-        raise ValueError("its values do not end where the next record begins")
-    return Values(begin, record.file_size, record.CRC)
+    file = TorchSaveFile(content)
+    tensor = pickled_tensor(file.load("its pickle"))
+    if tensor is None or tensor.sizes != sizes or not tensor.is_whole:
+        return None
+    info = file.records[file.prefix + tensor.record]
+    if info.file_size != tensor.num_stored * dtype.itemsize or STORAGES.get(tensor.storage) != dtype:
+        return None
+    return file.values(info)
+
+
+def load(content: bytes, source: Any) -> Any:
+    """The object in the bytes of a ``torch.save`` file; tensors within come as inert records.
+
+    Raises:
+        UserError: as ``safe_pickle.loads``, or not a file that ``torch.save`` wrote; names ``source``.
+    """
+    try:
+        pickled = TorchSaveFile(io.BytesIO(content)).pickle()
+    except Exception as error:  # not a zip file, or a damaged one
+        raise UserError(f"{source}: damaged or half-written ({reason(error)})") from None
+    return safe_pickle.loads(pickled, source)
+
+
+def dump(value: Any) -> bytes:
+    """``value`` as a ``torch.save`` file, inert records under the names they stand for.
+
+    Raises:
+        pickle.PicklingError, RecursionError: as ``safe_pickle.dumps``.
+    """
+    buffer = io.BytesIO()
+    pickler = types.SimpleNamespace(__name__="pickle", Pickler=safe_pickle.Pickler)
+    torch.save(value, buffer, pickle_module=pickler)
+    return buffer.getvalue()
 
 
 def is_row_major(sizes: Sequence[int], stride: Sequence[int]) -> bool:
@@ -84,7 +194,7 @@ def is_row_major(sizes: Sequence[int], stride: Sequence[int]) -> bool:
 def wrap_values(values: Values, sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
     """What stands before and after the values in a ``torch.save`` file that gives them ``sizes``."""
     assert values.length < ZIP32_LIMIT
-    small = (("data.pkl", _pickle(sizes, dtype)), ("byteorder", b"little"), ("version", b"3\n"))
+    small = ((PICKLE, _pickle_tensor(sizes, dtype)), ("byteorder", b"little"), ("version", b"3\n"))
     head, central = bytearray(), bytearray()
     for name, content in small:
         central += _central_header(name, zlib.crc32(content), len(content), len(head))
@@ -119,7 +229,7 @@ class _TensorPickler(pickle.Pickler):
 
 
 @functools.cache
-def _pickle(sizes: tuple[int, ...], dtype: torch.dtype) -> bytes:
+def _pickle_tensor(sizes: tuple[int, ...], dtype: torch.dtype) -> bytes:
     buffer = io.BytesIO()
     _TensorPickler(buffer, protocol=2).dump(torch.empty(sizes, dtype=dtype))  # its memory is never touched
     return buffer.getvalue()

@@ -4,20 +4,20 @@ An iteration's folder holds ``mp_rank_XX[_YYY]/model_optim_rng.pt`` for each ten
 pipeline stage YYY: a ``torch.save`` file of arguments, one state dict per virtual stage (``model``, or
 ``model0``, ``model1``, ...), optimizer and random state. Layers are numbered from 0 in each state dict.
 
-Only the pickles are read, through the allow-list of ``safe_load``; a tensor's values stay in the file, where
-the zip archive has them uncompressed, row after row, until someone asks for a chunk.
+Only the pickles are read, through the allow-list of ``safe_pickle``; a tensor's values stay in the file,
+uncompressed and row after row, until someone asks for a chunk.
 """
 
 import hashlib
 import itertools
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.checkpoint.format.files import read_exactly
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, Report, StoredTensor
 from megatron_router_upcycling.checkpoint.format.torch_save_file import Values
@@ -35,42 +35,28 @@ CHUNK_BYTES = 1 << 30  # larger shards are cut between rows
 MOST_RANKS = 1000  # of one kind
 QKV_PER_GROUP = 2.0  # checkpoint_version from which a group's queries, key and value lie together
 
-# Parameter (of a layer: after ``decoder.layers.N.``) -> the axis that tensor parallelism cuts; None: every
-# rank has it whole.
-LAYER_AXES: dict[str, int | None] = {
-    "self_attention.linear_qkv.weight": 0,
-    "self_attention.linear_qkv.bias": 0,
-    "self_attention.linear_proj.weight": 1,
-    "self_attention.linear_proj.bias": None,
-    "mlp.linear_fc1.weight": 0,
-    "mlp.linear_fc1.bias": 0,
-    "mlp.linear_fc2.weight": 1,
-    "mlp.linear_fc2.bias": None,
+# Parameter, stacked over layers -> the axis of one layer's that tensor parallelism cuts; None: every rank has
+# it whole.
+AXES: dict[str, int | None] = {
+    names.EMBEDDING: 0,
+    names.POSITIONS: None,
+    f"{names.QKV_LINEAR}.weight": 0,
+    f"{names.QKV_LINEAR}.bias": 0,
+    f"{names.PROJECTION}.weight": 1,
+    f"{names.PROJECTION}.bias": None,
+    f"{names.FC1}.weight": 0,
+    f"{names.FC1}.bias": 0,
+    f"{names.FC2}.weight": 1,
+    f"{names.FC2}.bias": None,
+    names.OUTPUT_LAYER: 0,
 }
-LAYER_AXES |= {
-    f"{norm}{parameter}": None
-    for norm in (
-        "self_attention.linear_qkv.layer_norm_",
-        "self_attention.q_layernorm.",
-        "self_attention.k_layernorm.",
-        "mlp.linear_fc1.layer_norm_",
-    )
-    for parameter in ("weight", "bias")
+FUSED_NORMS = (names.NORM_BEFORE_ATTENTION[0], names.NORM_BEFORE_FFN[0])
+SEPARATE_NORMS = (names.NORM_BEFORE_ATTENTION[1], names.NORM_BEFORE_FFN[1])
+AXES |= {
+    f"{norm}{part}": None
+    for norm in (*FUSED_NORMS, f"{names.QUERY_NORM}.", f"{names.KEY_NORM}.", f"{names.FINAL_NORM}.")
+    for part in ("weight", "bias")
 }
-MODEL_AXES: dict[str, int | None] = {
-    "embedding.word_embeddings.weight": 0,
-    "embedding.position_embeddings.weight": None,
-    "decoder.final_layernorm.weight": None,
-    "decoder.final_layernorm.bias": None,
-    "output_layer.weight": 0,
-}
-# Norms that a layer built without Transformer Engine has apart; torch_dist calls them by the other name.
-APART = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-APART |= {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
-EXTRA_STATE = "._extra_state"
-LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True)
@@ -149,10 +135,8 @@ class LegacyCheckpoint(Checkpoint):
 
         A layer's parameter gets an axis over the layers in front, as in torch_dist.
         """
-        stacked = key.startswith(LAYERS)
-        axes = LAYER_AXES if stacked else MODEL_AXES
-        axis = axes[key.removeprefix(LAYERS)]
-        gated = gated and ".linear_fc1." in key and axis == 0
+        stacked, axis = names.is_of_layers(key), AXES[key]
+        gated = gated and key.startswith(names.FC1) and axis == 0
         chunks: list[Chunk] = []
         shapes = set()
         for layer, shards in enumerate(layers):
@@ -172,8 +156,8 @@ class LegacyCheckpoint(Checkpoint):
 
     def _tie(self, parameters: dict[str, list[list[Shard]]]) -> None:
         """The last pipeline stage's own copy of tied embeddings goes; torch_dist has none."""
-        if OUTPUT in parameters and EMBEDDING in parameters:
-            (copies,), (embeddings,) = parameters.pop(OUTPUT), parameters[EMBEDDING]
+        if names.OUTPUT_LAYER in parameters and names.EMBEDDING in parameters:
+            (copies,), (embeddings,) = parameters.pop(names.OUTPUT_LAYER), parameters[names.EMBEDDING]
             for pair in zip(embeddings, copies, strict=True):
                 self._check_equal("copy of the tied embeddings", list(pair))
 
@@ -202,17 +186,17 @@ class LegacyCheckpoint(Checkpoint):
 def _open_ranks(folder: Path, first: RankFile) -> list[list[RankFile]]:
     """The files by pipeline stage, then tensor-parallel rank, as the arguments in ``first`` say."""
     tensor, pipeline = _parallel_sizes(first)
-    names = [
+    folders = [
         [f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if pipeline > 1 else "") for tp in range(tensor)]
         for pp in range(pipeline)
     ]
     found = {path.name for path in folder.glob("mp_rank_*")}
-    if surplus := sorted(found.difference(*names)):
+    if surplus := sorted(found.difference(*folders)):
         raise UserError(
             f"{folder / surplus[0]}: not a rank of a dense model saved at tensor parallel {tensor},"
             f" pipeline parallel {pipeline}, as the arguments in {first.file} say"
         )
-    stages = [[RankFile(folder, name) for name in stage] for stage in names]
+    stages = [[RankFile(folder, name) for name in stage] for stage in folders]
     for rank in (rank for stage in stages for rank in stage):
         if rank.state.get("iteration") != first.state.get("iteration"):
             raise UserError(f"{rank.path}: of another iteration than {first.path}; use a whole checkpoint")
@@ -267,8 +251,8 @@ def _collect(stages: list[list[RankFile]]) -> tuple[dict[str, list[list[Shard]]]
             if layer is not None:
                 layer += first_layer
                 num_layers = max(num_layers, layer + 1)
-            if EXTRA_STATE in key:
-                states.append((key, layer, files[0].nowhere))
+            if names.EXTRA_STATE in key:
+                states.append((key.removesuffix(names.EXTRA_STATE), layer, files[0].nowhere))
                 continue
             if (layer or 0) in parameters.setdefault(key, {}):
                 raise UserError(f"{files[0].path}: holds {key} a second time")
@@ -276,27 +260,28 @@ def _collect(stages: list[list[RankFile]]) -> tuple[dict[str, list[list[Shard]]]
                 file.shard(name, model[name]) for file, model in zip(files, held, strict=True)
             ]
     for key, layers in parameters.items():
-        expected = num_layers if key.startswith(LAYERS) else 1
+        expected = num_layers if names.is_of_layers(key) else 1
         if len(layers) != expected:
             raise UserError(f"{folder}: holds {key} for {len(layers)} of {expected} layers")
     objects = {
-        f"{key}/shard_" + ("0_1" if layer is None else f"{layer}_{num_layers}"): blob
-        for key, layer, blob in states
+        names.extra_state(module, *([] if layer is None else [(layer, num_layers)])): blob
+        for module, layer, blob in states
     }
     return {key: [layers[n] for n in range(len(layers))] for key, layers in parameters.items()}, objects
 
 
 def _global_key(name: Any, path: Path) -> tuple[str, int | None]:
     """torch_dist's key for an entry of a state dict, and its layer within the stage."""
-    match = LAYER.fullmatch(str(name))
-    parameter, known = (match[2], LAYER_AXES) if match else (str(name), MODEL_AXES)
-    if not parameter.endswith(EXTRA_STATE):
-        for prefix, other in APART.items():
-            if match and parameter.startswith(prefix):
-                parameter = other + parameter.removeprefix(prefix)
-        if parameter not in known:
-            raise UserError(f"{path}: holds {str(name)[:200]!r}, which convert does not know what to make of")
-    return (f"{LAYERS}{parameter}", int(match[1])) if match else (parameter, None)
+    key, layer = names.split_key(str(name))
+    if key.endswith(names.EXTRA_STATE):
+        return key, layer
+    for separate, fused in zip(SEPARATE_NORMS, FUSED_NORMS, strict=True):
+        # A layer built without Transformer Engine has its norms apart; torch_dist fuses them all the same.
+        if layer is not None and key.startswith(separate):
+            key = fused + key.removeprefix(separate)
+    if key not in AXES or names.is_of_layers(key) != (layer is not None):
+        raise UserError(f"{path}: holds {str(name)[:200]!r}, which convert does not know what to make of")
+    return key, layer
 
 
 def _place(

@@ -1,8 +1,7 @@
 """One rank's file of a legacy checkpoint: its pickle, and where its tensors' values lie.
 
-``torch.save`` writes a zip archive: a pickle that gives each tensor's dtype, shape and storage, and a record
-of bytes for each storage, uncompressed. The pickle passes the allow-list of ``safe_load``; the values are
-left where they are. One storage may hold many tensors: with the distributed optimizer, all of a rank's.
+The pickle gives each tensor's dtype, shape and storage; a storage's values are a record beside it and stay
+where they are. One storage may hold many tensors: with the distributed optimizer, all of a rank's.
 """
 
 import functools
@@ -21,8 +20,15 @@ import torch
 
 from megatron_router_upcycling.checkpoint.format import safe_pickle
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
-from megatron_router_upcycling.checkpoint.format.torch_save_file import LOCAL_HEADER, STORAGES
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.checkpoint.format.torch_save_file import (
+    STORAGES,
+    PickledTensor,
+    TorchSaveFile,
+    is_row_major,
+    pickled_tensor,
+    record_start,
+)
+from megatron_router_upcycling.errors import UserError, reason
 
 RANK_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"  # of the distributed optimizer
@@ -67,36 +73,29 @@ class RankFile:
         self.records: dict[str, zipfile.ZipInfo] = {}
         try:
             with open(self.path, "rb") as content:
-                pickled = self._open_archive(content)
+                pickled = self._read_archive(content)
         except OSError as error:
             raise UserError(
                 f"{self.path}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror};"
                 " the checkpoint is incomplete, use one that was saved whole"
             ) from None
         except Exception as error:  # a damaged archive may fail in any way
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"{self.path}: damaged, half-written or saved by PyTorch before 1.6 ({reason})"
+                f"{self.path}: damaged, half-written or saved by PyTorch before 1.6 ({reason(error)})"
             ) from None
         self.state = safe_pickle.loads(pickled, self.path)
         if not isinstance(self.state, dict) or not isinstance(self.args, Namespace):
             raise UserError(f"{self.path}: not a checkpoint that Megatron's training saved")
 
-    def _open_archive(self, content: BinaryIO) -> bytes:
-        with zipfile.ZipFile(content) as archive:
-            (pickle_name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            self.prefix = pickle_name.removesuffix("data.pkl")
-            self.records = {record.filename: record for record in archive.infolist()}
-            for record in self.records.values():
-                if record.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(f"{record.filename} is compressed, which torch.save never does")
-                if record.header_offset + record.file_size > archive.start_dir:
-                    raise ValueError(f"{record.filename} does not lie within the file")
-                self.digest.update(f"{record.filename} {record.file_size} {record.CRC}\n".encode())
-            byteorder = self.records.get(f"{self.prefix}byteorder")
-            if byteorder and archive.read(byteorder) != b"little":
-                raise ValueError("its values are not in little-endian order")
-            return archive.read(pickle_name)
+    def _read_archive(self, content: BinaryIO) -> bytes:
+        file = TorchSaveFile(content)
+        self.prefix, self.records = file.prefix, file.records
+        for info in file.infos:
+            if info.header_offset + info.file_size > file.end:
+                raise ValueError(f"{info.filename} does not lie within the file")
+            self.digest.update(f"{info.filename} {info.file_size} {info.CRC}\n".encode())
+        file.check_byte_order()
+        return file.pickle()
 
     @property
     def args(self) -> Any:
@@ -145,34 +144,29 @@ class RankFile:
 
     def shard(self, key: str, value: Any) -> Shard:
         """Where the tensor ``value``, as the pickle has it, lies in the file."""
-        if type(value).__name__ == "_rebuild_parameter":
-            value = value.args[0]
-        if type(value).__name__ != "_rebuild_tensor_v2":
-            raise UserError(f"{self.path}: {key} is a {type(value).__name__}, not a plain tensor")
         try:
-            storage, first, shape, stride, *_ = value.args
-            _, kind, name, _, _ = storage.args[0]
-            dtype, record = STORAGES[kind.__name__], self.records[f"{self.prefix}data/{name}"]
-            shape, begin = tuple(map(int, shape)), int(first) * dtype.itemsize
-            steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-            plain = all(a == b or size == 1 for a, b, size in zip(stride, steps, shape, strict=True))
-            length = math.prod(shape) * dtype.itemsize
-            inside = begin >= 0 and length > 0 and begin + length <= record.file_size
-            if min(shape, default=1) < 1 or not inside or not plain:
-                raise ValueError("its values do not lie row after row")
-            start = self._start(record)
+            if type(value).__name__ == "_rebuild_parameter":
+                value = value.args[0]
+            tensor = pickled_tensor(value)
+            shard = tensor and self._shard(tensor)
         except Exception as error:  # a damaged pickle or archive may be wrong in any way
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.path}: {key} cannot be read ({type(error).__name__}: {reason})") from None
-        whole = Storage(Blob(self.file, start, record.file_size), record.CRC)
-        return Shard(shape, dtype, Blob(self.file, start + begin, length), whole)
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(f"{self.path}: {key} cannot be read ({what})") from None
+        if shard is None:
+            raise UserError(f"{self.path}: {key} is a {type(value).__name__}, not a plain tensor")
+        return shard
 
-    def _start(self, record: zipfile.ZipInfo) -> int:
-        """Offset of a record's content: its local header is of any length."""
+    def _shard(self, tensor: PickledTensor) -> Shard:
+        dtype, info = STORAGES[tensor.storage], self.records[self.prefix + tensor.record]
+        shape, begin = tuple(map(int, tensor.sizes)), int(tensor.first) * dtype.itemsize
+        length = math.prod(shape) * dtype.itemsize
+        inside = begin >= 0 and length > 0 and begin + length <= info.file_size
+        if min(shape, default=1) < 1 or not inside or not is_row_major(shape, tensor.stride):
+            raise ValueError("its values do not lie row after row")
         with open(self.path, "rb") as file:
-            file.seek(record.header_offset)
-            *_, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
-        return record.header_offset + LOCAL_HEADER.size + name_length + extra_length
+            start = record_start(file, info)
+        whole = Storage(Blob(self.file, start, info.file_size), info.CRC)
+        return Shard(shape, dtype, Blob(self.file, start + begin, length), whole)
 
 
 def _is_carried(value: Any) -> bool:

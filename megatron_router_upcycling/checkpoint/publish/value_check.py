@@ -1,8 +1,8 @@
 """Are a checkpoint's values those that were saved, and are they numbers?
 
-``torch.save`` writes a CRC-32 beside every tensor's values, and ``torch.load`` ignores it. Copying goes on in
-the kernel meanwhile, so that on two cores the check takes hardly any time of its own: each block of values is
-read, goes into the checksum, and is looked through for NaN and infinity.
+``torch.save`` writes a CRC-32 beside every tensor's values, and ``torch.load`` ignores it. Here each block of
+values is read, goes into the checksum, and is searched for NaN and infinity. The conversion copies in the
+kernel meanwhile, so that on two cores the check takes hardly any time of its own.
 """
 
 import threading
@@ -24,9 +24,9 @@ BLOCK_BYTES = 2 << 20  # stays in a processor's cache between the two looks at i
 
 
 class IntactCheck:
-    """Checks the tensors ``keys`` of ``checkpoint`` aside, from the first to the last.
+    """Checks the tensors ``keys`` of ``checkpoint`` in a thread of its own, from the first to the last.
 
-    As a context it ends with what it is about; ``wait`` returns once everything was found right.
+    ``wait`` returns once all were found right. Leaving the context stops the check.
     """
 
     def __init__(self, checkpoint: Checkpoint, keys: Iterable[str]) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_router_upcycling.checkpoint.names import holds_experts
+
 Model = Sequence[torch.nn.Module]
 
 
@@ -37,7 +39,7 @@ def _part(name: str) -> str:
         return "attention"
     if ".router." in name:
         return "routers"
-    return "experts" if ".mlp.experts." in name else "ffn"
+    return "experts" if holds_experts([name]) else "ffn"
 
 
 def weight_bytes(model: Model) -> int:

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint import FileSystemReader
 
-EXTRA_STATE = "._extra_state"
+from megatron_router_upcycling.checkpoint.names import EXTRA_STATE
 
 
 def install() -> None:

@@ -6,7 +6,6 @@ recomputation or an evaluation runs again is not counted.
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from megatron_router_upcycling.files import write_whole
 from megatron_router_upcycling.training.run_log import measures
 
 # Measures that cost more and change slowly, each with what it says.
@@ -204,9 +204,7 @@ def _initial(index: int, router: Any, save: Path | None, fresh: bool) -> dict[st
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     if replica == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        safetensors.torch.save_file({name: p.contiguous().cpu() for name, p in now.items()}, partial)
-        os.replace(partial, path)
+        write_whole(path, safetensors.torch.save({name: p.contiguous().cpu() for name, p in now.items()}))
     return now
 
 

@@ -14,9 +14,10 @@ over ``layers`` (counted from 0), ``load`` a list of lists, losses by Megatron's
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from megatron_router_upcycling.files import write_whole
 
 RUN, ROUTING = "run.jsonl", "routing.jsonl"
 
@@ -46,11 +47,8 @@ def keep_until(path: Path, iteration: int) -> None:
     """Drop the lines of iterations after ``iteration``, and what a crash left of a line."""
     if not path.is_file():
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     kept = [line for line in read(path) if line["iteration"] <= iteration]
-    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept))
 
 
 def _plain(value: Any) -> Any:
