@@ -16,7 +16,7 @@ from megatron_router_upcycling.routers.build import builder
 from megatron_router_upcycling.routers.kinds import Sizes
 from tests import dense_checkpoint, hf_models
 from tests.dense_checkpoint import HEAD_DIM, HEADS
-from tests.hf.test_folders import make_moe, refused, run
+from tests.hf.folders import make_moe, refused, run
 from tests.router_kinds import EXPERTS, KINDS, D, Values
 from tests.routers.test_mixture import build, megatron, on_cpu, transformer_config
 

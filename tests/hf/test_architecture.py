@@ -1,0 +1,93 @@
+"""A model as config.json, as Megatron's flags and as its arguments, and what is refused in either."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.hf.architecture import from_flags, from_megatron, megatron_arguments
+from megatron_router_upcycling.hf.config_json import from_model, to_flags
+
+CONFIG = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+
+
+def test_config_to_flags_to_arguments_and_back() -> None:
+    flags = to_flags(CONFIG | {"rope_theta": 1e6}, Path("config.json"), 64)
+    model, args = from_flags(flags), megatron_arguments(flags)
+    assert (model.kv_channels, model.family, model.rotary_base) == (128, "qwen3", 1000000)
+    assert to_flags(from_model(model), Path("config.json"), 64) == flags
+    assert from_megatron(args, Path("root"), 64) == model
+    assert not [name for name in ARCHITECTURE.values() if name not in args]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 60}, "is a Mixture-of-Experts"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM is a Mixture-of-Experts"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM is not covered"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "Classification is not covered"),
+        ({"model_type": None, "architectures": None}, "None is not covered"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised weights \(gptq\)"),
+        ({"use_sliding_window": True, "max_window_layers": 1}, "sliding_attention are not covered"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention are not covered"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn' is not covered"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters of type 'linear'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_theta": 10000.5}, "rope_theta 10000.5 is no whole number"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not covered"),
+        ({"attention_bias": True}, "attention_bias is not covered"),
+        ({"hidden_size": None}, "has no hidden_size"),
+        ({"hidden_size": "24"}, "hidden_size is '24'"),
+        ({"hidden_size": 24.5}, "hidden_size is 24.5"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads 4 does not divide num_attention_heads 6"),
+        ({"rope_parameters": [1]}, "an entry of the wrong kind"),
+        ({"architectures": 7}, "an entry of the wrong kind"),
+    ],
+)
+def test_what_is_not_covered_is_refused_by_name(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=f"^config.json: .*{message}") as error:
+        to_flags(CONFIG | changes, Path("config.json"), 128)
+    assert "\n" not in str(error.value)
+
+
+def test_a_window_that_no_layer_uses_is_covered() -> None:
+    """As in the config.json of Qwen2.5: switched off, or beginning after the last layer."""
+    unused = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 1}
+    assert to_flags(CONFIG | unused, Path("config.json"), 1)["num_layers"] == 2
+    after = {"use_sliding_window": True, "sliding_window": 32768, "max_window_layers": 2}
+    assert to_flags(CONFIG | after, Path("config.json"), 1)["num_layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalization": "LayerNorm"}, "normalization 'LayerNorm' where a Qwen class has 'RMSNorm'"),
+        ({"add_bias_linear": True}, "add_bias_linear True"),
+        ({"rotary_percent": 0.5}, "rotary_percent 0.5"),
+        ({"qk_layernorm": True}, "both QKV bias and query/key norms"),
+        ({"add_qkv_bias": False}, "neither QKV bias nor query/key norms"),
+        ({"multi_latent_attention": True}, "--multi-latent-attention True"),
+        ({"num_experts": 4, "moe_router_score_function": "sigmoid"}, "moe_router_score_function 'sigmoid'"),
+        ({"num_experts": 4, "moe_router_num_groups": 2}, "moe_router_num_groups 2"),
+        ({"num_layers": "many"}, "do not give the architecture"),
+    ],
+)
+def test_a_checkpoint_that_no_class_holds(changes: dict[str, object], message: str) -> None:
+    flags = to_flags(CONFIG | QWEN2, Path("config.json"), 64)
+    args = Namespace(**vars(megatron_arguments(flags)) | changes)
+    with pytest.raises(UserError, match=f"^root: .*{message}"):
+        from_megatron(args, Path("root"), 64)

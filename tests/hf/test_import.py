@@ -1,0 +1,122 @@
+"""``router-upcycle import-hf``, and back by ``export-hf``: what a dense model becomes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import save_file
+
+from megatron_router_upcycling import cli
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.config import yaml_files
+from megatron_router_upcycling.hf import values
+from tests import dense_checkpoint, hf_models
+from tests.hf.folders import TOKENS, assert_equal, copy, edit, refused, run, write_tokenizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", hf_models.FAMILIES)
+def test_import_and_export_are_the_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
+) -> None:
+    """With blocks so small that every tensor is cut, and in shards of another size than they came in."""
+    monkeypatch.setattr(values, "BLOCK_BYTES", 1 << 10)
+    source = hf_models.make(family, tmp_path / "hf", dtype)
+    assert run("import-hf", source, tmp_path / "dense") == 0
+    assert run("export-hf", tmp_path / "dense", tmp_path / "back", "--max-shard-size", "70KB") == 0
+    assert_equal(hf_models.tensors(tmp_path / "back"), hf_models.tensors(source))
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    found, expected = (
+        transformers.AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path / "back", source)
+    )
+    differs = {name for name in expected if found.get(name) != expected[name]}
+    assert differs <= {"_name_or_path", "max_window_layers", "transformers_version"}
+    assert torch.equal(hf_models.logits(tmp_path / "back", TOKENS), hf_models.logits(source, TOKENS))
+
+
+@pytest.mark.parametrize(("vocabulary", "rows"), [(250, 256), (256, 256), (257, 384)])
+def test_vocabulary_is_padded_with_zeros(tmp_path: Path, vocabulary: int, rows: int) -> None:
+    source = hf_models.make("qwen3", tmp_path / "hf", vocab_size=vocabulary)
+    assert run("import-hf", source, tmp_path / "dense") == 0
+    read = dense_checkpoint.read_back(tmp_path / "dense/release")
+    for key, name in (
+        ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        ("output_layer.weight", "lm_head.weight"),
+    ):
+        assert read[key].shape == (rows, 64) and not read[key][vocabulary:].any()
+        assert torch.equal(read[key][:vocabulary], hf_models.tensors(source)[name])
+    assert run("export-hf", tmp_path / "dense", tmp_path / "back") == 0
+    assert_equal(hf_models.tensors(tmp_path / "back"), hf_models.tensors(source))
+
+
+def test_import_is_of_the_dtype_asked_for(models: Path, tmp_path: Path) -> None:
+    for name, dtype in values.DTYPES.items():
+        assert run("import-hf", models / "qwen2.5", tmp_path / name, "--dtype", name) == 0
+        assert run("export-hf", tmp_path / name, tmp_path / f"back {name}") == 0
+        expected = {key: value.to(dtype) for key, value in hf_models.tensors(models / "qwen2.5").items()}
+        assert_equal(hf_models.tensors(tmp_path / f"back {name}"), expected)
+        flags = yaml.safe_load((tmp_path / name / "model.yaml").read_text())
+        assert flags.get("bf16", False) == (name == "bfloat16")
+    assert run("export-hf", tmp_path / "float32", tmp_path / "half", "--dtype", "float16") == 0
+    assert_equal(hf_models.tensors(tmp_path / "half"), hf_models.tensors(tmp_path / "back float16"))
+
+
+def test_mixed_dtypes_need_a_choice(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of the parts of one fused tensor."""
+    source = copy(models, "qwen1.5", tmp_path / "hf")
+    tensors = hf_models.tensors(source)
+    key = "model.layers.0.self_attn.k_proj.weight"
+    tensors[key] = tensors[key].bfloat16()
+    save_file(tensors, source / "model.safetensors")
+    assert "choose one with --dtype" in refused(capsys, "import-hf", source, tmp_path / "dense")
+    assert run("import-hf", source, tmp_path / "dense", "--dtype", "float32") == 0
+    assert run("export-hf", tmp_path / "dense", tmp_path / "back") == 0
+    assert_equal(hf_models.tensors(tmp_path / "back"), {n: t.float() for n, t in tensors.items()})
+
+
+def test_tokenizer_and_special_tokens_go_along(models: Path, tmp_path: Path) -> None:
+    source = copy(models, "qwen2.5", tmp_path / "hf")
+    write_tokenizer(source)
+    edit(source / "config.json", eos_token_id=1)
+    edit(source / "generation_config.json", eos_token_id=[1, 2], temperature=0.7, do_sample=True)
+    assert run("import-hf", source, tmp_path / "dense") == 0
+    flags = yaml_files.read_yaml(tmp_path / "dense/model.yaml")
+    assert flags["tokenizer_type"] == "HuggingFaceTokenizer"
+    assert flags["tokenizer_model"] == str(tmp_path / "dense/tokenizer")
+    assert open_checkpoint(tmp_path / "dense").args.tokenizer_model == flags["tokenizer_model"]
+
+    assert run("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear") == 0
+    assert run("export-hf", tmp_path / "moe", tmp_path / "back") == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert tokenizer("b a").input_ids == [3, 2] and tokenizer.eos_token == "<eos>"
+    model = hf_models.load(tmp_path / "back")
+    assert model.config.eos_token_id == 1 and model.generation_config.eos_token_id == [1, 2]
+    assert model.generation_config.temperature == 0.7
+    assert run("export-hf", tmp_path / "moe", tmp_path / "named", "--tokenizer", source) == 0
+    assert (tmp_path / "named/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_the_yaml_and_the_record_say_what_was_made(models: Path, tmp_path: Path) -> None:
+    assert run("import-hf", models / "qwen3", tmp_path / "dense") == 0
+    flags = yaml_files.read_yaml(tmp_path / "dense/model.yaml")
+    assert flags.pop("upcycling") == {} and "tokenizer_type" not in flags
+    assert flags["kv_channels"] == 16 and flags["qk_layernorm"] and flags["rotary_base"] == 5000000
+    assert flags["vocab_size"] == 250 and flags["padded_vocab_size"] == 256
+    record = json.loads((tmp_path / "dense/import_hf.json").read_text())
+    files = sorted(path.name for path in (models / "qwen3").glob("*.safetensors"))
+    assert sorted(record["source"]["files"]) == files and len(files) == 7
+    assert record["model"]["hidden_size"] == 64 and record["versions"]["torch"]
+
+
+def test_commands_say_what_they_made(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["import-hf", str(models / "qwen3"), str(tmp_path / "dense")]) == 0
+    said = capsys.readouterr().out
+    assert "qwen3 dense, 2 layers" in said and f"--config {tmp_path / 'dense/model.yaml'}" in said
+    assert cli.main(["export-hf", str(tmp_path / "dense"), str(tmp_path / "hf")]) == 0
+    said = capsys.readouterr().out
+    assert "Qwen3ForCausalLM" in said and "no tokenizer was found" in said and "from_pretrained" in said

@@ -1,0 +1,84 @@
+"""The table of names, read in both directions."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_router_upcycling.hf import name_table
+from megatron_router_upcycling.hf.architecture import FIXED_FLAGS, QwenModel, from_flags
+from megatron_router_upcycling.initialisation.qkv import merge_gated_fc1, merge_qkv
+
+FLAGS = FIXED_FLAGS | {
+    "num_layers": 2, "hidden_size": 24, "ffn_hidden_size": 20, "num_attention_heads": 6,
+    "num_query_groups": 2, "kv_channels": 5, "add_qkv_bias": True, "qk_layernorm": False,
+    "norm_epsilon": 1e-6, "rotary_base": 10000, "untie_embeddings_and_output_weights": True,
+    "max_position_embeddings": 32, "init_method_std": 0.02, "vocab_size": 50, "padded_vocab_size": 64,
+}  # fmt: skip
+
+
+def make(num_experts: int = 0, **changes: object) -> QwenModel:
+    return dataclasses.replace(from_flags(FLAGS | changes), num_experts=num_experts)
+
+
+MODEL = make()
+
+
+def row_of(key: str, model: QwenModel) -> name_table.Row:
+    (row,) = [row for row in name_table.rows(model) if row.megatron.endswith(key)]
+    return row
+
+
+def join(row: name_table.Row, model: QwenModel, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Megatron's tensor of its parts, segment by segment."""
+    width = parts[0].shape[1:]
+    pieces = [
+        torch.zeros(stop - start, *width) if part is None else parts[part][start:stop]
+        for part, start, stop in name_table.segments(row, model)
+    ]
+    return torch.cat(pieces)
+
+
+@given(groups=st.integers(1, 4), queries=st.integers(1, 4), size=st.integers(1, 5), columns=st.integers(1, 3))
+def test_segments_are_megatrons_layout(groups: int, queries: int, size: int, columns: int) -> None:
+    """Against the functions that take the fused tensors apart, and by their inverse, ``runs``."""
+    heads = groups * queries
+    model = make(num_attention_heads=heads, num_query_groups=groups, kv_channels=size, hidden_size=columns)
+    for key, dim in (("linear_qkv.weight", -2), ("linear_qkv.bias", -1), ("mlp.linear_fc1.weight", -2)):
+        row = row_of(key, model)
+        parts = [torch.randn(name_table.shape(part, model)) for part in row.parts]
+        joined = join(row, model, parts)
+        merged = merge_qkv(*parts, heads, groups, dim) if len(parts) == 3 else merge_gated_fc1(*parts, dim)
+        assert torch.equal(joined, merged)
+        assert (model.num_layers, *joined.shape) == name_table.megatron_shape(row, model)
+        for number, part in enumerate(parts):
+            taken = [joined[start:stop] for start, stop in name_table.runs(row, number, model)]
+            assert torch.equal(torch.cat(taken), part)
+
+
+def test_padding_is_zeros_after_the_vocabulary() -> None:
+    row = row_of("word_embeddings.weight", MODEL)
+    assert name_table.segments(row, MODEL) == [(0, 0, 50), (None, 50, 64)]
+    assert name_table.runs(row, 0, MODEL) == [(0, 50)]
+    exact = make(padded_vocab_size=50)
+    assert name_table.segments(row, exact) == [(0, 0, 50)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "present", "absent"),
+    [
+        ({}, ["self_attn.q_proj.bias", "lm_head.weight", "mlp.down_proj.weight"], ["q_norm", "experts"]),
+        ({"untie_embeddings_and_output_weights": False}, ["model.embed_tokens.weight"], ["lm_head"]),
+        ({"add_qkv_bias": False, "qk_layernorm": True}, ["self_attn.k_norm.weight"], ["bias"]),
+        ({"num_experts": 3}, ["mlp.experts.2.up_proj.weight"], ["mlp.up_proj", "experts.3"]),
+    ],
+    ids=["qwen2", "tied", "qwen3", "experts"],
+)
+def test_tensors_of_a_model(changes: dict[str, object], present: list[str], absent: list[str]) -> None:
+    found = dict(name_table.hf_tensors(make(**changes)))
+    for name in present:
+        assert any(tensor.endswith(name) for tensor in found)
+    for name in absent:
+        assert not any(name in tensor for tensor in found)

@@ -1,0 +1,271 @@
+"""What ``import-hf`` and ``export-hf`` refuse, in one line and before anything is left on the disk."""
+
+import json
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_router_upcycling.config import manifest
+from tests import dense_checkpoint, hf_models
+from tests.hf.folders import assert_equal, copy, edit, make_moe, refused, run
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--pooling", "max"), "takes the maximum over routers (--pooling max)"),
+        (("--num-routers", 8), "takes the maximum over 2 keys an expert"),
+        (("--router", "mlp"), "has a hidden layer (--router mlp)"),
+    ],
+    ids=["max", "two keys", "mlp"],
+)
+def test_what_stock_classes_cannot_hold_is_refused_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[object, ...], message: str
+) -> None:
+    moe = make_moe(tmp_path, 4, "--num-experts", 4, *options)
+    said = refused(capsys, "export-hf", moe, tmp_path / "hf")
+    assert message in said and "--modelling-code" in said
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--granularity", 2, "--top-k", 2), "trained with moe_router_topk_scaling_factor 2.0"),
+        (("--shared-expert",), "trained with moe_router_topk_scaling_factor 0.5"),
+        (("--layers", "0,2"), "trained with moe_layer_freq"),
+    ],
+    ids=["granularity", "shared expert", "layers"],
+)
+def test_experts_of_another_kind_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[object, ...], message: str
+) -> None:
+    dense_checkpoint.write(tmp_path / "dense", args=dense_checkpoint.arguments(max_position_embeddings=16))
+    make = ("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear", *options)
+    assert run(*make) == 0
+    assert message in refused(capsys, "export-hf", tmp_path / "moe", tmp_path / "hf")
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def set_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        changed = change(tensors.pop(name, torch.zeros(2)))
+        save_file(tensors | ({} if changed is None else {name: changed}), path)
+
+    return apply
+
+
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.flatten()[-1] = torch.nan
+    return tensor
+
+
+def weights_of(content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors").write_bytes(content)
+
+
+def with_header(header: bytes, values: bytes = b"") -> Callable[[Path], object]:
+    return weights_of(struct.pack("<Q", len(header)) + header + values)
+
+
+def with_entry(**changes: Any) -> Callable[[Path], object]:
+    """A file of one tensor, 8 bytes long, described by a header that is wrong."""
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
+    return with_header(json.dumps({"x": entry}).encode(), bytes(8))
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+BAD_FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "no config": ("qwen1.5", lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+    "config no JSON": ("qwen1.5", lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
+    "config a list": ("qwen1.5", lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+    "MoE": ("qwen1.5", lambda f: edit(f / "config.json", num_experts=8), "is a Mixture-of-Experts"),
+    "Llama": ("qwen1.5", lambda f: edit(f / "config.json", model_type="llama"), "is not covered"),
+    "no weights": ("qwen1.5", lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetens"),
+    "cut short": ("qwen1.5", cut_short, "model.safetensors: cut short, damaged .*not fully covered"),
+    "empty": ("qwen1.5", weights_of(b""), "header too small"),
+    "half a header": ("qwen1.5", weights_of(struct.pack("<Q", 99) + b"{"), "invalid header length"),
+    "no header": ("qwen1.5", weights_of(b"\xff" * 64), "not a safetensors file .*header too large"),
+    "header a list": ("qwen1.5", with_header(b"[]"), "invalid JSON in header"),
+    "header too deep": ("qwen1.5", with_header(b'{"x":' * 100_000), "recursion limit"),
+    "entry null": ("qwen1.5", with_header(b'{"x":null}'), "invalid JSON in header"),
+    "shape negative": ("qwen1.5", with_entry(shape=[-2]), "invalid JSON in header"),
+    "shape enormous": ("qwen1.5", with_entry(shape=[2**62, 2**62]), "overflow"),
+    "shape of more": ("qwen1.5", with_entry(shape=[3]), "invalid shape"),
+    "dtype unknown": ("qwen1.5", with_entry(dtype="Q4"), "unknown variant"),
+    "a hole": ("qwen1.5", with_entry(data_offsets=[4, 8], shape=[1]), "invalid offset"),
+    "end before start": ("qwen1.5", with_entry(data_offsets=[8, 0]), "invalid offset"),
+    "wider than config": (
+        "qwen1.5",
+        lambda f: edit(f / "config.json", intermediate_size=95),
+        r"down_proj.weight is \[64, 96\] where config.json gives \[64, 95\]",
+    ),
+    "more layers in config": (
+        "qwen1.5",
+        lambda f: edit(f / "config.json", num_hidden_layers=10**9),
+        "has no tensor model.layers.2",
+    ),
+    "fewer layers in config": (
+        "qwen1.5",
+        lambda f: edit(f / "config.json", num_hidden_layers=1),
+        "holds model.layers.1",
+    ),
+    "missing tensor": ("qwen1.5", set_tensor(UP, lambda t: None), f"has no tensor {UP}"),
+    "extra tensor": ("qwen1.5", set_tensor("extra", lambda t: t), "holds extra, which no qwen2 model"),
+    "quantised": ("qwen1.5", set_tensor(UP, lambda t: t.to(torch.int8)), f"{UP} is I8, perhaps quantised"),
+    "NaN": ("qwen1.5", set_tensor(UP, with_nan), f"{UP}: holds NaN or infinite values"),
+    "another head": (
+        "qwen3-tied",
+        set_tensor("lm_head.weight", lambda t: torch.ones(250, 64)),
+        "lm_head.weight differs from model.embed_tokens.weight though config.json ties them",
+    ),
+    "missing shard": (
+        "qwen2.5",
+        lambda f: next(iter(sorted(f.glob("*.safetensors")))).unlink(),
+        "model-00001-of-00006.safetensors: missing, though",
+    ),
+    "shard outside": (
+        "qwen2.5",
+        lambda f: edit(f / "model.safetensors.index.json", weight_map={"x": "../x.safetensors"}),
+        "names '../x.safetensors', which is no file of this folder",
+    ),
+    "index of nothing": (
+        "qwen2.5",
+        lambda f: edit(f / "model.safetensors.index.json", weight_map={}),
+        "has no weight_map",
+    ),
+    "index of numbers": (
+        "qwen2.5",
+        lambda f: edit(f / "model.safetensors.index.json", weight_map={"x": 1}),
+        "names no files",
+    ),
+    "shard without its tensor": (
+        "qwen2.5",
+        lambda f: edit(
+            f / "model.safetensors.index.json",
+            weight_map=json.loads((f / "model.safetensors.index.json").read_text())["weight_map"]
+            | {"other": "model-00002-of-00006.safetensors"},
+        ),
+        "model-00002-of-00006.safetensors: has no other, though",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FOLDERS)
+def test_a_bad_folder_is_refused_in_one_line(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    family, spoil, message = BAD_FOLDERS[what]
+    source = copy(models, family, tmp_path / "hf")
+    spoil(source)
+    said = refused(capsys, "import-hf", source, tmp_path / "made/dense")
+
+    assert re.search(message, said), said
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_file_cut_anywhere_is_refused(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = copy(models, "qwen1.5", tmp_path / "hf")
+    path = source / "model.safetensors"
+    content = path.read_bytes()
+    for length in (0, 7, 8, 9, 500, 5000, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        assert "cut short" in refused(capsys, "import-hf", source, tmp_path / "dense")
+    path.write_bytes(content + b"x")
+    assert "not fully covered" in refused(capsys, "import-hf", source, tmp_path / "dense")
+
+
+def test_a_folder_that_was_not_made_here_is_not_replaced(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = copy(models, "qwen3-tied", tmp_path / "hf")
+    dense, back = tmp_path / "dense", tmp_path / "back"
+    assert run("import-hf", source, dense) == 0 and run("export-hf", dense, back) == 0
+    assert "exists; pass --overwrite" in refused(capsys, "import-hf", source, dense)
+    assert run("import-hf", source, dense, "--overwrite") == 0
+    assert run("export-hf", dense, back, "--overwrite") == 0
+    assert "holds no import_hf.json" in refused(capsys, "import-hf", source, back, "--overwrite")
+    assert "holds no export_hf.json" in refused(capsys, "export-hf", dense, source, "--overwrite")
+    assert "lies in HF_DIR" in refused(capsys, "import-hf", source, source / "dense")
+    assert "no such folder" in refused(capsys, "import-hf", tmp_path / "none", tmp_path / "new")
+    assert_equal(hf_models.tensors(back), hf_models.tensors(source))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-shard-size", "5"), "argument --max-shard-size: '5' is no size; write it as 5GB"),
+        (("--max-shard-size", "0MB"), "'0MB' is no size"),
+        (("--shared-expert-width", "-1"), "--shared-expert-width -1: must be 0 or more"),
+        (("--tokenizer", "."), "--tokenizer .: holds none of tokenizer.json"),
+        (("--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
+    ],
+)
+def test_bad_flags_of_export(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dense_checkpoint.write(tmp_path / "dense", args=dense_checkpoint.arguments(max_position_embeddings=16))
+    assert message in refused(capsys, "export-hf", "dense", "hf", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tensors: tensors.pop("decoder.final_layernorm.weight"), "has no tensor decoder.final_layer"),
+        (
+            lambda tensors: tensors.update({"decoder.other": torch.ones(2)}),
+            "holds decoder.other, which has",
+        ),
+        (
+            lambda tensors: tensors.update({"output_layer.weight": torch.ones(41, 32)}),
+            r"output_layer.weight is \[41, 32\] where the training arguments give \[40, 32\]",
+        ),
+        (
+            lambda tensors: with_nan(tensors["decoder.layers.mlp.linear_fc2.weight"]),
+            "linear_fc2.weight: holds NaN or infinite values",
+        ),
+    ],
+    ids=["missing", "extra", "shape", "NaN"],
+)
+def test_a_bad_checkpoint_is_not_exported(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[dict[str, torch.Tensor]], Any],
+    message: str,
+) -> None:
+
+    tensors = dense_checkpoint.tensors()
+    spoil(tensors)
+    args = dense_checkpoint.arguments(max_position_embeddings=16)
+    dense_checkpoint.write(tmp_path / "dense", tensors, args=args)
+    assert re.search(message, refused(capsys, "export-hf", tmp_path / "dense", tmp_path / "hf"))
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_manifest_that_contradicts_the_training_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moe = make_moe(tmp_path, 6, "--num-experts", 4)
+    edit(moe / manifest.NAME, router=json.loads((moe / manifest.NAME).read_text())["router"] | {"top_k": 1})
+    said = refused(capsys, "export-hf", moe, tmp_path / "hf")
+    assert "top_k 1, but the model was trained with 2" in said
