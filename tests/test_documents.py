@@ -101,3 +101,27 @@ def test_a_mention_of_nothing_is_seen() -> None:
         "tools/nothing.py",
     ]
     assert headings("# A b: c\n```\n# not one\n```\n") == {"a-b-c"}
+
+
+def tree_entries(page: str) -> Iterator[str]:
+    """The paths of the tree in "What is where": entries end at two spaces, and lie below the entry further out."""
+    block = re.search(r"## What is where\n+```\n(.*?)```", page, re.DOTALL)
+    assert block
+    folder = ""
+    for line in block[1].splitlines():
+        names = re.split(r"  +", line.strip())[0].split(", ")
+        if not line.startswith(" "):
+            folder = names[0] if len(names) == 1 and not re.search(r"\S  +\S", line) else ""
+            yield from names
+        else:
+            yield from (folder + name for name in names)
+
+
+def test_the_tree_in_the_readme_is_there() -> None:
+    entries = list(tree_entries((ROOT / "README.md").read_text(encoding="utf-8")))
+    for entry in entries:
+        assert (ROOT / entry).exists(), f"README.md's tree names {entry}"
+    rooms = {f"{PACKAGE}/{path.parent.name}/" for path in (ROOT / PACKAGE).glob("*/__init__.py")}
+    assert rooms <= set(entries), f"README.md's tree leaves out {rooms - set(entries)}"
+    folders = {f"{name}/" for name in ROOTS}
+    assert folders <= set(entries), f"README.md's tree leaves out {folders - set(entries)}"
