@@ -104,7 +104,7 @@ def test_a_mention_of_nothing_is_seen() -> None:
 
 
 def tree_entries(page: str) -> Iterator[str]:
-    """The paths of the tree in "What is where": entries end at two spaces, and lie below the entry further out."""
+    """The paths of the tree in "What is where"; an entry that is indented lies in the folder above it."""
     block = re.search(r"## What is where\n+```\n(.*?)```", page, re.DOTALL)
     assert block
     folder = ""
