@@ -37,6 +37,6 @@ checks: setup  ## lint, format and types
 bench: setup  ## speed and memory beside the plain alternatives (best on an idle machine)
 	@status=0; for bench in tools/benchmarks/bench_*.py; do echo "== $$bench"; $(PYTHON) $$bench || status=1; done; exit $$status
 
-clean:  ## remove caches and what demo and bench wrote; .venv stays
-	rm -rf demo compare bench build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+clean:  ## remove caches and what demo, compare, bench, examples and builds wrote; .venv stays
+	rm -rf demo compare bench example build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

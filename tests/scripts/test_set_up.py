@@ -4,9 +4,13 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the script itself needs, and nothing else: no Python, no pyenv, no uv.
@@ -122,24 +126,49 @@ def test_continuous_integration_runs_the_test_command_of_the_readme():
     assert re.search(r"^ *make test\b", (ROOT / "README.md").read_text(), re.MULTILINE)
 
 
+def test_the_workflow_runs_what_continuous_integration_runs():
+    """Each command of .ci/run is a step, in the same order."""
+    commands = [
+        line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line[:4] in ("make", "scri")
+    ]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
+    assert steps == commands and len(commands) == 5
+
+
+def test_commit_hooks_run_what_is_installed():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repository["repo"] for repository in hooks] == ["local"]
+    for hook in hooks[0]["hooks"]:
+        command = [sys.executable, *hook["entry"].split()[1:], __file__]
+        assert hook["entry"].startswith(".venv/bin/python -m ruff ") and hook["language"] == "system"
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements() -> list[Requirement]:
+    """What the package needs, and what its extras need of others, that for GPUs aside."""
+    declared = [*project()["dependencies"]]
+    declared += [
+        line for name, extra in project()["optional-dependencies"].items() for line in extra if name != "gpu"
+    ]
+    return [needed for line in declared if (needed := Requirement(line)).name != project()["name"]]
+
+
 def test_apex_is_never_a_dependency():
     """The package of that name on PyPI is not NVIDIA's."""
-    from importlib.metadata import requires
-
-    names = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower() for line in requires("megatron-router-upcycling")}
-    assert "megatron-core" in names and "apex" not in names
+    everything = requirements() + [Requirement(line) for line in project()["optional-dependencies"]["gpu"]]
+    names = {needed.name.lower() for needed in everything}
+    assert {"megatron-core", "transformer-engine"} <= names and "apex" not in names
 
 
 def test_every_tested_range_holds_what_is_installed():
-    from importlib.metadata import requires, version
-
-    from packaging.requirements import Requirement
-
-    needed = [Requirement(line) for line in requires("megatron-router-upcycling")]
-    checked = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": "dev"})]
-    assert len(checked) >= 10
-    for requirement in checked:
-        assert requirement.specifier.contains(version(requirement.name)), requirement
+    assert len(requirements()) >= 18
+    for needed in requirements():
+        assert needed.specifier.contains(version(needed.name)), needed
 
 
 def test_entry_point_is_there():

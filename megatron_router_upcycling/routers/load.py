@@ -1,0 +1,106 @@
+"""One layer's router out of a checkpoint, as plain tensors: Megatron is not needed.
+
+Symbols: n experts, k experts a token, D hidden size.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_router_upcycling.checkpoint import layers, names
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.kinds import Sizes, all_parameters
+
+BIAS = "bias"
+
+
+@dataclass(frozen=True)
+class Router:
+    """A layer's router, in float32.
+
+    - ``config``: its options, as the checkpoint's manifest records them.
+    - ``parameters``: name -> tensor. A mixture has ``query_weight`` [m, d', D] and ``expert_key`` [n*c, d'].
+    - ``hidden_size``: D.
+    """
+
+    config: RouterConfig
+    parameters: dict[str, Tensor]
+    hidden_size: int
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The experts' scores (eq. 6 to 8), [..., n] in float32.
+
+        Args:
+            hidden: [..., D], what the router sees: hidden states behind the norm before the FFN.
+        """
+        kind = self.config.kind
+        gate = kind.gate(self.parameters, self.config, self.hidden_size, torch.float32)
+        logits = kind.logits(gate, hidden.float(), self.config)
+        return logits + self.parameters[BIAS] if BIAS in self.parameters else logits
+
+    def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Where tokens go (eq. 9): weights and indices of the chosen experts, both [..., k].
+
+        Of capacity, expert bias and auxiliary losses, which Megatron adds in training, there is nothing.
+
+        Args:
+            hidden: [..., D].
+        """
+        logits = self.logits(hidden)
+        top = logits.topk(self.config.top_k, dim=-1)
+        if self.config.pre_softmax:
+            return logits.softmax(dim=-1).gather(-1, top.indices), top.indices
+        return top.values.softmax(dim=-1), top.indices
+
+
+def load_router(checkpoint: str | Path, layer: int = 0) -> Router:
+    """Read the router of one layer of an upcycled checkpoint, before or after training.
+
+    Args:
+        checkpoint: a checkpoint's root folder, as ``convert`` or ``pretrain`` leaves it.
+        layer: counted from 0.
+
+    Raises:
+        UserError: no whole checkpoint there, no upcycled one, or ``layer`` has no router in it.
+
+    Example:
+        >>> router = load_router("ckpt/moe", layer=3)
+        >>> weights, experts = router.route(hidden)  # [T, D] -> [T, k], [T, k]
+    """
+    opened = open_checkpoint(checkpoint)
+    record = manifest.read(opened.root)
+    if record is None:
+        raise UserError(f"{opened.root}: has no {manifest.NAME}; name a checkpoint that convert made")
+    config = manifest.router_config(record, opened.root / manifest.NAME)
+    num_layers = getattr(opened.args, "num_layers", 0)
+    if not 0 <= layer < num_layers:
+        raise UserError(f"layer {layer}: {opened.root} has layers 0 to {num_layers - 1}")
+    sizes = Sizes.of(opened.args, bool(getattr(opened.args, "add_bias_linear", False)))
+    parameters = {
+        parameter.name: read_layer(opened, f"{names.ROUTER}.{parameter.name}", layer)
+        for parameter in all_parameters(config, sizes)
+    }
+    return Router(config, parameters, sizes.hidden_size)
+
+
+def read_layer(checkpoint: Checkpoint, name: str, layer: int) -> Tensor:
+    """One layer's float32 values of a parameter, stored stacked over layers or layer by layer.
+
+    Args:
+        name: the stacked tensor's.
+
+    Raises:
+        UserError: it is not there.
+    """
+    own = names.at_layer(name, layer)
+    if name not in checkpoint.tensors and own in checkpoint.tensors:
+        checkpoint, layer = layers.one_layer(checkpoint, own, name), 0
+    if name not in checkpoint.tensors:
+        raise UserError(f"{checkpoint.root}: layer {layer} has no {name}, which its {manifest.NAME} promises")
+    return checkpoint.read_layer(name, layer, bytearray()).float()

@@ -1,0 +1,66 @@
+"""Which file imports which, read from the source: what the tests of the house's rules ask."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "megatron_router_upcycling"
+
+
+def module_of(file: Path) -> str:
+    """``a/b.py`` -> ``a.b``, ``a/__init__.py`` -> ``a``; ``file`` is relative to the repository."""
+    parts = file.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def source_files(*folders: str) -> dict[str, Path]:
+    """Module -> file, of every Python file under ``folders`` of the repository."""
+    found = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    return {module_of(path.relative_to(ROOT)): path for path in found}
+
+
+def imported(path: Path, modules: dict[str, Path]) -> set[str]:
+    """Those of ``modules`` that the file imports anywhere in it, functions included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            inside = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {whole if whole in modules else node.module for whole in inside.values()}
+    return names & set(modules)
+
+
+def import_graph(*folders: str) -> dict[str, set[str]]:
+    """Module -> the modules under ``folders`` that it imports."""
+    modules = source_files(*folders)
+    return {module: imported(path, modules) for module, path in modules.items()}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Sets of nodes that reach each other, each sorted (Tarjan's strongly connected components)."""
+    number: dict[str, int] = {}
+    low: dict[str, int] = {}
+    path: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        number[node] = low[node] = len(number)
+        path.append(node)
+        for other in sorted(graph[node]):
+            if other not in number:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in path:
+                low[node] = min(low[node], number[other])
+        if low[node] == number[node]:
+            members = path[path.index(node) :]
+            del path[path.index(node) :]
+            if len(members) > 1 or node in graph[node]:
+                found.append(sorted(members))
+
+    for node in sorted(graph):
+        if node not in number:
+            visit(node)
+    return found

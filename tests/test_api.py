@@ -1,0 +1,136 @@
+"""The public names: imported when they are used, and a router read back computes the paper's equations."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_router_upcycling
+from megatron_router_upcycling import (
+    RouterConfig,
+    UserError,
+    api,
+    convert_checkpoint,
+    inspect_checkpoint,
+    load_router,
+    verify_checkpoint,
+)
+from tests import dense_checkpoint
+from tests.dense_checkpoint import HEADS, HIDDEN, LAYERS
+
+CONFIGS = {
+    "mixture": RouterConfig(),
+    "max": RouterConfig(pooling="max", pre_softmax=False),
+    "two-keys": RouterConfig(num_experts=4, num_routers=HEADS),
+    "linear": RouterConfig(router="linear"),
+    "mlp": RouterConfig(router="mlp"),
+    "switch": RouterConfig(router="switch", top_k=1),
+    "locmoe": RouterConfig(router="locmoe"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint, its key statistics, and what each of CONFIGS makes of them."""
+    folder = tmp_path_factory.mktemp("api")
+    dense_checkpoint.write(folder / "dense")
+    dense_checkpoint.make_stats(folder / "keys")
+    for name, config in CONFIGS.items():
+        keys = folder / "keys" if config.router == "mixture" else None
+        manifest = convert_checkpoint(folder / "dense", folder / name, config, keys)
+        assert manifest == json.loads((folder / name / "router_upcycling.json").read_text())
+    return folder
+
+
+def test_importing_the_package_imports_nothing_slow() -> None:
+    code = (
+        "import sys, megatron_router_upcycling as package\n"
+        "from megatron_router_upcycling import cli\n"
+        "slow = {'torch', 'numpy', 'transformers', 'megatron'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
+        "for name in package.__all__: assert getattr(package, name) and name in dir(package), name\n"
+        "assert 'torch' in sys.modules and 'megatron' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, timeout=60)
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    assert megatron_router_upcycling.__all__ == api.__all__
+    for name in api.__all__:
+        assert getattr(api, name).__doc__, name
+    for name in ("convert_checkpoint", "inspect_checkpoint", "load_router", "verify_checkpoint"):
+        assert "Example:" in getattr(api, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        megatron_router_upcycling.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_conversions_are_right(folder: Path, name: str) -> None:
+    findings = verify_checkpoint(folder / "dense", folder / name)
+    assert not findings, findings.table()
+    text = inspect_checkpoint(folder / name)
+    assert "Mixture-of-Experts" in text and "routing at the start" in text
+
+
+def test_a_difference_is_found(folder: Path) -> None:
+    """The manifest names another seed than the one that the router was drawn from."""
+    convert_checkpoint(folder / "dense", folder / "altered", CONFIGS["linear"], seed=1)
+    manifest = folder / "altered" / "router_upcycling.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"seed": 2}))
+    assert verify_checkpoint(folder / "dense", folder / "altered").of("routers")
+
+
+@pytest.mark.parametrize("name", ["mixture", "max", "two-keys"])
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_mixture_computes_equations_6_to_8(folder: Path, name: str, layer: int) -> None:
+    router = load_router(folder / name, layer)
+    W, K = router.parameters["query_weight"].double(), router.parameters["expert_key"].double()
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(layer))
+    keys = len(K) // router.config.num_experts
+    expected = torch.zeros(5, router.config.num_experts, dtype=torch.float64)
+    for t in range(5):
+        for i in range(router.config.num_experts):
+            scores = [
+                max(float(w @ x[t].double() @ K[i * keys + c]) / math.sqrt(K.shape[1]) for c in range(keys))
+                for w in W
+            ]
+            expected[t, i] = max(scores) if router.config.pooling == "max" else sum(scores)
+    torch.testing.assert_close(router.logits(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_routes_to_the_best(folder: Path, name: str) -> None:
+    router = load_router(folder / name, 1)
+    x = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0))
+    logits, (weights, experts) = router.logits(x), router.route(x)
+    k = router.config.top_k
+    assert weights.shape == experts.shape == (2, 3, k)
+    for at in [(b, t) for b in range(2) for t in range(3)]:
+        order = sorted(range(router.config.num_experts), key=lambda i, at=at: -float(logits[at][i]))
+        assert experts[at].tolist() == order[:k]
+        among = order if router.config.pre_softmax else order[:k]
+        total = sum(math.exp(float(logits[at][i])) for i in among)
+        for share, expert in zip(weights[at].tolist(), order, strict=False):
+            assert share == pytest.approx(math.exp(float(logits[at][expert])) / total, rel=1e-5)
+
+
+def test_mistakes_are_one_line(folder: Path) -> None:
+    with pytest.raises(UserError, match=f"layer {LAYERS}: .* has layers 0 to {LAYERS - 1}"):
+        load_router(folder / "mixture", LAYERS)
+    with pytest.raises(UserError, match="has no router_upcycling.json"):
+        load_router(folder / "dense")
+    with pytest.raises(UserError, match="--key-stats"):
+        convert_checkpoint(folder / "dense", folder / "new")
+    with pytest.raises(UserError, match="exists"):
+        convert_checkpoint(folder / "dense", folder / "mixture", key_stats=folder / "keys")
+
+
+def test_layers_without_experts_have_no_router(folder: Path) -> None:
+    convert_checkpoint(folder / "dense", folder / "some", RouterConfig(router="linear"), layers="1")
+    assert load_router(folder / "some", 1).parameters["weight"].shape == (8, HIDDEN)
+    with pytest.raises(UserError, match="layer 0 has no"):
+        load_router(folder / "some", 0)

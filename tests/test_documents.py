@@ -1,0 +1,127 @@
+"""What documents, comments and scripts mention exists: files, modules, commands, headings, make targets."""
+
+import argparse
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_router_upcycling import cli
+from tests.imports import PACKAGE, ROOT
+
+ROOTS = ("configs", "docs", "examples", "megatron_router_upcycling", "scripts", "tests", "tools")
+SUFFIXES = "py|md|yaml|yml|sh|sbatch|html|png|toml|c"
+# A path below one of ROOTS, or with a slash and a known suffix, which may be below the package.
+FROM_ROOT = re.compile(rf"(?<![\w./-])(?:{'|'.join(ROOTS)})/[\w.*/-]*")
+SHORT = re.compile(rf"(?<![\w./$-])[a-z_]\w*(?:/[\w.-]+)*/[\w.*-]+\.(?:{SUFFIXES})\b(?!\()")
+MODULE = re.compile(rf"-m ({PACKAGE}(?:\.\w+)*|(?:tools|tests|examples)(?:\.\w+)+)")
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
+# What is named and is not here: Megatron-LM's own, and what a command makes.
+ELSEWHERE = {"tools/preprocess_data.py"}
+MADE = ("demo/", "compare/", "bench/", "evaluation/NAME", "ckpt/", "runs/", "DENSE/", "moe/", "run/")
+
+
+def mentioning() -> list[Path]:
+    """The repository's text files that speak of others, tests aside (they make files up)."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = (Path(line) for line in listed.splitlines())
+    suffixes = (".md", ".py", ".sh", ".sbatch", ".yaml", ".yml", ".toml")
+    found = [file for file in files if file.suffix in suffixes or file.name in ("Makefile", "run")]
+    return [file for file in found if file.parts[0] != "tests" and (ROOT / file).is_file()]
+
+
+def exists(mention: str, file: Path) -> bool:
+    """Whether the path is there: from the root, from the package, or from the file's own folder."""
+    mention = mention.rstrip("/.")
+    for base in (ROOT, ROOT / PACKAGE, (ROOT / file).parent):
+        if (base / mention).exists() or ("*" in mention and any(base.glob(mention))):
+            return True
+    # `configs/methods/NAME` and the like stand for any file there.
+    return Path(mention).name.isupper() and (ROOT / mention).parent.is_dir()
+
+
+def paths(text: str, file: Path) -> Iterator[str]:
+    yield from FROM_ROOT.findall(text)
+    if file.suffix == ".md":
+        yield from SHORT.findall(text)
+
+
+@pytest.mark.parametrize("file", mentioning(), ids=str)
+def test_paths_and_modules_exist(file: Path) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for mention in paths(text, file):
+        known = mention in ELSEWHERE or mention.startswith(MADE)
+        assert known or exists(mention, file), f"{file} names {mention}"
+    for module in MODULE.findall(text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or path.is_dir(), f"{file} names -m {module}"
+
+
+DOCUMENTS = [file for file in mentioning() if file.suffix == ".md"]
+
+
+def headings(page: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=str)
+def test_links_lead_somewhere(file: Path) -> None:
+    for target, anchor in LINK.findall((ROOT / file).read_text(encoding="utf-8")):
+        path = (ROOT / file).parent / target if target else ROOT / file
+        assert path.exists(), f"{file} links to {target}"
+        assert not anchor or anchor in headings(path.read_text("utf-8")), f"{file} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=str)
+def test_commands_and_their_flags_exist(file: Path) -> None:
+    _, commands = cli.build_parser()
+    text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, rest in re.findall(r"router-upcycle ([a-z][a-z-]+)((?: [^`\n]*)?)", text):
+        assert name in commands.choices, f"{file} names router-upcycle {name}"
+        command: argparse.ArgumentParser = commands.choices[name]
+        if not command.get_default("takes_megatron_flags"):
+            given = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", rest.split("#")[0]))
+            assert given <= set(command._option_string_actions), f"{file}: router-upcycle {name} {rest}"
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]+)", text, re.MULTILINE))
+    assert named <= targets, f"{file} names make {named - targets}"
+
+
+def test_a_mention_of_nothing_is_seen() -> None:
+    file = Path("README.md")
+    found = list(paths("see `checkpoint/shard.py`, `tools/nothing.py` and tools/experiments/demo.py", file))
+    assert [mention for mention in sorted(set(found)) if not exists(mention, file)] == [
+        "checkpoint/shard.py",
+        "tools/nothing.py",
+    ]
+    assert headings("# A b: c\n```\n# not one\n```\n") == {"a-b-c"}
+
+
+def tree_entries(page: str) -> Iterator[str]:
+    """The paths of the tree in "What is where"; an entry that is indented lies in the folder above it."""
+    block = re.search(r"## What is where\n+```\n(.*?)```", page, re.DOTALL)
+    assert block
+    folder = ""
+    for line in block[1].splitlines():
+        names = re.split(r"  +", line.strip())[0].split(", ")
+        if not line.startswith(" "):
+            folder = names[0] if len(names) == 1 and not re.search(r"\S  +\S", line) else ""
+            yield from names
+        else:
+            yield from (folder + name for name in names)
+
+
+def test_the_tree_in_the_readme_is_there() -> None:
+    entries = list(tree_entries((ROOT / "README.md").read_text(encoding="utf-8")))
+    for entry in entries:
+        assert (ROOT / entry).exists(), f"README.md's tree names {entry}"
+    rooms = {f"{PACKAGE}/{path.parent.name}/" for path in (ROOT / PACKAGE).glob("*/__init__.py")}
+    assert rooms <= set(entries), f"README.md's tree leaves out {rooms - set(entries)}"
+    folders = {f"{name}/" for name in ROOTS}
+    assert folders <= set(entries), f"README.md's tree leaves out {folders - set(entries)}"

@@ -1,0 +1,145 @@
+"""The house's rules (CONTRIBUTING.md): which way imports go, what is pure, and how long a file may be."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.imports import PACKAGE, ROOT, circles, import_graph, source_files
+
+DOORS = ("cli", "pretrain", "collect_keys", "rehearse", "layer_spec")  # what a command line names
+PURE = (
+    "config",
+    "routers.kinds",
+    "routers.fold",
+    "initialisation",
+    "hf.name_table",
+    "planning",
+)
+NOT_PURE = ("planning.rehearsal",)
+MAIN_PATH = (
+    "config",
+    "routers",
+    "initialisation",
+    "key_statistics",
+    "conversion",
+    "training.launch",
+    "training.train",
+)
+# What needs Megatron or checkpoints, in folders whose other files are pure.
+UPPER_FLOORS = (*NOT_PURE, *(f"routers.{name}" for name in ("base", "baselines", "build", "load", "mixture")))
+LONGEST_FILE = 400
+LONGEST_MAIN_PATH = 4500
+# Folders of tests that mirror no room of the package.
+OTHER_TESTS = {"tools", "scripts", "reference", "pretend_gpu"}
+
+MODULES = source_files(PACKAGE)
+
+
+def within(module: str, names: tuple[str, ...]) -> bool:
+    """Whether ``module`` is one of ``names`` or lies in it."""
+    return any(f"{module}.".startswith(f"{PACKAGE}.{name}.") for name in names)
+
+
+def room_of(module: str) -> str:
+    """A folder or file of the package; an upper floor counts as a room of its own."""
+    parts = module.split(".")[1:]
+    for upper in UPPER_FLOORS:
+        if within(module, (upper,)):
+            return f"{parts[0]}, upper floor"
+    return parts[0] if parts else "public names"
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"e"}, "f": {"a", "d"}}
+    assert circles(graph) == [["a", "b", "c"], ["e"]]
+
+
+def test_imports_inside_functions_count() -> None:
+    assert f"{PACKAGE}.diagnostics.checkpoint" in import_graph(PACKAGE)[f"{PACKAGE}.commands.inspect"]
+
+
+def test_no_file_imports_one_that_imports_it() -> None:
+    assert circles(import_graph(PACKAGE, "tools")) == []
+
+
+def test_no_room_imports_one_that_imports_it() -> None:
+    rooms: dict[str, set[str]] = {}
+    for module, others in import_graph(PACKAGE).items():
+        rooms.setdefault(room_of(module), set()).update(map(room_of, others))
+    assert circles({room: others - {room} for room, others in rooms.items()}) == []
+
+
+def test_doors_and_commands_are_imported_by_nobody() -> None:
+    graph = import_graph(PACKAGE, "tools", "examples")
+    for module, others in graph.items():
+        assert not [other for other in others if within(other, DOORS)], module
+        if module != f"{PACKAGE}.cli" and not within(module, ("commands",)):
+            assert not [other for other in others if within(other, ("commands",))], module
+
+
+def test_the_package_imports_neither_tools_nor_tests() -> None:
+    for module, others in import_graph(PACKAGE, "tools", "tests", "examples").items():
+        if module in MODULES:
+            assert not others - set(MODULES), module
+
+
+PURE_MODULES = [module for module in MODULES if within(module, PURE) and not within(module, NOT_PURE)]
+# What stands in the way: megatron and its kin cannot be imported, and CUDA cannot be started.
+BLOCKED = """
+import importlib.abc, sys, torch
+BLOCKED = {"megatron", "transformer_engine", "apex", "transformers"}
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocker())
+def refuse(*args, **options):
+    raise AssertionError("CUDA is blocked")
+torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = refuse
+import importlib
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+"""
+
+
+def import_blocked(*modules: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", BLOCKED, *modules]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_pure_rooms_need_neither_megatron_nor_cuda() -> None:
+    for name in PURE:
+        assert [module for module in PURE_MODULES if within(module, (name,))], f"{name} is not there"
+    ended = import_blocked(*PURE_MODULES)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("module", ["routers.mixture", "training.patches.without_te"])
+def test_what_needs_megatron_is_seen(module: str) -> None:
+    ended = import_blocked(f"{PACKAGE}.{module}")
+    assert ended.returncode == 1 and "is blocked" in ended.stderr
+
+
+def test_no_file_is_long() -> None:
+    long = {module: lines(path) for module, path in MODULES.items() if lines(path) > LONGEST_FILE}
+    assert not long, f"over {LONGEST_FILE} lines: {long}"
+
+
+def test_the_main_path_is_read_in_an_hour() -> None:
+    path = {module: lines(file) for module, file in MODULES.items() if within(module, MAIN_PATH)}
+    for name in MAIN_PATH:
+        assert any(within(module, (name,)) for module in path), f"{name} is not there"
+    assert sum(path.values()) < LONGEST_MAIN_PATH, path
+
+
+def test_tests_mirror_the_rooms() -> None:
+    rooms = {path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py")}
+    tests = {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")} - OTHER_TESTS
+    assert tests <= rooms, f"mirror no room: {tests - rooms}"
+    assert rooms <= tests, f"have no tests: {rooms - tests}"

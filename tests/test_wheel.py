@@ -1,0 +1,106 @@
+"""The wheel that ``pip install .`` and ``python -m build`` make: whole, and enough to run the commands."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_router_upcycling import __version__
+from tests import dense_checkpoint
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "megatron_router_upcycling"
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+
+
+def repository_files(*folders: str) -> list[Path]:
+    """What git tracks, or would track once it is added."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *folders]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [Path(line) for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, in which an earlier build has left nothing, without a network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for file in repository_files():
+        (source / file).parent.mkdir(parents=True, exist_ok=True)
+        (source / file).write_bytes((ROOT / file).read_bytes())
+    compiled = source / PACKAGE / "hf" / "__pycache__" / "left.cpython-312.pyc"
+    compiled.parent.mkdir()
+    compiled.touch()
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder)
+    subprocess.run([*PIP, "wheel", *options, source], check=True, timeout=120)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's package and command in a folder of their own."""
+    folder = tmp_path_factory.mktemp("installed")
+    options = ("--no-deps", "--no-index", "--no-compile", "--target", folder)
+    subprocess.run([*PIP, "install", *options, wheel], check=True, timeout=120)
+    return folder
+
+
+def run(installed: Path, *command: object, cwd: Path) -> str:
+    """What a command prints that takes this package from ``installed``, and nothing from this checkout."""
+    ended = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(installed), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
+
+
+def test_holds_every_file_of_the_package_and_no_other(wheel: Path) -> None:
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == {str(file) for file in repository_files(PACKAGE)}
+    assert {f"{PACKAGE}/py.typed", f"{PACKAGE}/evaluation/tasks/stdlib.yaml"} <= held
+
+
+def test_declares_what_pyproject_says(wheel: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert wheel.name == f"{PACKAGE}-{__version__}-py3-none-any.whl"
+    metadata = zipfile.ZipFile(wheel).read(f"{PACKAGE}-{__version__}.dist-info/METADATA").decode()
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
+    extras = sum(map(len, project["optional-dependencies"].values()))
+    assert len(required) == len(project["dependencies"]) + extras
+
+
+def test_its_commands_work_without_this_checkout(installed: Path, tmp_path: Path) -> None:
+    where = run(installed, sys.executable, "-c", f"import {PACKAGE} as p; print(p.__file__)", cwd=tmp_path)
+    assert where.strip() == str(installed / PACKAGE / "__init__.py")
+
+    dense, moe, keys, config = (tmp_path / name for name in ("dense", "moe", "keys.safetensors", "moe.yaml"))
+    dense_checkpoint.write(dense)
+    dense_checkpoint.make_stats(keys)
+    batch = {"seq_length": 32, "micro_batch_size": 1, "global_batch_size": 8}
+    config.write_text(yaml.safe_dump(batch | {"vocab_size": dense_checkpoint.VOCABULARY}))
+    (tmp_path / "run").mkdir()
+    line = {"kind": "training", "iteration": 1, "lm_loss": 4.0, "tokens": 256, "learning_rate": 1e-3}
+    (tmp_path / "run" / "run.jsonl").write_text(json.dumps(line | {"grad_norm": 1.0, "time": 0.0}) + "\n")
+
+    def upcycle(*arguments: object) -> str:
+        return run(installed, sys.executable, installed / "bin" / "router-upcycle", *arguments, cwd=tmp_path)
+
+    assert "convert" in upcycle("--help")
+    upcycle("convert", dense, moe, "--key-stats", keys, "--quiet")
+    assert "as it must be" in upcycle("verify", dense, moe)
+    assert "8 experts" in upcycle("inspect", moe)
+    assert "GPU" in upcycle("plan", config, "--load", moe, "--gpus", 8)
+    upcycle("report", tmp_path / "run", "--output", tmp_path / "report")
+    assert (tmp_path / "report" / "report.html").stat().st_size > 1000
