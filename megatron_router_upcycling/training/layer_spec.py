@@ -33,6 +33,7 @@ from megatron_router_upcycling.config import agreement, manifest, yaml_files
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.build import builder
+from megatron_router_upcycling.training.patches import patching
 from megatron_router_upcycling.training.patches.moe_metrics import report_also
 
 ENVIRONMENT = "MEGATRON_ROUTER_UPCYCLING_CONFIG"
@@ -113,7 +114,7 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
 
     Raises:
         UserError: the model's flags contradict ``router``.
-        RuntimeError: Megatron's spec is not built the way it is in 0.19.
+        RuntimeError: Megatron's spec is not built as in the version that this was tested with.
     """
     spec = default_layer_spec(model_config, vp_stage)
     if model_config.transformer.num_moe_experts is None:
@@ -150,6 +151,4 @@ def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
 
 
 def _unknown(symbol: str, expected: str, found: Any) -> RuntimeError:
-    return RuntimeError(
-        f"layer_spec: Megatron's {symbol} is {found!r}, not {expected}; tested with megatron-core 0.19"
-    )
+    return patching.changed("layer_spec", f"Megatron's {symbol} is {found!r}, not {expected}")

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.training.launch import Run, megatron_refuses
+from megatron_router_upcycling.training.launch import Run, megatrons_objection
 
 # In --save: running, stopped (saved before its end: a signal, --exit-*) or finished. Who starts a run again
 # needs to know; torchrun passes no exit status on.
@@ -20,10 +20,8 @@ def model_config(run: Run) -> Any:
     """
     from megatron.training.argument_utils import gpt_config_from_args
 
-    try:
+    with megatrons_objection():
         model = gpt_config_from_args(run.args)
-    except (AssertionError, ValueError) as error:
-        raise megatron_refuses(error) from None
     if run.router is not None and run.args.spec is None:
         from megatron_router_upcycling.training.layer_spec import layer_spec_for
 

@@ -31,7 +31,8 @@ from megatron_router_upcycling import files
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.rehearsal import run as rehearsal
-from megatron_router_upcycling.training import launch
+from megatron_router_upcycling.planning.rehearsal.prepare import Rehearsal
+from megatron_router_upcycling.planning.rehearsal.prepare import prepare as prepare_rehearsal
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = ["--config", str(ROOT / "configs/qwen1.5-0.5b-8x/moe.yaml")]
@@ -58,15 +59,15 @@ COLUMNS = {
 WARM_UP = 2  # steps of each kind before the first that counts
 
 
-def prepare(options: Namespace, flags: list[str]) -> Any:
+def prepare(options: Namespace, flags: list[str]) -> Rehearsal:
     on_gpu = torch.cuda.is_available()
     chosen = ["--config", options.config] if options.config else ON_GPU if on_gpu else ON_CPU
-    run = launch.prepare([*chosen, "--rehearse", str(options.gpus), "--router", "mixture", *flags])
-    if run.router is None:
+    prepared = prepare_rehearsal([*chosen, "--gpus", str(options.gpus), "--router", "mixture", *flags])
+    if prepared.run.router is None:
         raise UserError("--num-experts: is not given; a dense model has no router to compare")
     # A router that is exchanged has no gradient; Megatron's overlapped reduction waits for all of them.
-    run.args.overlap_grad_reduce = run.args.overlap_param_gather = False
-    return run
+    prepared.run.args.overlap_grad_reduce = prepared.run.args.overlap_param_gather = False
+    return prepared
 
 
 def moe_layers(model: list[Any]) -> list[Any]:
@@ -94,9 +95,9 @@ def synchronize() -> None:
 
 def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     """Seconds of a step with each router, of its routers, and bytes at the peak."""
-    run = prepare(options, flags)
-    args, planned = run.args, run.rehearsed
-    model, optimizer, scheduler = rehearsal.build(run)
+    prepared = prepare(options, flags)
+    args, planned = prepared.run.args, prepared.planned
+    model, optimizer, scheduler = rehearsal.build(prepared.run)
     layers = moe_layers(model)
     kinds = {"mixture": [layer.router for layer in layers], "stock": stock_routers(layers)}
     data = rehearsal.random_batches(args, planned.vocabulary)

@@ -4,9 +4,8 @@ Bytes are counted where they are held, not by the process's size, so that the fi
 and on a GPU and do not depend on an allocator.
 """
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -165,16 +164,3 @@ def parallel_groups() -> dict[str, str]:
         "pipeline_parallel": (mpu.get_pipeline_model_parallel_group(),),
     }
     return {group.group_name: kind for kind, groups in kinds.items() for group in groups if group.size() > 1}
-
-
-@contextlib.contextmanager
-def wrapped(
-    owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    """``owner.name`` replaced by ``wrapper`` of it while the context lasts."""
-    original = getattr(owner, name)
-    setattr(owner, name, wrapper(original))
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
