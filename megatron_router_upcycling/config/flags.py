@@ -201,4 +201,5 @@ def section_defaults(section: dict[str, Any], source: str | Path) -> dict[str, A
 
 
 def read_start(section: dict[str, Any]) -> dict[str, Any]:
+    """Those of an ``upcycling:`` section's entries that say how the model starts (``InitConfig``)."""
     return {name: value for name, value in section.items() if name in start.NAMES}

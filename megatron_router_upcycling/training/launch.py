@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that a run starts from, and the manifest that was found there or beside it."""
+    """The checkpoint that a run starts from, and its manifest (or that of ``--pretrained-checkpoint``)."""
 
     load: str | None
     recorded: dict[str, Any] | None = None

@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron_router_upcycling.training.launch import Run, megatrons_objection
 
-# In --save: running, stopped (saved before its end: a signal, --exit-*) or finished. Who starts a run again
-# needs to know; torchrun passes no exit status on.
+# File in --save that says running, stopped (saved before its end: a signal, --exit-*) or finished. A script
+# that starts a run again needs to know, and torchrun passes no exit status on.
 RUN_STATE = "run_state"
 RESTART_TO_TELL_CAUSE = 16  # exit status of Megatron's rerun state machine, which saved and wants a restart
 
@@ -58,7 +58,7 @@ def train(run: Run) -> None:
 
 
 def _write_state(args: Namespace, state: str) -> None:
-    """Leave word in ``--save`` of how far this run is."""
+    """Write to ``--save`` how far this run is."""
     if args.save and args.rank == 0:
         Path(args.save).mkdir(parents=True, exist_ok=True)
         (Path(args.save) / RUN_STATE).write_text(f"{state}\n", encoding="utf-8")

@@ -2,8 +2,9 @@
 
 At EP 1 Megatron keeps all parameters in one optimizer; at EP > 1 the experts have one of their own, and
 ``ChainedOptimizer`` holds two. The tensors carry the names of the model's parameters (those of the
-distributed optimizer in its fully reshardable form), so that both read each other's; only the frame around
-them differs (megatron-core 0.19: ``ChainedOptimizer.load_state_dict`` raises). ``install()`` fits the frame.
+distributed optimizer in its fully reshardable form), so that both read each other's. Only the frame around
+them differs, the nesting by optimizer with its step and settings, and ``ChainedOptimizer.load_state_dict``
+refuses another one. ``install()`` fits the frame before it is loaded.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""What Transformer Engine needs to go on from checkpoints that were saved without it.
+"""Lets Transformer Engine load checkpoints that were saved without it.
 
 Its modules ask a checkpoint for an ``_extra_state`` each (fp8 scales; empty without fp8), and its Adam for
-settings that PyTorch's does not have. ``install()`` lets both do without; it changes nothing for checkpoints
-saved with Transformer Engine. The other direction needs no help but one name (``layer_spec``).
+settings that PyTorch's does not have. After ``install()`` both load without them; checkpoints saved with
+Transformer Engine load as before. In the other direction only one name differs (see ``layer_spec``).
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Routing statistics of a model in training, from Megatron's own routers: the edge to its MoE layers.
+"""Routing statistics of a model in training, from Megatron's own routers.
 
 Every kind of router is a ``TopKRouter`` whose ``routing`` turns logits into weights and a map; the collector
 wraps that method. Sums stay on the device; only ``gather`` makes ranks meet. What a checkpoint's
