@@ -140,7 +140,6 @@ def measure(
         "optimizer": instruments.optimizer_bytes(optimizer, copies=args.bf16 or args.fp16),
         "activations_per_token": sum(saved.activations.values())
         / (args.micro_batch_size * args.seq_length / args.context_parallel_size),
-        "logits_saved": sum(saved.logits.values()),
         "sent": dict(sent.sent),
         "microbatches": microbatches(args),
         "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
