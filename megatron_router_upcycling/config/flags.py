@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.config import start
+from megatron_router_upcycling.config.expert_layers import layer_frequency
 from megatron_router_upcycling.config.router import GROUPINGS, POOLINGS
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.kinds import KINDS
@@ -77,6 +78,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--no-moe-router-pre-softmax", dest="moe_router_pre_softmax", action="store_false", default=None
     )
     parser.set_defaults(moe_router_pre_softmax=False)
+    if frequency := parser._option_string_actions.get("--moe-layer-freq"):
+        frequency.type = layer_frequency  # Megatron's own evaluates the text, however much it asks for
     return parser
 
 

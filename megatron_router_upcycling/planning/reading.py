@@ -3,10 +3,8 @@
 Of Megatron's arguments those that change no size are not read. Pure: imports neither torch nor Megatron.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import yaml
 
 from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config import manifest, yaml_files
+from megatron_router_upcycling.config.expert_layers import layer_frequency
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning.setup import Setup
@@ -103,24 +102,11 @@ def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{flag}: is a switch; true or false")
     elif name == "moe_layer_freq":
-        return _layers(value, flag)
+        return layer_frequency(value, f"{source}: --moe-layer-freq")
     elif kind in (int, int | None) and (isinstance(value, bool) or not isinstance(value, int)):
         raise UserError(f"{flag}: must be a whole number")
     elif kind == list[str] | None and not isinstance(value, list):
         return [str(value)]
-    return value
-
-
-def _layers(value: Any, flag: str) -> int | list[int]:
-    """``--moe-layer-freq``: a number, or a list as Megatron takes it, such as ``([0]+[1]*3)*2``."""
-    if isinstance(value, str) and re.fullmatch(r"[\d\[\]()+*,]+", value):
-        with contextlib.suppress(SyntaxError, TypeError):
-            value = eval(value)  # nothing but numbers and lists of them can stand there
-    numbers = value if isinstance(value, list) else [value]
-    if not all(type(number) is int and number >= isinstance(value, int) for number in numbers):
-        raise UserError(
-            f"{flag}: must be a number, or a list with a 0 or 1 for each layer, as in ([0]+[1]*3)*2"
-        )
     return value
 
 
@@ -145,5 +131,5 @@ def _parse(flags: Sequence[str]) -> dict[str, Any]:
 def _value(word: str) -> Any:
     try:
         return yaml.safe_load(word)
-    except yaml.YAMLError:  # [0]+[1]*3
+    except (yaml.YAMLError, RecursionError):  # [0]+[1]*3
         return word

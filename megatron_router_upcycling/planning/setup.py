@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_router_upcycling.config import expert_layers
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 
@@ -166,10 +167,7 @@ class Setup:
         """For each layer, whether it has experts (``moe_layer_freq``)."""
         if self.num_experts is None:
             return [False] * self.num_layers
-        frequency = self.moe_layer_freq
-        if isinstance(frequency, int):
-            return [layer % frequency == 0 for layer in range(self.num_layers)]
-        return [bool(moe) for moe in frequency]
+        return expert_layers.has_experts(self.moe_layer_freq, self.num_layers)
 
     def layers_of_stage(self, stage: int) -> list[int]:
         """The layers that pipeline rank ``stage`` holds, over all of its model chunks."""

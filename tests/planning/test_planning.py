@@ -123,6 +123,9 @@ def test_a_checkpoints_manifest_brings_model_and_router(tmp_path: Path, paper: P
         (0, (), "--gpus 0: must be at least 1"),
         (64, ("--seq-length", 8192, "--max-position-embeddings", 4096), "--seq-length 8192: is more than"),
         (64, ("--moe-layer-freq", "[0]*24+[1"), "--moe-layer-freq .* must be a number, or a list"),
+        (64, ("--moe-layer-freq", "[0]*10**12"), "--moe-layer-freq .* must be a number, or a list"),
+        (64, ("--moe-layer-freq", "9**9**9"), "--moe-layer-freq .* must be a number, or a list"),
+        (64, ("--moe-layer-freq", "[" * 100_000), "--moe-layer-freq .* must be a number, or a list"),
         (
             64,
             ("--pipeline-model-parallel-size", 4, "--num-layers-per-virtual-pipeline-stage", 4),
