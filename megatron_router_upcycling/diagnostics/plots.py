@@ -76,7 +76,8 @@ def draw_all(runs: Sequence[RunData], folder: Path) -> dict[str, Path]:
     return drawn
 
 
-def _colour(index: int) -> str:
+def colour(index: int) -> str:
+    """Of the run at ``index``, in pictures and in the table."""
     return COLOURS[index % len(COLOURS)]
 
 
@@ -101,9 +102,9 @@ def _loss(runs: Sequence[RunData]) -> Any:
             train = [line for line in run.lines("train") if line["tokens"] >= start]
             held = [line for line in run.lines("held_out", set="validation") if line["tokens"] >= start]
             x, y = ([line[key] for line in train] for key in ("tokens", "lm_loss"))
-            axes.plot(x, y, color=_colour(index), linewidth=1.7, label=run.name)
+            axes.plot(x, y, color=colour(index), linewidth=1.7, label=run.name)
             points = ([line[key] for line in held] for key in ("tokens", "lm_loss"))
-            axes.plot(*points, "o", ms=6, color=_colour(index), markeredgecolor="white", zorder=5)
+            axes.plot(*points, "o", ms=6, color=colour(index), markeredgecolor="white", zorder=5)
             if start:
                 shown += y + [line["lm_loss"] for line in held]
         axes.set_xlabel("tokens")
@@ -161,9 +162,9 @@ def _grid(routed: Sequence[tuple[int, RunData]], panels: Panels, columns: int) -
             x = [tokens for tokens, _ in series]
             marker = "o" if len(series) < 12 else ""
             middle = [mean(values) for _, values in series]
-            axes.plot(x, middle, color=_colour(index), linewidth=1.7, label=run.name, marker=marker, ms=3.5)
+            axes.plot(x, middle, color=colour(index), linewidth=1.7, label=run.name, marker=marker, ms=3.5)
             low, high = ([pick(values) for _, values in series] for pick in (min, max))
-            axes.fill_between(x, low, high, color=_colour(index), alpha=0.13, linewidth=0)
+            axes.fill_between(x, low, high, color=colour(index), alpha=0.13, linewidth=0)
         if ideal:
             for n in {len(run.routing[-1]["load"][0]) for _, run in routed}:
                 axes.axhline(ideal(n), color=GREY, linewidth=1, linestyle="--", zorder=1)
