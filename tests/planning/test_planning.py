@@ -9,11 +9,10 @@ import pytest
 import yaml
 
 from megatron_router_upcycling.cli import main
-from megatron_router_upcycling.commands.plan import describe
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.planning import figures, reading, setup
+from megatron_router_upcycling.planning import figures, reading, report, setup
 from tests import launch
 
 MODEL = {
@@ -50,8 +49,13 @@ def paper(tmp_path: Path) -> Path:
     return path
 
 
-def plan(config: Path, *flags: object, gpus: int = 64, memory: float = 80, load: Path | None = None) -> dict:
-    return json.loads(describe(config, load, [str(flag) for flag in flags], gpus, memory, 989.0, True))
+def plan(config: Path, *flags: object, gpus: int = 64, load: Path | None = None) -> dict:
+    described = reading.read(config, load, [str(flag) for flag in flags], gpus)
+    setup.check(described)
+    made = figures.Plan(described)
+    if problem := report.too_large(made, 80):
+        raise UserError(problem)
+    return json.loads(json.dumps(report.as_json(made, 80, 989.0)))
 
 
 def test_the_papers_run(paper: Path) -> None:
