@@ -14,6 +14,7 @@ from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.diagnostics import plots
 from megatron_router_upcycling.diagnostics.plots import RunData
 from megatron_router_upcycling.errors import UserError, shown
+from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.training.run_log import files
 
 PAGE = "report.html"
@@ -56,7 +57,6 @@ OVER_TIME = {
     "weight_sum": ("sum of k weights", ".2f"),
     "dropped_fraction": ("dropped", ".1%"),
 }
-OF_MIXTURE = ("num_routers", "pooling", "grouping")
 NOTHING = "–"
 
 
@@ -186,10 +186,11 @@ def _router(options: Any) -> str:
     """A router in a few words: its kind, numbers, and the order of softmax and top-k."""
     if not isinstance(options, dict):
         return "dense or unknown"
-    kind, n, k = (shown(options.get(name)) for name in ("router", "num_experts", "top_k"))
-    routers = f" of {shown(options['num_routers'])}, {shown(options.get('pooling'))}"
+    names = ("router", "num_experts", "top_k", "num_routers", "pooling")
+    kind, n, k, num_routers, pooling = (shown(options.get(name)) for name in names)
+    routers = f" of {num_routers}, {pooling}" if kind in kinds.names_with("num_routers") else ""
     order = "softmax first" if options.get("pre_softmax") else "top-k first"
-    return f"{kind}{routers * (kind == 'mixture')}; {k} of {n}; {order}"
+    return f"{kind}{routers}; {k} of {n}; {order}"
 
 
 def conversion(runs: Sequence[RunData]) -> dict[str, list[str]]:
@@ -206,11 +207,17 @@ def _recorded(record: dict[str, Any]) -> dict[str, Any]:
     """A manifest's options of router and start, without those of another kind and the start's defaults."""
     parts = (record.get(name) for name in ("source", "router", "init"))
     source, router, init = (part if isinstance(part, dict) else {} for part in parts)
-    mixture, usual = router.get("router") == "mixture", InitConfig().to_dict()
-    values = {name: value for name, value in router.items() if mixture or name not in OF_MIXTURE}
+    usual = InitConfig().to_dict()
+    values = {name: value for name, value in router.items() if _concerns(name, router.get("router"))}
     values |= {name: value for name, value in init.items() if value != usual.get(name)}
     values |= {"seed": record.get("seed"), "dense checkpoint": source.get("path")}
     return values | {"its iteration": source.get("iteration")}
+
+
+def _concerns(option: str, kind: Any) -> bool:
+    """Whether routers of ``kind`` have ``option``, or all kinds."""
+    having = kinds.names_with(option)
+    return not having or kind in having
 
 
 def _number(value: float | None, form: str) -> str:
