@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.config import start
+from megatron_router_upcycling.config.expert_layers import layer_frequency
 from megatron_router_upcycling.config.router import GROUPINGS, POOLINGS
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.kinds import KINDS
@@ -40,6 +41,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     _add_key_statistics(parser.add_argument_group(title="key statistics (collect_keys)"))
     _add_diagnostics(parser.add_argument_group(title="routing diagnostics"))
     _add_rehearsal(parser.add_argument_group(title="rehearsal (rehearse, or pretrain --rehearse N)"))
+    if frequency := parser._option_string_actions.get("--moe-layer-freq"):
+        frequency.type = layer_frequency  # Megatron's own evaluates the text, however much it asks for
     return parser
 
 

@@ -31,6 +31,7 @@ from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.rehearsal import run as rehearsal
 from megatron_router_upcycling.planning.rehearsal.prepare import Rehearsal
 from megatron_router_upcycling.planning.rehearsal.prepare import prepare as prepare_rehearsal
+from megatron_router_upcycling.training import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = ["--config", str(ROOT / "configs/qwen1.5-0.5b-8x/moe.yaml")]
