@@ -11,8 +11,8 @@ from megatron_router_upcycling.conversion import convert
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.diagnostics import checkpoint as description
 from megatron_router_upcycling.diagnostics import routing_start
+from megatron_router_upcycling.diagnostics.stored_router import Router, load_router
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.routers.load import Router, load_router
 from megatron_router_upcycling.verify import proof
 from megatron_router_upcycling.verify.findings import Findings
 

@@ -29,9 +29,18 @@ from megatron_router_upcycling.errors import Parser, Terminated, UserError
 COMMANDS = (import_hf, convert, export_hf, verify, inspect, report, evaluate, plan)
 
 
+class _Help(argparse.HelpFormatter):
+    """Wraps a text of one line; one of several, such as examples, stays as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 class _Parser(Parser):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    """The parser of ``router-upcycle``, and of each command."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
         self.register("type", Path, _local_path)
 
 
@@ -44,18 +53,30 @@ def _local_path(text: str) -> Path:
     return Path(text)
 
 
-def build_parser() -> tuple[argparse.ArgumentParser, Any]:
-    """The parser, and the action that holds those of the commands."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's arguments, the function ``run`` of the command and the flags left to Megatron among them.
+
+    Raises:
+        UserError: an argument is wrong, missing or unknown.
+    """
     parser = _Parser(
         prog="router-upcycle",
         description="Turn a dense Megatron checkpoint into a Mixture-of-Experts by Router Upcycling.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
-    return parser, commands
+    args, rest = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.error("name a command; router-upcycle --help lists them")
+    if rest and not getattr(args, "takes_megatron_flags", False):
+        known = commands.choices[args.command]._option_string_actions
+        near = difflib.get_close_matches(rest[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see router-upcycle {args.command} --help"
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; {hint}")
+    args.megatron_flags = rest
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,17 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        parser, commands = build_parser()
-        args, rest = parser.parse_known_args(argv)
-        if args.command is None:
-            parser.error("name a command; router-upcycle --help lists them")
-        if rest and not getattr(args, "takes_megatron_flags", False):
-            known = commands.choices[args.command]._option_string_actions
-            near = difflib.get_close_matches(rest[0], known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; see router-upcycle {args.command} --help"
-            parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-        args.megatron_flags = rest
-        status = args.run(args)
+        args = parse(argv)
+        return args.run(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -89,7 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `router-upcycle inspect … | head`
         sys.stderr.close()
         return 141
-    return status or 0
 
 
 if __name__ == "__main__":

@@ -48,3 +48,8 @@ def shown(value: Any) -> str:
 def reason(error: BaseException) -> str:
     """What ``error`` says, for a message; its kind where it says nothing."""
     return printable(" ".join(str(error).split()), 200) or type(error).__name__
+
+
+def described(error: BaseException) -> str:
+    """The kind of ``error`` and what it says, for a message about one of another library."""
+    return f"{type(error).__name__}: {reason(error)}"

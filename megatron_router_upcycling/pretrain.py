@@ -3,29 +3,41 @@
     torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config configs/demo/moe.yaml \\
         --load MOE --save OUT [any Megatron flag]
 
-An upcycled checkpoint brings its router's options and architecture with it (``router_upcycling.json``).
-Where ``--save`` holds a checkpoint already, the run goes on from there, so that a run that was stopped is
-continued by the same command.
+An upcycled checkpoint brings its router's options and architecture with it (router_upcycling.json). Where
+--save holds a checkpoint already, the run goes on from there, so that a run that was stopped is continued by
+the same command.
+
+Examples:
+    # another learning rate than the file's, and checkpoints every 500 steps
+    torchrun ... -m megatron_router_upcycling.pretrain --config moe.yaml --load MOE --save OUT \\
+        --lr 1e-4 --save-interval 500
+    # a Mixture-of-Experts from scratch, with a linear router
+    torchrun ... -m megatron_router_upcycling.pretrain --config moe.yaml --save OUT --num-experts 8 \\
+        --router linear
+    # only the loss on held-out data
+    torchrun ... -m megatron_router_upcycling.pretrain --config moe.yaml --load OUT --skip-train
+    # before GPUs are reserved: one rank of 64 on this machine (as megatron_router_upcycling.rehearse)
+    python -m megatron_router_upcycling.pretrain --config moe.yaml --load MOE --rehearse 64
 """
 
 import sys
 
-from megatron_router_upcycling.training.launch import exit_on_user_error, prepare
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.training import launch
 from megatron_router_upcycling.training.train import train
 
 
-def main() -> None:
-    def command() -> None:
-        run = prepare(sys.argv[1:])
-        if run.rehearsed is None:
-            train(run)
-            return
-        from megatron_router_upcycling.planning.rehearsal import run as rehearsal
+def pretrain(argv: list[str]) -> None:
+    flags = launch.parse(argv).flags
+    if flags.rehearse is not None:
+        from megatron_router_upcycling.planning.rehearsal.run import rehearse
 
-        rehearsal.run(run, run.rehearsed, run.load)
-
-    exit_on_user_error(command)
+        rehearse(argv, "--rehearse")
+    elif flags.rehearse_rank or flags.rehearse_seq_length is not None:
+        raise UserError("--rehearse-rank, --rehearse-seq-length: need --rehearse WORLD_SIZE")
+    else:
+        train(launch.prepare(argv))
 
 
 if __name__ == "__main__":
-    main()
+    launch.exit_on_user_error(lambda: pretrain(sys.argv[1:]))

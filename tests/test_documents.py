@@ -80,14 +80,16 @@ def test_links_lead_somewhere(file: Path) -> None:
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=str)
 def test_commands_and_their_flags_exist(file: Path) -> None:
-    _, commands = cli.build_parser()
+    commands = argparse.ArgumentParser().add_subparsers()
+    for command in cli.COMMANDS:
+        command.add(commands)
     text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", " ")
     for name, rest in re.findall(r"router-upcycle ([a-z][a-z-]+)((?: [^`\n]*)?)", text):
         assert name in commands.choices, f"{file} names router-upcycle {name}"
-        command: argparse.ArgumentParser = commands.choices[name]
-        if not command.get_default("takes_megatron_flags"):
+        parser = commands.choices[name]
+        if not parser.get_default("takes_megatron_flags"):
             given = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", rest.split("#")[0]))
-            assert given <= set(command._option_string_actions), f"{file}: router-upcycle {name} {rest}"
+            assert given <= set(parser._option_string_actions), f"{file}: router-upcycle {name} {rest}"
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]+)", text, re.MULTILINE))
     assert named <= targets, f"{file} names make {named - targets}"

@@ -27,8 +27,8 @@ MAIN_PATH = (
     "training.launch",
     "training.train",
 )
-# What needs Megatron or checkpoints, in folders whose other files are pure.
-UPPER_FLOORS = (*NOT_PURE, *(f"routers.{name}" for name in ("base", "baselines", "build", "load", "mixture")))
+# What needs Megatron, in folders whose other files are pure.
+UPPER_FLOORS = (*NOT_PURE, *(f"routers.{name}" for name in ("base", "baselines", "build", "mixture")))
 LONGEST_FILE = 400
 LONGEST_MAIN_PATH = 4500
 # Folders of tests that mirror no room of the package.

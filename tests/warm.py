@@ -79,6 +79,7 @@ def _become(arguments: list[str], environment: dict[str, str], log: Path) -> Non
                 exec(code, {"__name__": "__main__"})
             case [file, *rest]:
                 sys.argv = [file, *rest]
+                sys.path.insert(0, str(Path(file).parent))  # as python does
                 runpy.run_path(file, run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out

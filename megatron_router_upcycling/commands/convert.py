@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.commands.shared import progress_bar
+from megatron_router_upcycling.commands.shared import add_output_flags, progress_bar
 from megatron_router_upcycling.config.router import GROUPINGS, POOLINGS, RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers import kinds
 
-EXAMPLE = """\
+EXAMPLES = """\
 example:
   torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys --config dense.yaml \\
       --load ckpt/dense --output ckpt/key_stats.safetensors
@@ -50,9 +50,7 @@ def add(commands: Any) -> None:
         help="make a Mixture-of-Experts checkpoint of a dense one",
         description="Make a Mixture-of-Experts checkpoint (torch_dist) of a dense one (torch_dist or legacy)."
         " Any tensor, pipeline and expert parallel size loads it.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
     convert.add_argument("dense", metavar="DENSE", type=Path, help="the dense model's checkpoint")
     convert.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
@@ -90,9 +88,8 @@ def add(commands: Any) -> None:
         help="softmax before top-k (default), or after; see below",
     )
     convert.add_argument("--materialize", action="store_true", help="real copies; share no bytes with DENSE")
-    convert.add_argument("--overwrite", action="store_true", help="replace OUT once its successor is whole")
     convert.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
-    convert.add_argument("--quiet", action="store_true", help="print errors only")
+    add_output_flags(convert)
     convert.set_defaults(run=run)
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-EXAMPLE = """\
+EXAMPLES = """\
 tasks, by the paper's groups:
   understanding   openbookqa, openbookqa_fact
   reasoning       arc_challenge, arc_easy, hellaswag, winogrande
@@ -28,9 +28,7 @@ def add(commands: Any) -> None:
         help="ask a Hugging Face model the paper's ten tasks",
         description="Ask a model in Hugging Face format the paper's ten zero-shot tasks, and print its scores"
         " beside the paper's. Needs the eval extra.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
     evaluate.add_argument("model", metavar="HF_DIR", type=Path, help="the model's folder, tokenizer included")
     evaluate.add_argument(

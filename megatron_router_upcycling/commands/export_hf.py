@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.commands.shared import DTYPES, progress_bar
+from megatron_router_upcycling.commands.shared import DTYPES, add_output_flags, progress_bar
 
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-EXAMPLE = """\
+EXAMPLES = """\
 example:
   router-upcycle export-hf runs/moe Qwen1.5-0.5B-8x --dtype bfloat16
 
@@ -29,9 +29,7 @@ def add(commands: Any) -> None:
         help="make a Hugging Face folder of a Megatron checkpoint",
         description="Make a Hugging Face folder of a converted or trained Mixture-of-Experts (Qwen2-MoE or"
         " Qwen3-MoE) or of a dense model (Qwen2 or Qwen3), which stock transformers, vLLM and SGLang load.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
     command.add_argument("checkpoint", metavar="MOE", type=Path, help="the Megatron checkpoint (torch_dist)")
     command.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
@@ -54,8 +52,7 @@ def add(commands: Any) -> None:
         action="store_true",
         help="where stock classes cannot hold the router: write a modelling file beside the weights",
     )
-    command.add_argument("--overwrite", action="store_true", help="replace OUT once its successor is whole")
-    command.add_argument("--quiet", action="store_true", help="print errors only")
+    add_output_flags(command)
     command.set_defaults(run=run)
 
 

@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.commands.shared import DTYPES, progress_bar
+from megatron_router_upcycling.commands.shared import DTYPES, add_output_flags, progress_bar
 
-EXAMPLE = """\
+EXAMPLES = """\
 example:
   router-upcycle import-hf Qwen1.5-0.5B ckpt/dense
   torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys --config ckpt/dense/model.yaml \\
@@ -24,9 +24,7 @@ def add(commands: Any) -> None:
         help="make a dense Megatron checkpoint of a Hugging Face folder",
         description="Make a dense Megatron checkpoint (torch_dist) of a Hugging Face folder with Qwen1.5,"
         " Qwen2, Qwen2.5 or Qwen3 in safetensors. Any tensor and pipeline parallel size loads it.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
     command.add_argument("folder", metavar="HF_DIR", type=Path, help="the folder of config.json")
     command.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
@@ -38,8 +36,7 @@ def add(commands: Any) -> None:
         default=128,
         help="pad the embedding with zeros to a multiple of N (default: 128)",
     )
-    command.add_argument("--overwrite", action="store_true", help="replace OUT once its successor is whole")
-    command.add_argument("--quiet", action="store_true", help="print errors only")
+    add_output_flags(command)
     command.set_defaults(run=run)
 
 

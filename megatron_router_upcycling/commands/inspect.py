@@ -4,6 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+EXAMPLES = """\
+examples:
+  router-upcycle inspect ckpt/dense
+  router-upcycle inspect ckpt/moe --key-stats ckpt/key_stats.safetensors
+
+The routers are tried on hidden states of the dense model, of which collect_keys keeps 512 (--router-samples).
+Without them random ones stand in, which route more evenly than real ones.
+"""
+
 
 def add(commands: Any) -> None:
     inspect = commands.add_parser(
@@ -13,7 +22,7 @@ def add(commands: Any) -> None:
         " tensors. Nothing in it is executed. Of a Mixture-of-Experts: how like its experts' keys are, how"
         " its routers would spread tokens, how far the first step scales the output, and a warning where"
         " routing would start collapsed or experts are tied.",
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint's root folder")
     inspect.add_argument("--all", action="store_true", help="list optimizer state and extra states as well")

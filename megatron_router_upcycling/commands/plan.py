@@ -10,7 +10,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import reading, report, setup
 from megatron_router_upcycling.planning.figures import Plan
 
-EXAMPLE = """\
+EXAMPLES = """\
 examples:
   router-upcycle plan moe.yaml --load ckpt/moe --gpus 64
   router-upcycle plan dense.yaml --gpus 64 --num-experts 8 --moe-router-topk 2 --expert-model-parallel-size 8
@@ -29,9 +29,7 @@ def add(commands: Any) -> None:
         help="say what a run needs: parameters, memory, time, communication",
         usage="router-upcycle plan [CONFIG] --gpus N [--load CHECKPOINT] [options] [Megatron flags]",
         description="Say on paper what a run needs on N GPUs and what is wrong with its layout.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
     plan.add_argument(
         "--config",
@@ -64,38 +62,12 @@ def run(args: argparse.Namespace) -> None:
     flags, config = args.megatron_flags, args.config
     if config is None and flags and not flags[0].startswith("-"):
         config = Path(flags.pop(0))
-    print(
-        describe(
-            config,
-            args.load,
-            flags,
-            args.gpus,
-            args.gpu_memory_gib,
-            args.peak_tflops,
-            args.json,
-        )
-    )
-
-
-def describe(
-    config: Path | None,
-    load: Path | None,
-    flags: list[str],
-    gpus: int,
-    gpu_memory_gib: float,
-    peak_tflops: float,
-    as_json: bool,
-) -> str:
-    """The plan as text or JSON.
-
-    Raises:
-        UserError: the files or flags cannot be read, or the layout cannot work or does not fit.
-    """
-    described = reading.read(config, load, flags, gpus)
+    described = reading.read(config, args.load, flags, args.gpus)
     setup.check(described)
     plan = Plan(described)
-    if problem := report.too_large(plan, gpu_memory_gib):
+    if problem := report.too_large(plan, args.gpu_memory_gib):
         raise UserError(problem)
-    if as_json:
-        return json.dumps(report.as_json(plan, gpu_memory_gib, peak_tflops), indent=2)
-    return report.describe(plan, gpu_memory_gib, peak_tflops)
+    if args.json:
+        print(json.dumps(report.as_json(plan, args.gpu_memory_gib, args.peak_tflops), indent=2))
+    else:
+        print(report.describe(plan, args.gpu_memory_gib, args.peak_tflops))

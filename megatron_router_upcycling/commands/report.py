@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-EXAMPLE = """\
+EXAMPLES = """\
 example:
   router-upcycle report runs/mixture runs/linear --output report
 """
@@ -17,9 +17,7 @@ def add(commands: Any) -> None:
         description="Draw what training runs wrote beside their checkpoints (run.jsonl and routing.jsonl):"
         " losses, load of the experts by layer and over time, how sure the routers are, how far routers and"
         " experts have moved. Runs may still be training. The page needs neither network nor scripts.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
     report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a folder that pretrain saves to")
     report.add_argument(

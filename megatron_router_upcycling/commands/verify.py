@@ -8,7 +8,7 @@ from typing import Any
 from megatron_router_upcycling.commands.shared import progress_bar
 from megatron_router_upcycling.errors import UserError
 
-EXAMPLE = """\
+EXAMPLES = """\
 example:
   router-upcycle verify ckpt/dense ckpt/moe
 
@@ -24,9 +24,7 @@ def add(commands: Any) -> None:
         "verify",
         help="prove that an upcycled checkpoint is what it must be",
         description="Prove that an upcycled checkpoint is what it must be, by reading it and the dense one.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
     verify.add_argument("dense", metavar="DENSE", type=Path, help="the dense model's checkpoint")
     verify.add_argument("moe", metavar="MOE", type=Path, help="what convert made of it, or training since")

@@ -1,4 +1,4 @@
-"""What file, flags and checkpoint say of one run, held against each other."""
+"""Whether a run's YAML file, its flags and its checkpoint say the same."""
 
 import dataclasses
 from argparse import ArgumentParser, Namespace
@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.config.flags import OF_ROUTER, SHARED_WITH_MEGATRON, read_start, set_defaults
+from megatron_router_upcycling.config.flags import OF_ROUTER, SHARED_WITH_MEGATRON, set_defaults
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 
 
-def check_start(section: dict[str, Any], recorded: dict[str, Any] | None, source: str | Path | None) -> None:
-    """Compare what an ``upcycling:`` section says of the start with how ``recorded`` (a manifest) was made.
+def check_start(start: dict[str, Any], recorded: dict[str, Any] | None, source: str | Path | None) -> None:
+    """Compare how a file says that the model starts with how its checkpoint was converted.
+
+    Args:
+        start: what the file's ``upcycling:`` section says of the start (``read_start``).
+        recorded: the checkpoint's manifest, found in ``source``; None without one.
 
     Raises:
         UserError: they differ, so that another model would be trained than the file describes.
@@ -21,7 +25,7 @@ def check_start(section: dict[str, Any], recorded: dict[str, Any] | None, source
     if recorded is None:
         return
     made = manifest.init_config(recorded, str(source)).to_dict()
-    for name, value in read_start(section).items():
+    for name, value in start.items():
         if made[name] != value:
             raise UserError(
                 f"--config: {name} {value}, but {source} was converted with {made[name]}; convert again with"

@@ -35,7 +35,7 @@ def read_yaml(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]
     if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
         raise UserError(f"{current}: 'base:' must be the name of a file, or a list of names")
     merged: dict[str, Any] = {"upcycling": {}}
-    for layer in (*(read_yaml(current.parent / name, (*_above, current)) for name in bases), entries):
-        merged |= layer | {"upcycling": merged["upcycling"] | layer.get("upcycling", {})}
-    merged["upcycling"] |= section
-    return merged
+    for name in bases:
+        below = read_yaml(current.parent / name, (*_above, current))
+        merged |= below | {"upcycling": merged["upcycling"] | below["upcycling"]}
+    return merged | entries | {"upcycling": merged["upcycling"] | section}

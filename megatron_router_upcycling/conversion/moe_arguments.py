@@ -5,6 +5,7 @@ from typing import Any
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format import safe_pickle
 from megatron_router_upcycling.checkpoint.format.files import BACKEND
+from megatron_router_upcycling.config import expert_layers
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion.fine_grained import SHARE
 
@@ -37,11 +38,6 @@ def _expert_sizes(model: DenseModel, granularity: int, shared_expert: bool) -> d
     }
 
 
-def _layer_freq(model: DenseModel, layers: tuple[int, ...]) -> list[int]:
-    """``moe_layer_freq``: 1 for a layer with experts, 0 for a dense one."""
-    return [int(layer in layers) for layer in range(model.num_layers)]
-
-
 def model_flags(
     model: DenseModel, router: RouterConfig, shared_expert: bool, layers: tuple[int, ...] | None
 ) -> dict[str, Any]:
@@ -50,7 +46,8 @@ def model_flags(
     if router.granularity == 1:
         del flags["moe_ffn_hidden_size"]  # Megatron's own default
     if layers is not None:
-        flags["moe_layer_freq"] = str(_layer_freq(model, layers)).replace(" ", "")  # as the flag takes it
+        frequency = expert_layers.frequency_of(layers, model.num_layers)
+        flags["moe_layer_freq"] = expert_layers.as_flag(frequency)
     return {flag: value for flag, value in flags.items() if value is not None}
 
 
@@ -68,7 +65,7 @@ def moe_common_state(
     """
     values = vars(common["args"]) | FRESH
     if layers is not None:
-        values["moe_layer_freq"] = _layer_freq(model, layers)
+        values["moe_layer_freq"] = expert_layers.frequency_of(layers, model.num_layers)
     values |= _expert_sizes(model, router.granularity, shared_expert)
     values |= {
         "num_experts": router.num_experts,

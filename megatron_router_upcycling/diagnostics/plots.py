@@ -39,6 +39,20 @@ class RunData:
         return [line | line["rare"] for line in self.routing if line.get("rare")]
 
 
+LOOK = {
+    "font.size": 9.5,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.dpi": 110,
+}
+
+
 def draw_all(runs: Sequence[RunData], folder: Path) -> dict[str, Path]:
     """Draw what the runs have data for: key of the picture -> its PNG in ``folder``."""
     import matplotlib
@@ -46,28 +60,15 @@ def draw_all(runs: Sequence[RunData], folder: Path) -> dict[str, Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    look = {
-        "font.size": 9.5,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 10.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "legend.frameon": False,
-        "figure.dpi": 110,
-    }
     routed = [(i, run) for i, run in enumerate(runs) if run.routing]
     pictures: dict[str, Callable[[], Any]] = {"loss": lambda: _loss(runs)}
     if routed:
         pictures |= {"load": lambda: _grid(routed, LOAD, 3), "routing": lambda: _grid(routed, ROUTING, 3)}
-        for index, run in routed:
-            pictures[f"load_map_{index + 1}"] = partial(_load_map, run)
+        pictures |= {f"load_map_{index + 1}": partial(_load_map, run) for index, run in routed}
     if any(run.rare for _, run in routed):
         pictures["specialisation"] = lambda: _grid(routed, SPECIALISATION, 3)
     drawn = {}
-    with pyplot.rc_context(look):
+    with pyplot.rc_context(LOOK):
         for key, draw in pictures.items():
             figure = draw()
             drawn[key] = folder / f"{key}.png"
@@ -76,7 +77,8 @@ def draw_all(runs: Sequence[RunData], folder: Path) -> dict[str, Path]:
     return drawn
 
 
-def _colour(index: int) -> str:
+def colour(index: int) -> str:
+    """Of the run at ``index``, in pictures and in the table."""
     return COLOURS[index % len(COLOURS)]
 
 
@@ -101,9 +103,9 @@ def _loss(runs: Sequence[RunData]) -> Any:
             train = [line for line in run.lines("train") if line["tokens"] >= start]
             held = [line for line in run.lines("held_out", set="validation") if line["tokens"] >= start]
             x, y = ([line[key] for line in train] for key in ("tokens", "lm_loss"))
-            axes.plot(x, y, color=_colour(index), linewidth=1.7, label=run.name)
+            axes.plot(x, y, color=colour(index), linewidth=1.7, label=run.name)
             points = ([line[key] for line in held] for key in ("tokens", "lm_loss"))
-            axes.plot(*points, "o", ms=6, color=_colour(index), markeredgecolor="white", zorder=5)
+            axes.plot(*points, "o", ms=6, color=colour(index), markeredgecolor="white", zorder=5)
             if start:
                 shown += y + [line["lm_loss"] for line in held]
         axes.set_xlabel("tokens")
@@ -120,7 +122,8 @@ def _loss(runs: Sequence[RunData]) -> Any:
 
 # Panels of the small multiples: measure -> (title, a line of what even or ideal would be, by the number of
 # experts), in the order they are drawn.
-type Panels = dict[str, tuple[str, Callable[[int], float] | None]]
+type Ideal = Callable[[int], float] | None
+type Panels = dict[str, tuple[str, Ideal]]
 LOAD: Panels = {
     "load_cv": ("coefficient of variation of load", lambda n: 0.0),
     "load_max_over_mean": ("busiest expert over the mean", lambda n: 1.0),
@@ -145,7 +148,7 @@ SPECIALISATION: Panels = {
 
 
 def _grid(routed: Sequence[tuple[int, RunData]], panels: Panels, columns: int) -> Any:
-    """Small multiples over tokens: the mean over layers as a line, lowest to highest layer as a band."""
+    """Small multiples over tokens, one a measure that any run has."""
     from matplotlib import pyplot
 
     present = {name: panel for name, panel in panels.items() if any(_series(run, name) for _, run in routed)}
@@ -154,32 +157,36 @@ def _grid(routed: Sequence[tuple[int, RunData]], panels: Panels, columns: int) -
     figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.11, w_pad=0.08)
     for axes, (name, (title, ideal)) in zip(grid.flat, present.items(), strict=False):
-        for index, run in routed:
-            series = _series(run, name)
-            if not series:
-                continue
-            x = [tokens for tokens, _ in series]
-            marker = "o" if len(series) < 12 else ""
-            middle = [mean(values) for _, values in series]
-            axes.plot(x, middle, color=_colour(index), linewidth=1.7, label=run.name, marker=marker, ms=3.5)
-            low, high = ([pick(values) for _, values in series] for pick in (min, max))
-            axes.fill_between(x, low, high, color=_colour(index), alpha=0.13, linewidth=0)
-        if ideal:
-            for n in {len(run.routing[-1]["load"][0]) for _, run in routed}:
-                axes.axhline(ideal(n), color=GREY, linewidth=1, linestyle="--", zorder=1)
+        _panel(axes, routed, name, ideal)
         axes.set_title(title)
-        axes.xaxis.set_major_formatter(_tokens)
-        if all(v == 0 for _, run in routed for _, values in _series(run, name) for v in values):
-            axes.set_ylim(-0.05, 1)
     for axes in grid[-1]:
         axes.set_xlabel("tokens")
     for axes in list(grid.flat)[len(present) :]:
         axes.axis("off")
-    names = {
-        name: line for axes in grid.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    handles = [axes.get_legend_handles_labels() for axes in grid.flat]
+    names = {name: line for lines, labels in handles for line, name in zip(lines, labels, strict=True)}
     figure.legend(names.values(), names, loc="outside lower center", ncols=MOST_NAMES, fontsize=8.5)
     return figure
+
+
+def _panel(axes: Any, routed: Sequence[tuple[int, RunData]], name: str, ideal: Ideal) -> None:
+    """One measure over tokens: the mean over layers as a line, lowest to highest layer as a band."""
+    for index, run in routed:
+        series = _series(run, name)
+        if not series:
+            continue
+        x = [tokens for tokens, _ in series]
+        marker = "o" if len(series) < 12 else ""
+        middle = [mean(values) for _, values in series]
+        axes.plot(x, middle, color=colour(index), linewidth=1.7, label=run.name, marker=marker, ms=3.5)
+        low, high = ([pick(values) for _, values in series] for pick in (min, max))
+        axes.fill_between(x, low, high, color=colour(index), alpha=0.13, linewidth=0)
+    if ideal:
+        for n in {len(run.routing[-1]["load"][0]) for _, run in routed}:
+            axes.axhline(ideal(n), color=GREY, linewidth=1, linestyle="--", zorder=1)
+    axes.xaxis.set_major_formatter(_tokens)
+    if all(v == 0 for _, run in routed for _, values in _series(run, name) for v in values):
+        axes.set_ylim(-0.05, 1)
 
 
 def _series(run: RunData, name: str) -> list[tuple[int, list[float]]]:
@@ -197,53 +204,67 @@ def _load_map(run: RunData) -> Any:
     """Every layer's experts: three snapshots, layers by experts, and all of them over time."""
     import numpy
     from matplotlib import pyplot
-    from matplotlib.ticker import FixedLocator
 
-    layers = run.routing[-1]["layers"]
-    rows = list(range(0, len(layers), math.ceil(len(layers) / MOST_LABELS)))  # that are labelled
-    num_experts = len(run.routing[-1]["load"][0])
     # [lines, layers, experts], as powers of two of the even share; a dead expert is darkest.
-    loads = numpy.array([line["load"] for line in run.routing]) * num_experts
-    powers = numpy.log2(numpy.maximum(loads, 2.0 ** (-EVEN_RANGE - 1)))
-    scale = {"cmap": "RdBu_r", "vmin": -EVEN_RANGE, "vmax": EVEN_RANGE, "interpolation": "nearest"}
-    height = min(9.0, max(3.3, 1.6 + 0.055 * len(layers) * num_experts))
+    loads = numpy.array([line["load"] for line in run.routing])
+    _, num_layers, num_experts = loads.shape
+    powers = numpy.log2(numpy.maximum(loads * num_experts, 2.0 ** (-EVEN_RANGE - 1)))
+    height = min(9.0, max(3.3, 1.6 + 0.055 * num_layers * num_experts))
     figure, axes = pyplot.subplots(
         1, 4, figsize=(11.5, height), width_ratios=(1, 1, 1, 2.6), layout="constrained"
     )
-    image = None
-    chosen = sorted({0, len(loads) // 2, len(loads) - 1})
-    for panel, at in zip(axes, chosen, strict=False):
-        image = panel.imshow(powers[at], aspect="auto", **scale)
-        panel.set_title(f"step {run.routing[at]['iteration']}")
-        panel.set_xlabel("expert")
-        panel.yaxis.set_major_locator(FixedLocator(rows))
-        panel.set_yticklabels([str(layers[row]) for row in rows])
-    for panel in axes[len(chosen) : 3]:
-        panel.axis("off")
-    axes[0].set_ylabel("layer")
-    over_time = axes[3]
-    flat = powers.reshape(len(powers), -1).T  # layer-major rows: all experts of layer 0, then of layer 1
-    over_time.pcolormesh(
-        _edges([line["tokens"] for line in run.routing]),
-        range(len(flat) + 1),
-        flat,
-        **{key: value for key, value in scale.items() if key != "interpolation"},
-    )
-    over_time.invert_yaxis()
-    for row in range(1, len(layers)):
-        over_time.axhline(row * num_experts, color="black", linewidth=0.8)
-    over_time.yaxis.set_major_locator(FixedLocator([(row + 0.5) * num_experts for row in rows]))
-    over_time.set_yticklabels([str(layers[row]) for row in rows])
-    over_time.set_title("over time, a line an expert, by layer")
-    over_time.set_xlabel("tokens")
-    over_time.xaxis.set_major_formatter(_tokens)
     for panel in axes:
         panel.grid(False)
         panel.tick_params(length=0)
+    image = _snapshots(axes[:3], run, powers)
+    _over_time(axes[3], run, powers)
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.025, extend="both")
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "even", "2×", "4×"])
     figure.suptitle(f"{run.name}: load of each expert", x=0.01, ha="left", weight="bold")
     return figure
+
+
+SHARES: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -EVEN_RANGE, "vmax": EVEN_RANGE}
+
+
+def _snapshots(panels: Any, run: RunData, powers: Any) -> Any:
+    """The first, middle and last line, each layers by experts; returns one of the images."""
+    image = None
+    chosen = sorted({0, len(powers) // 2, len(powers) - 1})
+    for panel, at in zip(panels, chosen, strict=False):
+        image = panel.imshow(powers[at], aspect="auto", interpolation="nearest", **SHARES)
+        panel.set_title(f"step {run.routing[at]['iteration']}")
+        panel.set_xlabel("expert")
+        _label_layers(panel, run, lambda row: row)
+    for panel in panels[len(chosen) :]:
+        panel.axis("off")
+    panels[0].set_ylabel("layer")
+    return image
+
+
+def _over_time(panel: Any, run: RunData, powers: Any) -> None:
+    """Every line: over tokens, all experts of the first layer, then of the next."""
+    _, num_layers, num_experts = powers.shape
+    flat = powers.reshape(len(powers), -1).T
+    edges = _edges([line["tokens"] for line in run.routing])
+    panel.pcolormesh(edges, range(len(flat) + 1), flat, **SHARES)
+    panel.invert_yaxis()
+    for row in range(1, num_layers):
+        panel.axhline(row * num_experts, color="black", linewidth=0.8)
+    _label_layers(panel, run, lambda row: (row + 0.5) * num_experts)
+    panel.set_title("over time, a line an expert, by layer")
+    panel.set_xlabel("tokens")
+    panel.xaxis.set_major_formatter(_tokens)
+
+
+def _label_layers(panel: Any, run: RunData, place: Callable[[int], float]) -> None:
+    """Number at most MOST_LABELS of the layers, each at the ``place`` of its row."""
+    from matplotlib.ticker import FixedLocator
+
+    layers = run.routing[-1]["layers"]
+    rows = range(0, len(layers), math.ceil(len(layers) / MOST_LABELS))
+    panel.yaxis.set_major_locator(FixedLocator([place(row) for row in rows]))
+    panel.set_yticklabels([str(layers[row]) for row in rows])
 
 
 def _edges(centres: list[int]) -> list[float]:

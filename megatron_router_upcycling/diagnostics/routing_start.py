@@ -8,6 +8,7 @@ Symbols: S sampled tokens, n experts, k experts a token, D hidden size.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_router_upcycling.checkpoint import layers, names
+from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
@@ -28,8 +30,6 @@ from megatron_router_upcycling.routers.kinds import Sizes
 from megatron_router_upcycling.training.run_log import measures
 
 ROUTER = f"{names.ROUTER}."
-EXPERTS = f"{names.EXPERTS}."
-NORMS = (f"{names.SEPARATE_NORM}weight", f"{names.FUSED_NORM}weight")
 RANDOM_TOKENS = 1024
 SATURATED = 0.9  # mean largest probability from which softmax passes next to no gradient
 NAMED = 8  # experts or layers that a warning names
@@ -77,13 +77,7 @@ def describe(root: Path, stats: Path | None) -> str:
     num_layers = int(checkpoint.args.num_layers)
     source = stats or _recorded(record, num_layers)
     if stats is not None:
-        key_stats_file.load(stats)  # says what is wrong with it
-        sampled = _num_layers_sampled(stats)
-        if sampled != num_layers:
-            raise UserError(
-                f"--key-stats {stats}: holds samples of router inputs (router_input) for {sampled} layers and"
-                f" the model has {num_layers}; collect its dense model's statistics with --router-samples 512"
-            )
+        _check_samples(stats, num_layers)
     found = []
     for layer in _router_layers(checkpoint):
         try:
@@ -92,25 +86,34 @@ def describe(root: Path, stats: Path | None) -> str:
             raise UserError(
                 f"{root}: layer {layer}'s router does not fit {manifest.NAME} ({reason(error)})"
             ) from None
-    if source is not None:
-        inputs = f"of hidden states of the dense model, sampled in {source}"
-    else:
-        inputs = (
-            f"of {RANDOM_TOKENS} random tokens, normal and scaled by the norm's gain, which route more evenly"
-            " than real ones (name key statistics that were collected with --router-samples as --key-stats)"
+    title = f"routing at the start, of {_describe_inputs(source)}:"
+    return "\n".join([title, *_table(found), *_expectation(found, router), *_warnings(found, router)])
+
+
+def _check_samples(stats: Path, num_layers: int) -> None:
+    """Raise UserError for key statistics that are damaged, or without samples of each layer."""
+    key_stats_file.load(stats)  # says what is wrong with it
+    sampled = _num_layers_sampled(stats)
+    if sampled != num_layers:
+        raise UserError(
+            f"--key-stats {stats}: holds samples of router inputs (router_input) for {sampled} layers and"
+            f" the model has {num_layers}; collect its dense model's statistics with --router-samples 512"
         )
-    lines = [f"routing at the start, {inputs}:", *_table(found), *_expectation(found, router)]
-    return "\n".join([*lines, *_warnings(found, router)])
 
 
-def _stacked(checkpoint: Checkpoint) -> set[str]:
-    return {names.split_key(key)[0] for key in checkpoint.tensors}
+def _describe_inputs(source: Path | None) -> str:
+    if source is not None:
+        return f"hidden states of the dense model, sampled in {source}"
+    return (
+        f"{RANDOM_TOKENS} random tokens, normal and scaled by the norm's gain, which route more evenly"
+        " than real ones (name key statistics that were collected with --router-samples as --key-stats)"
+    )
 
 
 def _router_layers(checkpoint: Checkpoint) -> list[int]:
     """The layers that have experts; a router may have no parameters."""
-    split = {names.split_key(key): tensor for key, tensor in checkpoint.tensors.items()}
-    found = {(layer, tensor.shape[0]) for (key, layer), tensor in split.items() if key.startswith(EXPERTS)}
+    split = ((*names.split_key(key), tensor) for key, tensor in checkpoint.tensors.items())
+    found = {(layer, tensor.shape[0]) for key, layer, tensor in split if key.startswith(f"{names.EXPERTS}.")}
     own = sorted({layer for layer, _ in found if layer is not None})
     return own or list(range(min((count for _, count in found), default=0)))
 
@@ -158,10 +161,17 @@ def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
                 " name the statistics of the dense model that was converted"
             )
         return tokens
-    norm = next((key for key in NORMS if key in _stacked(checkpoint)), NORMS[0])
-    gain = _read(checkpoint, norm, layer) + float(bool(getattr(checkpoint.args, "apply_layernorm_1p", False)))
     generator = torch.Generator().manual_seed(layer)
-    return torch.randn(RANDOM_TOKENS, hidden, generator=generator) * gain
+    return torch.randn(RANDOM_TOKENS, hidden, generator=generator) * _norm_gain(checkpoint, layer)
+
+
+def _norm_gain(checkpoint: Checkpoint, layer: int) -> Tensor:
+    """What the norm before the router multiplies by, [D] in float32."""
+    fused, separate = names.NORMS[1]
+    is_fused = {fused, names.at_layer(fused, layer)} & checkpoint.tensors.keys()
+    weight = _read(checkpoint, fused if is_fused else separate, layer)
+    # With --apply-layernorm-1p the checkpoint holds the gain's distance from 1.
+    return weight + bool(getattr(checkpoint.args, ARCHITECTURE["apply_layernorm_1p"], False))
 
 
 def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> LayerStart:
@@ -210,16 +220,19 @@ def _ties(rows: Tensor, granularity: int) -> tuple[tuple[int, int], ...]:
 
 
 def _table(found: list[LayerStart]) -> list[str]:
-    titles = ("layer", "key cosine", "largest", "condition", "ties", "busiest/mean", "idle", "entropy")
-    header = "".join(f"{title:>13}" for title in (*titles, "largest p", "k weights"))
-    lines = [header]
-    for row in found:
-        cells = [str(row.layer), *(_number(value, ".3f") for value in (row.mean_cosine, row.max_cosine))]
-        cells += [_number(row.condition, ".1f"), str(len(row.ties))]
-        cells += [f"{row.routing['load_max_over_mean']:.2f}", str(row.routing["dead_experts"])]
-        cells += [f"{row.routing[name]:.3f}" for name in ("entropy", "top1_probability")]
-        lines.append("".join(f"{cell:>13}" for cell in (*cells, f"{row.softmax_first:.3f}")))
-    return lines
+    titles = ["layer", "key cosine", "largest", "condition", "ties"]
+    titles += ["busiest/mean", "idle", "entropy", "largest p", "k weights"]
+    rows = [titles, *map(_cells, found)]
+    return ["".join(f"{cell:>13}" for cell in row) for row in rows]
+
+
+def _cells(row: LayerStart) -> list[str]:
+    routing = row.routing
+    cells = [str(row.layer), _number(row.mean_cosine, ".3f"), _number(row.max_cosine, ".3f")]
+    cells += [_number(row.condition, ".1f"), str(len(row.ties))]
+    cells += [f"{routing['load_max_over_mean']:.2f}", str(routing["dead_experts"])]
+    cells += [f"{routing['entropy']:.3f}", f"{routing['top1_probability']:.3f}"]
+    return [*cells, f"{row.softmax_first:.3f}"]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -243,30 +256,37 @@ def _expectation(found: list[LayerStart], router: RouterConfig) -> list[str]:
 
 
 def _warnings(found: list[LayerStart], router: RouterConfig) -> list[str]:
+    warnings = [*_collapsed(found, router), *_saturated(found), *_tied(found)]
+    return ["", *(f"warning: {warning}" for warning in warnings)] if warnings else []
+
+
+def _collapsed(found: list[LayerStart], router: RouterConfig) -> Iterator[str]:
     n = router.num_experts
-    warnings = []
     collapsed = [row for row in found if row.effective_experts < n / 2]
     if collapsed and n > router.top_k:
         worst = min(collapsed, key=lambda row: row.effective_experts)
-        warnings.append(
+        yield (
             f"routing would start collapsed in {_named([row.layer for row in collapsed])}: at worst (layer"
             f" {worst.layer}) it is as uneven as if {worst.effective_experts:.1f} of {n} experts did all the"
             " work. Wide differences between keys, such as biases give, do this"
         )
-    saturated = [row.layer for row in found if row.routing["top1_probability"] > SATURATED]
-    if saturated:
-        warnings.append(
+
+
+def _saturated(found: list[LayerStart]) -> Iterator[str]:
+    if saturated := [row.layer for row in found if row.routing["top1_probability"] > SATURATED]:
+        yield (
             f"routing would start saturated in {_named(saturated)}: the largest probability is above"
             f" {SATURATED} in the mean, and softmax passes little gradient"
         )
-    tied = [row for row in found if row.ties]
-    if tied:
+
+
+def _tied(found: list[LayerStart]) -> Iterator[str]:
+    if tied := [row for row in found if row.ties]:
         pairs = ", ".join(f"{a} and {b}" for a, b in tied[0].ties[:NAMED])
-        warnings.append(
+        yield (
             f"experts are tied in {_named([row.layer for row in tied])} (layer {tied[0].layer}: {pairs}):"
             " their gates are equal, and while the experts are equal too, nothing tells them apart"
         )
-    return ["", *(f"warning: {warning}" for warning in warnings)] if warnings else []
 
 
 def _named(numbers: list[int]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, described
 from megatron_router_upcycling.evaluation import stdlib_task
 from megatron_router_upcycling.evaluation.paper import Task
 
@@ -68,9 +68,9 @@ def _splits(task: Task, num_fewshot: int) -> tuple[str, ...]:
 
 
 def _needs(task: Task, splits: Iterable[str]) -> str:
-    return (
-        f"{task.name} ({' '.join(filter(None, (task.repository, task.configuration)))}: {', '.join(splits)})"
-    )
+    """A task with its data set and splits, for a message."""
+    data_set = " ".join(filter(None, (task.repository, task.configuration)))
+    return f"{task.name} ({data_set}: {', '.join(splits)})"
 
 
 def _check_all_there(tasks: Sequence[Task], data_dir: Path, wanted: dict[str, tuple[str, ...]]) -> None:
@@ -87,13 +87,8 @@ def _check_all_there(tasks: Sequence[Task], data_dir: Path, wanted: dict[str, tu
 
 def _files(folder: Path, split: str) -> list[Path]:
     """A split's files: one of JSON lines, one of Parquet, the Hub's numbered ones, or a saved data set."""
-    for name in (
-        f"{split}.jsonl",
-        f"{split}.parquet",
-        f"{split}-*-of-*.parquet",
-        f"{split}/dataset_info.json",
-    ):
-        if found := sorted(folder.glob(name)):
+    for pattern in ("{}.jsonl", "{}.parquet", "{}-*-of-*.parquet", "{}/dataset_info.json"):
+        if found := sorted(folder.glob(pattern.format(split))):
             return found
     return []
 
@@ -105,10 +100,9 @@ def _read(folder: Path, split: str, task: Task) -> list[dict[str, Any]]:
             read = _read_file(path)
         except Exception as error:  # pyarrow, json and datasets each have errors of their own
             raise UserError(
-                f"{path}: cannot be read ({_one_line(error)}); put {task.repository} there anew"
+                f"{path}: cannot be read ({described(error)}); put {task.repository} there anew"
             ) from error
-        for number, row in enumerate(read, 1):
-            rows.append(_reduce(row, task, f"{path}, record {number}"))
+        rows += [_reduce(row, task, f"{path}, record {number}") for number, row in enumerate(read, 1)]
     if not rows:
         raise UserError(f"{folder}: its split {split} has no records; put that of {task.repository} there")
     return rows
@@ -124,8 +118,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         return pyarrow.parquet.read_table(path).to_pylist()
     import datasets
 
-    saved = datasets.load_from_disk(str(path.parent))
-    return saved.to_list()
+    return datasets.load_from_disk(str(path.parent)).to_list()
 
 
 def _download(task: Task, splits: tuple[str, ...]) -> Records:
@@ -139,7 +132,7 @@ def _download(task: Task, splits: tuple[str, ...]) -> Records:
         rows = {split: found[split].select_columns(list(task.fields)).to_list() for split in splits}
     except Exception as error:  # a dozen classes of four libraries, for want of network among others
         raise UserError(
-            f"{_needs(task, splits)} could not be downloaded ({_one_line(error)}): fetch it elsewhere, put it"
+            f"{_needs(task, splits)} could not be downloaded ({described(error)}): fetch it elsewhere, put it"
             f" at FOLDER/{task.name}/{splits[0]}.jsonl or .parquet and pass --data-dir FOLDER"
         ) from error
     return Records(rows, "Hugging Face Hub")
@@ -151,7 +144,3 @@ def _reduce(row: Any, task: Task, place: str) -> dict[str, Any]:
             f"{place}: has no {', '.join(lacking)}; {task.name} needs records of {task.repository}"
         )
     return {field: row[field] for field in task.fields}
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

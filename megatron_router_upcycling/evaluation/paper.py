@@ -42,62 +42,42 @@ class Task:
 _OPENBOOK = ("question_stem", "choices", "answerKey")
 _ARC = ("question", "choices", "answerKey")
 
+# fmt: off
 PAPER_TASKS = (
-    Task(
-        *("openbookqa", "OpenbookQA", "understanding", "acc_norm", "openbookqa"),
-        *("allenai/openbookqa", "main", "test", _OPENBOOK),
-        (31.4, 40.8, 27.6, 38.2, 37.6, 42.6),
-    ),
-    Task(
-        *("openbookqa_fact", "OpenbookQA-fact", "understanding", "acc_norm", None),
-        *("allenai/openbookqa", "additional", "test", (*_OPENBOOK, "fact1")),
-        (34.4, 58.0, 23.6, 51.4, 55.0, 59.0),
-    ),
-    Task(
-        *("arc_challenge", "ARC-C", "reasoning", "acc_norm", "arc"),
-        *("allenai/ai2_arc", "ARC-Challenge", "test", _ARC),
-        (27.12, 39.66, 14.58, 29.15, 34.92, 42.37),
-    ),
-    Task(
-        *("arc_easy", "ARC-E", "reasoning", "acc_norm", "arc"),
-        *("allenai/ai2_arc", "ARC-Easy", "test", _ARC),
-        (30.51, 52.73, 20.63, 45.68, 51.15, 58.02),
-    ),
-    Task(
-        *("hellaswag", "HellaSwag", "reasoning", "acc_norm", "hellaswag"),
-        *("Rowan/hellaswag", None, "validation", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
-        (41.45, 49.36, 25.24, 48.83, 49.70, 50.12),
-    ),
-    Task(
-        *("winogrande", "WinoGrande", "reasoning", "acc", "winogrande"),
-        *("allenai/winogrande", "winogrande_xl", "validation", ("sentence", "option1", "option2", "answer")),
-        (52.57, 56.67, 48.22, 56.12, 58.88, 56.91),
-    ),
-    Task(
-        *("boolq", "BoolQ", "knowledge", "acc", "super_glue/boolq"),
-        *("aps/super_glue", "boolq", "validation", ("passage", "question", "label")),
-        (48.13, 49.88, 47.09, 54.19, 41.44, 55.84),
-    ),
-    Task(
-        *("copa", "COPA", "knowledge", "acc", "super_glue/copa"),
-        *("aps/super_glue", "copa", "validation", ("premise", "question", "choice1", "choice2", "label")),
-        (60, 62, 49, 61, 63, 64),
-    ),
-    Task(
-        *("nq_open", "NQ", "knowledge", "exact_match", "nq_open"),
-        *("google-research-datasets/nq_open", None, "validation", ("question", "answer")),
-        (4.32, 4.85, 0.42, 4.04, 3.96, 5.15),
-    ),
-    Task(
-        *("triviaqa", "TriviaQA", "knowledge", "exact_match", "triviaqa"),
-        *("mandarjoshi/trivia_qa", "rc.nocontext", "validation", ("question", "answer")),
-        (17.74, 23.82, 5.24, 22.16, 24.17, 24.25),
-    ),
+    Task("openbookqa", "OpenbookQA", "understanding", "acc_norm", "openbookqa",
+         "allenai/openbookqa", "main", "test", _OPENBOOK,
+         (31.4, 40.8, 27.6, 38.2, 37.6, 42.6)),
+    Task("openbookqa_fact", "OpenbookQA-fact", "understanding", "acc_norm", None,
+         "allenai/openbookqa", "additional", "test", (*_OPENBOOK, "fact1"),
+         (34.4, 58.0, 23.6, 51.4, 55.0, 59.0)),
+    Task("arc_challenge", "ARC-C", "reasoning", "acc_norm", "arc",
+         "allenai/ai2_arc", "ARC-Challenge", "test", _ARC,
+         (27.12, 39.66, 14.58, 29.15, 34.92, 42.37)),
+    Task("arc_easy", "ARC-E", "reasoning", "acc_norm", "arc",
+         "allenai/ai2_arc", "ARC-Easy", "test", _ARC,
+         (30.51, 52.73, 20.63, 45.68, 51.15, 58.02)),
+    Task("hellaswag", "HellaSwag", "reasoning", "acc_norm", "hellaswag",
+         "Rowan/hellaswag", None, "validation", ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+         (41.45, 49.36, 25.24, 48.83, 49.70, 50.12)),
+    Task("winogrande", "WinoGrande", "reasoning", "acc", "winogrande",
+         "allenai/winogrande", "winogrande_xl", "validation", ("sentence", "option1", "option2", "answer"),
+         (52.57, 56.67, 48.22, 56.12, 58.88, 56.91)),
+    Task("boolq", "BoolQ", "knowledge", "acc", "super_glue/boolq",
+         "aps/super_glue", "boolq", "validation", ("passage", "question", "label"),
+         (48.13, 49.88, 47.09, 54.19, 41.44, 55.84)),
+    Task("copa", "COPA", "knowledge", "acc", "super_glue/copa",
+         "aps/super_glue", "copa", "validation", ("premise", "question", "choice1", "choice2", "label"),
+         (60, 62, 49, 61, 63, 64)),
+    Task("nq_open", "NQ", "knowledge", "exact_match", "nq_open",
+         "google-research-datasets/nq_open", None, "validation", ("question", "answer"),
+         (4.32, 4.85, 0.42, 4.04, 3.96, 5.15)),
+    Task("triviaqa", "TriviaQA", "knowledge", "exact_match", "triviaqa",
+         "mandarjoshi/trivia_qa", "rc.nocontext", "validation", ("question", "answer"),
+         (17.74, 23.82, 5.24, 22.16, 24.17, 24.25)),
 )
-STDLIB = Task(
-    *("stdlib", "stdlib (not in the paper)", None, "acc_norm", None),
-    *(None, None, "test", ("context", "choices", "answer")),
-)
+STDLIB = Task("stdlib", "stdlib (not in the paper)", None, "acc_norm", None,
+              None, None, "test", ("context", "choices", "answer"))
+# fmt: on
 TASKS = {task.name: task for task in (*PAPER_TASKS, STDLIB)}
 
 

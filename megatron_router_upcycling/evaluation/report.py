@@ -92,17 +92,19 @@ def table(result: Mapping[str, Any]) -> str:
             rows.append(_average_row(group, result))
     if "average" in result["averages"]:
         rows.append(_average_row("average", result))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return _aligned(rows)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Markdown: the first row is the head, the first two columns are words, the others numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0], "-" * widths[1], *("-" * (width - 1) + ":" for width in widths[2:])]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in [rows[0], rule, *rows[1:]]
-    )
+    lines = []
+    for row in [rows[0], rule, *rows[1:]]:
+        words = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
+        numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append(f"| {' | '.join(words + numbers)} |")
+    return "\n".join(lines)
 
 
 def percent(value: float | None) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, described
 from megatron_router_upcycling.evaluation import data, report
 from megatron_router_upcycling.evaluation.paper import GROUPS, PAPER_TASKS, TASKS, Task, members
 from megatron_router_upcycling.files import sha256, versions
@@ -48,8 +48,8 @@ def parse_tasks(text: str | None) -> tuple[Task, ...]:
     for word in filter(None, (word.strip() for word in text.split(","))):
         if word not in TASKS and word not in GROUPS:
             near = difflib.get_close_matches(word, [*TASKS, *GROUPS], n=1)
-            suggestion = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"--tasks: no task {word!r}{suggestion} There are {', '.join((*TASKS, *GROUPS))}")
+            hint = f"did you mean {near[0]}? There" if near else "there"
+            raise UserError(f"--tasks: no task {word!r}; {hint} are {', '.join((*TASKS, *GROUPS))}")
         names += members(word) if word in GROUPS else [word]
     if not names:
         raise UserError(f"--tasks: names no task; there are {', '.join((*TASKS, *GROUPS))}")
@@ -94,31 +94,36 @@ def evaluate(model_dir: Path, options: Options, done: Callable[[dict[str, Any]],
     records = data.load(options.tasks, options.data_dir, options.num_fewshot)
     _quiet()
     language_model = _load_model(model_dir, config, options)
-    result: dict[str, Any] = {
-        "format": report.FORMAT,
-        "model": {
-            "path": str(model_dir.resolve()),
-            "architecture": type(language_model.model).__name__,
-            "parameters": language_model.model.num_parameters(),
-            "dtype": str(language_model.model.dtype).removeprefix("torch."),
-            "config_sha256": sha256(model_dir / "config.json"),
-        },
-        "options": {
-            **{name: value for name, value in asdict(options).items() if name not in ("tasks", "data_dir")},
-            "tasks": [task.name for task in options.tasks],
-            "data_dir": str(options.data_dir) if options.data_dir else None,
-            "device": str(language_model.device),
-            "seed": SEED,
-        },
-        "versions": versions("megatron-router-upcycling", "lm_eval", "transformers", "torch", "datasets"),
-        "tasks": {},
-    }
+    result = _header(model_dir, language_model, options) | {"tasks": {}}
     for task in options.tasks:
         start = time.monotonic()
         measured = _measure(language_model, task, records[task.name], options)
         result["tasks"][task.name] = measured | {"seconds": round(time.monotonic() - start, 1)}
         report.add_averages(result)
         done(result)
+
+
+def _header(model_dir: Path, language_model: Any, options: Options) -> dict[str, Any]:
+    """What a result says beside its tasks: the model, how it was asked, and with what."""
+    model = language_model.model
+    return {
+        "format": report.FORMAT,
+        "model": {
+            "path": str(model_dir.resolve()),
+            "architecture": type(model).__name__,
+            "parameters": model.num_parameters(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "config_sha256": sha256(model_dir / "config.json"),
+        },
+        "options": asdict(options)
+        | {
+            "tasks": [task.name for task in options.tasks],
+            "data_dir": str(options.data_dir) if options.data_dir else None,
+            "device": str(language_model.device),
+            "seed": SEED,
+        },
+        "versions": versions("megatron-router-upcycling", "lm_eval", "transformers", "torch", "datasets"),
+    }
 
 
 def _quiet() -> None:
@@ -155,9 +160,7 @@ def _load_model(model_dir: Path, config: dict[str, Any], options: Options) -> An
             model_dir, dtype="auto", output_loading_info=True, **common
         )
     except Exception as error:  # of transformers, tokenizers, safetensors, or the folder's own code
-        raise UserError(
-            f"{model_dir}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        ) from error
+        raise UserError(f"{model_dir}: cannot be loaded ({described(error)})") from error
     for kind in ("missing", "mismatched", "unexpected"):
         if keys := sorted(map(str, loading[f"{kind}_keys"])):
             raise UserError(
@@ -180,8 +183,8 @@ def _measure(language_model: Any, task: Task, records: data.Records, options: Op
         log_samples=False,
     )
     metrics: dict[str, float] = {}
-    for key, value in found["results"][task.name].items():  # "acc,none", "acc_stderr,none", "alias"
-        name, comma, _ = key.partition(",")
+    for key, value in found["results"][task.name].items():
+        name, comma, _ = key.partition(",")  # a metric and the filter of answers, as in acc_stderr,none
         if comma and isinstance(value, int | float):
             metrics[name] = 100 * float(value)
     questions = len(records.splits[task.split])
@@ -210,17 +213,16 @@ def harness_task(task: Task, records: data.Records, num_fewshot: int) -> Any:
     import datasets
     import lm_eval.tasks
 
-    splits = datasets.DatasetDict(
-        {split: datasets.Dataset.from_list(rows) for split, rows in records.splits.items()}
-    )
-    # Splits that the task's file names but that are not here would be looked for.
+    splits = {split: datasets.Dataset.from_list(rows) for split, rows in records.splits.items()}
+    examples = data.EXAMPLES_SPLIT if num_fewshot else None
+    # The harness looks for every split that the task's own file names: those that are not here go.
     changes = {
         "task": task.name,
-        "custom_dataset": lambda **_: splits,
-        "training_split": data.EXAMPLES_SPLIT if num_fewshot else None,
+        "custom_dataset": lambda **_: datasets.DatasetDict(splits),
+        "training_split": examples,
         "validation_split": task.split if task.split == "validation" else None,
         "test_split": task.split if task.split == "test" else None,
-        "fewshot_split": data.EXAMPLES_SPLIT if num_fewshot else None,
+        "fewshot_split": examples,
         "num_fewshot": num_fewshot,
     }
     folder = Path(lm_eval.tasks.__file__).parent / task.harness if task.harness else OWN_TASKS

@@ -9,6 +9,9 @@ import torch
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics.moments import KeyMoments
 from megatron_router_upcycling.key_statistics.router_sample import RouterInput
+from megatron_router_upcycling.training.patches import patching
+
+SELF_ATTENTION = "megatron.core.transformer.attention.SelfAttention"
 
 
 @contextlib.contextmanager
@@ -46,8 +49,7 @@ def self_attentions(model: Sequence[torch.nn.Module]) -> list[Any]:
             if not isinstance(attention, SelfAttention):
                 raise UserError(
                     f"--load: layer {layer.layer_number} has {type(attention).__name__} where keys are"
-                    " collected from megatron.core.transformer.attention.SelfAttention alone; use a dense"
-                    " model with ordinary attention"
+                    f" collected from {SELF_ATTENTION} alone; use a dense model with ordinary attention"
                 )
             attentions.append(attention)
     return attentions
@@ -66,7 +68,7 @@ def _taker(attention: Any, moments: KeyMoments) -> Callable[[torch.Tensor], None
         if tuple(key.shape[-2:]) != expected:
             raise RuntimeError(
                 f"key statistics: layer {layer} gives keys {list(key.shape)} where [..., {expected[0]},"
-                f" {expected[1]}] is expected from megatron.core.transformer.attention.SelfAttention"
+                f" {expected[1]}] is expected from {SELF_ATTENTION}"
             )
         moments.add(layer, first_group, key)
 
@@ -76,12 +78,7 @@ def _taker(attention: Any, moments: KeyMoments) -> Callable[[torch.Tensor], None
 def _take_before_rotary(attention: Any, take: Callable[[torch.Tensor], None]) -> Callable[[], None]:
     """Wrap the instance's ``get_query_key_value_tensors``; return what undoes it."""
     name = "get_query_key_value_tensors"
-    original = getattr(attention, name, None)
-    if original is None:
-        raise RuntimeError(
-            f"key statistics: megatron.core.transformer.attention.SelfAttention.{name} does not exist in"
-            " this version of megatron-core; tested with 0.19"
-        )
+    original = patching.find("key statistics", attention, name, place=SELF_ATTENTION)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
@@ -100,16 +97,12 @@ def _take_after_rotary(attention: Any, take: Callable[[torch.Tensor], None]) -> 
     """Hook core attention, whose second argument is the key; return what undoes it."""
     core = getattr(attention, "core_attention", None)
     if not isinstance(core, torch.nn.Module):
-        raise RuntimeError(
-            "key statistics: megatron.core.transformer.attention.SelfAttention.core_attention is not a"
-            " module in this version of megatron-core; tested with 0.19"
-        )
+        raise patching.changed("key statistics", f"{SELF_ATTENTION}.core_attention is not a module")
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) < 2 and "key" not in kwargs:
-            raise RuntimeError(
-                "key statistics: megatron.core.transformer.attention.SelfAttention.core_attention is"
-                " called without a key in this version of megatron-core; tested with 0.19"
+            raise patching.changed(
+                "key statistics", f"{SELF_ATTENTION}.core_attention is called without a key"
             )
         take(kwargs["key"] if "key" in kwargs else args[1])
 

@@ -50,12 +50,24 @@ def collect(run: launch.Run) -> None:
     args = run.args
     check(run)
     model = load_model(args)
-    data = train_iterators(args, len(model), args.collect_iters)
     moments = KeyMoments(
         args.num_layers, num_query_groups(args), args.kv_channels, torch.cuda.current_device()
     )
-    tokens_per_batch = args.global_batch_size * args.seq_length
     sample = router_sample.RouterInput(args, args.router_samples, own_ranks())
+    losses = run_over_data(args, model, moments, sample)
+    moments.all_reduce()
+    inputs = sample.gather(args.num_layers) if sample.num_tokens else None
+    torch.distributed.all_reduce(losses)
+    if args.rank == 0:
+        write(args, moments, inputs, losses)
+
+
+def run_over_data(
+    args: Namespace, model: list[torch.nn.Module], moments: KeyMoments, sample: router_sample.RouterInput
+) -> torch.Tensor:
+    """Fill ``moments`` and ``sample`` from the training data; what ``forward`` gives, summed."""
+    data = train_iterators(args, len(model), args.collect_iters)
+    tokens_per_batch = args.global_batch_size * args.seq_length
     losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     with (
         capture.capture_router_input(model, sample) if sample.num_tokens else contextlib.nullcontext(),
@@ -72,29 +84,30 @@ def collect(run: launch.Run) -> None:
             losses += forward(args, model, data)
             torch.cuda.synchronize()
             progress.update(tokens_per_batch)
-    moments.all_reduce()
-    inputs = sample.gather(args.num_layers) if sample.num_tokens else None
-    torch.distributed.all_reduce(losses)
+    return losses
+
+
+def write(args: Namespace, moments: KeyMoments, inputs: torch.Tensor | None, losses: torch.Tensor) -> None:
+    """Write ``--output`` from what all ranks saw, and say so in a line.
+
+    Raises:
+        UserError: the model's keys are not finite, or the file cannot be written.
+    """
     loss_sum, loss_tokens = losses.tolist()
-    if args.rank == 0:
-        metadata = provenance(args) | {"lm_loss": loss_sum / loss_tokens}
-        stats = moments.stats(metadata)
-        stats.router_input = inputs
-        expected = args.collect_iters * tokens_per_batch
-        if int(stats.count[0]) != expected:
-            raise RuntimeError(
-                f"key statistics: {int(stats.count[0])} tokens seen where {expected} were read"
-            )
-        if not stats.mean.isfinite().all():
-            raise UserError(
-                f"--load {args.load}: the model's keys hold NaN or infinite values; train it again"
-            )
-        key_stats_file.save(args.output, stats, args.overwrite)
-        print(
-            f"{args.output}: {args.key_source} keys of {args.num_layers} layers x {num_query_groups(args)}"
-            f" query groups over {expected} tokens; LM loss of the dense model {metadata['lm_loss']:.4f}",
-            flush=True,
-        )
+    metadata = provenance(args) | {"lm_loss": loss_sum / loss_tokens}
+    stats = moments.stats(metadata)
+    stats.router_input = inputs
+    seen, expected = int(stats.count[0]), metadata["tokens"]
+    if seen != expected:
+        raise RuntimeError(f"key statistics: {seen} tokens seen where {expected} were read")
+    if not stats.mean.isfinite().all():
+        raise UserError(f"--load {args.load}: the model's keys hold NaN or infinite values; train it again")
+    key_stats_file.save(args.output, stats, args.overwrite)
+    print(
+        f"{args.output}: {args.key_source} keys of {args.num_layers} layers x {num_query_groups(args)}"
+        f" query groups over {expected} tokens; LM loss of the dense model {metadata['lm_loss']:.4f}",
+        flush=True,
+    )
 
 
 def check_flags(flags: Namespace) -> None:
@@ -113,7 +126,7 @@ def check_flags(flags: Namespace) -> None:
 
 
 def check(run: launch.Run) -> None:
-    """Refuse what cannot work before anything is built; every rank sees the same.
+    """Refuse what does not fit the checkpoint or the data before anything is built; every rank sees the same.
 
     Raises:
         UserError: names the flag and what would work.
@@ -121,7 +134,6 @@ def check(run: launch.Run) -> None:
     from megatron_router_upcycling.training.language_model import check_data
 
     args = run.args
-    check_flags(args)
     trained = open_checkpoint(args.load).args
     if getattr(trained, "num_experts", None):
         raise UserError(

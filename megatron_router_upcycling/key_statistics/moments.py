@@ -1,11 +1,8 @@
-"""Average key vectors of a dense model: running moments, their capture from Megatron, and their file.
+"""Running sums of a dense model's key vectors (pure torch).
 
 Paper, section 3.2: the frozen dense model runs over a few batches and each head's key vectors are
 averaged; the averages become the experts' keys. The key is taken before the rotary embedding, with its
 bias and its key norm (``pre_rope``), or after the rotary embedding (``post_rope``).
-
-``KeyMoments`` and ``KeyStats`` are pure. ``capture_keys`` is the edge to Megatron, which is imported
-only there.
 
 Shapes: L layers, G query groups (heads, without grouped-query attention), d head size, T tokens.
 """

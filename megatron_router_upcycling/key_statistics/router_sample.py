@@ -68,7 +68,7 @@ class RouterInput:
             if not (values[:, -1] == 1).all():
                 raise RuntimeError(
                     f"router input: of layer {layer}, {int((values[:, -1] != 1).sum())} tokens of the sample"
-                    " were not seen by exactly one rank; tested with megatron-core 0.19"
+                    " were not seen by exactly one rank"
                 )
             merged[layer] = values[:, :-1].to(self.dtype)
         return merged

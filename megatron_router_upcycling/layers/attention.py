@@ -8,7 +8,6 @@ and takes grouped keys as they are. What it cannot do is left to Megatron's.
 import contextlib
 from typing import Any
 
-import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -67,17 +66,3 @@ class SdpaAttention(DotProductAttention):
                 enable_gqa=query.shape[2] != key.shape[2],
             )
         return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], self.hidden_size_per_partition)
-
-
-def core_attention(original: Any) -> type[torch.nn.Module]:
-    """The class to build in place of ``original``, which Megatron's local layer specs name.
-
-    Raises:
-        RuntimeError: the specs no longer name ``DotProductAttention``.
-    """
-    if original is not DotProductAttention:
-        raise RuntimeError(
-            f"attention: megatron.core.models.backends.LocalSpecProvider.core_attention is {original!r}, not"
-            " DotProductAttention; tested with megatron-core 0.19"
-        )
-    return SdpaAttention

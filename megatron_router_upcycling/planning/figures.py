@@ -26,46 +26,54 @@ def router_parameters(router: RouterConfig, setup: Setup) -> int:
 
 def parameters(setup: Setup, stage: int) -> dict[str, int]:
     """Parameters that one GPU of pipeline rank ``stage`` holds, by part (``PARTS``)."""
-    s, t = setup, setup.tensor_model_parallel_size
-    D, d, F = s.hidden_size, s.head_dim, s.ffn
-    H, G = s.num_attention_heads, s.groups
-    gated = 2 if s.swiglu else 1
-    biases, norm = s.add_bias_linear, 1 if s.normalization == "RMSNorm" else 2
-    last = stage == s.pipeline_model_parallel_size - 1
-    layers = s.layers_of_stage(stage)
+    s, D, layers = setup, setup.hidden_size, setup.layers_of_stage(stage)
     moe = sum(s.has_experts()[layer] for layer in layers)
-    dense = len(layers) - moe
-
-    def ffn(width: int, shards: int) -> int:
-        weights = (gated + 1) * width * D // shards
-        return weights + (gated * width // shards + D if biases else 0)
-
-    qkv = (H + 2 * G) * d
-    attention = (qkv + H * d) * D // t
-    attention += qkv // t if biases or s.add_qkv_bias else 0
-    attention += D if biases else 0
-    norms = norm * (2 * D + (2 * d if s.qk_layernorm else 0))
+    norm = 1 if s.normalization == "RMSNorm" else 2
+    norms = norm * (2 * D + (2 * s.head_dim if s.qk_layernorm else 0))
+    t = s.tensor_model_parallel_size
     counts = dict.fromkeys(PARTS, 0)
-    counts["attention"] = len(layers) * attention
-    counts["norms"] = len(layers) * norms + (norm * D if last else 0)
-    counts["ffn"] = dense * ffn(F, t)
+    counts["attention"] = len(layers) * _attention_parameters(s)
+    counts["norms"] = len(layers) * norms + (norm * D if s.is_last(stage) else 0)
+    counts["ffn"] = (len(layers) - moe) * _ffn_parameters(s, s.ffn, t)
     if moe:
         assert s.num_experts is not None and s.router is not None
         local = s.num_experts // s.expert_model_parallel_size
-        counts["experts"] = moe * local * ffn(s.expert_ffn, s.expert_tensor_size)
+        counts["experts"] = moe * local * _ffn_parameters(s, s.expert_ffn, s.expert_tensor_size)
         counts["routers"] = moe * router_parameters(s.router, s)
         if shared := s.moe_shared_expert_intermediate_size:
             gate = D if s.moe_shared_expert_gate else 0
-            counts["ffn"] += moe * (ffn(shared, t) + gate)
+            counts["ffn"] += moe * (_ffn_parameters(s, shared, t) + gate)
     embedding = s.vocabulary * D // t
     if stage == 0:
         counts["embedding"] = embedding
         if s.position_embedding_type == "learned_absolute":
             counts["embedding"] += (s.max_position_embeddings or s.sequence) * D
-    tied_copy = stage > 0 and not s.untie_embeddings_and_output_weights
-    if last and (s.untie_embeddings_and_output_weights or tied_copy):
+    # A tied output layer is the embedding itself, or on another stage a copy of it.
+    if s.is_last(stage) and (s.untie_embeddings_and_output_weights or stage > 0):
         counts["output layer"] = embedding
     return counts
+
+
+def _attention_parameters(s: Setup) -> int:
+    """Of one layer on one GPU."""
+    D, H, G, d, t = s.hidden_size, s.num_attention_heads, s.groups, s.head_dim, s.tensor_model_parallel_size
+    qkv = (H + 2 * G) * d
+    count = (qkv + H * d) * D // t
+    count += qkv // t if s.add_bias_linear or s.add_qkv_bias else 0
+    return count + (D if s.add_bias_linear else 0)
+
+
+def _ffn_parameters(s: Setup, width: int, shards: int) -> int:
+    """Of an FFN of ``width`` cut into ``shards``, on one GPU; FC2's bias is whole on each."""
+    D, up = s.hidden_size, 2 if s.swiglu else 1
+    biases = up * width // shards + D if s.add_bias_linear else 0
+    return (up + 1) * width * D // shards + biases
+
+
+def _experts_and_rest(setup: Setup, stage: int) -> tuple[int, int]:
+    """Parameters of experts, and all others, on one GPU."""
+    counts = parameters(setup, stage)
+    return counts["experts"], sum(counts.values()) - counts["experts"]
 
 
 def total_and_active(setup: Setup) -> tuple[int, int]:
@@ -80,7 +88,6 @@ def total_and_active(setup: Setup) -> tuple[int, int]:
 
 def _whole(setup: Setup) -> dict[str, int]:
     """Parameters of the model on one GPU alone."""
-    vocabulary = setup.vocabulary
     alone = replace(
         setup,
         tensor_model_parallel_size=1,
@@ -92,7 +99,7 @@ def _whole(setup: Setup) -> dict[str, int]:
         num_virtual_stages_per_pipeline_rank=None,
         decoder_first_pipeline_num_layers=None,
         decoder_last_pipeline_num_layers=None,
-        padded_vocab_size=vocabulary,
+        padded_vocab_size=setup.vocabulary,
     )
     return parameters(alone, 0)
 
@@ -112,35 +119,24 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def element_size(setup: Setup) -> int:
-    return 2 if setup.bf16 or setup.fp16 else 4
-
-
-def gradient_size(setup: Setup) -> int:
-    """Bytes of a gradient as data parallelism reduces it: float32 but for --grad-reduce-in-bf16."""
-    return 2 if setup.bf16 and setup.grad_reduce_in_bf16 else 4
-
-
 def memory(setup: Setup, stage: int) -> Memory:
     """What one GPU of pipeline rank ``stage`` needs at the peak of a step, the end of a forward pass.
 
     Adam keeps two float32 moments and, beside 16-bit weights, a float32 copy. The distributed optimizer
     divides them over the ranks that hold the same parameters.
     """
-    counts = parameters(setup, stage)
-    experts = counts["experts"]
-    others = sum(counts.values()) - experts
-    states = 12 if element_size(setup) == 2 else 8
-    sharded = setup.use_distributed_optimizer
-    over_others = setup.data_parallel_size * setup.context_parallel_size if sharded else 1
-    over_experts = setup.expert_data_parallel_size if sharded else 1
-    last = stage == setup.pipeline_model_parallel_size - 1
+    experts, others = _experts_and_rest(setup, stage)
+    states = 12 if setup.element_size == 2 else 8
+    if setup.use_distributed_optimizer:
+        kept = others / setup.replicas + experts / setup.expert_replicas
+    else:
+        kept = others + experts
     return Memory(
-        weights=element_size(setup) * (others + experts),
-        gradients=gradient_size(setup) * (others + experts),
-        optimizer=states * (others / over_others + experts / over_experts),
+        weights=setup.element_size * (others + experts),
+        gradients=setup.gradient_size * (others + experts),
+        optimizer=states * kept,
         activations=activations(setup, stage),
-        logits=logits(setup) if last else 0,
+        logits=logits(setup) if setup.is_last(stage) else 0,
     )
 
 
@@ -152,7 +148,7 @@ def tokens_on_gpu(setup: Setup) -> int:
 def logits(setup: Setup) -> float:
     """Bytes of the softmax in float32 that cross entropy keeps, and of the logits or their gradient."""
     elements = tokens_on_gpu(setup) * setup.vocabulary / setup.tensor_model_parallel_size
-    return elements * (element_size(setup) + 4)
+    return elements * (setup.element_size + 4)
 
 
 def activations(setup: Setup, stage: int, fused: bool = True) -> float:
@@ -166,7 +162,7 @@ def activations(setup: Setup, stage: int, fused: bool = True) -> float:
     tokens, flying = tokens_on_gpu(setup), in_flight(setup, stage)
     full = [_layer_bytes(setup, layer, fused) for layer in layers]
     if setup.recompute_granularity == "full":
-        inputs = setup.hidden_size * element_size(setup) / _sequence_shards(setup)
+        inputs = setup.hidden_size * setup.element_size / setup.sequence_shards
         each = setup.recompute_num_layers or 1
         if setup.recompute_method == "block":
             recomputed = min(each, len(layers))
@@ -187,34 +183,34 @@ def in_flight(setup: Setup, stage: int) -> float:
     return min(held, setup.num_microbatches)
 
 
-def _sequence_shards(setup: Setup) -> int:
-    return setup.tensor_model_parallel_size if setup.sequence_parallel else 1
-
-
 def _layer_bytes(setup: Setup, layer: int, fused: bool) -> float:
     """Bytes a token that one layer keeps: what its norms, products, attention and activation go back by."""
-    s, t = setup, setup.tensor_model_parallel_size
-    D, H, G, d, size = s.hidden_size, s.num_attention_heads, s.groups, s.head_dim, element_size(setup)
+    s, t, size = setup, setup.tensor_model_parallel_size, setup.element_size
+    D, H, G, d = s.hidden_size, s.num_attention_heads, s.groups, s.head_dim
     selective = s.recompute_granularity == "selective" or s.recompute_activations
     skipped = set(s.recompute_modules or ["core_attn"]) if selective else set()
     # A fused norm keeps its input; separate operators its float32 copy and the normalised values.
     norm = size if fused else 8
-    kept = 2 * D * norm / _sequence_shards(s)
-    kept += 0 if "layernorm" in skipped else 2 * D * size / _sequence_shards(s)  # the norms' outputs
+    kept = 2 * D * norm / s.sequence_shards
+    kept += 0 if "layernorm" in skipped else 2 * D * size / s.sequence_shards  # the norms' outputs
     kept += 0 if fused or not s.qk_layernorm else (H + G) * d * norm / t
     # QKV's output, queries and keys turned by the rotary embedding, and the context.
     kept += (3 * H + 3 * G) * d * size / t
     if s.has_experts()[layer]:
-        if "moe" not in skipped:
-            # Tensor-parallel ranks of an expert see each other's tokens; other ranks keep their own.
-            k, width = s.moe_router_topk * s.expert_tensor_size / t, s.expert_ffn / s.expert_tensor_size
-            kept += (
-                k * (D + _ffn_elements(s, width, fused, weighted=True, redone="moe_act" in skipped)) * size
-            )
-        if (shared := s.moe_shared_expert_intermediate_size) and "shared_experts" not in skipped:
-            kept += _ffn_elements(s, shared / t, fused) * size
-    elif "mlp" not in skipped:
-        kept += _ffn_elements(s, s.ffn / t, fused) * size
+        return kept + _expert_elements(s, fused, skipped) * size
+    return kept + (0 if "mlp" in skipped else _ffn_elements(s, s.ffn / t, fused) * size)
+
+
+def _expert_elements(s: Setup, fused: bool, skipped: set[str]) -> float:
+    """Elements a token that a layer's experts keep, the shared one among them."""
+    kept, t = 0.0, s.tensor_model_parallel_size
+    if "moe" not in skipped:
+        # Tensor-parallel ranks of an expert see each other's tokens; other ranks keep their own.
+        choices, width = s.moe_router_topk * s.expert_tensor_size / t, s.expert_ffn / s.expert_tensor_size
+        inner = _ffn_elements(s, width, fused, weighted=True, redone="moe_act" in skipped)
+        kept += choices * (s.hidden_size + inner)
+    if (shared := s.moe_shared_expert_intermediate_size) and "shared_experts" not in skipped:
+        kept += _ffn_elements(s, shared / t, fused)
     return kept
 
 
@@ -240,14 +236,10 @@ def flops_per_token(setup: Setup) -> float:
     """
     s = setup
     D, H, G, d = s.hidden_size, s.num_attention_heads, s.groups, s.head_dim
-    gated = 3 if s.swiglu else 2
     attention = 2 * D * (2 * H + 2 * G) * d + 2 * s.sequence * H * d
-    forward = s.num_layers * attention + 2.0 * D * s.vocabulary
-    for moe in s.has_experts():
-        width = (
-            s.moe_router_topk * s.expert_ffn + (s.moe_shared_expert_intermediate_size or 0) if moe else s.ffn
-        )
-        forward += 2 * gated * D * width
+    experts = s.moe_router_topk * s.expert_ffn + (s.moe_shared_expert_intermediate_size or 0)
+    width = sum(experts if moe else s.ffn for moe in s.has_experts())
+    forward = s.num_layers * attention + 2.0 * D * s.vocabulary + 2 * (3 if s.swiglu else 2) * D * width
     return 3 * forward
 
 
@@ -265,41 +257,46 @@ class Communication:
 
 
 def communication(setup: Setup, stage: int) -> Communication:
-    counts = parameters(setup, stage)
-    experts = counts["experts"]
-    others = sum(counts.values()) - experts
-    # A reduce-scatter of gradients and an all-gather of weights, or an all-reduce of gradients.
-    each = gradient_size(setup) + (
-        setup.weight_gathers * element_size(setup)
-        if setup.use_distributed_optimizer
-        else gradient_size(setup)
-    )
-    over_others = setup.data_parallel_size * setup.context_parallel_size
-    over_experts = setup.expert_data_parallel_size
-    data = each * (others * (1 - 1 / over_others) + experts * (1 - 1 / over_experts))
-
     layers = setup.layers_of_stage(stage)
     moe = sum(setup.has_experts()[layer] for layer in layers)
-    t, e, P = (
-        setup.tensor_model_parallel_size,
-        setup.expert_model_parallel_size,
-        setup.pipeline_model_parallel_size,
-    )
-    hidden = tokens_on_gpu(setup) * setup.hidden_size * element_size(setup)  # of a micro-batch
-    steps = setup.num_microbatches
-    copies = setup.moe_router_topk * hidden / t  # of this rank's tokens, on their way to experts
-    to_experts = 4 * copies * (1 - 1 / e) * moe * steps
-    # With sequence parallelism five gathers or scatters for attention and for a dense or shared FFN each;
-    # else two all-reduces each, of twice the volume. Experts' tokens are gathered and, in the router's
-    # float32, scattered among the ranks that share an expert; the same backward.
-    shared = moe if setup.moe_shared_expert_intermediate_size else 0
-    times = (5 if setup.sequence_parallel else 4) * (2 * len(layers) - moe + shared)
-    of_experts = (2 + 2 * 4 / element_size(setup)) * copies * (setup.expert_tensor_size - 1) * moe
-    tensor = (times * hidden * (1 - 1 / t) + of_experts) * steps
+    hidden = tokens_on_gpu(setup) * setup.hidden_size * setup.element_size  # of a micro-batch
+    # Hidden states of this rank's tokens, once for each of their experts.
+    copies = setup.moe_router_topk * hidden / setup.tensor_model_parallel_size
+    to_experts = 4 * copies * (1 - 1 / setup.expert_model_parallel_size) * moe
     # Activations to the next stage and gradients to the one before, of every chunk but the model's ends.
-    sends = 2 * setup.virtual_stages - (stage == P - 1) - (stage == 0) if P > 1 else 0
-    pipeline = sends * hidden / _sequence_shards(setup) * steps
-    return Communication(data, to_experts, tensor, pipeline)
+    sends = 0
+    if setup.pipeline_model_parallel_size > 1:
+        sends = 2 * setup.virtual_stages - setup.is_last(stage) - (stage == 0)
+    steps = setup.num_microbatches
+    return Communication(
+        data_parallel=_sent_by_data_parallelism(setup, stage),
+        expert_parallel=to_experts * steps,
+        tensor_parallel=_sent_by_tensor_parallelism(setup, len(layers), moe, hidden, copies) * steps,
+        pipeline_parallel=sends * hidden / setup.sequence_shards * steps,
+    )
+
+
+def _sent_by_data_parallelism(setup: Setup, stage: int) -> float:
+    """In a step: gradients reduced and scattered, and weights gathered; or gradients reduced everywhere."""
+    experts, others = _experts_and_rest(setup, stage)
+    back = setup.gradient_size
+    if setup.use_distributed_optimizer:
+        back = setup.weight_gathers * setup.element_size
+    ring = others * (1 - 1 / setup.replicas) + experts * (1 - 1 / setup.expert_replicas)
+    return (setup.gradient_size + back) * ring
+
+
+def _sent_by_tensor_parallelism(setup: Setup, layers: int, moe: int, hidden: float, copies: float) -> float:
+    """For a micro-batch, by a stage of ``layers``, ``moe`` of them with experts.
+
+    With sequence parallelism five gathers or scatters for attention and for a dense or shared FFN each; else
+    two all-reduces each, of twice the volume. Experts' tokens are gathered and, in the router's float32,
+    scattered among the ranks that share an expert; the same backward.
+    """
+    shared = moe if setup.moe_shared_expert_intermediate_size else 0
+    times = (5 if setup.sequence_parallel else 4) * (2 * layers - moe + shared)
+    of_experts = (2 + 2 * 4 / setup.element_size) * copies * (setup.expert_tensor_size - 1) * moe
+    return times * hidden * (1 - 1 / setup.tensor_model_parallel_size) + of_experts
 
 
 class Plan:

@@ -3,10 +3,8 @@
 Of Megatron's arguments those that change no size are not read. Pure: imports neither torch nor Megatron.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,28 +13,37 @@ import yaml
 
 from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config import manifest, yaml_files
+from megatron_router_upcycling.config.expert_layers import layer_frequency
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.planning.setup import Setup
+from megatron_router_upcycling.planning.setup import Setup, flag_of
 
 # Megatron's switch -> the field that it negates.
 NEGATED = {"disable_bias_linear": "add_bias_linear"}
 # Where one of these is set, the model or its layout is not what a plan is for.
 NOT_COVERED = (
-    *(
-        "multi_latent_attention",
-        "mtp_num_layers",
-        "moe_latent_size",
-        "hybrid_layer_pattern",
-        "attention_output_gate",
-    ),
-    *("heterogeneous_layers_config_path", "experimental_attention_variant", "pipeline_model_parallel_layout"),
-    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "use_megatron_fsdp"),
-    *("use_torch_fsdp2", "use_precision_aware_optimizer", "optimizer_cpu_offload", "fp8_param_gather"),
-    *("fine_grained_activation_offloading", "cpu_offloading_num_layers", "distribute_saved_activations"),
-    *("tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"),
+    "multi_latent_attention",
+    "mtp_num_layers",
+    "moe_latent_size",
+    "hybrid_layer_pattern",
+    "attention_output_gate",
+    "heterogeneous_layers_config_path",
+    "experimental_attention_variant",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "use_megatron_fsdp",
+    "use_torch_fsdp2",
+    "use_precision_aware_optimizer",
+    "optimizer_cpu_offload",
+    "fp8_param_gather",
+    "fine_grained_activation_offloading",
+    "cpu_offloading_num_layers",
+    "distribute_saved_activations",
+    "tensor_parallel_num_weight_shards",
+    "expert_tensor_parallel_num_weight_shards",
 )
-# A name as near as this to one that is read here is misspelt, but for these of Megatron's own.
+# A name so like one that is read here is taken for a misspelt one, but for these of Megatron's own.
 SIMILAR, OTHERS = 0.89, {"pad_vocab_size"}
 
 
@@ -48,102 +55,88 @@ def read(config_file: Path | None, load: Path | None, flags: Sequence[str], worl
             not cover.
     """
     entries: dict[str, Any] = yaml_files.read_yaml(config_file) if config_file else {"upcycling": {}}
-    section = config_flags.section_defaults(entries.pop("upcycling"), str(config_file))
+    router = config_flags.section_defaults(entries.pop("upcycling"), str(config_file))
     values = entries | _parse(flags)
-    section |= {name: values.pop(name) for name in config_flags.SECTION if name in values}
-    load = load or values.get("load")
-    recorded = manifest.read(load) if load else None
-    if load and recorded is None:
+    router |= {name: values.pop(name) for name in config_flags.SECTION if name in values}
+    if load := load or values.get("load"):
+        recorded, made = _read_manifest(load)
+        values, router = recorded | values, made | router
+    return from_values(values | {"world_size": world_size}, router, str(config_file or load))
+
+
+def _read_manifest(load: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Megatron's arguments and the router's options that a converted checkpoint records."""
+    recorded = manifest.read(load)
+    if recorded is None:
         what = f"holds no {manifest.NAME}" if Path(load).is_dir() else "no such folder"
         raise UserError(f"--load {load}: {what}; name the root folder of a checkpoint that convert made")
-    router: dict[str, Any] = {}
-    if recorded:
-        values = recorded["model"] | values
-        if isinstance(recorded.get("router"), dict):
-            made = manifest.router_config(recorded, str(load))
-            values |= {
-                name: getattr(made, field) for name, field in config_flags.SHARED_WITH_MEGATRON.items()
-            }
-            router = made.to_dict()
-    return from_values(values | {"world_size": world_size}, router | section, str(config_file or load))
+    if not isinstance(recorded.get("router"), dict):
+        return recorded["model"], {}
+    router = manifest.router_config(recorded, str(load))
+    shared = config_flags.SHARED_WITH_MEGATRON.items()
+    return recorded["model"] | {name: getattr(router, field) for name, field in shared}, router.to_dict()
 
 
 def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> Setup:
     """A Setup from Megatron's arguments (other names in ``values`` are left alone) and router options."""
-    known = {field.name: field for field in dataclasses.fields(Setup)}
+    known = {field.name: field.type for field in dataclasses.fields(Setup) if field.name != "router"}
     taken: dict[str, Any] = {}
     for name, value in values.items():
         near = difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR) if name not in known else []
         if near and name not in OTHERS:
             raise UserError(f"{source}: unknown argument {name!r}; did you mean {near[0]!r}?")
         if (name in NOT_COVERED and value) or (name == "optimizer" and value not in (None, "adam")):
-            raise UserError(f"{source}: --{name.replace('_', '-')} is not covered by plan and --rehearse")
+            raise UserError(f"{source}: {flag_of(name)} is not covered by plan and --rehearse")
         if name in NEGATED:
             taken[NEGATED[name]] = not value
-        elif name in known and name != "router" and value is not None:
-            taken[name] = _checked(name, value, known[name].type, source)
+        elif name in known and value is not None:
+            taken[name] = _checked(name, value, known[name], source)
     setup = Setup(**taken)
     if setup.num_experts is None:
         return setup
-    options = {
-        name: router[name]
-        for name in (field.name for field in dataclasses.fields(RouterConfig))
-        if router.get(name) is not None
-    }
+    names = [field.name for field in dataclasses.fields(RouterConfig)]
+    options = {name: router[name] for name in names if router.get(name) is not None}
     options |= {"num_experts": setup.num_experts, "top_k": setup.moe_router_topk}
     return dataclasses.replace(setup, router=RouterConfig.from_dict({"router": "linear"} | options, source))
 
 
 def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
     """``value`` as the field's type takes it."""
-    flag = f"{source}: --{name.replace('_', '-')} {value}"
+    flag = f"{source}: {flag_of(name)}"
     if value is True and kind is not bool:
-        raise UserError(f"{source}: --{name.replace('_', '-')}: needs a value")
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise UserError(f"{flag}: is a switch; true or false")
-    elif name == "moe_layer_freq":
-        return _layers(value, flag)
-    elif kind in (int, int | None) and (isinstance(value, bool) or not isinstance(value, int)):
-        raise UserError(f"{flag}: must be a whole number")
-    elif kind == list[str] | None and not isinstance(value, list):
+        raise UserError(f"{flag}: needs a value")
+    if name == "moe_layer_freq":
+        return layer_frequency(value, flag)
+    if kind is bool and not isinstance(value, bool):
+        raise UserError(f"{flag} {value}: is a switch; true or false")
+    if kind in (int, int | None) and (isinstance(value, bool) or not isinstance(value, int)):
+        raise UserError(f"{flag} {value}: must be a whole number")
+    if kind == list[str] | None and not isinstance(value, list):
         return [str(value)]
     return value
 
 
-def _layers(value: Any, flag: str) -> int | list[int]:
-    """``--moe-layer-freq``: a number, or a list as Megatron takes it, such as ``([0]+[1]*3)*2``."""
-    if isinstance(value, str) and re.fullmatch(r"[\d\[\]()+*,]+", value):
-        with contextlib.suppress(SyntaxError, TypeError):
-            value = eval(value)  # nothing but numbers and lists of them can stand there
-    numbers = value if isinstance(value, list) else [value]
-    if not all(type(number) is int and number >= isinstance(value, int) for number in numbers):
-        raise UserError(
-            f"{flag}: must be a number, or a list with a 0 or 1 for each layer, as in ([0]+[1]*3)*2"
-        )
-    return value
-
-
 def _parse(flags: Sequence[str]) -> dict[str, Any]:
-    """Megatron's flags as argument names and values, read as YAML's where they are; several are a list."""
-    found: dict[str, Any] = {}
+    """Megatron's flags as argument names and values; several values are a list, none is True."""
+    found: dict[str, list[Any]] = {}
     name = None
     for word in flags:
         if word.startswith("--"):
             name, _, value = word[2:].replace("-", "_").partition("=")
-            found[name] = [value] if value else []
+            found[name] = [_value(value)] if value else []
         elif name is None:
             raise UserError(f"{word}: belongs to no flag; flags of Megatron begin with --")
         else:
-            found[name].append(word)
-    read = {name: [_value(word) for word in words] for name, words in found.items()}
+            found[name].append(_value(word))
     return {
-        name: True if not words else words[0] if len(words) == 1 else words for name, words in read.items()
+        name: True if not values else values[0] if len(values) == 1 else values
+        for name, values in found.items()
     }
 
 
 def _value(word: str) -> Any:
+    """A flag's value as YAML would read it, or as it stands."""
     try:
         return yaml.safe_load(word)
-    except yaml.YAMLError:  # [0]+[1]*3
+    except (yaml.YAMLError, RecursionError):  # as of [0]+[1]*3
         return word

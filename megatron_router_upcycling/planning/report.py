@@ -1,6 +1,7 @@
 """A plan as text, its warnings, and as JSON."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_router_upcycling.planning.figures import (
@@ -16,58 +17,65 @@ from megatron_router_upcycling.planning.setup import Setup
 
 UTILISATIONS = (0.35, 0.45)
 USUAL_GPUS_PER_NODE = 8
+SENT_BY = {
+    "data_parallel": "data parallel",
+    "expert_parallel": "expert parallel",
+    "tensor_parallel": "tensor parallel",
+    "pipeline_parallel": "pipeline",
+}
 HEADROOM = 0.9  # of a GPU's memory; the rest is CUDA's, NCCL's and fragmentation's
 
 
-def warnings(plan: Plan, gpu_memory_gib: float, peak_tflops: float) -> list[str]:
+def warnings(plan: Plan, gpu_memory_gib: float) -> list[str]:
     """What works but deserves a second look; each names a flag."""
-    s = plan.setup
-    found = []
-    need = memory(s, plan.fullest).total / GIB
+    found = [*_layout_warnings(plan.setup), *_switch_warnings(plan)]
+    need = memory(plan.setup, plan.fullest).total / GIB
     if HEADROOM * gpu_memory_gib < need <= gpu_memory_gib:
-        found.append(
+        found.insert(
+            0,
             f"--gpu-memory-gib {gpu_memory_gib:g}: the estimate of {need:.1f} GiB leaves little for CUDA,"
-            " NCCL and fragmentation"
+            " NCCL and fragmentation",
         )
-    experts = s.expert_model_parallel_size * s.expert_tensor_size
-    for within, flags in (
-        (s.tensor_model_parallel_size, "--tensor-model-parallel-size"),
-        (experts, "--expert-model-parallel-size x --expert-tensor-parallel-size"),
-    ):
-        if within > USUAL_GPUS_PER_NODE:
-            found.append(
-                f"{flags}: {within} are more than the {USUAL_GPUS_PER_NODE} GPUs of a node, so that every"
-                " layer talks between nodes"
-            )
-            break
+    return found
+
+
+def _layout_warnings(s: Setup) -> Iterator[str]:
+    sizes = {
+        "--tensor-model-parallel-size": s.tensor_model_parallel_size,
+        "--expert-model-parallel-size x --expert-tensor-parallel-size": s.expert_ranks,
+    }
+    if wide := next((flags for flags, size in sizes.items() if size > USUAL_GPUS_PER_NODE), None):
+        yield (
+            f"{wide}: {sizes[wide]} are more than the {USUAL_GPUS_PER_NODE} GPUs of a node, so that every"
+            " layer talks between nodes"
+        )
     P = s.pipeline_model_parallel_size
     if P > 1 and s.num_microbatches < 4 * P:
         bubble = (P - 1) / (s.virtual_stages * s.num_microbatches + P - 1)
-        found.append(
+        yield (
             f"--global-batch-size {s.batch}: {s.num_microbatches} micro-batches over {P} pipeline stages"
             f" leave them idle {bubble:.0%} of the time"
         )
+
+
+def _switch_warnings(plan: Plan) -> Iterator[str]:
+    s = plan.setup
     if s.data_parallel_size > 1 and not s.use_distributed_optimizer:
-        found.append("--use-distributed-optimizer: is off; every GPU keeps all optimizer states")
+        yield "--use-distributed-optimizer: is off; every GPU keeps all optimizer states"
     if s.use_distributed_optimizer and s.weight_gathers > 1:
-        found.append(
+        yield (
             "--overlap-param-gather: is off; with expert parallelism Megatron then gathers all weights twice"
             " a step (it needs --overlap-grad-reduce)"
         )
     if not (s.bf16 or s.fp16):
-        found.append("--bf16: is off; float32 needs twice the memory and several times the time")
+        yield "--bf16: is off; float32 needs twice the memory and several times the time"
     if not plan.tokens:
-        found.append("--train-iters: is not given, so that the run's length is not known")
-    if (
-        s.num_experts
-        and s.num_experts // s.expert_model_parallel_size == 1
-        and s.expert_model_parallel_size > 1
-    ):
-        found.append(
+        yield "--train-iters: is not given, so that the run's length is not known"
+    if s.num_experts == s.expert_model_parallel_size > 1:
+        yield (
             f"--expert-model-parallel-size {s.expert_model_parallel_size}: one expert a GPU; an uneven router"
             " leaves some GPUs waiting"
         )
-    return found
 
 
 def too_large(plan: Plan, gpu_memory_gib: float) -> str | None:
@@ -112,7 +120,7 @@ def as_json(plan: Plan, gpu_memory_gib: float, peak_tflops: float) -> dict[str, 
         "flops_per_token": flops_per_token(s),
         "tokens": plan.tokens,
         "seconds": {str(u): plan.seconds(u, peak_tflops, plan.tokens) for u in UTILISATIONS},
-        "warnings": warnings(plan, gpu_memory_gib, peak_tflops),
+        "warnings": warnings(plan, gpu_memory_gib),
     }
 
 
@@ -127,73 +135,64 @@ def _gib(count: float) -> str:
     return f"{count / GIB:.2f} GiB"
 
 
-def _model(s: Setup) -> str:
+def describe(plan: Plan, gpu_memory_gib: float, peak_tflops: float) -> str:
+    """The whole plan, for people."""
+    lines = _model(plan.setup)
+    for stage in range(plan.setup.pipeline_model_parallel_size):
+        if stage in plan.stages or stage == plan.fullest:
+            lines += _stage(plan.setup, stage, gpu_memory_gib)
+    lines += _speed(plan, peak_tflops)
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in warnings(plan, gpu_memory_gib))])
+
+
+def _model(s: Setup) -> list[str]:
+    """The model, and its layout over the GPUs."""
     total, active = total_and_active(s)
     experts = ""
     if s.num_experts and s.router:
         kind = f"{s.router.num_routers} routers, {s.router.pooling}" if s.router.num_routers else "no mixture"
         experts = f", {s.num_experts} experts, top {s.moe_router_topk}, router {s.router.router} ({kind})"
-    return (
+    return [
         f"model      {s.num_layers} layers, hidden {s.hidden_size}, {s.num_attention_heads} heads of"
-        f" {s.head_dim} in {s.groups} groups, FFN {s.ffn}, vocabulary {s.vocabulary}{experts}\n"
-        f"           {_size(total)} parameters ({total}), {_size(active)} active a token"
-    )
+        f" {s.head_dim} in {s.groups} groups, FFN {s.ffn}, vocabulary {s.vocabulary}{experts}",
+        f"           {_size(total)} parameters ({total}), {_size(active)} active a token",
+        f"layout     {s.world_size} GPUs: TP {s.tensor_model_parallel_size},"
+        f" PP {s.pipeline_model_parallel_size}, CP {s.context_parallel_size},"
+        f" EP {s.expert_model_parallel_size}, DP {s.data_parallel_size}; {s.batch} x {s.sequence} tokens a"
+        f" step in {s.num_microbatches} micro-batches of {s.micro_batch}",
+    ]
 
 
-def describe(plan: Plan, gpu_memory_gib: float, peak_tflops: float) -> str:
-    """The whole plan, for people."""
-    s = plan.setup
-    lines = [_model(s)]
-    sizes = (
-        ("TP", s.tensor_model_parallel_size),
-        ("PP", s.pipeline_model_parallel_size),
-        ("CP", s.context_parallel_size),
-        ("EP", s.expert_model_parallel_size),
-        ("DP", s.data_parallel_size),
-    )
-    layout = ", ".join(f"{name} {size}" for name, size in sizes)
-    lines.append(
-        f"layout     {s.world_size} GPUs: {layout}; {s.batch} x {s.sequence} tokens a step in"
-        f" {s.num_microbatches} micro-batches of {s.micro_batch}"
-    )
-    for stage in range(s.pipeline_model_parallel_size):
-        if stage not in plan.stages and stage != plan.fullest:
-            continue
-        counts, need = parameters(s, stage), memory(s, stage)
-        where = f" (pipeline rank {stage})" if s.pipeline_model_parallel_size > 1 else ""
-        parts = ", ".join(f"{part} {_size(count)}" for part, count in counts.items() if count)
-        lines.append(f"per GPU{where}  {sum(counts.values())} parameters: {parts}")
-        lines.append(
-            f"memory     weights {_gib(need.weights)}, gradients {_gib(need.gradients)}, optimizer"
-            f" {_gib(need.optimizer)}, activations ~{_gib(need.activations)}, logits ~{_gib(need.logits)}:"
-            f" ~{_gib(need.total)} of {gpu_memory_gib:g}"
-        )
-        sent = communication(s, stage)
-        amounts = ", ".join(
-            f"{name} {_gib(amount)}"
-            for name, amount in (
-                ("data parallel", sent.data_parallel),
-                ("expert parallel", sent.expert_parallel),
-                ("tensor parallel", sent.tensor_parallel),
-                ("pipeline", sent.pipeline_parallel),
-            )
-            if amount
-        )
-        lines.append(f"sent a step  ~{amounts or 'nothing'}")
-    flops = flops_per_token(s)
-    lines.append(
+def _stage(s: Setup, stage: int, gpu_memory_gib: float) -> list[str]:
+    """What one GPU of a pipeline rank holds and sends."""
+    counts, need = parameters(s, stage), memory(s, stage)
+    where = f" (pipeline rank {stage})" if s.pipeline_model_parallel_size > 1 else ""
+    parts = ", ".join(f"{part} {_size(count)}" for part, count in counts.items() if count)
+    sent = dataclasses.asdict(communication(s, stage))
+    amounts = ", ".join(f"{SENT_BY[kind]} {_gib(amount)}" for kind, amount in sent.items() if amount)
+    return [
+        f"per GPU{where}  {sum(counts.values())} parameters: {parts}",
+        f"memory     weights {_gib(need.weights)}, gradients {_gib(need.gradients)}, optimizer"
+        f" {_gib(need.optimizer)}, activations ~{_gib(need.activations)}, logits ~{_gib(need.logits)}:"
+        f" ~{_gib(need.total)} of {gpu_memory_gib:g}",
+        f"sent a step  ~{amounts or 'nothing'}",
+    ]
+
+
+def _speed(plan: Plan, peak_tflops: float) -> Iterator[str]:
+    """Arithmetic, and what it takes at usual shares of the GPUs' peak."""
+    s, flops = plan.setup, flops_per_token(plan.setup)
+    step = s.batch * s.sequence
+    yield (
         f"arithmetic  {flops / 1e9:.2f} GFLOP a token (forward and backward), "
-        f"{flops * s.batch * s.sequence / 1e15:.2f} PFLOP a step"
+        f"{flops * step / 1e15:.2f} PFLOP a step"
     )
     length = f"{_size(plan.tokens)} tokens in {s.steps} steps" if plan.tokens else "100 B tokens"
     for share in UTILISATIONS:
         rate = share * peak_tflops * 1e12 / flops
-        seconds = plan.seconds(share, peak_tflops, plan.tokens or 100e9)
-        lines.append(
+        hours = plan.seconds(share, peak_tflops, plan.tokens or 100e9) / 3600
+        yield (
             f"at {share:.0%} of {peak_tflops:g} TFLOP/s  {share * peak_tflops:.0f} TFLOP/s and {rate:,.0f}"
             f" tokens/s a GPU, {rate * s.world_size:,.0f} tokens/s in all,"
-            f" {plan.seconds(share, peak_tflops, s.batch * s.sequence):.2f} s a step;"
-            f" {length}: {seconds / 3600:.1f} hours"
+            f" {plan.seconds(share, peak_tflops, step):.2f} s a step; {length}: {hours:.1f} hours"
         )
-    lines += [f"warning: {warning}" for warning in warnings(plan, gpu_memory_gib, peak_tflops)]
-    return "\n".join(lines)

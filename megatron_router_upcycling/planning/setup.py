@@ -3,10 +3,12 @@
 Pure: imports neither torch nor Megatron.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_router_upcycling.config import expert_layers
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 
@@ -70,8 +72,6 @@ class Setup:
     recompute_modules: list[str] | None = None
     router: RouterConfig | None = None
 
-    # Derived sizes ------------------------------------------------------------------------------
-
     @property
     def model_parallel_size(self) -> int:
         return (
@@ -87,10 +87,19 @@ class Setup:
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
-    def expert_data_parallel_size(self) -> int:
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters, experts aside."""
+        return self.data_parallel_size * self.context_parallel_size
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks over which a layer's experts are spread."""
+        return self.expert_model_parallel_size * self.expert_tensor_size
+
+    @property
+    def expert_replicas(self) -> int:
         """Ranks that hold the same experts."""
-        sizes = self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
-        return self.world_size // sizes
+        return self.world_size // (self.expert_ranks * self.pipeline_model_parallel_size)
 
     @property
     def weight_gathers(self) -> int:
@@ -100,6 +109,21 @@ class Setup:
         overlaps with the forward pass, each of them gathers everything (seen in rehearsals of 0.19).
         """
         return 2 if self.expert_model_parallel_size > 1 and not self.overlap_param_gather else 1
+
+    @property
+    def sequence_shards(self) -> int:
+        """Parts that sequence parallelism cuts hidden states into."""
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.bf16 or self.fp16 else 4
+
+    @property
+    def gradient_size(self) -> int:
+        """Bytes of a gradient as data parallelism reduces it: float32 but for --grad-reduce-in-bf16."""
+        return 2 if self.bf16 and self.grad_reduce_in_bf16 else 4
 
     @property
     def num_microbatches(self) -> int:
@@ -162,14 +186,14 @@ class Setup:
             return max(1, per_rank // self.num_layers_per_virtual_pipeline_stage)
         return self.num_virtual_stages_per_pipeline_rank or 1
 
+    def is_last(self, stage: int) -> bool:
+        return stage == self.pipeline_model_parallel_size - 1
+
     def has_experts(self) -> list[bool]:
         """For each layer, whether it has experts (``moe_layer_freq``)."""
         if self.num_experts is None:
             return [False] * self.num_layers
-        frequency = self.moe_layer_freq
-        if isinstance(frequency, int):
-            return [layer % frequency == 0 for layer in range(self.num_layers)]
-        return [bool(moe) for moe in frequency]
+        return expert_layers.has_experts(self.moe_layer_freq, self.num_layers)
 
     def layers_of_stage(self, stage: int) -> list[int]:
         """The layers that pipeline rank ``stage`` holds, over all of its model chunks."""
@@ -187,103 +211,130 @@ class Setup:
         return found
 
 
-def problems(setup: Setup, gpus: str = "--gpus") -> Iterator[str]:
-    """What cannot work, most basic first; each names a flag and what would work.
+# What a plan cannot do without, but for the number of GPUs.
+NEEDED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "micro_batch_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "num_query_groups",
+)
 
-    ``gpus`` is the flag that the number of GPUs was given by.
+
+def check(setup: Setup, gpus: str = "--gpus") -> None:
+    """Raise UserError for the first thing that cannot work; it names a flag and what would work.
+
+    Args:
+        gpus: the flag that gave the number of GPUs.
     """
-    s = setup
-    tp, pp, cp, ep = (
-        s.tensor_model_parallel_size,
-        s.pipeline_model_parallel_size,
-        s.context_parallel_size,
-        s.expert_model_parallel_size,
-    )
-    for name in (
-        *("world_size", "num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"),
-        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
-        *("expert_model_parallel_size", "num_query_groups"),
-    ):
+    # Each may count on those before it.
+    checks = (_check_numbers, _check_gpus, _check_experts, _check_stages, _check_widths, _check_tokens)
+    for problem in itertools.chain.from_iterable(check(setup, gpus) for check in checks):
+        raise UserError(problem)
+
+
+def flag_of(name: str) -> str:
+    """The flag of one of Megatron's arguments."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_numbers(s: Setup, gpus: str) -> Iterator[str]:
+    if s.world_size < 1:
+        yield f"{gpus} {s.world_size}: must be at least 1"
+    for name in NEEDED:
         value = getattr(s, name)
-        flag = gpus if name == "world_size" else f"--{name.replace('_', '-')}"
-        if not value and name != "world_size":
-            yield f"{flag}: is missing or 0; give it in the YAML file, as a flag, or by --load CHECKPOINT"
-            return
-        if value < 1:
-            yield f"{flag} {value}: must be at least 1"
-            return
+        if not value:
+            where = "in the YAML file, as a flag, or by --load CHECKPOINT"
+            yield f"{flag_of(name)}: is missing or 0; give it {where}"
+        elif value < 1:
+            yield f"{flag_of(name)} {value}: must be at least 1"
     if s.vocab_size is None and s.padded_vocab_size is None:
         yield "--vocab-size: is not in the YAML file (it comes with the tokenizer); give the number of tokens"
-        return
+
+
+def _check_gpus(s: Setup, gpus: str) -> Iterator[str]:
     if s.world_size % s.model_parallel_size:
+        tp, pp, cp = s.tensor_model_parallel_size, s.pipeline_model_parallel_size, s.context_parallel_size
         yield (
             f"{gpus} {s.world_size}: is not divisible by --tensor-model-parallel-size {tp} x"
             f" --pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = {s.model_parallel_size};"
             f" {_multiples(s.model_parallel_size, s.world_size)} would be"
         )
+
+
+def _check_experts(s: Setup, gpus: str) -> Iterator[str]:
+    n, ep = s.num_experts, s.expert_model_parallel_size
+    flag = f"--expert-model-parallel-size {ep}"
+    if n is None:
+        if ep > 1:
+            yield f"{flag}: the model has no experts; leave it out"
         return
-    if s.num_experts is None and ep > 1:
-        yield f"--expert-model-parallel-size {ep}: the model has no experts; leave it out"
-        return
-    if s.num_experts is not None and s.num_experts % ep:
+    if n % ep:
+        yield f"{flag}: does not divide the {n} experts; use one of {_divisors(n)}"
+    needed = s.expert_ranks * s.pipeline_model_parallel_size
+    if s.world_size % needed:
         yield (
-            f"--expert-model-parallel-size {ep}: does not divide the {s.num_experts} experts; use one of"
-            f" {_divisors(s.num_experts)}"
+            f"{flag}: {s.world_size} GPUs are not divisible by --expert-tensor-parallel-size"
+            f" {s.expert_tensor_size} x EP {ep} x PP {s.pipeline_model_parallel_size} = {needed}"
         )
-    expert_size = s.expert_tensor_size * ep * pp
-    if s.num_experts is not None and s.world_size % expert_size:
-        yield (
-            f"--expert-model-parallel-size {ep}: {s.world_size} GPUs are not divisible by"
-            f" --expert-tensor-parallel-size {s.expert_tensor_size} x EP {ep} x PP {pp} = {expert_size}"
-        )
-    uneven = s.decoder_first_pipeline_num_layers or s.decoder_last_pipeline_num_layers
-    each = s.num_layers_per_virtual_pipeline_stage
+
+
+def _check_stages(s: Setup, gpus: str) -> Iterator[str]:
+    pp, each = s.pipeline_model_parallel_size, s.num_layers_per_virtual_pipeline_stage
     if each and s.num_layers // pp % each:
         yield (
             f"--num-layers-per-virtual-pipeline-stage {each}: does not divide the {s.num_layers // pp} layers"
             f" of a pipeline stage; use one of {_divisors(s.num_layers // pp)}"
         )
-    elif sum(len(s.layers_of_stage(stage)) for stage in range(pp)) != s.num_layers:
+    if sum(len(s.layers_of_stage(stage)) for stage in range(pp)) != s.num_layers:
         what = f" x {s.virtual_stages} virtual stages" if s.virtual_stages > 1 else ""
-        what += " beside the uneven first and last stage" if uneven else ""
+        if s.decoder_first_pipeline_num_layers or s.decoder_last_pipeline_num_layers:
+            what += " beside the uneven first and last stage"
         hint = "" if what else f"; use one of {_divisors(s.num_layers)}"
         yield f"--pipeline-model-parallel-size {pp}{what}: does not divide the {s.num_layers} layers{hint}"
+
+
+def _check_widths(s: Setup, gpus: str) -> Iterator[str]:
+    tp, etp = s.tensor_model_parallel_size, s.expert_tensor_size
+    flag = f"--tensor-model-parallel-size {tp}"
     for count, name in ((s.num_attention_heads, "attention heads"), (s.groups, "query groups")):
         if count % tp:
-            yield (
-                f"--tensor-model-parallel-size {tp}: does not divide the {count} {name};"
-                f" use one of {_divisors(count)}"
-            )
-            break
+            yield f"{flag}: does not divide the {count} {name}; use one of {_divisors(count)}"
     for width, name in ((s.ffn, "FFN's width"), (s.vocabulary, "vocabulary of")):
         if width % tp:
-            yield f"--tensor-model-parallel-size {tp}: does not divide the {name} {width}"
-    if s.num_experts is not None and s.expert_ffn % s.expert_tensor_size:
-        yield (
-            f"--expert-tensor-parallel-size {s.expert_tensor_size}: does not divide the experts' width"
-            f" {s.expert_ffn}"
-        )
-    if s.num_experts is not None and len(s.has_experts()) != s.num_layers:
-        yield f"--moe-layer-freq: lists {len(s.has_experts())} layers; the model has {s.num_layers}"
+            yield f"{flag}: does not divide the {name} {width}"
+    if s.num_experts is not None:
+        if s.expert_ffn % etp:
+            yield f"--expert-tensor-parallel-size {etp}: does not divide the experts' width {s.expert_ffn}"
+        if len(s.has_experts()) != s.num_layers:
+            yield f"--moe-layer-freq: lists {len(s.has_experts())} layers; the model has {s.num_layers}"
     if s.num_attention_heads % s.groups:
         yield f"--num-query-groups {s.groups}: does not divide the {s.num_attention_heads} attention heads"
     if s.num_experts is not None and tp > 1 and not s.sequence_parallel:
-        yield f"--tensor-model-parallel-size {tp}: with experts Megatron needs --sequence-parallel beside it"
+        yield f"{flag}: with experts Megatron needs --sequence-parallel beside it"
+
+
+def _check_tokens(s: Setup, gpus: str) -> Iterator[str]:
+    tp, pp, cp = s.tensor_model_parallel_size, s.pipeline_model_parallel_size, s.context_parallel_size
     step = s.micro_batch * s.data_parallel_size
     if s.batch % step:
         yield (
             f"--global-batch-size {s.batch}: is not divisible by --micro-batch-size {s.micro_batch} x data"
             f" parallel size {s.data_parallel_size} = {step}; {_multiples(step, s.batch)} would be"
         )
-    elif s.virtual_stages > 1 and s.num_microbatches % pp:
+    if s.virtual_stages > 1 and s.num_microbatches % pp:
         yield (
             f"--global-batch-size {s.batch}: makes {s.num_microbatches} micro-batches, which virtual pipeline"
             f" stages need to be a multiple of --pipeline-model-parallel-size {pp}"
         )
     if s.max_position_embeddings is not None and s.max_position_embeddings < s.sequence:
         yield f"--seq-length {s.sequence}: is more than --max-position-embeddings {s.max_position_embeddings}"
-    split = s.sequence / (2 * cp if cp > 1 else 1) / (tp if s.sequence_parallel else 1)
-    if split != int(split):
+    if s.sequence % ((2 * cp if cp > 1 else 1) * (tp if s.sequence_parallel else 1)):
         yield f"--seq-length {s.sequence}: is not divisible over context parallel {cp} x tensor parallel {tp}"
 
 
@@ -294,9 +345,3 @@ def _divisors(number: int) -> str:
 def _multiples(of: int, near: int) -> str:
     low = near // of * of
     return " or ".join(str(value) for value in (low, low + of) if value)
-
-
-def check(setup: Setup, gpus: str = "--gpus") -> None:
-    """Raise UserError for the first thing that cannot work."""
-    for problem in problems(setup, gpus):
-        raise UserError(problem)

@@ -10,6 +10,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.training.patches import patching
 
 # apex's extension that Megatron's output layer needs for --gradient-accumulation-fusion, on by default.
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
@@ -72,13 +73,9 @@ def use_built_dataset_helper() -> None:
     """
     from megatron.core.datasets import utils
 
-    if not hasattr(utils, "compile_helpers"):
-        raise RuntimeError(
-            "device: megatron.core.datasets.utils.compile_helpers does not exist in this version of"
-            " megatron-core; tested with 0.19"
-        )
+    patching.find("device", utils, "compile_helpers")
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
-        utils.compile_helpers = lambda: None
+        patching.replace("device", utils, "compile_helpers", lambda: None)
 
 
 def adapt(args: Namespace, device: str) -> str | None:
@@ -116,7 +113,7 @@ def _set(args: Namespace, needed: dict[str, Any], platform: str, note: str = "")
     changed = []
     for name, value in needed.items():
         if not hasattr(args, name):
-            raise RuntimeError(f"device: Megatron no longer has the argument {name!r}; tested with 0.19")
+            raise patching.changed("device", f"Megatron's argument {name!r} does not exist")
         if getattr(args, name) != value:
             setattr(args, name, value)
             changed.append(f"{name}={value}")

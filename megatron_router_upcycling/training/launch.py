@@ -1,24 +1,28 @@
-"""Files and flags into a run that is ready to start."""
+"""Files and flags into a run that is ready to start: ``parse``, ``merge``, ``adapt`` and ``validate``.
+
+``prepare`` does the four for training. A rehearsal (``planning.rehearsal``) takes the same steps and changes
+the arguments before they are validated.
+"""
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_router_upcycling.config import agreement, manifest, yaml_files
+from megatron_router_upcycling.config import agreement, manifest
 from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import Parser, UserError, reason
-from megatron_router_upcycling.planning.setup import Setup
+from megatron_router_upcycling.files import existing
 from megatron_router_upcycling.training import device
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
@@ -28,120 +32,189 @@ class Run:
     args: Namespace
     router: RouterConfig | None
     load: str | None = None  # the checkpoint to start from
-    rehearsed: Setup | None = None  # with --rehearse: the run as it is configured
 
 
 @dataclass(frozen=True)
-class Early:
-    """What is known before Megatron is imported, which takes seconds and prints warnings."""
+class Request:
+    """What a run is asked for, as far as that is known before Megatron is imported (which takes seconds)."""
 
-    flags: Namespace  # this package's, and those that name checkpoints, the YAML file's among them
-    entries: dict[str, Any]  # the YAML file's Megatron arguments
-    section: dict[str, Any]  # of its ``upcycling:`` section what stands as flags' defaults
-    start: dict[str, Any]  # that section whole
+    argv: list[str]
+    flags: Namespace  # this package's, and those that name checkpoints; the YAML file's values are in them
+    entries: dict[str, Any]  # the YAML file's values of flags, this package's among them
+    start: dict[str, Any]  # of its ``upcycling:`` section what says how the model was to be converted
 
 
-def read_early(argv: list[str]) -> Early:
-    """Read the YAML file and the flags that are not Megatron's.
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run starts from, and its manifest (or that of ``--pretrained-checkpoint``)."""
 
-    Raises:
-        UserError: the file, or a value of such a flag, is not what it should be.
-    """
-    parser = Parser(add_help=False, allow_abbrev=False)
-    config_flags.add_arguments(parser)
-    for flag in ("--load", "--save", "--pretrained-checkpoint", "--ckpt-step"):
-        parser.add_argument(flag)
-    path = parser.parse_known_args(argv)[0].config
-    entries = yaml_files.read_yaml(path) if path else {"upcycling": {}}
-    start = entries.pop("upcycling")
-    section = config_flags.section_defaults(start, path)
-    known = {
-        name: value
-        for name, value in (entries | section).items()
-        if f"--{name.replace('_', '-')}" in parser._option_string_actions
-    }
-    config_flags.set_defaults(parser, known, path)
-    return Early(parser.parse_known_args(argv)[0], entries, section, start)
+    load: str | None
+    recorded: dict[str, Any] | None = None
+    source: str | None = None  # the folder of the manifest
+    router: RouterConfig | None = None  # the manifest's
 
 
 def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     """Parse and validate everything, choose the device, and set Megatron's global arguments.
 
-    Manifest, YAML file and flags are merged in that order; flags that this platform needs are set; one
-    line on rank 0 says which.
+    Args:
+        argv: this package's flags and Megatron's.
+        needs_checkpoint: the run reads the checkpoint in ``--load`` and trains and saves nothing.
 
     Raises:
         UserError: anything in the flags, the YAML file or the checkpoint that cannot work.
     """
-    early = read_early(argv)
-    flags, entries, section = early.flags, early.entries, early.section
-    _start_alone(flags)
-    # A reader of checkpoints takes the one that is named.
-    reads = needs_checkpoint or flags.rehearse is not None
-    if flags.save and not reads:
-        _check_writable(flags.save)
-    load = _resume_or_load(flags.load, None if reads else flags.save)
-    if needs_checkpoint and load is None:
+    request = parse(argv)
+    save = None if needs_checkpoint else request.flags.save
+    if save:
+        _check_writable(save)
+    origin = find_origin(request, save)
+    if needs_checkpoint and origin.load is None:
         raise UserError("--load: name the dense checkpoint to read")
-    recorded, source = agreement.find_manifest((load, flags.pretrained_checkpoint))
-    agreement.check_start(early.start, recorded, source)
+    if "RANK" not in os.environ:
+        stand_alone()
+    place = device.choose(request.flags.device)
+    args, router = merge(request, origin, place)
+    args.save = save
+    adapt(args, place)
+    validate(args)
+    if not needs_checkpoint:
+        from megatron_router_upcycling.training.language_model import check_data
 
-    chosen = device.choose(flags.device)
-    from megatron_router_upcycling.checkpoint import open
+        check_data(args)
+    set_global(args)
+    if save and args.rank == 0 and origin.load != save:
+        _write_manifest(save, origin, router)
+    return Run(args, router, origin.load)
 
-    for root in (load, flags.pretrained_checkpoint):
-        if root and (Path(root) / TRACKER).is_file() and flags.ckpt_step is None:
-            open.check_whole(root)
-    if chosen == "cpu":
+
+def parse(argv: list[str]) -> Request:
+    """Read the YAML file and the flags that are not Megatron's; ``--help`` explains them and exits.
+
+    Raises:
+        UserError: the file, or a value of such a flag, is not what it should be.
+    """
+    door = sys.modules["__main__"]
+    parser = Parser(
+        prog=f"python -m {door.__spec__.name}" if door.__spec__ else None,
+        usage="%(prog)s [--config YAML] [--load CHECKPOINT] [flags below] [Megatron's flags]",
+        description=door.__doc__,
+        epilog="Every flag of Megatron (--lr, --train-iters ...) is taken too; --help-megatron lists them.",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    config_flags.add_arguments(parser)
+    checkpoints = parser.add_argument_group("checkpoints (Megatron's flags)")
+    checkpoints.add_argument("--load", metavar="CHECKPOINT", help="start from this checkpoint's root folder")
+    checkpoints.add_argument("--save", metavar="FOLDER", help="save there, and go on from what is there")
+    checkpoints.add_argument(
+        "--pretrained-checkpoint", metavar="CHECKPOINT", help="weights to start from where --load has none"
+    )
+    checkpoints.add_argument("--ckpt-step", metavar="ITERATION", help="of --load (default: the newest)")
+    path = parser.parse_known_args(argv)[0].config
+    entries = read_yaml(path) if path else {"upcycling": {}}
+    section = entries.pop("upcycling")
+    entries |= config_flags.section_defaults(section, path)
+    known = config_flags.options(parser)
+    config_flags.set_defaults(parser, {name: value for name, value in entries.items() if name in known}, path)
+    return Request(argv, parser.parse_known_args(argv)[0], entries, config_flags.read_start(section))
+
+
+def find_origin(request: Request, save: str | None) -> Origin:
+    """Where a run starts from: the last checkpoint in ``save``, else ``--load``, else nowhere.
+
+    Raises:
+        UserError: ``--load`` holds no checkpoint or half of one, or its manifest contradicts the YAML file.
+    """
+    from megatron_router_upcycling.checkpoint.format.files import TRACKER
+    from megatron_router_upcycling.checkpoint.open import check_whole
+
+    def holds_checkpoint(root: str) -> bool:
+        return (Path(root) / TRACKER).is_file()
+
+    flags, load = request.flags, request.flags.load
+    if save and holds_checkpoint(save):
+        load = save
+    elif load and not holds_checkpoint(load):
+        is_first_start = save and Path(load).resolve() == Path(save).resolve()
+        if not is_first_start:
+            raise UserError(
+                f"--load {load}: no checkpoint there (no {TRACKER}); name a checkpoint's root folder"
+            )
+    roots = [root for root in (load, flags.pretrained_checkpoint) if root]
+    recorded, source = agreement.find_manifest(roots)
+    agreement.check_start(request.start, recorded, source)
+    for root in roots:
+        if holds_checkpoint(root) and flags.ckpt_step is None:
+            check_whole(root)
+    router = manifest.router_config(recorded, str(source)) if recorded else None
+    return Origin(load, recorded, source, router)
+
+
+def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, RouterConfig | None]:
+    """Megatron's arguments and the router: manifest, YAML file and flags in rising precedence.
+
+    This imports Megatron; on the CPU it is bridged first (``cpu_backend``).
+
+    Raises:
+        UserError: an unknown or wrong flag or entry, or one that contradicts the checkpoint.
+    """
+    if place == "cpu":
         from megatron_router_upcycling.training.patches import cpu_backend
 
         cpu_backend.install()
-    from megatron.training.arguments import parse_args, validate_args
-    from megatron.training.global_vars import set_global_variables
-
-    from megatron_router_upcycling.training import language_model
+    from megatron.training.arguments import parse_args
 
     parsers: list[ArgumentParser] = []
 
     def extend(parser: ArgumentParser) -> ArgumentParser:
-        from megatron_router_upcycling.training import schedule
-
-        def refuse(message: str) -> NoReturn:
-            raise UserError(message)
-
-        parser.error = refuse  # type: ignore[method-assign]
-        config_flags.add_arguments(parser)
-        schedule.install(parser)
-        # A checkpoint that any other TP, PP and EP can resume.
-        parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
-        # As Qwen and the paper (section 4.1) train; Megatron's own default is 0.1.
-        parser.set_defaults(attention_dropout=0.0, hidden_dropout=0.0)
-        if recorded:
-            config_flags.set_defaults(parser, recorded["model"], str(source))
-            router = manifest.router_config(recorded, str(source))
-            parser.set_defaults(
-                **{name: getattr(router, field) for name, field in config_flags.SHARED_WITH_MEGATRON.items()}
-            )
-        config_flags.set_defaults(parser, entries | section, str(flags.config))
         parsers.append(parser)
+        _extend(parser, request, origin)
         return parser
 
-    sys.argv = [sys.argv[0], *argv]
+    sys.argv = [sys.argv[0], *request.argv]  # which Megatron parses
     args = parse_args(extend)
-    args.load = load
-    if needs_checkpoint:
-        args.save = None
-    router = agreement.router_config(
-        args, manifest.router_config(recorded, str(source)) if recorded else None, source
-    )
-    if recorded:
-        agreement.check_architecture(parsers[0], args, recorded["model"], str(source))
-    configured = dict(vars(args))
+    args.load = origin.load
+    router = agreement.router_config(args, origin.router, origin.source)
+    if origin.recorded:
+        agreement.check_architecture(parsers[0], args, origin.recorded["model"], str(origin.source))
+    return args, router
+
+
+def _extend(parser: ArgumentParser, request: Request, origin: Origin) -> None:
+    """Add this package's flags to Megatron's parser, and let manifest and YAML file stand as defaults."""
+    from megatron_router_upcycling.training import schedule
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(message)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    for action in parser._actions:  # some of Megatron's texts have a bare %, which argparse stumbles over
+        action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
+    parser.add_argument("--help-megatron", action="help", help="list all flags, Megatron's included")
+    config_flags.add_arguments(parser)
+    schedule.install(parser)
+    # A checkpoint that any other TP, PP and EP can resume.
+    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
+    # As Qwen and the paper (section 4.1) train; Megatron's own default is 0.1.
+    parser.set_defaults(attention_dropout=0.0, hidden_dropout=0.0)
+    if origin.recorded:
+        config_flags.set_defaults(parser, origin.recorded["model"], str(origin.source))
+        shared = config_flags.SHARED_WITH_MEGATRON.items()
+        parser.set_defaults(**{name: getattr(origin.router, field) for name, field in shared})
+    config_flags.set_defaults(parser, request.entries, str(request.flags.config))
+
+
+def adapt(args: Namespace, place: str) -> None:
+    """Set the flags and patch the parts of Megatron that must differ on this machine.
+
+    One line on rank 0 says which flags.
+    """
     device.use_built_dataset_helper()
-    changes = device.adapt(args, chosen)
+    changes = device.adapt(args, place)
     if changes and args.rank == 0:
         print(changes, flush=True)
-    if chosen == "cuda" and device.has_transformer_engine():
+    if place == "cuda" and device.has_transformer_engine():
         from megatron_router_upcycling.training.patches import with_te
 
         with_te.install()
@@ -149,51 +222,45 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         from megatron_router_upcycling.training.patches import without_te
 
         without_te.install()
-    planned = None
-    if args.rehearse is not None:
-        from megatron_router_upcycling.planning.rehearsal import run as rehearsal
 
-        with _tokenizer_named(args):
-            planned = rehearsal.adapt(args, configured, router, chosen == "cpu")
+
+def validate(args: Namespace) -> None:
+    """Let Megatron check its arguments and fill in those that follow from others.
+
+    Raises:
+        UserError: they do not fit each other.
+    """
+    from megatron.training.arguments import validate_args
+
     if not (args.num_layers or args.encoder_num_layers or args.hybrid_layer_pattern):
         raise UserError(
             "--num-layers: is missing; give the architecture, or --load a checkpoint that brings it"
         )
-    try:
+    with megatrons_objection():
         validate_args(args)
-    except (AssertionError, ValueError) as error:
-        raise megatron_refuses(error) from None
-    if not needs_checkpoint and planned is None:
-        language_model.check_data(args)
-    with _tokenizer_named(args):
+
+
+def set_global(args: Namespace) -> None:
+    """Make ``args`` Megatron's global arguments; builds the tokenizer and the loggers."""
+    from megatron.training.global_vars import set_global_variables
+
+    with tokenizer_named(args):
         set_global_variables(args)
-    if recorded and args.save and args.rank == 0 and load != args.save:
-        record = recorded | {"router": router.to_dict() if router else None}
-        try:
-            Path(args.save).mkdir(parents=True, exist_ok=True)
-            manifest.write(args.save, record)
-        except OSError as error:
-            raise UserError(f"--save {args.save}: cannot be written ({error.strerror})") from None
-    return Run(args, router, load, planned)
 
 
-def _resume_or_load(load: str | None, save: str | None) -> str | None:
-    """Where this run starts from: its own last checkpoint, else ``--load``, else nowhere.
-
-    Raises:
-        UserError: ``--load`` names a folder that holds no checkpoint and is not where this run saves.
-    """
-    if save and (Path(save) / TRACKER).is_file():
-        return save
-    if load and not (Path(load) / TRACKER).is_file():
-        if save and Path(load).resolve() == Path(save).resolve():
-            return load  # a run's first start
-        raise UserError(f"--load {load}: no checkpoint there (no {TRACKER}); name a checkpoint's root folder")
-    return load
+def _write_manifest(save: str, origin: Origin, router: RouterConfig | None) -> None:
+    """Hand the manifest on to the checkpoints that this run saves."""
+    if origin.recorded is None:
+        return
+    try:
+        Path(save).mkdir(parents=True, exist_ok=True)
+        manifest.write(save, origin.recorded | {"router": router.to_dict() if router else None})
+    except OSError as error:
+        raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
 
 
 @contextlib.contextmanager
-def _tokenizer_named(args: Namespace) -> Iterator[None]:
+def tokenizer_named(args: Namespace) -> Iterator[None]:
     """What goes wrong where Megatron builds the tokenizer, in one line: its libraries raise anything."""
     try:
         yield
@@ -206,56 +273,40 @@ def _tokenizer_named(args: Namespace) -> Iterator[None]:
         ) from None
 
 
-def megatron_refuses(error: Exception) -> UserError:
+@contextlib.contextmanager
+def megatrons_objection() -> Iterator[None]:
     """Megatron's objection to its arguments in one line; an assertion without a message shows its source."""
-    said = " ".join(str(error).split())
-    frames = traceback.extract_tb(error.__traceback__)
-    if not said and frames:
-        said = frames[-1].line or ""
-    return UserError(f"Megatron refuses these arguments: {said}")
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        said = " ".join(str(error).split())
+        frames = traceback.extract_tb(error.__traceback__)
+        if not said and frames:
+            said = frames[-1].line or ""
+        raise UserError(f"Megatron refuses these arguments: {said}") from None
 
 
 def _check_writable(save: str) -> None:
-    from megatron_router_upcycling.files import existing
-
     folder = existing(Path(save).absolute())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"--save {save}: cannot write in {folder}; name a folder in a writable one")
 
 
-def _start_alone(flags: Namespace) -> None:
-    """Without torchrun, be the only rank; in a rehearsal one of many, of which the others are not there.
-
-    Raises:
-        UserError: what a rehearsal is asked for cannot be.
-    """
-    size, rank, tokens = flags.rehearse, flags.rehearse_rank, flags.rehearse_seq_length
-    if size is None:
-        if rank or tokens is not None:
-            raise UserError("--rehearse-rank, --rehearse-seq-length: need --rehearse WORLD_SIZE")
-    elif size < 1:
-        raise UserError(f"--rehearse {size}: must be the number of GPUs of the run, at least 1")
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"--rehearse {size}: is one process; start it with python -m, not torchrun")
-    elif not 0 <= rank < size:
-        raise UserError(f"--rehearse-rank {rank}: must be between 0 and {size - 1}")
-    elif tokens is not None and tokens < 1:
-        raise UserError(f"--rehearse-seq-length {tokens}: must be at least 1")
-    elif flags.output and not (folder := Path(flags.output).absolute().parent).is_dir():
-        raise UserError(f"--output {flags.output}: there is no folder {folder}; make it first")
-    if size is not None or "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(size or 1)}
-        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+def stand_alone(rank: int = 0, world_size: int = 1) -> None:
+    """Set the environment that torchrun would give this process as ``rank`` of ``world_size``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    os.environ.update(place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
-def exit_on_user_error(command: Any) -> None:
-    """Run ``command``; a UserError ends with one line, from rank 0 or a rehearsed one, and exit status 2."""
+def exit_on_user_error(command: Callable[[], object]) -> None:
+    """Run ``command``; a UserError ends with one line, from rank 0 of those started, and exit status 2."""
+    is_first = os.environ.get("RANK", "0") == "0"  # before a rehearsal takes any rank's place
     try:
         command()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or any(a.startswith("--rehearse") for a in sys.argv):
+        if is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

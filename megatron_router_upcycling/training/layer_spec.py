@@ -14,7 +14,7 @@ Multi-token-prediction layers keep Megatron's linear router: Megatron builds the
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,11 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_router_upcycling.checkpoint.names import SEPARATE_NORM, within_layer
 from megatron_router_upcycling.config import agreement, manifest, yaml_files
+from megatron_router_upcycling.config.flags import SHARED_WITH_MEGATRON
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.build import builder
+from megatron_router_upcycling.training.patches import patching
 from megatron_router_upcycling.training.patches.moe_metrics import report_also
 
 ENVIRONMENT = "MEGATRON_ROUTER_UPCYCLING_CONFIG"
@@ -73,10 +75,8 @@ def _find_router(args: Namespace, transformer: TransformerConfig) -> RouterConfi
             )
         section = yaml_files.read_yaml(path)["upcycling"]
         known = {field.name for field in fields(RouterConfig)}
-        of_model = {
-            field: getattr(transformer, attribute) for field, (attribute, _) in _SHARED_WITH_MODEL.items()
-        }
-        options = of_model | {name: value for name, value in section.items() if name in known}
+        of_router = {name: value for name, value in section.items() if name in known}
+        options = {field: value for _, field, value in _shared(transformer)} | of_router
         return RouterConfig.from_dict(options, path)
     recorded, root = agreement.find_manifest((args.load, args.pretrained_checkpoint, args.save))
     if recorded is None:
@@ -90,17 +90,16 @@ def _find_router(args: Namespace, transformer: TransformerConfig) -> RouterConfi
     return manifest.router_config(recorded, str(root))
 
 
-# RouterConfig field -> TransformerConfig attribute and Megatron flag.
-_SHARED_WITH_MODEL = {
-    "num_experts": ("num_moe_experts", "--num-experts"),
-    "top_k": ("moe_router_topk", "--moe-router-topk"),
-    "pre_softmax": ("moe_router_pre_softmax", "--moe-router-pre-softmax"),
-}
+def _shared(transformer: TransformerConfig) -> Iterator[tuple[str, str, Any]]:
+    """What a model's configuration says of its router: Megatron's flag, RouterConfig's field, the value."""
+    for name, field in SHARED_WITH_MEGATRON.items():
+        attribute = "num_moe_experts" if name == "num_experts" else name
+        yield f"--{name.replace('_', '-')}", field, getattr(transformer, attribute)
 
 
 def _check_agreement(router: RouterConfig, transformer: TransformerConfig) -> None:
-    for field, (attribute, flag) in _SHARED_WITH_MODEL.items():
-        expected, found = getattr(router, field), getattr(transformer, attribute)
+    for flag, field, found in _shared(transformer):
+        expected = getattr(router, field)
         if expected == found:
             continue
         if isinstance(expected, bool):
@@ -113,7 +112,7 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
 
     Raises:
         UserError: the model's flags contradict ``router``.
-        RuntimeError: Megatron's spec is not built the way it is in 0.19.
+        RuntimeError: Megatron's spec is not built as in the version that this was tested with.
     """
     spec = default_layer_spec(model_config, vp_stage)
     if model_config.transformer.num_moe_experts is None:
@@ -150,6 +149,4 @@ def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
 
 
 def _unknown(symbol: str, expected: str, found: Any) -> RuntimeError:
-    return RuntimeError(
-        f"layer_spec: Megatron's {symbol} is {found!r}, not {expected}; tested with megatron-core 0.19"
-    )
+    return patching.changed("layer_spec", f"Megatron's {symbol} is {found!r}, not {expected}")

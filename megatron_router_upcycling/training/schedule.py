@@ -11,6 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import training
 
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.training.patches import patching
 
 STYLE = "warmup-step-decay"
 STEPS_AT = (0.8, 0.9)
@@ -54,5 +55,4 @@ def install(parser: ArgumentParser) -> None:
     styles = tuple(action.choices or ())
     if STYLE not in styles:
         action.choices = (*styles, STYLE)
-    if training.OptimizerParamScheduler is not StepDecayScheduler:
-        training.OptimizerParamScheduler = StepDecayScheduler
+    patching.replace("schedule", training, "OptimizerParamScheduler", StepDecayScheduler)

@@ -4,10 +4,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.training.launch import Run, megatron_refuses
+from megatron_router_upcycling.training.launch import Run, megatrons_objection
 
-# In --save: running, stopped (saved before its end: a signal, --exit-*) or finished. Who starts a run again
-# needs to know; torchrun passes no exit status on.
+# File in --save that says running, stopped (saved before its end: a signal, --exit-*) or finished. A script
+# that starts a run again needs to know, and torchrun passes no exit status on.
 RUN_STATE = "run_state"
 RESTART_TO_TELL_CAUSE = 16  # exit status of Megatron's rerun state machine, which saved and wants a restart
 
@@ -20,10 +20,8 @@ def model_config(run: Run) -> Any:
     """
     from megatron.training.argument_utils import gpt_config_from_args
 
-    try:
+    with megatrons_objection():
         model = gpt_config_from_args(run.args)
-    except (AssertionError, ValueError) as error:
-        raise megatron_refuses(error) from None
     if run.router is not None and run.args.spec is None:
         from megatron_router_upcycling.training.layer_spec import layer_spec_for
 
@@ -60,7 +58,7 @@ def train(run: Run) -> None:
 
 
 def _write_state(args: Namespace, state: str) -> None:
-    """Leave word in ``--save`` of how far this run is."""
+    """Write to ``--save`` how far this run is."""
     if args.save and args.rank == 0:
         Path(args.save).mkdir(parents=True, exist_ok=True)
         (Path(args.save) / RUN_STATE).write_text(f"{state}\n", encoding="utf-8")

@@ -1,10 +1,10 @@
 """Where a Mixture-of-Experts has experts, and of which width, as its manifest says."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
+from megatron_router_upcycling.config import expert_layers
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 
@@ -26,14 +26,10 @@ class Layout:
         """
         layers = None
         if (text := recorded.get("moe_layer_freq")) is not None:
-            try:
-                frequencies = json.loads(text)
-                layers = tuple(layer for layer, one in enumerate(frequencies) if one)
-                right = len(frequencies) == model.num_layers and set(frequencies) <= {0, 1}
-            except (TypeError, ValueError):
-                right = False
-            if not right:
+            frequencies = expert_layers.layer_frequency(text, f"{source}: its moe_layer_freq")
+            if not isinstance(frequencies, list) or len(frequencies) != model.num_layers:
                 raise UserError(f"{source}: its moe_layer_freq is no list of 0 and 1 for each layer of DENSE")
+            layers = tuple(layer for layer, one in enumerate(frequencies) if one)
         if model.ffn_hidden_size % router.granularity:
             raise UserError(f"{source}: its granularity does not divide DENSE's {model.ffn_hidden_size}")
         shared_expert = recorded.get("moe_shared_expert_intermediate_size") is not None
@@ -61,5 +57,5 @@ class Layout:
         if self.layers is None:
             del flags["moe_layer_freq"]
         else:
-            flags["moe_layer_freq"] = str(flags["moe_layer_freq"]).replace(" ", "")
+            flags["moe_layer_freq"] = expert_layers.as_flag(flags["moe_layer_freq"])
         return {flag: value for flag, value in flags.items() if value is not None}

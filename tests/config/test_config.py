@@ -39,6 +39,26 @@ def test_entries_become_defaults_that_flags_override(parser: argparse.ArgumentPa
     assert (args.add_bias_linear, args.log_progress, args.data_path) == (False, False, ["a", "b"])
 
 
+def test_false_and_null_undo_what_stands_below(parser: argparse.ArgumentParser) -> None:
+    """A manifest or a base file may set what a file above it takes back; no flag could say so."""
+    below = {"swiglu": True, "num_layers": 3, "disable_bias_linear": True, "no_log_progress": True}
+    flags.set_defaults(parser, below, "below.yaml")
+    above = {"swiglu": False, "num_layers": None, "disable_bias_linear": False, "no_log_progress": False}
+    assert flags.set_defaults(parser, above, "x.yaml") == [
+        "swiglu", "num_layers", "add_bias_linear", "log_progress",
+    ]  # fmt: skip
+    args = parser.parse_args([])
+    assert (args.swiglu, args.num_layers, args.add_bias_linear, args.log_progress) == (
+        False, None, True, True,
+    )  # fmt: skip
+
+
+def test_values_that_look_like_flags(parser: argparse.ArgumentParser) -> None:
+    flags.set_defaults(parser, {"lr": -0.5, "data_path": [-1, "--x"]}, "x.yaml")
+    args = parser.parse_args([])
+    assert (args.lr, args.data_path) == (-0.5, ["-1", "--x"])
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [

@@ -90,5 +90,5 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
 
 def test_options_say_what_a_start_changes_and_nothing_of_other_routers() -> None:
     linear = {"router": {"router": "linear", "pooling": "sum"}, "init": {"gate": "centroid", "keys": "heads"}}
-    said = report._options([RunData("run", [], [], linear)])
-    assert "centroid" in said and "pooling" not in said and "heads" not in said
+    said = report.conversion([RunData("run", [], [], linear), RunData("other", [], [])])
+    assert said == {"router": ["linear", "–"], "gate": ["centroid", "–"]}

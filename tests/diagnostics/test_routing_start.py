@@ -10,6 +10,7 @@ import torch
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.diagnostics import routing_start
+from tests import dense_checkpoint
 from tests.conftest import HIDDEN, LAYERS
 
 EXPERTS, TOP_K, SAMPLES = 8, 2, 60
@@ -124,3 +125,55 @@ def test_shards_of_one_copy_are_not_ties() -> None:
     rows = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(5)).repeat_interleave(2, dim=0)
     assert routing_start._ties(rows, granularity=2) == ()
     assert routing_start._ties(rows, granularity=1) == ((0, 1), (2, 3), (4, 5), (6, 7))
+
+
+def megatron_norm(centered: bool, weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """What Megatron's norm makes of some tokens, with PyTorch's kernel in the place of apex's."""
+    from megatron.core.fusions import fused_layer_norm
+    from megatron.core.transformer import TransformerConfig
+
+    class Kernel:
+        def forward() -> None:  # type: ignore[misc]  # Megatron looks at its arguments
+            ...
+
+        @staticmethod
+        def apply(tokens, weight, bias, shape, eps):  # type: ignore[no-untyped-def]
+            return torch.nn.functional.layer_norm(tokens, shape, weight, bias, eps)
+
+    monkeypatch.setattr(fused_layer_norm, "HAVE_FUSED_LAYER_NORM", True)
+    monkeypatch.setattr(fused_layer_norm, "FusedLayerNormAffineFunction", Kernel, raising=False)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=len(weight),
+        num_attention_heads=1,
+        layernorm_zero_centered_gamma=centered,
+    )
+    norm = fused_layer_norm.FusedLayerNorm(config, len(weight))
+    norm.weight.data.copy_(weight)
+    return norm(torch.randn(7, len(weight), generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_gain_that_is_stored_as_its_distance_from_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--apply-layernorm-1p: two checkpoints whose norms Megatron takes for the same start alike."""
+    name = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+    shape = (dense_checkpoint.LAYERS, dense_checkpoint.HIDDEN)
+    gains = torch.randint(32, 256, shape, generator=torch.Generator().manual_seed(6)) / 64
+    normed, tables = {}, {}
+    for centered, stored in ((False, gains), (True, gains - 1), (False, gains - 1)):
+        root = tmp_path / f"{centered} {float(stored.sum())}"
+        args = dense_checkpoint.arguments(normalization="LayerNorm", layernorm_zero_centered_gamma=centered)
+        values = dense_checkpoint.tensors() | {name: stored}
+        norms = [key for key in values if "norm" in key]
+        values |= {key.replace("weight", "bias"): torch.zeros_like(values[key]) for key in norms}
+        dense_checkpoint.write(root / "dense", values, args=args)
+        flags = ["--router", "linear", "--num-experts", "4", "--quiet"]
+        assert cli.main(["convert", str(root / "dense"), str(root / "moe"), *flags]) == 0
+        assert cli.main(["inspect", str(root / "moe")]) == 0
+        said = capsys.readouterr().out
+        tables[root.name] = said[said.index("routing at the start") :].splitlines()[:5]
+        normed[root.name] = megatron_norm(centered, stored[0], monkeypatch)
+    (plain, same, other), (norm, same_norm, other_norm) = tables.values(), normed.values()
+    assert torch.equal(norm, same_norm) and plain == same and "1024 random tokens" in plain[0]
+    assert not torch.equal(norm, other_norm) and plain != other  # else nothing would depend on it

@@ -146,10 +146,15 @@ def said_to(args: Namespace, folder: Path, change: dict[str, Any]) -> str:
         data = max((folder / "half").rglob("*.distcp"), key=lambda path: path.stat().st_size)
         os.truncate(data, data.stat().st_size // 2)
     works = vars(args) | {"load": str(folder / "dense"), "output": str(folder / "new")}
-    collect.check(launch.Run(Namespace(**works), None))
+
+    def check(args: Namespace) -> None:
+        collect.check_flags(args)
+        collect.check(launch.Run(args, None))
+
+    check(Namespace(**works))
     change = json.loads(json.dumps(change).replace("FOLDER", str(folder)))
     try:
-        collect.check(launch.Run(Namespace(**works | change), None))
+        check(Namespace(**works | change))
     except UserError as error:
         return str(error)
     return "nothing"

@@ -9,11 +9,10 @@ import pytest
 import yaml
 
 from megatron_router_upcycling.cli import main
-from megatron_router_upcycling.commands.plan import describe
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.planning import figures, reading, setup
+from megatron_router_upcycling.planning import figures, reading, report, setup
 from tests import launch
 
 MODEL = {
@@ -50,8 +49,13 @@ def paper(tmp_path: Path) -> Path:
     return path
 
 
-def plan(config: Path, *flags: object, gpus: int = 64, memory: float = 80, load: Path | None = None) -> dict:
-    return json.loads(describe(config, load, [str(flag) for flag in flags], gpus, memory, 989.0, True))
+def plan(config: Path, *flags: object, gpus: int = 64, load: Path | None = None) -> dict:
+    described = reading.read(config, load, [str(flag) for flag in flags], gpus)
+    setup.check(described)
+    made = figures.Plan(described)
+    if problem := report.too_large(made, 80):
+        raise UserError(problem)
+    return json.loads(json.dumps(report.as_json(made, 80, 989.0)))
 
 
 def test_the_papers_run(paper: Path) -> None:
@@ -123,6 +127,9 @@ def test_a_checkpoints_manifest_brings_model_and_router(tmp_path: Path, paper: P
         (0, (), "--gpus 0: must be at least 1"),
         (64, ("--seq-length", 8192, "--max-position-embeddings", 4096), "--seq-length 8192: is more than"),
         (64, ("--moe-layer-freq", "[0]*24+[1"), "--moe-layer-freq .* must be a number, or a list"),
+        (64, ("--moe-layer-freq", "[0]*10**12"), "--moe-layer-freq .* must be a number, or a list"),
+        (64, ("--moe-layer-freq", "9**9**9"), "--moe-layer-freq .* must be a number, or a list"),
+        (64, ("--moe-layer-freq", "[" * 100_000), "--moe-layer-freq .* must be a number, or a list"),
         (
             64,
             ("--pipeline-model-parallel-size", 4, "--num-layers-per-virtual-pipeline-stage", 4),

@@ -127,9 +127,9 @@ def check_shard(argv: list[str]) -> None:
     from megatron_router_upcycling.checkpoint.open import open_checkpoint
     from megatron_router_upcycling.planning.rehearsal import run as rehearsal
     from megatron_router_upcycling.planning.rehearsal import shard
-    from megatron_router_upcycling.training import launch
+    from megatron_router_upcycling.planning.rehearsal.prepare import prepare
 
-    prepared = launch.prepare(argv)
+    prepared = prepare(argv).run
     from megatron.core import parallel_state as mpu
     from megatron.core.utils import unwrap_model
 

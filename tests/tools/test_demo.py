@@ -1,18 +1,108 @@
-"""tools/experiments/demo.py from end to end, on a tiny model: every command really runs."""
+"""tools/experiments/demo.py: its plan, table and picture; and from end to end on a tiny model, where every
+command really runs (slow)."""
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools.experiments import demo, demo_report
-
-pytestmark = pytest.mark.slow
+from megatron_router_upcycling.training.run_log import files
+from tools.experiments import demo
+from tools.experiments.comparison import read
+from tools.experiments.demo import Model
+from tools.experiments.foundation import environment
+from tools.experiments.report import RunResult
+from tools.experiments.stages import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
+UPCYCLED = ("router upcycling", "vanilla upcycling")
+
+
+def plan_in(output: Path) -> demo.Demonstration:
+    return demo.Demonstration(read(demo.COMPARISON), output, quick=True)
+
+
+def test_plan_reads_only_what_an_earlier_stage_makes():
+    done: set[str] = set()
+    stages = plan_in(Path("somewhere")).stages()
+    for stage in stages:
+        assert {earlier.name for earlier in stage.after} <= done, stage.name
+        assert all(path.is_file() for path in (ROOT / file for file in stage.files))
+        done.add(stage.name)
+    assert [stage.name.split("-")[0] for stage in stages] == [
+        *("corpus", "dense", "key_stats"),
+        *("convert", "evaluate", "train") * 2,
+        *("export", "check"),
+    ]
+
+
+def test_disk_use_does_not_count_what_is_linked(tmp_path):
+    source, made = tmp_path / "dense", tmp_path / "moe"
+    (source / "iter").mkdir(parents=True)
+    (made / "release").mkdir(parents=True)
+    (source / "iter" / "a").write_bytes(b"x" * 1000)
+    os.link(source / "iter" / "a", made / "release" / "a")
+    (made / "release" / "b").write_bytes(b"y" * 30)
+    assert demo.disk_use(made, source) == (30, 1030)
+
+
+@pytest.fixture
+def models() -> list[Model]:
+    def run(name: str, losses: dict[int, float], held_out: float, steps: int) -> RunResult:
+        training = {100 * step: loss for step, loss in losses.items()}
+        return RunResult(name, 1, held_out, training, 100 * steps, steps, {}, {}, 60.0, "command")
+
+    upcycled = run("router upcycling", {10: 4.9, 20: 4.7}, 4.6789, 25)
+    vanilla = run("vanilla upcycling", {10: 4.95, 20: 4.75}, 4.7, 25)
+    return [
+        Model("dense", run("dense", {10: 6.0, 20: 5.0}, 4.95, 20)),
+        Model(upcycled.name, upcycled, 5.5, 1.5, 1.25, 3.21, 2_500_000, 31_000_000),
+        Model(vanilla.name, vanilla, 5.6, 1.75, 1.5, 3.0, 0, 29_000_000),
+    ]
+
+
+def test_table_has_a_row_for_each_model(models):
+    lines = demo.table(models).splitlines()
+    assert len({len(line) for line in lines}) == 1, "columns are aligned"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[2] == ["dense", "–", "4.9500", "–", "–", "–", "–"]
+    assert cells[3] == ["router upcycling", "5.5000", "4.6789", "1.50", "1.25", "3.2 s", "2.50 of 31.00 MB"]
+    assert cells[4][-1] == "0.00 of 29.00 MB"
+
+
+def test_picture_shows_every_run_where_it_belongs(models, tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    demo.picture(models, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    axes = pyplot.gcf().axes[0]
+    names = [model.name for model in models]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == names
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [(list(p.get_xdata()), list(p.get_ydata())) for p in points] == [
+        ([20], [4.95]),
+        ([20, 45], [5.5, 4.6789]),
+        ([20, 45], [5.6, 4.7]),
+    ]
+    lines = [line for line in axes.lines if line.get_label() in names]
+    assert [(list(p.get_xdata()), list(p.get_ydata())) for p in lines] == [
+        ([10, 20], [6.0, 5.0]),
+        ([30, 40], [4.9, 4.7]),
+        ([30, 40], [4.95, 4.75]),
+    ]
+    monkeypatch.undo()
+    pyplot.close("all")
+
+
+def test_results_survive_json(models):
+    found = json.loads(json.dumps(demo.as_json(models)))
+    assert found["models"][1]["loss_at_end"] == 4.6789
+    assert found["curves"]["router upcycling"]["training"]["20"] == 4.7
 
 
 def run(output: Path) -> subprocess.CompletedProcess:
@@ -28,12 +118,13 @@ def finished(tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_table_holds_what_was_measured(finished):
     models = {model["name"]: model for model in json.loads((finished / "results.json").read_text())["models"]}
-    assert list(models) == ["dense", *demo.UPCYCLED]
+    assert list(models) == ["dense", *UPCYCLED]
     random_guess = math.log(500)
     assert models["dense"]["loss_at_end"] < random_guess
-    for name in demo.UPCYCLED:
+    for name in UPCYCLED:
         model = models[name]
         # The experts' weights sum to less than 1 at first, so the loss is near the dense model's, not at it.
         assert 0 < abs(model["loss_at_start"] - models["dense"]["loss_at_end"]) < 0.5
@@ -41,47 +132,56 @@ def test_table_holds_what_was_measured(finished):
         assert 1 <= model["load_at_start"] <= 8 and 1 <= model["load_at_end"] <= 8
         assert 0 < model["bytes_added"] < model["bytes_named"]
     assert models["router upcycling"]["loss_at_end"] != models["vanilla upcycling"]["loss_at_end"]
-    table = demo_report.table([demo_report.ModelResult(**model) for model in models.values()])
-    assert table in (finished / "report.md").read_text()
     assert (finished / "loss_curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_report_holds_the_table(finished):
+    plan = plan_in(finished)
+    models = demo.collect(Pipeline(finished, environment()), plan)
+    assert demo.table(models) in (finished / "report.md").read_text()
+
+
+@pytest.mark.slow
 def test_every_token_goes_to_two_experts(finished):
-    tokens = 2 * 16 * 256  # evaluation batches, sequences in a batch, tokens in a sequence
-    for path in finished.glob("load-*.json"):
-        layers = json.loads(path.read_text())["tokens_per_expert"]
-        assert [sum(layer) for layer in layers] == [2 * tokens] * 2
-    assert len(list(finished.glob("load-*.json"))) == 4
+    for stage in (plan_in(finished).train(*run) for run in plan_in(finished).runs()):
+        first, *_, last = files.read(stage.output / files.ROUTING)
+        assert (first["iteration"], last["iteration"]) == (1, 6)
+        for line in (first, last):
+            assert [sum(shares) for shares in line["load"]] == pytest.approx([1, 1])
+            assert line["dropped_fraction"] == [0, 0]
 
 
+@pytest.mark.slow
 def test_both_were_trained_on_the_same_tokens(finished):
     """Their first training losses, before any step, differ by the router alone."""
     curves = json.loads((finished / "results.json").read_text())["curves"]
-    first = [curves[name]["training"]["1"] for name in demo.UPCYCLED]
+    first = [curves[name]["training"]["1"] for name in UPCYCLED]
     assert first[0] != first[1] and abs(first[0] - first[1]) < 0.05
 
 
-def test_what_training_saved_is_what_it_had(finished):
-    """A trained model is evaluated at the end of its run, and again from the checkpoint that it left."""
-    for router in demo.UPCYCLED.values():
-        logs = [finished / "logs" / f"{name}.log" for name in (f"train-{router}", f"evaluate-{router}-end")]
-        before, after = (demo_report.parse_log(log.read_text()).held_out for log in logs)
-        assert before == after
+@pytest.mark.slow
+def test_what_training_saved_is_what_it_had(finished, tmp_path):
+    """A trained model is evaluated at the end of its run, and here again from the checkpoint that it left."""
+    plan = plan_in(finished)
+    for run in plan.runs():
+        trained = plan.train(*run).output
+        loads = {str(plan.convert(*run).output): str(trained), str(plan.evaluate(*run).output): str(tmp_path)}
+        command = [loads.get(word, word) for word in plan.evaluate(*run).command]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment())
+        before, after = (files.read(folder / files.RUN)[-1] for folder in (trained, tmp_path))
+        assert before["kind"] == after["kind"] == "held_out"
+        assert before["lm_loss"] == after["lm_loss"]
+    checked = json.loads((finished / "check.json").read_text())
+    exported = files.read(plan.exported().output / files.RUN)[-1]["lm_loss"]
+    assert [checked["megatron"], checked["transformers"]] == pytest.approx([exported, exported], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_second_run_does_nothing_again(finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.distcp")}
     assert before
     ended = run(finished)
     assert ended.returncode == 0, ended.stderr
-    number = len(demo.plan(finished, quick=True).stages())
-    assert ended.stdout.count("done before") == number
+    assert ended.stdout.count("done before") == len(plan_in(finished).stages())
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.distcp")} == before
-
-
-def test_plan_reads_only_what_an_earlier_stage_makes():
-    done: set[str] = set()
-    for stage in demo.plan(Path("somewhere"), quick=False).stages():
-        assert {earlier.name for earlier in stage.after} <= done, stage.name
-        assert all(path.is_file() for path in (ROOT / file for file in stage.files))
-        done.add(stage.name)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_router_upcycling.errors import UserError
-from tools.experiments.stages import Pipeline, Stage
+from tools.experiments.stages import Pipeline, Stage, in_order
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,6 +124,13 @@ Pipeline(folder, dict(os.environ)).run([slow])
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     pipeline.run([])
+
+
+def test_a_stage_comes_behind_all_that_it_reads_and_once(tmp_path):
+    one = stage(tmp_path, "one", "")
+    two = stage(tmp_path, "two", "", after=(one,))
+    three, four = (stage(tmp_path, name, "", after=(one, two)) for name in ("three", "four"))
+    assert in_order([three, one, four]) == [one, two, three, four]
 
 
 def test_progress_reads_the_last_line_of_megatron(pipeline, tmp_path):

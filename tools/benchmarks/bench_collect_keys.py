@@ -5,19 +5,18 @@
 One process, one dense model of Qwen1.5-0.5B's layers with random weights, batches through Megatron's data
 pipeline and schedule as ``collect_keys`` runs them. Plain and collecting passes alternate, each pair in the
 opposite order to the last; the ratio is the median of the pairs' ratios, which other work on the machine
-disturbs least. On the CPU the model has fewer layers and a
-small vocabulary: the output layer collects nothing, so a large one would only make the ratio look better.
+disturbs least. On the CPU the model has fewer layers and a small vocabulary: the output layer collects
+nothing, so a large one would only make the ratio look better.
 """
 
-import argparse
 import contextlib
 import json
 import statistics
 import sys
-import time
 from argparse import Namespace
 from typing import Any
 
+import measuring  # type: ignore[import-not-found]  # beside this file
 import torch
 
 from megatron_router_upcycling.key_statistics import collect
@@ -30,8 +29,7 @@ BOUND = 1.03  # collecting over plain
 # Qwen1.5-0.5B, apart from its number of layers and its vocabulary.
 MODEL = (
     "--hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16 --kv-channels 64 --add-qkv-bias"
-    " --disable-bias-linear --swiglu --normalization RMSNorm --position-embedding-type rope"
-    " --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0"
+    f" {measuring.QWEN} --hidden-dropout 0 --attention-dropout 0"
     " --mock-data --tokenizer-type NullTokenizer --train-iters 1 --lr 0"
     " --num-layers {layers} --group-query-attention --num-query-groups {groups} --vocab-size {vocabulary}"
     " --seq-length {sequence} --max-position-embeddings {sequence}"
@@ -54,21 +52,16 @@ def measure(options: Namespace) -> dict[str, Any]:
     data = collect.train_iterators(args, len(model), 2 * (options.repeats + options.warmup))
     moments = KeyMoments(layers, groups, args.kv_channels, torch.cuda.current_device())
 
-    def seconds(collecting: bool) -> float:
+    def seconds(kind: str) -> float:
+        collecting = kind == "collecting"
         capture = capture_keys(model, moments, options.key_source) if collecting else contextlib.nullcontext()
         with capture:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = measuring.now()
             collect.forward(args, model, data)
-            torch.cuda.synchronize()
-            return time.perf_counter() - start
+            return measuring.now() - start
 
-    pairs: list[dict[bool, float]] = []
-    for number in range(options.warmup + options.repeats):
-        order = (False, True) if number % 2 else (True, False)
-        pairs.append({collecting: seconds(collecting) for collecting in order})
-    pairs = pairs[options.warmup :]
-    ratios = [pair[True] / pair[False] for pair in pairs]
+    times = measuring.take_turns(seconds, ("plain", "collecting"), options.repeats, options.warmup)
+    ratios = measuring.ratios(times["collecting"], times["plain"])
     low, ratio, high = statistics.quantiles(ratios, n=4)
     return {
         "device": place,
@@ -78,8 +71,8 @@ def measure(options: Namespace) -> dict[str, Any]:
         "query_groups": groups,
         "tokens": sequence * batch,
         "pairs": options.repeats,
-        "plain_seconds": statistics.median(pair[False] for pair in pairs),
-        "collecting_seconds": statistics.median(pair[True] for pair in pairs),
+        "plain_seconds": statistics.median(times["plain"]),
+        "collecting_seconds": statistics.median(times["collecting"]),
         "ratio": ratio,
         "quartiles": [low, high],
         "bound": BOUND,
@@ -87,9 +80,7 @@ def measure(options: Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measuring.parser(__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--key-source", choices=key_stats_file.KEY_SOURCES, default="pre_rope")
     parser.add_argument("--num-layers", type=int, help="default: 2 on the CPU, 24 on a GPU")

@@ -12,141 +12,28 @@ peak of a process's resident set.
 """
 
 import argparse
-import json
-import multiprocessing
 import os
-import shutil
+import shlex
 import subprocess
 import sys
-import tempfile
 import time
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-HEADS, HEAD_SIZE = 16, 64
+import measuring  # type: ignore[import-not-found]  # beside this file
+from random_checkpoint import Shape, make_dense, make_key_stats  # type: ignore[import-not-found]
+
 TIME_LIMIT = 1.5  # times cp -r
 MEMORY_LIMIT_MB = 100.0  # beyond importing torch.distributed.checkpoint
 SIZE_LIMIT = 1.01  # times the dense FFN and the routers
-WARM_BYTES = 4 << 30  # what a measured command may fill
 COMPARED = 8  # experts of the conversions to compare with
 # The smallest model that Megatron's own upcycling can be tried on, without a GPU.
-TINY = [
-    "--device", "cpu", "--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "96",
-    "--num-attention-heads", "4", "--swiglu", "--seq-length", "16", "--max-position-embeddings", "16",
-    "--micro-batch-size", "1", "--global-batch-size", "1", "--train-iters", "1", "--lr", "1e-3",
-    "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "128", "--disable-bias-linear",
-    "--normalization", "RMSNorm", "--position-embedding-type", "rope",
-    "--untie-embeddings-and-output-weights", "--eval-iters", "0", "--eval-interval", "100",
-    "--save-interval", "1", "--split", "100,0,0",
-]  # fmt: skip
-
-
-def make_dense(root: Path, layers: int, hidden: int, ffn: int, vocabulary: int) -> None:
-    """A dense checkpoint as Megatron saves it on one rank: a chunk a layer, gate and up apart."""
-    from megatron_router_upcycling.checkpoint.format.files import TRACKER
-    from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
-
-    root.mkdir()
-    with CheckpointWriter(root / "iter_0000001") as writer:
-        _write_dense(writer, layers, hidden, ffn, vocabulary)
-        writer.finish()
-    (root / TRACKER).write_text("1")
-
-
-def _write_dense(writer: Any, layers: int, hidden: int, ffn: int, vocabulary: int) -> None:
-    import torch
-
-    from megatron_router_upcycling.checkpoint.format import torch_save_file
-    from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
-
-    D, F, d = hidden, ffn, HEAD_SIZE
-    generator = torch.Generator().manual_seed(0)
-
-    def values(*shape: int) -> Any:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
-
-    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        writer.write_chunk(key, (vocabulary, D), values(vocabulary, D), [(0, 0)])
-    writer.write_chunk("decoder.final_layernorm.weight", (D,), values(D), [(0,)])
-    attention = "decoder.layers.self_attention"
-    for layer in range(layers):
-        for key, shape in (
-            (f"{attention}.linear_qkv.layer_norm_weight", (D,)),
-            (f"{attention}.linear_qkv.weight", (3 * HEADS * d, D)),
-            (f"{attention}.linear_qkv.bias", (3 * HEADS * d,)),
-            (f"{attention}.linear_proj.weight", (D, HEADS * d)),
-            ("decoder.layers.mlp.linear_fc1.layer_norm_weight", (D,)),
-            ("decoder.layers.mlp.linear_fc2.weight", (D, F)),
-        ):
-            writer.write_chunk(key, (layers, *shape), values(1, *shape), [(layer, *(0 for _ in shape))])
-        for row in (0, F):
-            chunk = values(1, F, D)
-            writer.write_chunk(
-                "decoder.layers.mlp.linear_fc1.weight", (layers, 2 * F, D), chunk, [(layer, row, 0)]
-            )
-    args = Namespace(
-        num_layers=layers, hidden_size=D, ffn_hidden_size=F, num_attention_heads=HEADS, kv_channels=d,
-        group_query_attention=False, num_query_groups=1, add_qkv_bias=True, add_bias_linear=False,
-        swiglu=True, normalization="RMSNorm", layernorm_epsilon=1e-6, position_embedding_type="rope",
-        rotary_base=1000000, untie_embeddings_and_output_weights=True, init_method_std=0.02,
-        num_experts=None, padded_vocab_size=vocabulary,
-    )  # fmt: skip
-    common = {"args": args, "checkpoint_version": 3.0, "iteration": 1}
-    writer.add_object(COMMON_STATE, writer.write_object(torch_save_file.dump([common])))
-
-
-def make_key_stats(path: Path, layers: int, hidden: int) -> None:
-    """Random key statistics that fit ``make_dense``."""
-    import torch
-
-    from megatron_router_upcycling.key_statistics import file as key_stats_file
-    from megatron_router_upcycling.key_statistics.file import KeyStats
-
-    metadata = {
-        "num_layers": layers, "num_query_groups": HEADS, "kv_channels": HEAD_SIZE,
-        "num_attention_heads": HEADS, "hidden_size": hidden, "key_source": "pre_rope",
-    }  # fmt: skip
-    mean = torch.randn(layers, HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(1))
-    key_stats_file.save(path, KeyStats(mean, mean.square() + 1, torch.full((layers,), 4096), metadata))
-
-
-def aside(function: Any, *args: Any) -> None:
-    """Call in a process of its own: what a process has used counts in the peak of those it starts."""
-    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(process.exitcode)
-
-
-def warm_memory() -> None:
-    """Touch memory, and give it back.
-
-    In a virtual machine, a page that was not used lately has to be fetched from the host first. A command
-    that is the first to fill its page cache would be charged for that: up to ten times the time of the copy.
-    """
-    populate = f"mmap.mmap(-1, {WARM_BYTES}, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
-    subprocess.run([sys.executable, "-c", f"import mmap; {populate}"], check=False)
-
-
-def measure(*command: Any) -> tuple[float, float]:
-    """Run a command; return its wall time in seconds and its peak memory in MB."""
-    seconds, _, peak = measure_all(*command)
-    return seconds, peak
-
-
-def measure_all(*command: Any) -> tuple[float, float, float]:
-    """As ``measure``, with the processor time, user and system, between the two."""
-    warm_memory()
-    start = time.perf_counter()
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))}: exit status {process.returncode}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+TINY = shlex.split(
+    "--device cpu --num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4"
+    " --seq-length 16 --max-position-embeddings 16 --micro-batch-size 1 --global-batch-size 1"
+    " --train-iters 1 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 128"
+    f" --eval-iters 0 --eval-interval 100 --save-interval 1 --split 100,0,0 {measuring.QWEN}"
+)
 
 
 def stop_late(out: Path, whole: int, *command: Any) -> None:
@@ -185,82 +72,79 @@ def _last_error(output: str) -> str:
     return lines[-1] if lines else "no message"
 
 
-def new_bytes(folder: Path) -> int:
-    """Bytes of the files that no other folder shares."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)
-
-
 def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    dense, stats, out = work / "dense", work / "key_stats.safetensors", work / "out"
+    dense, stats = work / "dense", work / "key_stats.safetensors"
+    shape = Shape(options.layers, options.hidden, options.ffn, options.vocabulary)
     print(f"making a dense checkpoint of {options.layers} layers ...", file=sys.stderr)
-    aside(make_dense, dense, options.layers, options.hidden, options.ffn, options.vocabulary)
-    aside(make_key_stats, stats, options.layers, options.hidden)
+    measuring.aside(make_dense, dense, shape)
+    measuring.aside(make_key_stats, stats, shape)
     subprocess.run(["sync"], check=True)
-    ffn_bytes = 3 * options.layers * options.ffn * options.hidden * 2
-    python = (sys.executable, "-m", "megatron_router_upcycling.cli", "convert", dense, out, "--quiet")
-    times: dict[str, list[float]] = {}
-    memory: dict[str, float] = {}
-    cpu: dict[str, float] = {}
-    added: dict[int, int] = {}
-
-    def take(name: str, *command: Any) -> None:
-        seconds, processor, peak = measure_all(*command)
-        times.setdefault(name, []).append(seconds)
-        cpu[name] = min(cpu.get(name, processor), processor)
-        memory[name] = max(memory.get(name, 0.0), peak)
-
+    taken, added = measuring.Commands(), {}
+    experts = sorted({COMPARED, *options.experts})
     for _ in range(options.repeats):
-        take("import torch", sys.executable, "-c", "import torch")
-        take(
-            "import torch.distributed.checkpoint", sys.executable, "-c", "import torch.distributed.checkpoint"
-        )
-        take("cp -r", "cp", "-r", dense, work / "copy")
-        take("sync", "sync")
-        shutil.rmtree(work / "copy")
-        for num_experts in options.experts:
-            take(f"convert {num_experts}", *python, "--key-stats", stats, "--num-experts", num_experts)
-            added[num_experts] = new_bytes(out)
-            shutil.rmtree(out)
-    iteration = dense / "iter_0000001"
-    plain = (sys.executable, Path(__file__).with_name("plain_upcycle.py"), iteration, work / "copy")
-    for name, command in (
-        ("plain conversion", (*plain, "--num-experts", COMPARED)),
-        (
-            "convert --materialize",
-            (*python, "--key-stats", stats, "--num-experts", COMPARED, "--materialize"),
-        ),
-    ):
-        take(name, *command)
-        shutil.rmtree(work / "copy", ignore_errors=True)
-        whole = new_bytes(out) if out.exists() else 0
-        shutil.rmtree(out, ignore_errors=True)
-        if whole:
-            stop_late(out, whole, *command)
-            take(f"{name}, killed at 80%, again", *command)
-            shutil.rmtree(out)
-    best = {name: min(seconds) for name, seconds in times.items()}
-    result: dict[str, Any] = {
-        "dense_bytes": sum(path.stat().st_size for path in dense.rglob("*") if path.is_file()),
-        "seconds": best,
-        "processor_seconds": cpu,
-        "peak_memory_mb": memory,
-        "convert": {},
+        added = beside_a_copy(work, taken, experts)
+    other_ways(work, taken)
+    return {
+        "dense_bytes": measuring.all_bytes(dense),
+        "seconds": taken.seconds(),
+        "processor_seconds": taken.processor_seconds(),
+        "peak_memory_mb": taken.peak_mb(),
+        "convert": {count: compare(taken, shape, count, size) for count, size in added.items()},
         "megatron": try_megatron(work) if options.megatron else "not tried",
     }
-    for num_experts in options.experts:
-        name = f"convert {num_experts}"
-        seconds = best[name] - best["import torch"]
-        routers = 2 * options.layers * HEADS * HEAD_SIZE * (options.hidden + 1)  # query maps and expert keys
-        result["convert"][num_experts] = {
-            "seconds_beyond_import_torch": seconds,
-            "ratio_to_cp": seconds / best["cp -r"],
-            "ratio_to_cp_and_sync": seconds / min(map(sum, zip(times["cp -r"], times["sync"], strict=True))),
-            "memory_beyond_import_mb": memory[name] - memory["import torch.distributed.checkpoint"],
-            "bytes_added": added[num_experts],
-            "bytes_ratio": added[num_experts] / (ffn_bytes + routers),
-        }
-    return result
+
+
+def convert(work: Path) -> tuple[Any, ...]:
+    """The command, without the number of experts."""
+    stats = ("--key-stats", work / "key_stats.safetensors")
+    return (*measuring.CLI, "convert", work / "dense", work / "out", "--quiet", *stats)
+
+
+def beside_a_copy(work: Path, taken: Any, experts: list[int]) -> dict[int, int]:
+    """One round of what the limits are about; return the bytes that each conversion added."""
+    out, copy = work / "out", work / "copy"
+    for module in ("torch", "torch.distributed.checkpoint"):
+        taken.take(f"import {module}", sys.executable, "-c", f"import {module}")
+    taken.take("cp -r", "cp", "-r", work / "dense", copy)
+    taken.take("sync", "sync")
+    measuring.remove(copy)
+    added = {}
+    for count in experts:
+        taken.take(f"convert {count}", *convert(work), "--num-experts", count)
+        added[count] = measuring.new_bytes(out)
+        measuring.remove(out)
+    return added
+
+
+def other_ways(work: Path, taken: Any) -> None:
+    """A plain conversion, and one with real copies, whole and after it was killed."""
+    out, copy, experts = work / "out", work / "copy", ("--num-experts", COMPARED)
+    plain = Path(__file__).with_name("plain_upcycle.py")
+    taken.take("plain conversion", sys.executable, plain, work / "dense/iter_0000001", copy, *experts)
+    measuring.remove(copy)
+    name, command = "convert --materialize", (*convert(work), *experts, "--materialize")
+    taken.take(name, *command)
+    whole = measuring.new_bytes(out)
+    measuring.remove(out)
+    stop_late(out, whole, *command)
+    taken.take(f"{name}, killed at 80%, again", *command)
+    measuring.remove(out)
+
+
+def compare(taken: Any, shape: Shape, num_experts: int, added: int) -> dict[str, float]:
+    """A conversion beside ``cp -r`` and the least bytes that it could add."""
+    name, best, memory = f"convert {num_experts}", taken.seconds(), taken.peak_mb()
+    seconds = best[name] - best["import torch"]
+    ffn = 3 * shape.layers * shape.ffn * shape.hidden * 2
+    routers = 2 * shape.layers * shape.heads * shape.head_size * (shape.hidden + 1)  # query maps, expert keys
+    return {
+        "seconds_beyond_import_torch": seconds,
+        "ratio_to_cp": seconds / best["cp -r"],
+        "ratio_to_cp_and_sync": seconds / taken.seconds_together("cp -r", "sync"),
+        "memory_beyond_import_mb": memory[name] - memory["import torch.distributed.checkpoint"],
+        "bytes_added": added,
+        "bytes_ratio": added / (ffn + routers),
+    }
 
 
 def report(result: dict[str, Any]) -> str:
@@ -294,30 +178,16 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--ffn", type=int, default=2816)
-    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser = measuring.parser(__doc__)
+    measuring.add_size_flags(parser)
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--megatron",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="try its own upcycling (half a minute)",
     )
-    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
-    options = parser.parse_args()
-    options.experts = sorted({COMPARED, *options.experts})
-    with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=options.folder) as work:
-        result = run(Path(work), options)
-    print(report(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    measuring.main(parser, run, report)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ import io
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
+import measuring  # type: ignore[import-not-found]  # beside this file
 
 from megatron_router_upcycling.training import launch, train
 from megatron_router_upcycling.training.run_log import collector, measures
@@ -26,13 +25,15 @@ from megatron_router_upcycling.training.run_log.listener import RunLog
 
 BOUND = 0.01  # of a step
 WARM_UP = 4  # iterations that are left out
-
-
-def now() -> float:
-    """Seconds, when all that was asked of the device is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+FLAGS = (
+    "--num-layers {layers} --hidden-size {hidden} --ffn-hidden-size {ffn} --num-attention-heads 8"
+    f" --num-experts 8 --moe-router-topk 2 --router mixture {measuring.QWEN} --moe-router-pre-softmax"
+    " --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.02 --lr 1e-3"
+    " --lr-decay-style constant --seq-length 256 --max-position-embeddings 256 --micro-batch-size 4"
+    " --global-batch-size 8 --train-iters {iterations} --log-interval 1 --eval-iters 0"
+    " --eval-interval 1000000 --mock-data --tokenizer-type NullTokenizer --vocab-size 4000"
+    " --routing-diagnostics-interval 2"
+)
 
 
 class Clock:
@@ -45,28 +46,24 @@ class Clock:
         function = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = now()
+            start = measuring.now()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += now() - start
+                self.seconds += measuring.now() - start
 
         setattr(owner, name, call)
 
 
 def train_once(options: argparse.Namespace) -> list[tuple[float, float]]:
     """Of each iteration, its seconds and those of them inside the diagnostics; even ones collect."""
-    sizes = {"num-layers": options.num_layers, "hidden-size": options.hidden_size, "num-experts": 8}
-    sizes |= {"ffn-hidden-size": 11 * options.hidden_size // 4, "num-attention-heads": 8, "vocab-size": 4000}
-    sizes |= {"seq-length": 256, "max-position-embeddings": 256, "micro-batch-size": 4, "moe-router-topk": 2}
-    sizes |= {"global-batch-size": 8, "train-iters": options.iterations, "eval-iters": 0, "log-interval": 1}
-    sizes |= {"eval-interval": 10**6}
-    names = {"tokenizer-type": "NullTokenizer", "moe-router-dtype": "fp32", "lr": "1e-3", "router": "mixture"}
-    names |= {"normalization": "RMSNorm", "position-embedding-type": "rope", "lr-decay-style": "constant"}
-    names |= {"moe-token-dispatcher-type": "alltoall", "moe-aux-loss-coeff": "0.02"}
-    switches = ["--mock-data", "--swiglu", "--disable-bias-linear", "--moe-router-pre-softmax"]
-    flags = [text for name, value in (sizes | names).items() for text in (f"--{name}", str(value))]
-    run = launch.prepare([*flags, *switches, "--routing-diagnostics-interval", "2"])
+    flags = FLAGS.format(
+        layers=options.num_layers,
+        hidden=options.hidden_size,
+        ffn=11 * options.hidden_size // 4,
+        iterations=options.iterations,
+    )
+    run = launch.prepare(flags.split())
 
     clock, marks = Clock(), [(0.0, 0.0)]
     clock.timed(collector, "_scores")
@@ -82,7 +79,7 @@ def train_once(options: argparse.Namespace) -> list[tuple[float, float]]:
 
         def mark(*args: Any, **kwargs: Any) -> Any:
             result = after(*args, **kwargs)
-            marks.append((now(), clock.seconds))
+            marks.append((measuring.now(), clock.seconds))
             return result
 
         training.training_log = mark

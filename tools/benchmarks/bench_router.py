@@ -9,21 +9,18 @@ turns, each going first in every other round, and their ratio is the median of t
 direct form, some twenty times slower, runs a few times at the end. Nothing else should run meanwhile.
 """
 
-import argparse
 import ctypes
 import json
 import math
 import statistics
-import sys
-import time
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from typing import Any
 
+import measuring  # type: ignore[import-not-found]  # beside this file
 import torch
 
 from megatron_router_upcycling.config.router import POOLINGS, RouterConfig
-from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.training import device
+from megatron_router_upcycling.training import device, launch
 
 BOUND = 1.05  # folded over stock
 DIRECT_ROUNDS = 5
@@ -113,33 +110,25 @@ def measure(options: Namespace) -> dict[str, Any]:
     tokens.requires_grad_()
     grad_probs = torch.randn(options.tokens, options.num_experts, device=place)
 
-    def seconds(router: torch.nn.Module) -> float:
+    def seconds(name: str) -> float:
+        router = routers[name]
         # Megatron's data parallelism takes every gradient away as soon as it is there.
         tokens.grad = None
         router.zero_grad(set_to_none=True)
-        if place == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = measuring.now()
         probs, _ = router(tokens)
         probs.backward(grad_probs)
-        if place == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return measuring.now() - start
 
     results: dict[str, Any] = {}
     for threads in options.threads:
         torch.set_num_threads(threads)
-        for router in (*routers.values(), routers["stock"], routers["folded"]):
-            seconds(router)
-        times: dict[str, list[float]] = {name: [] for name in routers}
-        for turn in range(options.rounds):
-            for name in ("stock", "folded") if turn % 2 else ("folded", "stock"):
-                times[name].append(seconds(routers[name]))
-        times["direct"] = [seconds(routers["direct"]) for _ in range(DIRECT_ROUNDS)]
+        times = measuring.take_turns(seconds, ("stock", "folded"), options.rounds, warm_up=2)
+        times["direct"] = [seconds("direct") for _ in range(1 + DIRECT_ROUNDS)][1:]
         medians = {name: statistics.median(values) for name, values in times.items()}
         results[f"{threads} thread{'s' * (threads > 1)}"] = {
             "seconds": medians,
-            "ratio": statistics.median(a / b for a, b in zip(times["folded"], times["stock"], strict=True)),
+            "ratio": statistics.median(measuring.ratios(times["folded"], times["stock"])),
             "direct_ratio": medians["direct"] / medians["stock"],
         }
     return vars(options) | {"device": place, "bound": BOUND, "results": results}
@@ -160,8 +149,8 @@ def report(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = measuring.parser(__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads (default: 1 2)")
     parser.add_argument("--tokens", type=int, default=4096)
@@ -172,14 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of tokens and parameters")
     parser.add_argument("--rounds", type=int, default=100, help="pairs of passes (default: 100)")
     parser.add_argument("--json", action="store_true", help="print the measurement as JSON")
-    try:
-        measured = measure(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    measured = measure(parser.parse_args())
     print(json.dumps(measured, indent=2) if measured["json"] else report(measured))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.exit_on_user_error(main)

@@ -14,37 +14,35 @@ On a GPU the default is the paper's run, configs/qwen1.5-0.5b-8x/moe.yaml of 64 
 model, whose figures say nothing about a GPU.
 """
 
-import argparse
-import json
 import resource
 import shlex
 import statistics
 import sys
-import time
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import measuring  # type: ignore[import-not-found]  # beside this file
 import torch
 
 from megatron_router_upcycling import files
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.rehearsal import run as rehearsal
+from megatron_router_upcycling.planning.rehearsal.prepare import Rehearsal
+from megatron_router_upcycling.planning.rehearsal.prepare import prepare as prepare_rehearsal
 from megatron_router_upcycling.training import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = ["--config", str(ROOT / "configs/qwen1.5-0.5b-8x/moe.yaml")]
 # A model shaped as that one, for the CPU.
 ON_CPU = shlex.split(
-    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 8 --kv-channels 16 --swiglu"
-    " --normalization RMSNorm --add-qkv-bias --disable-bias-linear --position-embedding-type rope"
-    " --untie-embeddings-and-output-weights --vocab-size 4000 --seq-length 256 --max-position-embeddings 256"
+    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 8 --kv-channels 16"
+    f" --add-qkv-bias {measuring.QWEN} --vocab-size 4000 --seq-length 256 --max-position-embeddings 256"
     " --micro-batch-size 4 --num-experts 8 --moe-router-topk 2 --moe-router-pre-softmax"
-    " --moe-router-dtype fp32"
-    " --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.02 --moe-z-loss-coeff 0.001"
-    " --moe-token-dispatcher-type alltoall --use-distributed-optimizer --lr 1e-4 --train-iters 100"
-    " --rehearse-seq-length 256"
+    " --moe-router-dtype fp32 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.02"
+    " --moe-z-loss-coeff 0.001 --moe-token-dispatcher-type alltoall --use-distributed-optimizer --lr 1e-4"
+    " --train-iters 100 --rehearse-seq-length 256"
 )
 COLUMNS = {
     "router": 8,
@@ -58,15 +56,15 @@ COLUMNS = {
 WARM_UP = 2  # steps of each kind before the first that counts
 
 
-def prepare(options: Namespace, flags: list[str]) -> Any:
+def prepare(options: Namespace, flags: list[str]) -> Rehearsal:
     on_gpu = torch.cuda.is_available()
     chosen = ["--config", options.config] if options.config else ON_GPU if on_gpu else ON_CPU
-    run = launch.prepare([*chosen, "--rehearse", str(options.gpus), "--router", "mixture", *flags])
-    if run.router is None:
+    prepared = prepare_rehearsal([*chosen, "--gpus", str(options.gpus), "--router", "mixture", *flags])
+    if prepared.run.router is None:
         raise UserError("--num-experts: is not given; a dense model has no router to compare")
     # A router that is exchanged has no gradient; Megatron's overlapped reduction waits for all of them.
-    run.args.overlap_grad_reduce = run.args.overlap_param_gather = False
-    return run
+    prepared.run.args.overlap_grad_reduce = prepared.run.args.overlap_param_gather = False
+    return prepared
 
 
 def moe_layers(model: list[Any]) -> list[Any]:
@@ -87,16 +85,11 @@ def stock_routers(layers: list[Any]) -> list[torch.nn.Module]:
     return made
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     """Seconds of a step with each router, of its routers, and bytes at the peak."""
-    run = prepare(options, flags)
-    args, planned = run.args, run.rehearsed
-    model, optimizer, scheduler = rehearsal.build(run)
+    prepared = prepare(options, flags)
+    args, planned = prepared.run.args, prepared.planned
+    model, optimizer, scheduler = rehearsal.build(prepared.run)
     layers = moe_layers(model)
     kinds = {"mixture": [layer.router for layer in layers], "stock": stock_routers(layers)}
     data = rehearsal.random_batches(args, planned.vocabulary)
@@ -108,21 +101,13 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
             router.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        synchronize()
-        start = time.perf_counter()
+        start = measuring.now()
         rehearsal.step(args, model, optimizer, scheduler, data)
-        synchronize()
-        taken = time.perf_counter() - start
+        taken = measuring.now() - start
         peaks[kind] = max(peaks.get(kind, 0), peak_bytes())
         return taken
 
-    for _ in range(WARM_UP):
-        for kind in kinds:
-            seconds(kind)
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for turn in range(options.rounds):
-        for kind in ("mixture", "stock") if turn % 2 else ("stock", "mixture"):
-            times[kind].append(seconds(kind))
+    times = measuring.take_turns(seconds, ("mixture", "stock"), options.rounds, WARM_UP)
     medians = {kind: statistics.median(values) for kind, values in times.items()}
     tokens = args.micro_batch_size * args.seq_length * rehearsal.microbatches(args)
     flops = tokens * figures.flops_per_token(planned) / planned.model_parallel_size
@@ -136,9 +121,7 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
         "grouped_experts": bool(args.moe_grouped_gemm),
         "rounds": options.rounds,
         "step_seconds": medians,
-        "throughput_ratio": statistics.median(
-            stock / mixture for stock, mixture in zip(times["stock"], times["mixture"], strict=True)
-        ),
+        "throughput_ratio": statistics.median(measuring.ratios(times["stock"], times["mixture"])),
         "tokens_per_second": {kind: tokens / value for kind, value in medians.items()},
         "tflops": {kind: flops / value / 1e12 for kind, value in medians.items()},
         "utilisation": {
@@ -160,12 +143,10 @@ def router_seconds(args: Namespace, router: Any) -> float:
     tokens = torch.randn(shape, device=weight.device, dtype=dtype, requires_grad=True)
     taken = []
     for _ in range(20):
-        synchronize()
-        start = time.perf_counter()
+        start = measuring.now()
         probs, _ = router(tokens)
         probs.sum().backward()
-        synchronize()
-        taken.append(time.perf_counter() - start)
+        taken.append(measuring.now() - start)
     return statistics.median(taken[5:])
 
 
@@ -214,31 +195,20 @@ def report(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main() -> None:
+    parser = measuring.parser(__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="YAML", help="the run (default: see above)")
     parser.add_argument("--gpus", type=int, default=64, help="of the run that one rank is of (default: 64)")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of steps (default: 10)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
     options, flags = parser.parse_known_args()
     command = list(sys.argv)
-    try:
-        if options.output and not options.output.absolute().parent.is_dir():
-            raise UserError(
-                f"--output {options.output}: there is no folder {options.output.absolute().parent}"
-            )
-        found = measure(options, flags)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    found["command"] = shlex.join(["python", *command])
+    if options.output and not options.output.absolute().parent.is_dir():
+        raise UserError(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
+    found = measure(options, flags) | {"command": shlex.join(["python", *command])}
     print(report(found))
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    return 0
+    measuring.write_json(options.output, found)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.exit_on_user_error(main)

@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,6 @@ import yaml
 
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import UserError
-
-ENTRIES = (
-    *("title", "dense", "checkpoint", "key_stats", "launcher", "flags", "seeds", "runs", "reference"),
-    *("paper", "paper_table", "claims"),
-)
 
 
 @dataclass(frozen=True)
@@ -61,9 +56,10 @@ def read(path: Path) -> Comparison:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(entries, dict) or not isinstance(entries.get("runs"), dict) or not entries["runs"]:
         raise UserError(f"{path}: needs 'runs:', a mapping of names to YAML files")
+    known = [entry.name for entry in fields(Comparison) if entry.name != "path"]
     for name in entries:
-        if name not in ENTRIES:
-            raise UserError(f"{path}: unknown entry {name!r}; known: {', '.join(ENTRIES)}")
+        if name not in known:
+            raise UserError(f"{path}: unknown entry {name!r}; known: {', '.join(known)}")
 
     def beside(name: Any) -> Path:
         return Path(os.path.normpath(path.parent / str(name)))
@@ -81,6 +77,8 @@ def read(path: Path) -> Comparison:
         raise UserError(
             f"{path}: needs either 'dense:', the YAML of a model to train first, or 'checkpoint:'"
         )
+    if "checkpoint" in entries and "key_stats" not in entries:
+        raise UserError(f"{path}: 'checkpoint:' needs 'key_stats:' beside it")
     reference = entries.get("reference", next(iter(runs)))
     try:
         claims = tuple(Claim(**claim) for claim in entries.get("claims", ()))

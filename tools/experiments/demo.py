@@ -4,8 +4,9 @@
 
 Prepares a corpus, trains a small dense model on two processes, collects its key statistics, converts it by
 Router Upcycling and by vanilla upcycling (a random linear router), goes on training both with two-way
-expert parallelism from the same data order, and compares them on held-out text. The first is exported to
-Hugging Face format, loaded by transformers, held against Megatron and asked for a few lines.
+expert parallelism from the same data order, and compares them on held-out text: a comparison
+(``tools.experiments.compare``) with one seed, configs/compare/demo.yaml. The first is exported to Hugging
+Face format, loaded by transformers, held against Megatron and asked for a few lines.
 
 Every step is a command that is printed before it runs, with its output in DIR/logs. What is done is not done
 again; a run that was cut short goes on when the same command is given again.
@@ -16,182 +17,211 @@ Ends with DIR/report.md, DIR/results.json and DIR/loss_curves.png.
 import json
 import math
 import sys
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from megatron_router_upcycling.errors import Parser
+from tools.experiments import report
+from tools.experiments.comparison import read
+from tools.experiments.foundation import Foundation, environment, flags, program
+from tools.experiments.plan import Plan
+from tools.experiments.report import RunResult, read_run
+from tools.experiments.stages import Pipeline, Stage, command_line, in_order
 
-from megatron_router_upcycling.errors import Parser, UserError
-from megatron_router_upcycling.files import write_whole
-from megatron_router_upcycling.training import launch, train
-from tools.experiments import demo_report
-from tools.experiments.foundation import NUM_RANKS, PACKAGE, Foundation, environment, program, torchrun
-from tools.experiments.stages import Pipeline, Stage, command_line
+COMPARISON = Path("configs/compare/demo.yaml")
 
-CONFIGS = Path("configs/demo")
-# Name in the report -> how the converter makes it.
-UPCYCLED = {"router upcycling": "mixture", "vanilla upcycling": "linear"}
+# Colour and width of a run's line: curves may lie on one another, so thinner ones are drawn on top.
+STYLES = (("#444444", 2.0), ("#c8401e", 1.2), ("#2867b2", 3.0))
+LEGEND = (
+    "Loss: nats a token on the same held-out samples. Load: tokens of the busiest expert over the mean, in"
+    " the first and the last training step, averaged over layers (1 is even). Conversion: wall time of the"
+    " whole command. Bytes added: to the disk, of the size of the checkpoint's files."
+)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The stages of the demonstration, by what they are for."""
+class Demonstration(Plan):
+    """A comparison that also evaluates every run before its training, and exports the reference."""
 
-    corpus: Stage
-    dense: Stage
-    keys: Stage
-    convert: dict[str, Stage]
-    evaluate_start: dict[str, Stage]
-    train: dict[str, Stage]
-    evaluate_end: dict[str, Stage]
-    export: Stage
-    check: Stage
+    @property
+    def base(self) -> Foundation:
+        assert self.foundation, f"{self.comparison.path} names no dense model to train"
+        return self.foundation
 
     def stages(self) -> list[Stage]:
-        parts = (self.convert, self.evaluate_start, self.train, self.evaluate_end)
-        middle = (stage for part in parts for stage in part.values())
-        return [self.corpus, self.dense, self.keys, *middle, self.export, self.check]
+        runs = [stage for run in self.runs() for stage in (self.evaluate(*run), self.train(*run))]
+        return in_order([*runs, self.check()])
 
+    def exported(self) -> Stage:
+        """The training run of the model that is exported."""
+        return self.train(self.comparison.reference, self.comparison.seeds[0])
 
-def plan(output: Path, quick: bool) -> Plan:
-    """The commands of the demonstration that writes to ``output``; runs nothing."""
-    base = Foundation(output, CONFIGS / "dense.yaml", quick)
-    dense, keys = base.dense, base.keys()
-    moe_config = ("--config", str(CONFIGS / "moe.yaml"), *base.run_flags)
-    moe_files = (CONFIGS / "moe.yaml",)
-
-    def convert(router: str) -> Stage:
-        flags = ("--key-stats", str(keys.output)) if router == "mixture" else ("--router", router)
-        return Stage(
-            f"convert-{router}",
-            f"convert the dense model, router: {router}",
-            (
-                *(program("router-upcycle"), "convert", str(dense.output), str(output / router)),
-                *(*flags, "--num-experts", "8", "--top-k", "2", "--quiet"),
-            ),
-            output / router,
-            after=(dense, keys) if router == "mixture" else (dense,),
-        )
-
-    def evaluate(router: str, when: str, model: Stage) -> Stage:
-        load = output / f"load-{router}-{when}.json"
-        return Stage(
-            f"evaluate-{router}-{when}",
-            f"evaluate on held-out text, router: {router}, {when}",
-            (
-                *(*torchrun("tools.experiments.demo"), *moe_config),
-                *("--load", str(model.output), "--output", str(load)),
-            ),
-            load,
-            moe_files,
-            (model,),
-        )
-
-    def train(router: str, model: Stage) -> Stage:
-        save = output / f"{router}-trained"
-        return Stage(
-            f"train-{router}",
-            f"go on training, expert parallel on {NUM_RANKS} ranks, router: {router}",
-            (*torchrun(PACKAGE + "pretrain"), *moe_config, "--load", str(model.output), "--save", str(save)),
-            save,
-            moe_files,
-            (model,),
-            resumes=True,
-        )
-
-    def export(model: Stage) -> Stage:
-        folder = output / "hf"
+    def export(self) -> Stage:
+        trained, folder = self.exported(), self.output / "hf"
+        options = flags(dtype="float32", quiet=True)
         return Stage(
             "export",
             "export to Hugging Face format",
-            (
-                *(program("router-upcycle"), "export-hf", str(model.output), str(folder)),
-                *("--dtype", "float32", "--quiet"),
-            ),
+            (program("router-upcycle"), "export-hf", str(trained.output), str(folder), *options),
             folder,
-            after=(model,),
+            after=(trained,),
         )
 
-    def check(exported: Stage, model: Stage) -> Stage:
-        found = output / "check.json"
+    def check(self) -> Stage:
+        exported, trained, found = self.export(), self.exported(), self.output / "check.json"
+        tool = (program("python"), "-m", "tools.experiments.check_export", str(exported.output))
+        config = flags(config=trained.files[0])
         return Stage(
             "check",
             "load it with transformers, compare with Megatron, write a few lines",
-            (
-                *(
-                    program("python"),
-                    "-m",
-                    "tools.experiments.check_export",
-                    str(exported.output),
-                    *moe_config,
-                ),
-                *("--load", str(model.output), "--output", str(found)),
-            ),
+            (*tool, *config, *self.base.run_flags, *flags(load=trained.output, output=found)),
             found,
-            moe_files,
-            (exported, model),
+            trained.files,
+            (exported, trained),
         )
 
-    converted = {name: convert(router) for name, router in UPCYCLED.items()}
-    trained = {name: train(router, converted[name]) for name, router in UPCYCLED.items()}
-    exported = export(trained["router upcycling"])
-    return Plan(
-        corpus=base.corpus,
-        dense=dense,
-        keys=keys,
-        convert=converted,
-        evaluate_start={n: evaluate(router, "start", converted[n]) for n, router in UPCYCLED.items()},
-        train=trained,
-        evaluate_end={n: evaluate(router, "end", trained[n]) for n, router in UPCYCLED.items()},
-        export=exported,
-        check=check(exported, trained["router upcycling"]),
-    )
+
+@dataclass(frozen=True)
+class Model:
+    """One row of the table and one curve of the picture; None where a column does not apply (to the dense
+    model). Losses are nats a token, held out; loads are those of the busiest expert over the mean."""
+
+    name: str
+    run: RunResult
+    loss_at_start: float | None = None  # before any further training
+    load_at_start: float | None = None
+    load_at_end: float | None = None
+    conversion_seconds: float | None = None
+    bytes_added: int | None = None  # by the conversion, to the disk
+    bytes_named: int | None = None  # size of the converted checkpoint with what it shares counted in
+
+    @property
+    def training(self) -> dict[int, float]:
+        """Training losses by step; every step has as many tokens as any other."""
+        run = self.run
+        return {tokens * run.steps // run.tokens: loss for tokens, loss in run.training.items()}
 
 
-def report(pipeline: Pipeline, stages: Plan, output: Path) -> str:
-    """Write report.md, results.json and loss_curves.png; return the table."""
+def collect(pipeline: Pipeline, plan: Demonstration) -> list[Model]:
+    """What the stages found, once all have ended: the dense model, then those that were made of it."""
 
-    def curve(stage: Stage) -> demo_report.Curve:
-        return demo_report.parse_log(pipeline.log(stage).read_text(encoding="utf-8", errors="replace"))
+    def result(name: str, seed: int, stage: Stage) -> RunResult:
+        return read_run(name, seed, stage.output, pipeline.record(stage))
 
-    def evaluated(stage: Stage) -> tuple[float, float]:
-        """Held-out loss and imbalance that an evaluation found."""
-        loss = curve(stage).held_out
-        assert loss is not None, f"no held-out loss in {pipeline.log(stage)}"
-        return loss, demo_report.imbalance(json.loads(stage.output.read_text())["tokens_per_expert"])
-
-    dense = curve(stages.dense)
-    assert dense.held_out is not None, f"no held-out loss in {pipeline.log(stages.dense)}"
-    results = [demo_report.ModelResult("dense", None, dense.held_out, None, None, None, None, None)]
-    continued = {}
-    for name in UPCYCLED:
-        start, load_at_start = evaluated(stages.evaluate_start[name])
-        end, load_at_end = evaluated(stages.evaluate_end[name])
-        added, named = demo_report.disk_use(stages.convert[name].output, stages.dense.output)
-        seconds = pipeline.record(stages.convert[name])["seconds"]
-        results.append(
-            demo_report.ModelResult(name, start, end, load_at_start, load_at_end, seconds, added, named)
+    dense = plan.base.dense
+    models = [Model("dense", result("dense", plan.comparison.seeds[0], dense))]
+    for name, seed in plan.runs():
+        converted, run = plan.convert(name, seed), result(name, seed, plan.train(name, seed))
+        models.append(
+            Model(
+                name,
+                run,
+                result(name, seed, plan.evaluate(name, seed)).held_out,
+                run.first_routing["load_max_over_mean"],
+                run.routing["load_max_over_mean"],
+                pipeline.record(converted)["seconds"],
+                *disk_use(converted.output, dense.output),
+            )
         )
-        continued[name] = curve(stages.train[name])
+    return models
 
-    vocabulary = json.loads((stages.corpus.output / "corpus.json").read_text())["options"]["vocab_size"]
-    table = demo_report.table(results)
+
+def disk_use(root: Path, source: Path) -> tuple[int, int]:
+    """Bytes that checkpoint ``root`` adds beside ``source``, and the bytes of all its files.
+
+    A file that is hard-linked to one of ``source`` adds nothing.
+    """
+    held = {(s.st_dev, s.st_ino) for s in (path.stat() for path in source.rglob("*") if path.is_file())}
+    stats = [path.stat() for path in root.rglob("*") if path.is_file()]
+    added = sum(s.st_size for s in stats if (s.st_dev, s.st_ino) not in held)
+    return added, sum(s.st_size for s in stats)
+
+
+def table(models: list[Model]) -> str:
+    """The results in Markdown; LEGEND says what the columns are."""
+
+    def number(value: float | None, form: str, unit: str = "") -> str:
+        return "–" if value is None else f"{value:{form}}{unit}"
+
+    header = ["model", "loss at step 0", "at the end", "load at step 0", "at the end"]
+    rows = [[*header, "conversion", "bytes added"]]
+    for model in models:
+        row = [model.name, number(model.loss_at_start, ".4f"), number(model.run.held_out, ".4f")]
+        row += [number(model.load_at_start, ".2f"), number(model.load_at_end, ".2f")]
+        row.append(number(model.conversion_seconds, ".1f", " s"))
+        added = None if model.bytes_added is None else model.bytes_added / 1e6
+        rows.append([*row, number(added, ".2f", f" of {(model.bytes_named or 0) / 1e6:.2f} MB")])
+    return report.markdown(rows)
+
+
+def picture(models: list[Model], path: Path) -> None:
+    """Draw the loss curves on one time line: the dense model's first, the others' from its end on."""
+    converted_at, last = models[0].run.steps, max(model.run.steps for model in models[1:])
+    figure, left, right = report.panels(4.6)
+    shown: list[float] = []  # on the right: losses from the conversion on
+    for model, (colour, width) in zip(models, STYLES, strict=True):
+        start = 0 if model is models[0] else converted_at
+        curve = {start + step: loss for step, loss in model.training.items()}
+        points = {} if model.loss_at_start is None else {start: model.loss_at_start}
+        points[start + model.run.steps] = model.run.held_out
+        style: dict[str, Any] = {"color": colour, "zorder": 5 - width}
+        dots: dict[str, Any] = {"markersize": 5 + 2 * width, "markeredgecolor": "white", **style}
+        for axes in (left, right):
+            axes.plot(list(curve), list(curve.values()), linewidth=width, label=model.name, **style)
+            axes.plot(list(points), list(points.values()), "o", **dots)
+        shown += [*points.values(), *(curve.values() if start else ())]
+    for axes in (left, right):
+        axes.axvline(converted_at, color="#999999", linewidth=0.8, linestyle=":")
+        axes.set_xlabel("training step")
+    left.set_ylabel("loss (nats a token)")
+    left.set_title("line: training loss; points: held-out loss", fontsize=10)
+    left.legend(frameon=False)
+    margin = 0.1 * (max(shown) - min(shown))
+    right.set_xlim(converted_at * 0.9, (converted_at + last) * 1.02)
+    right.set_ylim(min(shown) - margin, max(shown) + margin)
+    right.set_title("from the conversion on", fontsize=10)
+    report.save(figure, path)
+
+
+def as_json(models: list[Model]) -> dict[str, Any]:
+    """Everything that was measured, for other programs."""
+    rows = [asdict(model) | {"loss_at_end": model.run.held_out} for model in models]
+    return {
+        "models": [{name: value for name, value in row.items() if name != "run"} for row in rows],
+        "curves": {
+            model.name: {"training": model.training, "held_out": model.run.held_out, "last": model.run.steps}
+            for model in models
+        },
+    }
+
+
+def describe(models: list[Model], check: dict[str, Any], vocabulary: int) -> str:
+    """The table, what its columns are, and what ``check_export`` found, in Markdown."""
+    dense, exported, *_ = models
     note = (
-        f"{demo_report.LEGEND}\n"
-        f"A guess at random would have a loss of {math.log(vocabulary):.4f}. The dense model was trained for"
-        f" {dense.last} steps, each Mixture-of-Experts for {continued[name].last} more on"
-        " the same data in the same order."
+        f"{LEGEND}\nA guess at random would have a loss of {math.log(vocabulary):.4f}. The dense model was"
+        f" trained for {dense.run.steps} steps, each Mixture-of-Experts for {exported.run.steps} more on the"
+        " same data in the same order."
     )
-    checked = json.loads(stages.check.output.read_text(encoding="utf-8"))
-    text = f"{table}\n\n{note}\n\n{demo_report.exported(checked)}"
-    demo_report.picture(dense, continued, results, output / "loss_curves.png")
-    (output / "report.md").write_text(
-        f"# Demonstration\n\n{text}\n\n![Loss curves](loss_curves.png)\n", encoding="utf-8"
+    held = (
+        f"Exported to Hugging Face format, {exported.name}'s held-out loss is {check['transformers']:.6f} in"
+        f" transformers and {check['megatron']:.6f} in Megatron. It continues held-out text:"
     )
-    found = demo_report.as_json(dense, continued, results) | {"exported": checked}
-    (output / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    samples = "\n".join(f"- {said['prompt']!r} → {said['continuation']!r}" for said in check["samples"])
+    return "\n\n".join([table(models), note, held, samples])
+
+
+def write(pipeline: Pipeline, plan: Demonstration) -> str:
+    """Write report.md, results.json and loss_curves.png; return the table and what belongs to it."""
+    models, output = collect(pipeline, plan), plan.output
+    corpus = json.loads((plan.base.corpus.output / "corpus.json").read_text(encoding="utf-8"))
+    check = json.loads(plan.check().output.read_text(encoding="utf-8"))
+    text = describe(models, check, corpus["options"]["vocab_size"])
+    picture(models, output / "loss_curves.png")
+    page = f"# Demonstration\n\n{text}\n\n![Loss curves](loss_curves.png)\n"
+    (output / "report.md").write_text(page, encoding="utf-8")
+    measured = as_json(models) | {"exported": check}
+    (output / "results.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     return text
 
 
@@ -202,57 +232,15 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> str:
         args = parser.parse_args(argv)
-        stages = plan(args.output, args.quick)
+        plan = Demonstration(read(COMPARISON), args.output, args.quick)
         pipeline = Pipeline(args.output, environment())
-        pipeline.run(stages.stages())
-        text = report(pipeline, stages, args.output)
+        pipeline.run(plan.stages())
+        text = write(pipeline, plan)
         where = f"{args.output}/report.md, results.json, loss_curves.png; logs in {args.output}/logs"
         return f"{text}\n\nSaved: {where}"
 
     return command_line(work)
 
 
-def measure(argv: list[str]) -> None:
-    """Evaluate as ``argv`` says and write the tokens that each expert of each layer was given."""
-    run = launch.prepare([*argv, "--skip-train"], needs_checkpoint=True)
-    if run.router is None:
-        raise UserError(f"--load {run.args.load}: is a dense model, which has no experts to count tokens for")
-    if not run.args.output:
-        raise UserError("--output: name the JSON file to write")
-    from megatron.core.transformer.moe.router import TopKRouter
-
-    counts: dict[int, torch.Tensor] = defaultdict(lambda: torch.zeros(run.args.num_experts, dtype=torch.long))
-
-    def count(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(module, TopKRouter):
-            _, routing_map = output  # [tokens on this rank, experts], bool
-            counts[module.layer_number] += routing_map.sum(dim=0).long().cpu()
-
-    hook = torch.nn.modules.module.register_module_forward_hook(count)
-    try:
-        train.train(run)
-    finally:
-        hook.remove()
-
-    # Layers and tokens may be on any rank, and tensor-parallel ranks may count the same tokens again: the
-    # sum over ranks keeps the proportions, which are what is asked for.
-    everyone: list[dict[int, list[int]] | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, {layer: c.tolist() for layer, c in counts.items()})
-    if torch.distributed.get_rank() == 0:
-        layers = sorted({layer for found in everyone if found for layer in found})
-        table = [
-            [
-                sum(column)
-                for column in zip(
-                    *(found[layer] for found in everyone if found and layer in found), strict=True
-                )
-            ]
-            for layer in layers
-        ]
-        write_whole(Path(run.args.output), json.dumps({"tokens_per_expert": table}) + "\n")
-
-
 if __name__ == "__main__":
     sys.exit(main())
-if __name__ == "__main__":
-    launch.exit_on_user_error(lambda: measure(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """What the demonstration and every comparison stand on: a corpus, a dense model, its key statistics.
 
-Stages for ``tools.stages.Pipeline``. Commands name programs and files relative to the folder that they are
-run from, so that what is printed can be copied.
+Commands name programs and files relative to the folder that they are run from, so that what is printed can
+be copied.
 """
 
 import os
@@ -11,15 +11,31 @@ import sys
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 from tools.experiments.stages import Stage
 
 PACKAGE = "megatron_router_upcycling."
 NUM_RANKS = 2
 # What --quick changes: a model and a corpus just large enough to go through every step.
-QUICK_CORPUS = ("--max-bytes", "800000", "--vocab-size", "500", "--held-out-fraction", "0.1")
-QUICK_MODEL = ("--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "176", "--kv-channels", "8")
-QUICK_RUN = ("--train-iters", "6", "--save-interval", "4", "--eval-iters", "2", "--log-interval", "2")
+QUICK_CORPUS = {"max_bytes": 800_000, "vocab_size": 500, "held_out_fraction": 0.1}
+QUICK_MODEL = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 176, "kv_channels": 8}
+QUICK_RUN = {"train_iters": 6, "save_interval": 4, "eval_iters": 2, "log_interval": 2}
+
+
+def flags(**entries: Any) -> tuple[str, ...]:
+    """Entries as flags: ``train_iters=80`` as ``--train-iters 80``, ``quiet=True`` as ``--quiet``.
+
+    A list gives its flag several words; False and None give none at all.
+    """
+    words: list[str] = []
+    for name, value in entries.items():
+        if value is False or value is None:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return tuple(words)
 
 
 @cache
@@ -45,22 +61,22 @@ class Foundation:
     @cached_property
     def corpus(self) -> Stage:
         folder = self.output / "corpus"
-        options = QUICK_CORPUS if self.quick else ()
-        command = (program("python"), "tools/experiments/corpus.py", "--output", str(folder))
+        options = flags(output=folder, overwrite=True, quiet=True, **(QUICK_CORPUS if self.quick else {}))
         return Stage(
             "corpus",
             "prepare the corpus: a tokenizer, training and held-out documents",
-            (*command, "--overwrite", "--quiet", *options),
+            (program("python"), "tools/experiments/corpus.py", *options),
             folder,
         )
 
     @cached_property
     def dense(self) -> Stage:
+        folder = self.output / "dense"
         return Stage(
             "dense",
             "train the dense model",
-            (*torchrun(PACKAGE + "pretrain"), *self.dense_flags, "--save", str(self.output / "dense")),
-            self.output / "dense",
+            (*torchrun(PACKAGE + "pretrain"), *self.dense_flags, *flags(save=folder)),
+            folder,
             (self.dense_config,),
             (self.corpus,),
             resumes=True,
@@ -70,30 +86,34 @@ class Foundation:
     def run_flags(self) -> tuple[str, ...]:
         """Flags of every run: its length where it is a quick one, and the data."""
         corpus = self.output / "corpus"
-        return (
-            *(QUICK_RUN if self.quick else ()),
-            *("--tokenizer-model", str(corpus / "tokenizer.model")),
-            *("--data-cache-path", str(self.output / "data_cache")),
-            *("--train-data-path", str(corpus / "train")),
-            *("--valid-data-path", str(corpus / "held_out")),
+        data = flags(
+            tokenizer_model=corpus / "tokenizer.model",
+            data_cache_path=self.output / "data_cache",
+            train_data_path=corpus / "train",
+            valid_data_path=corpus / "held_out",
         )
+        return (*flags(**(QUICK_RUN if self.quick else {})), *data)
 
     @property
     def dense_flags(self) -> tuple[str, ...]:
-        return ("--config", str(self.dense_config), *(QUICK_MODEL if self.quick else ()), *self.run_flags)
+        return (*flags(config=self.dense_config, **(QUICK_MODEL if self.quick else {})), *self.run_flags)
 
     def keys(self, source: str = "pre_rope") -> Stage:
         """Collect the dense model's key statistics, before or after the rotary embedding."""
-        name = "key_stats" if source == "pre_rope" else f"key_stats_{source}"
+        is_default = source == "pre_rope"
+        name = "key_stats" if is_default else f"key_stats_{source}"
         file = self.output / f"{name}.safetensors"
-        flags = () if source == "pre_rope" else ("--key-source", source)
+        options = flags(
+            key_source=None if is_default else source,
+            load=self.dense.output,
+            output=file,
+            overwrite=True,
+            quiet=True,
+        )
         return Stage(
             name,
-            "collect the key statistics of the dense model" + (f", {source}" if flags else ""),
-            (
-                *(*torchrun(PACKAGE + "collect_keys"), *self.dense_flags, *flags),
-                *("--load", str(self.dense.output), "--output", str(file), "--overwrite", "--quiet"),
-            ),
+            "collect the key statistics of the dense model" + ("" if is_default else f", {source}"),
+            (*torchrun(PACKAGE + "collect_keys"), *self.dense_flags, *options),
             file,
             (self.dense_config,),
             (self.dense,),

@@ -17,6 +17,13 @@ from megatron_router_upcycling.training.run_log import files
 from tools.experiments.comparison import Claim, Comparison
 
 ROUTING = ("load_max_over_mean", "dead_experts", "entropy", "weight_sum", "dropped_fraction")
+# Columns of the table for some of them: title and format.
+COLUMNS = {
+    "load_max_over_mean": ("busiest expert", ".2f"),
+    "dead_experts": ("dead experts", ".1f"),
+    "dropped_fraction": ("dropped", ".1%"),
+    "weight_sum": ("weights' sum", ".2f"),
+}
 COLOURS = ("#c8401e", "#2867b2", "#3a9a4b", "#8a4fb0", "#c79a00", "#444444", "#00999c", "#d2679a")
 FAR = 12.0  # typical differences; what is further off would flatten the picture
 SURE = 2.0  # standard errors that a mean difference must have, with the same sign in every seed
@@ -25,14 +32,16 @@ SURE = 2.0  # standard errors that a mean difference must have, with the same si
 @dataclass(frozen=True)
 class RunResult:
     """One training run. Losses are nats a token; ``training`` is tokens -> loss; ``routing`` is the mean over
-    the layers at the run's end."""
+    the layers in the last step that was looked at, ``first_routing`` in the first."""
 
     name: str
     seed: int
     held_out: float
     training: dict[int, float]
     tokens: int
+    steps: int
     routing: dict[str, float]
+    first_routing: dict[str, float]
     seconds: float
     command: str
 
@@ -47,17 +56,23 @@ def read_run(name: str, seed: int, folder: Path, record: dict[str, Any]) -> RunR
     held_out = [line for line in lines if line["kind"] == "held_out" and line["set"] == "validation"]
     if not held_out or held_out[-1]["lm_loss"] is None:
         raise UserError(f"{folder / files.RUN}: no finite held-out loss; let eval_iters be larger than 0")
-    routing = (files.read(folder / files.ROUTING) or [{}])[-1]
+    routing = files.read(folder / files.ROUTING) or [{}]
     return RunResult(
         name=name,
         seed=seed,
         held_out=held_out[-1]["lm_loss"],
         training={line["tokens"]: line["lm_loss"] for line in lines if line["kind"] == "train"},
         tokens=held_out[-1]["tokens"],
-        routing={key: mean(routing[key]) for key in ROUTING if routing.get(key)},
+        steps=held_out[-1]["iteration"],
+        routing=_layer_means(routing[-1]),
+        first_routing=_layer_means(routing[0]),
         seconds=record["seconds"],
         command=record["command"],
     )
+
+
+def _layer_means(line: dict[str, Any]) -> dict[str, float]:
+    return {key: mean(line[key]) for key in ROUTING if line.get(key)}
 
 
 @dataclass(frozen=True)
@@ -102,19 +117,13 @@ def verdict(claim: Claim, results: Sequence[RunResult]) -> str:
     )
 
 
-def table(comparison: "Comparison", results: Sequence[RunResult]) -> str:
+def table(comparison: Comparison, results: Sequence[RunResult]) -> str:
     """The runs in the file's order, as Markdown."""
-    header = [
-        "run",
-        "held-out loss",
-        f"minus {comparison.reference}",
-        "first training loss",
-        "busiest expert",
-    ]
-    header += ["dead experts", "dropped", "weights' sum"]
+    header = ["run", "held-out loss", f"minus {comparison.reference}", "first training loss"]
+    header += [title for title, _ in COLUMNS.values()]
     if comparison.paper:
         header.append(f"the paper's average score ({comparison.paper_table})")
-    rows = [header, ["---"] * len(header)]
+    rows = [header]
     for name in comparison.runs:
         runs = [result for result in results if result.name == name]
         if not runs:
@@ -124,37 +133,58 @@ def table(comparison: "Comparison", results: Sequence[RunResult]) -> str:
         row = [name, str(Spread.of([run.held_out for run in runs]))]
         row.append("" if name == comparison.reference or not against else _signed(Spread.of(against)))
         row.append(f"{mean(first):.4f}" if first else "")
-        for key, form in (
-            ("load_max_over_mean", ".2f"),
-            ("dead_experts", ".1f"),
-            ("dropped_fraction", ".1%"),
-            ("weight_sum", ".2f"),
-        ):
+        for key, (_, form) in COLUMNS.items():
             values = [run.routing[key] for run in runs if key in run.routing]
             row.append(f"{mean(values):{form}}" if values else "")
         if comparison.paper:
             row.append(f"{comparison.paper[name]:.2f}" if name in comparison.paper else "")
         rows.append(row)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, its first row the header, that also reads well as plain text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
 
 
 def _signed(spread: Spread) -> str:
     return f"{spread.mean:+.4f}" + ("" if spread.deviation is None else f" ± {spread.deviation:.4f}")
 
 
-def picture(comparison: "Comparison", results: Sequence[RunResult], path: Path) -> None:
-    """Training loss against tokens in the manner of the paper's figure 3: mean over seeds, band from the
-    lowest to the highest; on the right the differences of held-out losses at the end."""
+def panels(height: float) -> tuple[Any, Any, Any]:
+    """A figure of two panels, the left one wider."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, height), width_ratios=(3, 2))
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+    return figure, left, right
+
+
+def save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def picture(comparison: Comparison, results: Sequence[RunResult], path: Path) -> None:
+    """Training loss against tokens in the manner of the paper's figure 3: mean over seeds, band from the
+    lowest to the highest; on the right the differences of held-out losses at the end."""
     names = [name for name in comparison.runs if any(result.name == name for result in results)]
     seeds = [{result.seed for result in results if result.name == name} for name in names]
     shared = set.intersection(*seeds) or set.union(*seeds)  # curves of other seeds saw other data
     height = max(4.6, 1.2 + 0.32 * len(names))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, height), width_ratios=(3, 2))
+    figure, left, right = panels(height)
     ends = []
     for number, name in enumerate(names):
         colour = COLOURS[number % len(COLOURS)]
@@ -180,12 +210,8 @@ def picture(comparison: "Comparison", results: Sequence[RunResult], path: Path) 
     left.set_title(f"mean and range over seeds {', '.join(map(str, sorted(shared)))}", fontsize=10)
     left.legend(frameon=False, fontsize=8, ncols=2)
     right.set_title("points: pairs of one seed; bar: their mean", fontsize=10)
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
     figure.suptitle(comparison.title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def _draw_differences(axes: Any, found: dict[str, list[float]]) -> None:
@@ -210,7 +236,7 @@ def _draw_differences(axes: Any, found: dict[str, list[float]]) -> None:
     axes.set_ylim(len(found) - 0.5, -0.5)
 
 
-def write(comparison: "Comparison", results: Sequence[RunResult], folder: Path, command: str) -> str:
+def write(comparison: Comparison, results: Sequence[RunResult], folder: Path, command: str) -> str:
     """Write report.md, results.json and loss_curves.png to ``folder``; return the table and the sentences."""
     folder.mkdir(parents=True, exist_ok=True)
     picture(comparison, results, folder / "loss_curves.png")

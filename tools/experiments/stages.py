@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import write_whole
 
 LOG_TAIL = 30  # lines of a failed stage's log to show where none begins with "error: "
-# The last of Megatron's progress lines: " iteration       10/     280 | ... | lm loss: 7.525500E+00 | ..."
+# Megatron's progress lines, shown while a command runs; nothing is measured by them:
+# " iteration       10/     280 | ... | lm loss: 7.525500E+00 | ..."
 PROGRESS = re.compile(r"\] iteration +(\d+)/ *(\d+) \|(?:.*?\| lm loss: (\S+) )?")
 
 
@@ -48,6 +49,14 @@ class Stage:
     files: tuple[Path, ...] = ()
     after: tuple["Stage", ...] = ()
     resumes: bool = False
+
+
+def in_order(stages: Iterable[Stage]) -> list[Stage]:
+    """``stages`` and all that they come after, each once and behind what it reads."""
+    found: dict[Stage, None] = {}
+    for stage in stages:
+        found |= dict.fromkeys((*in_order(stage.after), stage))
+    return list(found)
 
 
 class Pipeline:

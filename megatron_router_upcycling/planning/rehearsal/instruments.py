@@ -4,9 +4,8 @@ Bytes are counted where they are held, not by the process's size, so that the fi
 and on a GPU and do not depend on an allocator.
 """
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,21 +70,20 @@ def optimizer_bytes(optimizer: Any, copies: bool) -> int:
 class SavedForBackward:
     """Bytes that autograd keeps for the backward pass, each storage once, weights left out.
 
-    ``logits`` counts storages of tensors with ``vocabulary`` columns apart.
+    Tensors with ``vocabulary`` columns are logits and left out too.
     """
 
     def __init__(self, model: Model, vocabulary: int) -> None:
         self.weights = {_storage(parameter) for chunk in model for parameter in chunk.parameters()}
         self.vocabulary = vocabulary
-        self.activations: dict[int, int] = {}
-        self.logits: dict[int, int] = {}
+        self.activations: dict[int, int] = {}  # address of a storage -> its bytes
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         # A storage that is kept keeps its address; one that is freed again was not kept for long.
         address, size = _storage(tensor), tensor.untyped_storage().nbytes()
-        if address and address not in self.weights:
-            is_logits = tensor.dim() > 0 and tensor.shape[-1] == self.vocabulary
-            (self.logits if is_logits else self.activations)[address] = size
+        is_logits = tensor.dim() > 0 and tensor.shape[-1] == self.vocabulary
+        if address and address not in self.weights and not is_logits:
+            self.activations[address] = size
         return tensor
 
     def during(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,16 +163,3 @@ def parallel_groups() -> dict[str, str]:
         "pipeline_parallel": (mpu.get_pipeline_model_parallel_group(),),
     }
     return {group.group_name: kind for kind, groups in kinds.items() for group in groups if group.size() > 1}
-
-
-@contextlib.contextmanager
-def wrapped(
-    owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    """``owner.name`` replaced by ``wrapper`` of it while the context lasts."""
-    original = getattr(owner, name)
-    setattr(owner, name, wrapper(original))
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

@@ -1,11 +1,9 @@
-"""One rank of a run of any size on one machine: ``pretrain --rehearse WORLD_SIZE [--rehearse-rank R]``.
+"""One rank's step, measured beside the plan of the run.
 
-    .venv/bin/python -m megatron_router_upcycling.pretrain --config moe.yaml --load MOE --rehearse 64
-
-Megatron's ``--fake-process-group`` stands for the other ranks: collectives return at once and move nothing.
-So this rank builds its real shard of the model, its gradient buffers and its share of the optimizer, and goes
-one step, of one micro-batch (of as many as there are pipeline stages under pipeline parallelism), of random
-tokens that go to experts by lot. Sizes are real; the loss is not.
+Megatron's ``--fake-process-group`` takes the place of the other ranks: collectives return at once and move
+nothing. So this rank builds its real shard of the model, its gradient buffers and its share of the optimizer,
+and goes one step, of one micro-batch (of as many as there are pipeline stages under pipeline parallelism), of
+random tokens that go to experts by lot. Sizes are real; the loss is not.
 """
 
 import json
@@ -17,65 +15,32 @@ from typing import Any
 
 import torch
 
-from megatron_router_upcycling.config.router import RouterConfig
-from megatron_router_upcycling.planning import figures, reading, report, setup
+from megatron_router_upcycling.planning import figures, report
 from megatron_router_upcycling.planning.rehearsal import instruments
+from megatron_router_upcycling.planning.rehearsal.prepare import Rehearsal, prepare
 from megatron_router_upcycling.planning.setup import Setup
-
-TOKENS_ON_CPU = 256  # of a micro-batch; activations grow with tokens and are scaled up
-GIB = figures.GIB
+from megatron_router_upcycling.training import launch
 
 
-def adapt(args: Namespace, configured: dict[str, Any], router: RouterConfig | None, on_cpu: bool) -> Setup:
-    """Check the layout, and set Megatron's parsed arguments for a rehearsal; returns the run as configured.
-
-    ``configured`` holds the arguments as they were before ``device.adapt`` changed them for this machine.
+def rehearse(argv: list[str], gpus: str = "--gpus") -> None:
+    """Prepare, build, load, step and measure one rank; print the report and write ``--output``.
 
     Raises:
-        UserError: the layout cannot work, by the rules of ``router-upcycle plan``.
+        UserError: what cannot work; ``gpus`` is the flag by which the number of GPUs is named.
     """
-    if args.vocab_size is None and args.padded_vocab_size is None:
-        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
-        build_tokenizer(args)  # sets the padded size
-    values = {name: value for name, value in configured.items() if name != "router"}
-    values["padded_vocab_size"] = args.padded_vocab_size
-    planned = reading.from_values(
-        values | {"world_size": args.rehearse}, router.to_dict() if router else {}, "--rehearse"
-    )
-    setup.check(planned, "--rehearse")
-    args.fake_process_group = True
-    # Tokens go to experts by lot, after the router has done its work: an untrained router may leave an expert
-    # without any, and then what the missing ranks would send does not add up.
-    args.moe_router_force_load_balancing = planned.num_experts is not None
-    args.mock_data = True
-    args.data_path = args.train_data_path = args.valid_data_path = args.test_data_path = None
-    args.data_args_path = args.per_split_data_args_path = args.split = None
-    args.padded_vocab_size = planned.vocabulary
-    args.tokenizer_type, args.vocab_size = "NullTokenizer", planned.vocabulary
-    args.load = args.pretrained_checkpoint = args.save = None
-    args.async_save = args.use_persistent_ckpt_worker = False
-    args.tensorboard_dir = args.wandb_project = None
-    args.rerun_mode = "disabled"
-    args.rampup_batch_size = None
-    args.train_iters, args.train_samples = planned.steps or 1, None
-    args.lr_decay_samples, args.lr_warmup_samples = None, 0
-    args.global_batch_size = (
-        planned.micro_batch * planned.data_parallel_size * planned.pipeline_model_parallel_size
-    )
-    args.eval_global_batch_size = args.eval_micro_batch_size = None
-    if args.rehearse_seq_length or on_cpu:
-        each = 2 * planned.context_parallel_size * planned.tensor_model_parallel_size
-        few = max(1, TOKENS_ON_CPU // planned.micro_batch // each) * each
-        args.seq_length = min(planned.sequence, args.rehearse_seq_length or few)
-    return planned
+    rehearsal = prepare(argv, gpus)
+    found = run(rehearsal)
+    args, load = rehearsal.run.args, rehearsal.run.load
+    print(describe(args, rehearsal.planned, found, load), flush=True)
+    if args.output:
+        Path(args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def run(prepared: Any, planned: Setup, load: str | None) -> dict[str, Any]:
-    """Build, load, step and measure; prints the report and returns its figures."""
-    args = prepared.args
+def run(rehearsal: Rehearsal) -> dict[str, Any]:
+    """Build, load, step and measure; the figures of ``compare``."""
+    args, planned, load = rehearsal.run.args, rehearsal.planned, rehearsal.run.load
     start = time.monotonic()
-    model, optimizer, scheduler = build(prepared)
+    model, optimizer, scheduler = build(rehearsal.run)
     loaded = None
     if load:
         from megatron.core.utils import unwrap_model
@@ -87,21 +52,10 @@ def run(prepared: Any, planned: Setup, load: str | None) -> dict[str, Any]:
     built = time.monotonic()
     measured = measure(args, model, optimizer, scheduler, planned.vocabulary)
     measured |= {"build_seconds": built - start, "step_seconds": time.monotonic() - built, "loaded": loaded}
-    stage = _stage()
-    found = compare(args, planned, stage, measured)
-    print(describe(args, planned, stage, found, load), flush=True)
-    if args.output:
-        Path(args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    return found
+    return compare(args, planned, measured)
 
 
-def _stage() -> int:
-    from megatron.core import parallel_state
-
-    return parallel_state.get_pipeline_model_parallel_rank()
-
-
-def build(prepared: Any) -> tuple[list[Any], Any, Any]:
+def build(run: launch.Run) -> tuple[list[Any], Any, Any]:
     """This rank's model chunks in Megatron's DDP, its optimizer and its schedule."""
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -111,7 +65,7 @@ def build(prepared: Any) -> tuple[list[Any], Any, Any]:
     from megatron_router_upcycling.training.train import model_config
 
     training.initialize_megatron()
-    container = pretrain_cfg_container_from_args(prepared.args, model_config(prepared))
+    container = pretrain_cfg_container_from_args(run.args, model_config(run))
     return training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=container,
@@ -186,17 +140,18 @@ def measure(
         "optimizer": instruments.optimizer_bytes(optimizer, copies=args.bf16 or args.fp16),
         "activations_per_token": sum(saved.activations.values())
         / (args.micro_batch_size * args.seq_length / args.context_parallel_size),
-        "logits_saved": sum(saved.logits.values()),
         "sent": dict(sent.sent),
         "microbatches": microbatches(args),
         "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
 
 
-def compare(args: Namespace, planned: Setup, stage: int, measured: dict[str, Any]) -> dict[str, Any]:
+def compare(args: Namespace, planned: Setup, measured: dict[str, Any]) -> dict[str, Any]:
     """Measured, planned and, where it has one, Megatron's own figure, for each quantity of this rank."""
+    from megatron.core import parallel_state
     from megatron.training import theoretical_memory_usage as megatron
 
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     plan = figures.memory(planned, stage)
     whole = Namespace(**vars(args))
     whole.seq_length, whole.global_batch_size = planned.sequence, planned.batch
@@ -235,47 +190,60 @@ def compare(args: Namespace, planned: Setup, stage: int, measured: dict[str, Any
     }
 
 
-def describe(args: Namespace, planned: Setup, stage: int, found: dict[str, Any], load: str | None) -> str:
+def describe(args: Namespace, planned: Setup, found: dict[str, Any], load: str | None) -> str:
     """The report, for people."""
     plan = figures.Plan(planned)
-    counts = found["parameters"]
-    tokens = args.micro_batch_size * args.seq_length
-    shortened = args.seq_length < planned.sequence
     lines = [
-        f"rehearsal of rank {args.rank} of {planned.world_size}"
-        f" (pipeline rank {stage}, DP {planned.data_parallel_size}, EP {planned.expert_model_parallel_size});"
-        f" the other ranks are not there",
-        f"weights: {'random' if not load else f'this rank’s shard of {load}, {found["loaded"]} values'}",
-        f"step of {found['tokens_of_the_step']} tokens in micro-batches of {args.micro_batch_size} x"
-        f" {args.seq_length}: {found['step_seconds']:.1f} s here,"
-        f" after {found['build_seconds']:.1f} s to build"
-        + (f"; activations are scaled up to {planned.sequence} tokens a sequence" if shortened else ""),
-        f"{'parameters':24}{'measured':>16}{'plan':>16}",
-        *(
-            f"  {part:22}{counts['measured'][part]:16d}{counts['plan'][part]:16d}"
-            for part in counts["plan"]
-            if counts["measured"][part] or counts["plan"][part]
-        ),
-        f"  {'all':22}{sum(counts['measured'].values()):16d}{sum(counts['plan'].values()):16d}",
-        f"{'memory, GiB':24}{'measured':>16}{'plan':>16}{'Megatron':>16}",
+        *_heading(args, planned, found, load),
+        *_parameters(found["parameters"]),
+        *_memory(found),
+        _sent(args, found["sent_in_the_step"]),
+        "the run as planned:",
+        report.describe(plan, args.gpu_memory_gib, args.peak_tflops),
     ]
-    rows = ["weights", "gradients", "optimizer", "weights and optimizer", "activations"]
-    rows += [] if torch.cuda.is_available() else ["with fused kernels"]
-    for name in (*rows, "activations and logits"):
-        row = found[name]
-        cells = (
-            f"{row[kind] / GIB:16.3f}" if kind in row else f"{'-':>16}"
-            for kind in ("measured", "plan", "megatron")
-        )
-        lines.append(f"  {name:22}" + "".join(cells))
-    if found["peak_memory"]:
-        lines.append(f"  peak on the GPU in this step: {found['peak_memory'] / GIB:.2f} GiB")
-    sent = ", ".join(
-        f"{kind.replace('_', ' ')} {size / 1e6:.1f} MB" for kind, size in found["sent_in_the_step"].items()
-    )
-    lines.append(f"sent in this step of {tokens} tokens a micro-batch: {sent or 'nothing'}")
-    lines.append("the run as planned:")
-    lines.append(report.describe(plan, args.gpu_memory_gib, args.peak_tflops))
     if problem := report.too_large(plan, args.gpu_memory_gib):
         lines.append(f"warning: {problem}")
     return "\n".join(lines)
+
+
+def _heading(args: Namespace, planned: Setup, found: dict[str, Any], load: str | None) -> Iterator[str]:
+    yield (
+        f"rehearsal of rank {args.rank} of {planned.world_size} (pipeline rank {found['pipeline_rank']},"
+        f" DP {planned.data_parallel_size}, EP {planned.expert_model_parallel_size}); the other ranks are not"
+        " there"
+    )
+    yield f"weights: {f'this rank’s shard of {load}, {found["loaded"]} values' if load else 'random'}"
+    shortened = args.seq_length < planned.sequence
+    yield (
+        f"step of {found['tokens_of_the_step']} tokens in micro-batches of {args.micro_batch_size} x"
+        f" {args.seq_length}: {found['step_seconds']:.1f} s here,"
+        f" after {found['build_seconds']:.1f} s to build"
+        + (f"; activations are scaled up to {planned.sequence} tokens a sequence" if shortened else "")
+    )
+
+
+def _parameters(counts: dict[str, dict[str, int]]) -> Iterator[str]:
+    measured, plan = counts["measured"], counts["plan"]
+    yield f"{'parameters':24}{'measured':>16}{'plan':>16}"
+    for part in plan:
+        if measured[part] or plan[part]:
+            yield f"  {part:22}{measured[part]:16d}{plan[part]:16d}"
+    yield f"  {'all':22}{sum(measured.values()):16d}{sum(plan.values()):16d}"
+
+
+def _memory(found: dict[str, Any]) -> Iterator[str]:
+    kinds = ("measured", "plan", "megatron")
+    yield f"{'memory, GiB':24}{'measured':>16}{'plan':>16}{'Megatron':>16}"
+    rows = ["weights", "gradients", "optimizer", "weights and optimizer", "activations"]
+    rows += [] if torch.cuda.is_available() else ["with fused kernels"]
+    for name in (*rows, "activations and logits"):
+        cells = (f"{found[name][kind] / figures.GIB:.3f}" if kind in found[name] else "-" for kind in kinds)
+        yield f"  {name:22}" + "".join(cell.rjust(16) for cell in cells)
+    if found["peak_memory"]:
+        yield f"  peak on the GPU in this step: {found['peak_memory'] / figures.GIB:.2f} GiB"
+
+
+def _sent(args: Namespace, sent: dict[str, int]) -> str:
+    tokens = args.micro_batch_size * args.seq_length
+    parts = ", ".join(f"{kind.replace('_', ' ')} {size / 1e6:.1f} MB" for kind, size in sent.items())
+    return f"sent in this step of {tokens} tokens a micro-batch: {parts or 'nothing'}"

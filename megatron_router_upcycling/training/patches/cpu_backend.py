@@ -8,9 +8,6 @@ that talk over Gloo. Where there is a GPU, ``install()`` refuses and nothing is 
 Any Megatron script can be run this way, for example Megatron-LM's own ``pretrain_gpt.py``::
 
     torchrun --nproc-per-node 2 -m megatron_router_upcycling.training.patches.cpu_backend pretrain_gpt.py ...
-
-Every upstream symbol that is bridged is looked up when the bridge is laid; one that has gone stops the
-program with its name (tested against megatron-core 0.19).
 """
 
 import contextlib
@@ -29,51 +26,44 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.training import device
+from megatron_router_upcycling.training.patches import patching
 
 CPU = torch.device("cpu")
-_installed = False
+FACTORIES = (
+    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand"
+    " rand_like randint randint_like randn randn_like randperm scalar_tensor tensor zeros zeros_like"
+)
+TENSOR_FACTORIES = "new_empty new_full new_ones new_tensor new_zeros"
+# Functions of torch.cuda that do nothing on the CPU, and those that count nothing.
+DO_NOTHING = (
+    "_lazy_init check_error empty_cache manual_seed_all reset_peak_memory_stats set_device set_stream"
+    " synchronize"
+)
+COUNT_NOTHING = "max_memory_allocated max_memory_reserved memory_allocated memory_reserved device_memory_used"
+
+_replace = functools.partial(patching.replace, "cpu_backend")
+_wrap = functools.partial(patching.wrap, "cpu_backend")
 
 
 def install() -> None:
-    """Bridge torch.cuda and Megatron to the CPU, once, for the life of the process.
+    """Bridge torch.cuda and Megatron to the CPU for the life of the process; a second call changes nothing.
 
     Call it before Megatron builds anything; importing Megatron first is fine.
 
     Raises:
         RuntimeError: there is a GPU, or an upstream symbol that the bridge replaces has gone.
     """
-    global _installed
-    if _installed:
-        return
     if torch.cuda.is_available():
         raise RuntimeError("the CPU backend was asked for on a machine with a GPU; use --device cuda")
     # Dynamo traces the bridge's Python functions without gain, and compiles for minutes on CPU.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     torch._dynamo.config.disable = True
-    os.environ.setdefault(
-        "CUDA_DEVICE_MAX_CONNECTIONS", "1"
-    )  # Megatron asks for it with sequence parallelism
+    # Megatron asks for it with sequence parallelism.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _bridge_devices()
     _bridge_torch_cuda()
     _bridge_distributed()
     _bridge_megatron()
-    _installed = True
-
-
-def _find(owner: Any, name: str) -> Any:
-    """``owner.name``; a name that has gone is an error that says so."""
-    if not hasattr(owner, name):
-        where = getattr(owner, "__name__", repr(owner))
-        raise RuntimeError(
-            f"cpu_backend: {where}.{name} does not exist in this version of torch or megatron-core;"
-            " the CPU backend was tested with megatron-core 0.19"
-        )
-    return getattr(owner, name)
-
-
-def _replace(owner: Any, name: str, new: Any) -> None:
-    _find(owner, name)
-    setattr(owner, name, new)
 
 
 def _on_cpu(device: Any) -> Any:
@@ -86,48 +76,44 @@ def _on_cpu(device: Any) -> Any:
     return CPU if isinstance(device, int) and not isinstance(device, bool) else device
 
 
-def _bridge_devices() -> None:
-    """Let every tensor factory and every move take 'cuda' for the CPU."""
+def _with_device_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return original(*args, **kwargs)
 
-    def factory(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("device") is not None:
-                kwargs["device"] = _on_cpu(kwargs["device"])
-            return original(*args, **kwargs)
+    return call
 
-        return call
 
-    names = (
-        "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like"
-        " rand rand_like randint randint_like randn randn_like randperm scalar_tensor tensor zeros"
-        " zeros_like"
-    )
-    for name in names.split():
-        _replace(torch, name, factory(_find(torch, name)))
-    for name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
-        _replace(torch.Tensor, name, factory(_find(torch.Tensor, name)))
-
-    tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
-
+def _move_to_cpu(tensor_to: Callable[..., Any]) -> Callable[..., Any]:
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and isinstance(args[0], str | int | torch.device):
             args = (_on_cpu(args[0]), *args[1:])
-        if kwargs.get("device") is not None:
-            kwargs["device"] = _on_cpu(kwargs["device"])
         return tensor_to(self, *args, **kwargs)
 
+    return _with_device_on_cpu(to)
+
+
+def _named_as_on_cuda(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
     def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is not None:
             return tensor_type(self, dtype, *args, **kwargs)
         # Megatron's optimizers and gradient clipping accept 'torch.cuda.FloatTensor' and its kin only.
         return tensor_type(self).replace("torch.", "torch.cuda.", 1)
 
-    _replace(torch.Tensor, "to", to)
-    _replace(torch.Tensor, "type", type_)
-    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
-    _replace(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
-    _replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
+    return type_
+
+
+def _bridge_devices() -> None:
+    """Let every tensor factory and every move take 'cuda' for the CPU."""
+    for name in FACTORIES.split():
+        _wrap(torch, name, _with_device_on_cpu)
+    for name in TENSOR_FACTORIES.split():
+        _wrap(torch.Tensor, name, _with_device_on_cpu)
+    _wrap(torch.Tensor, "to", _move_to_cpu)
+    _wrap(torch.Tensor, "type", _named_as_on_cuda)
+    for owner, name in ((torch.Tensor, "cuda"), (torch.Tensor, "pin_memory"), (torch.nn.Module, "cuda")):
+        _replace(owner, name, lambda self, *args, **kwargs: self)
 
 
 class _Stream:
@@ -168,68 +154,52 @@ class _Event:
         return (end.seconds - self.seconds) * 1e3
 
 
+def _always(value: Any) -> Callable[..., Any]:
+    """A function that gives ``value``; a new one each time: Dynamo tells functions apart by identity."""
+    return lambda *args, **kwargs: value
+
+
 def _bridge_torch_cuda() -> None:
     """Answer ``torch.cuda``'s questions for a machine with one device, the CPU."""
-    cuda = torch.cuda
-    stream = _Stream()
-
-    # A function of its own for each name: Dynamo's table of torch's functions goes by identity.
-    for name in [
-        "_lazy_init",
-        "check_error",
-        "empty_cache",
-        "manual_seed_all",
-        "reset_peak_memory_stats",
-        "set_device",
-        "set_stream",
-        "synchronize",
-    ]:
-        _replace(cuda, name, lambda *args, **kwargs: None)
-    for name in [
-        "max_memory_allocated",
-        "max_memory_reserved",
-        "memory_allocated",
-        "memory_reserved",
-        "device_memory_used",
-    ]:
-        _replace(cuda, name, lambda *args, **kwargs: 0)
-    _replace(cuda, "memory_stats", lambda *args, **kwargs: defaultdict(int))
-    _replace(cuda, "current_device", lambda: 0)
-    _replace(cuda, "device_count", lambda: 1)
-    _replace(cuda, "get_device_capability", lambda *args, **kwargs: (0, 0))
     properties = SimpleNamespace(name="CPU", major=0, minor=0, multi_processor_count=0, total_memory=0)
-    _replace(cuda, "get_device_properties", lambda *args, **kwargs: properties)
-    _replace(cuda, "is_current_stream_capturing", lambda: False)
-    _replace(cuda, "current_stream", lambda *args, **kwargs: stream)
-    _replace(cuda, "default_stream", lambda *args, **kwargs: stream)
-    _replace(cuda, "stream", lambda *args, **kwargs: contextlib.nullcontext())
-    _replace(cuda, "device", contextlib.nullcontext)  # a class, as torch's own: it meets isinstance()
-    _replace(cuda, "Stream", _Stream)
-    _replace(cuda, "Event", _Event)
-    _replace(cuda, "manual_seed", lambda seed: torch.manual_seed(seed))
-    _replace(cuda, "initial_seed", lambda: torch.initial_seed())
-    for owner in (cuda, cuda.random):
+    stream = _Stream()
+    answers: dict[str, Any] = {
+        **{name: _always(None) for name in DO_NOTHING.split()},
+        **{name: _always(0) for name in COUNT_NOTHING.split()},
+        "memory_stats": lambda *args, **kwargs: defaultdict(int),
+        "current_device": _always(0),
+        "device_count": _always(1),
+        "get_device_capability": _always((0, 0)),
+        "get_device_properties": _always(properties),
+        "is_current_stream_capturing": _always(False),
+        "current_stream": _always(stream),
+        "default_stream": _always(stream),
+        "stream": lambda *args, **kwargs: contextlib.nullcontext(),
+        "device": contextlib.nullcontext,  # a class, as torch's own: code asks isinstance() of it
+        "Stream": _Stream,
+        "Event": _Event,
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "initial_seed": lambda: torch.initial_seed(),
+    }
+    for name, answer in answers.items():
+        _replace(torch.cuda, name, answer)
+    for owner in (torch.cuda, torch.cuda.random):
         _replace(owner, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state())
         _replace(owner, "set_rng_state", _set_rng_state)
 
 
+def _without(argument: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop(argument, None)
+        return original(*args, **kwargs)
+
+    return call
+
+
 def _bridge_distributed() -> None:
     """Gloo takes no CUDA device to bind a process group or a barrier to."""
-    distributed = torch.distributed
-    init_process_group, barrier = distributed.init_process_group, distributed.barrier
-
-    @functools.wraps(init_process_group)
-    def init(*args: Any, **kwargs: Any) -> None:
-        kwargs.pop("device_id", None)
-        init_process_group(*args, **kwargs)
-
-    @functools.wraps(barrier)
-    def wait(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("device_ids", None)
-        return barrier(*args, **kwargs)
-
-    _replace(distributed, "init_process_group", init)
-    _replace(distributed, "barrier", wait)
+    for name, argument in (("init_process_group", "device_id"), ("barrier", "device_ids")):
+        _wrap(torch.distributed, name, functools.partial(_without, argument))
 
 
 class _SplitSizes(list):
@@ -249,42 +219,29 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 def _bridge_megatron() -> None:
     """Replace what Megatron binds to CUDA by value, or does only with a GPU's libraries."""
-    modules = {
-        name: importlib.import_module(f"megatron.{name}")
+    random, dispatcher, saving, training = (
+        importlib.import_module(f"megatron.{name}")
         for name in (
-            "core.dist_checkpointing.strategies.filesystem_async",
             "core.tensor_parallel.random",
             "core.transformer.moe.token_dispatcher",
+            "core.dist_checkpointing.strategies.filesystem_async",
             "training.training",
         )
-    }
-    random = modules["core.tensor_parallel.random"]
+    )
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", _set_rng_state)
 
     # The dispatcher hands split sizes to all_to_all as numpy arrays once they have left the GPU;
     # a tensor that was always on the CPU must become a list here.
-    dispatcher = modules["core.transformer.moe.token_dispatcher"]
-
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return _SplitSizes(tensor.tolist()) if as_numpy and torch.is_tensor(tensor) else tensor
 
     _replace(dispatcher, "maybe_move_tensor_to_cpu", to_host)
-
     device.use_built_dataset_helper()
-
     # What a save wrote is handed on through a queue. Megatron's is in a process that each rank starts for it
     # and that imports PyTorch; where no save is asynchronous (device.ON_CPU), one process does it all.
-    saving = modules["core.dist_checkpointing.strategies.filesystem_async"]
-    results: queue.Queue = queue.Queue()
-    _replace(saving, "get_write_results_queue", lambda *args, **kwargs: results)
-
-    training = modules["training.training"]
-    _replace(
-        training,
-        "initialize_megatron",
-        functools.partial(_find(training, "initialize_megatron"), allow_no_cuda=True),
-    )
+    _replace(saving, "get_write_results_queue", _always(queue.Queue()))
+    _wrap(training, "initialize_megatron", lambda original: functools.partial(original, allow_no_cuda=True))
 
 
 def main() -> None:

@@ -4,11 +4,12 @@
 would be dropped.
 """
 
-import functools
-import inspect
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+from megatron_router_upcycling.training.patches import patching
 
 _names: list[str] = []
 
@@ -19,23 +20,16 @@ def report_also(name: str) -> None:
     Raises:
         RuntimeError: ``MoEMetricsTracker.report`` does not take ``track_names``.
     """
-    if name in _names:
-        return
-    _names.append(name)
-    if len(_names) > 1:
-        return
-    report = MoEMetricsTracker.report
-    if "track_names" not in inspect.signature(report).parameters:
-        raise RuntimeError(
-            "routers.metrics: megatron.core.transformer.moe.moe_logging.MoEMetricsTracker.report takes no"
-            " track_names; tested with megatron-core 0.19"
-        )
+    patching.wrap("moe_metrics", MoEMetricsTracker, "report", _with_more_names, reads=("track_names",))
+    if name not in _names:
+        _names.append(name)
 
-    @functools.wraps(report)
+
+def _with_more_names(report: Callable[..., str]) -> Callable[..., str]:
     def call(self: MoEMetricsTracker, *args: Any, track_names: Any = None, **kwargs: Any) -> str:
         if track_names is not None:
             given = [track_names] if isinstance(track_names, str) else track_names
             track_names = [*given, *(name for name in _names if name not in given)]
         return report(self, *args, track_names=track_names, **kwargs)
 
-    MoEMetricsTracker.report = call  # type: ignore[method-assign]
+    return call

@@ -2,15 +2,18 @@
 
 At EP 1 Megatron keeps all parameters in one optimizer; at EP > 1 the experts have one of their own, and
 ``ChainedOptimizer`` holds two. The tensors carry the names of the model's parameters (those of the
-distributed optimizer in its fully reshardable form), so that both read each other's; only the frame around
-them differs (megatron-core 0.19: ``ChainedOptimizer.load_state_dict`` raises). ``install()`` fits the frame.
+distributed optimizer in its fully reshardable form), so that both read each other's. Only the frame around
+them differs, the nesting by optimizer with its step and settings, and ``ChainedOptimizer.load_state_dict``
+refuses another one. ``install()`` fits the frame before it is loaded.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
+
+from megatron_router_upcycling.training.patches import patching
 
 # What a DistributedOptimizer's state dict holds beside the tensors of "param_state".
 FRAME = ("optimizer", "param_state_sharding_type", "grad_scaler")
@@ -18,15 +21,11 @@ FRAME = ("optimizer", "param_state_sharding_type", "grad_scaler")
 
 def install() -> None:
     """Let ``ChainedOptimizer.load_state_dict`` take a state saved with another number of optimizers."""
-    load_state_dict = ChainedOptimizer.load_state_dict
-    if hasattr(load_state_dict, "__wrapped__"):
-        return
 
-    @functools.wraps(load_state_dict)
-    def call(self: Any, state_dict: Any) -> None:
-        load_state_dict(self, fit(state_dict, self.chained_optimizers))
+    def fitting(load_state_dict: Callable[..., None]) -> Callable[..., None]:
+        return lambda self, state_dict: load_state_dict(self, fit(state_dict, self.chained_optimizers))
 
-    ChainedOptimizer.load_state_dict = call
+    patching.wrap("reshard_optimizer", ChainedOptimizer, "load_state_dict", fitting)
 
 
 def fit(state_dict: Any, optimizers: list[Any]) -> Any:

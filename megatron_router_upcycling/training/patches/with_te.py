@@ -1,11 +1,11 @@
-"""What Transformer Engine needs to go on from checkpoints that were saved without it.
+"""Lets Transformer Engine load checkpoints that were saved without it.
 
 Its modules ask a checkpoint for an ``_extra_state`` each (fp8 scales; empty without fp8), and its Adam for
-settings that PyTorch's does not have. ``install()`` lets both do without; it changes nothing for checkpoints
-saved with Transformer Engine. The other direction needs no help but one name (``layer_spec``).
+settings that PyTorch's does not have. After ``install()`` both load without them; checkpoints saved with
+Transformer Engine load as before. In the other direction only one name differs (see ``layer_spec``).
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,31 +15,38 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_router_upcycling.checkpoint.names import EXTRA_STATE
+from megatron_router_upcycling.training.patches import patching
 
 
 def install() -> None:
-    """Stand around ``dist_checkpointing.load`` and ``FusedAdam.load_state_dict``, once."""
+    """Wrap ``dist_checkpointing.load`` and ``FusedAdam.load_state_dict``.
+
+    Raises:
+        RuntimeError: one of them has gone.
+    """
     from transformer_engine.pytorch.optimizers import FusedAdam
 
-    if hasattr(dist_checkpointing.load, "__wrapped__"):
-        return
-    load, load_state_dict = dist_checkpointing.load, FusedAdam.load_state_dict
+    patching.wrap("with_te", dist_checkpointing, "load", _of_what_is_there)
+    patching.wrap("with_te", FusedAdam, "load_state_dict", _with_own_defaults)
 
-    @functools.wraps(load)
-    def load_what_is_there(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
+
+def _of_what_is_there(load: Callable[..., Any]) -> Callable[..., Any]:
+    def call(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
         wanted = without_missing_states(sharded_state_dict, checkpoint_dir)
         return load(wanted, checkpoint_dir, *args, **kwargs)
 
-    @functools.wraps(load_state_dict)
-    def with_defaults(self: Any, state_dict: dict[str, Any]) -> Any:
+    return call
+
+
+def _with_own_defaults(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, state_dict: dict[str, Any]) -> Any:
         groups = [self.defaults | group for group in state_dict["param_groups"]]
         for group in groups:
             if isinstance(group.get("step"), float) or _is_float_tensor(group.get("step")):
                 group["step"] = int(group["step"])  # PyTorch's Adam counts in floats
         return load_state_dict(self, state_dict | {"param_groups": groups})
 
-    dist_checkpointing.load = load_what_is_there
-    FusedAdam.load_state_dict = with_defaults
+    return call
 
 
 def _is_float_tensor(value: Any) -> bool:

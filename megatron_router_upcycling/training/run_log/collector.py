@@ -1,7 +1,7 @@
-"""Routing statistics of a model in training, from Megatron's own routers: the edge to its MoE layers.
+"""Routing statistics of a model in training, from Megatron's own routers.
 
 Every kind of router is a ``TopKRouter`` whose ``routing`` turns logits into weights and a map; the collector
-stands around that method. Sums stay on the device; only ``gather`` makes ranks meet. What a checkpoint's
+wraps that method. Sums stay on the device; only ``gather`` makes ranks meet. What a checkpoint's
 recomputation or an evaluation runs again is not counted.
 """
 
@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from megatron_router_upcycling.files import write_whole
+from megatron_router_upcycling.training.patches import patching
 from megatron_router_upcycling.training.run_log import measures
 
 # Measures that cost more and change slowly, each with what it says.
@@ -41,7 +42,7 @@ class RoutingCollector:
         fresh: the run starts here and does not go on from a checkpoint of its own.
 
     Raises:
-        RuntimeError: Megatron's MoE layer is not built the way it is in 0.19.
+        RuntimeError: Megatron's MoE layer is not built as in the version that this was tested with.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class RoutingCollector:
             self._attach(index, layer.router)
 
     def _attach(self, index: int, router: Any) -> None:
-        """Stand around the instance's ``routing``; look at its input on the way."""
+        """Wrap the instance's ``routing``; look at its input on the way."""
         original = router.routing
 
         def routing(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -209,7 +210,6 @@ def _initial(index: int, router: Any, save: Path | None, fresh: bool) -> dict[st
 
 
 def _unknown(symbol: str) -> RuntimeError:
-    return RuntimeError(
-        f"routing diagnostics: no {symbol} in this version of megatron-core; tested with 0.19"
-        " (--no-routing-diagnostics trains without them)"
+    return patching.changed(
+        "routing diagnostics", f"no {symbol}", "--no-routing-diagnostics trains without them"
     )

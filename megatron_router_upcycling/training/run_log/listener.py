@@ -1,11 +1,10 @@
 """Megatron's training loop, listened to: losses and routing statistics into files and Megatron's loggers.
 
-``install`` stands around four functions of ``megatron.training.training``, each of which the loop looks up
+``install`` wraps four functions of ``megatron.training.training``, each of which the loop looks up
 by name when it calls it: ``setup_model_and_optimizer`` (the model is there), ``training_log`` (an iteration
 is over), ``evaluate_and_print_results`` and ``evaluate`` (held-out losses).
 """
 
-import functools
 import inspect
 import time
 from argparse import Namespace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.training.patches import patching
 from megatron_router_upcycling.training.run_log import files, measures
 
 # Parameters of training_log that are read here.
@@ -45,17 +45,17 @@ class RunLog:
         self.evaluating: tuple[int, str] | None = None
 
     def install(self) -> None:
-        """Stand around Megatron's functions.
+        """Wrap Megatron's functions.
 
         Raises:
             RuntimeError: a function is not there, or lacks a parameter that is read here.
         """
-        _around("setup_model_and_optimizer", self._set_up)
-        _around("training_log", self._training_log, *READ)
-        _around("evaluate_and_print_results", self._evaluate_and_print, "prefix", "iteration")
-        _around("evaluate", self._evaluate)
+        _wrap("setup_model_and_optimizer", self._set_up)
+        _wrap("training_log", self._training_log, *READ)
+        _wrap("evaluate_and_print_results", self._evaluate_and_print, "prefix", "iteration")
+        _wrap("evaluate", self._evaluate)
 
-    # What stands around Megatron's functions ----------------------------------------------------
+    # What wraps Megatron's functions ------------------------------------------------------------
 
     def _set_up(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
         result = call()
@@ -213,27 +213,21 @@ def routers_in_cuda_graphs(args: Namespace) -> bool:
     )
 
 
-def _around(name: str, outer: Callable[[Callable[[], Any], dict[str, Any]], Any], *reads: str) -> None:
-    """Replace ``megatron.training.training.NAME`` by ``outer``(call, given), ``given`` its arguments by name.
+def _wrap(name: str, outer: Callable[[Callable[[], Any], dict[str, Any]], Any], *reads: str) -> None:
+    """Wrap ``megatron.training.training.NAME`` in ``outer``(call, given), ``given`` its arguments by name.
 
     What ``outer`` changes in ``given``, the call sees.
     """
     from megatron.training import training
 
-    function = getattr(training, name, None)
-    parameters = inspect.signature(function) if callable(function) else None
-    missing = [read for read in reads if parameters is None or read not in parameters.parameters]
-    if function is None or parameters is None or missing:
-        what = f"{name}({', '.join(missing)})" if missing else name
-        raise RuntimeError(
-            f"diagnostics: megatron.training.training.{what} does not exist in this version of megatron-core;"
-            " tested with 0.19"
-        )
+    def wrapper(function: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = inspect.signature(function)
 
-    @functools.wraps(function)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        bound = parameters.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return outer(lambda: function(*bound.args, **bound.kwargs), bound.arguments)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = parameters.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return outer(lambda: function(*bound.args, **bound.kwargs), bound.arguments)
 
-    setattr(training, name, replacement)
+        return call
+
+    patching.wrap("run_log", training, name, wrapper, reads)

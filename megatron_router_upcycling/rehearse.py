@@ -1,0 +1,29 @@
+"""Run one real rank of a run of any size on this machine, for one step, beside what the plan says of it.
+
+    python -m megatron_router_upcycling.rehearse --config moe.yaml --load MOE --gpus 64 [any flag of pretrain]
+
+The rank builds its own shard of the model, its gradient buffers and its share of the optimizer; the other
+ranks are not there, and neither data nor tokenizer need be. Sizes are real; the loss is not.
+
+Examples:
+    # the last of 64 ranks, with figures as JSON
+    python -m megatron_router_upcycling.rehearse --config moe.yaml --load MOE --gpus 64 --rehearse-rank 63 \\
+        --output figures.json
+    # another layout than the file's
+    python -m megatron_router_upcycling.rehearse --config moe.yaml --load MOE --gpus 64 \\
+        --expert-model-parallel-size 8
+"""
+
+import sys
+
+from megatron_router_upcycling.training import launch
+
+
+def rehearse(argv: list[str]) -> None:
+    from megatron_router_upcycling.planning.rehearsal import run
+
+    run.rehearse(argv)
+
+
+if __name__ == "__main__":
+    launch.exit_on_user_error(lambda: rehearse(sys.argv[1:]))

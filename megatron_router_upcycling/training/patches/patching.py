@@ -1,0 +1,66 @@
+"""Wrap or replace a symbol of Megatron or PyTorch; where it has gone or changed, one error says so.
+
+``by`` is the part of this package that needs the symbol; errors begin with it.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+TESTED = "0.19"
+
+
+def changed(by: str, what: str, instead: str = "") -> RuntimeError:
+    """The error for something upstream that is not as ``by`` needs it; ``instead`` is a way to go on."""
+    way_out = instead or f"install megatron-core {TESTED}, or report it"
+    return RuntimeError(
+        f"{by}: {what} in this version of megatron-core or torch;"
+        f" tested with megatron-core {TESTED}; {way_out}"
+    )
+
+
+def find(by: str, owner: Any, name: str, *, place: str = "", reads: Iterable[str] = ()) -> Any:
+    """``owner.name``, once it is known to be there.
+
+    Args:
+        place: how an error names ``owner``; its own name unless given.
+        reads: parameters that the function must have.
+
+    Raises:
+        RuntimeError: the symbol or a parameter of it does not exist.
+    """
+    where = f"{place or getattr(owner, '__name__', repr(owner))}.{name}"
+    # A class of Megatron's must have the method itself: what it would inherit does something else.
+    own_only = inspect.isclass(owner) and owner.__module__.startswith("megatron.")
+    if name not in vars(owner) if own_only else not hasattr(owner, name):
+        raise changed(by, f"{where} does not exist")
+    found = getattr(owner, name)
+    if missing := [read for read in reads if read not in inspect.signature(found).parameters]:
+        raise changed(by, f"{where}({', '.join(missing)}) does not exist")
+    return found
+
+
+def replace(by: str, owner: Any, name: str, new: Any) -> None:
+    """Let ``owner.name`` be ``new`` for the life of the process."""
+    find(by, owner, name)
+    setattr(owner, name, new)
+
+
+def wrap(
+    by: str,
+    owner: Any,
+    name: str,
+    wrapper: Callable[[Callable[..., Any]], Callable[..., Any]],
+    reads: Iterable[str] = (),
+) -> None:
+    """Let ``owner.name`` be ``wrapper`` of it for the life of the process; a second call changes nothing.
+
+    The original stays at ``__wrapped__``.
+    """
+    original = find(by, owner, name, reads=reads)
+    if getattr(original, "wrapped_by", None) == by:
+        return
+    new = functools.wraps(original)(wrapper(original))
+    new.wrapped_by = by  # type: ignore[attr-defined]
+    setattr(owner, name, new)

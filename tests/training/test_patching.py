@@ -1,0 +1,67 @@
+"""Wrapping upstream symbols: once, with the original kept, and with one error where something has gone."""
+
+import types
+from collections.abc import Callable
+
+import pytest
+
+from megatron_router_upcycling.training.patches import patching
+
+
+def upstream(value: int, scale: int = 1) -> int:
+    return value * scale
+
+
+@pytest.fixture
+def module() -> types.ModuleType:
+    module = types.ModuleType("upstream.module")
+    module.function = upstream  # type: ignore[attr-defined]
+    return module
+
+
+def plus_one(original: Callable[..., int]) -> Callable[..., int]:
+    return lambda *args, **kwargs: original(*args, **kwargs) + 1
+
+
+def test_a_second_wrap_changes_nothing_and_the_original_stays(module: types.ModuleType) -> None:
+    for _ in range(2):
+        patching.wrap("here", module, "function", plus_one, reads=("value", "scale"))
+    assert module.function(3, scale=2) == 7
+    assert module.function.__wrapped__ is upstream and module.function.__name__ == "upstream"
+    patching.wrap("elsewhere", module, "function", plus_one)
+    assert module.function(3) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "reads", "missing"),
+    [("gone", (), "gone"), ("function", ("value", "offset"), r"function\(offset\)")],
+    ids=["symbol", "parameter"],
+)
+def test_what_has_gone_is_named_with_what_to_do(
+    module: types.ModuleType, name: str, reads: tuple[str, ...], missing: str
+) -> None:
+    before = dict(vars(module))
+    message = (
+        rf"^here: upstream\.module\.{missing} does not exist .* tested with megatron-core 0\.19; install"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        patching.wrap("here", module, name, plus_one, reads)
+    assert vars(module) == before
+    with pytest.raises(RuntimeError, match=r"here: upstream\.module\.gone does not exist"):
+        patching.replace("here", module, "gone", upstream)
+
+
+def test_a_method_that_a_megatron_class_only_inherits_counts_as_gone() -> None:
+    """Its base class's does something else. Of PyTorch's classes the inherited ones are meant."""
+
+    class Base:
+        def step(self) -> None: ...
+
+    class Derived(Base):
+        pass
+
+    Derived.__module__ = "torch.optim"
+    assert patching.find("here", Derived, "step") is Base.step
+    Derived.__module__ = "megatron.core.optimizer"
+    with pytest.raises(RuntimeError, match=r"here: Derived\.step does not exist"):
+        patching.find("here", Derived, "step")

@@ -1,0 +1,84 @@
+"""The commands of a comparison: two stages for each run, over those that make what all runs start from."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_router_upcycling.config.yaml_files import read_yaml
+from tools.experiments.comparison import Comparison
+from tools.experiments.foundation import PACKAGE, Foundation, flags, program, torchrun
+from tools.experiments.stages import Stage, in_order
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The commands of a comparison in ``output``; runs nothing."""
+
+    comparison: Comparison
+    output: Path
+    quick: bool = False
+
+    @property
+    def foundation(self) -> Foundation | None:
+        """Where the file has a dense model to train: the stages that make it and its key statistics."""
+        config = self.comparison.dense
+        return Foundation(self.output, config, self.quick) if config else None
+
+    def runs(self) -> Iterator[tuple[str, int]]:
+        """Names and seeds, seed by seed, so that whole comparisons are there as early as can be."""
+        return ((name, seed) for seed in self.comparison.seeds for name in self.comparison.runs)
+
+    def stages(self) -> list[Stage]:
+        return in_order(self.train(*run) for run in self.runs())
+
+    def convert(self, name: str, seed: int) -> Stage:
+        config, run = self.comparison.runs[name], _folder_name(name, seed)
+        dense, key_stats, after = self._start(config)
+        folder = self.output / "converted" / run
+        options = flags(config=config, key_stats=key_stats, seed=seed, quiet=True)
+        return Stage(
+            f"convert-{run}",
+            f"{name}, seed {seed}: convert",
+            (program("router-upcycle"), "convert", str(dense), str(folder), *options),
+            folder,
+            (config,),
+            after,
+        )
+
+    def train(self, name: str, seed: int) -> Stage:
+        return self._pretrain("train", name, seed, "trained", resumes=True)
+
+    def evaluate(self, name: str, seed: int) -> Stage:
+        """The held-out loss before any training; no part of a comparison by itself."""
+        return self._pretrain("evaluate", name, seed, "evaluated", skip_train=True)
+
+    def _pretrain(
+        self, verb: str, name: str, seed: int, save: str, resumes: bool = False, **more: Any
+    ) -> Stage:
+        config, run = self.comparison.runs[name], _folder_name(name, seed)
+        converted = self.convert(name, seed)
+        folder, module = self.output / save / run, PACKAGE + "pretrain"
+        launcher, base = self.comparison.launcher, self.foundation
+        own = {"seed": seed, "load": converted.output, "save": folder, **more}
+        command = (
+            *((*launcher, "-m", module) if launcher else torchrun(module)),
+            *flags(config=config),
+            *(base.run_flags if base else ()),
+            *flags(**self.comparison.flags | own),
+        )
+        title = f"{name}, seed {seed}: {verb}"
+        return Stage(f"{verb}-{run}", title, command, folder, (config,), (converted,), resumes)
+
+    def _start(self, config: Path) -> tuple[Path | None, Path | None, tuple[Stage, ...]]:
+        """The dense checkpoint and key statistics that a run starts from, and the stages that make them."""
+        base = self.foundation
+        if base is None:
+            return self.comparison.checkpoint, self.comparison.key_stats, ()
+        keys = base.keys(read_yaml(config)["upcycling"].get("key_source", "pre_rope"))
+        return base.dense.output, keys.output, (base.dense, keys)
+
+
+def _folder_name(name: str, seed: int) -> str:
+    return re.sub(r"[^A-Za-z0-9.=]+", "-", name).strip("-") + f"-{seed}"
