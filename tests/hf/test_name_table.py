@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import FIXED_FLAGS, QwenModel, from_flags
-from megatron_router_upcycling.initialisation.qkv import merge_gated_fc1, merge_qkv
+from tests.reference.fused import merge_gated_fc1, merge_qkv
 
 FLAGS = FIXED_FLAGS | {
     "num_layers": 2, "hidden_size": 24, "ffn_hidden_size": 20, "num_attention_heads": 6,
