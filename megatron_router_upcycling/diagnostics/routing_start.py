@@ -17,19 +17,18 @@ import safetensors
 import torch
 from torch import Tensor
 
-from megatron_router_upcycling.checkpoint import layers, names
+from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.diagnostics.stored_router import read_layer, read_router
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.initialisation.heads import cosine_similarity
 from megatron_router_upcycling.key_statistics import file as key_stats_file
-from megatron_router_upcycling.routers.kinds import Sizes
 from megatron_router_upcycling.training.run_log import measures
 
-ROUTER = f"{names.ROUTER}."
 RANDOM_TOKENS = 1024
 SATURATED = 0.9  # mean largest probability from which softmax passes next to no gradient
 NAMED = 8  # experts or layers that a warning names
@@ -118,20 +117,6 @@ def _router_layers(checkpoint: Checkpoint) -> list[int]:
     return own or list(range(min((count for _, count in found), default=0)))
 
 
-def _read(checkpoint: Checkpoint, key: str, layer: int) -> Tensor:
-    """One layer's float32 values of a parameter, stored stacked or layer by layer.
-
-    Raises:
-        UserError: it is not there.
-    """
-    own = names.at_layer(key, layer)
-    if key not in checkpoint.tensors and own in checkpoint.tensors:
-        checkpoint, layer = layers.one_layer(checkpoint, own, key), 0
-    if key not in checkpoint.tensors:
-        raise UserError(f"{checkpoint.root}: has no {key}, which its {manifest.NAME} promises")
-    return checkpoint.read_layer(key, layer, bytearray()).float()
-
-
 def _recorded(record: dict[str, Any], num_layers: int) -> Path | None:
     """The key statistics that the manifest names, where they are still there and hold samples."""
     named = record.get("key_stats")
@@ -169,22 +154,20 @@ def _norm_gain(checkpoint: Checkpoint, layer: int) -> Tensor:
     """What the norm before the router multiplies by, [D] in float32."""
     fused, separate = names.NORMS[1]
     is_fused = {fused, names.at_layer(fused, layer)} & checkpoint.tensors.keys()
-    weight = _read(checkpoint, fused if is_fused else separate, layer)
+    weight = read_layer(checkpoint, fused if is_fused else separate, layer)
     # With --apply-layernorm-1p the checkpoint holds the gain's distance from 1.
     return weight + bool(getattr(checkpoint.args, ARCHITECTURE["apply_layernorm_1p"], False))
 
 
 def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> LayerStart:
-    tokens, n, kind = _inputs(checkpoint, layer, source), router.num_experts, router.kind
-    named = kind.parameters(router, Sizes.of(checkpoint.args))
-    values = {parameter.name: _read(checkpoint, ROUTER + parameter.name, layer) for parameter in named}
-    gate = kind.gate(values, router, tokens.shape[1], torch.float32)
-    logits = kind.logits(gate, tokens, router)
+    tokens, n = _inputs(checkpoint, layer, source), router.num_experts
+    stored = read_router(checkpoint, router, layer)
+    gate, logits = stored.gate(), stored.logits(tokens)
     if logits.shape[1] != n:
         raise UserError(f"{checkpoint.root}: layer {layer}'s router is no router of {n} experts")
     cosines: tuple[float | None, float | None] = (None, None)
-    if kind.expert_keys:
-        cosines = _cosines(values[kind.expert_keys])
+    if router.kind.expert_keys:
+        cosines = _cosines(stored.parameters[router.kind.expert_keys])
     decided = {first: measures.choose(logits, router.top_k, first) for first in (True, router.pre_softmax)}
     return LayerStart(
         layer,

@@ -33,15 +33,17 @@ class Router:
     parameters: dict[str, Tensor]
     hidden_size: int
 
+    def gate(self) -> dict[str, Tensor]:
+        """The parameters folded as far as they can be, by name: what logits are computed from."""
+        return self.config.kind.gate(self.parameters, self.config, self.hidden_size, torch.float32)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The experts' scores (eq. 6 to 8), [..., n] in float32.
 
         Args:
             hidden: [..., D], what the router sees: hidden states behind the norm before the FFN.
         """
-        kind = self.config.kind
-        gate = kind.gate(self.parameters, self.config, self.hidden_size, torch.float32)
-        logits = kind.logits(gate, hidden.float(), self.config)
+        logits = self.config.kind.logits(self.gate(), hidden.float(), self.config)
         return logits + self.parameters[BIAS] if BIAS in self.parameters else logits
 
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,9 +83,18 @@ def load_router(checkpoint: str | Path, layer: int = 0) -> Router:
     num_layers = getattr(opened.args, "num_layers", 0)
     if not 0 <= layer < num_layers:
         raise UserError(f"layer {layer}: {opened.root} has layers 0 to {num_layers - 1}")
-    sizes = Sizes.of(opened.args, bool(getattr(opened.args, "add_bias_linear", False)))
+    return read_router(opened, config, layer)
+
+
+def read_router(checkpoint: Checkpoint, config: RouterConfig, layer: int) -> Router:
+    """The router of one layer of an open checkpoint.
+
+    Raises:
+        UserError: a parameter is not there.
+    """
+    sizes = Sizes.of(checkpoint.args, bool(getattr(checkpoint.args, "add_bias_linear", False)))
     parameters = {
-        parameter.name: read_layer(opened, f"{names.ROUTER}.{parameter.name}", layer)
+        parameter.name: read_layer(checkpoint, f"{names.ROUTER}.{parameter.name}", layer)
         for parameter in all_parameters(config, sizes)
     }
     return Router(config, parameters, sizes.hidden_size)
@@ -102,5 +113,5 @@ def read_layer(checkpoint: Checkpoint, name: str, layer: int) -> Tensor:
     if name not in checkpoint.tensors and own in checkpoint.tensors:
         checkpoint, layer = layers.one_layer(checkpoint, own, name), 0
     if name not in checkpoint.tensors:
-        raise UserError(f"{checkpoint.root}: layer {layer} has no {name}, which its {manifest.NAME} promises")
+        raise UserError(f"{checkpoint.root}: has no {name}, which its {manifest.NAME} promises")
     return checkpoint.read_layer(name, layer, bytearray()).float()

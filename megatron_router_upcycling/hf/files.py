@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name a Hugging Face folder") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: not JSON, or cut short; download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; download it again")

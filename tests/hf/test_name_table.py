@@ -1,6 +1,8 @@
 """The table of names, read in both directions."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import FIXED_FLAGS, QwenModel, from_flags
-from megatron_router_upcycling.initialisation.qkv import merge_gated_fc1, merge_qkv
+from tests.reference.fused import merge_gated_fc1, merge_qkv
 
 FLAGS = FIXED_FLAGS | {
     "num_layers": 2, "hidden_size": 24, "ffn_hidden_size": 20, "num_attention_heads": 6,
@@ -56,6 +58,13 @@ def test_segments_are_megatrons_layout(groups: int, queries: int, size: int, col
         for number, part in enumerate(parts):
             taken = [joined[start:stop] for start, stop in name_table.runs(row, number, model)]
             assert torch.equal(torch.cat(taken), part)
+
+
+def test_the_table_and_the_architecture_need_no_torch() -> None:
+    modules = ("name_table", "architecture", "config_json")
+    imports = "; ".join(f"import megatron_router_upcycling.hf.{module}" for module in modules)
+    check = "import sys; assert not {'torch', 'transformers', 'megatron.core'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True)
 
 
 def test_padding_is_zeros_after_the_vocabulary() -> None:

@@ -90,6 +90,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 BAD_FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no config": ("qwen1.5", lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
     "config no JSON": ("qwen1.5", lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
+    "config too deep": ("qwen1.5", lambda f: (f / "config.json").write_text('{"x":' * 10**5), "not JSON"),
     "config a list": ("qwen1.5", lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
     "MoE": ("qwen1.5", lambda f: edit(f / "config.json", num_experts=8), "is a Mixture-of-Experts"),
     "Llama": ("qwen1.5", lambda f: edit(f / "config.json", model_type="llama"), "is not covered"),

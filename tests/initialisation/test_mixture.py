@@ -5,8 +5,8 @@ import torch
 
 from megatron_router_upcycling.config.router import GROUPINGS, RouterConfig
 from megatron_router_upcycling.initialisation.heads import init_mixture
-from megatron_router_upcycling.initialisation.qkv import merge_qkv
 from tests.reference import mixture
+from tests.reference.fused import merge_qkv
 
 HIDDEN = 3
 

@@ -1,16 +1,12 @@
-"""Megatron's fused layouts: bitwise round trips, and the layout itself written out as loops."""
+"""Megatron's fused layout: bitwise round trips, and the layout itself written out as loops."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_router_upcycling.initialisation.qkv import (
-    merge_gated_fc1,
-    merge_qkv,
-    split_gated_fc1,
-    split_qkv,
-)
+from megatron_router_upcycling.initialisation.qkv import split_qkv
+from tests.reference.fused import merge_qkv
 
 
 @st.composite
@@ -56,26 +52,7 @@ def test_a_negative_and_a_positive_dim_mean_the_same() -> None:
         assert torch.equal(negative, positive)
 
 
-@given(st.integers(1, 6), st.integers(1, 3), st.booleans())
-def test_gated_fc1_round_trip(ffn: int, layers: int, bias: bool) -> None:
-    shape, dim = ((layers, 2 * ffn), -1) if bias else ((layers, 2 * ffn, 4), -2)
-    fc1 = torch.arange(torch.Size(shape).numel(), dtype=torch.bfloat16).reshape(shape)
-    gate, up = split_gated_fc1(fc1, dim)
-    assert torch.equal(gate, fc1.narrow(dim, 0, ffn)) and torch.equal(up, fc1.narrow(dim, ffn, ffn))
-    assert torch.equal(merge_gated_fc1(gate, up, dim), fc1)
-
-
 @pytest.mark.parametrize("rows, heads, groups", [(10, 4, 2), (24, 4, 3), (24, 4, 0)])
 def test_rows_that_are_not_whole_heads_are_refused(rows: int, heads: int, groups: int) -> None:
     with pytest.raises(ValueError):
         split_qkv(torch.zeros(rows, 2), heads, groups)
-
-
-def test_query_rows_that_are_not_whole_heads_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 query rows"):
-        merge_qkv(torch.zeros(3, 2), torch.zeros(2, 2), torch.zeros(2, 2), 2, 2)
-
-
-def test_an_odd_gated_fc1_is_refused() -> None:
-    with pytest.raises(ValueError, match="7 rows"):
-        split_gated_fc1(torch.zeros(7, 2))

@@ -13,11 +13,11 @@ CONFIGS = sorted(path.relative_to(launch.ROOT) for path in launch.ROOT.glob("con
 PARSE = """
 import json, os, sys
 from megatron.training.global_vars import unset_global_variables
-from megatron_router_upcycling import pretrain
+from megatron_router_upcycling.training import launch
 os.chdir(sys.argv[1])
 for config in sys.argv[2:]:
     flags = ["--config", config, "--mock-data", "--tokenizer-type", "NullTokenizer"]
-    args = vars(pretrain.prepare(flags).args)
+    args = vars(launch.prepare(flags).args)
     print("parsed", json.dumps({"config": config} | args, default=str))
     unset_global_variables()
 """
