@@ -13,7 +13,7 @@ from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.format.finite import WORDS
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.conversion.options import read_conversion
+from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.initialisation import random_weights
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
@@ -147,7 +147,7 @@ def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def convert(dense: Dense, out: Path, config: str, layout: dict[str, Any]) -> None:
     file = CONFIGS / f"{config}.yaml"
-    given = read_conversion(file)
+    given = read_method(file)
     command = ["convert", dense.root, out, "--config", file, "--seed", SEED, "--quiet"]
     command += ["--key-stats", dense.stats(given.key_source or "pre_rope")]
     if "layers" in layout:
