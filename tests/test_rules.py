@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.imports import PACKAGE, ROOT, circles, import_graph, source_files
+from tests.repository import PACKAGE, ROOT, circles, import_graph, source_files
 
 DOORS = ("cli", "pretrain", "collect_keys", "rehearse", "layer_spec")  # what a command line names
 PURE = (
@@ -88,7 +88,7 @@ def test_the_package_imports_neither_tools_nor_tests() -> None:
 
 
 PURE_MODULES = [module for module in MODULES if within(module, PURE) and not within(module, NOT_PURE)]
-# Megatron and its kin cannot be imported here, and CUDA cannot be started. The last two modules need Megatron.
+# Here Megatron and its kin cannot be imported, nor CUDA be started. The last two modules need Megatron.
 IMPORT_BLOCKED = """
 import importlib, importlib.abc, sys, torch
 
