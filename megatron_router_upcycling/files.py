@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -27,24 +26,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
-    """Write ``path`` whole or not at all, in a folder that is there.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write ``path`` whole or not at all, in a folder that is there; text as UTF-8.
 
-    The content goes to a hidden file beside it, to the disk, and then takes the place of ``path``; of a write
-    that fails nothing is left.
-
-    Args:
-        content: text (as UTF-8), bytes, or a function that writes to the path that it is given.
+    The content goes to a hidden file beside it, to the disk, and then takes the place of ``path``. A write
+    that fails leaves nothing.
 
     Raises:
         OSError: it cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if callable(content):
-            content(partial)
-        else:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(partial)
         os.replace(partial, path)
     except BaseException:

@@ -2,35 +2,34 @@
 
 import argparse
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_router_upcycling import cli
-from tests.imports import PACKAGE, ROOT
+from tests.repository import PACKAGE, ROOT, repository_files
 
 ROOTS = ("configs", "docs", "examples", "megatron_router_upcycling", "scripts", "tests", "tools")
 SUFFIXES = "py|md|yaml|yml|sh|sbatch|html|png|toml|c"
 # A path below one of ROOTS, or with a slash and a known suffix, which may be below the package.
 FROM_ROOT = re.compile(rf"(?<![\w./-])(?:{'|'.join(ROOTS)})/[\w.*/-]*")
 SHORT = re.compile(rf"(?<![\w./$-])[a-z_]\w*(?:/[\w.-]+)*/[\w.*-]+\.(?:{SUFFIXES})\b(?!\()")
+BARE = re.compile(r"`([a-z_]+\.(?:py|sh|sbatch))`")  # in a document: the name of some file
 MODULE = re.compile(rf"-m ({PACKAGE}(?:\.\w+)*|(?:tools|tests|examples)(?:\.\w+)+)")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 # What is named and is not here: Megatron-LM's own, and what a command makes.
-ELSEWHERE = {"tools/preprocess_data.py"}
+ELSEWHERE = {"tools/preprocess_data.py", "pretrain_gpt.py"}
 MADE = ("demo/", "compare/", "bench/", "evaluation/NAME", "ckpt/", "runs/", "DENSE/", "moe/", "run/")
 
 
 def mentioning() -> list[Path]:
-    """The repository's text files that speak of others, tests aside (they make files up)."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    files = (Path(line) for line in listed.splitlines())
+    """The text files that speak of others, tests aside (they make files up)."""
     suffixes = (".md", ".py", ".sh", ".sbatch", ".yaml", ".yml", ".toml")
-    found = [file for file in files if file.suffix in suffixes or file.name in ("Makefile", "run")]
-    return [file for file in found if file.parts[0] != "tests" and (ROOT / file).is_file()]
+    found = [
+        file for file in repository_files() if file.suffix in suffixes or file.name in ("Makefile", "run")
+    ]
+    return [file for file in found if file.parts[0] != "tests"]
 
 
 def exists(mention: str, file: Path) -> bool:
@@ -49,15 +48,24 @@ def paths(text: str, file: Path) -> Iterator[str]:
         yield from SHORT.findall(text)
 
 
-@pytest.mark.parametrize("file", mentioning(), ids=str)
-def test_paths_and_modules_exist(file: Path) -> None:
+def wrong_mentions(file: Path) -> Iterator[str]:
     text = (ROOT / file).read_text(encoding="utf-8")
     for mention in paths(text, file):
-        known = mention in ELSEWHERE or mention.startswith(MADE)
-        assert known or exists(mention, file), f"{file} names {mention}"
+        if not (mention in ELSEWHERE or mention.startswith(MADE) or exists(mention, file)):
+            yield f"{file} names {mention}"
     for module in MODULE.findall(text):
         path = ROOT / module.replace(".", "/")
-        assert path.with_suffix(".py").is_file() or path.is_dir(), f"{file} names -m {module}"
+        if not (path.with_suffix(".py").is_file() or path.is_dir()):
+            yield f"{file} names -m {module}"
+    for name in BARE.findall(text) if file.suffix == ".md" else ():
+        if name not in ELSEWHERE and not any(other.name == name for other in repository_files()):
+            yield f"{file} names {name}"
+
+
+def test_paths_and_modules_exist() -> None:
+    files = mentioning()
+    assert {"README.md", "CONTRIBUTING.md", "Makefile", "setup.sh"} <= {file.name for file in files}
+    assert not [wrong for file in files for wrong in wrong_mentions(file)]
 
 
 DOCUMENTS = [file for file in mentioning() if file.suffix == ".md"]

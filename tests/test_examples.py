@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from tests import launch
-from tests.imports import ROOT
+from tests.repository import ROOT
 
 
 def test_every_example_has_a_test() -> None:

@@ -13,17 +13,9 @@ import yaml
 
 from megatron_router_upcycling import __version__
 from tests import dense_checkpoint
+from tests.repository import PACKAGE, ROOT, repository_files
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = "megatron_router_upcycling"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
-
-
-def repository_files(*folders: str) -> list[Path]:
-    """What git tracks, or would track once it is added."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *folders]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [Path(line) for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +60,7 @@ def run(installed: Path, *command: object, cwd: Path) -> str:
 
 def test_holds_every_file_of_the_package_and_no_other(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert held == {str(file) for file in repository_files(PACKAGE)}
+    assert held == {str(file) for file in repository_files() if file.parts[0] == PACKAGE}
     assert {f"{PACKAGE}/py.typed", f"{PACKAGE}/evaluation/tasks/stdlib.yaml"} <= held
 
 

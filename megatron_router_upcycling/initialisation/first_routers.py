@@ -33,7 +33,7 @@ def router_parameters(model: DenseModel, router: RouterConfig) -> tuple[tuple[st
 
 
 def _sizes(model: DenseModel) -> kinds.Sizes:
-    return kinds.Sizes.of(model, add_bias_linear=not model.flags["disable_bias_linear"])
+    return kinds.Sizes.of(model, add_bias_linear=model.linear_bias)
 
 
 def router_values(
@@ -114,5 +114,5 @@ def norm_gains(
     for names in NORMS:
         key = next(name for name in names if name in dense.tensors)
         gain = dense.read_layer(key, layer, scratch).double()
-        gains.append(gain + bool(model.flags.get("apply_layernorm_1p")))
+        gains.append(gain + model.centered_norms)
     return gains[0], gains[1]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_router_upcycling.hf import name_table
@@ -43,6 +43,7 @@ def join(row: name_table.Row, model: QwenModel, parts: list[torch.Tensor]) -> to
     return torch.cat(pieces)
 
 
+@settings(deadline=None)  # a busy machine is no mistake
 @given(groups=st.integers(1, 4), queries=st.integers(1, 4), size=st.integers(1, 5), columns=st.integers(1, 3))
 def test_segments_are_megatrons_layout(groups: int, queries: int, size: int, columns: int) -> None:
     """Against the functions that take the fused tensors apart, and by their inverse, ``runs``."""

@@ -1,5 +1,6 @@
 """Each kind of router, as its row says it, as Megatron trains it and as transformers loads it."""
 
+import ast
 import pathlib
 
 import pytest
@@ -42,6 +43,16 @@ def seen(count: int = 20) -> torch.Tensor:
 
 def test_every_kind_has_a_row_among_the_tests() -> None:
     assert list(KINDS) == list(kinds.KINDS)
+
+
+def test_no_other_file_asks_for_a_kind_by_its_name() -> None:
+    package = pathlib.Path(kinds.__file__).parents[1]
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                constants = (part for part in ast.walk(node.comparators[0]) if isinstance(part, ast.Constant))
+                named = {constant.value for constant in constants}
+                assert not named & KINDS.keys(), f"{path}:{node.lineno}"
 
 
 @all_kinds

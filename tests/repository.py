@@ -1,10 +1,20 @@
-"""Which file imports which, read from the source: what the tests of the house's rules ask."""
+"""The repository's files, and which of them imports which: what the tests of the house's rules ask."""
 
 import ast
+import functools
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_router_upcycling"
+
+
+@functools.cache
+def repository_files() -> list[Path]:
+    """What git tracks, or would track once it is added."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [Path(line) for line in listed.splitlines() if (ROOT / line).is_file()]
 
 
 def module_of(file: Path) -> str:
