@@ -1,7 +1,8 @@
 """Each Triton kernel against its plain form, in Triton's interpreter: ``test_kernels.py`` runs this file.
 
-Usage: ``TRITON_INTERPRET=1 python -m tests.layers.kernel_checks`` prints a line for each check, with what went wrong or ok.
-On a machine with a GPU, ``python -m tests.layers.kernel_checks cuda`` runs the compiled kernels.
+Usage: ``TRITON_INTERPRET=1 python -m tests.layers.kernel_checks`` prints a line for each check, with what
+went wrong or ok. On a machine with a GPU, ``python -m tests.layers.kernel_checks cuda`` runs the compiled
+kernels.
 """
 
 import sys

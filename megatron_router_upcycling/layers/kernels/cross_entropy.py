@@ -1,7 +1,8 @@
 """Cross entropy over a whole vocabulary: logits are read once forward, and read and written once backward.
 
-The gradient takes the logits' place, so that no second tensor of their size is ever held. Libraries' kernels write the
-gradient in the forward pass and multiply it by the incoming one later, which reads and writes the logits once more.
+The gradient takes the logits' place, so that no second tensor of their size is ever held. Libraries' kernels
+write the gradient in the forward pass and multiply it by the incoming one later, which reads and writes the
+logits once more.
 
 Symbols: T tokens, V vocabulary.
 """
@@ -17,7 +18,8 @@ from megatron_router_upcycling.layers.kernels import tl, triton
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(logits)[label] for each token: float32 [T]. The logits are overwritten in the backward pass.
+    """-log softmax(logits)[label] for each token: float32 [T]. The logits are overwritten in the backward
+    pass.
 
     Args:
         logits: [T, V], in any float dtype.

@@ -1,7 +1,8 @@
 """Logits of bfloat16 tokens to float32's precision, on tensor cores and without a float32 copy of the tokens.
 
-A bfloat16 token is exact in float32, and a float32 weight is the sum of three bfloat16 numbers (24 bits of mantissa are
-three times 8). So x . a = x . a1 + x . a2 + x . a3 with bfloat16 factors and float32 sums, which is what tensor cores do.
+A bfloat16 token is exact in float32, and a float32 weight is the sum of three bfloat16 numbers (24 bits of
+mantissa are three times 8). So x . a = x . a1 + x . a2 + x . a3 with bfloat16 factors and float32 sums, which
+is what tensor cores do.
 
 Symbols: T tokens, D hidden size, n rows of the gate.
 """

@@ -1,7 +1,8 @@
 """Tokens into rows sorted by expert, and back, where all experts are on this rank.
 
-A token goes to exactly k experts, so there are R = T * k rows and every shape is known beforehand: nothing is copied to the
-host. Both directions gather; no kernel adds to memory that another one writes, so results do not change from run to run.
+A token goes to exactly k experts, so there are R = T * k rows and every shape is known beforehand: nothing is
+copied to the host. Both directions gather; no kernel adds to memory that another one writes, so results do
+not change from run to run.
 
 Symbols: T tokens, n experts, k experts a token, R = T * k rows, D hidden size.
 """
@@ -23,8 +24,8 @@ TOKENS = 128  # a program's
 class Places:
     """Where each token's rows are.
 
-    ``row_of`` int32 [T, k]: a token's rows in the order of its experts. ``token_of`` int32 [R]: a row's token.
-    ``counts`` int32 [n]: an expert's rows. ``routing_map`` bool [T, n], as the router gave it.
+    ``row_of`` int32 [T, k]: a token's rows in the order of its experts. ``token_of`` int32 [R]: a row's
+    token. ``counts`` int32 [n]: an expert's rows. ``routing_map`` bool [T, n], as the router gave it.
     """
 
     row_of: Tensor

@@ -1,4 +1,5 @@
-"""Logits to the chosen experts and their weights, with the sums that both auxiliary losses need: one kernel each way.
+"""Logits to the chosen experts and their weights, with the sums that both auxiliary losses need: one kernel
+each way.
 
 Symbols: T tokens, n experts, k experts a token.
 """
@@ -17,7 +18,8 @@ MOST_EXPERTS = 256
 
 
 class Routing(NamedTuple):
-    """``probs`` [T, n]: the weights of the chosen experts, 0 elsewhere. ``routing_map`` bool [T, n]: the chosen.
+    """``probs`` [T, n]: the weights of the chosen experts, 0 elsewhere. ``routing_map`` bool [T, n]: the
+    chosen.
 
     ``score_sums`` float32 [n]: the softmax over all experts, summed over tokens (of the load-balancing loss).
     ``square_sum`` float32 []: the sum over tokens of logsumexp(logits)^2 (of the z-loss).
@@ -34,7 +36,8 @@ def usable(logits: Tensor) -> bool:
 
 
 def route(logits: Tensor, top_k: int, pre_softmax: bool) -> Routing:
-    """Softmax over all experts, then the top k of it (the paper's order), or the softmax over the top k logits.
+    """Softmax over all experts, then the top k of it (the paper's order), or the softmax over the top k
+    logits.
 
     Args:
         logits: float32 [T, n]. Among equal logits the first experts are chosen.

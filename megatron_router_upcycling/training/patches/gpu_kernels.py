@@ -1,0 +1,144 @@
+"""Puts faster kernels in Megatron's way on a GPU, with Transformer Engine and without it.
+
+What this project's layers bring themselves (experts, dispatcher, router) is not here: these are the parts
+that Megatron builds. ``install()`` returns their names for the line at the start of a run.
+"""
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.language_module import language_module
+from megatron.core.transformer import torch_norm
+from torch import Tensor
+
+from megatron_router_upcycling.layers import kernels
+from megatron_router_upcycling.layers.attention import SdpaAttention
+from megatron_router_upcycling.layers.kernels import cross_entropy, rotary
+from megatron_router_upcycling.training.patches import patching
+
+_wrap = functools.partial(patching.wrap, "gpu_kernels")
+
+
+def install(args: Namespace, with_te: bool) -> list[str]:
+    """Wrap what Megatron builds its layers and its loss of; return what a run now uses, a phrase each.
+
+    Raises:
+        RuntimeError: an upstream symbol has gone.
+    """
+    used = []
+    if kernels.INSTALLED:
+        _wrap(language_module, "fused_vocab_parallel_cross_entropy", _read_logits_once)
+        used.append("Triton kernels for router, experts, permutation and cross entropy")
+        if not (with_te and args.apply_rope_fusion):
+            _wrap(rope_utils, "_apply_rotary_pos_emb_bshd", _rotate_in_one_kernel)
+    if not with_te and (liger := liger_rms_norm()) is not None:
+        _wrap(torch_norm.WrappedTorchNorm, "__new__", functools.partial(_norm_by, liger))
+        used.append("Liger's RMSNorm")
+    if with_te and takes_sdpa(args):
+        _attend_with_pytorch()
+    if takes_sdpa(args):
+        used.append("attention: PyTorch's scaled_dot_product_attention")
+    elif with_te:
+        used.append(f"attention: Transformer Engine's ({args.attention_backend.name})")
+    return used
+
+
+def takes_sdpa(args: Namespace) -> bool:
+    """Whether attention is PyTorch's: where nobody asked for another, and it can do what the model needs.
+
+    PyTorch chooses among cuDNN's, FlashAttention's and its own kernels, none of which holds the scores.
+    Transformer Engine falls back to one that does where its own cannot be loaded, and says nothing.
+    """
+    return (
+        args.attention_backend.name == "auto"
+        and args.context_parallel_size == 1
+        and not getattr(args, "window_size", None)
+        and not args.multi_latent_attention
+        and not args.fp8
+    )
+
+
+def liger_rms_norm() -> Any:
+    """Liger's autograd function of RMSNorm, or None where ``liger-kernel`` is not installed."""
+    try:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    except ImportError:
+        return None
+    return LigerRMSNormFunction
+
+
+def _attend_with_pytorch() -> None:
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    def core_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self: SdpaAttention
+
+    _wrap(TESpecProvider, "core_attention", core_attention)
+
+
+def group_experts_with_te() -> None:
+    """PyTorch's grouped products in place of Transformer Engine's grouped linears."""
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+    from megatron.core.models.backends import LocalSpecProvider
+
+    from megatron_router_upcycling.layers.experts import build_experts
+
+    def modules(original: Callable[..., Any]) -> Callable[..., Any]:
+        def build(self: Any, moe_use_grouped_gemm: bool, *args: Any, **kwargs: Any) -> Any:
+            if not moe_use_grouped_gemm:
+                return original(self, moe_use_grouped_gemm, *args, **kwargs)
+            loop = LocalSpecProvider().grouped_mlp_modules(False)
+            return functools.partial(build_experts, *loop.args, **loop.keywords)
+
+        return build
+
+    _wrap(TESpecProvider, "grouped_mlp_modules", modules)
+
+
+def _read_logits_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    def loss(logits: Tensor, target: Tensor, tp_group: Any) -> Tensor:
+        if tp_group.size() > 1 or not kernels.usable(logits, target):
+            return original(logits, target, tp_group)
+        flat = logits.reshape(-1, logits.shape[-1])
+        return cross_entropy.cross_entropy(flat, target.reshape(-1)).view(target.shape)
+
+    return loss
+
+
+def _rotate_in_one_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(
+        t: Tensor,
+        freqs: Tensor,
+        rotary_interleaved: bool = False,
+        *args: Any,
+        mscale: float = 1.0,
+        **kwargs: Any,
+    ) -> Tensor:
+        plain = not rotary_interleaved and not args and mscale == 1.0 and not any(kwargs.values())
+        if not plain or t.dim() != 4 or freqs.numel() != t.shape[0] * freqs.shape[-1]:
+            return original(t, freqs, rotary_interleaved, *args, mscale=mscale, **kwargs)
+        return rotary.rotate(t, freqs)
+
+    return apply
+
+
+def _norm_by(liger: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same module, named and saved as before, whose forward pass is Liger's on a GPU."""
+
+    class RMSNorm(torch.nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.is_cuda:
+                return super().forward(x)
+            return liger.apply(x, self.weight, self.eps, 0.0, "llama", False)
+
+    def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        norm = original(cls, config, *args, **kwargs)
+        if type(norm) is torch.nn.RMSNorm:
+            norm.__class__ = RMSNorm
+        return norm
+
+    return build
