@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import measuring  # type: ignore[import-not-found]  # beside this file
+import step_parts  # type: ignore[import-not-found]
 import torch
 
 from megatron_router_upcycling import files
@@ -111,7 +112,13 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     medians = {kind: statistics.median(values) for kind, values in times.items()}
     tokens = args.micro_batch_size * args.seq_length * rehearsal.microbatches(args)
     flops = tokens * figures.flops_per_token(planned) / planned.model_parallel_size
-    routing = {kind: router_seconds(args, routers[0]) * len(layers) for kind, routers in kinds.items()}
+    profiles = {}
+    for kind, routers in kinds.items():
+        for layer, router in zip(layers, routers, strict=True):
+            layer.router = router
+        profiles[kind] = step_parts.measure(
+            lambda: rehearsal.step(args, model, optimizer, scheduler, data), model
+        )
     return {
         "hardware": hardware(),
         "versions": versions(),
@@ -129,25 +136,11 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
             for kind, value in medians.items()
         },
         "router_share": {
-            kind: routing[kind] * rehearsal.microbatches(args) / medians[kind] for kind in kinds
+            kind: found["parts"].get("routers", 0.0) / found["kernel_ms"] for kind, found in profiles.items()
         },
+        "profiles": profiles,
         "peak_bytes": peaks,
     }
-
-
-def router_seconds(args: Namespace, router: Any) -> float:
-    """Median seconds of one router's forward and backward pass over a micro-batch's tokens."""
-    weight = next(router.parameters())
-    shape = (args.seq_length, args.micro_batch_size, args.hidden_size)
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    tokens = torch.randn(shape, device=weight.device, dtype=dtype, requires_grad=True)
-    taken = []
-    for _ in range(20):
-        start = measuring.now()
-        probs, _ = router(tokens)
-        probs.sum().backward()
-        taken.append(measuring.now() - start)
-    return statistics.median(taken[5:])
 
 
 def peak_bytes() -> int:
@@ -191,6 +184,8 @@ def report(found: dict[str, Any]) -> str:
             f"{found['peak_bytes'][kind] / 2**30:.2f}",
         )
         lines.append("".join(cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True)))
+    for kind, profile in found["profiles"].items():
+        lines += [f"{kind}:", step_parts.report(profile)]
     lines.append(f"mixture's throughput over stock's: {found['throughput_ratio']:.4f}")
     return "\n".join(lines)
 

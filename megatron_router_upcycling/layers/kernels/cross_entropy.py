@@ -38,7 +38,7 @@ class _CrossEntropy(torch.autograd.Function):
         losses = torch.empty((T,), dtype=torch.float32, device=logits.device)
         log_sums = torch.empty_like(losses)
         block = kernels.block_size(V, 8192)
-        _forward[(T,)](logits, labels, losses, log_sums, V, BLOCK=block, num_warps=16)
+        _loss[(T,)](logits, labels, losses, log_sums, V, BLOCK=block, num_warps=16)
         ctx.save_for_backward(logits, labels, log_sums)
         return losses
 
@@ -49,12 +49,12 @@ class _CrossEntropy(torch.autograd.Function):
         T, V = logits.shape
         block = kernels.block_size(V, 4096)
         grid = (T, kernels.blocks(V, block))
-        _backward[grid](logits, labels, log_sums, grad.contiguous(), V, BLOCK=block, num_warps=8)
+        _loss_grad[grid](logits, labels, log_sums, grad.contiguous(), V, BLOCK=block, num_warps=8)
         return logits, None
 
 
 @triton.jit
-def _forward(logits, labels, losses, log_sums, V, BLOCK: tl.constexpr):
+def _loss(logits, labels, losses, log_sums, V, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -74,7 +74,7 @@ def _forward(logits, labels, losses, log_sums, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(logits, labels, log_sums, grad, V, BLOCK: tl.constexpr):
+def _loss_grad(logits, labels, log_sums, grad, V, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = logits + token * V + column

@@ -45,7 +45,7 @@ class _GateLogits(torch.autograd.Function):
         n = gate.shape[0]
         logits = torch.empty((T, n), dtype=torch.float32, device=tokens.device)
         rows = 64
-        _logits[(kernels.blocks(T, rows),)](
+        _gate_logits[(kernels.blocks(T, rows),)](
             *(tokens, gate, logits, T, D, n),
             N=kernels.block_size(n),
             ROWS=rows,
@@ -65,12 +65,12 @@ class _GateLogits(torch.autograd.Function):
         grad_tokens = torch.empty_like(tokens)
         columns = kernels.block_size(D, 128)
         grid = (kernels.blocks(T, 32), kernels.blocks(D, columns))
-        _grad_tokens[grid](grad, gate, grad_tokens, T, D, n, ROWS=32, COLUMNS=columns, num_warps=4)
+        _gate_grad_tokens[grid](grad, gate, grad_tokens, T, D, n, ROWS=32, COLUMNS=columns, num_warps=4)
         # Parts of the tokens are added up apart, and the parts in one order: the same result in every run.
         parts = min(32, kernels.blocks(T, 64))
         partial = torch.empty((parts, n, D), dtype=torch.float32, device=tokens.device)
         columns = kernels.block_size(D, 64)
-        _grad_gate[(kernels.blocks(D, columns), parts)](
+        _gate_grad_weight[(kernels.blocks(D, columns), parts)](
             *(grad, tokens, partial, T, D, n, kernels.blocks(T, 64 * parts)),
             *(kernels.block_size(n), 64, columns, kernels.INTERPRETED),
             num_warps=4,
@@ -96,7 +96,7 @@ def _product(a, b, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _logits(
+def _gate_logits(
     tokens, gate, logits, T, D, n, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def _logits(
 
 
 @triton.jit
-def _grad_tokens(grad, gate, grad_tokens, T, D, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gate_grad_tokens(grad, gate, grad_tokens, T, D, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -138,7 +138,7 @@ def _grad_tokens(grad, gate, grad_tokens, T, D, n, ROWS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def _grad_gate(
+def _gate_grad_weight(
     grad, tokens, partial, T, D, n, steps, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip

@@ -52,8 +52,8 @@ def find_places(routing_map: Tensor, top_k: int) -> Places:
     counts = torch.empty((n,), dtype=torch.int32, device=device)
     width = kernels.block_size(n)
     as_bytes = routing_map.view(torch.uint8)
-    _count[(blocks,)](as_bytes, partial, T, n, TOKENS=TOKENS, N=width)
-    _place[(blocks,)](
+    _rows_count[(blocks,)](as_bytes, partial, T, n, TOKENS=TOKENS, N=width)
+    _rows_place[(blocks,)](
         *(as_bytes, partial, row_of, token_of, counts, T, n, blocks),
         K=top_k,
         TOKENS=TOKENS,
@@ -122,7 +122,7 @@ def sum_of_rows(rows: Tensor, places: Places) -> Tensor:
     rows = rows.contiguous()
     width = rows.shape[1]
     output = torch.empty((T, width), dtype=rows.dtype, device=rows.device)
-    _sum_rows[(T,)](
+    _rows_sum[(T,)](
         rows, places.row_of, output, width, K=top_k, BLOCK=kernels.block_size(width, 2048), num_warps=4
     )
     return output
@@ -134,7 +134,7 @@ def _permuted_probs(probs: Tensor, places: Places) -> Tensor:
     if not kernels.usable(probs):
         chosen = _of_chosen(probs, places.routing_map, top_k)
         return permuted.scatter_(0, places.row_of.reshape(-1).long(), chosen.reshape(-1))
-    _move_probs[(kernels.blocks(T, TOKENS),)](
+    _rows_probs[(kernels.blocks(T, TOKENS),)](
         *(
             probs.contiguous(),
             places.routing_map.view(torch.uint8),
@@ -159,7 +159,7 @@ def _spread_probs(grad: Tensor, places: Places) -> Tensor:
         slot = (places.routing_map.cumsum(1) - 1).clamp(min=0)
         return torch.where(places.routing_map, chosen.gather(1, slot), 0)
     spread = torch.empty((T, n), dtype=grad.dtype, device=grad.device)
-    _move_probs[(kernels.blocks(T, TOKENS),)](
+    _rows_probs[(kernels.blocks(T, TOKENS),)](
         *(spread, places.routing_map.view(torch.uint8), places.row_of, grad.contiguous(), T, n),
         K=top_k,
         TO_ROWS=False,
@@ -180,13 +180,13 @@ def _chosen(routing_map, T, n, TOKENS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _count(routing_map, partial, T, n, TOKENS: tl.constexpr, N: tl.constexpr):
+def _rows_count(routing_map, partial, T, n, TOKENS: tl.constexpr, N: tl.constexpr):
     chosen, _, _, _, expert = _chosen(routing_map, T, n, TOKENS, N)
     tl.store(partial + tl.program_id(0) * n + expert, tl.sum(chosen, 0), mask=expert < n)
 
 
 @triton.jit
-def _place(
+def _rows_place(
     routing_map, partial, row_of, token_of, counts, T, n, blocks,
     K: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +209,7 @@ def _place(
 
 
 @triton.jit
-def _move_probs(
+def _rows_probs(
     dense, routing_map, row_of, rows, T, n,
     K: tl.constexpr, TO_ROWS: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +223,7 @@ def _move_probs(
 
 
 @triton.jit
-def _sum_rows(rows, row_of, output, width, K: tl.constexpr, BLOCK: tl.constexpr):
+def _rows_sum(rows, row_of, output, width, K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)

@@ -52,7 +52,7 @@ class _Rotate(torch.autograd.Function):
 def _turn(heads: Tensor, angles: Tensor, sign: float) -> Tensor:
     s, b, h, d = heads.shape
     output = torch.empty((s, b, h, d), dtype=heads.dtype, device=heads.device)
-    _kernel[(s, b)](
+    _rotary[(s, b)](
         *(heads, angles.reshape(s, -1), output, *heads.stride()[:3], b, h, d, angles.shape[-1]),
         SIGN=sign,
         HEADS=1 << (h - 1).bit_length(),
@@ -64,7 +64,7 @@ def _turn(heads: Tensor, angles: Tensor, sign: float) -> Tensor:
 
 
 @triton.jit
-def _kernel(
+def _rotary(
     heads, angles, output, stride_s, stride_b, stride_h, b, h, d, r,
     SIGN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip

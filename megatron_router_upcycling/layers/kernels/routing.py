@@ -69,7 +69,7 @@ class _Route(torch.autograd.Function):
         probs = torch.empty_like(logits)
         routing_map = torch.empty((T, n), dtype=torch.bool, device=logits.device)
         sums = torch.empty((programs, n + 1), dtype=torch.float32, device=logits.device)
-        _forward[(programs,)](
+        _routing[(programs,)](
             *(logits, probs, routing_map.view(torch.uint8), sums, T, n),
             *(top_k, pre_softmax, TOKENS, kernels.block_size(n)),
         )
@@ -85,7 +85,7 @@ class _Route(torch.autograd.Function):
         logits, routing_map = ctx.saved_tensors
         T, n = logits.shape
         grad_logits = torch.empty_like(logits)
-        _backward[(kernels.blocks(T, TOKENS),)](
+        _routing_grad[(kernels.blocks(T, TOKENS),)](
             *(logits, routing_map.view(torch.uint8), grad_probs.contiguous(), grad_sums.contiguous()),
             *(grad_square, grad_logits, T, n),
             *(ctx.pre_softmax, TOKENS, kernels.block_size(n)),
@@ -102,7 +102,7 @@ def _softmax(logits, inside):
 
 
 @triton.jit
-def _forward(
+def _routing(
     logits, probs, routing_map, sums, T, n,
     K: tl.constexpr, PRE_SOFTMAX: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _routing_grad(
     logits, routing_map, grad_probs, grad_sums, grad_square, grad_logits, T, n,
     PRE_SOFTMAX: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip

@@ -39,7 +39,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
         hidden = hidden.contiguous()
         rows, width = hidden.shape[0], hidden.shape[1] // 2
         output = torch.empty((rows, width), dtype=hidden.dtype, device=hidden.device)
-        _forward[(rows,)](hidden, probs, output, width, BLOCK=kernels.block_size(width, 1024), num_warps=4)
+        _swiglu[(rows,)](hidden, probs, output, width, BLOCK=kernels.block_size(width, 1024), num_warps=4)
         ctx.save_for_backward(hidden, probs)
         return output
 
@@ -51,14 +51,14 @@ class _WeightedSwiGLU(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_probs = torch.empty((rows,), dtype=torch.float32, device=hidden.device)
         block = kernels.block_size(width, 1024)
-        _backward[(rows,)](
+        _swiglu_grad[(rows,)](
             grad.contiguous(), hidden, probs, grad_hidden, grad_probs, width, BLOCK=block, num_warps=4
         )
         return grad_hidden, grad_probs.to(probs.dtype)
 
 
 @triton.jit
-def _forward(hidden, probs, output, width, BLOCK: tl.constexpr):
+def _swiglu(hidden, probs, output, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     prob = tl.load(probs + row).to(tl.float32)
     for start in range(0, width, BLOCK):
@@ -71,7 +71,7 @@ def _forward(hidden, probs, output, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(grad, hidden, probs, grad_hidden, grad_probs, width, BLOCK: tl.constexpr):
+def _swiglu_grad(grad, hidden, probs, grad_hidden, grad_probs, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     prob = tl.load(probs + row).to(tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
