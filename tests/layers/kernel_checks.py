@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from megatron_router_upcycling.layers import kernels
-from megatron_router_upcycling.layers.kernels import cross_entropy, gate, permutation, rotary, routing, swiglu
+from megatron_router_upcycling.layers.kernels import (
+    accumulate,
+    cross_entropy,
+    fold,
+    gate,
+    norm,
+    permutation,
+    rotary,
+    routing,
+    swiglu,
+)
+from megatron_router_upcycling.routers.fold import fold as plain_fold
 
 DEVICE = "cuda" if "cuda" in sys.argv else "cpu"
 
@@ -154,6 +165,29 @@ def check_rotary() -> None:
 
         found = gradients(lambda x, of=of: of(rotary.rotate, x), fused)
         compare(found, gradients(lambda x, of=of: of(rotary.plain, x), fused), 1e-6)
+
+
+def check_norm() -> None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
+        x, weight = draw(21, 2, 72, dtype=dtype), draw(72, dtype=dtype) + 1
+        exact = gradients(
+            lambda x, w: torch.nn.functional.rms_norm(x, (72,), w, 1e-6), x.double(), weight.double()
+        )
+        compare(gradients(lambda x, w: norm.rms_norm(x, w, 1e-6), x, weight), exact, tolerance)
+
+
+def check_fold() -> None:
+    for m, width, n, D in ((8, 48, 8, 100), (1, 16, 5, 33)):
+        query, key = draw(m, width, D), draw(n, width)
+        exact = gradients(lambda q, k: plain_fold(q, k, "sum", torch.float64), query.double(), key.double())
+        compare(gradients(fold.fold_sum, query, key), exact, 2e-6)
+
+
+def check_accumulate() -> None:
+    total, part = draw(7, 900), draw(7, 900, dtype=torch.bfloat16, seed=1)
+    expected = total + part.float()
+    accumulate.add_(total, part)
+    assert torch.equal(total, expected)
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}

@@ -92,7 +92,9 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     args, planned = prepared.run.args, prepared.planned
     model, optimizer, scheduler = rehearsal.build(prepared.run)
     layers = moe_layers(model)
-    kinds = {"mixture": [layer.router for layer in layers], "stock": stock_routers(layers)}
+    kinds = {"mixture": [layer.router for layer in layers]}
+    if "stock" in options.routers:
+        kinds["stock"] = stock_routers(layers)
     data = rehearsal.random_batches(args, planned.vocabulary)
     peaks: dict[str, int] = {}
 
@@ -108,7 +110,7 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
         peaks[kind] = max(peaks.get(kind, 0), peak_bytes())
         return taken
 
-    times = measuring.take_turns(seconds, ("mixture", "stock"), options.rounds, WARM_UP)
+    times = measuring.take_turns(seconds, tuple(kinds), options.rounds, WARM_UP)
     medians = {kind: statistics.median(values) for kind, values in times.items()}
     tokens = args.micro_batch_size * args.seq_length * rehearsal.microbatches(args)
     flops = tokens * figures.flops_per_token(planned) / planned.model_parallel_size
@@ -128,7 +130,11 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
         "grouped_experts": bool(args.moe_grouped_gemm),
         "rounds": options.rounds,
         "step_seconds": medians,
-        "throughput_ratio": statistics.median(measuring.ratios(times["stock"], times["mixture"])),
+        "throughput_ratio": (
+            statistics.median(measuring.ratios(times["stock"], times["mixture"]))
+            if "stock" in times
+            else None
+        ),
         "tokens_per_second": {kind: tokens / value for kind, value in medians.items()},
         "tflops": {kind: flops / value / 1e12 for kind, value in medians.items()},
         "utilisation": {
@@ -186,7 +192,8 @@ def report(found: dict[str, Any]) -> str:
         lines.append("".join(cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True)))
     for kind, profile in found["profiles"].items():
         lines += [f"{kind}:", step_parts.report(profile)]
-    lines.append(f"mixture's throughput over stock's: {found['throughput_ratio']:.4f}")
+    if found["throughput_ratio"] is not None:
+        lines.append(f"mixture's throughput over stock's: {found['throughput_ratio']:.4f}")
     return "\n".join(lines)
 
 
@@ -195,6 +202,13 @@ def main() -> None:
     parser.add_argument("--config", metavar="YAML", help="the run (default: see above)")
     parser.add_argument("--gpus", type=int, default=64, help="of the run that one rank is of (default: 64)")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of steps (default: 10)")
+    parser.add_argument(
+        "--routers",
+        nargs="+",
+        choices=("mixture", "stock"),
+        default=("mixture", "stock"),
+        help="which to measure (default: both; a CUDA graph of a layer holds one: mixture)",
+    )
     parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
     options, flags = parser.parse_known_args()
     command = list(sys.argv)

@@ -144,8 +144,8 @@ def _is_backward(event: Any) -> bool:
 
 
 def _part(event: Any, kernel: str, forward: dict[int, str]) -> str:
-    for part, words in KERNEL_WORDS.items():
-        if any(word in kernel for word in words):
+    for part, own_words in KERNEL_WORDS.items():
+        if any(word in kernel for word in own_words):
             return part
     names = [kernel]
     for ancestor in _ancestors(event):

@@ -54,11 +54,10 @@ def _turn(heads: Tensor, angles: Tensor, sign: float) -> Tensor:
     output = torch.empty((s, b, h, d), dtype=heads.dtype, device=heads.device)
     _rotary[(s, b)](
         *(heads, angles.reshape(s, -1), output, *heads.stride()[:3], b, h, d, angles.shape[-1]),
-        SIGN=sign,
+        BACK=sign < 0,
         HEADS=1 << (h - 1).bit_length(),
-        HALF=1 << (d // 2 - 1).bit_length() if d > 2 else 1,
-        WIDE=1 << (d - 1).bit_length(),
-        num_warps=4,
+        WIDTH=1 << (d - 1).bit_length(),
+        num_warps=2,
     )
     return output
 
@@ -66,29 +65,23 @@ def _turn(heads: Tensor, angles: Tensor, sign: float) -> Tensor:
 @triton.jit
 def _rotary(
     heads, angles, output, stride_s, stride_b, stride_h, b, h, d, r,
-    SIGN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+    BACK: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     position = tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
     head = tl.arange(0, HEADS)
+    column = tl.arange(0, WIDTH)
     half = r // 2
-    column = tl.arange(0, HALF)
+    # Each number is turned with the one half the rotated part away.
+    partner = tl.where(column < half, column + half, column - half)
+    turned = column < r
+    angle = tl.load(angles + position * r + column, mask=turned, other=0.0)
+    of_sine = tl.load(angles + position * r + partner, mask=turned, other=0.0) if BACK else angle
+    sine = tl.where((column < half) != BACK, -tl.sin(of_sine), tl.sin(of_sine))
     source = heads + position * stride_s + sequence * stride_b + head[:, None] * stride_h
-    target = output + ((position * b + sequence) * h + head[:, None]) * d
-    inside = (head[:, None] < h) & (column[None, :] < half)
-    angle = tl.load(angles + position * r + column, mask=column < half, other=0.0)
-    other = tl.load(angles + position * r + half + column, mask=column < half, other=0.0)
-    first = tl.load(source + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + half + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if SIGN > 0:
-        turned = first * tl.cos(angle)[None, :] - second * tl.sin(angle)[None, :]
-        back = second * tl.cos(other)[None, :] + first * tl.sin(other)[None, :]
-    else:
-        turned = first * tl.cos(angle)[None, :] + second * tl.sin(other)[None, :]
-        back = second * tl.cos(other)[None, :] - first * tl.sin(angle)[None, :]
-    tl.store(target + column[None, :], turned.to(output.dtype.element_ty), mask=inside)
-    tl.store(target + half + column[None, :], back.to(output.dtype.element_ty), mask=inside)
-    if r < d:
-        wide = tl.arange(0, WIDE)
-        rest = (head[:, None] < h) & (wide[None, :] >= r) & (wide[None, :] < d)
-        tl.store(target + wide[None, :], tl.load(source + wide[None, :], mask=rest, other=0.0), mask=rest)
+    inside = (head[:, None] < h) & (column[None, :] < d)
+    own = tl.load(source + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(source + partner[None, :], mask=inside & turned[None, :], other=0.0).to(tl.float32)
+    value = own * tl.cos(angle)[None, :] + other * sine[None, :]
+    target = output + ((position * b + sequence) * h + head[:, None]) * d + column[None, :]
+    tl.store(target, value.to(output.dtype.element_ty), mask=inside)

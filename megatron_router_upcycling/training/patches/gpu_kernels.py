@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.distributed import distributed_data_parallel
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.language_module import language_module
 from megatron.core.transformer import torch_norm
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from megatron_router_upcycling.layers import kernels
 from megatron_router_upcycling.layers.attention import SdpaAttention
-from megatron_router_upcycling.layers.kernels import cross_entropy, rotary
+from megatron_router_upcycling.layers.kernels import accumulate, cross_entropy, norm, rotary
 from megatron_router_upcycling.training.patches import patching
 
 _wrap = functools.partial(patching.wrap, "gpu_kernels")
@@ -32,12 +33,18 @@ def install(args: Namespace, with_te: bool) -> list[str]:
     used = []
     if kernels.INSTALLED:
         _wrap(language_module, "fused_vocab_parallel_cross_entropy", _read_logits_once)
-        used.append("Triton kernels for router, experts, permutation and cross entropy")
+        used.append(
+            "Triton kernels for router, experts, permutation, norms, rotary embedding and cross entropy"
+        )
         if not (with_te and args.apply_rope_fusion):
             _wrap(rope_utils, "_apply_rotary_pos_emb_bshd", _rotate_in_one_kernel)
-    if not with_te and (liger := liger_rms_norm()) is not None:
-        _wrap(torch_norm.WrappedTorchNorm, "__new__", functools.partial(_norm_by, liger))
-        used.append("Liger's RMSNorm")
+        if not with_te:
+            _wrap(torch_norm.WrappedTorchNorm, "__new__", _norm_in_one_kernel)
+        _wrap(
+            distributed_data_parallel.DistributedDataParallel,
+            "_make_backward_post_hook",
+            _add_gradients_faster,
+        )
     if with_te and takes_sdpa(args):
         _attend_with_pytorch()
     if takes_sdpa(args):
@@ -60,15 +67,6 @@ def takes_sdpa(args: Namespace) -> bool:
         and not args.multi_latent_attention
         and not args.fp8
     )
-
-
-def liger_rms_norm() -> Any:
-    """Liger's autograd function of RMSNorm, or None where ``liger-kernel`` is not installed."""
-    try:
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-    except ImportError:
-        return None
-    return LigerRMSNormFunction
 
 
 def _attend_with_pytorch() -> None:
@@ -126,19 +124,38 @@ def _rotate_in_one_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-def _norm_by(liger: Any, original: Callable[..., Any]) -> Callable[..., Any]:
-    """The same module, named and saved as before, whose forward pass is Liger's on a GPU."""
+def _norm_in_one_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same module, named and saved as before, with another forward pass."""
 
     class RMSNorm(torch.nn.RMSNorm):
         def forward(self, x: Tensor) -> Tensor:
-            if not x.is_cuda:
-                return super().forward(x)
-            return liger.apply(x, self.weight, self.eps, 0.0, "llama", False)
+            return norm.rms_norm(x, self.weight, self.eps)
 
     def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
-        norm = original(cls, config, *args, **kwargs)
-        if type(norm) is torch.nn.RMSNorm:
-            norm.__class__ = RMSNorm
-        return norm
+        built = original(cls, config, *args, **kwargs)
+        if type(built) is torch.nn.RMSNorm:
+            built.__class__ = RMSNorm
+        return built
 
     return build
+
+
+def _add_gradients_faster(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook that adds a parameter's gradient to its buffer, with our addition for PyTorch's."""
+
+    def make(self: Any, param: torch.nn.Parameter) -> Callable[..., Any]:
+        hook = original(self, param)
+
+        def call(*unused: Any) -> None:
+            if distributed_data_parallel.is_graph_capturing():
+                return hook(*unused)
+            added_by_layer = param.grad_added_to_main_grad and not getattr(param, "grad_added_here", False)
+            mixed = param.grad is not None and param.grad.dtype is torch.bfloat16
+            if mixed and not added_by_layer and param.main_grad.dtype is torch.float32:
+                accumulate.add_(param.main_grad, param.grad.data)
+                param.grad_added_to_main_grad = param.grad_added_here = True
+            hook(*unused)
+
+        return call
+
+    return make
