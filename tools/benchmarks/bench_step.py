@@ -119,7 +119,9 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
         for layer, router in zip(layers, routers, strict=True):
             layer.router = router
         profiles[kind] = step_parts.measure(
-            lambda: rehearsal.step(args, model, optimizer, scheduler, data), model
+            lambda: rehearsal.step(args, model, optimizer, scheduler, data),
+            model,
+            labelled=args.cuda_graph_impl == "none",  # a captured layer runs no hooks
         )
     return {
         "hardware": hardware(),

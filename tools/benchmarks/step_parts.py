@@ -62,7 +62,7 @@ def label(model: list[torch.nn.Module]) -> list[Any]:
     return hooks
 
 
-def measure(step: Callable[[], object], model: list[torch.nn.Module], runs: int = 3) -> dict[str, Any]:
+def measure(step: Callable[[], object], model: list[torch.nn.Module], runs: int = 3, labelled: bool = True) -> dict[str, Any]:
     """Profile one step; time ``runs`` more without the profiler.
 
     Returns:
@@ -77,7 +77,7 @@ def measure(step: Callable[[], object], model: list[torch.nn.Module], runs: int 
         step()
         _synchronize()
         wall.append((time.perf_counter() - start) * 1e3)
-    hooks = label(model)
+    hooks = label(model) if labelled else []
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
