@@ -62,7 +62,9 @@ def label(model: list[torch.nn.Module]) -> list[Any]:
     return hooks
 
 
-def measure(step: Callable[[], object], model: list[torch.nn.Module], runs: int = 3, labelled: bool = True) -> dict[str, Any]:
+def measure(
+    step: Callable[[], object], model: list[torch.nn.Module], runs: int = 3, labelled: bool = True
+) -> dict[str, Any]:
     """Profile one step; time ``runs`` more without the profiler.
 
     Returns:

@@ -13,6 +13,7 @@ import torch
 from megatron.core.distributed import distributed_data_parallel
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.language_module import language_module
+from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.transformer import torch_norm
 from torch import Tensor
 
@@ -38,6 +39,9 @@ def install(args: Namespace, with_te: bool) -> list[str]:
         )
         if not (with_te and args.apply_rope_fusion):
             _wrap(rope_utils, "_apply_rotary_pos_emb_bshd", _rotate_in_one_kernel)
+        _wrap(
+            tensor_parallel_layers, "linear_with_grad_accumulation_and_async_allreduce", _add_bias_in_product
+        )
         if not with_te:
             _wrap(torch_norm.WrappedTorchNorm, "__new__", _norm_in_one_kernel)
         _wrap(
@@ -95,6 +99,28 @@ def group_experts_with_te() -> None:
         return build
 
     _wrap(TESpecProvider, "grouped_mlp_modules", modules)
+
+
+def _add_bias_in_product(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A linear layer with a bias (Qwen's queries, keys and values) as one product, where nothing overlaps it."""
+
+    def linear(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gradient_accumulation_fusion: bool,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        grad_output_buffer: Any = None,
+        **others: Any,
+    ) -> Tensor:
+        overlapped = gradient_accumulation_fusion or allreduce_dgrad or sequence_parallel
+        if bias is None or overlapped or grad_output_buffer is not None:
+            flags = gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel
+            return original(input, weight, bias, *flags, grad_output_buffer, **others)
+        return torch.nn.functional.linear(input, weight, bias)
+
+    return linear
 
 
 def _read_logits_once(original: Callable[..., Any]) -> Callable[..., Any]:
