@@ -117,7 +117,7 @@ class GroupedExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """The entries that ``SequentialMLP.sharded_state_dict`` gives, a factory for each stacked parameter."""
+        """The entries that ``SequentialMLP`` gives, through a factory for each stacked parameter."""
         singleton = (metadata or {}).get("singleton_local_shards", False)
         replica = (0, 0, self.dp_group.rank())
         n, first = self.num_local_experts, self.ep_group.rank() * self.num_local_experts

@@ -55,7 +55,7 @@ def _attend_without_scores(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _group_experts(original: Callable[..., Any]) -> Callable[..., Any]:
-    """With ``--moe-grouped-gemm``, which ``device.adapt`` leaves set only where it works: grouped products."""
+    """Grouped products for ``--moe-grouped-gemm``, which ``device.adapt`` leaves set where it works."""
 
     def build(self: Any, moe_use_grouped_gemm: bool) -> Any:
         experts = original(self, moe_use_grouped_gemm)
