@@ -1,9 +1,10 @@
-"""All experts of a layer in two grouped products, where Transformer Engine's grouped GEMM is not in use.
+"""A layer's experts as two stacked parameters, multiplied by all their tokens in two grouped products.
 
-Megatron's ``SequentialMLP`` multiplies expert by expert. ``GroupedExperts`` has the same parameters under the
-same names, so that checkpoints do not differ, and hands all experts to ``torch.nn.functional.grouped_mm`` at
-once. Asked for by ``--moe-grouped-gemm``; taken only where ``usable`` has seen PyTorch's kernel give right
-values and gradients on this device.
+Megatron's ``SequentialMLP`` has each expert's matrices in modules of their own and multiplies expert by
+expert. In a checkpoint both are the same tensors under the same names, and so are Transformer Engine's
+grouped experts.
+
+Symbols: R rows (a token's copy for one expert), n local experts, D hidden size, F the experts' FFN width.
 """
 
 import functools
@@ -11,67 +12,168 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 from torch.nn.functional import silu
+
+from megatron_router_upcycling.layers.kernels.swiglu import weighted_swiglu
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 HOPPER = (9, 0)  # compute capability from which PyTorch has grouped kernels for bfloat16
+LINEARS = ("linear_fc1", "linear_fc2")
 
 
-def grouped_product(tokens: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-    """Rows of ``tokens`` [T, in], sorted by expert, times their expert's ``weights`` [n, out, in]: [T, out].
+def grouped_product(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """``rows`` [R, in], sorted by expert, times their expert's ``weights`` [n, out, in]: [R, out].
 
     Args:
-        counts: int [n] on the device of ``tokens``, how many rows each expert has; they sum to T.
+        counts: int [n] on the device of ``rows``, how many rows each expert has; they sum to R.
     """
-    ends = counts.cumsum(0).to(torch.int32)
-    return torch.nn.functional.grouped_mm(tokens, weights.transpose(1, 2), offs=ends)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    return torch.nn.functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
 
 
-class GroupedExperts(SequentialMLP):
-    """``SequentialMLP`` of gated SiLU experts without biases, in grouped products.
+def build_experts(
+    num_local_experts: int,
+    config: TransformerConfig,
+    submodules: MLPSubmodules,
+    pg_collection: Any = None,
+    name: str | None = None,
+) -> MegatronModule:
+    """``GroupedExperts`` where they cover the configuration, else Megatron's loop over experts.
 
-    What it does not cover (biases, other activations, fp8, tensor-parallel experts, probabilities on the
-    input, recomputed activations, and on a GPU all but bfloat16) is left to Megatron's loop.
+    Not covered: biases, other activations than SwiGLU, fp8, tensor-parallel experts, probabilities on the
+    input, recomputed activations, and on a GPU all but bfloat16.
+    """
+    covered = (
+        config.gated_linear_unit
+        and config.activation_func is silu
+        and not config.add_bias_linear
+        and not (config.fp8 or config.fp4)
+        and not config.moe_apply_probs_on_input
+        and config.activation_func_clamp_value is None
+        and config.glu_linear_offset == 0.0
+        and "moe_act" not in (config.recompute_modules or ())
+        and pg_collection.expt_tp.size() == 1
+        and (config.params_dtype is torch.bfloat16 or not torch.cuda.is_available())
+    )
+    kind = GroupedExperts if covered else SequentialMLP
+    return kind(num_local_experts, config, submodules, pg_collection, name)
+
+
+class GroupedExperts(MegatronModule):
+    """Parameters ``linear_fc1_weight`` [n, 2F, D], the gate's half first, and ``linear_fc2_weight`` [n, D,
+    F].
+
+    They are drawn as those of ``SequentialMLP`` are.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        config = self.config
-        self.grouped = (
-            config.gated_linear_unit
-            and config.activation_func is silu
-            and not config.add_bias_linear
-            and not (config.fp8 or config.fp4)
-            and not config.moe_apply_probs_on_input
-            and config.activation_func_clamp_value is None
-            and config.glu_linear_offset == 0.0
-            and "moe_act" not in (config.recompute_modules or ())
-            and self.tp_group.size() == 1
-        )
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        pg_collection: Any,
+        name: str | None = None,
+    ) -> None:
+        loop = SequentialMLP(num_local_experts, config, submodules, pg_collection, name)
+        super().__init__(config=loop.config)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.dp_group = loop.ep_group, loop.dp_group
+        for linear in LINEARS:
+            weights = [getattr(expert, linear).weight for expert in loop.local_experts]
+            stacked = torch.nn.Parameter(torch.stack([weight.data for weight in weights]))
+            for attribute, value in vars(weights[0]).items():
+                setattr(stacked, attribute, value)  # what Megatron marks an expert's parameters with
+            self.register_parameter(f"{linear}_weight", stacked)
+            for expert in loop.local_experts:
+                getattr(expert, linear).weight = None
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
-        """Tokens [T, D], sorted by expert, through their experts and weighted: [T, D]."""
-        tokens = permuted_local_hidden_states
-        untried = tokens.is_cuda and tokens.dtype is not torch.bfloat16  # usable() tries that dtype
-        if not self.grouped or untried or tokens.shape[0] == 0:
-            return super().forward(tokens, tokens_per_expert, permuted_probs)
-        counts = tokens_per_expert.to(tokens.device)
-        fc1 = torch.stack([expert.linear_fc1.weight for expert in self.local_experts])
-        fc2 = torch.stack([expert.linear_fc2.weight for expert in self.local_experts])
-        hidden = grouped_product(tokens, fc1, counts)
-        probs = permuted_probs.unsqueeze(-1)
-        if self.config.bias_activation_fusion:
-            hidden = weighted_bias_swiglu_impl(hidden, None, probs, False)
-        else:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = (silu(gate) * up * probs).to(hidden.dtype)
-        return grouped_product(hidden, fc2, counts), None
+        """Rows [R, D], sorted by expert, through their experts and weighted: [R, D]."""
+        rows = permuted_local_hidden_states
+        if (
+            rows.shape[0] == 0
+        ):  # no product takes nothing, and the parameters need their gradients all the same
+            hidden = weighted_swiglu(rows @ self.linear_fc1_weight[0].t(), permuted_probs)
+            return hidden @ self.linear_fc2_weight[0].t(), None
+        counts = tokens_per_expert.to(rows.device, non_blocking=True)
+        hidden = grouped_product(rows, self.linear_fc1_weight, counts)
+        hidden = weighted_swiglu(hidden, permuted_probs)
+        return grouped_product(hidden, self.linear_fc2_weight, counts), None
+
+    def backward_dw(self) -> None:
+        """Weight gradients are never put off."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The entries that ``SequentialMLP`` gives, through a factory for each stacked parameter."""
+        singleton = (metadata or {}).get("singleton_local_shards", False)
+        replica = (0, 0, self.dp_group.rank())
+        n, first = self.num_local_experts, self.ep_group.rank() * self.num_local_experts
+        total = n * self.ep_group.size()
+        places = [
+            () if singleton else ((len(sharded_offsets), expert, total),)
+            for expert in range(first, first + n)
+        ]
+        entries: dict[str, Any] = {}
+        for linear in LINEARS:
+            key = f"{prefix}experts.{linear}.weight"
+            halves = 2 if linear == "linear_fc1" else 1
+
+            def build(
+                key: str, stacked: Tensor, replica_id: Any, flattened: Any = None, halves: int = halves
+            ) -> list[ShardedTensor]:
+                found = []
+                for local, (weight, place) in enumerate(zip(stacked, places, strict=True)):
+                    own = (
+                        key.replace(".experts.linear", f".experts.{first + local}.linear")
+                        if singleton
+                        else key
+                    )
+                    offsets = (*sharded_offsets, *place)
+                    for half, part in enumerate(weight.chunk(halves)):
+                        split = halves > 1 and not singleton
+                        found.append(
+                            ShardedTensor.from_rank_offsets(
+                                own + ("_w", "_v")[half] * (halves > 1 and singleton),
+                                part,
+                                *offsets,
+                                *(((len(offsets), half, halves),) if split else ()),
+                                replica_id=replica_id,
+                                prepend_axis_num=len(offsets),
+                            )
+                        )
+                return found
+
+            def merge(parts: list[Tensor], halves: int = halves) -> Tensor:
+                whole = [torch.cat(parts[i : i + halves]) for i in range(0, len(parts), halves)]
+                return torch.stack(whole)
+
+            stacked = self.get_parameter(f"{linear}_weight")
+            entries[f"{prefix}{linear}_weight"] = ShardedTensorFactory(key, stacked, build, merge, replica)
+            for local, place in enumerate(places):
+                own = f"{prefix}experts.{first + local}." if singleton else f"{prefix}experts."
+                entries[f"{prefix}{local}.{linear}._extra_state"] = make_sharded_object_for_checkpoint(
+                    None, f"{own}{linear}._extra_state", (*sharded_offsets, *place), replica_id=replica
+                )
+        return entries
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Extra states are Transformer Engine's; these experts have none."""
+        for key in [key for key in state_dict if key.startswith(prefix) and key.endswith("_extra_state")]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @functools.cache

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_router_upcycling.layers.kernels import fold as fold_kernel
+from megatron_router_upcycling.layers.kernels import gate as gate_kernel
 from megatron_router_upcycling.routers.base import OwnParametersRouter, router_dtype
 from megatron_router_upcycling.routers.fold import fold, pool_logits
 from megatron_router_upcycling.routers.kinds import keys_per_expert
@@ -37,8 +39,16 @@ class MixtureRouter(OwnParametersRouter):
         """
         dtype, options = router_dtype(self.config, input), self.options
         fold_dtype = torch.promote_types(dtype, torch.float32)
-        gate = fold(self.query_weight, self.expert_key, options.pooling, fold_dtype)
-        logits = _GateProduct.apply(input, gate, dtype)
+        parts = self.query_weight, self.expert_key
+        if options.pooling == "sum" and fold_kernel.usable(*parts, fold_dtype):
+            gate = fold_kernel.fold_sum(*parts)
+        else:
+            gate = fold(*parts, options.pooling, fold_dtype)
+        tokens = input.reshape(-1, input.shape[-1])
+        if gate_kernel.usable(tokens, gate, dtype):
+            logits = gate_kernel.gate_logits(tokens, gate).view(*input.shape[:-1], -1)
+        else:
+            logits = _GateProduct.apply(input, gate, dtype)
         logits = pool_logits(logits, options.num_experts, keys_per_expert(options))
         return logits if self.bias is None else logits + self.bias.to(dtype)
 

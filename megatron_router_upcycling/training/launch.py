@@ -214,14 +214,22 @@ def adapt(args: Namespace, place: str) -> None:
     changes = device.adapt(args, place)
     if changes and args.rank == 0:
         print(changes, flush=True)
-    if place == "cuda" and device.has_transformer_engine():
-        from megatron_router_upcycling.training.patches import with_te
-
-        with_te.install()
+    with_te = place == "cuda" and device.has_transformer_engine()
+    if with_te:
+        from megatron_router_upcycling.training.patches.with_te import install
     else:
-        from megatron_router_upcycling.training.patches import without_te
+        from megatron_router_upcycling.training.patches.without_te import install
+    install()
+    if place == "cuda":
+        from megatron_router_upcycling.training.patches import gpu_kernels
 
-        without_te.install()
+        if used := gpu_kernels.install(args, with_te and args.transformer_impl == "transformer_engine"):
+            _say(args, f"GPU: {'; '.join(used)}")
+
+
+def _say(args: Namespace, line: str) -> None:
+    if args.rank == 0:
+        print(line, flush=True)
 
 
 def validate(args: Namespace) -> None:

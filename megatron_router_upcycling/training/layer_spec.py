@@ -33,6 +33,7 @@ from megatron_router_upcycling.config import agreement, manifest, yaml_files
 from megatron_router_upcycling.config.flags import SHARED_WITH_MEGATRON
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
 from megatron_router_upcycling.routers.build import builder
 from megatron_router_upcycling.training.patches import patching
 from megatron_router_upcycling.training.patches.moe_metrics import report_also
@@ -142,7 +143,7 @@ def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
         raise _unknown("TransformerLayerSubmodules.mlp", "partial(MoELayer, submodules=MoESubmodules)", mlp)
     if router.kind.module is not None:
         inner = replace(inner, router=builder(router))
-    routed = partial(mlp.func, *mlp.args, **(mlp.keywords | {"submodules": inner}))
+    routed = partial(UpcycledMoELayer, *mlp.args, **(mlp.keywords | {"submodules": inner}))
     norm = within_layer(SEPARATE_NORM)
     names = {k: v for k, v in submodules.sharded_state_dict_keys_map.items() if k != norm}
     return replace(layer, submodules=replace(submodules, mlp=routed, sharded_state_dict_keys_map=names))

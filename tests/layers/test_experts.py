@@ -29,17 +29,29 @@ def compare() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     assert experts.usable("cpu") is None
     builders = [LocalSpecProvider().grouped_mlp_modules(grouped) for grouped in (False, True)]
-    assert [builder.func for builder in builders] == [SequentialMLP, experts.GroupedExperts]
+    assert [builder.func for builder in builders] == [SequentialMLP, experts.build_experts]
     for counts in ([7, 0, 30, 3], [40, 0, 0, 0], [0, 0, 0, 0]):
         loop, grouped = (build(builder) for builder in builders)
-        assert grouped.grouped
-        grouped.load_state_dict(loop.state_dict())  # the same names
-        expected, found = run(loop, counts), run(grouped, counts)
+        assert isinstance(grouped, experts.GroupedExperts)
+        with torch.no_grad():
+            for linear in experts.LINEARS:
+                weights = [getattr(expert, linear).weight for expert in loop.local_experts]
+                grouped.get_parameter(f"{linear}_weight").copy_(torch.stack(weights))
+        expected, found = stacked(run(loop, counts)), run(grouped, counts)
         assert expected.keys() == found.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
     biased = build(builders[1], add_bias_linear=True)
-    assert not biased.grouped
+    assert isinstance(biased, SequentialMLP)
+
+
+def stacked(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The loop's gradients under the names of the stacked parameters."""
+    found = {name: value for name, value in values.items() if "local_experts" not in name}
+    for linear in ("linear_fc1", "linear_fc2"):
+        each = [values[f"local_experts.{number}.{linear}.weight"] for number in range(EXPERTS)]
+        found[f"{linear}_weight"] = torch.stack(each)
+    return found
 
 
 def build(builder: Any, **changes: Any) -> Any:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import measuring  # type: ignore[import-not-found]  # beside this file
+import step_parts  # type: ignore[import-not-found]
 import torch
 
 from megatron_router_upcycling import files
@@ -91,7 +92,9 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     args, planned = prepared.run.args, prepared.planned
     model, optimizer, scheduler = rehearsal.build(prepared.run)
     layers = moe_layers(model)
-    kinds = {"mixture": [layer.router for layer in layers], "stock": stock_routers(layers)}
+    kinds = {"mixture": [layer.router for layer in layers]}
+    if "stock" in options.routers:
+        kinds["stock"] = stock_routers(layers)
     data = rehearsal.random_batches(args, planned.vocabulary)
     peaks: dict[str, int] = {}
 
@@ -107,11 +110,19 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
         peaks[kind] = max(peaks.get(kind, 0), peak_bytes())
         return taken
 
-    times = measuring.take_turns(seconds, ("mixture", "stock"), options.rounds, WARM_UP)
+    times = measuring.take_turns(seconds, tuple(kinds), options.rounds, WARM_UP)
     medians = {kind: statistics.median(values) for kind, values in times.items()}
     tokens = args.micro_batch_size * args.seq_length * rehearsal.microbatches(args)
     flops = tokens * figures.flops_per_token(planned) / planned.model_parallel_size
-    routing = {kind: router_seconds(args, routers[0]) * len(layers) for kind, routers in kinds.items()}
+    profiles = {}
+    for kind, routers in kinds.items():
+        for layer, router in zip(layers, routers, strict=True):
+            layer.router = router
+        profiles[kind] = step_parts.measure(
+            lambda: rehearsal.step(args, model, optimizer, scheduler, data),
+            model,
+            labelled=args.cuda_graph_impl == "none",  # a captured layer runs no hooks
+        )
     return {
         "hardware": hardware(),
         "versions": versions(),
@@ -121,7 +132,11 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
         "grouped_experts": bool(args.moe_grouped_gemm),
         "rounds": options.rounds,
         "step_seconds": medians,
-        "throughput_ratio": statistics.median(measuring.ratios(times["stock"], times["mixture"])),
+        "throughput_ratio": (
+            statistics.median(measuring.ratios(times["stock"], times["mixture"]))
+            if "stock" in times
+            else None
+        ),
         "tokens_per_second": {kind: tokens / value for kind, value in medians.items()},
         "tflops": {kind: flops / value / 1e12 for kind, value in medians.items()},
         "utilisation": {
@@ -129,25 +144,11 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
             for kind, value in medians.items()
         },
         "router_share": {
-            kind: routing[kind] * rehearsal.microbatches(args) / medians[kind] for kind in kinds
+            kind: found["parts"].get("routers", 0.0) / found["kernel_ms"] for kind, found in profiles.items()
         },
+        "profiles": profiles,
         "peak_bytes": peaks,
     }
-
-
-def router_seconds(args: Namespace, router: Any) -> float:
-    """Median seconds of one router's forward and backward pass over a micro-batch's tokens."""
-    weight = next(router.parameters())
-    shape = (args.seq_length, args.micro_batch_size, args.hidden_size)
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    tokens = torch.randn(shape, device=weight.device, dtype=dtype, requires_grad=True)
-    taken = []
-    for _ in range(20):
-        start = measuring.now()
-        probs, _ = router(tokens)
-        probs.sum().backward()
-        taken.append(measuring.now() - start)
-    return statistics.median(taken[5:])
 
 
 def peak_bytes() -> int:
@@ -191,7 +192,10 @@ def report(found: dict[str, Any]) -> str:
             f"{found['peak_bytes'][kind] / 2**30:.2f}",
         )
         lines.append("".join(cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True)))
-    lines.append(f"mixture's throughput over stock's: {found['throughput_ratio']:.4f}")
+    for kind, profile in found["profiles"].items():
+        lines += [f"{kind}:", step_parts.report(profile)]
+    if found["throughput_ratio"] is not None:
+        lines.append(f"mixture's throughput over stock's: {found['throughput_ratio']:.4f}")
     return "\n".join(lines)
 
 
@@ -200,6 +204,13 @@ def main() -> None:
     parser.add_argument("--config", metavar="YAML", help="the run (default: see above)")
     parser.add_argument("--gpus", type=int, default=64, help="of the run that one rank is of (default: 64)")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of steps (default: 10)")
+    parser.add_argument(
+        "--routers",
+        nargs="+",
+        choices=("mixture", "stock"),
+        default=("mixture", "stock"),
+        help="which to measure (default: both; a CUDA graph of a layer holds one: mixture)",
+    )
     parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
     options, flags = parser.parse_known_args()
     command = list(sys.argv)

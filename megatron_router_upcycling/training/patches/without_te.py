@@ -18,7 +18,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megatron_router_upcycling.layers.attention import SdpaAttention
-from megatron_router_upcycling.layers.experts import GroupedExperts
+from megatron_router_upcycling.layers.experts import build_experts
 from megatron_router_upcycling.training.patches import patching
 
 _wrap = functools.partial(patching.wrap, "without_te")
@@ -55,7 +55,7 @@ def _attend_without_scores(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _group_experts(original: Callable[..., Any]) -> Callable[..., Any]:
-    """With ``--moe-grouped-gemm``, which ``device.adapt`` leaves set only where it works: GroupedExperts."""
+    """Grouped products for ``--moe-grouped-gemm``, which ``device.adapt`` leaves set where it works."""
 
     def build(self: Any, moe_use_grouped_gemm: bool) -> Any:
         experts = original(self, moe_use_grouped_gemm)
@@ -65,7 +65,7 @@ def _group_experts(original: Callable[..., Any]) -> Callable[..., Any]:
             raise patching.changed(
                 "without_te", "LocalSpecProvider.grouped_mlp_modules is not partial(SequentialMLP, ...)"
             )
-        return functools.partial(GroupedExperts, *experts.args, **experts.keywords)
+        return functools.partial(build_experts, *experts.args, **experts.keywords)
 
     return build
 

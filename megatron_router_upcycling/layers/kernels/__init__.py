@@ -1,0 +1,47 @@
+"""Triton kernels of a layer, each beside the plain PyTorch that it is tested against.
+
+Each file has one operation as a function of tensors, differentiable. On a GPU with Triton it is one or two
+launches; elsewhere it is the plain form. With ``TRITON_INTERPRET=1`` the kernels run on the CPU too: the
+tests do that.
+"""
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    INSTALLED = True
+except ImportError:  # PyTorch's CPU builds come without it
+    INSTALLED = False
+
+    class _Absent:
+        """Lets kernels be defined; ``usable`` keeps them from being called."""
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda function=None, **options: function
+
+    triton = tl = _Absent()
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels can take these tensors."""
+    return INSTALLED and (INTERPRETED or all(tensor.is_cuda for tensor in tensors))
+
+
+def block_size(width: int, largest: int = 4096) -> int:
+    """The power of two that covers ``width``, or ``largest``."""
+    return min(largest, 1 << max(4, (width - 1).bit_length()))
+
+
+def blocks(count: int, size: int) -> int:
+    """How many blocks of ``size`` cover ``count``."""
+    return -(-count // size)
+
+
+__all__ = ["INSTALLED", "INTERPRETED", "block_size", "blocks", "tl", "triton", "usable"]

@@ -1,0 +1,209 @@
+"""Each Triton kernel against its plain form, in Triton's interpreter: ``test_kernels.py`` runs this file.
+
+Usage: ``TRITON_INTERPRET=1 python -m tests.layers.kernel_checks`` prints a line for each check, with what
+went wrong or ok. On a machine with a GPU, ``python -m tests.layers.kernel_checks cuda`` runs the compiled
+kernels.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_router_upcycling.layers import kernels
+from megatron_router_upcycling.layers.kernels import (
+    accumulate,
+    cross_entropy,
+    fold,
+    gate,
+    norm,
+    permutation,
+    rotary,
+    routing,
+    swiglu,
+)
+from megatron_router_upcycling.routers.fold import fold as plain_fold
+
+DEVICE = "cuda" if "cuda" in sys.argv else "cpu"
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def routing_map(tokens: int, experts: int, top_k: int, idle: int = 0) -> Tensor:
+    """The last ``idle`` experts are chosen by no token."""
+    scores = draw(tokens, experts, seed=3)
+    if idle:
+        scores[:, -idle:] = -9
+    chosen = scores.topk(top_k, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
+
+
+def gradients(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> list[Tensor]:
+    """Outputs and the gradients of the inputs under random incoming gradients, all in float64."""
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results = [output.detach().double().clone() for output in outputs]
+    weights = [
+        draw(*output.shape, seed=7).to(output.dtype) if output.dim() else output.new_tensor(0.3)
+        for output in outputs
+    ]
+    torch.autograd.backward(outputs, weights)
+    assert all(leaf.grad is not None for leaf in leaves)
+    return results + [leaf.grad.double() for leaf in leaves if leaf.grad is not None]
+
+
+def compare(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    assert len(found) == len(expected)
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.shape == b.shape, (number, a.shape, b.shape)
+        assert a.isfinite().all(), f"value {number} is not finite"
+        error = ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+        assert error <= tolerance, f"value {number}: relative error {error:.2e}, more than {tolerance:.0e}"
+
+
+def check_swiglu() -> None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
+        hidden, probs = draw(33, 2 * 88, dtype=dtype), draw(33).sigmoid()
+        exact = gradients(lambda h, p: swiglu.plain(h, p), hidden.double(), probs.double())
+        compare(gradients(swiglu.weighted_swiglu, hidden, probs), exact, tolerance)
+
+
+def check_places() -> None:
+    for tokens, experts, top_k, idle in ((300, 8, 2, 0), (1, 8, 2, 0), (129, 5, 1, 2), (64, 16, 16, 0)):
+        chosen = routing_map(tokens, experts, top_k, idle)
+        found = permutation.find_places(chosen, top_k)
+        plain = permutation._find_places_plainly(chosen, top_k)
+        for name in ("row_of", "token_of", "counts"):
+            assert torch.equal(getattr(found, name).int(), getattr(plain, name).int()), (
+                name,
+                tokens,
+                experts,
+            )
+        expert, token = chosen.t().nonzero(as_tuple=True)
+        assert torch.equal(found.token_of.long(), token)
+        assert torch.equal(found.counts.long(), expert.bincount(minlength=experts))
+
+
+def check_permutation() -> None:
+    for tokens, experts, top_k, idle in ((150, 8, 2, 0), (7, 6, 3, 2)):
+        chosen = routing_map(tokens, experts, top_k, idle)
+        places = permutation.find_places(chosen, top_k)
+        hidden, probs = draw(tokens, 48), draw(tokens, experts).sigmoid() * chosen
+        expert, token = chosen.t().nonzero(as_tuple=True)
+
+        def plain(h: Tensor, p: Tensor, token: Tensor = token, expert: Tensor = expert) -> tuple[Tensor, ...]:
+            return h[token], p[token, expert]
+
+        def there_and_back(h: Tensor, p: Tensor, places: permutation.Places = places) -> tuple[Tensor, ...]:
+            return permutation.permute(h, p, places)
+
+        compare(gradients(there_and_back, hidden, probs), gradients(plain, hidden, probs), 1e-6)
+        rows = draw(tokens * top_k, 48, seed=5)
+
+        def add(r: Tensor, token: Tensor = token, tokens: int = tokens) -> Tensor:
+            return r.new_zeros(tokens, 48).index_add(0, token, r)
+
+        def combine(r: Tensor, places: permutation.Places = places) -> Tensor:
+            return permutation.combine(r, places)
+
+        compare(gradients(combine, rows), gradients(add, rows), 1e-6)
+
+
+def check_gate() -> None:
+    for rows, hidden in ((8, 96), (3, 200), (64, 64)):
+        tokens, weight = draw(130, hidden, dtype=torch.bfloat16), draw(rows, hidden, scale=0.02)
+        exact = gradients(lambda x, a: x @ a.t(), tokens.double(), weight.double())
+        found = gradients(gate.gate_logits, tokens, weight)
+        compare(found[:1] + found[2:], exact[:1] + exact[2:], 1e-6)  # logits and the gate's gradient
+        compare(found[1:2], exact[1:2], 4e-3)  # rounded to the tokens' bfloat16
+
+
+def check_routing() -> None:
+    for tokens, experts, top_k in ((100, 8, 2), (5, 6, 3), (65, 16, 1)):
+        for pre_softmax in (True, False):
+            logits = draw(tokens, experts, scale=2.0)
+            logits[0] = 0.5  # all equal: the first are chosen
+
+            def run(
+                function: Callable[..., routing.Routing], x: Tensor, k: int = top_k, pre: bool = pre_softmax
+            ) -> tuple[Tensor, ...]:
+                found = function(x, k, pre)
+                return found.probs, found.score_sums, found.square_sum
+
+            found = gradients(lambda x, run=run: run(routing.route, x), logits)
+            compare(found, gradients(lambda x, run=run: run(routing.plain, x), logits), 2e-6)
+            maps = [f(logits, top_k, pre_softmax).routing_map for f in (routing.route, routing.plain)]
+            assert torch.equal(*maps) and (maps[0].sum(1) == top_k).all()
+
+
+def check_cross_entropy() -> None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
+        logits, labels = draw(9, 5000, dtype=dtype, scale=3.0), torch.arange(9, device=DEVICE) * 555
+
+        def exact(x: Tensor, labels: Tensor = labels) -> Tensor:
+            return torch.nn.functional.cross_entropy(x, labels, reduction="none")
+
+        def fast(x: Tensor, labels: Tensor = labels) -> Tensor:
+            return cross_entropy.cross_entropy(x * 1, labels)
+
+        compare(gradients(fast, logits), gradients(exact, logits.double()), tolerance)
+
+
+def check_rotary() -> None:
+    for d, r in ((16, 16), (24, 16)):
+        fused = draw(5, 2, 3, 2 * d)
+        angles = draw(5, 1, 1, r).abs()
+
+        def of(function: Callable[..., Tensor], x: Tensor, d: int = d, angles: Tensor = angles) -> Tensor:
+            return function(x[..., d:], angles)
+
+        found = gradients(lambda x, of=of: of(rotary.rotate, x), fused)
+        compare(found, gradients(lambda x, of=of: of(rotary.plain, x), fused), 1e-6)
+
+
+def check_norm() -> None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
+        x, weight = draw(21, 2, 72, dtype=dtype), draw(72, dtype=dtype) + 1
+        exact = gradients(
+            lambda x, w: torch.nn.functional.rms_norm(x, (72,), w, 1e-6), x.double(), weight.double()
+        )
+        compare(gradients(lambda x, w: norm.rms_norm(x, w, 1e-6), x, weight), exact, tolerance)
+
+
+def check_fold() -> None:
+    for m, width, n, D in ((8, 48, 8, 100), (1, 16, 5, 33)):
+        query, key = draw(m, width, D), draw(n, width)
+        exact = gradients(lambda q, k: plain_fold(q, k, "sum", torch.float64), query.double(), key.double())
+        compare(gradients(fold.fold_sum, query, key), exact, 2e-6)
+
+
+def check_accumulate() -> None:
+    total, part = draw(7, 900), draw(7, 900, dtype=torch.bfloat16, seed=1)
+    expected = total + part.float()
+    accumulate.add_(total, part)
+    assert torch.equal(total, expected)
+
+
+CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
+
+
+def main() -> None:
+    assert kernels.usable(torch.zeros(1, device=DEVICE)), "the kernels would not run: set TRITON_INTERPRET=1"
+    for name, check in CHECKS.items():
+        try:
+            check()
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            print(f"{name}: {type(error).__name__} at line {where.lineno}: {str(error)[:1500]}", flush=True)
+        else:
+            print(f"{name}: ok", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Where a training step's time goes: kernel time by part of the model, launches, and the gap to wall time.
+
+Forward, a kernel belongs to the innermost labelled module that runs; backward, to the module whose forward
+operation it differentiates (PyTorch's profiler numbers both alike). What runs outside modules is told by its
+name. On the CPU, where there are no kernels, an operation's own time takes their place.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LABEL = "part: "
+# Part -> what modules of it are called, the last component of their name.
+MODULES = {
+    "attention": ("core_attention",),
+    "attention's projections": ("self_attention", "linear_qkv", "linear_proj"),
+    "experts": ("experts",),
+    "routers": ("router",),
+    "dispatch": ("mlp",),
+    "norms": ("input_layernorm", "pre_mlp_layernorm", "final_layernorm", "q_layernorm", "k_layernorm"),
+    "head and loss": ("output_layer",),
+    "embedding": ("embedding",),
+}
+# Part -> words in the names of kernels or operations, for what no module of the list above runs.
+WORDS = {
+    "head and loss": ("_loss", "cross_entropy", "CrossEntropy", "nll"),
+    "norms": ("rms_norm", "RMSNorm"),
+    "rotary embedding": ("_rotary", "rope", "Rotate"),
+    "gradients and optimizer": (
+        "AccumulateGrad",
+        "Optimizer",
+        "c10d",
+        "nccl",
+        "multi_tensor",
+        "linalg_vector_norm",
+    ),
+}
+KERNEL_WORDS = {"rotary embedding": ("_rotary", "rope")}
+OTHER = "residuals, gradient buffers and other"
+
+
+def label(model: list[torch.nn.Module]) -> list[Any]:
+    """Mark each module of ``MODULES`` in profiles; returns the hooks, to be removed."""
+    part_of = {name: part for part, names in MODULES.items() for name in names}
+    hooks: list[Any] = []
+    for chunk in model:
+        for path, module in chunk.named_modules():
+            if (part := part_of.get(path.rpartition(".")[2])) is None:
+                continue
+            ranges: list[Any] = []
+
+            def begin(module: Any, inputs: Any, part: str = part, ranges: list[Any] = ranges) -> None:
+                ranges.append(torch.autograd.profiler.record_function(LABEL + part).__enter__())
+
+            def end(module: Any, inputs: Any, output: Any, ranges: list[Any] = ranges) -> None:
+                ranges.pop().__exit__(None, None, None)
+
+            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    return hooks
+
+
+def measure(
+    step: Callable[[], object], model: list[torch.nn.Module], runs: int = 3, labelled: bool = True
+) -> dict[str, Any]:
+    """Profile one step; time ``runs`` more without the profiler.
+
+    Returns:
+        ``wall_ms``, ``kernel_ms`` (their sum), ``launches``, ``gap`` (wall time over kernel time, less 1;
+        None on the CPU) and ``parts`` in ms, the largest first.
+    """
+    on_gpu = torch.cuda.is_available()
+    wall = []
+    for _ in range(runs):
+        _synchronize()
+        start = time.perf_counter()
+        step()
+        _synchronize()
+        wall.append((time.perf_counter() - start) * 1e3)
+    hooks = label(model) if labelled else []
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    try:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+            step()
+            _synchronize()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    parts, kernels, launches = _attribute(profile.events(), on_gpu)
+    total = sum(parts.values())
+    middle = sorted(wall)[len(wall) // 2]
+    return {
+        "wall_ms": middle,
+        "kernel_ms": total,
+        "launches": launches,
+        "gap": middle / total - 1 if on_gpu else None,
+        "parts": dict(parts.most_common()),
+        "kernels": {name: [ms, count] for name, (ms, count) in kernels.items()},
+    }
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _attribute(events: Any, on_gpu: bool) -> tuple[Counter[str], dict[str, tuple[float, int]], int]:
+    forward: dict[int, str] = {}  # an operation's number -> its part
+    for event in events:
+        if event.sequence_nr >= 0 and not _is_backward(event) and (part := _label_of(event)):
+            forward.setdefault(event.sequence_nr, part)
+    parts: Counter[str] = Counter()
+    kernels: dict[str, tuple[float, int]] = {}
+    launches = 0
+    for event in events:
+        if not str(event.device_type).endswith("CPU"):
+            continue
+        own = [(k.name, k.duration / 1e3) for k in event.kernels] if on_gpu else []
+        if not on_gpu and not event.name.startswith(LABEL):
+            own = [(event.name, event.self_cpu_time_total / 1e3)]
+        for name, milliseconds in own:
+            parts[_part(event, name, forward)] += milliseconds
+            so_far = kernels.get(name, (0.0, 0))
+            kernels[name] = (so_far[0] + milliseconds, so_far[1] + 1)
+            launches += 1
+    most = sorted(kernels.items(), key=lambda item: -item[1][0])[:40]
+    return parts, dict(most), launches
+
+
+def _ancestors(event: Any) -> Any:
+    while event is not None:
+        yield event
+        event = event.cpu_parent
+
+
+def _label_of(event: Any) -> str | None:
+    return next((e.name[len(LABEL) :] for e in _ancestors(event) if e.name.startswith(LABEL)), None)
+
+
+def _is_backward(event: Any) -> bool:
+    return any("evaluate_function" in e.name for e in _ancestors(event))
+
+
+def _part(event: Any, kernel: str, forward: dict[int, str]) -> str:
+    for part, own_words in KERNEL_WORDS.items():
+        if any(word in kernel for word in own_words):
+            return part
+    names = [kernel]
+    for ancestor in _ancestors(event):
+        if ancestor.name.startswith(LABEL):
+            return ancestor.name[len(LABEL) :]
+        names.append(ancestor.name)
+        if "evaluate_function" in ancestor.name and ancestor.sequence_nr in forward:
+            return forward[ancestor.sequence_nr]
+    for part, words in WORDS.items():
+        if any(word in name for word in words for name in names):
+            return part
+    return OTHER
+
+
+def report(found: dict[str, Any]) -> str:
+    gap = "" if found["gap"] is None else f", gap {found['gap']:.1%}"
+    wall, kernels, launches = found["wall_ms"], found["kernel_ms"], found["launches"]
+    lines = [f"step {wall:.1f} ms, kernels {kernels:.1f} ms in {launches} launches{gap}"]
+    for part, milliseconds in found["parts"].items():
+        lines.append(f"{milliseconds:10.2f} ms {milliseconds / found['kernel_ms']:7.2%}  {part}")
+    return "\n".join(lines)
