@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.training.run_log import files
 from tests import launch, pretrain_as_asked
 
 EXPERT_CLASSES = {"loop": "SequentialMLP", "grouped": "GroupedExperts"}
@@ -122,10 +123,12 @@ def test_a_converted_checkpoint_starts_both_alike(
     unbroken: tuple[Path, dict[int, float]],
     runs: dict,
 ) -> None:
-    """Beside the session's run with the loop: the same losses, and the same tensors in the checkpoints."""
+    """Beside the session's run with the loop: the same losses, diagnostics and tensors in the checkpoints."""
     folder = tmp_path_factory.getbasetemp()
     save, losses = unbroken_run(runs, folder, moe_config, moe, "grouped", TWO)
     assert losses == pytest.approx(unbroken[1], rel=1e-4)
+    logged, expected = (files.read(root / files.ROUTING)[-1]["rare"] for root in (save, unbroken[0]))
+    assert logged["expert_distance"] == pytest.approx(expected["expert_distance"], rel=1e-2)
     shapes = [
         {key: tensor.shape for key, tensor in open_checkpoint(root).tensors.items()}
         for root in (save, unbroken[0])
