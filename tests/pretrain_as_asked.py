@@ -1,4 +1,4 @@
-"""``pretrain`` on the CPU with flags that ``device.adapt`` turns off there, for tests of what they do on a GPU.
+"""``pretrain`` on the CPU with flags that ``device.adapt`` turns off there: tests of what they do on a GPU.
 
 Usage: as ``-m megatron_router_upcycling.pretrain``. Grouped expert products and the overlap of communication
 stay as the flags say. Each rank prints which class its experts are of.
