@@ -30,7 +30,8 @@ RARE = {
 SAMPLE_TOKENS = 256  # of one micro-batch, for router_agreement
 SAMPLE_ROWS = 16  # of each expert's first matrix, evenly spaced, for expert_distance
 INITIAL = "routing_initial"  # folder beside the checkpoints: the routers' parameters at the run's start
-FC1 = re.compile(r"(?:local_experts\.\d+\.)?linear_fc1\.weight\d*")
+# Of one expert [2F, D], or of all of a rank's experts [n, 2F, D].
+FC1 = re.compile(r"(?:local_experts\.\d+\.)?linear_fc1[._]weight\d*")
 
 
 class RoutingCollector:
@@ -174,7 +175,8 @@ def _expert_distances(layers: dict[int, Any]) -> dict[int, float]:
 
     parts = []
     for layer in layers.values():
-        weights = [p for name, p in layer.experts.named_parameters() if FC1.fullmatch(name) and p.dim() == 2]
+        found = [p for name, p in layer.experts.named_parameters() if FC1.fullmatch(name)]
+        weights = [w for p in found for w in (p.unbind() if p.dim() == 3 else (p,)) if w.dim() == 2]
         if not weights:
             raise _unknown("MoELayer.experts with a matrix linear_fc1.weight for each expert")
         rows = torch.stack([w[:: max(1, len(w) // SAMPLE_ROWS)][:SAMPLE_ROWS].flatten() for w in weights])

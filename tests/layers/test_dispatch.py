@@ -1,0 +1,159 @@
+"""The dispatcher of one rank against Megatron's, each in an MoE layer on the CPU."""
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests import launch
+
+SEQUENCE, BATCH, D, EXPERTS = 12, 2, 32, 6
+TOLERANCE = 2e-6  # float32, values of order 1
+
+
+def test_equal_to_megatrons_forward_and_backward() -> None:
+    """In a process of its own, with Megatron on the CPU."""
+    launch.python("-c", "from tests.layers import test_dispatch; test_dispatch.compare()").ok()
+
+
+def compare() -> None:
+    from megatron_router_upcycling.training.patches import cpu_backend, without_te
+
+    cpu_backend.install()
+    without_te.install()
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    from megatron_router_upcycling.layers.dispatch import OneRankDispatcher, UpcycledMoELayer
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    for grouped, top_k, gate in itertools.product((False, True), (1, 2, EXPERTS), GATES):
+        ours = build(UpcycledMoELayer, top_k, grouped)
+        theirs = build(MoELayer, top_k, grouped)
+        assert isinstance(ours.token_dispatcher, OneRankDispatcher)
+        assert isinstance(theirs.token_dispatcher, MoEAlltoAllTokenDispatcher)
+        GATES[gate](ours.router.weight.data)
+        theirs.load_state_dict(ours.state_dict())
+        found, expected = run(ours), run(theirs)
+        assert found.keys() == expected.keys() and {"hidden", "probs", "router.weight"} <= found.keys()
+        for name, value in expected.items():
+            what = f"{name}, {top_k} experts a token, {gate}, {'grouped' if grouped else 'loop'}"
+            torch.testing.assert_close(
+                found[name], value, rtol=0, atol=TOLERANCE, msg=lambda m, w=what: f"{w}: {m}"
+            )
+        if gate == "idle" and top_k < 3:
+            assert (found["rows"] == 0).sum() >= 2
+    # Where a token may have fewer rows than k, Megatron's dispatcher stays.
+    for changes in ({"moe_expert_capacity_factor": 1.0}, {"moe_token_dispatcher_type": "allgather"}):
+        layer = build(UpcycledMoELayer, 2, False, **changes)
+        covered = "moe_token_dispatcher_type" in changes
+        assert isinstance(layer.token_dispatcher, OneRankDispatcher) == covered, changes
+
+
+def leave_two_idle(weight: torch.Tensor) -> None:
+    """Hidden states begin with a large 1: the first column is a bias."""
+    weight[-2:, 0] = -3.0
+
+
+# How the gate chooses: all experts as drawn, every expert alike (ties), or two that nobody chooses.
+GATES = {"drawn": lambda weight: None, "ties": lambda weight: weight.zero_(), "idle": leave_two_idle}
+
+
+def build(kind: Any, top_k: int, grouped: bool, **changes: Any) -> Any:
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    values: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"} | changes
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=D,
+        ffn_hidden_size=16,
+        moe_ffn_hidden_size=16,
+        num_attention_heads=4,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=top_k,
+        moe_router_pre_softmax=True,
+        moe_aux_loss_coeff=0.0,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False,
+        init_method_std=0.2,
+        **values,
+    )
+    experts = LocalSpecProvider().grouped_mlp_modules(grouped)
+    layer = kind(config, MoESubmodules(experts=experts), layer_number=1)
+    layer.router.weight.data.normal_(generator=torch.Generator().manual_seed(5))
+    return layer
+
+
+def run(layer: Any) -> dict[str, torch.Tensor]:
+    """The layer's output, all its gradients, and how many rows each expert had; twice, as in training."""
+    generator = torch.Generator().manual_seed(2)
+    seen: dict[str, torch.Tensor] = {}
+    route, compute = layer.route, layer.experts.forward
+
+    def keep_probs(*args: Any, **kwargs: Any) -> Any:
+        probs, routing_map = route(*args, **kwargs)
+        probs.retain_grad()
+        seen["probs"] = probs
+        return probs, routing_map
+
+    def keep_rows(rows: torch.Tensor, counts: torch.Tensor, probs: torch.Tensor) -> Any:
+        seen["rows"] = counts
+        return compute(rows, counts, probs)
+
+    layer.route, layer.experts.forward = keep_probs, keep_rows
+    found: dict[str, torch.Tensor] = {}
+    for micro_batch in range(2):
+        hidden = torch.randn(SEQUENCE, BATCH, D, generator=generator)
+        hidden[..., 0] = 9.0
+        hidden.requires_grad_()
+        output, bias = layer(hidden)
+        assert bias is None and output.shape == hidden.shape
+        output.backward(torch.randn(output.shape, generator=generator))
+        assert hidden.grad is not None and seen["probs"].grad is not None
+        found |= {
+            f"output {micro_batch}": output.detach(),
+            "hidden": hidden.grad,
+            "probs": seen["probs"].grad,
+            "rows": seen["rows"].long().cpu(),
+        }
+    for name, parameter in layer.named_parameters():
+        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "ep", "tp", "expected"),
+    [
+        ({}, 1, 1, True),
+        ({"moe_token_dispatcher_type": "allgather"}, 1, 1, True),
+        ({"moe_token_dispatcher_type": "flex"}, 1, 1, False),
+        ({"moe_expert_capacity_factor": 1.25}, 1, 1, False),
+        ({"moe_router_padding_for_quantization": True}, 1, 1, False),
+        ({"moe_shared_expert_overlap": True}, 1, 1, False),
+        ({"moe_latent_size": 16}, 1, 1, False),
+        ({}, 2, 1, False),
+        ({}, 1, 2, False),
+    ],
+)
+def test_what_is_covered(changes: dict[str, Any], ep: int, tp: int, expected: bool) -> None:
+    from megatron_router_upcycling.layers.dispatch import covers
+
+    values: dict[str, Any] = {
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_expert_capacity_factor": None,
+        "moe_router_padding_for_quantization": False,
+        "moe_shared_expert_overlap": False,
+        "moe_latent_size": None,
+    }
+    groups = SimpleNamespace(ep=SimpleNamespace(size=lambda: ep), expt_tp=SimpleNamespace(size=lambda: tp))
+    config: Any = SimpleNamespace(**(values | changes))
+    assert covers(config, groups) is expected

@@ -1,0 +1,30 @@
+"""The Triton kernels against their plain forms: ``kernel_checks``, run once in Triton's interpreter."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_router_upcycling.layers import kernels
+from tests import launch
+from tests.layers.kernel_checks import CHECKS
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, str]:
+    """What each check said. In a process of its own: Triton reads the environment when it is imported."""
+    if not kernels.INSTALLED:
+        pytest.skip("Triton is not installed, so there is no interpreter for its kernels")
+    done = launch.run(sys.executable, "-m", "tests.layers.kernel_checks", TRITON_INTERPRET="1").ok()
+    return dict(re.findall(r"^(\w+): (.*)$", done.text, re.M))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_kernel_equals_its_plain_form(said: dict[str, str], check: str) -> None:
+    assert said[check] == "ok"
+
+
+def test_every_file_of_kernels_is_checked() -> None:
+    files = {path.stem for path in Path(kernels.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files and files <= CHECKS.keys()
