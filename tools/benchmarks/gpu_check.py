@@ -55,7 +55,8 @@ AGREE = {
 GRAPHS = shlex.split("--cuda-graph-impl local --te-rng-tracker --no-check-for-nan-in-loss-and-grad")
 TRAIN = shlex.split(
     "--bf16 --mock-data --tokenizer-type NullTokenizer --vocab-size 1000 --micro-batch-size 4"
-    " --global-batch-size 8 --lr 1e-3 --lr-decay-style constant --eval-iters 0 --log-interval 1"
+    " --global-batch-size 8 --lr 1e-3 --lr-decay-style constant --eval-iters 0 --eval-interval 100"
+    " --log-interval 1"
     f" --train-iters {STEPS} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
     " --moe-grouped-gemm --moe-router-dtype fp32 --moe-router-load-balancing-type aux_loss"
     " --moe-aux-loss-coeff 0.02 --moe-z-loss-coeff 0.001 --moe-token-dispatcher-type alltoall"
@@ -79,7 +80,7 @@ hide, hold, *arguments = sys.argv[1:]
 if hide == "hide":
     sys.modules["transformer_engine"] = None
 if hold == "hold":
-    import megatron.training.training
+    import megatron.training.arguments
     sys.stdin.readline()
 if arguments[0] == "-m":
     sys.argv = arguments[1:]
@@ -353,7 +354,7 @@ def train(part: Part) -> None:
         part.cannot("training", "there is no converted model")
         return
     on_gpu = part.machine["gpu"]
-    workers = max(1, min(6, (os.cpu_count() or 1) // 2)) if on_gpu else 1
+    workers = max(1, min(8, (os.cpu_count() or 1) // 2)) if on_gpu else 1
     kinds = engines(part.machine) if on_gpu else [Engine("CPU")]
 
     def pretrain(name: str, engine: Engine, *flags: object, on_cpu: bool = False, load: Path = moe) -> Job:
