@@ -17,7 +17,7 @@ PATIENT = ("--limit", "train", "900", "--limit", "steps", "400", "--limit", "ker
 
 
 def check(output: Path, *flags: object) -> tuple[int, str, dict[str, Any], str]:
-    """Exit status, what it printed, and its two reports; it is given PYTHONPATH and no environment of ours."""
+    """Exit status, what it printed, and its two reports; all it is given is PYTHONPATH."""
     done = subprocess.run(
         [sys.executable, str(TOOL), "--output", str(output), *map(str, flags)],
         env=os.environ | {"PYTHONPATH": str(launch.ROOT), "CUDA_VISIBLE_DEVICES": ""},

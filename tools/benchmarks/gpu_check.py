@@ -55,7 +55,7 @@ AGREE = {
 GRAPHS = shlex.split("--cuda-graph-impl local --te-rng-tracker --no-check-for-nan-in-loss-and-grad")
 TRAIN = shlex.split(
     "--bf16 --mock-data --tokenizer-type NullTokenizer --vocab-size 1000 --micro-batch-size 4"
-    " --global-batch-size 8 --lr 1e-3 --lr-decay-style constant --eval-iters 0 --eval-interval 100"
+    " --global-batch-size 8 --lr 3e-3 --lr-decay-style constant --eval-iters 0 --eval-interval 100"
     " --log-interval 1"
     f" --train-iters {STEPS} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
     " --moe-grouped-gemm --moe-router-dtype fp32 --moe-router-load-balancing-type aux_loss"
@@ -161,13 +161,14 @@ class Job:
         *arguments: object,
         hide_te: bool = False,
         on_cpu: bool = False,
-        **environment: str,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.part, self.name = part, name
         self.arguments = [str(argument) for argument in arguments]
         self.hide_te = hide_te
         paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
-        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment
+        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        self.environment |= environment or {}
         if on_cpu:
             self.environment["CUDA_VISIBLE_DEVICES"] = ""
         if on_cpu or not part.machine["gpu"]:
@@ -522,11 +523,11 @@ def steps(part: Part) -> None:
 def in_turn(jobs: list[tuple[str, Job, Path]], hold: bool) -> Iterator[tuple[str, Job, Path]]:
     """One after the other, as they are timed; the next one imports what it needs meanwhile (``hold``)."""
     try:
-        for number, job in enumerate(jobs):
+        for number, entry in enumerate(jobs):
             for _, soon, _ in jobs[number : number + 2] if hold else ():
                 if soon.process is None:
                     soon.start(hold=True)
-            yield job
+            yield entry
     finally:
         for _, job, _ in jobs:
             job.end()
@@ -563,22 +564,20 @@ def kernels(part: Part) -> None:
         if not on_gpu:
             part.cannot("compiled kernels", "no GPU; Triton's interpreter ran them")
         check_kernels(part, place)
-    small = part.quick
-    few = (
-        ("--rounds", 5, "--tokens", 256, "--hidden-size", 256, "--threads", 1) if small else ("--threads", 1)
-    )
-    dtype = ("--dtype", "bfloat16") if on_gpu else ()
-    flags = ("--device", place, "--json", *few, *dtype)
-    done = Job(part, "router", HERE / "bench_router.py", *flags).run()
+    flags = ["--device", place, "--json"]
+    threads = ["--threads", 1] + (["--dtype", "bfloat16"] if on_gpu else [])
+    few = ["--rounds", 5, "--tokens", 256, "--hidden-size", 256] if part.quick else []
+    done = Job(part, "router", HERE / "bench_router.py", *flags, *threads, *few).run()
     part.add(read_json(from_run(done, "bench_router"), done, router_figures))
-    few = ("--num-layers", 1, "--repeats", 3, "--warmup", 1) if small else ("--repeats", 10)
-    done = Job(part, "keys", HERE / "bench_collect_keys.py", "--device", place, "--json", *few).run()
+    few = ["--num-layers", 1, "--repeats", 3, "--warmup", 1] if part.quick else ["--repeats", 10]
+    done = Job(part, "keys", HERE / "bench_collect_keys.py", *flags, *few).run()
     part.add(read_json(from_run(done, "bench_collect_keys"), done, key_figures))
 
 
 def check_kernels(part: Part, place: str) -> None:
     interpreter = {} if part.machine["gpu"] else {"TRITON_INTERPRET": "1"}
-    done = Job(part, "kernel checks", "-m", "tests.layers.kernel_checks", place, **interpreter).run()
+    module = ("-m", "tests.layers.kernel_checks", place)
+    done = Job(part, "kernel checks", *module, environment=interpreter).run()
     check = from_run(done, "kernels against their plain form")
     lines = re.findall(r"^(\w+): (.+)$", done.output, re.MULTILINE)
     check.figures = {"equal": sum(said == "ok" for _, said in lines), "of": len(lines)}
