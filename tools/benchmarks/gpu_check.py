@@ -54,7 +54,7 @@ AGREE = {
 }
 GRAPHS = shlex.split("--cuda-graph-impl local --te-rng-tracker --no-check-for-nan-in-loss-and-grad")
 TRAIN = shlex.split(
-    "--bf16 --mock-data --tokenizer-type NullTokenizer --vocab-size 1000 --micro-batch-size 4"
+    "--bf16 --mock-data --tokenizer-type NullTokenizer --vocab-size 1024 --micro-batch-size 4"
     " --global-batch-size 8 --lr 3e-3 --lr-decay-style constant --eval-iters 0 --eval-interval 100"
     " --log-interval 1"
     f" --train-iters {STEPS} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
@@ -389,6 +389,8 @@ def train(part: Part) -> None:
         check.figures["losses"] = list(cpu.losses.values())
         if len(cpu.losses) != STEPS:
             check.outcome, check.note = FAILED, f"{len(cpu.losses)} of {STEPS} steps"
+        elif not cpu.losses[STEPS] < 0.95 * cpu.losses[1]:  # five times what runs may differ by
+            check.outcome, check.note = FAILED, "it learns too little to tell one run from another"
     part.add(check)
     for engine in kinds + kinds_beside if on_gpu else []:
         plain = ran[engine.name]
