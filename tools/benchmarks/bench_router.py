@@ -7,13 +7,18 @@ paper into one linear gate; and the direct form of eq. 6-8. Each pass is a whole
 (softmax over all experts, top-k, auxiliary loss, z-loss) and its backward pass. Stock and folded take
 turns, each going first in every other round, and their ratio is the median of the rounds' ratios; the
 direct form, some twenty times slower, runs a few times at the end. Nothing else should run meanwhile.
+
+On a GPU a pass of this size is mostly the time to launch its kernels, which a whole model in CUDA graphs does
+not pay: there the ratio is of the kernels' own time, by PyTorch's profiler, and their number stands apart.
 """
 
 import ctypes
+import functools
 import json
 import math
 import statistics
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import measuring  # type: ignore[import-not-found]  # beside this file
@@ -24,6 +29,7 @@ from megatron_router_upcycling.training import device, launch
 
 BOUND = 1.05  # folded over stock
 DIRECT_ROUNDS = 5
+WARM_UP, PROFILED = 3, 10  # passes before those that the profiler counts, and those
 NUM_HEADS, HEAD_DIM = 16, 64  # Qwen1.5-0.5B
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -121,17 +127,40 @@ def measure(options: Namespace) -> dict[str, Any]:
         return measuring.now() - start
 
     results: dict[str, Any] = {}
+    kernels = (
+        {name: profile(functools.partial(seconds, name)) for name in routers} if place == "cuda" else None
+    )
     for threads in options.threads:
         torch.set_num_threads(threads)
         times = measuring.take_turns(seconds, ("stock", "folded"), options.rounds, warm_up=2)
         times["direct"] = [seconds("direct") for _ in range(1 + DIRECT_ROUNDS)][1:]
         medians = {name: statistics.median(values) for name, values in times.items()}
-        results[f"{threads} thread{'s' * (threads > 1)}"] = {
+        key = f"{threads} thread{'s' * (threads > 1)}"
+        results[key] = {
             "seconds": medians,
             "ratio": statistics.median(measuring.ratios(times["folded"], times["stock"])),
             "direct_ratio": medians["direct"] / medians["stock"],
         }
+        if kernels:
+            stock = kernels["stock"]["ms"]
+            results[key] |= {
+                "kernels": kernels,
+                "kernel_ratio": kernels["folded"]["ms"] / stock,
+                "direct_kernel_ratio": kernels["direct"]["ms"] / stock,
+            }
     return vars(options) | {"device": place, "bound": BOUND, "results": results}
+
+
+def profile(run: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of a pass's kernels on the GPU, and their number: the mean of ``PROFILED``."""
+    for _ in range(WARM_UP):
+        run()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiled:
+        for _ in range(PROFILED):
+            run()
+    durations = [kernel.duration for event in profiled.events() for kernel in event.kernels]  # microseconds
+    return {"ms": sum(durations) / 1e3 / PROFILED, "launches": len(durations) / PROFILED}
 
 
 def report(measured: dict[str, Any]) -> str:
@@ -141,10 +170,18 @@ def report(measured: dict[str, Any]) -> str:
         f" {measured['pooling']} pooling, {measured['dtype']}"
     ]
     for threads, result in measured["results"].items():
+        if found := result.get("kernels"):
+            times = (f"{name} {found[name]['ms']:.3f} ms in {found[name]['launches']:.0f}" for name in found)
+            lines.append(
+                f"  kernels and launches: {', '.join(times)}; folded {result['kernel_ratio']:.3f} times stock"
+                f" (bound {BOUND}), direct {result['direct_kernel_ratio']:.1f} times"
+            )
+            threads = f"with launches, {threads}"
+        bound = "" if found else f", bound {BOUND}"  # which the kernels have there
         stock, folded, direct = (result["seconds"][name] * 1e3 for name in ("stock", "folded", "direct"))
         lines.append(
-            f"  {threads}: stock {stock:.2f} ms, folded {folded:.2f} ms ({result['ratio']:.3f} times, bound"
-            f" {BOUND}), direct form {direct:.2f} ms ({result['direct_ratio']:.1f} times)"
+            f"  {threads}: stock {stock:.2f} ms, folded {folded:.2f} ms ({result['ratio']:.3f} times{bound}),"
+            f" direct form {direct:.2f} ms ({result['direct_ratio']:.1f} times)"
         )
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ class Shape:
 def make_dense(root: Path, shape: Shape) -> None:
     """A dense checkpoint as Megatron saves it on one rank: a chunk a layer, gate and up apart.
 
-    All its values are one block of random ones, in bfloat16.
+    All its values are one block of random ones, in bfloat16; norms multiply by one.
     """
     from megatron_router_upcycling.checkpoint.format import torch_save_file
     from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
@@ -49,9 +49,12 @@ def _write_tensors(writer: Any, shape: Shape) -> None:
         count = torch.Size(sizes).numel()
         return block.repeat(-(-count // block.numel()))[:count].view(sizes)
 
+    def ones(*sizes: int) -> torch.Tensor:
+        return torch.ones(sizes, dtype=torch.bfloat16)
+
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         writer.write_chunk(name, (V, D), values(V, D), [(0, 0)])
-    writer.write_chunk("decoder.final_layernorm.weight", (D,), values(D), [(0,)])
+    writer.write_chunk("decoder.final_layernorm.weight", (D,), ones(D), [(0,)])
     attention, ffn = "decoder.layers.self_attention", "decoder.layers.mlp"
     of_a_layer = {
         f"{attention}.linear_qkv.layer_norm_weight": (D,),
@@ -63,7 +66,8 @@ def _write_tensors(writer: Any, shape: Shape) -> None:
     }
     for layer in range(L):
         for name, sizes in of_a_layer.items():
-            writer.write_chunk(name, (L, *sizes), values(1, *sizes), [(layer, *(0 for _ in sizes))])
+            made = ones(1, *sizes) if "layer_norm" in name else values(1, *sizes)
+            writer.write_chunk(name, (L, *sizes), made, [(layer, *(0 for _ in sizes))])
         for row in (0, F):  # gate and up
             fc1 = f"{ffn}.linear_fc1.weight"
             writer.write_chunk(fc1, (L, 2 * F, D), values(1, F, D), [(layer, row, 0)])

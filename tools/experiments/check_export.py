@@ -69,8 +69,13 @@ def exported_loss(model: torch.nn.Module, batches: list[Batch]) -> float:
 
 
 @torch.no_grad()
-def continuations(model: Any, batches: list[Batch], tokenizer_model: str) -> list[dict[str, str]]:
-    """What the model writes after the first tokens of a few held-out samples (sampled, seed 0)."""
+def continuations(model: Any, batches: list[Batch], tokenizer_model: str | None) -> list[dict[str, str]]:
+    """What the model writes after the first tokens of a few held-out samples (sampled, seed 0).
+
+    Nothing where tokens are numbers that no tokenizer made.
+    """
+    if tokenizer_model is None:
+        return []
     import sentencepiece
 
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=tokenizer_model)
@@ -87,7 +92,7 @@ def continuations(model: Any, batches: list[Batch], tokenizer_model: str) -> lis
 
 
 def in_fresh_process(
-    folder: str, batches: list[Batch], tokenizer_model: str
+    folder: str, batches: list[Batch], tokenizer_model: str | None
 ) -> tuple[float, list[dict[str, str]]]:
     """Loss and continuations of the model in ``folder``, as transformers loads it."""
     from transformers import AutoModelForCausalLM
