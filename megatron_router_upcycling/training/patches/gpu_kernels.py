@@ -102,7 +102,7 @@ def group_experts_with_te() -> None:
 
 
 def _add_bias_in_product(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A linear layer with a bias (Qwen's queries, keys and values) as one product, where nothing overlaps it."""
+    """A linear layer with a bias (Qwen's queries, keys and values) as one product, if nothing overlaps it."""
 
     def linear(
         input: Tensor,
