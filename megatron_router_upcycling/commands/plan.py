@@ -18,8 +18,8 @@ examples:
 CONFIG is what pretrain takes as --config. A converted checkpoint brings the architecture and the router with
 it (--load); without one, the YAML file and flags must hold them. Any Megatron flag stands above both.
 Parameters are exact; activations and communication are estimates, which pretrain --rehearse holds against
-one real rank; time is what one rank of an H200 took, scaled, without communication. What cannot work, too little memory among it, is one line and exit status 2; doubts are
-warnings.
+one real rank; time is what one rank of an H200 took, scaled, without communication. What cannot work, too
+little memory among it, is one line and exit status 2; doubts are warnings.
 """
 
 

@@ -29,4 +29,8 @@ WORK = {
 }
 KERNELS_MS = 168.8
 # A step over its kernels: each layer a CUDA graph; and launched one by one, from the best host to the worst.
-WALL_OVER_KERNELS = {"CUDA graphs": 173.2 / KERNELS_MS, "eager": 194.8 / KERNELS_MS, "eager, slow host": 228 / KERNELS_MS}
+WALL_OVER_KERNELS = {
+    "CUDA graphs": 173.2 / KERNELS_MS,
+    "eager": 194.8 / KERNELS_MS,
+    "eager, slow host": 228 / KERNELS_MS,
+}

@@ -124,9 +124,7 @@ def as_json(plan: Plan, gpu_memory_gib: float, peak_tflops: float) -> dict[str, 
             name: plan.seconds(ratio, peak_tflops, plan.tokens)
             for name, ratio in measured.WALL_OVER_KERNELS.items()
         },
-        "utilisation": {
-            name: plan.utilisation(ratio) for name, ratio in measured.WALL_OVER_KERNELS.items()
-        },
+        "utilisation": {name: plan.utilisation(ratio) for name, ratio in measured.WALL_OVER_KERNELS.items()},
         "measured_on": measured.WHERE,
         "warnings": warnings(plan, gpu_memory_gib),
     }

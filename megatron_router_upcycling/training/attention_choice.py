@@ -56,7 +56,7 @@ def cost(args: Namespace, chosen: str) -> str | None:
     layer = (args.micro_batch_size or 1) * heads * args.seq_length**2 * size
     layers = args.num_layers // args.pipeline_model_parallel_size
     return (
-        f"--attention-backend {backend}: unfused attention keeps at least {layer / GIB:.1f} GiB of scores a layer,"
-        f" {layers * layer / GIB:.1f} GiB in {layers} layers, and reads and writes them several times;"
-        " without the flag none are kept"
+        f"--attention-backend {backend}: unfused attention keeps at least {layer / GIB:.1f} GiB of"
+        f" scores a layer, {layers * layer / GIB:.1f} GiB in {layers} layers, and reads"
+        " and writes them several times; without the flag none are kept"
     )

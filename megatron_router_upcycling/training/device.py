@@ -91,7 +91,9 @@ def adapt(args: Namespace, device: str) -> str | None:
     if device == "cuda" and has_transformer_engine():
         has_apex = importlib.util.find_spec(APEX_EXTENSION) is not None
         without_apex = {} if has_apex else {"gradient_accumulation_fusion": False}
-        return _set(args, without_apex | graphs, "GPU with Transformer Engine" if has_apex else "GPU without apex")
+        return _set(
+            args, without_apex | graphs, "GPU with Transformer Engine" if has_apex else "GPU without apex"
+        )
     needed = WITHOUT_FUSED_KERNELS | graphs | (ON_CPU if device == "cpu" else {})
     if not args.reset_attention_mask:
         # Causal attention needs none, and PyTorch's fastest kernels take none.

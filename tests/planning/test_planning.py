@@ -84,7 +84,14 @@ def test_the_papers_run(paper: Path) -> None:
 )
 def test_what_was_measured(micro_batch: int, peak_gib: float, seconds: dict[str, float]) -> None:
     """On an H200, one rank of 64 in a step of one micro-batch (docs/performance.md)."""
-    flags = ("--router", "mixture", "--micro-batch-size", micro_batch, "--global-batch-size", 64 * micro_batch)
+    flags = (
+        "--router",
+        "mixture",
+        "--micro-batch-size",
+        micro_batch,
+        "--global-batch-size",
+        64 * micro_batch,
+    )
     found = plan(launch.ROOT / "configs/qwen1.5-0.5b-8x/moe.yaml", *flags)
     assert found["stages"]["0"]["memory"]["total"] / 2**30 == pytest.approx(peak_gib, rel=0.03)
     for name, expected in seconds.items():

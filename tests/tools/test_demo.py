@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_router_upcycling.training.run_log import files
-from tools.experiments import demo
+from tools.experiments import demo, foundation
 from tools.experiments.comparison import read
 from tools.experiments.demo import Model
-from tools.experiments import foundation
 from tools.experiments.foundation import environment
 from tools.experiments.report import RunResult
 from tools.experiments.stages import Pipeline

@@ -59,9 +59,7 @@ def test_what_pytorchs_attention_cannot_do_is_transformer_engines(change: dict[s
 
 def test_transformer_engines_specs_take_pytorchs_products() -> None:
     """In a process of its own: symbols stay replaced."""
-    launch.python(
-        "-c", "from tests.training import test_choices_on_a_gpu as t; t.check_specs()"
-    ).ok()
+    launch.python("-c", "from tests.training import test_choices_on_a_gpu as t; t.check_specs()").ok()
 
 
 def check_specs() -> None:

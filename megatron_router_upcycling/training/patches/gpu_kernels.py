@@ -87,10 +87,14 @@ def group_experts_with_te() -> None:
                 return theirs
             loop = LocalSpecProvider().grouped_mlp_modules(False)
 
-            def build(num_local_experts: int, config: Any, pg_collection: Any = None, name: Any = None) -> Any:
+            def build(
+                num_local_experts: int, config: Any, pg_collection: Any = None, name: Any = None
+            ) -> Any:
                 ours = experts.covers(config, pg_collection.expt_tp.size())
-                kind = functools.partial(experts.GroupedExperts, **loop.keywords) if ours else theirs
-                return kind(num_local_experts, config, pg_collection=pg_collection, name=name)
+                if ours:
+                    linears = loop.keywords["submodules"]
+                    return experts.GroupedExperts(num_local_experts, config, linears, pg_collection, name)
+                return theirs(num_local_experts, config, pg_collection=pg_collection, name=name)
 
             return build
 
@@ -100,7 +104,7 @@ def group_experts_with_te() -> None:
 
 
 def _add_bias_in_product(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A linear layer with a bias (Qwen's queries, keys and values) as one product, where nothing overlaps it."""
+    """A linear layer with a bias (Qwen's queries, keys, values) as one product, where nothing overlaps it."""
 
     def linear(
         input: Tensor,
