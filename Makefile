@@ -17,7 +17,7 @@ help:  ## list the targets
 setup:  ## make .venv with the package and what it needs (about 5 GB)
 	@scripts/setup.sh
 
-demo: setup  ## from text to a dense model to two Mixtures-of-Experts, on two processes
+demo: setup  ## from text to a dense model to two Mixtures-of-Experts, on two processes (one with a single GPU)
 	@$(PYTHON) -m tools.experiments.demo $(ARGS)
 
 compare: setup  ## the paper's six methods over three seeds, from one dense model (ARGS= another file)

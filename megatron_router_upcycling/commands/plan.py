@@ -17,9 +17,9 @@ examples:
 
 CONFIG is what pretrain takes as --config. A converted checkpoint brings the architecture and the router with
 it (--load); without one, the YAML file and flags must hold them. Any Megatron flag stands above both.
-Parameters are exact; activations, communication and time are estimates, which pretrain --rehearse holds
-against one real rank. What cannot work, too little memory among it, is one line and exit status 2; doubts are
-warnings.
+Parameters are exact; activations and communication are estimates, which pretrain --rehearse holds against
+one real rank; time is what one rank of an H200 took, scaled, without communication. What cannot work, too
+little memory among it, is one line and exit status 2; doubts are warnings.
 """
 
 

@@ -55,11 +55,15 @@ class OneRankDispatcher(MoETokenDispatcher):
         return combined.view(self.shape)
 
 
-def covers(config: TransformerConfig, pg_collection: Any) -> bool:
-    """Whether every token has k rows, all of them on this rank."""
+def covers(config: Any, expert_ranks: int) -> bool:
+    """Whether every token has k rows, all of them on this rank.
+
+    Args:
+        config: a TransformerConfig, or Megatron's arguments.
+        expert_ranks: over how many ranks a layer's experts are spread or cut.
+    """
     return (
-        pg_collection.ep.size() == 1
-        and pg_collection.expt_tp.size() == 1
+        expert_ranks == 1
         and config.moe_token_dispatcher_type in ("alltoall", "allgather")
         and config.moe_expert_capacity_factor is None
         and not config.moe_router_padding_for_quantization
@@ -76,5 +80,5 @@ class UpcycledMoELayer(MoELayer):
     ) -> None:
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
         groups = pg_collection or get_default_pg_collection()
-        if covers(config, groups):
+        if covers(config, groups.ep.size() * groups.expt_tp.size()):
             self.token_dispatcher = OneRankDispatcher(config, groups)

@@ -47,12 +47,18 @@ def build_experts(
     pg_collection: Any = None,
     name: str | None = None,
 ) -> MegatronModule:
-    """``GroupedExperts`` where they cover the configuration, else Megatron's loop over experts.
+    """``GroupedExperts`` where they cover the configuration, else Megatron's loop over experts."""
+    kind = GroupedExperts if covers(config, pg_collection.expt_tp.size()) else SequentialMLP
+    return kind(num_local_experts, config, submodules, pg_collection, name)
+
+
+def covers(config: TransformerConfig, expert_tensor_size: int) -> bool:
+    """Whether ``GroupedExperts`` can be the experts of a model.
 
     Not covered: biases, other activations than SwiGLU, fp8, tensor-parallel experts, probabilities on the
     input, recomputed activations, and on a GPU all but bfloat16.
     """
-    covered = (
+    return (
         config.gated_linear_unit
         and config.activation_func is silu
         and not config.add_bias_linear
@@ -61,11 +67,9 @@ def build_experts(
         and config.activation_func_clamp_value is None
         and config.glu_linear_offset == 0.0
         and "moe_act" not in (config.recompute_modules or ())
-        and pg_collection.expt_tp.size() == 1
+        and expert_tensor_size == 1
         and (config.params_dtype is torch.bfloat16 or not torch.cuda.is_available())
     )
-    kind = GroupedExperts if covered else SequentialMLP
-    return kind(num_local_experts, config, submodules, pg_collection, name)
 
 
 class GroupedExperts(MegatronModule):

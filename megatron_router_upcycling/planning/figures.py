@@ -2,6 +2,7 @@
 
 Parameters are exact, rank by rank. Memory of weights, gradients and optimizer states follows from them and is
 exact but for padding; activations, communication and time are estimates, and each function says of what.
+Memory is that of this package's kernels on a GPU; time is what was measured there (``measured``), scaled.
 
 Symbols: D hidden size, H heads, G query groups, d head size, F FFN width, n experts, k experts a token,
 V vocabulary, t tensor and e expert parallel size. Pure: imports neither torch nor Megatron.
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.planning import measured
 from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.routers import kinds
 
@@ -146,9 +148,16 @@ def tokens_on_gpu(setup: Setup) -> int:
 
 
 def logits(setup: Setup) -> float:
-    """Bytes of the softmax in float32 that cross entropy keeps, and of the logits or their gradient."""
-    elements = tokens_on_gpu(setup) * setup.vocabulary / setup.tensor_model_parallel_size
-    return elements * (setup.element_size + 4)
+    """Bytes that the output layer and cross entropy hold where the backward pass begins.
+
+    Logits once, whose gradient takes their place, and the gradient of the output layer's weights. Megatron's
+    own cross entropy, in use with tensor parallelism or without ``--cross-entropy-loss-fusion``, holds
+    two float32 copies of the logits beside them.
+    """
+    columns = setup.vocabulary / setup.tensor_model_parallel_size
+    once = setup.cross_entropy_loss_fusion and setup.tensor_model_parallel_size == 1
+    per_logit = setup.element_size + (0 if once else 8)
+    return columns * (tokens_on_gpu(setup) * per_logit + setup.hidden_size * setup.element_size)
 
 
 def activations(setup: Setup, stage: int, fused: bool = True) -> float:
@@ -172,7 +181,9 @@ def activations(setup: Setup, stage: int, fused: bool = True) -> float:
             per_token = inputs * -(-len(layers) // each)
             at_work = max(full, default=0) * each
         return tokens * (per_token * flying + at_work)
-    return tokens * sum(full) * flying
+    final_norm = 2 * setup.hidden_size * setup.element_size / setup.sequence_shards
+    ends = final_norm if setup.is_last(stage) else 0
+    return tokens * (sum(full) * flying + ends)
 
 
 def in_flight(setup: Setup, stage: int) -> float:
@@ -196,9 +207,18 @@ def _layer_bytes(setup: Setup, layer: int, fused: bool) -> float:
     kept += 0 if fused or not s.qk_layernorm else (H + G) * d * norm / t
     # QKV's output, queries and keys turned by the rotary embedding, and the context.
     kept += (3 * H + 3 * G) * d * size / t
+    kept += 4 * H / t  # attention's sum of each row
     if s.has_experts()[layer]:
-        return kept + _expert_elements(s, fused, skipped) * size
+        return kept + _expert_elements(s, fused, skipped) * size + _routing_bytes(s)
     return kept + (0 if "mlp" in skipped else _ffn_elements(s, s.ffn / t, fused) * size)
+
+
+def _routing_bytes(s: Setup) -> float:
+    """Bytes a token of a router and of the way to experts and back.
+
+    Logits and probabilities in float32, which experts are chosen, a probability and two places a row.
+    """
+    return (s.num_experts or 0) * (4 + 4 + 1) + s.moe_router_topk * (4 + 4 + 4)
 
 
 def _expert_elements(s: Setup, fused: bool, skipped: set[str]) -> float:
@@ -322,7 +342,41 @@ class Plan:
         """Tokens of the whole run; 0 where its length is not given."""
         return self.setup.steps * self.setup.batch * self.setup.sequence
 
-    def seconds(self, utilisation: float, peak_tflops: float, tokens: float) -> float:
-        """Time to train on ``tokens`` at a share of the GPUs' peak."""
-        rate = utilisation * peak_tflops * 1e12 * self.setup.world_size
-        return tokens * flops_per_token(self.setup) / rate
+    def kernel_ms(self) -> dict[str, float]:
+        """Milliseconds of kernels of a micro-batch on one GPU, by part: the measured ones, scaled.
+
+        Parts of products grow with their arithmetic, others with the hidden states that they read, and
+        gradients with the parameters. Work is taken to be even over pipeline stages.
+        """
+        s, m = self.setup, measured
+        D, H, G, d = s.hidden_size, s.num_attention_heads, s.groups, s.head_dim
+        cut = s.tensor_model_parallel_size * s.pipeline_model_parallel_size
+        tokens = tokens_on_gpu(s) / cut
+        k = s.moe_router_topk if s.num_experts else 0
+        widths = [
+            k * s.expert_ffn + (s.moe_shared_expert_intermediate_size or 0) if moe else s.ffn
+            for moe in s.has_experts()
+        ]
+        own = sum(parameters(s, self.fullest).values())
+        grows = {
+            "experts": tokens * D * sum(widths) * (3 if s.swiglu else 2) / 3,
+            "attention": tokens * s.sequence * s.num_layers * H * d,
+            "projections": tokens * s.num_layers * D * (2 * H + 2 * G) * d,
+            "head and loss": tokens * D * s.vocabulary,
+            "gradients and optimizer": own,
+            "routers and dispatch": tokens * D * sum(s.has_experts()),
+            "norms, rotary, residuals": tokens * D * s.num_layers,
+        }
+        return {part: m.KERNEL_MS[part] * work / m.WORK[part] for part, work in grows.items()}
+
+    def seconds(self, wall_over_kernels: float, peak_tflops: float, tokens: float) -> float:
+        """Time to train on ``tokens``, on GPUs whose speed goes by their peak; communication is not in it."""
+        steps = tokens / (self.setup.batch * self.setup.sequence)
+        step = sum(self.kernel_ms().values()) / 1e3 * self.setup.num_microbatches
+        return steps * step * wall_over_kernels * measured.PEAK_TFLOPS / peak_tflops
+
+    def utilisation(self, wall_over_kernels: float) -> float:
+        """Share of the GPUs' peak that ``seconds`` comes to."""
+        step = self.setup.batch * self.setup.sequence
+        taken = self.seconds(wall_over_kernels, measured.PEAK_TFLOPS, step) * self.setup.world_size
+        return step * flops_per_token(self.setup) / (taken * measured.PEAK_TFLOPS * 1e12)

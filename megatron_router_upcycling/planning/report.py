@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_router_upcycling.planning import measured
 from megatron_router_upcycling.planning.figures import (
     GIB,
     Plan,
@@ -15,7 +16,6 @@ from megatron_router_upcycling.planning.figures import (
 )
 from megatron_router_upcycling.planning.setup import Setup
 
-UTILISATIONS = (0.35, 0.45)
 USUAL_GPUS_PER_NODE = 8
 SENT_BY = {
     "data_parallel": "data parallel",
@@ -119,7 +119,13 @@ def as_json(plan: Plan, gpu_memory_gib: float, peak_tflops: float) -> dict[str, 
         },
         "flops_per_token": flops_per_token(s),
         "tokens": plan.tokens,
-        "seconds": {str(u): plan.seconds(u, peak_tflops, plan.tokens) for u in UTILISATIONS},
+        "kernel_ms": plan.kernel_ms(),
+        "seconds": {
+            name: plan.seconds(ratio, peak_tflops, plan.tokens)
+            for name, ratio in measured.WALL_OVER_KERNELS.items()
+        },
+        "utilisation": {name: plan.utilisation(ratio) for name, ratio in measured.WALL_OVER_KERNELS.items()},
+        "measured_on": measured.WHERE,
         "warnings": warnings(plan, gpu_memory_gib),
     }
 
@@ -180,7 +186,7 @@ def _stage(s: Setup, stage: int, gpu_memory_gib: float) -> list[str]:
 
 
 def _speed(plan: Plan, peak_tflops: float) -> Iterator[str]:
-    """Arithmetic, and what it takes at usual shares of the GPUs' peak."""
+    """Arithmetic, and the time that it takes by what was measured."""
     s, flops = plan.setup, flops_per_token(plan.setup)
     step = s.batch * s.sequence
     yield (
@@ -188,11 +194,17 @@ def _speed(plan: Plan, peak_tflops: float) -> Iterator[str]:
         f"{flops * step / 1e15:.2f} PFLOP a step"
     )
     length = f"{_size(plan.tokens)} tokens in {s.steps} steps" if plan.tokens else "100 B tokens"
-    for share in UTILISATIONS:
-        rate = share * peak_tflops * 1e12 / flops
-        hours = plan.seconds(share, peak_tflops, plan.tokens or 100e9) / 3600
+    parts = ", ".join(f"{part} {ms:.1f}" for part, ms in plan.kernel_ms().items())
+    yield (
+        f"time       measured on {measured.WHERE}, without Transformer Engine, and scaled to this run;"
+        " communication and recomputation are not in it"
+    )
+    yield f"           kernels of a micro-batch, ms at {measured.PEAK_TFLOPS} TFLOP/s: {parts}"
+    for name, ratio in measured.WALL_OVER_KERNELS.items():
+        seconds = plan.seconds(ratio, peak_tflops, step)
+        hours = plan.seconds(ratio, peak_tflops, plan.tokens or 100e9) / 3600
         yield (
-            f"at {share:.0%} of {peak_tflops:g} TFLOP/s  {share * peak_tflops:.0f} TFLOP/s and {rate:,.0f}"
-            f" tokens/s a GPU, {rate * s.world_size:,.0f} tokens/s in all,"
-            f" {plan.seconds(share, peak_tflops, step):.2f} s a step; {length}: {hours:.1f} hours"
+            f"{name:17}{plan.utilisation(ratio):.0%} of {peak_tflops:g} TFLOP/s,"
+            f" {step / seconds / s.world_size:,.0f} tokens/s a GPU, {step / seconds:,.0f} tokens/s in all,"
+            f" {seconds:.2f} s a step; {length}: {hours:.1f} hours"
         )

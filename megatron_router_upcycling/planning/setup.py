@@ -60,6 +60,7 @@ class Setup:
     bf16: bool = False
     fp16: bool = False
     grad_reduce_in_bf16: bool = False
+    cross_entropy_loss_fusion: bool = False
     seq_length: int | None = None
     micro_batch_size: int | None = None
     global_batch_size: int | None = None

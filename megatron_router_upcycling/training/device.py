@@ -38,6 +38,7 @@ ON_CPU: dict[str, Any] = {
     "num_workers": 0,
     "overlap_grad_reduce": False,
     "overlap_param_gather": False,
+    "ddp_average_in_collective": False,  # Gloo can sum, not average
     "cuda_graph_impl": "none",
     # The process that writes checkpoints is a fresh one, to which the bridge does not reach.
     "async_save": False,
@@ -84,10 +85,16 @@ def adapt(args: Namespace, device: str) -> str | None:
     ``args`` are Megatron's parsed arguments before ``validate_args``. A flag is named only where its
     value changes.
     """
+    graphs = _graphs_that_work(args) if device == "cuda" else {}
+    if device == "cuda" and args.distributed_backend == "gloo":
+        graphs["ddp_average_in_collective"] = False
     if device == "cuda" and has_transformer_engine():
         has_apex = importlib.util.find_spec(APEX_EXTENSION) is not None
-        return None if has_apex else _set(args, {"gradient_accumulation_fusion": False}, "GPU without apex")
-    needed = WITHOUT_FUSED_KERNELS | (ON_CPU if device == "cpu" else {})
+        without_apex = {} if has_apex else {"gradient_accumulation_fusion": False}
+        return _set(
+            args, without_apex | graphs, "GPU with Transformer Engine" if has_apex else "GPU without apex"
+        )
+    needed = WITHOUT_FUSED_KERNELS | graphs | (ON_CPU if device == "cpu" else {})
     if not args.reset_attention_mask:
         # Causal attention needs none, and PyTorch's fastest kernels take none.
         needed["create_attention_mask_in_dataloader"] = False
@@ -109,6 +116,26 @@ def adapt(args: Namespace, device: str) -> str | None:
     return _set(args, needed, "GPU without Transformer Engine", note)
 
 
+def _graphs_that_work(args: Namespace) -> dict[str, Any]:
+    """What ``--cuda-graph-impl`` needs beside it.
+
+    Random states that a graph can hold; and where the dispatcher talks to the host, which a graph cannot,
+    attention and router in place of the whole layer.
+    """
+    if args.cuda_graph_impl == "none":
+        return {}
+    needed: dict[str, Any] = {"te_rng_tracker": True}
+    if args.cuda_graph_impl == "local" and not args.cuda_graph_modules and args.num_experts:
+        from megatron.core.transformer.enums import CudaGraphModule
+
+        from megatron_router_upcycling.layers import dispatch
+
+        cut = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+        if not dispatch.covers(args, args.expert_model_parallel_size * cut):
+            needed["cuda_graph_modules"] = [CudaGraphModule.attn, CudaGraphModule.moe_router]
+    return needed
+
+
 def _set(args: Namespace, needed: dict[str, Any], platform: str, note: str = "") -> str | None:
     changed = []
     for name, value in needed.items():
@@ -116,5 +143,6 @@ def _set(args: Namespace, needed: dict[str, Any], platform: str, note: str = "")
             raise patching.changed("device", f"Megatron's argument {name!r} does not exist")
         if getattr(args, name) != value:
             setattr(args, name, value)
-            changed.append(f"{name}={value}")
+            words = [getattr(word, "name", word) for word in value] if isinstance(value, list) else value
+            changed.append(f"{name}={words}")
     return f"{platform}: set {', '.join(changed)}{note}" if changed else None

@@ -22,7 +22,7 @@ from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import Parser, UserError, reason
 from megatron_router_upcycling.files import existing
-from megatron_router_upcycling.training import device
+from megatron_router_upcycling.training import attention_choice, device
 
 
 @dataclass(frozen=True)
@@ -214,17 +214,27 @@ def adapt(args: Namespace, place: str) -> None:
     changes = device.adapt(args, place)
     if changes and args.rank == 0:
         print(changes, flush=True)
-    with_te = place == "cuda" and device.has_transformer_engine()
-    if with_te:
-        from megatron_router_upcycling.training.patches.with_te import install
+    has_te = place == "cuda" and device.has_transformer_engine()
+    with_te = has_te and args.transformer_impl == "transformer_engine"
+    attention = attention_choice.choose(args, with_te)
+    if has_te:
+        from megatron_router_upcycling.training.patches import with_te as patches
+
+        patches.install()
     else:
-        from megatron_router_upcycling.training.patches.without_te import install
-    install()
+        from megatron_router_upcycling.training.patches import without_te
+
+        without_te.install(unfused_attention=attention == attention_choice.MEGATRON)
     if place == "cuda":
         from megatron_router_upcycling.training.patches import gpu_kernels
 
-        if used := gpu_kernels.install(args, with_te and args.transformer_impl == "transformer_engine"):
-            _say(args, f"GPU: {'; '.join(used)}")
+        used = gpu_kernels.install(args, with_te, attention)
+        _say(args, f"GPU: {'; '.join(used)}")
+    if warning := attention_choice.cost(args, attention):
+        _say(args, warning)
+    if args.attention_backend.name == "local":
+        # The module is chosen; Megatron's check of this value reads a --spec that is not given here.
+        args.attention_backend = type(args.attention_backend).unfused
 
 
 def _say(args: Namespace, line: str) -> None:

@@ -72,9 +72,31 @@ def test_the_papers_run(paper: Path) -> None:
     assert stage["memory"]["optimizer"] == pytest.approx(12 * total / 64)
     sent = stage["communication"]
     assert sent["data_parallel"] == pytest.approx(6 * total * 63 / 64) and sent["expert_parallel"] == 0
-    rate = found["tokens"] * found["flops_per_token"] / found["seconds"]["0.35"]
-    assert rate == pytest.approx(0.35 * 64 * 989e12)
+    for name, share in found["utilisation"].items():
+        rate = found["tokens"] * found["flops_per_token"] / found["seconds"][name]
+        assert rate == pytest.approx(share * 64 * 989e12)
     assert not found["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "peak_gib", "seconds"),
+    [(4, 38.6, {"CUDA graphs": 0.1732, "eager": 0.1948}), (8, 64.8, {"eager": 0.361})],
+)
+def test_what_was_measured(micro_batch: int, peak_gib: float, seconds: dict[str, float]) -> None:
+    """On an H200, one rank of 64 in a step of one micro-batch (docs/performance.md)."""
+    flags = (
+        "--router",
+        "mixture",
+        "--micro-batch-size",
+        micro_batch,
+        "--global-batch-size",
+        64 * micro_batch,
+    )
+    found = plan(launch.ROOT / "configs/qwen1.5-0.5b-8x/moe.yaml", *flags)
+    assert found["stages"]["0"]["memory"]["total"] / 2**30 == pytest.approx(peak_gib, rel=0.03)
+    for name, expected in seconds.items():
+        assert found["seconds"][name] / 25_000 == pytest.approx(expected, rel=0.05)
+    assert found["measured_on"] == "one rank of an H200"
 
 
 def test_expert_parallel_moves_experts_and_optimizer_shards(paper: Path) -> None:
@@ -193,7 +215,7 @@ def test_recomputation_takes_memory_off(paper: Path) -> None:
     selective = kept("--recompute-granularity", "selective", "--recompute-modules", "moe_act", "layernorm")
     assert full < selective < kept()
     tokens, layer = 4 * 4096, kept() / 24
-    assert full == pytest.approx(24 * tokens * 1024 * 2 + layer)
+    assert full == pytest.approx(24 * tokens * 1024 * 2 + layer, rel=1e-2)
 
 
 def test_the_command_needs_neither_torch_nor_megatron(paper: Path) -> None:

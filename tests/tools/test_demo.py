@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_router_upcycling.training.run_log import files
-from tools.experiments import demo
+from tools.experiments import demo, foundation
 from tools.experiments.comparison import read
 from tools.experiments.demo import Model
 from tools.experiments.foundation import environment
@@ -38,6 +38,32 @@ def test_plan_reads_only_what_an_earlier_stage_makes():
         *("convert", "evaluate", "train") * 2,
         *("export", "check"),
     ]
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_a_single_gpu_is_used_by_one_rank(gpus: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foundation, "num_gpus", lambda: gpus)
+    started = [stage for stage in plan_in(Path("somewhere")).stages() if "--nproc-per-node" in stage.command]
+    assert len(started) == 6
+    for stage in started:
+        assert stage.command[stage.command.index("--nproc-per-node") + 1] == str(ranks)
+        has_experts = stage.name not in ("dense", "key_stats")
+        assert ("--expert-model-parallel-size" in stage.command) == (has_experts and ranks == 1), stage.name
+    assert environment().get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.parametrize(("visible", "found"), [(None, 2), ("", 0), ("1", 1), ("0,1", 2)])
+def test_gpus_that_are_hidden_do_not_count(
+    tmp_path: Path, visible: str | None, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: one'\necho 'GPU 1: another'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert foundation.num_gpus.__wrapped__() == found
 
 
 def test_disk_use_does_not_count_what_is_linked(tmp_path):

@@ -21,7 +21,8 @@ def test_with_transformer_engine_only_apexs_kernel_is_missed(
 ) -> None:
     installed = {"transformer_engine"} | ({device.APEX_EXTENSION} if apex else set())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
-    args = Namespace(gradient_accumulation_fusion=True, moe_grouped_gemm=True)
+    args = Namespace(**GRAPHS | {"cuda_graph_impl": "none"})
+    args.gradient_accumulation_fusion = args.moe_grouped_gemm = True
     line = device.adapt(args, "cuda")
     assert args.moe_grouped_gemm and args.gradient_accumulation_fusion == apex
     assert line == (None if apex else "GPU without apex: set gradient_accumulation_fusion=False")
@@ -88,3 +89,53 @@ def test_a_gpus_random_state_is_a_seed_on_the_cpu() -> None:
     finally:
         _set_rng_state(before)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+GRAPHS: dict[str, Any] = {
+    "cuda_graph_impl": "local",
+    "cuda_graph_modules": [],
+    "te_rng_tracker": False,
+    "num_experts": 8,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
+    "tensor_model_parallel_size": 1,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_expert_capacity_factor": None,
+    "moe_router_padding_for_quantization": False,
+    "moe_shared_expert_overlap": False,
+    "moe_latent_size": None,
+    "distributed_backend": "nccl",
+    "ddp_average_in_collective": True,
+    "gradient_accumulation_fusion": False,
+}
+
+
+@pytest.mark.parametrize(
+    "changes, modules",
+    [
+        ({}, []),  # the whole layer
+        ({"expert_model_parallel_size": 8}, ["attn", "moe_router"]),
+        ({"tensor_model_parallel_size": 2}, ["attn", "moe_router"]),
+        ({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, []),
+        ({"expert_model_parallel_size": 8, "num_experts": None}, []),
+        ({"expert_model_parallel_size": 8, "cuda_graph_modules": [CudaGraphModule.attn]}, ["attn"]),
+    ],
+)
+def test_a_whole_layer_is_captured_where_its_dispatcher_can_be(
+    changes: dict[str, Any], modules: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # Transformer Engine and apex
+    args = Namespace(**GRAPHS | changes)
+    line = device.adapt(args, "cuda")
+    assert [module.name for module in args.cuda_graph_modules] == modules
+    assert args.te_rng_tracker and args.ddp_average_in_collective
+    assert line and "te_rng_tracker=True" in line
+    asked = changes.get("cuda_graph_modules", [])
+    assert (f"cuda_graph_modules={modules}" in line) == (bool(modules) and not asked)
+
+
+def test_gloo_averages_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    args = Namespace(**GRAPHS | {"cuda_graph_impl": "none", "distributed_backend": "gloo"})
+    line = device.adapt(args, "cuda")
+    assert line == "GPU with Transformer Engine: set ddp_average_in_collective=False"

@@ -16,7 +16,7 @@ from typing import Any
 from tools.experiments.stages import Stage
 
 PACKAGE = "megatron_router_upcycling."
-NUM_RANKS = 2
+NUM_RANKS = 2  # but one on a machine with a single GPU
 # What --quick changes: a model and a corpus just large enough to go through every step.
 QUICK_CORPUS = {"max_bytes": 800_000, "vocab_size": 500, "held_out_fraction": 0.1}
 QUICK_MODEL = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 176, "kv_channels": 8}
@@ -45,9 +45,30 @@ def program(name: str) -> str:
     return str((folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder) / name)
 
 
+@cache
+def num_gpus() -> int:
+    """GPUs that commands will see here."""
+    if not shutil.which("nvidia-smi"):
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    installed = sum(line.startswith("GPU ") for line in listed.splitlines())
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return installed if chosen is None else min(installed, len([name for name in chosen.split(",") if name]))
+
+
+def num_ranks() -> int:
+    """Two, on two GPUs or the CPU; one where there is a single GPU, which two cannot share."""
+    return 1 if num_gpus() == 1 else NUM_RANKS
+
+
 def torchrun(module: str) -> tuple[str, ...]:
     """Run ``module`` on this machine's ranks."""
-    return (program("torchrun"), "--standalone", "--nproc-per-node", str(NUM_RANKS), "-m", module)
+    return (program("torchrun"), "--standalone", "--nproc-per-node", str(num_ranks()), "-m", module)
+
+
+def on_these_ranks() -> tuple[str, ...]:
+    """What a model with experts needs beside its file, which spreads them over two ranks."""
+    return flags(expert_model_parallel_size=1) if num_ranks() == 1 else ()
 
 
 @dataclass(frozen=True)
@@ -121,11 +142,5 @@ class Foundation:
 
 
 def environment() -> dict[str, str]:
-    """The environment of the commands; hides a single GPU, on which two ranks cannot run."""
-    changed = dict(os.environ, OMP_NUM_THREADS="1")
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-        if 0 < listed.count("GPU ") < NUM_RANKS:
-            print(f"One GPU is too few for {NUM_RANKS} ranks: this runs on the CPU.")
-            changed["CUDA_VISIBLE_DEVICES"] = ""
-    return changed
+    """The environment of the commands."""
+    return dict(os.environ, OMP_NUM_THREADS="1")

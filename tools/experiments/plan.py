@@ -8,7 +8,14 @@ from typing import Any
 
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from tools.experiments.comparison import Comparison
-from tools.experiments.foundation import PACKAGE, Foundation, flags, program, torchrun
+from tools.experiments.foundation import (
+    PACKAGE,
+    Foundation,
+    flags,
+    on_these_ranks,
+    program,
+    torchrun,
+)
 from tools.experiments.stages import Stage, in_order
 
 
@@ -66,6 +73,7 @@ class Plan:
             *((*launcher, "-m", module) if launcher else torchrun(module)),
             *flags(config=config),
             *(base.run_flags if base else ()),
+            *(() if launcher else on_these_ranks()),
             *flags(**self.comparison.flags | own),
         )
         title = f"{name}, seed {seed}: {verb}"

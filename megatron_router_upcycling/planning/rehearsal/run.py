@@ -162,6 +162,9 @@ def compare(args: Namespace, planned: Setup, measured: dict[str, Any]) -> dict[s
     )
     # Of all micro-batches in flight, of every model chunk and of the configured length, as planned. Under
     # full recomputation what is measured leaves out the layers at work.
+    whole_length = args.seq_length == planned.sequence
+    before = measured["weights"] + measured["gradients"] + measured["optimizer"]
+    at_peak = measured["peak_memory"] - before if measured["peak_memory"] and whole_length else None
     scale = figures.tokens_on_gpu(planned) * figures.in_flight(planned, stage) * planned.virtual_stages
     return {
         "rank": args.rank,
@@ -182,6 +185,8 @@ def compare(args: Namespace, planned: Setup, measured: dict[str, Any]) -> dict[s
         },
         "with fused kernels": {"plan": plan.activations},
         "activations and logits": {
+            # Where a step's backward pass begins, less what stands before it.
+            **({"measured": at_peak} if at_peak else {}),
             "plan": plan.activations + plan.logits,
             "megatron": activations(whole, planned.num_microbatches),
         },

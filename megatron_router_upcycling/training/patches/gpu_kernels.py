@@ -15,18 +15,23 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.language_module import language_module
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.transformer import torch_norm
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
-from megatron_router_upcycling.layers import kernels
+from megatron_router_upcycling.layers import experts, kernels
 from megatron_router_upcycling.layers.attention import SdpaAttention
 from megatron_router_upcycling.layers.kernels import accumulate, cross_entropy, norm, rotary
+from megatron_router_upcycling.training import attention_choice
 from megatron_router_upcycling.training.patches import patching
 
 _wrap = functools.partial(patching.wrap, "gpu_kernels")
 
 
-def install(args: Namespace, with_te: bool) -> list[str]:
+def install(args: Namespace, with_te: bool, attention: str) -> list[str]:
     """Wrap what Megatron builds its layers and its loss of; return what a run now uses, a phrase each.
+
+    Args:
+        attention: as ``attention_choice.choose`` chose it.
 
     Raises:
         RuntimeError: an upstream symbol has gone.
@@ -49,54 +54,51 @@ def install(args: Namespace, with_te: bool) -> list[str]:
             "_make_backward_post_hook",
             _add_gradients_faster,
         )
-    if with_te and takes_sdpa(args):
-        _attend_with_pytorch()
-    if takes_sdpa(args):
-        used.append("attention: PyTorch's scaled_dot_product_attention")
-    elif with_te:
-        used.append(f"attention: Transformer Engine's ({args.attention_backend.name})")
+    if with_te and attention != attention_choice.ENGINE:
+        replace_attention(SdpaAttention if attention == attention_choice.SDPA else DotProductAttention)
+    used.append(f"attention: {attention_choice.describe(args, attention)}")
+    if args.num_experts and args.moe_grouped_gemm:
+        why_not = experts.usable("cuda") if with_te else None
+        if with_te and why_not is None:
+            group_experts_with_te()
+        used.append(f"experts: {describe_experts(args, with_te, why_not)}")
     return used
 
 
-def takes_sdpa(args: Namespace) -> bool:
-    """Whether attention is PyTorch's: where nobody asked for another, and it can do what the model needs.
-
-    PyTorch chooses among cuDNN's, FlashAttention's and its own kernels, none of which holds the scores.
-    Transformer Engine falls back to one that does where its own cannot be loaded, and says nothing.
-    """
-    return (
-        args.attention_backend.name == "auto"
-        and args.context_parallel_size == 1
-        and not getattr(args, "window_size", None)
-        and not args.multi_latent_attention
-        and not args.fp8
-    )
-
-
-def _attend_with_pytorch() -> None:
+def replace_attention(module: type) -> None:
+    """``module``, which has no parameters, for Transformer Engine's attention."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     def core_attention(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self: SdpaAttention
+        return lambda self: module
 
     _wrap(TESpecProvider, "core_attention", core_attention)
 
 
 def group_experts_with_te() -> None:
-    """PyTorch's grouped products in place of Transformer Engine's grouped linears."""
+    """PyTorch's grouped products where they cover the model, else Transformer Engine's grouped linears."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
     from megatron.core.models.backends import LocalSpecProvider
 
-    from megatron_router_upcycling.layers.experts import build_experts
-
     def modules(original: Callable[..., Any]) -> Callable[..., Any]:
-        def build(self: Any, moe_use_grouped_gemm: bool, *args: Any, **kwargs: Any) -> Any:
+        def choose(self: Any, moe_use_grouped_gemm: bool) -> Any:
+            theirs = original(self, moe_use_grouped_gemm)
             if not moe_use_grouped_gemm:
-                return original(self, moe_use_grouped_gemm, *args, **kwargs)
+                return theirs
             loop = LocalSpecProvider().grouped_mlp_modules(False)
-            return functools.partial(build_experts, *loop.args, **loop.keywords)
 
-        return build
+            def build(
+                num_local_experts: int, config: Any, pg_collection: Any = None, name: Any = None
+            ) -> Any:
+                ours = experts.covers(config, pg_collection.expt_tp.size())
+                if ours:
+                    linears = loop.keywords["submodules"]
+                    return experts.GroupedExperts(num_local_experts, config, linears, pg_collection, name)
+                return theirs(num_local_experts, config, pg_collection=pg_collection, name=name)
+
+            return build
+
+        return choose
 
     _wrap(TESpecProvider, "grouped_mlp_modules", modules)
 
@@ -121,6 +123,22 @@ def _add_bias_in_product(original: Callable[..., Any]) -> Callable[..., Any]:
         return torch.nn.functional.linear(input, weight, bias)
 
     return linear
+
+
+def describe_experts(args: Namespace, with_te: bool, why_not: str | None) -> str:
+    """Whose products experts are, from Megatron's arguments before they are validated."""
+    of_te = "Transformer Engine's grouped linears" if with_te else "one by one"
+    if why_not:
+        return f"{of_te} ({why_not})"
+    covered = (
+        args.swiglu
+        and not args.add_bias_linear
+        and args.bf16
+        and not args.fp8
+        and "moe_act" not in (args.recompute_modules or ())
+        and (args.expert_tensor_parallel_size or args.tensor_model_parallel_size) == 1
+    )
+    return "PyTorch's grouped products" if covered else of_te
 
 
 def _read_logits_once(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,11 +193,14 @@ def _add_gradients_faster(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*unused: Any) -> None:
             if distributed_data_parallel.is_graph_capturing():
                 return hook(*unused)
-            added_by_layer = param.grad_added_to_main_grad and not getattr(param, "grad_added_here", False)
             mixed = param.grad is not None and param.grad.dtype is torch.bfloat16
-            if mixed and not added_by_layer and param.main_grad.dtype is torch.float32:
+            if mixed and not param.grad_added_to_main_grad and param.main_grad.dtype is torch.float32:
                 accumulate.add_(param.main_grad, param.grad.data)
-                param.grad_added_to_main_grad = param.grad_added_here = True
+                param.grad_added_to_main_grad = True  # the hook adds nothing then
+                hook(*unused)
+                # Left set, a CUDA graph captured later would take it that its own layer adds the gradient.
+                param.grad_added_to_main_grad = False
+                return
             hook(*unused)
 
         return call

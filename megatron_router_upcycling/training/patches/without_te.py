@@ -24,14 +24,18 @@ from megatron_router_upcycling.training.patches import patching
 _wrap = functools.partial(patching.wrap, "without_te")
 
 
-def install() -> None:
+def install(unfused_attention: bool = False) -> None:
     """Mend the norm and the distributed optimizer, and let local layer specs build what is faster.
+
+    Args:
+        unfused_attention: leave Megatron's own attention in place.
 
     Raises:
         RuntimeError: an upstream symbol that is wrapped has gone.
     """
     _wrap(torch_norm.WrappedTorchNorm, "__new__", _allow_sequence_parallel)
-    _wrap(backends.LocalSpecProvider, "core_attention", _attend_without_scores)
+    if not unfused_attention:
+        _wrap(backends.LocalSpecProvider, "core_attention", _attend_without_scores)
     _wrap(backends.LocalSpecProvider, "grouped_mlp_modules", _group_experts)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         # Resume exactly with PyTorch's Adam, which keeps its step as a tensor.

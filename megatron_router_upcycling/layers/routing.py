@@ -1,0 +1,64 @@
+"""What comes after a router's logits, in one kernel each way: softmax, top k, and the sums of both auxiliary
+losses.
+"""
+
+import torch
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_router_upcycling.layers.kernels import routing
+
+
+class FusedRoutingRouter(TopKRouter):
+    """A ``TopKRouter`` whose ``routing`` is fused where that covers the configuration."""
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights [T, n] and the map of the chosen experts, bool [T, n], of logits [..., n].
+
+        One kernel each way where it covers the configuration; else Megatron's own steps.
+        """
+        flat = logits.reshape(-1, self.config.num_moe_experts)
+        if padding_mask is not None or not self._is_plain() or not routing.usable(flat):
+            return super().routing(logits, padding_mask)
+        found = routing.route(flat, self.topk, self.config.moe_router_pre_softmax)
+        probs = found.probs
+        if self.training and torch.is_grad_enabled():
+            if self.config.moe_z_loss_coeff is not None:
+                probs = self._attach_z_loss(probs, found.square_sum / flat.shape[0])
+            # Megatron's function sums the scores over their first axis, and they are summed already.
+            scores = found.score_sums.unsqueeze(0)
+            probs = self._apply_aux_loss(probs, scores, found.routing_map)
+        return probs, found.routing_map
+
+    def _is_plain(self) -> bool:
+        """Whether the configuration asks for softmax, top k, the z-loss and the load-balancing loss, and no
+        more.
+        """
+        config = self.config
+        balancing = self.routing_type if isinstance(self.routing_type, list) else [self.routing_type]
+        return (
+            self.score_function == "softmax"
+            and set(balancing) <= {"aux_loss", "none"}
+            and not self.enable_expert_bias
+            and not config.moe_router_num_groups
+            and not config.moe_router_group_topk
+            and not config.moe_router_topk_scaling_factor
+            and config.moe_expert_capacity_factor is None
+            and self.router_replay is None
+            and not self.is_mtp_layer
+        )
+
+    def _attach_z_loss(self, probs: Tensor, mean_square: Tensor) -> Tensor:
+        """As ``TopKRouter.apply_z_loss``, which computes the mean square itself."""
+        config, size = self.config, self.tp_cp_group.size()
+        coefficient = config.moe_z_loss_coeff / size
+        z_loss = mean_square * coefficient
+        scale = probs.shape[0] * size if self.calculate_per_token_loss else 1
+        probs = MoEAuxLossAutoScaler.apply(probs, z_loss * scale)
+        layers = config.num_layers + (config.mtp_num_layers or 0)
+        get_moe_metrics_tracker().record(
+            "z_loss", z_loss / coefficient, self.layer_number, layers, avg_group=self.tp_dp_cp_group
+        )
+        return probs

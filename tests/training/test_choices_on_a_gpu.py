@@ -1,0 +1,117 @@
+"""Which attention and experts a run takes: decided from its arguments, and built into Megatron's specs."""
+
+from argparse import Namespace
+from typing import Any
+
+import pytest
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron_router_upcycling.training import attention_choice
+from megatron_router_upcycling.training.attention_choice import ENGINE, MEGATRON, SDPA
+from tests import launch
+
+ARGS: dict[str, Any] = {
+    "context_parallel_size": 1,
+    "multi_latent_attention": False,
+    "fp8": None,
+    "seq_length": 4096,
+    "micro_batch_size": 4,
+    "num_attention_heads": 16,
+    "num_layers": 24,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "bf16": True,
+    "fp16": False,
+}
+
+
+@pytest.mark.parametrize(
+    "backend, without_te, with_te",
+    [
+        ("auto", SDPA, SDPA),
+        ("flash", SDPA, ENGINE),
+        ("fused", SDPA, ENGINE),
+        ("unfused", MEGATRON, ENGINE),
+        ("local", MEGATRON, MEGATRON),
+    ],
+)
+def test_the_users_word_decides(backend: str, without_te: str, with_te: str) -> None:
+    args = Namespace(**ARGS, attention_backend=AttnBackend[backend])
+    found = [attention_choice.choose(args, te) for te in (False, True)]
+    assert found == [without_te, with_te]
+    for chosen in found:
+        line = attention_choice.cost(args, chosen)
+        assert (line is not None) == (backend in ("unfused", "local"))
+        # 4 x 16 heads x 4096 x 4096 scores of two bytes.
+        assert line is None or "2.0 GiB of scores a layer, 48.0 GiB in 24 layers" in line
+        args.seq_length = 1024
+        assert attention_choice.cost(args, chosen) is None
+        args.seq_length = 4096
+
+
+@pytest.mark.parametrize(
+    "change", [{"context_parallel_size": 2}, {"fp8": "hybrid"}, {"multi_latent_attention": True}]
+)
+def test_what_pytorchs_attention_cannot_do_is_transformer_engines(change: dict[str, Any]) -> None:
+    args = Namespace(**ARGS | change, attention_backend=AttnBackend.auto)
+    assert attention_choice.choose(args, True) == ENGINE
+
+
+def test_transformer_engines_specs_take_pytorchs_products() -> None:
+    """In a process of its own: symbols stay replaced."""
+    launch.python("-c", "from tests.training import test_choices_on_a_gpu as t; t.check_specs()").ok()
+
+
+def check_specs() -> None:
+    from megatron_router_upcycling.training.patches import cpu_backend, gpu_kernels
+
+    cpu_backend.install()
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_router_upcycling.layers.attention import SdpaAttention
+    from megatron_router_upcycling.layers.experts import GroupedExperts
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    gpu_kernels.replace_attention(SdpaAttention)
+    gpu_kernels.group_experts_with_te()
+    provider = TESpecProvider()
+    assert provider.core_attention() is SdpaAttention
+
+    def build(grouped: bool, **changes: Any) -> Any:
+        values: dict[str, Any] = {
+            "gated_linear_unit": True,
+            "activation_func": torch.nn.functional.silu,
+            "add_bias_linear": False,
+        }
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=32,
+            ffn_hidden_size=64,
+            num_attention_heads=4,
+            num_moe_experts=4,
+            **values | changes,
+        )
+        return provider.grouped_mlp_modules(grouped)(4, config, pg_collection=groups, name=None)
+
+    ours, loop = build(True), build(False)
+    assert type(ours) is GroupedExperts and type(loop) is SequentialMLP
+    # What does not fit is Megatron's own module, which without Transformer Engine is the loop.
+    assert type(build(True, add_bias_linear=True)) is SequentialMLP
+
+    def keys(module: Any) -> set[str]:
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+        from megatron.core.dist_checkpointing.mapping import apply_factories
+
+        state = module.sharded_state_dict("experts.")
+        apply_factories(state)
+        return {entry.key for entry in nested_values(state)}
+
+    assert keys(ours) == keys(loop) and keys(ours)
