@@ -736,10 +736,9 @@ def run(options: Namespace) -> dict[str, Any]:
     limits = LIMITS | {name: float(seconds) for name, seconds in options.limit}
     (options.output / "logs").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.work) as work:
-        for name in PARTS:
-            if name not in options.parts:
-                found["not_run"].append({"what": name, "why": "not asked for (--parts)"})
-                continue
+        absent = [name for name in PARTS if name not in options.parts]
+        found["not_run"] += [{"what": name, "why": "not asked for (--parts)"} for name in absent]
+        for name in (name for name in PARTS if name in options.parts):
             part = Part(name, limits[name], options, machine, Path(work))
             try:
                 PARTS[name](part)
