@@ -17,6 +17,7 @@ DIR then holds report.json, report.md (one page), and logs/ with what every proc
 sizes are small (--quick), and the page names what could not be run.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -174,7 +175,7 @@ class Job:
         if on_cpu or not part.machine["gpu"]:
             self.environment.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
         self.process: subprocess.Popen[str] | None = None
-        self.held = False
+        self.held = self.ended = False
         self.logs = [
             part.logs / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.{end}" for end in ("out", "err")
         ]
@@ -194,6 +195,7 @@ class Job:
                 text=True,
                 start_new_session=True,
             )
+        atexit.register(self.end)  # should this command be ended first
 
     def run(self, limit: float | None = None) -> Done:
         """Let it run to its end, or to that of its limit or its part's."""
@@ -220,7 +222,8 @@ class Job:
 
     def end(self) -> None:
         """End it and all that it started."""
-        if self.process:
+        if self.process and not self.ended:
+            self.ended = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -341,7 +344,13 @@ def at_once(jobs: dict[str, Job], workers: int) -> dict[str, Done]:
     """Run jobs, as many at a time as the machine bears; nothing here is timed."""
     with ThreadPoolExecutor(workers) as pool:
         futures = {name: pool.submit(job.run) for name, job in jobs.items()}
-        return {name: future.result() for name, future in futures.items()}
+        try:
+            return {name: future.result() for name, future in futures.items()}
+        except BaseException:  # this command is to end: its jobs as well, so that the pool can
+            pool.shutdown(wait=False, cancel_futures=True)
+            for job in jobs.values():
+                job.end()
+            raise
 
 
 def train(part: Part) -> None:
@@ -727,10 +736,9 @@ def run(options: Namespace) -> dict[str, Any]:
     limits = LIMITS | {name: float(seconds) for name, seconds in options.limit}
     (options.output / "logs").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.work) as work:
-        for name in PARTS:
-            if name not in options.parts:
-                found["not_run"].append({"what": name, "why": "not asked for (--parts)"})
-                continue
+        absent = [name for name in PARTS if name not in options.parts]
+        found["not_run"] += [{"what": name, "why": "not asked for (--parts)"} for name in absent]
+        for name in (name for name in PARTS if name in options.parts):
             part = Part(name, limits[name], options, machine, Path(work))
             try:
                 PARTS[name](part)
@@ -776,6 +784,7 @@ def main() -> int:
     options.output = options.output.absolute()
     if unknown := [name for name, _ in options.limit if name not in PARTS]:
         parser.error(f"--limit {unknown[0]}: the parts are {', '.join(PARTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     found = run(options)
     print(f"wrote {options.output / 'report.md'} and report.json")
     return int(any(part["outcome"] != OK for part in found["parts"].values()))
