@@ -62,3 +62,14 @@ class FusedRoutingRouter(TopKRouter):
             "z_loss", z_loss / coefficient, self.layer_number, layers, avg_group=self.tp_dp_cp_group
         )
         return probs
+
+
+class ParameterHolder(torch.nn.Module):
+    """Parameters that a checkpoint has under a name of their own; calling it reads one.
+
+    Megatron waits for a parameter's gather, and starts the next, before a module that owns parameters is
+    called.
+    """
+
+    def forward(self, name: str) -> Tensor:
+        return getattr(self, name)

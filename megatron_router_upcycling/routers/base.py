@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_router_upcycling.config.router import RouterConfig
-from megatron_router_upcycling.layers.routing import FusedRoutingRouter
+from megatron_router_upcycling.layers.routing import FusedRoutingRouter, ParameterHolder
 from megatron_router_upcycling.routers.kinds import Sizes
 
 
@@ -48,7 +48,7 @@ class OwnParametersRouter(FusedRoutingRouter):
             owner: torch.nn.Module = self
             for module in modules:
                 if not hasattr(owner, module):
-                    owner.add_module(module, _Holder())
+                    owner.add_module(module, ParameterHolder())
                 owner = getattr(owner, module)
             empty = torch.empty(parameter.shape, dtype=torch.float32)
             owner.register_parameter(name, torch.nn.Parameter(empty))
@@ -78,17 +78,6 @@ class OwnParametersRouter(FusedRoutingRouter):
     def _read(self, name: str) -> Tensor:
         owner, _, last = name.rpartition(".")
         return self.get_submodule(owner)(last) if owner else getattr(self, last)
-
-
-class _Holder(torch.nn.Module):
-    """Parameters that a checkpoint has under a name of their own; calling it reads one.
-
-    Megatron waits for a parameter's gather, and starts the next, before a module that owns parameters is
-    called.
-    """
-
-    def forward(self, name: str) -> Tensor:
-        return getattr(self, name)
 
 
 def router_dtype(config: TransformerConfig, input: Tensor) -> torch.dtype:
