@@ -22,6 +22,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 from torch.nn.functional import silu
 
+from megatron_router_upcycling.checkpoint.names import EXTRA_STATE
 from megatron_router_upcycling.layers.kernels.swiglu import weighted_swiglu
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -168,14 +169,14 @@ class GroupedExperts(MegatronModule):
             entries[f"{prefix}{linear}_weight"] = ShardedTensorFactory(key, stacked, build, merge, replica)
             for local, place in enumerate(places):
                 own = f"{prefix}experts.{first + local}." if singleton else f"{prefix}experts."
-                entries[f"{prefix}{local}.{linear}._extra_state"] = make_sharded_object_for_checkpoint(
-                    None, f"{own}{linear}._extra_state", (*sharded_offsets, *place), replica_id=replica
+                entries[f"{prefix}{local}.{linear}{EXTRA_STATE}"] = make_sharded_object_for_checkpoint(
+                    None, f"{own}{linear}{EXTRA_STATE}", (*sharded_offsets, *place), replica_id=replica
                 )
         return entries
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Extra states are Transformer Engine's; these experts have none."""
-        for key in [key for key in state_dict if key.startswith(prefix) and key.endswith("_extra_state")]:
+        for key in [key for key in state_dict if key.startswith(prefix) and key.endswith(EXTRA_STATE)]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
