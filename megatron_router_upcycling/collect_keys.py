@@ -24,5 +24,9 @@ def collect_keys(argv: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main() -> None:
     launch.exit_on_user_error(lambda: collect_keys(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

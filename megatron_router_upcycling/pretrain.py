@@ -39,5 +39,9 @@ def pretrain(argv: list[str]) -> None:
         train(launch.prepare(argv))
 
 
-if __name__ == "__main__":
+def main() -> None:
     launch.exit_on_user_error(lambda: pretrain(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -25,5 +25,9 @@ def rehearse(argv: list[str]) -> None:
     run.rehearse(argv)
 
 
-if __name__ == "__main__":
+def main() -> None:
     launch.exit_on_user_error(lambda: rehearse(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,14 +4,13 @@ Usage: as ``-m megatron_router_upcycling.pretrain``. Grouped expert products and
 stay as the flags say. Each rank prints which class its experts are of.
 """
 
-import sys
 from argparse import Namespace
 from typing import Any
 
 import torch
 
 from megatron_router_upcycling import pretrain
-from megatron_router_upcycling.training import device, launch
+from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.patches import cpu_backend
 
 KEPT = ("moe_grouped_gemm", "overlap_grad_reduce", "overlap_param_gather")
@@ -32,7 +31,7 @@ def main() -> None:
         _tell_experts()
 
     device.adapt, cpu_backend.install = adapt_but_keep, install_with_capability
-    launch.exit_on_user_error(lambda: pretrain.pretrain(sys.argv[1:]))
+    pretrain.main()
 
 
 def _tell_experts() -> None:
