@@ -28,8 +28,8 @@ WORK = {
     "norms, rotary, residuals": TOKENS * D * LAYERS,
 }
 KERNELS_MS = 164.0
-# A step over its kernels, launched one by one: at 8 sequences a micro-batch the host keeps up, at 4 it does not.
+# A step over its kernels: where the host launches them in time (8 sequences a micro-batch), and where not (4).
 WALL_OVER_KERNELS = {
-    "large micro-batches": 339.8 / 314.7,
-    "small micro-batches": 219.4 / KERNELS_MS,
+    "host keeps up": 339.8 / 314.7,
+    "host falls behind": 219.4 / KERNELS_MS,
 }

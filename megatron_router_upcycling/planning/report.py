@@ -204,7 +204,7 @@ def _speed(plan: Plan, peak_tflops: float) -> Iterator[str]:
         seconds = plan.seconds(ratio, peak_tflops, step)
         hours = plan.seconds(ratio, peak_tflops, plan.tokens or 100e9) / 3600
         yield (
-            f"{name:20}{plan.utilisation(ratio):.0%} of {peak_tflops:g} TFLOP/s,"
+            f"{name:18}{plan.utilisation(ratio):.0%} of {peak_tflops:g} TFLOP/s,"
             f" {step / seconds / s.world_size:,.0f} tokens/s a GPU, {step / seconds:,.0f} tokens/s in all,"
             f" {seconds:.2f} s a step; {length}: {hours:.1f} hours"
         )
