@@ -28,7 +28,7 @@ WORK = {
     "norms, rotary, residuals": TOKENS * D * LAYERS,
 }
 KERNELS_MS = 164.0
-# A step over its kernels: where the host launches them in time (8 sequences a micro-batch), and where not (4).
+# A step over its kernels: where the host launches them in time (micro-batches of 8), and where not (4).
 WALL_OVER_KERNELS = {
     "host keeps up": 339.8 / 314.7,
     "host falls behind": 219.4 / KERNELS_MS,
