@@ -144,7 +144,8 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
             for kind, value in medians.items()
         },
         "router_share": {
-            kind: found["parts"].get("routers", 0.0) / found["kernel_ms"] for kind, found in profiles.items()
+            kind: found["parts"].get("routers", 0.0) / max(found["kernel_ms"], 1e-9)
+            for kind, found in profiles.items()
         },
         "profiles": profiles,
         "peak_bytes": peaks,

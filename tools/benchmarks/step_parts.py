@@ -97,7 +97,7 @@ def measure(
         "wall_ms": middle,
         "kernel_ms": total,
         "launches": launches,
-        "gap": middle / total - 1 if on_gpu else None,
+        "gap": middle / total - 1 if on_gpu and total else None,
         "parts": dict(parts.most_common()),
         "kernels": {name: [ms, count] for name, (ms, count) in kernels.items()},
     }
@@ -167,5 +167,5 @@ def report(found: dict[str, Any]) -> str:
     wall, kernels, launches = found["wall_ms"], found["kernel_ms"], found["launches"]
     lines = [f"step {wall:.1f} ms, kernels {kernels:.1f} ms in {launches} launches{gap}"]
     for part, milliseconds in found["parts"].items():
-        lines.append(f"{milliseconds:10.2f} ms {milliseconds / found['kernel_ms']:7.2%}  {part}")
+        lines.append(f"{milliseconds:10.2f} ms {milliseconds / max(found['kernel_ms'], 1e-9):7.2%}  {part}")
     return "\n".join(lines)

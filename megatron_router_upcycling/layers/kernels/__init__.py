@@ -27,11 +27,13 @@ except ImportError:  # PyTorch's CPU builds come without it
     triton = tl = _Absent()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# MEGATRON_ROUTER_UPCYCLING_KERNELS=off is for a machine on which they fail: plain PyTorch does their work.
+WANTED = INSTALLED and os.environ.get("MEGATRON_ROUTER_UPCYCLING_KERNELS") != "off"
 
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can take these tensors."""
-    return INSTALLED and (INTERPRETED or all(tensor.is_cuda for tensor in tensors))
+    return WANTED and (INTERPRETED or all(tensor.is_cuda for tensor in tensors))
 
 
 def block_size(width: int, largest: int = 4096) -> int:
@@ -44,4 +46,4 @@ def blocks(count: int, size: int) -> int:
     return -(-count // size)
 
 
-__all__ = ["INSTALLED", "INTERPRETED", "block_size", "blocks", "tl", "triton", "usable"]
+__all__ = ["INSTALLED", "INTERPRETED", "WANTED", "block_size", "blocks", "tl", "triton", "usable"]

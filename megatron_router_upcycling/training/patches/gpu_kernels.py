@@ -37,7 +37,7 @@ def install(args: Namespace, with_te: bool, attention: str) -> list[str]:
         RuntimeError: an upstream symbol has gone.
     """
     used = []
-    if kernels.INSTALLED:
+    if kernels.WANTED:
         _wrap(language_module, "fused_vocab_parallel_cross_entropy", _read_logits_once)
         used.append(
             "Triton kernels for router, experts, permutation, norms, rotary embedding and cross entropy"
