@@ -69,7 +69,7 @@ def covers(config: Any, expert_ranks: int) -> bool:
         and not config.moe_router_padding_for_quantization
         and not config.moe_shared_expert_overlap
         and not config.moe_latent_size
-        # A loop over experts asks the host for their counts, which a CUDA graph cannot; Megatron's copies them.
+        # A loop over experts asks the host for their counts, which it cannot inside a CUDA graph.
         and (getattr(config, "cuda_graph_impl", "none") == "none" or config.moe_grouped_gemm)
     )
 
