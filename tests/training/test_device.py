@@ -104,6 +104,7 @@ GRAPHS: dict[str, Any] = {
     "moe_router_padding_for_quantization": False,
     "moe_shared_expert_overlap": False,
     "moe_latent_size": None,
+    "moe_grouped_gemm": True,
     "distributed_backend": "nccl",
     "ddp_average_in_collective": True,
     "gradient_accumulation_fusion": False,
@@ -115,6 +116,7 @@ GRAPHS: dict[str, Any] = {
     [
         ({}, []),  # the whole layer
         ({"expert_model_parallel_size": 8}, ["attn", "moe_router"]),
+        ({"moe_grouped_gemm": False}, ["attn", "moe_router"]),
         ({"tensor_model_parallel_size": 2}, ["attn", "moe_router"]),
         ({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, []),
         ({"expert_model_parallel_size": 8, "num_experts": None}, []),
