@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import launch
+from tests.layers import one_rank
 
 SEQUENCE, BATCH, D, EXPERTS = 12, 2, 32, 6
 TOLERANCE = 2e-6  # float32, values of order 1
@@ -19,19 +20,12 @@ def test_equal_to_megatrons_forward_and_backward() -> None:
 
 
 def compare() -> None:
-    from megatron_router_upcycling.training.patches import cpu_backend, without_te
-
-    cpu_backend.install()
-    without_te.install()
-    from megatron.core import parallel_state, tensor_parallel
+    one_rank.start()
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     from megatron_router_upcycling.layers.dispatch import OneRankDispatcher, UpcycledMoELayer
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
     for grouped, top_k, gate in itertools.product((False, True), (1, 2, EXPERTS), GATES):
         ours = build(UpcycledMoELayer, top_k, grouped)
         theirs = build(MoELayer, top_k, grouped)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from tests import launch
+from tests.layers import one_rank
 
 TOKENS, D, EXPERTS = 40, 32, 4
 
@@ -15,18 +16,12 @@ def test_equal_to_megatrons_loop_forward_and_backward() -> None:
 
 
 def compare() -> None:
-    from megatron_router_upcycling.layers import experts
-    from megatron_router_upcycling.training.patches import cpu_backend, without_te
-
-    cpu_backend.install()
-    without_te.install()
-    from megatron.core import parallel_state, tensor_parallel
+    one_rank.start()
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.transformer.moe.experts import SequentialMLP
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    from megatron_router_upcycling.layers import experts
+
     assert experts.usable("cpu") is None
     builders = [LocalSpecProvider().grouped_mlp_modules(grouped) for grouped in (False, True)]
     assert [builder.func for builder in builders] == [SequentialMLP, experts.build_experts]

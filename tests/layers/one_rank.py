@@ -1,0 +1,16 @@
+"""Megatron on the CPU in this process, as the only rank."""
+
+import torch
+
+
+def start() -> None:
+    """Call it before anything of Megatron is imported; a process does so once."""
+    from megatron_router_upcycling.training.patches import cpu_backend, without_te
+
+    cpu_backend.install()
+    without_te.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
