@@ -106,9 +106,7 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Rows [R, D], sorted by expert, through their experts and weighted: [R, D]."""
         rows = permuted_local_hidden_states
-        if (
-            rows.shape[0] == 0
-        ):  # no product takes nothing, and the parameters need their gradients all the same
+        if rows.shape[0] == 0:  # no product takes nothing, yet the parameters need their gradients
             hidden = weighted_swiglu(rows @ self.linear_fc1_weight[0].t(), permuted_probs)
             return hidden @ self.linear_fc2_weight[0].t(), None
         counts = tokens_per_expert.to(rows.device, non_blocking=True)
@@ -125,50 +123,25 @@ class GroupedExperts(MegatronModule):
         """The entries that ``SequentialMLP`` gives, through a factory for each stacked parameter."""
         singleton = (metadata or {}).get("singleton_local_shards", False)
         replica = (0, 0, self.dp_group.rank())
-        n, first = self.num_local_experts, self.ep_group.rank() * self.num_local_experts
-        total = n * self.ep_group.size()
-        places = [
-            () if singleton else ((len(sharded_offsets), expert, total),)
-            for expert in range(first, first + n)
-        ]
+        first = self.ep_group.rank() * self.num_local_experts
+        total = self.num_local_experts * self.ep_group.size()
+        places = {
+            expert: () if singleton else ((len(sharded_offsets), expert, total),)
+            for expert in range(first, first + self.num_local_experts)
+        }
         entries: dict[str, Any] = {}
         for linear in LINEARS:
-            key = f"{prefix}experts.{linear}.weight"
-            halves = 2 if linear == "linear_fc1" else 1
-
-            def build(
-                key: str, stacked: Tensor, replica_id: Any, flattened: Any = None, halves: int = halves
-            ) -> list[ShardedTensor]:
-                found = []
-                for local, (weight, place) in enumerate(zip(stacked, places, strict=True)):
-                    own = (
-                        key.replace(".experts.linear", f".experts.{first + local}.linear")
-                        if singleton
-                        else key
-                    )
-                    offsets = (*sharded_offsets, *place)
-                    for half, part in enumerate(weight.chunk(halves)):
-                        split = halves > 1 and not singleton
-                        found.append(
-                            ShardedTensor.from_rank_offsets(
-                                own + ("_w", "_v")[half] * (halves > 1 and singleton),
-                                part,
-                                *offsets,
-                                *(((len(offsets), half, halves),) if split else ()),
-                                replica_id=replica_id,
-                                prepend_axis_num=len(offsets),
-                            )
-                        )
-                return found
-
-            def merge(parts: list[Tensor], halves: int = halves) -> Tensor:
-                whole = [torch.cat(parts[i : i + halves]) for i in range(0, len(parts), halves)]
-                return torch.stack(whole)
-
             stacked = self.get_parameter(f"{linear}_weight")
-            entries[f"{prefix}{linear}_weight"] = ShardedTensorFactory(key, stacked, build, merge, replica)
-            for local, place in enumerate(places):
-                own = f"{prefix}experts.{first + local}." if singleton else f"{prefix}experts."
+            halves = 2 if linear == "linear_fc1" else 1
+            entries[f"{prefix}{linear}_weight"] = ShardedTensorFactory(
+                f"{prefix}experts.{linear}.weight",
+                stacked,
+                functools.partial(_shards, places, sharded_offsets, singleton, halves),
+                functools.partial(_stack, halves),
+                replica,
+            )
+            for local, (expert, place) in enumerate(places.items()):
+                own = f"{prefix}experts.{expert}." if singleton else f"{prefix}experts."
                 entries[f"{prefix}{local}.{linear}{EXTRA_STATE}"] = make_sharded_object_for_checkpoint(
                     None, f"{own}{linear}{EXTRA_STATE}", (*sharded_offsets, *place), replica_id=replica
                 )
@@ -179,6 +152,45 @@ class GroupedExperts(MegatronModule):
         for key in [key for key in state_dict if key.startswith(prefix) and key.endswith(EXTRA_STATE)]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _shards(
+    places: dict[int, tuple],
+    offsets: tuple,
+    singleton: bool,
+    halves: int,
+    key: str,
+    stacked: Tensor,
+    replica_id: Any,
+    flattened: Any = None,
+) -> list[ShardedTensor]:
+    """A stacked parameter [n, out, in] as Megatron's shards: one an expert, gate and up apart.
+
+    Args:
+        places: each local expert's number, and its offset among all experts (none if ``singleton``).
+        offsets: of the layer, as Megatron passes them.
+        singleton: each expert has a key of its own instead of an offset.
+        halves: 2 where gate and up lie in one tensor.
+        key: and what follows it: as ``ShardedTensorFactory`` passes them.
+    """
+    found = []
+    for weight, (expert, place) in zip(stacked, places.items(), strict=True):
+        own = key.replace(".experts.linear", f".experts.{expert}.linear") if singleton else key
+        axes = (*offsets, *place)
+        for half, part in enumerate(weight.chunk(halves)):
+            name = own + ("_w", "_v")[half] if singleton and halves > 1 else own
+            cut = ((len(axes), half, halves),) if halves > 1 and not singleton else ()
+            found.append(
+                ShardedTensor.from_rank_offsets(
+                    name, part, *axes, *cut, replica_id=replica_id, prepend_axis_num=len(axes)
+                )
+            )
+    return found
+
+
+def _stack(halves: int, parts: list[Tensor]) -> Tensor:
+    """What ``_shards`` took apart, together again."""
+    return torch.stack([torch.cat(parts[i : i + halves]) for i in range(0, len(parts), halves)])
 
 
 @functools.cache

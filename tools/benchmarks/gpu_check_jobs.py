@@ -1,0 +1,249 @@
+"""Processes with time limits, and what became of them: what the parts of gpu_check.py are made of."""
+
+import atexit
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+OK, FAILED, NOT_RUN = "ok", "failed", "not run"
+GRAPHS = shlex.split("--cuda-graph-impl local --te-rng-tracker --no-check-for-nan-in-loss-and-grad")
+# Runs in a process that may do without Transformer Engine, and may import Megatron and then wait for a line.
+STARTER = """
+import runpy, sys
+hide, hold, *arguments = sys.argv[1:]
+if hide == "hide":
+    sys.modules["transformer_engine"] = None
+if hold == "hold":
+    import megatron.training.arguments
+    sys.stdin.readline()
+if arguments[0] == "-m":
+    sys.argv = arguments[1:]
+    runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+else:
+    sys.argv = arguments
+    sys.path[0] = arguments[0].rpartition("/")[0]
+    runpy.run_path(arguments[0], run_name="__main__")
+"""
+
+
+@dataclass
+class Check:
+    """One thing that was checked or measured."""
+
+    name: str
+    outcome: str = OK
+    seconds: float = 0.0
+    note: str = ""  # the reason, where the outcome is not OK
+    figures: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+
+@dataclass
+class Done:
+    """A process that has ended."""
+
+    returncode: int | None  # None: it was ended, its limit being over
+    output: str
+    text: str  # output and errors
+    seconds: float
+    command: str
+
+    @property
+    def losses(self) -> dict[int, float]:
+        found = re.findall(r"iteration +(\d+)/ +\d+ \|.*? lm loss: (\S+) \|", self.text)
+        return {int(iteration): float(loss) for iteration, loss in found}
+
+    def reason(self) -> str:
+        """Why it failed: the last line that says so."""
+        if self.returncode is None:
+            return f"its limit is over, after {self.seconds:.0f} s"
+        lines = [line.strip() for line in self.text.splitlines() if line.strip()]
+        telling = [
+            line for line in lines if re.match(r"(\[rank\d\]: )?(error: |[\w.]*(Error|Exception)\b)", line)
+        ]
+        return f"exit status {self.returncode}: {(telling or lines or ['it printed nothing'])[-1][:300]}"
+
+
+class Job:
+    """A process of ours: ``python ARGUMENTS`` from the project's root, with a time limit."""
+
+    def __init__(
+        self,
+        part: "Part",
+        name: str,
+        *arguments: object,
+        hide_te: bool = False,
+        on_cpu: bool = False,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.part, self.name = part, name
+        self.arguments = [str(argument) for argument in arguments]
+        self.hide_te = hide_te
+        paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
+        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        self.environment |= environment or {}
+        if on_cpu:
+            self.environment["CUDA_VISIBLE_DEVICES"] = ""
+        if on_cpu or not part.machine["gpu"]:
+            self.environment.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+        self.process: subprocess.Popen[str] | None = None
+        self.held = self.ended = False
+        self.logs = [
+            part.logs / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.{end}" for end in ("out", "err")
+        ]
+
+    def start(self, hold: bool = False) -> None:
+        """Start it; ``hold``: it imports Megatron and waits, so that others go on meanwhile."""
+        self.held = hold
+        starter = ["-c", STARTER, "hide" if self.hide_te else "", "hold" if hold else ""]
+        with self.logs[0].open("w") as out, self.logs[1].open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, *(starter if self.hide_te or hold else []), *self.arguments],
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.PIPE if hold else subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                text=True,
+                start_new_session=True,
+            )
+        atexit.register(self.end)  # should this command be ended first
+
+    def run(self, limit: float | None = None) -> Done:
+        """Let it run to its end, or to that of its limit or its part's."""
+        seconds = min(limit or self.part.left(), self.part.left())
+        begin = time.monotonic()
+        if seconds <= 0:
+            self.end()
+            return Done(None, "", "", 0.0, self.command())
+        if self.process is None:
+            self.start()
+        assert self.process
+        if self.held and self.process.stdin:
+            with contextlib.suppress(OSError):  # it has failed already
+                self.process.stdin.write("\n")
+                self.process.stdin.close()
+        status: int | None
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        self.end()
+        output, errors = (log.read_text(errors="replace") for log in self.logs)
+        return Done(status, output, output + "\n" + errors, time.monotonic() - begin, self.command())
+
+    def end(self) -> None:
+        """End it and all that it started."""
+        if self.process and not self.ended:
+            self.ended = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def command(self) -> str:
+        return shlex.join(["python", *self.arguments])
+
+
+class Part:
+    """One part of the check: what it found, and the time it has."""
+
+    def __init__(
+        self, name: str, limit: float, options: Namespace, machine: dict[str, Any], work: Path
+    ) -> None:
+        self.name, self.limit, self.options, self.machine = name, limit, options, machine
+        self.quick: bool = options.quick
+        self.work = work / name
+        self.work.mkdir(parents=True)
+        self.logs = options.output / "logs"
+        self.checks: list[Check] = []
+        self.missing: list[tuple[str, str]] = []  # what could not be run, and why
+        self.begin = time.monotonic()
+        self._lock = threading.Lock()
+
+    def left(self) -> float:
+        return self.limit - (time.monotonic() - self.begin)
+
+    def add(self, check: Check) -> Check:
+        with self._lock:
+            self.checks.append(check)
+            shown = "; ".join(
+                f"{name} {in_short(value)}" for name, value in check.figures.items() if is_shown(value)
+            )
+            parts = (
+                f"[{self.name}] {check.name}: {check.outcome}",
+                f"{check.seconds:.0f} s",
+                shown,
+                check.note,
+            )
+            print(", ".join(filter(None, parts)), flush=True)
+        return check
+
+    def cannot(self, what: str, why: str) -> None:
+        self.missing.append((what, why))
+
+    def result(self) -> dict[str, Any]:
+        outcomes = [check.outcome for check in self.checks]
+        good = outcomes and all(outcome == OK for outcome in outcomes)
+        return {
+            "outcome": OK if good else FAILED,
+            "seconds": round(time.monotonic() - self.begin, 1),
+            "limit": self.limit,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+def is_shown(value: Any) -> bool:
+    return isinstance(value, int | float | str)
+
+
+def in_short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def from_run(done: Done, name: str, **figures: Any) -> Check:
+    """A check of a process's end alone."""
+    check = Check(name, seconds=done.seconds, command=done.command, figures=figures)
+    if done.returncode != 0:
+        check.outcome, check.note = FAILED, done.reason()
+    return check
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the layers are built."""
+
+    name: str
+    hide_te: bool = False
+    flags: tuple[str, ...] = ()
+
+
+def engines(machine: dict[str, Any]) -> list[Engine]:
+    if not machine["te"]:
+        return [Engine("without TE")]
+    return [Engine("without TE", hide_te=True), Engine("with TE")]
+
+
+def at_once(jobs: dict[str, Job], workers: int) -> dict[str, Done]:
+    """Run jobs, as many at a time as the machine bears; nothing here is timed."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {name: pool.submit(job.run) for name, job in jobs.items()}
+        try:
+            return {name: future.result() for name, future in futures.items()}
+        except BaseException:  # this command is to end: its jobs as well, so that the pool can
+            pool.shutdown(wait=False, cancel_futures=True)
+            for job in jobs.values():
+                job.end()
+            raise

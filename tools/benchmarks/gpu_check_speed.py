@@ -1,0 +1,152 @@
+"""gpu_check.py's parts "steps" and "kernels": how long a step takes, and whether kernels are right."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gpu_check_jobs import (  # type: ignore[import-not-found]
+    FAILED,
+    GRAPHS,
+    HERE,
+    OK,
+    Check,
+    Done,
+    Engine,
+    Job,
+    Part,
+    engines,
+    from_run,
+)
+
+# A step of bench_step.py at a small size: of a GPU's default model, and of the CPU's.
+QUICK_STEPS = {
+    True: "--num-layers 2 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4"
+    " --num-query-groups 4 --kv-channels 64 --vocab-size 1024 --padded-vocab-size 1024"
+    " --rehearse-seq-length 256 --rounds 2",
+    False: "--num-layers 2 --vocab-size 256 --rehearse-seq-length 32 --gpus 4 --rounds 1",
+}
+
+
+def steps(part: Part) -> None:
+    on_gpu = part.machine["gpu"]
+    if not on_gpu:
+        part.cannot("steps in CUDA graphs, utilisation, kernel time", "no GPU")
+    if not part.machine["te"]:
+        part.cannot("steps with Transformer Engine", part.machine["no_te"])
+    jobs: list[tuple[str, Job, Path]] = []
+    sizes = (4, 8) if on_gpu or not part.quick else (4,)
+    if len(sizes) == 1:
+        part.cannot("steps of micro-batch 8", "a small run on the CPU: one size is enough")
+    for engine in engines(part.machine) if on_gpu else [Engine("CPU")]:
+        for graphs in (False, True) if on_gpu else (False,):
+            for size in sizes:
+                name = f"{engine.name}{', CUDA graphs' if graphs else ''}, micro-batch {size}"
+                output = part.work / f"{name}.json"
+                flags: list[object] = ["--output", output, "--micro-batch-size", size]
+                flags += ["--ddp-average-in-collective"] if on_gpu else []
+                flags += [*GRAPHS, "--routers", "mixture"] if graphs else []
+                flags += shlex.split(QUICK_STEPS[on_gpu]) if part.quick else []
+                job = Job(part, f"step {name}", HERE / "bench_step.py", *flags, hide_te=engine.hide_te)
+                jobs.append((name, job, output))
+    for number, (name, job, output) in enumerate(in_turn(jobs, hold=on_gpu)):
+        left = len(jobs) - number
+        done = job.run(max(60.0, part.left() - 25 * (left - 1)))  # a share for those that are to come
+        check = from_run(done, name)
+        if check.outcome == OK:
+            found = json.loads(output.read_text())
+            check.figures = step_figures(found)
+        part.add(check)
+
+
+def in_turn(jobs: list[tuple[str, Job, Path]], hold: bool) -> Iterator[tuple[str, Job, Path]]:
+    """One after the other, as they are timed; the next one imports what it needs meanwhile (``hold``)."""
+    try:
+        for number, entry in enumerate(jobs):
+            for _, soon, _ in jobs[number : number + 2] if hold else ():
+                if soon.process is None:
+                    soon.start(hold=True)
+            yield entry
+    finally:
+        for _, job, _ in jobs:
+            job.end()
+
+
+def step_figures(found: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of a report of bench_step.py, and the report."""
+    figures: dict[str, Any] = {}
+    for kind, seconds in found["step_seconds"].items():
+        profile, used = found["profiles"][kind], found["utilisation"][kind]
+        figures |= {
+            f"{kind} step ms": seconds * 1e3,
+            f"{kind} kernels ms": profile["kernel_ms"],
+            f"{kind} launches": profile["launches"],
+            f"{kind} gap": profile["gap"],
+            f"{kind} utilisation": used,
+            f"{kind} routers' share": found["router_share"][kind],
+            f"{kind} peak GiB": found["peak_bytes"][kind] / 2**30,
+        }
+    if found["throughput_ratio"] is not None:
+        figures["mixture over stock"] = found["throughput_ratio"]
+    return figures | {"report": found}
+
+
+def kernels(part: Part) -> None:
+    on_gpu = part.machine["gpu"]
+    place = "cuda" if on_gpu else "cpu"
+    if "triton" in part.machine["why"]:
+        part.cannot("kernels against their plain form", part.machine["why"]["triton"])
+    else:
+        if not on_gpu:
+            part.cannot("compiled kernels", "no GPU; Triton's interpreter ran them")
+        check_kernels(part, place)
+    flags = ["--device", place, "--json"]
+    threads = ["--threads", 1] + (["--dtype", "bfloat16"] if on_gpu else [])
+    few = ["--rounds", 5, "--tokens", 256, "--hidden-size", 256] if part.quick else []
+    done = Job(part, "router", HERE / "bench_router.py", *flags, *threads, *few).run()
+    part.add(read_json(from_run(done, "bench_router"), done, router_figures))
+    few = ["--num-layers", 1, "--repeats", 3, "--warmup", 1] if part.quick else ["--repeats", 10]
+    done = Job(part, "keys", HERE / "bench_collect_keys.py", *flags, *few).run()
+    part.add(read_json(from_run(done, "bench_collect_keys"), done, key_figures))
+
+
+def check_kernels(part: Part, place: str) -> None:
+    interpreter = {} if part.machine["gpu"] else {"TRITON_INTERPRET": "1"}
+    module = ("-m", "tests.layers.kernel_checks", place)
+    done = Job(part, "kernel checks", *module, environment=interpreter).run()
+    check = from_run(done, "kernels against their plain form")
+    lines = re.findall(r"^(\w+): (.+)$", done.output, re.MULTILINE)
+    check.figures = {"equal": sum(said == "ok" for _, said in lines), "of": len(lines)}
+    wrong = [f"{name}: {said}" for name, said in lines if said != "ok"]
+    if check.outcome == OK and (wrong or not lines):
+        check.outcome, check.note = FAILED, "; ".join(wrong)[:1000] or "nothing was checked"
+    part.add(check)
+
+
+def read_json(check: Check, done: Done, figures: Callable[[dict[str, Any]], dict[str, Any]]) -> Check:
+    """Add the figures of a benchmark that ends by printing one JSON object."""
+    if check.outcome == OK:
+        start = re.search(r"^\{", done.output, re.MULTILINE)
+        if start is None:
+            check.outcome, check.note = FAILED, "it printed no figures"
+        else:
+            found = json.loads(done.output[start.start() :])
+            check.figures = figures(found) | {"report": found}
+    return check
+
+
+def router_figures(found: dict[str, Any]) -> dict[str, Any]:
+    result = next(iter(found["results"].values()))
+    figures = {f"{name} ms": value * 1e3 for name, value in result["seconds"].items()}
+    figures["folded over stock"] = result["ratio"]
+    for name, profile in (result.get("kernels") or {}).items():
+        figures |= {f"{name} kernels ms": profile["ms"], f"{name} launches": profile["launches"]}
+    if "kernel_ratio" in result:
+        figures["folded over stock, kernels"] = result["kernel_ratio"]
+    return figures
+
+
+def key_figures(found: dict[str, Any]) -> dict[str, Any]:
+    return {"collecting over plain": found["ratio"], "plain s": found["plain_seconds"]}
