@@ -24,17 +24,17 @@ from gpu_check_jobs import (  # type: ignore[import-not-found]
 )
 
 STEPS, HALF = 12, 6
-# The greatest relative difference between two runs' losses, at any step. Both are in bfloat16, whose numbers
-# are 0.8% apart; a token that lies between two experts may go to another one on another device.
+# The greatest relative difference between two runs' losses, at any step. At this learning rate runs in bfloat16
+# and in float32 on one CPU differ by about 1e-3 while they fall by a fifth; at 3e-3 they part by 9e-2 in 12 steps.
 AGREE = {
-    "the CPU's": 1e-2,
-    "the plain run's": 1e-2,  # the same device, other kernels
+    "the CPU's": 3e-3,
+    "the plain run's": 3e-3,  # the same device, other kernels
     "the unbroken run's": 2e-3,  # the same kernels, in another process
     "transformers'": 1e-3,  # both in float32, over the same batches
 }
 TRAIN = shlex.split(
     "--bf16 --mock-data --tokenizer-type NullTokenizer --vocab-size 1024 --micro-batch-size 4"
-    " --global-batch-size 8 --lr 3e-3 --lr-decay-style constant --eval-iters 0 --eval-interval 100"
+    " --global-batch-size 8 --lr 5e-4 --lr-decay-style constant --eval-iters 0 --eval-interval 100"
     " --log-interval 1"
     f" --train-iters {STEPS} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
     " --moe-grouped-gemm --moe-router-dtype fp32 --moe-router-load-balancing-type aux_loss"
@@ -120,7 +120,7 @@ def check_cpu(part: Part, cpu: Done) -> None:
         check.figures["losses"] = list(cpu.losses.values())
         if len(cpu.losses) != STEPS:
             check.outcome, check.note = FAILED, f"{len(cpu.losses)} of {STEPS} steps"
-        elif not cpu.losses[STEPS] < 0.95 * cpu.losses[1]:  # five times what runs may differ by
+        elif not cpu.losses[STEPS] < 0.95 * cpu.losses[1]:  # 17 times what runs may differ by
             check.outcome, check.note = FAILED, "it learns too little to tell one run from another"
     part.add(check)
 
