@@ -27,6 +27,9 @@ def read_yaml(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]
         raise UserError(f"{current}: must be a mapping of argument names to values")
     # As attributes: a name may be written with hyphens, as the flag is.
     entries = {str(name).replace("-", "_"): value for name, value in (entries or {}).items()}
+    tokenizer = entries.get("tokenizer_model")  # as import-hf writes it: where the file goes, it goes
+    if isinstance(tokenizer, str) and (current.parent / tokenizer).exists():
+        entries["tokenizer_model"] = str(current.parent / tokenizer)
     base = entries.pop("base", None) or []
     section = entries.pop("upcycling", None) or {}
     if not isinstance(section, dict):

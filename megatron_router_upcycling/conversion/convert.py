@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import TRACKER, iteration_dir
 from megatron_router_upcycling.checkpoint.open import open_dense
@@ -91,6 +92,8 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
             contents = _write(conversion, folder / "release", progress)
             record = make_manifest(plan, conversion.stats, folder, contents)
             manifest.write(folder, record)
+            if (beside_dense := plan.dense.root / beside.FOLDER).is_dir():
+                beside.hand_on(beside_dense, folder)
             (folder / TRACKER).write_text("release", encoding="utf-8")
             sources.check()
     except OSError as error:

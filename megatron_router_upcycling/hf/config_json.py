@@ -26,6 +26,7 @@ ENTRIES: dict[str, tuple[str, Any]] = {
 }
 QWEN3_HEAD_DIM = 128  # Qwen3Config's default; the others have hidden_size / num_attention_heads
 ROPE_THETA = 10000.0
+ROPE_ENTRIES = ("rope_scaling", "rope_parameters")  # two names of one object; the first one counts
 
 
 def class_name(model: QwenModel) -> str:
@@ -97,7 +98,7 @@ def to_flags(config: dict[str, Any], path: Path, vocabulary_multiple: int) -> di
 def _family(config: dict[str, Any], path: Path) -> str:
     family = config.get("model_type")
     names = config.get("architectures") or [DENSE_CLASSES.get(str(family), family)]
-    name = names[0]
+    name = str(names[0]).removesuffix("Model") + "ForCausalLM" * str(names[0]).endswith("Model")
     covered = " or ".join(DENSE_CLASSES.values())
     if config.get("num_experts") or config.get("num_local_experts") or "Moe" in str(name):
         raise UserError(f"{path}: {name} is a Mixture-of-Experts; import-hf takes a dense {covered}")
@@ -116,13 +117,15 @@ def _refuse_features(config: dict[str, Any], family: str, path: Path) -> None:
         layers = ["sliding_attention"]
     if other := [kind for kind in layers if kind != "full_attention"]:
         raise UserError(f"{path}: layers of {other[0]} are not covered; full attention in every layer is")
-    for entry in ("rope_scaling", "rope_parameters"):
+    for entry in ROPE_ENTRIES:
         rope = config.get(entry) or {}
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise UserError(f"{path}: {entry} that differ by kind of layer are not covered; one for all is")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise UserError(f"{path}: {entry} of type {kind!r} is not covered; plain rotary embedding is")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UserError(f"{path}: partial_rotary_factor is not covered")
+    if _rope(config, "partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{path}: partial_rotary_factor is not covered")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act {config['hidden_act']!r} is not covered; 'silu' is")
     if family == "qwen3" and config.get("attention_bias"):
@@ -141,6 +144,8 @@ def _values(config: dict[str, Any], path: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for entry, (attribute, default) in ENTRIES.items():
         value = config.get(entry, default)
+        if value is None and isinstance(default, bool):
+            value = default  # as a switch, null is off
         if value is None:
             raise UserError(f"{path}: has no {entry}; not the config.json of a whole model")
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, bool | int | float):
@@ -174,10 +179,15 @@ def _check_size(entry: str, value: Any, path: Path) -> None:
         raise UserError(f"{path}: {entry} is {value!r}, which is no size")
 
 
+def _rope(config: dict[str, Any], entry: str, default: float) -> Any:
+    """A value of the rotary embedding, from the first place where it stands, as in transformers 5."""
+    rope: dict[str, Any] = next(filter(None, map(config.get, ROPE_ENTRIES)), {})
+    return rope.get(entry, config.get(entry, default))
+
+
 def _rotary_base(config: dict[str, Any], path: Path) -> int:
-    rope = config.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", ROPE_THETA))
-    if not isinstance(theta, int | float) or theta != int(theta):
+    theta = _rope(config, "rope_theta", ROPE_THETA)
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta != int(theta):
         raise UserError(
             f"{path}: rope_theta {theta!r} is no whole number, which Megatron's --rotary-base needs"
         )

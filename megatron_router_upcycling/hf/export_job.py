@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.hf import config_json
 from megatron_router_upcycling.hf.architecture import QwenModel
+from megatron_router_upcycling.hf.files import CARD
 from megatron_router_upcycling.hf.outputs import Output
 
 
@@ -33,7 +35,7 @@ class Export:
     router: RouterConfig | None
     gate: dict[str, tuple[int, ...]]  # the tensors of a layer's folded router
     dtype: torch.dtype
-    tokenizer: Path | None
+    beside: Path | None  # what stands beside the weights: tokenizer and more
     options: Options
     stored: dict[str, str]  # a row's tensor in name_table -> the name that the checkpoint has for it
     shards: list[list[Output]]
@@ -42,6 +44,15 @@ class Export:
     @property
     def bytes_to_write(self) -> int:
         return sum(output.num_bytes(self.dtype) for shard in self.shards for output in shard)
+
+    @property
+    def left_out(self) -> list[str]:
+        """What stands beside the weights and does not go along."""
+        if self.beside is None:
+            return []
+        found = beside.look(self.beside)
+        own = [f"{CARD} (the export has its own)"] if Path(CARD) in found.carried else []
+        return [*own, *found.left_out]
 
     @property
     def is_stock(self) -> bool:

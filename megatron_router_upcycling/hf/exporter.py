@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.layers import stack_layers
 from megatron_router_upcycling.checkpoint.names import EMBEDDING, ROUTER, TRAINING_STATE, other_norm
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
@@ -24,7 +25,7 @@ from megatron_router_upcycling.files import format_bytes, sync, versions
 from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import QwenModel, from_megatron
 from megatron_router_upcycling.hf.export_job import Export, Options
-from megatron_router_upcycling.hf.files import find_tokenizer, shard_name
+from megatron_router_upcycling.hf.files import find_beside, shard_name
 from megatron_router_upcycling.hf.folder import RECORD, write_folder
 from megatron_router_upcycling.hf.outputs import outputs, split
 from megatron_router_upcycling.hf.rounding import Rounding
@@ -66,7 +67,7 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
         router=router,
         gate=gate,
         dtype=dtype,
-        tokenizer=find_tokenizer(options.tokenizer, checkpoint),
+        beside=find_beside(options.tokenizer, checkpoint),
         options=options,
         stored=stored,
         shards=split(tensors, dtype, options.max_shard_bytes),
@@ -195,8 +196,10 @@ def describe_result(job: Export, record: dict[str, Any], seconds: float) -> str:
     lines = [f"{job.out}: {what}, {size} in {seconds:.1f} s"]
     if record["rounding"]:
         lines.append(Rounding(**record["rounding"]).describe(record["dtype"]))
-    if job.tokenizer is None:
+    if job.beside is None or not beside.is_tokenizer(job.beside):
         lines.append("no tokenizer was found; name its folder with --tokenizer DIR, or copy its files there")
+    if job.left_out:
+        lines.append(f"left out: {', '.join(job.left_out)}")
     code = "" if job.is_stock else ", trust_remote_code=True"
     lines.append(f'next: AutoModelForCausalLM.from_pretrained("{job.out}"{code})')
     return "\n".join(lines)

@@ -8,11 +8,12 @@ from typing import Any
 from megatron_router_upcycling.hf import config_json
 from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import (
+    CARD,
     CONFIG,
     GENERATION_CONFIG,
     INDEX,
     MODELLING_FILE,
-    copy_tokenizer,
+    copy_beside,
     shard_name,
 )
 from megatron_router_upcycling.hf.model_card import model_card
@@ -24,7 +25,7 @@ RECORD = "export_hf.json"
 
 def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     """Write everything but the weights."""
-    special = copy_tokenizer(job.tokenizer, folder) if job.tokenizer else {}
+    special = copy_beside(job.beside, folder) if job.beside else {}
     _write_json(folder / CONFIG, config(job) | special)
     if not (folder / GENERATION_CONFIG).exists():
         _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True} | special)
@@ -38,7 +39,7 @@ def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     if job.router is not None and not job.is_stock:
         (folder / MODELLING_FILE).write_text(modelling_file(job.router.kind), encoding="utf-8")
     _write_json(folder / RECORD, record)
-    (folder / "README.md").write_text(model_card(job, record), encoding="utf-8")
+    (folder / CARD).write_text(model_card(job, record), encoding="utf-8")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

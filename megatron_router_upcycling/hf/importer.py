@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 
+from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
 from megatron_router_upcycling.checkpoint.names import dense_extra_states
@@ -27,15 +28,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sha256, versions
 from megatron_router_upcycling.hf import config_json, name_table
 from megatron_router_upcycling.hf.architecture import QwenModel, from_flags, megatron_arguments
-from megatron_router_upcycling.hf.files import (
-    BESIDE_TOKENIZER,
-    CONFIG,
-    TOKENIZER,
-    TOKENIZER_FILES,
-    copy_files,
-    is_tokenizer,
-    read_json,
-)
+from megatron_router_upcycling.hf.files import CONFIG, read_json
 from megatron_router_upcycling.hf.name_table import Row
 from megatron_router_upcycling.hf.safetensors_file import sample_digest
 from megatron_router_upcycling.hf.values import (
@@ -69,15 +62,16 @@ class Import:
     flags: dict[str, Any]  # Megatron's, that build the model
     model: QwenModel
     weights: Weights
+    beside: beside.Found  # the other files of ``folder``
     dtype: torch.dtype
     options: Options
 
     @property
     def tokenizer(self) -> dict[str, Any]:
         """Megatron's arguments for the tokenizer, if the folder holds one."""
-        if not is_tokenizer(self.folder):
+        if not beside.is_tokenizer(self.folder):
             return {}
-        place = str(self.out.absolute() / TOKENIZER)
+        place = str(self.out.absolute() / beside.FOLDER)
         return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": place}
 
     @property
@@ -99,7 +93,7 @@ def prepare(folder: Path, out: Path, options: Options) -> Import:
     model = from_flags(flags)
     weights = Weights.open(folder)
     dtype = weights.choose_dtype(model, options.dtype)
-    job = Import(folder, out, flags, model, weights, dtype, options)
+    job = Import(folder, out, flags, model, weights, beside.look(folder), dtype, options)
     publish.check_space(out, job.bytes_to_write)
     return job
 
@@ -119,9 +113,7 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
             job.weights.check_tied(job.model)
             with CheckpointWriter(folder / "release", "__0_", progress) as writer:
                 _write(job, writer)
-            if job.tokenizer:
-                (folder / TOKENIZER).mkdir()
-                copy_files(job.folder, folder / TOKENIZER, TOKENIZER_FILES + BESIDE_TOKENIZER)
+            beside.copy(job.folder, job.beside.carried, folder / beside.FOLDER)
             _write_yaml(job, folder / MODEL_YAML)
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             (folder / TRACKER).write_text("release", encoding="utf-8")
@@ -145,6 +137,7 @@ def _record(job: Import) -> dict[str, Any]:
             },
         },
         "architecture": job.model.describe(),
+        "left_out": list(job.beside.left_out),
         "dtype": dtype_name(job.dtype),
         "model": job.flags,
         "versions": versions(),
@@ -194,8 +187,8 @@ def _read_block(
 ) -> Block:
     """Rows of Megatron's tensor at a place of its stack, each read to where it belongs."""
     parts = [name_table.name(part, index) for part in row.parts]
-    files = [job.weights.files[part] for part in parts]
-    where = f"{files[0].path}: {' and '.join(parts)}"
+    tensors = [job.weights.find(part, job.model) for part in parts]
+    where = f"{tensors[0].file.path}: {' and '.join(tensor.name for tensor in tensors)}"
     shape = name_table.megatron_shape(row, job.model)
     columns = shape[len(index) + 1 :]
     values = scratch_rows(scratch, job.dtype, (rows[1] - rows[0], *columns))
@@ -208,7 +201,7 @@ def _read_block(
         if part is None:
             target.zero_()
             continue
-        stored = files[part].rows(parts[part], first, last)
+        stored = tensors[part].rows(first, last)
         target.copy_(stored if stored.dtype == job.dtype else cast(stored, job.dtype, where))
     check_finite(values, where)
     offset = (*index, rows[0], *(0 for _ in columns))
@@ -218,6 +211,8 @@ def _read_block(
 
 def _write_yaml(job: Import, path: Path) -> None:
     entries = job.flags | job.tokenizer
+    if job.tokenizer:
+        entries["tokenizer_model"] = beside.FOLDER  # beside this file, wherever it is moved
     entries |= {"make_vocab_size_divisible_by": job.options.vocabulary_multiple}
     if job.dtype == torch.bfloat16:
         entries |= {"bf16": True}
@@ -232,8 +227,9 @@ def _write_yaml(job: Import, path: Path) -> None:
 def describe_result(job: Import, record: dict[str, Any], seconds: float) -> str:
     """What was made, and what to run next."""
     size = format_bytes(job.bytes_to_write)
+    left_out = f"left out: {', '.join(job.beside.left_out)}\n" if job.beside.left_out else ""
     return (
-        f"{job.out}: {record['architecture']}, {record['dtype']}, {size} in {seconds:.1f} s\n"
+        f"{job.out}: {record['architecture']}, {record['dtype']}, {size} in {seconds:.1f} s\n{left_out}"
         f"the model's flags: {job.out / MODEL_YAML}\n"
         "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys"
         f" --config {job.out / MODEL_YAML} --load {job.out} --output KEY_STATS [flags for data]"

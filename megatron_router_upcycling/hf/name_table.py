@@ -17,9 +17,10 @@ from typing import NamedTuple
 from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.hf.architecture import QwenModel
 
-LAYER = "model.layers.{layer}"
+BODY = "model."  # all of a model but its output layer
+LAYER = BODY + "layers.{layer}"
 EXPERT = "mlp.experts.{expert}"
-EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBED_TOKENS, LM_HEAD = f"{BODY}embed_tokens.weight", "lm_head.weight"
 NORM_BEFORE_FFN = names.NORMS[1][0]
 PROJECTION = f"{names.PROJECTION}.weight"
 
@@ -91,7 +92,7 @@ TABLE = (
         only="moe",
     ),
     Row(f"{names.EXPERTS}.linear_fc2.weight", (_part(f"{EXPERT}.down_proj.weight", "D", "F"),), only="moe"),
-    Row(f"{names.FINAL_NORM}.weight", (Part("model.norm.weight", ("D",)),)),
+    Row(f"{names.FINAL_NORM}.weight", (Part(f"{BODY}norm.weight", ("D",)),)),
     Row(names.OUTPUT_LAYER, (Part(LM_HEAD, ("V", "D")),), PADDED, only="untied"),
 )
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_router_upcycling.errors import UserError, reason
 
-DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH = struct.Struct("<Q")
 ALIGNMENT = 8

@@ -22,7 +22,7 @@ from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import Parser, UserError, reason
 from megatron_router_upcycling.files import existing
-from megatron_router_upcycling.training import attention_choice, device
+from megatron_router_upcycling.training import attention_choice, device, tokenizer
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     place = device.choose(request.flags.device)
     args, router = merge(request, origin, place)
     args.save = save
+    if line := tokenizer.choose(args, request.argv, origin.load):
+        _say(args, line)
     adapt(args, place)
     validate(args)
     if not needs_checkpoint:
@@ -85,6 +87,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     set_global(args)
     if save and args.rank == 0 and origin.load != save:
         _write_manifest(save, origin, router)
+        tokenizer.hand_on(args, origin.load, save)
     return Run(args, router, origin.load)
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_router_upcycling import expert_layers
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
-from megatron_router_upcycling.config import expert_layers
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_router_upcycling.config import expert_layers, flags
+from megatron_router_upcycling import expert_layers
+from megatron_router_upcycling.config import flags
 from megatron_router_upcycling.errors import UserError
 
 LISTS = st.recursive(

@@ -1,0 +1,113 @@
+"""Tokenizer, templates and settings go where the model goes, and folders may be moved on the way."""
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import transformers
+
+from megatron_router_upcycling import cli
+from megatron_router_upcycling.checkpoint import beside
+from megatron_router_upcycling.config import yaml_files
+from megatron_router_upcycling.training import tokenizer
+from tests.hf.folders import copy, edit, run, write_tokenizer
+
+
+def test_all_that_is_not_weights_goes_along_or_is_named(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = copy(models, "qwen3", tmp_path / "hf")
+    write_tokenizer(source)
+    for name in ("additional_chat_templates/tool_use.jinja", "LICENSE", "1_Pooling/config.json", "README.md"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(f"{name}\n")
+    (source / "pytorch_model.bin").write_bytes(b"weights")
+    (source / "modeling_other.py").write_text("raise SystemExit")
+    (source / ".gitattributes").write_text("hidden")
+
+    assert cli.main(["import-hf", str(source), str(tmp_path / "dense")]) == 0
+    said = capsys.readouterr().out
+    assert "left out: modeling_other.py (code), pytorch_model.bin (other weights)" in said
+    assert run("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear") == 0
+    assert cli.main(["export-hf", str(tmp_path / "moe"), str(tmp_path / "back")]) == 0
+    assert "left out: README.md (the export has its own)" in capsys.readouterr().out
+    for name in ("additional_chat_templates/tool_use.jinja", "LICENSE", "1_Pooling/config.json"):
+        assert (tmp_path / "back" / name).read_text() == f"{name}\n"
+    assert not {"pytorch_model.bin", "modeling_other.py", ".gitattributes"} & {
+        path.name for path in (tmp_path / "back").iterdir()
+    }
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back")("b a").input_ids == [3, 2]
+
+
+def test_settings_go_along_without_a_tokenizer(models: Path, tmp_path: Path) -> None:
+    source = copy(models, "qwen2.5", tmp_path / "hf")
+    edit(source / "config.json", eos_token_id=1, bos_token_id=2)
+    edit(source / "generation_config.json", eos_token_id=[1, 7], temperature=0.6, do_sample=True)
+    assert run("import-hf", source, tmp_path / "dense") == 0
+    assert "tokenizer_model" not in yaml_files.read_yaml(tmp_path / "dense/model.yaml")
+    assert run("export-hf", tmp_path / "dense", tmp_path / "back") == 0
+    config, generation = (
+        json.loads((tmp_path / "back" / name).read_text())
+        for name in ("config.json", "generation_config.json")
+    )
+    assert (config["eos_token_id"], config["bos_token_id"]) == (1, 2)
+    assert (generation["eos_token_id"], generation["temperature"]) == ([1, 7], 0.6)
+
+
+def test_folders_may_be_moved_and_removed(models: Path, tmp_path: Path) -> None:
+    source = copy(models, "qwen3", tmp_path / "hf")
+    write_tokenizer(source)
+    assert run("import-hf", source, tmp_path / "dense") == 0
+    assert run("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear") == 0
+    (tmp_path / "dense").rename(tmp_path / "moved")
+    shutil.rmtree(source)
+    flags = yaml_files.read_yaml(tmp_path / "moved/model.yaml")
+    assert flags["tokenizer_model"] == str(tmp_path / "moved/tokenizer")
+    shutil.rmtree(tmp_path / "moved")
+    assert run("export-hf", tmp_path / "moe", tmp_path / "back") == 0
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back")("b a").input_ids == [3, 2]
+
+
+def test_run_takes_the_checkpoints_tokenizer_and_hands_it_on(tmp_path: Path) -> None:
+    load, save, other = tmp_path / "moe", tmp_path / "run", tmp_path / "other"
+    for folder in (load / beside.FOLDER, other):
+        (folder / "additional").mkdir(parents=True)
+        write_tokenizer(folder)
+        (folder / "additional/x.jinja").write_text(folder.name)
+
+    def choose(kind: str | None, model: object, *argv: str) -> tuple[Namespace, str | None]:
+        args = Namespace(tokenizer_type=kind, tokenizer_model=model and str(model))
+        return args, tokenizer.choose(args, list(argv), str(load))
+
+    for kind, model in ((None, None), ("HuggingFaceTokenizer", None), (None, tmp_path / "moved")):
+        args, line = choose(kind, model)
+        assert args.tokenizer_type == "HuggingFaceTokenizer"
+        assert args.tokenizer_model == str(load / beside.FOLDER)
+        assert line and (("is not there" in line) == (model is not None))
+    for kind, model, *argv in (
+        ("HuggingFaceTokenizer", other),
+        ("NullTokenizer", None),
+        ("HuggingFaceTokenizer", tmp_path / "wrong", "--tokenizer-model", str(tmp_path / "wrong")),
+    ):
+        args, line = choose(kind, model, *argv)
+        assert (args.tokenizer_type, args.tokenizer_model, line) == (kind, model and str(model), None)
+
+    tokenizer.hand_on(choose("NullTokenizer", None)[0], str(load), str(save))
+    assert (save / "tokenizer/additional/x.jinja").read_text() == "tokenizer"
+    assert (save / "tokenizer/tokenizer.json").samefile(load / "tokenizer/tokenizer.json")
+    for _ in range(2):  # as a run that is started again
+        tokenizer.hand_on(choose(None, other)[0], str(load), str(save))
+        assert (save / "tokenizer/additional/x.jinja").read_text() == "other"
+    assert (load / "tokenizer/additional/x.jinja").read_text() == "tokenizer"
+    (tmp_path / "sp").mkdir()
+    (tmp_path / "sp/tokenizer.model").write_bytes(b"model")
+    args = Namespace(
+        tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "sp/tokenizer.model")
+    )
+    tokenizer.hand_on(args, None, str(tmp_path / "second"))
+    assert beside.tokenizer_in(tmp_path / "second") == (
+        "SentencePieceTokenizer",
+        tmp_path / "second/tokenizer/tokenizer.model",
+    )
