@@ -1,1 +1,1 @@
-"""Text into tokens: readers of files of text, tokenising in worker processes, Megatron's .bin/.idx, their record."""
+"""Text into tokens: files read, tokenised in worker processes, written as Megatron's .bin and .idx."""
