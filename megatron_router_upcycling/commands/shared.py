@@ -39,7 +39,7 @@ def tokens_bar(name: str, total: int, quiet: bool) -> Iterator[Callable[[int, in
 
         def advance(count: int, new_tokens: int, before: bool) -> None:
             nonlocal tokens
-            if before:
+            if before and not bar.disable:
                 bar.initial += count
             else:
                 tokens += new_tokens

@@ -82,7 +82,7 @@ def _lines(source: Source, limits: Limits, size: int) -> Iterator[Chunk]:
                 rest = _after_line(stream)
             more = stream.read(size)
             if rest and not more:
-                yield chunk(rest)
+                yield chunk(rest.removesuffix(b"\n"))
                 rest = b""
             block = rest + more
 

@@ -126,7 +126,7 @@ def run(job: Job, progress: Progress) -> list[Record]:
             _open(work, job)
             made = _tokenizer(job, work)
             counts, told = _make(job, made, work, progress)
-            _check_counts(job, counts, told)
+            _check_counts(job, counts)
             records = [_record(job, made, told, count) for count in counts]
             publish.publish(work, job.prefixes, records, job.options.train_tokenizer is not None)
         except (KeyboardInterrupt, WorkerLost) as error:
@@ -311,12 +311,13 @@ def _make(
         line = _Line(job, work, progress, children[-1])
         for task, summary in spread(children[:-1], line.tasks(), line.wanted):
             line.done(task, summary)
+        if not line.told.documents:
+            empty = line.told.empty
+            raise UserError(f"SOURCE: no document was found in {len(job.sources)} files ({empty} are empty)")
         return line.end(), line.told
 
 
-def _check_counts(job: Job, counts: list[writer.Counts], told: _Told) -> None:
-    if not told.documents:
-        raise UserError(f"SOURCE: no document was found in {len(job.sources)} files ({told.empty} are empty)")
+def _check_counts(job: Job, counts: list[writer.Counts]) -> None:
     for name, count in zip(("training", "held-out data"), counts, strict=False):
         if not count.documents:
             share = f"--held-out {job.options.held_out} of " if job.options.held_out else ""
