@@ -126,9 +126,9 @@ def test_a_stopped_run_goes_on_and_ends_the_same(texts, tokenizer, tmp_path):
     killed = stop_after(2, signal.SIGKILL, (*command, "--workers", "3"), out)
     assert killed.returncode == -signal.SIGKILL and ".data.parts" in small.left_beside(out)
     before = {path.name: path.stat().st_mtime_ns for path in (out.parent / ".data.parts").glob("*.part")}
-    ended = stop_after(len(before) + 2, signal.SIGINT, (*command, "--workers", "2"), out)
+    ended = stop_after(len(before) + 2, signal.SIGTERM, (*command, "--workers", "2"), out)
     assert (
-        ended.returncode == 130 and ended.stderr.startswith("interrupted; ") and ended.stderr.count("\n") == 1
+        ended.returncode == 143 and ended.stderr.startswith("interrupted; ") and ended.stderr.count("\n") == 1
     )
     assert "the same command goes on from there" in ended.stderr and "Traceback" not in ended.stderr
     now = {path.name: path.stat().st_mtime_ns for path in (out.parent / ".data.parts").glob("*.part")}
