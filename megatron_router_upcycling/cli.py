@@ -21,12 +21,13 @@ from megatron_router_upcycling.commands import (
     import_hf,
     inspect,
     plan,
+    prepare_data,
     report,
     verify,
 )
 from megatron_router_upcycling.errors import Parser, Terminated, UserError
 
-COMMANDS = (import_hf, convert, export_hf, verify, inspect, report, evaluate, plan)
+COMMANDS = (prepare_data, import_hf, convert, export_hf, verify, inspect, report, evaluate, plan)
 
 
 class _Help(argparse.HelpFormatter):

@@ -114,10 +114,10 @@ def now() -> float:
 
 
 def take_turns(
-    seconds: Callable[[str], float], names: tuple[str, str], rounds: int, warm_up: int
+    seconds: Callable[[str], float], names: tuple[str, ...], rounds: int, warm_up: int
 ) -> dict[str, list[float]]:
-    """Measure two things that other work on the machine would disturb: in every round both, each going first
-    in every other one; ``warm_up`` rounds before those do not count."""
+    """Measure things that other work on the machine would disturb: in every round all, in every other one in
+    reverse; ``warm_up`` rounds before those do not count."""
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-warm_up, rounds):
         for name in names if turn % 2 else reversed(names):

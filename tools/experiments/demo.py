@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.data import record
 from megatron_router_upcycling.errors import Parser
 from tools.experiments import report
 from tools.experiments.comparison import read
@@ -214,9 +215,10 @@ def describe(models: list[Model], check: dict[str, Any], vocabulary: int) -> str
 def write(pipeline: Pipeline, plan: Demonstration) -> str:
     """Write report.md, results.json and loss_curves.png; return the table and what belongs to it."""
     models, output = collect(pipeline, plan), plan.output
-    corpus = json.loads((plan.base.corpus.output / "corpus.json").read_text(encoding="utf-8"))
+    corpus = record.read(plan.base.data)
+    assert corpus, "the corpus was prepared by the first stage"
     check = json.loads(plan.check().output.read_text(encoding="utf-8"))
-    text = describe(models, check, corpus["options"]["vocab_size"])
+    text = describe(models, check, corpus.vocab_size)
     picture(models, output / "loss_curves.png")
     page = f"# Demonstration\n\n{text}\n\n![Loss curves](loss_curves.png)\n"
     (output / "report.md").write_text(page, encoding="utf-8")

@@ -18,7 +18,8 @@ from tools.experiments.stages import Stage
 PACKAGE = "megatron_router_upcycling."
 NUM_RANKS = 2  # but one on a machine with a single GPU
 # What --quick changes: a model and a corpus just large enough to go through every step.
-QUICK_CORPUS = {"max_bytes": 800_000, "vocab_size": 500, "held_out_fraction": 0.1}
+CORPUS = {"train_tokenizer": 4000, "held_out": 0.05}
+QUICK_CORPUS = {"train_tokenizer": 500, "held_out": 0.1, "max_bytes": 800_000}
 QUICK_MODEL = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 176, "kv_channels": 8}
 QUICK_RUN = {"train_iters": 6, "save_interval": 4, "eval_iters": 2, "log_interval": 2}
 
@@ -79,15 +80,27 @@ class Foundation:
     dense_config: Path
     quick: bool = False
 
+    @property
+    def data(self) -> Path:
+        """The prefix of the corpus; what is held out and the tokenizer have endings of their own."""
+        return self.corpus.output / "text"
+
     @cached_property
     def corpus(self) -> Stage:
         folder = self.output / "corpus"
-        options = flags(output=folder, overwrite=True, quiet=True, **(QUICK_CORPUS if self.quick else {}))
+        options = flags(
+            source_library=True,
+            output=folder / "text",
+            overwrite=True,
+            quiet=True,
+            **(QUICK_CORPUS if self.quick else CORPUS),
+        )
         return Stage(
             "corpus",
             "prepare the corpus: a tokenizer, training and held-out documents",
-            (program("python"), "tools/experiments/corpus.py", *options),
+            (program("router-upcycle"), "prepare-data", *options),
             folder,
+            resumes=True,
         )
 
     @cached_property
@@ -106,12 +119,11 @@ class Foundation:
     @property
     def run_flags(self) -> tuple[str, ...]:
         """Flags of every run: its length where it is a quick one, and the data."""
-        corpus = self.output / "corpus"
         data = flags(
-            tokenizer_model=corpus / "tokenizer.model",
+            tokenizer_model=f"{self.data}.tokenizer.model",
             data_cache_path=self.output / "data_cache",
-            train_data_path=corpus / "train",
-            valid_data_path=corpus / "held_out",
+            train_data_path=self.data,
+            valid_data_path=f"{self.data}_held_out",
         )
         return (*flags(**(QUICK_RUN if self.quick else {})), *data)
 

@@ -14,14 +14,17 @@ from megatron_router_upcycling.errors import UserError
 
 
 @contextlib.contextmanager
-def held(out: Path) -> Iterator[bool]:
+def held(out: Path, name: str = "OUT") -> Iterator[bool]:
     """Hold the lock of ``out`` while the context lasts; False on a file system without locks.
+
+    Args:
+        name: what the command calls ``out``.
 
     Raises:
         UserError: another process holds it; the message names that process.
     """
     path = out.with_name(f".{out.name}.lock")
-    descriptor = _take(path, out)
+    descriptor = _take(path, out, name)
     try:
         yield descriptor is not None
     finally:
@@ -30,7 +33,7 @@ def held(out: Path) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def _take(path: Path, out: Path) -> int | None:
+def _take(path: Path, out: Path, name: str) -> int | None:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -39,7 +42,7 @@ def _take(path: Path, out: Path) -> int | None:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise UserError(
-                f"OUT {out}: being made by {holder}; let it finish or name another folder"
+                f"{name} {out}: being made by {holder}; let it finish or name another place"
             ) from None
         except OSError:  # a file system without locks
             path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Text into tokens: files read, tokenised in worker processes, written as Megatron's .bin and .idx."""

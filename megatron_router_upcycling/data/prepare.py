@@ -1,0 +1,350 @@
+"""From files of text to ``PREFIX.bin`` and ``.idx``: in parts, by worker processes, put together in order.
+
+While it is made, a hidden folder ``.NAME.parts`` beside PREFIX holds the parts that are done. A run that was
+stopped or killed leaves it, and the same command goes on from there. The same text and options give the same
+bytes, however many workers there are and however often the run was stopped.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megatron_router_upcycling.checkpoint.publish import lock
+from megatron_router_upcycling.data import chunks, parts, publish, sources, tokenizer, writer
+from megatron_router_upcycling.data.documents import Chunk, Limits, Skipped, read
+from megatron_router_upcycling.data.record import Record
+from megatron_router_upcycling.data.workers import Child, Start, WorkerLost, spread
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.files import versions, write_whole
+
+FORMAT = 1  # of the parts
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the data, besides the text itself; and how it is made."""
+
+    text_key: str = "text"
+    train_tokenizer: int | None = None
+    held_out: float = 0.0
+    seed: int = 0
+    end_of_document: bool = True
+    max_tokens: int | None = None
+    max_bytes: int | None = None
+    max_document_bytes: int = 1 << 26
+    max_bad: int = 0
+    workers: int = 1
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is known before any text is read."""
+
+    sources: list[sources.Source]
+    left_out: Counter[str]
+    output: Path
+    tokenizer: tokenizer.Tokenizer | None  # None where one is to be trained
+    options: Options
+
+    @property
+    def bytes_to_read(self) -> int:
+        return sum(source.size for source in self.sources)
+
+    @property
+    def prefixes(self) -> tuple[Path, ...]:
+        """Of training and, where some are held out, of held-out documents."""
+        held_out = self.output.with_name(self.output.name + "_held_out")
+        return (self.output, held_out) if self.options.held_out else (self.output,)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.options.text_key, self.options.max_document_bytes)
+
+    @property
+    def part_bytes(self) -> int:
+        return chunks.part_bytes(self.sources)
+
+
+# Told of each part: bytes of the files, tokens, and whether an earlier run had done it.
+Progress = Callable[[int, int, bool], None]
+
+
+def prepare(
+    found: tuple[list[sources.Source], Counter[str]], output: Path, place: Path | None, options: Options
+) -> Job:
+    """Check everything that can be checked without reading the text.
+
+    Args:
+        found: what ``sources.find`` has found.
+        place: the tokenizer, or None for one that is trained.
+
+    Raises:
+        UserError: something is wrong with the options, the tokenizer or the place of the output.
+    """
+    _check(options)
+    loaded = tokenizer.load(place) if place else None
+    if loaded and options.end_of_document and loaded.end_of_document is None:
+        raise UserError(f"--tokenizer {place}: has no end-of-document token; pass --no-end-of-document")
+    job = Job(*found, output.absolute(), loaded, options)
+    publish.check(job.prefixes, [source.path for source in job.sources], options.overwrite)
+    return job
+
+
+def _check(options: Options) -> None:
+    if not 0 <= options.held_out < 1:
+        raise UserError(f"--held-out {options.held_out}: must be from 0 to below 1, as 0.01")
+    least = {
+        "train_tokenizer": 1,
+        "max_tokens": 1,
+        "max_bytes": 1,
+        "max_document_bytes": 1,
+        "max_bad": 0,
+        "workers": 1,
+    }
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {bound}")
+
+
+def run(job: Job, progress: Progress) -> list[Record]:
+    """Make the data; return the records of its prefixes.
+
+    Raises:
+        UserError: the text cannot be used, or the disk not be written; nothing is left then.
+        KeyboardInterrupt: or its subclass for SIGTERM, with a text that says what was left.
+    """
+    with publish.parents_of(job.output), lock.held(job.output, "--output"):
+        work = job.output.with_name(f".{job.output.name}.parts")
+        try:
+            _open(work, job)
+            made = _tokenizer(job, work)
+            counts, told = _make(job, made, work, progress)
+            _check_counts(job, counts)
+            records = [_record(job, made, told, count) for count in counts]
+            publish.publish(work, job.prefixes, records, job.options.train_tokenizer is not None)
+        except (KeyboardInterrupt, WorkerLost) as error:
+            done = len(list(work.glob("*.part")))
+            if not done:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+            if isinstance(error, WorkerLost):
+                raise
+            raise type(error)(f"{done} parts are in {work}; the same command goes on from there") from None
+        except OSError as error:
+            shutil.rmtree(work, ignore_errors=True)
+            raise UserError(f"--output {job.output}: cannot be written ({error.strerror or error})") from None
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+    return records
+
+
+def _open(work: Path, job: Job) -> None:
+    """Make the folder of parts, or keep it where the same text and options have made it."""
+    options, given = job.options, job.tokenizer
+    decisive = {
+        "format": FORMAT,
+        "text": sources.state_of(job.sources),
+        "part_bytes": job.part_bytes,
+        "limits": asdict(job.limits),
+        "held_out": [options.held_out, options.seed],
+        "end_of_document": options.end_of_document,
+        "tokenizer": [options.train_tokenizer, options.max_bytes, tokenizer.TRAINING_LINES]
+        if given is None
+        else [
+            hashlib.sha256(_bytes(given.definition)).hexdigest(),
+            given.vocab_size,
+            given.encode_special_tokens,
+        ],
+        "versions": versions("megatron-router-upcycling", "tokenizers", "sentencepiece"),
+    }
+    file, content = work / "options.json", json.dumps(decisive, indent=2)
+    if not (file.is_file() and file.read_text(encoding="utf-8") == content):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        write_whole(file, content)
+    shutil.rmtree(work / "out", ignore_errors=True)
+    (work / "out").mkdir()
+
+
+def _bytes(definition: str | bytes) -> bytes:
+    return definition if isinstance(definition, bytes) else definition.encode()
+
+
+def _tokenizer(job: Job, work: Path) -> tokenizer.Tokenizer:
+    """The one that was given, or one trained on the documents that are not held out."""
+    if job.tokenizer is not None:
+        return job.tokenizer
+    assert job.options.train_tokenizer
+    file = work / publish.TOKENIZER
+    if not file.is_file():
+        partial = file.with_suffix(".partial")
+        tokenizer.train(_training_texts(job), job.options.train_tokenizer, partial)
+        partial.rename(file)
+    return tokenizer.load(file)
+
+
+def _training_texts(job: Job) -> Iterator[str]:
+    bad, left = 0, job.options.max_bytes
+    for part in chunks.parts(job.sources, job.limits, job.part_bytes):
+        for chunk in part:
+            for found in read(chunk, job.limits):
+                if isinstance(found, Skipped):
+                    bad += 1
+                    _check_bad(job, bad, found)
+                    continue
+                text, size = found
+                if left is not None:
+                    left -= size
+                    if left < 0:
+                        return
+                if not parts.is_held_out(text, job.options.held_out, job.options.seed):
+                    yield text
+
+
+def _check_bad(job: Job, count: int, first: Skipped) -> None:
+    allowed = job.options.max_bad
+    if count > allowed:
+        many = f"; {count} documents like this are more than --max-bad {allowed}" if allowed else ""
+        hint = "" if allowed else "; mend it, or pass --max-bad N to leave out up to N such documents"
+        raise UserError(f"SOURCE {first}{many}{hint}")
+
+
+@dataclass
+class _Told:
+    """What was learned of the text, part by part in order."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    empty: int = 0
+    bad: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+class _Line:
+    """Takes parts as they are done and hands them to the writer in their order."""
+
+    def __init__(self, job: Job, work: Path, progress: Progress, end: Child) -> None:
+        self._job, self._work, self._progress, self._writer = job, work, progress, end
+        self._waiting: dict[int, parts.Summary] = {}
+        self._next = self._unanswered = 0
+        self.told = _Told()
+
+    def wanted(self) -> bool:
+        """Whether the text may go on beyond the parts that were handed over."""
+        options, told = self._job.options, self.told
+        return (options.max_tokens is None or told.tokens <= options.max_tokens) and (
+            options.max_bytes is None or told.bytes <= options.max_bytes
+        )
+
+    def tasks(self) -> Iterator[tuple[int, list[Chunk]]]:
+        """The parts that are not done, with their numbers; those that are go to the writer."""
+        for number, part in enumerate(
+            chunks.parts(self._job.sources, self._job.limits, self._job.part_bytes)
+        ):
+            if not self.wanted():
+                return
+            summary = parts.summary_of(self._work, number)
+            if summary is None:
+                yield number, part
+            else:
+                self.done((number, part), summary, before=True)
+
+    def done(self, task: tuple[int, list[Chunk]], summary: parts.Summary, before: bool = False) -> None:
+        number, part = task
+        self._progress(sum(chunk.consumed for chunk in part), summary.tokens, before)
+        self._waiting[number] = summary
+        while self._next in self._waiting and self.wanted():
+            self._count(self._waiting.pop(self._next))
+            self._send(self._next)
+            self._next += 1
+
+    def _count(self, summary: parts.Summary) -> None:
+        told = self.told
+        for name in ("documents", "tokens", "bytes", "empty", "bad"):
+            setattr(told, name, getattr(told, name) + getattr(summary, name))
+        told.skipped += summary.skipped[: parts.LISTED - len(told.skipped)]
+        if told.bad:
+            _check_bad(self._job, told.bad, told.skipped[0])
+
+    def _send(self, number: int | None) -> None:
+        self._writer.send(number)
+        self._unanswered += 1
+        while self._unanswered and self._writer.connection.poll():
+            self._answer()
+
+    def _answer(self) -> list[writer.Counts]:
+        self._unanswered -= 1
+        return self._writer.receive()
+
+    def end(self) -> list[writer.Counts]:
+        self._send(None)
+        while self._unanswered:
+            counts = self._answer()
+        return counts
+
+
+def _make(
+    job: Job, made: tokenizer.Tokenizer, work: Path, progress: Progress
+) -> tuple[list[writer.Counts], _Told]:
+    options = job.options
+    end = made.end_of_document if options.end_of_document else None
+    make = parts.Job(made, job.limits, options.held_out, options.seed, end, work)
+    outputs = tuple(work / "out" / prefix.name for prefix in job.prefixes)
+    dtype = tokenizer.optimal_dtype(made.vocab_size)
+    write = writer.Job(work, outputs, dtype, options.max_tokens, options.max_bytes)
+    with contextlib.ExitStack() as stack:
+        starts: list[Start] = [*[make] * options.workers, write]
+        children = []
+        for start in starts:
+            children.append(Child(start))
+            stack.callback(children[-1].end)
+        line = _Line(job, work, progress, children[-1])
+        for task, summary in spread(children[:-1], line.tasks(), line.wanted):
+            line.done(task, summary)
+        if not line.told.documents:
+            empty = line.told.empty
+            raise UserError(f"SOURCE: no document was found in {len(job.sources)} files ({empty} are empty)")
+        return line.end(), line.told
+
+
+def _check_counts(job: Job, counts: list[writer.Counts]) -> None:
+    for name, count in zip(("training", "held-out data"), counts, strict=False):
+        if not count.documents:
+            share = f"--held-out {job.options.held_out} of " if job.options.held_out else ""
+            raise UserError(
+                f"{share}the text that SOURCE, --max-tokens and --max-bytes leave: no document for {name};"
+                " more text, or another share, would do"
+            )
+
+
+def _record(job: Job, made: tokenizer.Tokenizer, told: _Told, counts: writer.Counts) -> Record:
+    trained = job.options.train_tokenizer is not None
+    place = publish.tokenizer_of(job.output) if trained else made.place.absolute()
+    options = asdict(job.options) | {"sources": [str(source.path) for source in job.sources[: parts.LISTED]]}
+    for name in ("workers", "overwrite"):  # do not change what is written
+        options.pop(name)
+    return Record(
+        **vars(counts),
+        bytes_per_token=round(counts.bytes / max(counts.tokens, 1), 4),
+        vocab_size=made.vocab_size,
+        tokenizer=str(place),
+        tokenizer_sha256=made.sha256,
+        dtype=tokenizer.optimal_dtype(made.vocab_size).__name__,
+        end_of_document=made.end_of_document if job.options.end_of_document else None,
+        empty=told.empty,
+        skipped_count=told.bad,
+        skipped=[bad.entries() for bad in told.skipped],
+        left_out=dict(job.left_out.most_common()),
+        options=options,
+        versions=versions("megatron-router-upcycling", "megatron-core", "tokenizers", "sentencepiece"),
+    )

@@ -1,0 +1,175 @@
+"""Tokenizers: what ``--tokenizer`` names, in the libraries that are fast, and one trained on the text."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy
+
+from megatron_router_upcycling.data.record import TOKENIZER_FILES, tokenizer_sha256
+from megatron_router_upcycling.errors import UserError, reason
+
+# Lines from which a tokenizer is trained, at most: sentencepiece holds them in memory.
+TRAINING_LINES = 2_000_000
+
+
+class Encoder(Protocol):
+    """Texts into tokens, in a worker."""
+
+    def encode(self, texts: list[str]) -> Sequence[Sequence[int]]: ...
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What a worker makes an encoder of, and what is written down about it."""
+
+    place: Path
+    sha256: str
+    vocab_size: int
+    end_of_document: int | None
+    definition: str | bytes  # tokenizer.json of the tokenizers library, or a sentencepiece model
+    encode_special_tokens: bool = False  # whether "<|endoftext|>" in a text is plain text
+
+    def encoder(self) -> Encoder:
+        if isinstance(self.definition, bytes):
+            return _SentencePiece(self.definition)
+        return _HuggingFace(self.definition, self.encode_special_tokens)
+
+
+def load(place: Path) -> Tokenizer:
+    """The tokenizer in ``place``: a Hugging Face folder, or a file of sentencepiece.
+
+    Raises:
+        UserError: there is none, it cannot be loaded, or only by slow code.
+    """
+    if place.is_file():
+        return _load_sentencepiece(place)
+    if not place.is_dir():
+        raise UserError(f"--tokenizer {place}: there is no such folder or file")
+    digest = tokenizer_sha256(place)
+    if digest is None:
+        names = ", ".join(names[0] for names in TOKENIZER_FILES)
+        raise UserError(f"--tokenizer {place}: holds none of {names}")
+    return _load_hugging_face(place, digest)
+
+
+def _load_hugging_face(place: Path, digest: str) -> Tokenizer:
+    """As training will load it: transformers may add tokens that tokenizer.json does not have."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise UserError(
+            f"--tokenizer {place}: needs transformers, as training with it does; pip install transformers"
+        ) from None
+    try:
+        loaded = AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever its many parts raise
+        raise UserError(f"--tokenizer {place}: transformers cannot load it ({reason(error)})") from None
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"--tokenizer {place}: transformers has slow code only for it; give one with tokenizer.json"
+        )
+    backend.no_truncation()
+    backend.no_padding()
+    ends = (loaded.eos_token_id, loaded.sep_token_id)  # as Megatron's tokenizer chooses
+    return Tokenizer(
+        place,
+        digest,
+        max(len(loaded), *(token + 1 for token in loaded.get_vocab().values())),
+        next((token for token in ends if token is not None), None),
+        backend.to_str(),
+        bool(getattr(loaded, "split_special_tokens", False)),
+    )
+
+
+def _load_sentencepiece(place: Path) -> Tokenizer:
+    import sentencepiece
+
+    try:
+        definition = place.read_bytes()
+        model = sentencepiece.SentencePieceProcessor(model_proto=definition)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--tokenizer {place}: is no model of sentencepiece ({reason(error)})") from None
+    end = model.eos_id()
+    digest = tokenizer_sha256(place)
+    assert digest
+    return Tokenizer(place, digest, model.get_piece_size(), end if end >= 0 else None, definition)
+
+
+class _HuggingFace:
+    def __init__(self, definition: str, encode_special_tokens: bool) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are as many as there shall be
+        import tokenizers
+
+        self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+        self._tokenizer.encode_special_tokens = encode_special_tokens
+        # Without the characters' places, which nobody asks for; older versions always find them.
+        self._encode = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoded.ids for encoded in self._encode(texts)]
+
+
+class _SentencePiece:
+    def __init__(self, definition: bytes) -> None:
+        import sentencepiece
+
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=definition)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self._model.encode(texts, num_threads=1)
+
+
+def train(documents: Iterable[str], vocab_size: int, model_file: Path) -> None:
+    """Train a byte-pair tokenizer that gives every text back exactly, indentation and line ends included.
+
+    The first ``TRAINING_LINES`` lines decide it. What ``documents`` raises comes through as it is.
+
+    Raises:
+        UserError: the text is too small for ``vocab_size`` pieces, or these are too few for its characters.
+    """
+    import sentencepiece
+
+    raised: list[BaseException] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            yield from (line for text in documents for line in text.split("\n") if line)
+        except BaseException as error:  # sentencepiece would hide it in an error of its own
+            raised.append(error)
+
+    try:
+        with model_file.open("wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=islice(lines(), TRAINING_LINES),
+                model_writer=file,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                character_coverage=0.9995,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                user_defined_symbols=["\n"],
+                pad_id=3,  # beside unk 0, bos 1 and eos 2; eos is Megatron's end of document
+                input_sentence_size=TRAINING_LINES,
+                shuffle_input_sentence=False,
+                num_threads=1,
+                minloglevel=2,
+            )
+    except RuntimeError as error:
+        if not raised:
+            why = str(error).rsplit("] ", 1)[-1].strip() or "sentencepiece gives no reason"
+            raise UserError(f"--train-tokenizer {vocab_size}: does not suit this text: {why}") from None
+    if raised:
+        raise raised[0]
+
+
+def optimal_dtype(vocab_size: int) -> Any:
+    """The smallest type that holds the vocabulary, as Megatron's ``DType.optimal_dtype`` chooses it."""
+    return numpy.uint16 if vocab_size < 65500 else numpy.int32

@@ -1,0 +1,124 @@
+"""Small texts and tokenizers of Qwen's kind, and what a prepared prefix holds."""
+
+import functools
+import json
+import random
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from megatron_router_upcycling import cli
+
+# Qwen2's own, from its tokenizer.json.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+WORDS = [
+    "def",
+    "class",
+    "return",
+    "if",
+    "else",
+    "for",
+    "import",
+    "yield",
+    "lambda",
+    "not",
+    "is",
+    "None",
+    "naïve",
+    "日本語",
+    "don't",
+    "1234",
+    "x86_64",
+]
+# What tokenizers stumble over: composed and decomposed accents, special tokens in the text, spaces, ends.
+ODD = [
+    "cafe\u0301 and caf\u00e9",
+    "<|endoftext|>in the middle<|im_end|> of text",
+    "   leading, and trailing   \n\n\n",
+    "\ttabs\r\nand\rall ends\u2028of lines",
+    "🙂👩‍👩‍👧 \U0010ffff",
+    "a\u0000zero",
+    " ",
+    "x",
+]
+
+
+def documents(count: int, seed: int = 0, words: int = 60) -> list[str]:
+    """Odd ones first, then made-up text."""
+    draw = random.Random(seed)
+    made = [
+        "\n".join(" ".join(draw.choices(WORDS, k=9)) for _ in range(draw.randrange(words)))
+        for _ in range(count)
+    ]
+    return (ODD + [text + str(number) for number, text in enumerate(made)])[:count]
+
+
+@functools.cache
+def byte_pairs() -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(SPECIAL),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents(50, seed=1), trainer)
+    return tokenizer
+
+
+def hugging_face(folder: Path, tokenizer_class: str = "Qwen2Tokenizer") -> Path:
+    """A folder as Qwen's: a byte-level BPE, NFC, special tokens."""
+    folder.mkdir(parents=True)
+    byte_pairs().save(str(folder / "tokenizer.json"))
+    vocabulary = byte_pairs().get_vocab()
+    added = {
+        str(vocabulary[token]): {
+            "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+            "special": True,
+        }
+        for token in SPECIAL
+    }  # fmt: skip
+    config = {
+        "tokenizer_class": tokenizer_class,
+        "eos_token": SPECIAL[0],
+        "pad_token": SPECIAL[0],
+        "added_tokens_decoder": added,
+        "model_max_length": 64,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def run(*words: object) -> int:
+    return cli.main(["prepare-data", *map(str, words), "--quiet"])
+
+
+def lines(path: Path, texts: list[str], **more: object) -> Path:
+    path.write_text("".join(json.dumps({"text": text, **more}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def tokens_in(prefix: Path) -> list[list[int]]:
+    """Every document, by Megatron's reader."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    data = IndexedDataset(str(prefix))
+    assert len(data) == len(data.document_indices) - 1
+    return [data[i].tolist() for i in range(len(data))]
+
+
+def left_beside(prefix: Path) -> list[str]:
+    return sorted(path.name for path in prefix.parent.iterdir()) if prefix.parent.exists() else []

@@ -1,0 +1,89 @@
+"""data/record.py: what is written is read again, and copies of a tokenizer have one digest."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_router_upcycling.data import record
+from megatron_router_upcycling.errors import UserError
+from tests.data import small
+
+RECORD = record.Record(
+    documents=3,
+    tokens=10,
+    bytes=35,
+    bytes_per_token=3.5,
+    longest_document=6,
+    vocab_size=300,
+    tokenizer="/models/tokenizer",
+    tokenizer_sha256="ab" * 32,
+    dtype="uint16",
+    end_of_document=None,
+    empty=0,
+    skipped_count=1,
+    skipped=[{"file": "naïve.jsonl", "line": 3, "why": "is no JSON"}],
+    left_out={".png": 2},
+    options={"seed": 0},
+    versions={"python": "3.12"},
+)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    prefix = tmp_path / "data.v1"
+    assert record.read(prefix) is None
+    RECORD.write(prefix)
+    assert record.read(prefix) == RECORD and record.path_of(prefix) == tmp_path / "data.v1.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "is of format 2, and this version reads 1"),
+        ({"format": None}, "has no format number"),
+        ({"vocab_size": "300"}, "vocab_size is 300 in the record"),
+        ({"tokens": True}, "tokens is True in the record"),
+        ({"tokenizer_sha256": None}, "tokenizer_sha256 is None in the record"),
+    ],
+)
+def test_a_changed_record_is_refused(change, message, tmp_path):
+    RECORD.write(tmp_path / "data")
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        record.read(tmp_path / "data")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"format": 1}', "\ud800"])
+def test_what_is_no_record_is_refused(content, tmp_path):
+    (tmp_path / "data.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=r"data\.json: "):
+        record.read(tmp_path / "data")
+
+
+def test_copies_of_a_tokenizer_have_one_digest(tmp_path):
+    place = small.hugging_face(tmp_path / "one")
+    digest = record.tokenizer_sha256(place)
+    AutoTokenizer.from_pretrained(place).save_pretrained(tmp_path / "saved")
+    entries = json.loads((place / "tokenizer.json").read_text())
+    small.hugging_face(tmp_path / "laid out")
+    laid_out = tmp_path / "laid out/tokenizer.json"
+    laid_out.write_text(json.dumps(entries | {"truncation": {"max_length": 5}}, indent=7, sort_keys=True))
+    assert record.tokenizer_sha256(tmp_path / "laid out") == digest
+
+    entries["model"]["merges"] = entries["model"]["merges"][:-1]
+    laid_out.write_text(json.dumps(entries))
+    assert record.tokenizer_sha256(tmp_path / "laid out") != digest
+    assert record.tokenizer_sha256(tmp_path) is None
+    assert record.tokenizer_sha256(place / "tokenizer.json") not in (digest, None)
+
+
+def test_asking_for_a_record_imports_nothing_heavy():
+    script = (
+        "import sys, megatron_router_upcycling.data.record as r; r.read(r.Path('no/x')); print(*sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    modules = set(ended.stdout.split())
+    assert "json" in modules and not {"torch", "numpy", "megatron.core", "transformers", "pyarrow"} & modules
