@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
-# Put the whole way from a dense model to an evaluated Mixture-of-Experts into Slurm's queue.
+# The whole way from a dense model to an evaluated Mixture-of-Experts: in Slurm's queue, or here.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
     cat <<'EOF'
-usage: scripts/submit.sh --work DIR (--hf FOLDER | --dense CHECKPOINT) --config YAML --data PREFIXES [options]
-                         [-- flags of pretrain]
+usage: scripts/submit.sh --work DIR (--hf FOLDER | --dense CHECKPOINT) --config YAML
+                         (--data PREFIXES | --text FILES...) [options] [-- flags of pretrain]
+       scripts/submit.sh --local --work DIR --hf FOLDER --text FILES... [options] [-- flags of pretrain]
 
-Queues five jobs, each after the one before has ended well, and prints their numbers:
+Queues these jobs, each after the one before has ended well, and prints their numbers; with --local it runs
+them here, one after another:
+  data      text -> DIR/data/text, with the model's tokenizer       1 node, no GPU     (with --text)
   import    Hugging Face folder -> DIR/dense                        1 node, no GPU     (with --hf)
   keys      average keys over training data -> DIR/key_stats.safetensors    1 whole node
   convert   -> DIR/moe, then verify                                 1 node, no GPU
   train     -> DIR/run; queues itself again until it is finished    --nodes, whole
   evaluate  -> DIR/hf, DIR/evaluation                               1 node, 1 GPU
 What DIR holds already is not made again: after a failure, mend its cause and give the same command.
+
+example (this machine: its GPUs, or two processes on the CPU with --nproc 2):
+  scripts/submit.sh --local --work runs/8x0.5b --hf models/Qwen1.5-0.5B --text texts/
 
 example (the paper's run, 8 nodes of 8 GPUs):
   export SBATCH_ACCOUNT=... SBATCH_PARTITION=...       # any of sbatch's own variables
@@ -26,25 +32,31 @@ required:
   --work DIR           where everything goes, on a file system that all nodes share
   --hf FOLDER          the dense model in Hugging Face format, or
   --dense CHECKPOINT   the dense model as a Megatron checkpoint root
-  --config YAML        what trains the Mixture-of-Experts
-  --data PREFIXES      Megatron data as --data-path takes it: one prefix, or weights and prefixes in quotes
+  --config YAML        what trains the Mixture-of-Experts (--local: configs/one_machine/moe.yaml, and one pass
+                       over the data)
+  --data PREFIXES      Megatron data as --data-path takes it: one prefix, or weights and prefixes in quotes, or
+  --text FILES...      files and folders of text, as router-upcycle prepare-data takes them
 
 options:
   --dense-config YAML  batches and parallelism for keys (default: dense.yaml beside --config)
   --nodes N            nodes of train (default 8)
   --gpus-per-node N    GPUs of each node (default 8; 0 on nodes without: NPROC_PER_NODE processes on the CPU)
   --time LIMIT         of one run of train, as sbatch takes it (default: the partition's)
-  --stages LIST        of import,keys,convert,train,evaluate (default: all)
+  --stages LIST        of data,import,keys,convert,train,evaluate (default: all)
+  --local              run on this machine. Ctrl-C ends it (in training: after a step that is saved), and the same
+                       command goes on. --nodes, --gpus-per-node, --time and --container do not apply
+  --nproc N            with --local: processes (default: one a GPU; 1 on the CPU)
   --container IMAGE    run in this image (pyxis and enroot), with the folders of all that is named here mounted;
                        CONTAINER_MOUNTS adds SOURCE:TARGET pairs
   --venv DIR           run in this virtual environment (default, without --container: .venv here)
-  --import-flags, --keys-flags, --convert-flags, --evaluate-flags "FLAGS"
-                       added to import-hf, collect_keys, convert (default: --num-experts 8 --top-k 2), evaluate
+  --data-flags, --import-flags, --keys-flags, --convert-flags, --evaluate-flags "FLAGS"
+                       added to prepare-data, import-hf, collect_keys, convert (default: --num-experts 8 --top-k 2)
+                       and evaluate (--local: --tasks stdlib, which needs no data)
   --dry-run            print the sbatch commands and submit nothing
   -- FLAGS             everything after it goes to pretrain, above the YAML
 
 Follow a run: tail -f DIR/logs/train-JOB.log, or tensorboard --logdir DIR/run/tensorboard.
-Stop it so that it saves and is queued again: scancel --signal=URG JOB. Stop it for good: scancel JOB.
+Stop a job so that it saves and is queued again: scancel --signal=URG JOB. Stop it for good: scancel JOB.
 EOF
 }
 
@@ -53,13 +65,23 @@ fail() {
     exit 2
 }
 
-WORK='' HF='' DENSE='' CONFIG='' DENSE_CONFIG='' DATA=''
-nodes=8 gpus=8 time='' stages=import,keys,convert,train,evaluate dry_run=''
-import_flags='' keys_flags='' convert_flags='--num-experts 8 --top-k 2' evaluate_flags=''
+WORK='' HF='' DENSE='' CONFIG='' DENSE_CONFIG='' DATA='' TEXT='' LOCAL=''
+nodes=8 gpus=8 time='' stages=data,import,keys,convert,train,evaluate dry_run=''
+data_flags='' import_flags='' keys_flags='' convert_flags='--num-experts 8 --top-k 2' evaluate_flags=''
 while [[ $# -gt 0 && $1 != -- ]]; do
     case $1 in
     -h | --help) usage && exit 0 ;;
     --dry-run) dry_run=yes && shift && continue ;;
+    --local) LOCAL=yes && shift && continue ;;
+    --text)
+        while [[ $# -ge 2 && $2 != -* ]]; do
+            [[ -e $2 ]] || fail "--text $2: no such file or folder"
+            TEXT+=${TEXT:+$'\n'}$(realpath -s "$2")
+            shift
+        done
+        [[ -n $TEXT ]] || fail "--text: name files or folders of text"
+        shift && continue
+        ;;
     --*) [[ $# -ge 2 ]] || fail "$1: needs a value" ;;&
     --work) WORK=$2 ;;
     --hf) HF=$2 ;;
@@ -69,10 +91,12 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --data) DATA=$2 ;;
     --nodes) nodes=$2 ;;
     --gpus-per-node) gpus=$2 ;;
+    --nproc) export NPROC_PER_NODE=$2 ;;
     --time) time=$2 ;;
     --stages) stages=$2 ;;
     --container) CONTAINER_IMAGE=$2 ;;
     --venv) VENV=$2 ;;
+    --data-flags) data_flags=$2 ;;
     --import-flags) import_flags=$2 ;;
     --keys-flags) keys_flags=$2 ;;
     --convert-flags) convert_flags=$2 ;;
@@ -89,11 +113,17 @@ done
 [[ -z $HF || -f $HF/config.json ]] || fail "--hf $HF: no config.json there"
 [[ -z $DENSE || -f $DENSE/latest_checkpointed_iteration.txt ]] ||
     fail "--dense $DENSE: no latest_checkpointed_iteration.txt there; name a checkpoint's root folder"
+own_config=''
+if [[ -n $LOCAL ]]; then
+    [[ -n $CONFIG ]] || own_config=yes CONFIG=$ROOT/configs/one_machine/moe.yaml
+    evaluate_flags=${evaluate_flags:---tasks stdlib}
+fi
 [[ -f $CONFIG ]] || fail "--config $CONFIG: no such file"
 DENSE_CONFIG=${DENSE_CONFIG:-$(dirname "$CONFIG")/dense.yaml}
 [[ -f $DENSE_CONFIG ]] || fail "--dense-config $DENSE_CONFIG: no such file"
+[[ -z $DATA || -z $TEXT ]] || fail "--text: not with --data, which is text made into data already"
 read -ra parts <<<"$DATA"
-[[ ${#parts[@]} -gt 0 ]] || fail "--data: name the training data"
+[[ ${#parts[@]} -gt 0 || -n $TEXT ]] || fail "--data or --text: name the training data"
 DATA=''
 for part in "${parts[@]}"; do
     if [[ ! $part =~ ^[0-9.]+$ ]]; then
@@ -102,16 +132,23 @@ for part in "${parts[@]}"; do
     fi
     DATA+="${DATA:+ }$part"
 done
+tokenizer=${HF:-$DENSE/tokenizer}
+if [[ -n $TEXT && ! -f $tokenizer/tokenizer.json && ! -f $tokenizer/vocab.json && ! -f $tokenizer/tokenizer.model ]]; then
+    [[ " $data_flags" == *" --tokenizer "* ]] || fail "--text: no tokenizer in $tokenizer; name one in --data-flags"
+fi
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes $nodes: must be a number from 1"
 [[ $gpus =~ ^[0-9]+$ ]] || fail "--gpus-per-node $gpus: must be a number"
 for stage in ${stages//,/ }; do
-    [[ -f $ROOT/scripts/slurm/$stage.sbatch ]] || fail "--stages $stage: not one of import, keys, convert, train, evaluate"
+    [[ -f $ROOT/scripts/slurm/$stage.sbatch ]] || fail "--stages $stage: not one of data, import, keys, convert, train, evaluate"
 done
 if [[ -z ${CONTAINER_IMAGE:-} ]]; then
     python=${PYTHON:-${VENV:-$ROOT/.venv}/bin/python}
     command -v "$python" >/dev/null || fail "--venv: no $python; 'make setup' makes .venv, or pass --container IMAGE"
 fi
-[[ -n $dry_run ]] || command -v sbatch >/dev/null || fail "no sbatch here: give this command on a login node"
+[[ -z $LOCAL || -z ${CONTAINER_IMAGE:-} ]] || fail "--local: not with --container; run it in the container"
+[[ -n $dry_run$LOCAL ]] || command -v sbatch >/dev/null ||
+    fail "no sbatch here: give this command on a login node, or --local to run everything on this machine"
+[[ ${NPROC_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] || fail "--nproc $NPROC_PER_NODE: must be a number from 1"
 
 [[ -n $dry_run ]] || mkdir -p "$WORK/logs" || fail "--work $WORK: cannot be made"
 WORK=$(realpath -m "$WORK")
@@ -120,7 +157,54 @@ CONFIG=$(realpath "$CONFIG") DENSE_CONFIG=$(realpath "$DENSE_CONFIG")
 # The jobs start in ROOT. (An image may be a registry's, which is no file.)
 [[ -z ${VENV:-} ]] || VENV=$(realpath -s "$VENV")
 [[ ! -f ${CONTAINER_IMAGE:-} ]] || CONTAINER_IMAGE=$(realpath "$CONTAINER_IMAGE")
-export ROOT WORK HF DENSE CONFIG DENSE_CONFIG DATA CONTAINER_IMAGE VENV
+[[ -z $TEXT ]] || DATA=$WORK/data/text
+# How long is one pass, where no configuration says it? Known when the data is there.
+ONE_PASS=${own_config:+$WORK/one_pass.yaml}
+export ROOT WORK HF DENSE CONFIG DENSE_CONFIG DATA TEXT ONE_PASS LOCAL CONTAINER_IMAGE VENV
+
+job='' interrupts=0
+# Ctrl-C reaches the stage through this: the one in training saves first.
+interrupt() {
+    [[ -n $job ]] || exit 130
+    interrupts=$((interrupts + 1))
+    if [[ $stage_running == train && $interrupts -eq 1 ]]; then
+        printf '\n          saving, then it ends; Ctrl-C again ends it at once\n'
+        kill -URG -- "-$job" 2>/dev/null || true
+    else
+        kill -TERM -- "-$job" 2>/dev/null || true
+    fi
+}
+
+# run_here STAGE FLAGS...: run a stage's batch file on this machine, in a session of its own.
+run_here() {
+    local stage=$1 log=$WORK/logs/$1.log start=$SECONDS status
+    shift
+    printf '%-9s log %s ... ' "$stage" "$log"
+    stage_running=$stage
+    echo "== $(date)" >>"$log"
+    local first=$(($(wc -l <"$log") + 1))
+    setsid bash "$ROOT/scripts/slurm/$stage.sbatch" "$@" >>"$log" 2>&1 </dev/null &
+    job=$!
+    while :; do
+        status=0
+        wait "$job" || status=$?
+        kill -0 "$job" 2>/dev/null || break # otherwise a signal ended the waiting alone
+    done
+    job=''
+    if [[ $status -eq 0 && $interrupts -eq 0 ]]; then
+        printf 'done in %d s\n' $((SECONDS - start))
+        return 0
+    fi
+    printf 'ended after %d s\n' $((SECONDS - start))
+    if [[ $interrupts -gt 0 ]]; then
+        echo "          the same command goes on from there"
+        exit 130
+    fi
+    tail -n "+$first" "$log" | grep -a '^error: ' | tail -n 1 >&2 ||
+        echo "error: $stage: ended with status $status; the reason is in $log" >&2
+    exit "$status"
+}
+[[ -z $LOCAL ]] || trap interrupt INT TERM
 
 previous=''
 # submit STAGE RESULT GPUS FLAGS...: queue a stage after the one before; nothing to do where RESULT is there.
@@ -131,6 +215,10 @@ submit() {
     if [[ -e $result ]]; then
         printf '%-9s %s is there\n' "$stage" "$result"
         return 0
+    fi
+    if [[ -n $LOCAL && -z $dry_run ]]; then
+        run_here "$stage" "$@"
+        return
     fi
     local command=(sbatch --parsable --export=ALL "--output=$WORK/logs/%x-%j.log" "--chdir=$ROOT")
     [[ -z $previous ]] || command+=("--dependency=afterok:$previous" --kill-on-invalid-dep=yes)
@@ -148,6 +236,8 @@ submit() {
 }
 
 words() { read -ra flags <<<"$1"; }
+words "$data_flags"
+[[ -z $TEXT ]] || submit data "$DATA.json" 0 "${flags[@]}"
 words "$import_flags"
 [[ -z $HF ]] || submit import "$DENSE/latest_checkpointed_iteration.txt" 0 "${flags[@]}"
 words "$keys_flags"

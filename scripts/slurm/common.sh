@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Read by the batch files in this folder. What submit.sh sets: ROOT (this repository), WORK (where everything
-# of the run lies), HF, DENSE, CONFIG, DENSE_CONFIG, DATA, and CONTAINER_IMAGE or VENV.
+# of the run lies), HF, DENSE, CONFIG, DENSE_CONFIG, DATA or TEXT, CONTAINER_IMAGE or VENV, LOCAL if there is no
+# Slurm, and ONE_PASS (a YAML file to write) where no configuration says how long to train.
 cd "$ROOT" || exit
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then
@@ -26,6 +27,10 @@ mounts() {
 
 # Run a command once on each node of the job, in the container (pyxis) or in the virtual environment.
 on_each_node() {
+    if [[ -n ${LOCAL:-} ]]; then
+        "$@"
+        return
+    fi
     local container=()
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then
         container=(
@@ -49,5 +54,9 @@ router_upcycle() {
 over_imported_model() {
     local bases="\"$1\""
     [[ -f $DENSE/model.yaml ]] && bases+=", \"$DENSE/model.yaml\""
-    printf '# Written by %s.\nbase: [%s]\n' "$SLURM_JOB_NAME" "$bases" >"$WORK/$2"
+    if [[ -n ${ONE_PASS:-} ]]; then
+        "$PYTHON" "$ROOT/scripts/one_pass.py" "$DENSE" "$ONE_PASS" "$DATA"
+        bases+=", \"$ONE_PASS\""
+    fi
+    printf '# Written by submit.sh for this run.\nbase: [%s]\n' "$bases" >"$WORK/$2"
 }

@@ -24,8 +24,8 @@ from gpu_check_jobs import (  # type: ignore[import-not-found]
 )
 
 STEPS, HALF = 12, 6
-# The greatest relative difference between two runs' losses, at any step. At this learning rate runs in bfloat16
-# and in float32 on one CPU differ by about 1e-3 while they fall by a fifth; at 3e-3 they part by 9e-2 in 12 steps.
+# The greatest relative difference between two runs' losses, at any step. At this learning rate runs in
+# bfloat16 and in float32 on one CPU differ by about 1e-3 while they fall by a fifth; at 3e-3 by 9e-2.
 AGREE = {
     "the CPU's": 3e-3,
     "the plain run's": 3e-3,  # the same device, other kernels

@@ -1,0 +1,101 @@
+"""submit.sh --local: from text and a Hugging Face folder to an evaluated mixture, on this machine."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests import hf_models, launch
+from tests.slurm_cluster import wait_until
+
+SUBMIT = launch.ROOT / "scripts" / "submit.sh"
+TEXTS = sorted((launch.ROOT / "docs").glob("*.md"))
+END = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Qwen with a byte-level BPE tokenizer of its own."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("local") / "hf"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[END], initial_alphabet=alphabet)
+    bpe.train([str(path) for path in TEXTS], trainer)
+    hf_models.make("qwen1.5", folder, vocab_size=400, eos_token_id=0, max_position_embeddings=128)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END).save_pretrained(folder)
+    return folder
+
+
+def submit(*options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(part) for part in (SUBMIT, *options)], env=launch.ENVIRONMENT | {"PYTHON": sys.executable},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=launch.ROOT,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_from_text_to_an_evaluated_mixture_with_a_break(model: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    evaluate = ("--evaluate-flags", "--tasks stdlib --limit 4")
+    options = ("--local", "--work", work, "--hf", model, "--nproc", 2, "--text", launch.ROOT / "docs")
+    command = (*options, "--keys-flags", "--collect-iters 2", *evaluate, "--", "--log-interval", 1)
+    first, log = submit(*command), work / "logs" / "train.log"
+    wait_until(
+        lambda: first.poll() is not None or (log.exists() and "iteration        3/" in log.read_text()),
+        lambda: "".join(path.read_text()[-2000:] for path in (work / "logs").glob("*")),
+    )
+    assert first.poll() is None, first.communicate()
+    first.send_signal(signal.SIGINT)
+    said, errors = first.communicate(timeout=120)
+    assert first.returncode == 130 and errors == ""
+    assert "saving, then it ends" in said and "the same command goes on" in said
+    assert (work / "run" / "run_state").read_text() == "stopped\n"
+
+    again = submit(*command)
+    said, errors = again.communicate(timeout=400)
+    assert (again.returncode, errors) == (0, ""), said
+    for stage in ("data", "import", "keys", "convert"):
+        assert f"{stage:9} {work}" in said and f"{stage}.log" not in said  # it was there
+    assert "train.log ... done in" in said and "evaluate.log ... done in" in said
+    assert (work / "hf" / "tokenizer.json").is_file() and (work / "evaluation" / "results.json").is_file()
+    one_pass = yaml.safe_load((work / "one_pass.yaml").read_text())
+    losses = launch.Output(0, log.read_text()).losses
+    assert one_pass["seq_length"] == 128 and list(losses) == list(range(1, one_pass["train_iters"] + 1))
+
+    flags = ("--config", work / "train.yaml", "--load", work / "moe", "--data-path", work / "data" / "text")
+    unbroken = launch.ranks(2, "pretrain", *flags, "--log-interval", 1).ok().losses
+    assert losses == unbroken
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--text", "/nowhere"), "--text /nowhere: no such file or folder"),
+        (("--text",), "--text: name files or folders of text"),
+        (("--text", TEXTS[0], "--data", "x"), "--text: not with --data"),
+        (("--text", TEXTS[0], "--nproc", "two"), "--nproc two: must be a number from 1"),
+        (("--text", TEXTS[0], "--container", "image"), "--local: not with --container"),
+        ((), "--data or --text: name the training data"),
+    ],
+)
+def test_mistakes_are_one_line(model: Path, tmp_path: Path, options: tuple[object, ...], said: str) -> None:
+    process = submit("--local", "--work", tmp_path / "work", "--hf", model, *options)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and output == "" and not (tmp_path / "work").exists()
+    assert errors.startswith(f"error: {said}") and errors.count("\n") == 1
+
+
+def test_stage_that_fails_ends_the_chain_with_its_reason(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
+    process = submit("--local", "--work", tmp_path / "work", "--hf", model, "--text", tmp_path / "bad.jsonl")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "data.log ... ended after" in output and "import" not in output
+    assert "bad.jsonl" in errors and errors.count("\n") == 1
