@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +174,22 @@ def _measure(language_model: Any, task: Task, records: data.Records, options: Op
     """Scores of one task, in percent."""
     from lm_eval.evaluator import evaluate as harness_evaluate
 
+    if task.harness is None:
+        records = fitting(records, task, language_model)
     asked = harness_task(task, records, options.num_fewshot)
     asked.set_fewshot_seed(SEED)
-    found = harness_evaluate(
-        language_model,
-        {"tasks": {task.name: asked}},
-        limit=options.limit,
-        log_samples=False,
-    )
+    try:
+        found = harness_evaluate(
+            language_model,
+            {"tasks": {task.name: asked}},
+            limit=options.limit,
+            log_samples=False,
+        )
+    except AssertionError:  # of the harness, on an answer; a question it cuts at its beginning
+        raise UserError(
+            f"--tasks {task.name}: has an answer longer than the {language_model.max_length} tokens that the"
+            " model takes (max_position_embeddings); leave that task out"
+        ) from None
     metrics: dict[str, float] = {}
     for key, value in found["results"][task.name].items():
         name, comma, _ = key.partition(",")  # a metric and the filter of answers, as in acc_stderr,none
@@ -206,6 +214,29 @@ def _measure(language_model: Any, task: Task, records: data.Records, options: Op
         },
         "harness_task_version": asked.VERSION,
     }
+
+
+def fitting(records: data.Records, task: Task, language_model: Any) -> data.Records:
+    """``records`` without the questions of which an answer is longer than the model takes; says how many.
+
+    Raises:
+        UserError: none is left.
+    """
+    longest = language_model.max_length
+    asked = records.splits[task.split]
+    fits = [
+        row
+        for row in asked
+        if max(len(language_model.tok_encode(choice)) for choice in row["choices"]) < longest
+    ]
+    if len(fits) == len(asked):
+        return records
+    said = f"answers longer than the {longest} tokens that the model takes"
+    if not fits:
+        raise UserError(f"--tasks {task.name}: all questions have {said} (max_position_embeddings)")
+    left_out = len(asked) - len(fits)
+    print(f"{task.name}: {left_out} of {len(asked)} questions left out, with {said}", flush=True)
+    return replace(records, splits=records.splits | {task.split: fits})
 
 
 def harness_task(task: Task, records: data.Records, num_fewshot: int) -> Any:
