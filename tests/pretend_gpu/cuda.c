@@ -119,7 +119,9 @@ int cudaStreamGetCaptureInfo(
 }
 int cublasCreate_v2(void **handle) { return named(handle); }
 int cublasLtCreate(void **handle) { return named(handle); }
-int cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version) {
+int cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
+                                     unsigned long long flags, int *result) {
+    if (result) *result = 0; /* found */
     *function = strcmp(name, "cuDevicePrimaryCtxGetState") ? (void *)zero : (void *)cuDevicePrimaryCtxGetState;
     return 0;
 }
