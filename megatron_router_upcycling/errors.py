@@ -18,6 +18,10 @@ class UserError(Exception):
         super().__init__(printable(message))
 
 
+class OneRankError(UserError):
+    """A UserError that one rank of several sees, and so has to print itself."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which unwinds and says what is left as Ctrl-C does."""
 

@@ -131,7 +131,7 @@ def check(run: launch.Run) -> None:
     Raises:
         UserError: names the flag and what would work.
     """
-    from megatron_router_upcycling.training.language_model import check_data
+    from megatron_router_upcycling.training.language_model import check_data, check_tokens
 
     args = run.args
     trained = open_checkpoint(args.load).args
@@ -161,6 +161,7 @@ def check(run: launch.Run) -> None:
             f" {groups} query groups; use at most {groups}"
         )
     check_data(args)
+    check_tokens(args, args.load)
 
 
 def own_ranks() -> dict[str, int]:

@@ -21,7 +21,9 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.checkpoint import beside
+from megatron_router_upcycling.data import agreement
+from megatron_router_upcycling.errors import OneRankError, UserError
 
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 SPIKE_FACTOR = 10.0  # a loss this many times the largest seen so far is called a spike
@@ -33,14 +35,34 @@ def check_data(args: Namespace) -> None:
     Raises:
         UserError: names the flag, or the file that is missing.
     """
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    paths = [path for part in (blend, *(blend_per_split or ())) if part for path in part[0]]
+    paths = _prefixes(args)
     if not paths and not args.mock_data:
         raise UserError("--data-path: name the data to run over (the prefix of a .bin and an .idx file)")
     for path in paths:
         for file in (f"{path}.bin", f"{path}.idx"):
             if "://" not in path and not Path(file).is_file():
                 raise UserError(f"--data-path {path}: no file {file}; name the prefix of a .bin and an .idx")
+
+
+def check_tokens(args: Namespace, load: str | None) -> None:
+    """Refuse data of another tokenizer, or with tokens that the model does not know. After ``set_global``.
+
+    Args:
+        load: the checkpoint that the run starts from; what stands beside it is its tokenizer.
+
+    Raises:
+        UserError: names the data.
+    """
+    beside_load = beside.tokenizer_in(Path(load)) if load else None
+    named = Path(args.tokenizer_model) if args.tokenizer_model else None
+    tokenizer = beside_load[1] if beside_load else named
+    known = tokenizer if tokenizer and tokenizer.exists() else None
+    agreement.check([path for path in _prefixes(args) if "://" not in path], known, args.padded_vocab_size)
+
+
+def _prefixes(args: Namespace) -> list[str]:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return [path for part in (blend, *(blend_per_split or ())) if part for path in part[0]]
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
@@ -91,6 +113,10 @@ def get_batch(data_iterator: Iterator[dict], vp_stage: int | None = None) -> dic
     batch: dict[str, Any] = {}
     if tp_rank == 0:
         sample = next(data_iterator)
+        try:  # on the CPU still: a GPU would end with an assertion that names nothing
+            agreement.check_ids("--data-path: a batch", int(sample["tokens"].max()), args.padded_vocab_size)
+        except UserError as error:
+            raise OneRankError(str(error)) from None
         batch = {
             name: sample[name].cuda(non_blocking=True) if sample.get(name) is not None else None
             for name in FIELDS

@@ -20,7 +20,7 @@ from megatron_router_upcycling.config import agreement, manifest
 from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
-from megatron_router_upcycling.errors import Parser, UserError, reason
+from megatron_router_upcycling.errors import OneRankError, Parser, UserError, reason
 from megatron_router_upcycling.files import existing
 from megatron_router_upcycling.training import attention_choice, device, tokenizer
 
@@ -81,10 +81,12 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     adapt(args, place)
     validate(args)
     if not needs_checkpoint:
-        from megatron_router_upcycling.training.language_model import check_data
+        from megatron_router_upcycling.training import language_model
 
-        check_data(args)
+        language_model.check_data(args)
     set_global(args)
+    if not needs_checkpoint:
+        language_model.check_tokens(args, origin.load)
     if save and args.rank == 0 and origin.load != save:
         _write_manifest(save, origin, router)
         tokenizer.hand_on(args, origin.load, save)
@@ -328,6 +330,6 @@ def exit_on_user_error(command: Callable[[], object]) -> None:
     try:
         command()
     except UserError as error:
-        if is_first:
+        if is_first or isinstance(error, OneRankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -1,0 +1,92 @@
+"""Whether data and a model go together: the tokenizer that made the tokens, and ids within the vocabulary."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from megatron_router_upcycling.data import record
+from megatron_router_upcycling.errors import UserError
+
+# The header of an .idx file (megatron.core.datasets.indexed_dataset): a mark, eight bytes, the dtype's code.
+MARK, CODE_AT = b"MMIDIDX\x00\x00", 17
+LOOKED_AT = 64  # pieces of a .bin file, from its first to its last token,
+PIECE = 1 << 20  # of as many bytes each
+
+
+def check(prefixes: Iterable[str], tokenizer: Path | None, vocabulary: int) -> None:
+    """Refuse data whose tokens are not those of the model.
+
+    Where ``prepare-data`` has left its record, that is asked. Of data that other tools made up to 64 MiB of
+    tokens are looked at, evenly; the rest is, batch by batch, as training reads it.
+
+    Args:
+        prefixes: of .bin and .idx files that are there.
+        tokenizer: the model's, a Hugging Face folder or a sentencepiece file; None if it is not known.
+        vocabulary: the rows of the model's embedding.
+
+    Raises:
+        UserError: names the prefix.
+    """
+    expected = record.tokenizer_sha256(tokenizer) if tokenizer else None
+    for prefix in prefixes:
+        made = record.read(Path(prefix))
+        if made is None:
+            check_ids(
+                f"--data-path {prefix}",
+                _largest(Path(f"{prefix}.bin"), _dtype(Path(f"{prefix}.idx"))),
+                vocabulary,
+            )
+            continue
+        if made.vocab_size > vocabulary:
+            raise UserError(
+                f"--data-path {prefix}: made with a vocabulary of {made.vocab_size} ({made.tokenizer}),"
+                f" and the model has {vocabulary}; prepare the text with the model's own tokenizer"
+            )
+        if expected and made.tokenizer_sha256 != expected:
+            raise UserError(
+                f"--data-path {prefix}: made with another tokenizer ({made.tokenizer}) than the model's"
+                f" ({tokenizer}); prepare the text again with that one, or remove"
+                f" {record.path_of(Path(prefix))} if their tokens are the same"
+            )
+
+
+def check_ids(where: str, largest: int, vocabulary: int) -> None:
+    """Refuse a token beyond the vocabulary.
+
+    Raises:
+        UserError: ``where`` names the data.
+    """
+    if largest >= vocabulary:
+        raise UserError(
+            f"{where}: holds token {largest}, and the model's vocabulary has {vocabulary} (0 to"
+            f" {vocabulary - 1}); prepare the text with the model's own tokenizer"
+        )
+
+
+def _dtype(index: Path) -> type[np.number]:
+    """The dtype of the tokens beside ``index``, an .idx file."""
+    from megatron.core.datasets.indexed_dataset import DType
+
+    with open(index, "rb") as file:
+        head = file.read(CODE_AT + 1)
+    try:
+        if not head.startswith(MARK):
+            raise ValueError("it does not begin as one")
+        kind: type[np.number] = DType.dtype_from_code(head[CODE_AT])
+    except (ValueError, IndexError) as error:
+        raise UserError(f"--data-path {index}: is no index of Megatron data ({error})") from None
+    return kind
+
+
+def _largest(path: Path, dtype: type[np.number]) -> int:
+    """The largest token among those that are looked at."""
+    count = path.stat().st_size // np.dtype(dtype).itemsize
+    if not count:
+        return -1
+    tokens: np.ndarray = np.memmap(path, dtype, "r", shape=(count,))
+    step = PIECE // np.dtype(dtype).itemsize
+    starts = range(0, count, step)
+    if len(starts) > LOOKED_AT:
+        starts = np.linspace(0, count - step, LOOKED_AT).astype(int).tolist()
+    return max(int(tokens[start : start + step].max()) for start in starts)

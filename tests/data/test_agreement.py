@@ -1,0 +1,83 @@
+"""Data and model are held against each other before the first step."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_router_upcycling import cli
+from megatron_router_upcycling.data import agreement, record
+from megatron_router_upcycling.errors import UserError
+from tests import launch
+from tests.hf.folders import write_tokenizer
+
+
+def write(prefix: Path, tokens: list[int], dtype: type = np.int32) -> str:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    builder.add_document(torch.tensor(tokens), [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    write_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("a b c d e f")
+    flags = ("--tokenizer", tmp_path / "tokenizer", "--output", tmp_path / "data", "--quiet")
+    assert cli.main(["prepare-data", *map(str, (tmp_path / "a.txt", *flags))]) == 0
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16])
+def test_token_beyond_the_vocabulary_is_named(tmp_path: Path, dtype: type) -> None:
+    prefix = write(tmp_path / "data", [5, 300, 7], dtype)
+    agreement.check([prefix], None, 301)
+    with pytest.raises(
+        UserError, match=r"data: holds token 300, and the model's vocabulary has 300 \(0 to 299"
+    ):
+        agreement.check([prefix], None, 300)
+
+
+def test_large_files_are_looked_at_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "PIECE", 16)
+    for place in (0, 9999):
+        tokens = [1] * 10_000
+        tokens[place] = 99
+        with pytest.raises(UserError, match="holds token 99"):
+            agreement.check([write(tmp_path / f"data{place}", tokens)], None, 50)
+
+
+def test_other_tokenizer_is_named_with_the_way_out(prepared: Path, tmp_path: Path) -> None:
+    agreement.check([str(prepared)], tmp_path / "tokenizer", 28)
+    with pytest.raises(UserError, match="made with a vocabulary of 28 .*, and the model has 20"):
+        agreement.check([str(prepared)], tmp_path / "tokenizer", 20)
+    other = tmp_path / "other"
+    write_tokenizer(other)
+    text = (other / "tokenizer.json").read_text()
+    agreement.check([str(prepared)], other, 28)  # a copy
+    (other / "tokenizer.json").write_text(text.replace('"z"', '"Z"'))
+    with pytest.raises(UserError, match=r"another tokenizer .*or remove .*data\.json"):
+        agreement.check([str(prepared)], other, 28)
+    record.path_of(prepared).unlink()
+    agreement.check([str(prepared)], other, 28)
+
+
+def test_damaged_index_is_named(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "data", [1, 2])
+    for content in (b"", b"other", b"MMIDIDX\x00\x00" + bytes(8) + b"\x63"):
+        Path(f"{prefix}.idx").write_bytes(content)
+        with pytest.raises(UserError, match=r"data\.idx: is no index of Megatron data"):
+            agreement.check([prefix], None, 300)
+
+
+def test_training_and_key_collection_refuse_it_in_one_line(
+    tmp_path: Path, moe_config: Path, moe: Path
+) -> None:
+    prefix = write(tmp_path / "data", [1, 2, 5000] * 400)
+    flags = ("--config", moe_config, "--load", moe, "--save", tmp_path / "run", "--train-iters", 1)
+    output = launch.python("-m", "megatron_router_upcycling.pretrain", *flags, "--data-path", prefix)
+    assert output.returncode == 2 and len(output.errors) == 1 and "Traceback" not in output.text
+    assert f"--data-path {prefix}: holds token 5000" in output.errors[0]
+    assert not (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()
