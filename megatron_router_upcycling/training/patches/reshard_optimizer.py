@@ -22,7 +22,7 @@ FRAME = ("optimizer", "param_state_sharding_type", "grad_scaler")
 
 
 def install() -> None:
-    """Let ``ChainedOptimizer.load_state_dict`` take a state saved with another number of optimizers or rate."""
+    """Let ``ChainedOptimizer.load_state_dict`` take a state of another number of optimizers, or rate."""
 
     def fitting(load_state_dict: Callable[..., None]) -> Callable[..., None]:
         def call(self: Any, state_dict: Any) -> None:
