@@ -8,9 +8,12 @@ from argparse import Namespace
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.objections import flag_of
 
+ARCHITECTURE = (
+    "give the architecture, in flags or --config, or --load a converted checkpoint, which brings it"
+)
 REQUIRED = {
-    "hidden_size": "give the architecture, or --load a checkpoint that brings it",
-    "num_attention_heads": "give the architecture, or --load a checkpoint that brings it",
+    "hidden_size": ARCHITECTURE,
+    "num_attention_heads": ARCHITECTURE,
     "seq_length": "give the tokens of a sequence",
     "max_position_embeddings": "give at least --seq-length",
     "micro_batch_size": "give the sequences of a micro-batch",
@@ -31,6 +34,8 @@ def complete(args: Namespace) -> list[str]:
     Raises:
         UserError: something is missing, or a number that cannot be.
     """
+    if not (args.num_layers or args.encoder_num_layers or args.hybrid_layer_pattern):
+        raise UserError(f"--num-layers: is missing; {ARCHITECTURE}")
     for name, way in REQUIRED.items():
         if getattr(args, name) is None:
             raise UserError(f"{flag_of(name)}: is missing; {way}")

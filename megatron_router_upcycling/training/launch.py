@@ -257,10 +257,6 @@ def validate(args: Namespace) -> None:
 
     from megatron_router_upcycling.training import completion, objections
 
-    if not (args.num_layers or args.encoder_num_layers or args.hybrid_layer_pattern):
-        raise UserError(
-            "--num-layers: is missing; give the architecture, or --load a checkpoint that brings it"
-        )
     for line in completion.complete(args):
         _say(args, line)
     with objections.megatrons_objection(args):

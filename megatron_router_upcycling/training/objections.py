@@ -20,6 +20,7 @@ from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.training.patches import patching
 
 MEGATRON = Path(megatron.core.__file__).parents[1]
+BUILDING = re.compile(r"( when instantiating \w+)+$")  # what Megatron adds to an error on its way
 DERIVED = ("world_size", "data_parallel_size")  # arguments that no flag sets
 OBJECTIONS = (AssertionError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -43,7 +44,7 @@ def megatrons_objection(args: Namespace, *, raised_by_megatron: bool = False) ->
             objects = isinstance(error, AssertionError | ValueError)
         if not objects:
             raise
-        said = " ".join(str(error).split())
+        said = BUILDING.sub("", " ".join(str(error).split()))
         if not said:
             lines = linecache.getlines(frame.filename)[(frame.lineno or 1) - 1 : frame.end_lineno]
             source = " ".join(" ".join(lines).split())
@@ -58,8 +59,11 @@ def install(args: Namespace) -> None:
     def objecting(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(*positional: Any, **options: Any) -> Any:
-            with megatrons_objection(args, raised_by_megatron=True):
-                return original(*positional, **options)
+            try:
+                with megatrons_objection(args, raised_by_megatron=True):
+                    return original(*positional, **options)
+            except UserError as error:  # of ours, which went through Megatron's building of modules
+                raise UserError(BUILDING.sub("", str(error))) from None
 
         return call
 

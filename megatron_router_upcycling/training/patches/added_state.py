@@ -44,8 +44,8 @@ ADDED_BY = {
 }
 # What Megatron says of a tensor whose shape is another in the checkpoint.
 SHAPES = re.compile(
-    r"shape mismatch for loaded \(torch\.Size\((?P<saved>\[.*?\])\)\) and expected \((?P<asked>\(.*?\))\) tensor"
-    r" for key (?P<key>\S+)"
+    r"shape mismatch for loaded \(torch\.Size\((?P<saved>\[.*?\])\)\) and expected \((?P<asked>\(.*?\))\)"
+    r" tensor for key (?P<key>\S+)"
 )
 WAY_OUT = "leave out the flags that make it another model than the checkpoint's"
 

@@ -1,8 +1,8 @@
 """Which learning rate an optimizer goes on with after loading: the checkpoint's or this run's.
 
-An optimizer's parameters are in groups, each with settings of its own. Megatron knows a saved group by all of
-them, the learning rates among them, so that after a change of ``--lr`` it finds none. Here a group is known by
-what kind of parameters it holds, and its rates are settings that the flags of the schedule decide on.
+An optimizer's parameters are in groups, each with settings of its own. Megatron knows a saved group by all
+of them, the learning rates among them, so that after a change of ``--lr`` it finds none. Here a group is
+known by what kind of parameters it holds, and its rates are settings that the schedule's flags decide on.
 """
 
 from collections.abc import Callable, Iterator
