@@ -87,7 +87,7 @@ def check_implementation(transformer_impl: str | None) -> None:
     """
     if transformer_impl == "inference_optimized":
         raise UserError(
-            "--transformer-impl inference_optimized: is for generating text, and trains no router; give"
+            "--transformer-impl inference_optimized: is for text generation, and trains no router; give"
             " --transformer-impl transformer_engine or local"
         )
 
