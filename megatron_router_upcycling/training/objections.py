@@ -5,7 +5,6 @@ processes, model and optimizer are set up.
 """
 
 import contextlib
-import functools
 import linecache
 import re
 import traceback
@@ -57,7 +56,6 @@ def install(args: Namespace) -> None:
     from megatron.training import training
 
     def objecting(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
         def call(*positional: Any, **options: Any) -> Any:
             try:
                 with megatrons_objection(args, raised_by_megatron=True):

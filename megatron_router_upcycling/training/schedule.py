@@ -27,6 +27,15 @@ class StepDecayScheduler(OptimizerParamScheduler):
         Raises:
             UserError: this run's schedule is another one, and no flag says which of the two to follow.
         """
+        if (
+            self.use_checkpoint_opt_param_scheduler
+            and state_dict.get("lr_decay_style") == "WSD"
+            and self.wsd_decay_steps is None
+        ):
+            raise UserError(
+                "--lr-wsd-decay-iters: is missing; the checkpoint's schedule, which"
+                " --use-checkpoint-opt-param-scheduler follows, has --lr-decay-style WSD"
+            )
         try:
             super().load_state_dict(state_dict)
         except AssertionError as error:
