@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         "--key-stats",
         metavar="FILE",
         type=Path,
-        help="route its samples of hidden states (default: those recorded, else random ones)",
+        help="route its samples of hidden states (default: those recorded; without any, random tokens)",
     )
     inspect.set_defaults(run=run)
 

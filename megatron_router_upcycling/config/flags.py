@@ -48,6 +48,9 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 def _add_router(group: Any) -> None:
     group.add_argument("--router", choices=KINDS, help="kind of router")
+    group.add_argument(
+        "--top-k", dest="moe_router_topk", type=int, default=argparse.SUPPRESS, help="is --moe-router-topk"
+    )
     group.add_argument("--num-routers", type=int, help="routers in the mixture (default: one an expert)")
     group.add_argument("--pooling", choices=POOLINGS, help="how the mixture's scores combine")
     group.add_argument("--grouping", choices=GROUPINGS, help="how attention heads are grouped")

@@ -56,10 +56,11 @@ def describe(root: Path, stats: Path | None) -> str:
     """The start of each layer's routing as a table, and plain warnings; "" for what has no routers.
 
     Args:
-        stats: key statistics with ``router_input``; None takes those that the manifest names, if they have.
+        stats: key statistics, whose ``router_input`` is routed; None takes those that the manifest names.
+            Where they have none, random tokens stand in.
 
     Raises:
-        UserError: the checkpoint's routers cannot be read, or ``stats`` does not fit or has no samples.
+        UserError: the checkpoint's routers cannot be read, or ``stats`` does not fit.
     """
     checkpoint = open_checkpoint(root)
     record = manifest.read(root)
@@ -74,9 +75,10 @@ def describe(root: Path, stats: Path | None) -> str:
         if not isinstance(getattr(checkpoint.args, name, None), int):
             raise UserError(f"{root}: its arguments tell no {name}; convert the model again")
     num_layers = int(checkpoint.args.num_layers)
-    source = stats or _recorded(record, num_layers)
-    if stats is not None:
-        _check_samples(stats, num_layers)
+    if stats is None:
+        source = _recorded(record, num_layers)
+    else:
+        source = stats if _holds_samples(stats, num_layers) else None
     found = []
     for layer in _router_layers(checkpoint):
         try:
@@ -85,27 +87,34 @@ def describe(root: Path, stats: Path | None) -> str:
             raise UserError(
                 f"{root}: layer {layer}'s router does not fit {manifest.NAME} ({reason(error)})"
             ) from None
-    title = f"routing at the start, of {_describe_inputs(source)}:"
+    title = f"routing at the start, of {_describe_inputs(source, stats)}:"
     return "\n".join([title, *_table(found), *_expectation(found, router), *_warnings(found, router)])
 
 
-def _check_samples(stats: Path, num_layers: int) -> None:
-    """Raise UserError for key statistics that are damaged, or without samples of each layer."""
+def _holds_samples(stats: Path, num_layers: int) -> bool:
+    """Whether key statistics hold samples of the routers' inputs: of each layer, or none.
+
+    Raises:
+        UserError: they are damaged, or of another number of layers.
+    """
     key_stats_file.load(stats)  # says what is wrong with it
     sampled = _num_layers_sampled(stats)
-    if sampled != num_layers:
+    if sampled not in (0, num_layers):
         raise UserError(
             f"--key-stats {stats}: holds samples of router inputs (router_input) for {sampled} layers and"
             f" the model has {num_layers}; collect its dense model's statistics with --router-samples 512"
         )
+    return sampled > 0
 
 
-def _describe_inputs(source: Path | None) -> str:
+def _describe_inputs(source: Path | None, stats: Path | None) -> str:
     if source is not None:
         return f"hidden states of the dense model, sampled in {source}"
+    reason = f"{stats} holds no samples; " if stats else ""
     return (
         f"{RANDOM_TOKENS} random tokens, normal and scaled by the norm's gain, which route more evenly"
-        " than real ones (name key statistics that were collected with --router-samples as --key-stats)"
+        f" than real ones ({reason}name key statistics that were collected with --router-samples as"
+        " --key-stats)"
     )
 
 

@@ -69,11 +69,14 @@ class OwnParametersRouter(FusedRoutingRouter):
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits [..., n] of tokens [..., D], in ``moe_router_dtype`` (default: the input's dtype)."""
-        dtype, kind = router_dtype(self.config, input), self.options.kind
-        values = {parameter.name: self._read(parameter.name) for parameter in self.own}
-        gate = kind.gate(values, self.options, self.config.hidden_size, dtype)
-        logits = kind.logits(gate, input.to(dtype), self.options)
+        dtype = router_dtype(self.config, input)
+        logits = self.options.kind.logits(self.folded(dtype), input.to(dtype), self.options)
         return logits if self.bias is None else logits + self.bias.to(dtype)
+
+    def folded(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What logits are computed from, ``weight`` among it; see ``kinds.Kind.gate``."""
+        values = {parameter.name: self._read(parameter.name) for parameter in self.own}
+        return self.options.kind.gate(values, self.options, self.config.hidden_size, dtype)
 
     def _read(self, name: str) -> Tensor:
         owner, _, last = name.rpartition(".")

@@ -45,11 +45,12 @@ class SwitchRouter(TopKRouter):
         if self.training and torch.is_grad_enabled() and self.config.moe_expert_capacity_factor is not None:
             with torch.no_grad():
                 # By the weights: a map padded to capacity holds tokens which did not choose the expert.
-                routed = probs.shape[0] * self.topk
-                dropped = routed - (probs > 0).sum()
+                weights = without_padding(probs, padding_mask)
+                routed = len(weights) * self.topk
+                dropped = routed - (weights > 0).sum()
                 self.dropped_tokens += dropped
                 self.routed_tokens += routed
-                record(self, DROPPED, dropped / routed, avg_group=self.tp_dp_cp_group)
+                record(self, DROPPED, dropped / max(routed, 1), avg_group=self.tp_dp_cp_group)
         return probs, routing_map
 
 
@@ -87,7 +88,8 @@ class LocMoERouter(OwnParametersRouter):
         if not (self.expert_parallel and self.training and torch.is_grad_enabled()):
             return probs, routing_map
         with torch.no_grad():
-            share = routing_map[:, self.local_experts].sum() / routing_map.sum()
+            chosen = without_padding(routing_map, padding_mask)
+            share = chosen[:, self.local_experts].sum() / chosen.sum().clamp(min=1)
             record(self, LOCAL, share, avg_group=self.tp_dp_cp_group)
         if self.locality_loss_coeff > 0:
             loss = locality_loss(logits, self.local_experts, padding_mask)
@@ -98,18 +100,27 @@ class LocMoERouter(OwnParametersRouter):
                 loss * self.locality_loss_coeff / self.tp_cp_group.size(),
                 LOCALITY,
                 self.tp_cp_group,
+                valid_token_count=len(chosen),
             )
         return probs, routing_map
 
 
 def locality_loss(logits: Tensor, local_experts: slice, padding_mask: Tensor | None = None) -> Tensor:
-    """-log of the mean probability mass on ``local_experts``, of logits [..., n]; a scalar."""
-    logits = logits.float().flatten(0, -2)
-    if padding_mask is not None:
-        logits = logits[~padding_mask.reshape(-1)]
+    """-log of the mean probability mass on ``local_experts``, of logits [..., n]; a scalar.
+
+    Tokens that ``padding_mask``, of the logits' leading axes, marks do not count; 0 where it marks all.
+    """
+    logits = without_padding(logits.float().flatten(0, -2), padding_mask)
+    if not len(logits):
+        return logits.sum()
     # log of the mass of each token, then of their mean: no softmax that could underflow to log(0).
     mass = logits[:, local_experts].logsumexp(dim=-1) - logits.logsumexp(dim=-1)
     return math.log(len(mass)) - mass.logsumexp(dim=0)
+
+
+def without_padding(rows: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """``rows`` [T, ...] of the tokens that ``padding_mask``, T bools of any shape, does not mark."""
+    return rows if padding_mask is None else rows[~padding_mask.reshape(-1)]
 
 
 def record(router: TopKRouter, name: str, value: Tensor, **groups: Any) -> None:

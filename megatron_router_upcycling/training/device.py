@@ -79,12 +79,29 @@ def use_built_dataset_helper() -> None:
         patching.replace("device", utils, "compile_helpers", lambda: None)
 
 
+def check_implementation(transformer_impl: str | None) -> None:
+    """Refuse the layers that Megatron has for generating text: their routers take no part in training.
+
+    Raises:
+        UserError: names the flag.
+    """
+    if transformer_impl == "inference_optimized":
+        raise UserError(
+            "--transformer-impl inference_optimized: is for text generation, and trains no router; give"
+            " --transformer-impl transformer_engine or local"
+        )
+
+
 def adapt(args: Namespace, device: str) -> str | None:
     """Set the flags that must differ on this platform; return one line that says which, or None.
 
     ``args`` are Megatron's parsed arguments before ``validate_args``. A flag is named only where its
     value changes.
+
+    Raises:
+        UserError: see ``check_implementation``.
     """
+    check_implementation(getattr(args, "transformer_impl", None))
     graphs = _graphs_that_work(args) if device == "cuda" else {}
     if device == "cuda" and args.distributed_backend == "gloo":
         graphs["ddp_average_in_collective"] = False

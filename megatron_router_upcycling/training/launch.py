@@ -4,14 +4,12 @@
 the arguments before they are validated.
 """
 
-import contextlib
 import os
 import re
 import socket
 import sys
-import traceback
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +18,7 @@ from megatron_router_upcycling.config import agreement, manifest
 from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
-from megatron_router_upcycling.errors import OneRankError, Parser, UserError, reason
+from megatron_router_upcycling.errors import OneRankError, Parser, UserError
 from megatron_router_upcycling.files import existing
 from megatron_router_upcycling.training import attention_choice, device, tokenizer
 
@@ -81,9 +79,12 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     adapt(args, place)
     validate(args)
     if not needs_checkpoint:
-        from megatron_router_upcycling.training import language_model
+        from megatron_router_upcycling.training import completion, language_model, resuming
 
+        completion.check_training(args)
         language_model.check_data(args)
+        if origin.load:
+            resuming.check(args, origin.load)
     set_global(args)
     if not needs_checkpoint:
         language_model.check_tokens(args, origin.load)
@@ -219,6 +220,9 @@ def adapt(args: Namespace, place: str) -> None:
     changes = device.adapt(args, place)
     if changes and args.rank == 0:
         print(changes, flush=True)
+    from megatron_router_upcycling.training.patches import added_state
+
+    added_state.install()
     has_te = place == "cuda" and device.has_transformer_engine()
     with_te = has_te and args.transformer_impl == "transformer_engine"
     attention = attention_choice.choose(args, with_te)
@@ -255,11 +259,11 @@ def validate(args: Namespace) -> None:
     """
     from megatron.training.arguments import validate_args
 
-    if not (args.num_layers or args.encoder_num_layers or args.hybrid_layer_pattern):
-        raise UserError(
-            "--num-layers: is missing; give the architecture, or --load a checkpoint that brings it"
-        )
-    with megatrons_objection():
+    from megatron_router_upcycling.training import completion, objections
+
+    for line in completion.complete(args):
+        _say(args, line)
+    with objections.megatrons_objection(args):
         validate_args(args)
 
 
@@ -267,7 +271,9 @@ def set_global(args: Namespace) -> None:
     """Make ``args`` Megatron's global arguments; builds the tokenizer and the loggers."""
     from megatron.training.global_vars import set_global_variables
 
-    with tokenizer_named(args):
+    from megatron_router_upcycling.training import objections
+
+    with objections.tokenizer_named(args):
         set_global_variables(args)
 
 
@@ -280,33 +286,6 @@ def _write_manifest(save: str, origin: Origin, router: RouterConfig | None) -> N
         manifest.write(save, origin.recorded | {"router": router.to_dict() if router else None})
     except OSError as error:
         raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
-
-
-@contextlib.contextmanager
-def tokenizer_named(args: Namespace) -> Iterator[None]:
-    """What goes wrong where Megatron builds the tokenizer, in one line: its libraries raise anything."""
-    try:
-        yield
-    except Exception as error:
-        if not any(frame.name == "build_tokenizer" for frame in traceback.extract_tb(error.__traceback__)):
-            raise
-        raise UserError(
-            f"--tokenizer-model {args.tokenizer_model}: --tokenizer-type {args.tokenizer_type} finds no"
-            f" tokenizer there ({reason(error)})"
-        ) from None
-
-
-@contextlib.contextmanager
-def megatrons_objection() -> Iterator[None]:
-    """Megatron's objection to its arguments in one line; an assertion without a message shows its source."""
-    try:
-        yield
-    except (AssertionError, ValueError) as error:
-        said = " ".join(str(error).split())
-        frames = traceback.extract_tb(error.__traceback__)
-        if not said and frames:
-            said = frames[-1].line or ""
-        raise UserError(f"Megatron refuses these arguments: {said}") from None
 
 
 def _check_writable(save: str) -> None:

@@ -35,6 +35,7 @@ from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
 from megatron_router_upcycling.routers.build import builder
+from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.patches import patching
 from megatron_router_upcycling.training.patches.moe_metrics import report_also
 
@@ -115,6 +116,7 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
         UserError: the model's flags contradict ``router``.
         RuntimeError: Megatron's spec is not built as in the version that this was tested with.
     """
+    device.check_implementation(model_config.transformer.transformer_impl)
     spec = default_layer_spec(model_config, vp_stage)
     if model_config.transformer.num_moe_experts is None:
         return spec

@@ -27,16 +27,20 @@ class StepDecayScheduler(OptimizerParamScheduler):
         Raises:
             UserError: this run's schedule is another one, and no flag says which of the two to follow.
         """
+        if (
+            self.use_checkpoint_opt_param_scheduler
+            and state_dict.get("lr_decay_style") == "WSD"
+            and self.wsd_decay_steps is None
+        ):
+            raise UserError(
+                "--lr-wsd-decay-iters: is missing; the checkpoint's schedule, which"
+                " --use-checkpoint-opt-param-scheduler follows, has --lr-decay-style WSD"
+            )
         try:
             super().load_state_dict(state_dict)
         except AssertionError as error:
-            difference = str(error).replace("checkpointvalue", "checkpoint value")
-            raise UserError(
-                "the checkpoint was saved with another learning-rate schedule, as after a change of"
-                f" --train-iters ({difference}; iterations count in samples); pass"
-                " --override-opt-param-scheduler to go on with the new schedule, or"
-                " --use-checkpoint-opt-param-scheduler with the old one"
-            ) from None
+            raise another_schedule(str(error).replace("checkpointvalue", "checkpoint value")) from None
+        self.step(0)  # Megatron has set this step's weight decay before it took the checkpoint's
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
         """Learning rate for a parameter group at ``self.num_steps`` (counted in samples)."""
@@ -47,6 +51,15 @@ class StepDecayScheduler(OptimizerParamScheduler):
         passed = sum(done >= step for step in STEPS_AT)
         max_lr = param_group.get("max_lr", self.max_lr)
         return max(max_lr * FACTOR**passed, param_group.get("min_lr", self.min_lr))
+
+
+def another_schedule(difference: str) -> UserError:
+    """The error for a run that is resumed with another schedule than its checkpoint's, and no flag for it."""
+    return UserError(
+        "the checkpoint was saved with another learning-rate schedule, as after a change of --lr or"
+        f" --train-iters ({difference}; iterations count in samples); pass --override-opt-param-scheduler to"
+        " go on with the new schedule, or --use-checkpoint-opt-param-scheduler with the old one"
+    )
 
 
 def install(parser: ArgumentParser) -> None:

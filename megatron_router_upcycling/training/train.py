@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.training.launch import Run, megatrons_objection
+from megatron_router_upcycling.training.launch import Run
 
 # File in --save that says running, stopped (saved before its end: a signal, --exit-*) or finished. A script
 # that starts a run again needs to know, and torchrun passes no exit status on.
@@ -20,7 +20,9 @@ def model_config(run: Run) -> Any:
     """
     from megatron.training.argument_utils import gpt_config_from_args
 
-    with megatrons_objection():
+    from megatron_router_upcycling.training.objections import megatrons_objection
+
+    with megatrons_objection(run.args):
         model = gpt_config_from_args(run.args)
     if run.router is not None and run.args.spec is None:
         from megatron_router_upcycling.training.layer_spec import layer_spec_for
@@ -35,17 +37,21 @@ def train(run: Run) -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_router_upcycling.training import language_model
-    from megatron_router_upcycling.training.patches import reshard_optimizer
+    from megatron_router_upcycling.training import language_model, objections
+    from megatron_router_upcycling.training.patches import reshard_optimizer, router_trace
     from megatron_router_upcycling.training.run_log.listener import RunLog
 
     model = model_config(run)
+    with objections.megatrons_objection(run.args, raised_by_megatron=True):
+        container = pretrain_cfg_container_from_args(run.args, model)
     RunLog(run.args).install()
     reshard_optimizer.install()
+    router_trace.install()
+    objections.install(run.args)
     _write_state(run.args, "running")
     try:
         pretrain(
-            pretrain_cfg_container_from_args(run.args, model),
+            container,
             language_model.datasets_provider,
             ModelType.encoder_or_decoder,
             language_model.forward_step,

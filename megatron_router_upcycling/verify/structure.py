@@ -26,7 +26,8 @@ from megatron_router_upcycling.verify.pieces import ExpectedTensor
 from megatron_router_upcycling.verify.sources import DataFiles
 from megatron_router_upcycling.verify.verification import Verification
 
-BALANCING = (f"{ROUTER}.expert_bias", f"{ROUTER}.local_tokens_per_expert")  # made by training, if at all
+# Made by training, if at all.
+BALANCING = tuple(f"{ROUTER}.{name}" for name in ("expert_bias", "qb_beta", "local_tokens_per_expert"))
 
 
 def check_tensors(verification: Verification, expected: Mapping[str, ExpectedTensor]) -> set[str]:

@@ -95,6 +95,10 @@ def test_recorded_samples_are_taken_and_random_tokens_stand_in(
     text = capsys.readouterr().out
     assert f"hidden states of the dense model, sampled in {key_stats_file}:" in text
     assert len(table(text)) == LAYERS
+    none = with_samples(tmp_path / "none", key_stats_file, None)
+    assert cli.main(["inspect", str(moe), "--key-stats", str(none)]) == 0
+    text = capsys.readouterr().out
+    assert "1024 random tokens, " in text and f"({none} holds no samples; name key statistics" in text
     linear = tmp_path / "linear"
     assert cli.main(["convert", str(dense), str(linear), "--router", "linear", "--layers", "1,3"]) == 0
     assert cli.main(["inspect", str(linear)]) == 0
@@ -108,9 +112,7 @@ def test_mistakes(
 ) -> None:
     narrow = with_samples(tmp_path / "narrow", key_stats_file, torch.zeros(LAYERS, 4, HIDDEN // 2))
     short = with_samples(tmp_path / "short", key_stats_file, torch.zeros(LAYERS - 1, 4, HIDDEN))
-    none = with_samples(tmp_path / "none", key_stats_file, None)
     for checkpoint, stats, message in (
-        (moe, none, "for 0 layers and the model has 4; collect"),
         (moe, narrow, "its router_input is 32 wide and the model 64"),
         (moe, short, "router_input is [3, 4, 64]"),
         (dense, narrow, "has no routers"),

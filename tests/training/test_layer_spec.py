@@ -119,6 +119,13 @@ def test_flags_that_contradict_the_router_are_the_users_error(changes: dict[str,
         layer_spec_for(ROUTER)(model_config(**changes))
 
 
+def test_layers_for_generating_text_are_refused_by_name() -> None:
+    config = model_config()
+    config.transformer.transformer_impl = "inference_optimized"
+    with pytest.raises(UserError, match="--transformer-impl inference_optimized: .* or local"):
+        layer_spec_for(ROUTER)(config)
+
+
 @pytest.mark.parametrize("where", ["layer", "mlp", "experts"])
 def test_a_spec_of_another_shape_is_refused_loudly(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """As a later Megatron might build it."""

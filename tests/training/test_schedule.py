@@ -58,6 +58,11 @@ def test_another_schedule_than_the_checkpoints_is_one_line() -> None:
         return StepDecayScheduler(optimizer, **values, **options)
 
     saved = scheduler(64).state_dict()
+    with_its_own_end = {"lr_decay_style": "WSD"}
+    with pytest.raises(UserError, match="--lr-wsd-decay-iters: is missing"):
+        followed = scheduler(96)
+        followed.use_checkpoint_opt_param_scheduler = True
+        followed.load_state_dict(saved | with_its_own_end)
     with pytest.raises(UserError, match="64 for total number .* pass --override-opt-param-scheduler"):
         scheduler(96).load_state_dict(saved)
     scheduler(64).load_state_dict(saved)

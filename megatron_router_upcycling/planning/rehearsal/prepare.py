@@ -82,7 +82,9 @@ def plan(args: Namespace, configured: dict[str, Any], router: RouterConfig | Non
     if args.vocab_size is None and args.padded_vocab_size is None:
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-        with launch.tokenizer_named(args):
+        from megatron_router_upcycling.training import objections
+
+        with objections.tokenizer_named(args):
             build_tokenizer(args)  # sets the padded size
     values = {name: value for name, value in configured.items() if name != "router"}
     values |= {"padded_vocab_size": args.padded_vocab_size, "world_size": args.rehearse}

@@ -1,31 +1,52 @@
-"""Resume an optimizer with and without expert parallelism, in either direction.
+"""Resume an optimizer with and without expert parallelism, in either direction, and at another learning rate.
 
 At EP 1 Megatron keeps all parameters in one optimizer; at EP > 1 the experts have one of their own, and
 ``ChainedOptimizer`` holds two. The tensors carry the names of the model's parameters (those of the
 distributed optimizer in its fully reshardable form), so that both read each other's. Only the frame around
 them differs, the nesting by optimizer with its step and settings, and ``ChainedOptimizer.load_state_dict``
-refuses another one. ``install()`` fits the frame before it is loaded.
+refuses another one. ``install()`` fits the frame before it is loaded, and settles the learning rates in it
+(``optimizer_groups``).
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.training import get_args
 
-from megatron_router_upcycling.training.patches import patching
+from megatron_router_upcycling.training.patches import optimizer_groups, patching
 
 # What a DistributedOptimizer's state dict holds beside the tensors of "param_state".
 FRAME = ("optimizer", "param_state_sharding_type", "grad_scaler")
 
 
 def install() -> None:
-    """Let ``ChainedOptimizer.load_state_dict`` take a state saved with another number of optimizers."""
+    """Let ``ChainedOptimizer.load_state_dict`` take a state of another number of optimizers, or rate."""
 
     def fitting(load_state_dict: Callable[..., None]) -> Callable[..., None]:
-        return lambda self, state_dict: load_state_dict(self, fit(state_dict, self.chained_optimizers))
+        def call(self: Any, state_dict: Any) -> None:
+            fitted = fit(state_dict, self.chained_optimizers)
+            _settle(fitted, self.chained_optimizers)
+            load_state_dict(self, fitted)
+
+        return call
 
     patching.wrap("reshard_optimizer", ChainedOptimizer, "load_state_dict", fitting)
+
+
+def _settle(state_dict: Any, optimizers: list[Any]) -> None:
+    """Let groups and saved groups agree on their learning rates, as the flags of the schedule say."""
+    frames = [state_dict] if len(optimizers) == 1 else list(state_dict.values())
+    if not all(isinstance(frame, dict) and "param_groups" in _torch_state(frame) for frame in frames):
+        return  # a form that this package does not know (Megatron-FSDP's)
+    args = get_args()
+    follow = "checkpoint" if args.use_checkpoint_opt_param_scheduler else None
+    optimizer_groups.settle(
+        [group for optimizer in optimizers for group in optimizer.optimizer.param_groups],
+        [group for frame in frames for group in _torch_state(frame)["param_groups"]],
+        "run" if args.override_opt_param_scheduler else follow,
+    )
 
 
 def fit(state_dict: Any, optimizers: list[Any]) -> Any:
@@ -74,12 +95,14 @@ def _fit_plain(state_dict: dict[Any, Any], optimizers: list[Any]) -> dict[Any, A
     alone = len(optimizers) == 1
     asked, saved = ([at_top], by_position) if alone else (by_position, [at_top])
     for optimizer, own in zip(optimizers, asked, strict=True):
-        _take_settings(optimizer, own, saved)
+        _take_settings(optimizer, own, saved, optimizers)
     return at_top if alone else dict(enumerate(by_position))
 
 
-def _take_settings(optimizer: Any, own: dict[str, Any], saved: list[dict[str, Any]]) -> None:
-    """Fill the frame ``own`` of ``optimizer`` from those that were ``saved``."""
+def _take_settings(
+    optimizer: Any, own: dict[str, Any], saved: list[dict[str, Any]], optimizers: list[Any]
+) -> None:
+    """Fill the frame ``own`` of ``optimizer``, one of ``optimizers``, from those that were ``saved``."""
     inner, saved_inner = _torch_state(own), [_torch_state(frame) for frame in saved]
     for frame, torch_state in zip(saved, saved_inner, strict=True):
         if "common_step" in torch_state.get("state", {}):
@@ -87,18 +110,15 @@ def _take_settings(optimizer: Any, own: dict[str, Any], saved: list[dict[str, An
         if "grad_scaler" in frame:
             own["grad_scaler"] = frame["grad_scaler"]
     groups = [group for torch_state in saved_inner for group in torch_state["param_groups"]]
-    for number, current in enumerate(optimizer.optimizer.param_groups):
-        alike = [group for group in groups if _kind(group) == _kind(current)]
-        if alike:  # else Megatron says which group is missing
-            mark = {name: current[name] for name in ("is_expert_parallel",) if name in current}
-            inner["param_groups"][number] = alike[0] | mark | inner["param_groups"][number]
+    current = [group for each in optimizers for group in each.optimizer.param_groups]
+    same = optimizer_groups.counterparts(current, groups, optimizer_groups.kind_but_expert)
+    found = {id(group): other for group, other in same}
+    for number, group in enumerate(optimizer.optimizer.param_groups):
+        if other := found[id(group)]:  # else _settle says that one is missing
+            mark = {name: group[name] for name in ("is_expert_parallel",) if name in group}
+            inner["param_groups"][number] = other | mark | inner["param_groups"][number]
 
 
 def _torch_state(frame: dict[str, Any]) -> dict[str, Any]:
     """What is PyTorch's own: in float32 that is all, beside float32 copies of parameters it is a part."""
     return frame.get("optimizer", frame)
-
-
-def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What Megatron knows a group of parameters by, but for their being experts."""
-    return tuple(group.get(key) for key in param_group_identifier_keys if key != "is_expert_parallel")

@@ -32,10 +32,11 @@ class RunLog:
     """
 
     def __init__(self, args: Namespace) -> None:
-        if args.routing_diagnostics_interval is not None and args.routing_diagnostics_interval < 1:
+        asked = args.routing_diagnostics_interval
+        if args.routing_diagnostics and asked is not None and asked < 1:
             raise UserError(
-                f"--routing-diagnostics-interval {args.routing_diagnostics_interval}: must be at least 1"
-                " (--no-routing-diagnostics collects none)"
+                f"--routing-diagnostics-interval {asked}: must be at least 1 (--no-routing-diagnostics"
+                " collects none)"
             )
         self.args = args
         self.save = Path(args.save) if args.save else None

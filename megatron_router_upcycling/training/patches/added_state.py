@@ -1,0 +1,140 @@
+"""Load a checkpoint into a model whose flags add something to its layers.
+
+Some of Megatron's flags give layers a state that the checkpoint of another model has not. Two of those states
+are corrections that training starts from zero, and so they do here. What else is missing would have to be
+invented: the flag that adds it is named instead, as is a tensor of another shape.
+"""
+
+import re
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.training import get_args
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_router_upcycling.checkpoint.format.files import read_record
+from megatron_router_upcycling.checkpoint.format.metadata import METADATA, parse_metadata
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.training.patches import patching
+
+# What begins at zero where the checkpoint has none: the end of its name, and the flag that adds it.
+FROM_ZERO = {
+    "router.expert_bias": "--moe-router-enable-expert-bias",
+    "router.qb_beta": "--moe-router-load-balancing-type quantile_balancing",
+}
+# The flag that adds a tensor, by a pattern in the tensor's name; the first that matches.
+ADDED_BY = {
+    r"^mtp\.": "--mtp-num-layers",
+    r"shared_experts\.gate_weight$": "--moe-shared-expert-gate",
+    r"shared_experts\.": "--moe-shared-expert-intermediate-size",
+    r"self_attention\.linear_(q|kv)_": "--multi-latent-attention",
+    r"latent_proj\.": "--moe-latent-size",
+    r"softmax_offset$": "--softmax-type",
+    r"[qk]_layernorm\.": "--qk-layernorm",
+    r"position_embeddings\.": "--position-embedding-type",
+    r"output_layer\.weight$": "--untie-embeddings-and-output-weights",
+    r"norm.*bias$": "--normalization",
+    r"linear_qkv\.bias$": "--add-qkv-bias",
+    r"bias$": "the absence of --disable-bias-linear",
+}
+# What Megatron says of a tensor whose shape is another in the checkpoint.
+SHAPES = re.compile(
+    r"shape mismatch for loaded \(torch\.Size\((?P<saved>\[.*?\])\)\) and expected \((?P<asked>\(.*?\))\)"
+    r" tensor for key (?P<key>\S+)"
+)
+WAY_OUT = "leave out the flags that make it another model than the checkpoint's"
+
+
+def install() -> None:
+    """Wrap ``dist_checkpointing.load``."""
+    patching.wrap("added_state", dist_checkpointing, "load", _of_what_is_there)
+
+
+def _of_what_is_there(load: Callable[..., Any]) -> Callable[..., Any]:
+    def call(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        path = Path(str(checkpoint_dir)) / METADATA
+        if not path.is_file():
+            return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        saved, _ = parse_metadata(read_record(path), path)
+        asked = _everywhere(set(_keys(sharded_state_dict)))
+        missing = asked - set(saved)
+        added, wanted = extract_matching_values(
+            sharded_state_dict, lambda value: _begins_at_zero(value, missing)
+        )
+        if others := sorted(key for key in missing if _flag_from_zero(key) is None):
+            raise UserError(f"{added_by(others[0], saved)}: {path.parent} has no {others[0]}; {WAY_OUT}")
+        _tell({_flag_from_zero(key) for key in missing}, "the checkpoint has no such bias; it begins at zero")
+        left_out = {_flag_from_zero(key) for key in set(saved) - asked if not key.startswith("optimizer.")}
+        _tell(left_out, "is not given, and the checkpoint has such a bias; it is left out")
+        try:
+            loaded = load(wanted, checkpoint_dir, *args, **kwargs)
+        except CheckpointException as error:  # what went wrong on each rank
+            shapes = [SHAPES.search(str(failure)) for failure, _ in error.failures.values()]
+            if not all(shapes) or (found := shapes[0]) is None:
+                raise
+            raise UserError(
+                f"{shaped_by(found['key'])}: {path.parent} has {found['key']} in the shape {found['saved']},"
+                f" and these flags make it {found['asked']}; {WAY_OUT}"
+            ) from None
+        return merge(loaded, _own_values(added))
+
+    return call
+
+
+def _tell(flags: set[str | None], what: str) -> None:
+    if torch.distributed.get_rank() == 0:
+        for flag in sorted(flag for flag in flags if flag):
+            print(f"{flag}: {what}", flush=True)
+
+
+def added_by(key: str, saved: Container[str]) -> str:
+    """The flag that gives a model the tensor ``key``, which ``saved`` does not hold, for a message."""
+    if re.sub(r"\.layers\.\d+\.", ".layers.", key) in saved:
+        return "--moe-layer-freq"
+    return next((flag for pattern, flag in ADDED_BY.items() if re.search(pattern, key)), "--load")
+
+
+def shaped_by(key: str) -> str:
+    """The flag that gives the tensor ``key`` another shape, for a message."""
+    if "linear_qkv" in key:
+        return "--attention-output-gate" if get_args().attention_output_gate else "--num-attention-heads"
+    return "--moe-ffn-hidden-size" if "experts" in key else "--load"
+
+
+def _flag_from_zero(key: str) -> str | None:
+    return next((flag for end, flag in FROM_ZERO.items() if key.endswith(end)), None)
+
+
+def _begins_at_zero(value: Any, missing: set[str]) -> bool:
+    return (
+        isinstance(value, ShardedTensor) and value.key in missing and _flag_from_zero(value.key) is not None
+    )
+
+
+def _keys(sharded_state_dict: dict[str, Any]) -> Iterator[str]:
+    """The names of the model's tensors that are asked for."""
+    for name, state in sharded_state_dict.items():
+        if name.startswith("model") and isinstance(state, dict):
+            for value in nested_values(state):
+                built = value.build() if isinstance(value, ShardedTensorFactory) else value
+                tensors = nested_values(built) if isinstance(built, dict) else [built]
+                yield from (tensor.key for tensor in tensors if isinstance(tensor, ShardedTensor))
+
+
+def _everywhere(keys: set[str]) -> set[str]:
+    """Those of all ranks: a stage of the pipeline asks for its own layers alone."""
+    found: list[set[str]] = [set()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, keys)
+    return set().union(*found)
+
+
+def _own_values(added: dict[str, Any]) -> dict[str, Any]:
+    """The model's own tensors in place of what was asked for."""
+    return {
+        name: _own_values(value) if isinstance(value, dict) else value.data for name, value in added.items()
+    }

@@ -1,0 +1,66 @@
+"""Whether a run can go on with the optimizer's state in its checkpoint, as its flags are."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.errors import UserError
+
+
+def check(args: Namespace, load: str) -> None:
+    """Refuse flags with which Megatron's optimizer is another one than that of the checkpoint in ``load``.
+
+    Raises:
+        UserError: names the flag that differs.
+    """
+    if args.skip_train or args.finetune or args.no_load_optim:
+        return
+    try:
+        saved = _saved_arguments(load, args.ckpt_step)
+    except UserError:
+        return  # of a format or without arguments that this package reads; Megatron goes its own way
+    if saved is None or getattr(saved, "no_save_optim", False):
+        return
+    for flag, has, had in (
+        (
+            "--use-distributed-optimizer",
+            args.use_distributed_optimizer,
+            _of(saved, "use_distributed_optimizer"),
+        ),
+        ("--bf16 (or --fp16)", _mixed(args), _mixed(saved)),
+        ("--decoupled-lr", args.decoupled_lr is not None, _of(saved, "decoupled_lr") is not None),
+        ("--apply-wd-to-qk-layernorm", args.apply_wd_to_qk_layernorm, _of(saved, "apply_wd_to_qk_layernorm")),
+    ):
+        if bool(has) != bool(had):
+            how, way = (
+                ("with", "give it, in the flags or the YAML file") if had else ("without", "leave it out")
+            )
+            raise UserError(
+                f"{flag}: the checkpoint in {load} was saved {how} it, and the optimizer's state is laid out"
+                f" for that; {way}, or pass --no-load-optim to begin with a fresh optimizer and schedule"
+            )
+    if (optimizer := _of(saved, "optimizer")) != args.optimizer:
+        raise UserError(
+            f"--optimizer {args.optimizer}: the checkpoint in {load} holds the state of {optimizer}; give"
+            f" --optimizer {optimizer}, or --no-load-optim to begin with a fresh optimizer and schedule"
+        )
+
+
+def _saved_arguments(load: str, step: int | None) -> Namespace | None:
+    """The arguments of the run that saved the checkpoint; None where that was no training run."""
+    root = Path(load)
+    if step is not None:
+        checkpoint = Checkpoint.open_folder(root, root / f"iter_{step:07d}")
+    else:
+        checkpoint = open_checkpoint(root)
+    return None if checkpoint.iteration_dir.name == "release" else checkpoint.args
+
+
+def _of(saved: Namespace, name: str) -> object:
+    return getattr(saved, name, None)
+
+
+def _mixed(args: Namespace) -> bool:
+    """Whether the optimizer's layout depends on 16-bit parameters, and they are: not when distributed."""
+    return not _of(args, "use_distributed_optimizer") and bool(_of(args, "bf16") or _of(args, "fp16"))

@@ -1,0 +1,168 @@
+"""Runs that go on from a checkpoint with other flags: learning rates, optimizers, additions to layers."""
+
+import re
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.training import resuming
+from megatron_router_upcycling.training.patches.added_state import ADDED_BY, FROM_ZERO, added_by
+from tests import launch
+from tests.conftest import LAYERS
+
+FRESH = "--no-load-optim"
+BIAS = "--moe-router-enable-expert-bias"
+# Megatron has such a bias for sigmoid scores alone.
+SIGMOID = ("--moe-router-score-function", "sigmoid", "--moe-router-load-balancing-type", "none")
+OTHER_MODEL = "leave out the flags that make it another model than the checkpoint's"
+
+
+@pytest.mark.parametrize("optimizer", [(), ("--use-distributed-optimizer",)], ids=["plain", "distributed"])
+def test_the_flags_of_the_schedule_decide_on_the_learning_rate(
+    tmp_path: Path, moe_config: Path, optimizer: tuple[str, ...]
+) -> None:
+    """At EP 2, where dense parameters and experts have optimizers of their own."""
+    program = str(Path(__file__).with_name("resume_in_one_process.py"))
+    text = launch.ranks(
+        2, program, "--config", moe_config, "--num-experts", 4, "--expert-model-parallel-size", 2, *optimizer,
+        "--router", "linear", "--save", tmp_path / "save",
+    ).ok().text  # fmt: skip
+
+    def said(way: str) -> str:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{way}: ")]
+        return line.removeprefix(f"{way}: ")
+
+    kept = "lr {0.005}, weight decay {0.01}, 2 optimizers"
+    assert said("as before") == kept
+    assert said("lr, override") == "lr {0.001}, weight decay {0.01}, 2 optimizers"
+    assert said("lr, use checkpoint") == kept
+    assert said("min-lr, override") == kept  # which a constant style does not come to
+    assert said("weight-decay, override") == "lr {0.005}, weight decay {0.3}, 2 optimizers"
+    assert said("weight-decay, use checkpoint") == kept
+    for way, difference in (
+        ("lr", "(--lr 0.001, and the checkpoint has 0.005;"),
+        ("min-lr", "(--min-lr 0.0001, and the checkpoint has 0.0;"),
+        ("weight-decay", "value 0.3 and checkpoint value 0.01 for start weight decay"),
+    ):
+        assert difference in said(way)
+        for advised in ("pass --override-opt-param-scheduler to", "or --use-checkpoint-opt-param-scheduler"):
+            assert advised in said(way)
+
+
+def flags_of(root: Path, **changes: Any) -> Namespace:
+    """Arguments as the run had them that saved the checkpoint, but for ``changes``."""
+    fresh = {"skip_train": False, "finetune": False, "no_load_optim": False, "ckpt_step": None}
+    return Namespace(**vars(open_checkpoint(root).args) | fresh | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"use_distributed_optimizer": True}, "--use-distributed-optimizer: "),
+        ({"bf16": True}, "--bf16 (or --fp16): "),
+        ({"decoupled_lr": 0.1}, "--decoupled-lr: "),
+        ({"apply_wd_to_qk_layernorm": True}, "--apply-wd-to-qk-layernorm: "),
+        ({"optimizer": "sgd"}, "--optimizer sgd: "),
+    ],
+)
+def test_another_optimizer_than_the_checkpoints_is_one_line(
+    dense: Path, changes: dict[str, Any], flag: str
+) -> None:
+    resuming.check(flags_of(dense), str(dense))
+    with pytest.raises(UserError) as refused:
+        resuming.check(flags_of(dense, **changes), str(dense))
+    assert str(refused.value).startswith(flag) and FRESH in str(refused.value)
+    for way_out in ({"no_load_optim": True}, {"finetune": True}, {"skip_train": True}):
+        resuming.check(flags_of(dense, **changes, **way_out), str(dense))
+
+
+def test_a_converted_checkpoint_suits_every_optimizer(moe: Path) -> None:
+    resuming.check(flags_of(moe, use_distributed_optimizer=True, bf16=True, optimizer="sgd"), str(moe))
+
+
+def test_switching_the_distributed_optimizer_needs_a_fresh_one(
+    tmp_path: Path, dense: Path, dense_config: Path, moe_config: Path, unbroken: tuple[Path, dict[int, float]]
+) -> None:
+    """In both directions, and the flags that the messages advise."""
+    for load, config, flags, how in (
+        (dense, dense_config, ("--use-distributed-optimizer",), "without it, .*; leave it out, or pass"),
+        (unbroken[0], moe_config, (), "with it, .*; give it, in the flags or the YAML file, or pass"),
+    ):
+        command = ("pretrain", "--config", config, "--load", load, "--train-iters", 9, *flags)
+        refused = launch.ranks(1, *command)
+        assert refused.returncode == 2 and "Traceback" not in refused.text
+        (line,) = refused.errors
+        assert re.match(f"error: --use-distributed-optimizer: .* was saved {how} {FRESH}", line), line
+        assert list(launch.ranks(1, *command, FRESH).ok().losses) == [9]
+
+
+def test_expert_bias_begins_at_zero_and_goes_on(tmp_path: Path, moe: Path, moe_config: Path) -> None:
+    run = tmp_path / "run"
+    flags = ("--config", moe_config, "--expert-model-parallel-size", 2, *SIGMOID, "--save-interval", 3)
+    text = (
+        launch.ranks(2, "pretrain", *flags, "--load", moe, "--train-iters", 3, BIAS, "--save", run).ok().text
+    )
+    assert f"{BIAS}: the checkpoint has no such bias; it begins at zero" in text
+    stored = open_checkpoint(run)
+    key = "decoder.layers.mlp.router.expert_bias"
+    bias = [stored.read_layer(key, layer, bytearray()) for layer in range(LAYERS)]
+    # Each of three steps moved it by the rate, up or down.
+    assert all(1e-3 - 1e-6 < layer.abs().min() <= layer.abs().max() < 3e-3 + 1e-6 for layer in bias)
+    longer = ("--train-iters", 4, "--override-opt-param-scheduler", "--load", run)
+    text = launch.ranks(1, "pretrain", *flags[:2], *flags[4:], *longer, BIAS).ok().text
+    assert "begins at zero" not in text and "left out" not in text
+    text = launch.ranks(1, "pretrain", *flags[:2], *flags[4:], *longer).ok().text
+    assert f"{BIAS}: is not given, and the checkpoint has such a bias; it is left out" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--moe-shared-expert-intermediate-size", 32), "--moe-shared-expert-intermediate-size: {} has no "),
+        (("--mtp-num-layers", 1), "--mtp-num-layers: {} has no mtp.layers.0."),
+        (("--softmax-type", "learnable"), "--softmax-type: {} has no "),
+        (("--moe-layer-freq", 2), "--moe-layer-freq: {} has no decoder.layers.0."),
+        (("--moe-ffn-hidden-size", 32), "--moe-ffn-hidden-size: {} has "),
+        (("--attention-output-gate",), "--attention-output-gate: {} has "),
+    ],
+)  # fmt: skip
+def test_a_flag_that_makes_another_model_is_named(
+    moe: Path, moe_config: Path, flags: tuple[object, ...], message: str
+) -> None:
+    output = launch.ranks(1, "pretrain", "--config", moe_config, "--load", moe, *flags)
+    assert output.returncode == 2 and "Traceback" not in output.text
+    (line,) = output.errors
+    assert line.startswith(f"error: {message.format(moe / 'release')}") and line.endswith(OTHER_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("key", "flag"),
+    [
+        ("decoder.layers.mlp.shared_experts.gate_weight", "--moe-shared-expert-gate"),
+        ("decoder.layers.self_attention.q_layernorm.weight", "--qk-layernorm"),
+        ("decoder.layers.self_attention.linear_kv_down_proj.weight", "--multi-latent-attention"),
+        ("decoder.layers.mlp.fc1_latent_proj.weight", "--moe-latent-size"),
+        ("embedding.position_embeddings.weight", "--position-embedding-type"),
+        ("output_layer.weight", "--untie-embeddings-and-output-weights"),
+        ("decoder.final_layernorm.bias", "--normalization"),
+        ("decoder.layers.self_attention.linear_qkv.bias", "--add-qkv-bias"),
+        ("decoder.layers.mlp.router.bias", "the absence of --disable-bias-linear"),
+        ("decoder.layers.mlp.something_new", "--load"),
+    ],
+)
+def test_what_is_missing_names_the_flag_that_adds_it(key: str, flag: str) -> None:
+    assert added_by(key, ()) == flag
+
+
+def test_every_flag_that_adds_something_is_megatrons() -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = ArgumentParser()
+    add_megatron_arguments(parser)
+    known = parser._option_string_actions
+    for flag in (*ADDED_BY.values(), *FROM_ZERO.values()):
+        assert re.search(r"--[a-z-]+", flag)[0] in known, flag  # type: ignore[index]
