@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_router_upcycling.config.start import InitConfig
+from megatron_router_upcycling.config.yaml_files import read_yaml
+from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.run_log import files
 from tests.training.test_methods import over_the_tests_model
-from tools.experiments import compare, report
+from tools.experiments import claims, compare, foundation, intervals, report, results
 from tools.experiments.comparison import Claim, read
 from tools.experiments.plan import Plan
-from tools.experiments.report import RunResult
+from tools.experiments.results import RunResult
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs/compare").glob("*.yaml"))
@@ -39,7 +42,8 @@ def runs(**losses: list[float]) -> list[RunResult]:
         ([4.0, 5.0, 6.0], [4.1, 5.11, 6.12], "shown"),  # the seeds differ by more than the runs do
         ([4.1, 5.11, 6.12], [4.0, 5.0, 6.0], "contradicted"),
         ([4.0, 5.0, 6.0], [4.1, 4.9, 6.1], "not shown"),  # not with every seed
-        ([4.0, 5.0, 6.0], [4.01, 5.3, 6.02], "not shown"),  # within two standard errors
+        ([4.0, 5.0, 6.0], [4.01, 5.3, 6.02], "not shown"),  # with every seed, but too differently
+        ([4.0, 5.0], [4.1, 5.12], "not shown"),  # 11 standard errors are not enough for two seeds
         ([4.0, 5.0], [4.0, 5.0], "not shown"),
         ([4.0], [5.0], "not judged"),
     ],
@@ -47,11 +51,34 @@ def runs(**losses: list[float]) -> list[RunResult]:
 def test_verdict(a: list[float], b: list[float], word: str) -> None:
     sentence = report.verdict(CLAIM, runs(a=a, b=b))
     assert (f"**{word} at" in sentence) if word != "not judged" else (word in sentence)
+    assert ("seeds are too few" in sentence) == (len(a) == 2)
+
+
+def test_intervals_are_those_of_the_tables() -> None:
+    """The quantiles printed in any table of Student's t."""
+    for degrees, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (30, 2.042)):
+        assert intervals.student_t(0.95, degrees) == pytest.approx(expected, abs=6e-4)
+    assert intervals.student_t(0.99, 2) == pytest.approx(9.925, abs=6e-4)
+    assert str(intervals.interval([1.0, 2.0, 3.0])) == "+2.0000 [-0.4841, +4.4841]"
+    assert str(intervals.interval([1.0])) == "+1.0000"
+
+
+def test_many_claims_are_allowed_for() -> None:
+    """At 95% it is shown; at the 99.5% that ten claims ask for it is not."""
+    found = runs(a=[4.0, 5.0, 6.0], b=[4.1, 5.12, 6.15])
+    assert "holds" not in report.verdict(CLAIM, found)
+    sentence = report.verdict(CLAIM, found, judged=10)
+    assert "**shown at" in sentence and "At 99.50%, which allows for 10 claims, it does not hold." in sentence
+
+
+def test_crossings_lie_between_two_points() -> None:
+    assert results.crossings([10, 20, 30, 40], [[1.0], [-1.0], [-1.0, -3.0], [2.0]]) == [15.0, 35.0]
+    assert results.crossings([10, 20], [[1.0], [2.0]]) == []
 
 
 def test_differences_are_of_one_seed() -> None:
     found = runs(a=[4.0, 5.0, 6.0], b=[4.5, 5.25])
-    assert report.differences(found, "a", "b") == [-0.5, -0.25]
+    assert results.differences(found, "a", "b") == [-0.5, -0.25]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -96,6 +123,9 @@ def test_an_existing_checkpoint_is_the_start(tmp_path: Path) -> None:
         ("dense: d.yaml\nruns: {a: r.yaml}\nreference: b", "'b' is none of the runs"),
         ("dense: d.yaml\nruns: {a: missing.yaml}", "no such file"),
         ("dense: d.yaml\nruns: {a: r.yaml}\nclaims: [{better: a}]", "claims"),
+        ("dense: d.yaml\nruns: {a: r.yaml}\nranks: 0", "'ranks:' must be a whole number"),
+        ("dense: d.yaml\nruns: {a: r.yaml}\nflags: [a]", "'flags:' must be a mapping"),
+        ("checkpoint: d\nkey_stats: k\nruns: {a: r.yaml}\ncorpus: {}", "'corpus:' is for a dense model"),
         ("- x", "needs 'runs:'"),
         ("{", "cannot be read"),
     ],
@@ -108,11 +138,117 @@ def test_mistakes_are_one_line(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("argv", [[], ["--bogus"], ["nowhere.yaml"]])
+METHODS_FILE = str(ROOT / "configs/compare/methods.yaml")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *([], ["--bogus"], ["nowhere.yaml"]),
+        *([METHODS_FILE, *more] for more in (["--jobs", "0"], ["--runs", "mlp,no"], ["--seeds", "1,9"])),
+    ],
+)
 def test_mistakes_on_the_command_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main(argv) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_some_runs_and_seeds_are_chosen() -> None:
+    """Names may have commas in them."""
+    ablations = read(ROOT / "configs/compare/ablations.yaml")
+    assert compare.choose_runs("m=16, n=16,m=16, m=8, n=8, sum", ablations) == [
+        *("m=16, n=16", "m=16", "m=8, n=8, sum")
+    ]
+    assert compare.choose_runs(None, ablations) == list(ablations.runs)
+    assert compare.choose_seeds("3,1", ablations) == [3, 1]
+
+
+def test_quick_runs_are_short_whatever_the_file_says() -> None:
+    """As are those of one_gpu.yaml, on one rank."""
+    comparison = read(ROOT / "configs/compare/one_gpu.yaml")
+    for quick, words in ((True, ["6", "256", "16"]), (False, ["320", "512", "64"])):
+        plan = Plan(comparison, Path("somewhere"), quick)
+        command = plan.train("calibrated", 1).command
+        names = ("--train-iters", "--seq-length", "--global-batch-size", "--nproc-per-node", "--lr")
+        last = {name: command[len(command) - command[::-1].index(name)] for name in names}
+        assert list(last.values()) == [*words, "1", "0.0005"]
+        assert "--bf16" in command and command.count("--train-iters") == 1
+        corpus = plan.stages()[0].command
+        assert "--source-packages" in corpus and ("--max-bytes" in corpus) == quick
+
+
+def test_the_two_kinds_of_router_are_compared_at_equal_entropy() -> None:
+    """What sharpness.yaml is for: pairs that differ in the kind of router alone."""
+    comparison = read(ROOT / "configs/compare/sharpness.yaml")
+    for entropy in (0.8, 1.2, 1.5, 1.8, 2.0):
+        heads, random = (read_yaml(comparison.runs[f"{kind} {entropy}"]) for kind in ("heads", "random"))
+        methods = [read_method(comparison.runs[f"{kind} {entropy}"]) for kind in ("heads", "random")]
+        assert [method.init for method in methods] == [InitConfig(target_entropy=entropy)] * 2
+        assert [method.router["router"] for method in methods] == ["mixture", "linear"]
+        assert heads | {"upcycling": {}} == random | {"upcycling": {}}
+        assert Claim(f"heads {entropy}", f"random {entropy}", "if heads matter at equal entropy") in (
+            comparison.claims
+        )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "seen"),
+    [
+        (0, 2, [None, None, None]),
+        (1, 1, [None, None, None]),
+        (2, 2, [None, None, None]),
+        (2, 1, ["5", "7", "5"]),
+        (4, 2, ["5,7", "8,9", "5,7"]),
+    ],
+)
+def test_runs_side_by_side_share_the_gpus(
+    gpus: int, ranks: int, seen: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foundation, "num_gpus", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,8,9")
+    assert [share.get("CUDA_VISIBLE_DEVICES") for share in foundation.shares(3, ranks)] == seen
+
+
+def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
+    """Before any run; with a run of one side; with both; with its sides swapped, or its run changed."""
+    for name in "abc":
+        (tmp_path / f"{name}.yaml").write_text("num_experts: 4\n")
+    file, output = tmp_path / "c.yaml", tmp_path / "out"
+
+    def marks(*pairs: str) -> list[str]:
+        said = ", ".join(f"{{better: {better}, than: {than}, source: s}}" for better, than in pairs)
+        file.write_text(
+            "checkpoint: d\nkey_stats: k\nruns: {a: a.yaml, b: b.yaml, c: c.yaml}\n" + f"claims: [{said}]\n"
+        )
+        seen = claims.see(read(file), output)
+        return [seen[claim].describe(claim) for claim in read(file).claims]
+
+    def begin(name: str, config: str) -> None:
+        (output / "stages").mkdir(exist_ok=True)
+        record = {"command": f"pretrain --config {tmp_path / config}.yaml --seed 1", "finished": None}
+        (output / f"stages/train-{name}-1.json").write_text(json.dumps(record))
+
+    assert marks("ab") == [""]
+    begin("a", "a")
+    (one_side,) = marks("ac")
+    assert "added when one side was known" in one_side and "1 run of a and no runs of c" in one_side
+    begin("b", "b")
+    assert marks("ab", "ac") == ["", one_side]  # what was there before stays as it was
+    (swapped,) = marks("ba")
+    assert "added after looking" in swapped
+    begin("an older name of c", "c")
+    (renamed,) = marks("bc")
+    assert "added after looking" in renamed
+    (tmp_path / "b.yaml").write_text("num_experts: 8\n")
+    assert "added after looking" in marks("ab")[0]
+    (tmp_path / "b.yaml").write_text("num_experts: 4\n")
+    assert marks("ab") == [""]
+    (output / "c/claims.json").unlink()
+    assert "added after looking" in marks("ab")[0]
+    (output / "c/claims.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        marks("ab")
 
 
 def test_a_run_is_read_from_what_it_wrote(tmp_path: Path) -> None:
@@ -130,24 +266,30 @@ def test_a_run_is_read_from_what_it_wrote(tmp_path: Path) -> None:
     record = {"seconds": 60.0, "command": "command"}
     for loads in ([3.0, 2.0], [2.0, 1.0], [1.0, 1.5]):
         files.append(tmp_path / files.ROUTING, line(1, layers=[0, 1], load_max_over_mean=loads))
-    found = report.read_run("a", 1, tmp_path, record)
+    found = results.read_run("a", 1, tmp_path, record)
     assert (found.held_out, found.tokens, found.steps) == (6.5, 8192, 2)
     assert found.training == {4096: 8.0, 8192: 6.0}
     assert found.first_routing == {"load_max_over_mean": 2.5}
     assert found.routing == {"load_max_over_mean": 1.25}
     (tmp_path / files.RUN).write_text("")
     with pytest.raises(UserError, match="no finite held-out loss"):
-        report.read_run("a", 1, tmp_path, record)
+        results.read_run("a", 1, tmp_path, record)
 
 
 def test_report_names_every_run(tmp_path: Path) -> None:
     comparison = replace(read(FILES[0]), seeds=(1, 2), claims=(), paper={}, reference="b")
     comparison = replace(comparison, runs={"a": Path("a"), "b": Path("b"), "not begun": Path("c")})
-    text = report.write(comparison, runs(a=[4.0, 5.0], b=[4.5, 5.25]), tmp_path / "out", "command")
+    found = runs(a=[4.0, 5.0], b=[4.5, 5.25])
+    found = [replace(run, training={4096: 5.0 - (run.name == "a") / 8, 8192: 4.0}) for run in found]
+    text = report.write(comparison, found, tmp_path / "out", "command", failures=["c, seed 1: no luck"])
+    assert "Failed:\n\n- c, seed 1: no luck" in text
     cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
-    assert ["", "a", "4.5000 ± 0.7071", "-0.3750 ± 0.1768"] in [row[:4] for row in cells]
+    assert ["", "a", "4.5000 ± 0.7071", "-0.3750 [-1.9633, +1.2133]"] in [row[:4] for row in cells]
     assert "4 of 6 runs have ended" in text
-    assert (tmp_path / "out/loss_curves.png").stat().st_size > 10_000
+    assert all(
+        (tmp_path / f"out/{name}.png").stat().st_size > 10_000 for name in ("loss_curves", "differences")
+    )
+    assert "a: below it all the way" in text
     assert len(json.loads((tmp_path / "out/results.json").read_text())["runs"]) == 4
 
 

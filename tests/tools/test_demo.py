@@ -15,7 +15,7 @@ from tools.experiments import demo, foundation
 from tools.experiments.comparison import read
 from tools.experiments.demo import Model
 from tools.experiments.foundation import environment
-from tools.experiments.report import RunResult
+from tools.experiments.results import RunResult
 from tools.experiments.stages import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]

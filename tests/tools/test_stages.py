@@ -126,6 +126,44 @@ Pipeline(folder, dict(os.environ)).run([slow])
     pipeline.run([])
 
 
+def test_stages_side_by_side_see_each_other(pipeline, tmp_path, capfd):
+    """Each waits for the other's file, so that both end only if they run at the same time; a third, which
+    comes after both, sees both outputs."""
+    wait = "import time\nwhile not (out.parent / {!r}).exists(): time.sleep(0.02)\nout.write_text('x')"
+    pair = [
+        stage(tmp_path, name, f"(out.parent / 'here {name}').touch()\n" + wait.format(f"here {other}"))
+        for name, other in (("one", "two"), ("two", "one"))
+    ]
+    last = "import os\nassert (out.parent / 'one').exists() and (out.parent / 'two').exists()\n"
+    last += "out.write_text(os.environ['SHARE'])"
+    stages = [*pair, stage(tmp_path, "three", last, after=tuple(pair))]
+    pipeline.run(stages, shares=[{"SHARE": "a"}, {"SHARE": "b"}])
+    assert (tmp_path / "three").read_text() == "a"
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[0].startswith("[1/3] one > ") and lines[1].startswith("[2/3] two > ")
+    assert lines[4].startswith("[3/3] three > ") and lines[5].startswith("[3/3] three: ")
+
+
+def test_a_failed_stage_ends_no_other_where_asked(pipeline, tmp_path, capfd):
+    bad = stage(tmp_path, "bad", "print('error: no luck'); sys.exit(3)")
+    never = stage(tmp_path, "never", append("n"), after=(bad,))
+    good = stage(tmp_path, "good", append("g"))
+    for jobs in (1, 2):
+        pipeline.run([bad, never, good], shares=[{}] * jobs, keep_going=True)
+        assert pipeline.failure(bad) == (
+            f"its command ended with status 3 (error: no luck); the whole log is {pipeline.log(bad)}"
+        )
+    assert (tmp_path / "good").read_text() == "g" and not (tmp_path / "never").exists()
+    assert pipeline.failure(good) is None and pipeline.failure(never) is None
+    assert "failed: bad: the command ended with status 3" in capfd.readouterr().err
+    # Where it is asked to stop instead, what runs beside it is ended too.
+    slow = stage(tmp_path, "slow", "import time; out.touch(); time.sleep(60); out.unlink()")
+    began = time.monotonic()
+    with pytest.raises(UserError, match="bad: "):
+        pipeline.run([slow, bad], shares=[{}, {}])
+    assert time.monotonic() - began < 30 and not pipeline.is_done(slow)
+
+
 def test_a_stage_comes_behind_all_that_it_reads_and_once(tmp_path):
     one = stage(tmp_path, "one", "")
     two = stage(tmp_path, "two", "", after=(one,))

@@ -13,8 +13,16 @@ A dense model of your own: ``checkpoint:`` and ``key_stats:`` in the file name w
 ``flags:`` has Megatron arguments for every run (data, tokenizer, budget), and ``launcher:`` is what starts a
 module on your machines (default: torchrun on two processes here).
 
+--jobs N has N runs side by side, each with its log and, on a terminal, its moving line: several on one
+GPU, or over several GPUs in turn; on the CPU each process computes on one core, so let N times ``ranks:``
+(default: 2) be the number of cores. N changes no result. A run that fails ends no other: the report names it,
+and the exit status is 1.
+
+Claims belong in the file before its runs begin: OUTPUT/NAME/claims.json keeps when each was first seen, and
+the report marks those of which something was known by then.
+
 What is done is not done again; a comparison that was stopped or killed goes on when the same command is
-given again. Ends with OUTPUT/NAME/report.md, results.json and loss_curves.png.
+given again. Ends with OUTPUT/NAME/report.md, results.json, loss_curves.png and differences.png.
 """
 
 import argparse
@@ -23,56 +31,118 @@ import sys
 from pathlib import Path
 
 from megatron_router_upcycling.errors import Parser, UserError
-from tools.experiments import report
-from tools.experiments.comparison import read
-from tools.experiments.foundation import environment
+from tools.experiments import claims, report
+from tools.experiments.comparison import Comparison, read
+from tools.experiments.foundation import environment, shares
 from tools.experiments.plan import Plan
-from tools.experiments.report import RunResult, read_run
+from tools.experiments.results import RunResult, read_run
 from tools.experiments.stages import Pipeline, command_line
 
 
-def collect(pipeline: Pipeline, plan: Plan) -> list[RunResult]:
-    """What every run that has ended found."""
-    runs = [(name, seed) for name in plan.comparison.runs for seed in plan.comparison.seeds]
-    stages = {run: plan.train(*run) for run in runs}
-    return [
-        read_run(*run, stage.output, pipeline.record(stage))
-        for run, stage in stages.items()
-        if pipeline.is_done(stage)
-    ]
+def collect(pipeline: Pipeline, plan: Plan) -> tuple[list[RunResult], dict[tuple[str, int], str]]:
+    """What every run that has ended found, and why others failed."""
+    results, failures = [], {}
+    for run in plan.runs():
+        stage = plan.train(*run)
+        if pipeline.is_done(stage):
+            try:
+                results.append(read_run(*run, stage.output, pipeline.record(stage)))
+            except UserError as error:  # it diverged
+                failures[run] = str(error)
+        elif found := [(part, why) for part in plan.stages_of([run]) if (why := pipeline.failure(part))]:
+            part, why = found[0]
+            failures[run] = f"{part.name}: {why}"
+    return results, failures
 
 
-def main(argv: list[str] | None = None) -> int:
+def choose_runs(text: str | None, comparison: Comparison) -> list[str]:
+    """The runs that ``--runs`` names, all without it. Names may have commas in them.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if text is None:
+        return list(comparison.runs)
+    chosen, rest = [], text.strip()
+    while rest:
+        fitting = [name for name in comparison.runs if f"{rest},".startswith(f"{name},")]
+        if not fitting:
+            raise UserError(f"--runs {rest}: begins with none of the runs ({'; '.join(comparison.runs)})")
+        chosen.append(max(fitting, key=len))
+        rest = rest.removeprefix(chosen[-1]).removeprefix(",").strip()
+    return chosen
+
+
+def choose_seeds(text: str | None, comparison: Comparison) -> list[int]:
+    """The seeds that ``--seeds`` names, all without it.
+
+    Raises:
+        UserError: one of them is not in the file.
+    """
+    if text is None:
+        return list(comparison.seeds)
+    words, known = text.split(","), {str(seed): seed for seed in comparison.seeds}
+    for word in words:
+        if word.strip() not in known:
+            raise UserError(f"--seeds {text}: name some of the file's, {','.join(known)}")
+    return [known[word.strip()] for word in words]
+
+
+def work(argv: list[str] | None) -> tuple[str, int]:
+    args = _parser().parse_args(argv)
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: must be 1 or more")
+    comparison = read(args.comparison)
+    output = args.output or comparison.output / ("quick" if args.quick else "")
+    names, seeds = choose_runs(args.runs, comparison), choose_seeds(args.seeds, comparison)
+    plan = Plan(comparison, output, args.quick)
+    chosen = [(name, seed) for name, seed in plan.runs() if name in names and seed in seeds]
+    pipeline = Pipeline(output, environment())
+    seen = claims.see(comparison, output)
+    if not args.report_only:
+        pipeline.run(plan.stages_of(chosen), shares(args.jobs, plan.ranks), keep_going=True)
+    results, failed = collect(pipeline, plan)
+    failures = [f"{name}, seed {seed}: {why}" for (name, seed), why in failed.items()]
+    if not results:
+        why = failures[0] if failures else f"no run of {args.comparison} has ended there yet"
+        raise UserError(f"--output {output}: {why}")
+    folder = output / comparison.path.stem
+    text = report.write(comparison, results, folder, _again(args), seen, failures)
+    saved = f"{folder}/report.md, results.json, loss_curves.png, differences.png; logs in {output}/logs"
+    if not args.report_only and not failed.keys().isdisjoint(chosen):
+        return f"{text}\n\nSaved: {saved}\nThe same command tries again what failed.", 1
+    return f"{text}\n\nSaved: {saved}", 0
+
+
+def _parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path, metavar="FILE", help="such as configs/compare/methods.yaml")
-    parser.add_argument("--output", type=Path, default=Path("compare"), help="folder to work in (compare)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder to work in (the file's output:, or compare; with --quick the folder quick in it)",
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps: does it all run?")
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=1, help="runs at a time, side by side (default: 1)"
+    )
+    parser.add_argument("--runs", metavar="A,B", help="these runs only (default: all)")
+    parser.add_argument("--seeds", metavar="1,2", help="these of the file's seeds only (default: all)")
     parser.add_argument(
         "--report-only", action="store_true", help="report what has ended so far, run nothing"
     )
-
-    def work() -> str:
-        args = parser.parse_args(argv)
-        comparison = read(args.comparison)
-        plan = Plan(comparison, args.output, args.quick)
-        pipeline = Pipeline(args.output, environment())
-        if not args.report_only:
-            pipeline.run(plan.stages())
-        results = collect(pipeline, plan)
-        if not results:
-            raise UserError(f"--output {args.output}: no run of {args.comparison} has ended there yet")
-        folder = args.output / args.comparison.stem
-        text = report.write(comparison, results, folder, _again(args))
-        where = f"{folder}/report.md, results.json, loss_curves.png; logs in {args.output}/logs"
-        return f"{text}\n\nSaved: {where}"
-
-    return command_line(work)
+    return parser
 
 
 def _again(args: argparse.Namespace) -> str:
     """The command that makes the comparison."""
-    words = ["python", "-m", "tools.experiments.compare", str(args.comparison), "--output", str(args.output)]
+    words = ["python", "-m", "tools.experiments.compare", str(args.comparison)]
+    words += ["--output", str(args.output)] if args.output else []
     return shlex.join(words + ["--quick"] * args.quick)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command_line(lambda: work(argv))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the file says. ``paper``: the paper's figure for a run, in percent, where it has one."""
+    """What the file says.
+
+    - ``paper``: the paper's figure for a run, in percent, where it has one.
+    - ``corpus``: flags of prepare-data, where the dense model is trained first.
+    - ``ranks``: processes of a run on this machine, where no ``launcher`` starts it.
+    - ``output``: the folder to work in unless told otherwise. Runs that start from another dense model than
+      those of another file, or have other flags, need one of their own.
+    """
 
     path: Path
     title: str
@@ -35,6 +42,9 @@ class Comparison:
     seeds: tuple[int, ...]
     reference: str
     dense: Path | None = None
+    corpus: dict[str, Any] = field(default_factory=dict)
+    output: Path = Path("compare")
+    ranks: int | None = None
     checkpoint: Path | None = None
     key_stats: Path | None = None
     launcher: tuple[str, ...] | None = None
@@ -79,6 +89,14 @@ def read(path: Path) -> Comparison:
         )
     if "checkpoint" in entries and "key_stats" not in entries:
         raise UserError(f"{path}: 'checkpoint:' needs 'key_stats:' beside it")
+    for name in ("flags", "corpus"):
+        if not isinstance(entries.get(name, {}), dict):
+            raise UserError(f"{path}: '{name}:' must be a mapping of names to values")
+    if "corpus" in entries and "dense" not in entries:
+        raise UserError(f"{path}: 'corpus:' is for a dense model that is trained first; leave it out")
+    ranks = entries.get("ranks")
+    if ranks is not None and (type(ranks) is not int or ranks < 1):
+        raise UserError(f"{path}: 'ranks:' must be a whole number of processes, as 1")
     reference = entries.get("reference", next(iter(runs)))
     try:
         claims = tuple(Claim(**claim) for claim in entries.get("claims", ()))
@@ -95,6 +113,9 @@ def read(path: Path) -> Comparison:
         seeds=seeds,
         reference=reference,
         dense=file("dense"),
+        corpus=entries.get("corpus", {}),
+        output=Path(str(entries.get("output", "compare"))),
+        ranks=ranks,
         checkpoint=file("checkpoint"),
         key_stats=file("key_stats"),
         launcher=tuple(shlex.split(entries["launcher"])) if "launcher" in entries else None,

@@ -23,11 +23,11 @@ from typing import Any
 
 from megatron_router_upcycling.data import record
 from megatron_router_upcycling.errors import Parser
-from tools.experiments import report
+from tools.experiments import pictures, report
 from tools.experiments.comparison import read
 from tools.experiments.foundation import Foundation, environment, flags, program
 from tools.experiments.plan import Plan
-from tools.experiments.report import RunResult, read_run
+from tools.experiments.results import RunResult, read_run
 from tools.experiments.stages import Pipeline, Stage, command_line, in_order
 
 COMPARISON = Path("configs/compare/demo.yaml")
@@ -75,7 +75,7 @@ class Demonstration(Plan):
         return Stage(
             "check",
             "load it with transformers, compare with Megatron, write a few lines",
-            (*tool, *config, *self.base.run_flags, *flags(load=trained.output, output=found)),
+            (*tool, *config, *self.base.run_flags("check"), *flags(load=trained.output, output=found)),
             found,
             trained.files,
             (exported, trained),
@@ -158,7 +158,7 @@ def table(models: list[Model]) -> str:
 def picture(models: list[Model], path: Path) -> None:
     """Draw the loss curves on one time line: the dense model's first, the others' from its end on."""
     converted_at, last = models[0].run.steps, max(model.run.steps for model in models[1:])
-    figure, left, right = report.panels(4.6)
+    figure, left, right = pictures.panels(4.6)
     shown: list[float] = []  # on the right: losses from the conversion on
     for model, (colour, width) in zip(models, STYLES, strict=True):
         start = 0 if model is models[0] else converted_at
@@ -181,7 +181,7 @@ def picture(models: list[Model], path: Path) -> None:
     right.set_xlim(converted_at * 0.9, (converted_at + last) * 1.02)
     right.set_ylim(min(shown) - margin, max(shown) + margin)
     right.set_title("from the conversion on", fontsize=10)
-    report.save(figure, path)
+    pictures.save(figure, path)
 
 
 def as_json(models: list[Model]) -> dict[str, Any]:
@@ -232,14 +232,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to work in (demo)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps: does it all run?")
 
-    def work() -> str:
+    def work() -> tuple[str, int]:
         args = parser.parse_args(argv)
         plan = Demonstration(read(COMPARISON), args.output, args.quick)
         pipeline = Pipeline(args.output, environment())
         pipeline.run(plan.stages())
         text = write(pipeline, plan)
         where = f"{args.output}/report.md, results.json, loss_curves.png; logs in {args.output}/logs"
-        return f"{text}\n\nSaved: {where}"
+        return f"{text}\n\nSaved: {where}", 0
 
     return command_line(work)
 

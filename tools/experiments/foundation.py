@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,17 @@ from tools.experiments.stages import Stage
 PACKAGE = "megatron_router_upcycling."
 NUM_RANKS = 2  # but one on a machine with a single GPU
 # What --quick changes: a model and a corpus just large enough to go through every step.
-CORPUS = {"train_tokenizer": 4000, "held_out": 0.05}
+CORPUS = {"source_library": True, "train_tokenizer": 4000, "held_out": 0.05}
 QUICK_CORPUS = {"train_tokenizer": 500, "held_out": 0.1, "max_bytes": 800_000}
 QUICK_MODEL = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 176, "kv_channels": 8}
 QUICK_RUN = {"train_iters": 6, "save_interval": 4, "eval_iters": 2, "log_interval": 2}
+# And what it leaves as it is in the demonstration, where a comparison's file says otherwise.
+QUICK_SIZE = {
+    "micro_batch_size": 8,
+    "global_batch_size": 16,
+    "seq_length": 256,
+    "max_position_embeddings": 256,
+}
 
 
 def flags(**entries: Any) -> tuple[str, ...]:
@@ -46,6 +53,12 @@ def program(name: str) -> str:
     return str((folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder) / name)
 
 
+def visible_gpus() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names; None where it is not set."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if chosen is None else [name for name in chosen.split(",") if name]
+
+
 @cache
 def num_gpus() -> int:
     """GPUs that commands will see here."""
@@ -53,8 +66,8 @@ def num_gpus() -> int:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
     installed = sum(line.startswith("GPU ") for line in listed.splitlines())
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return installed if chosen is None else min(installed, len([name for name in chosen.split(",") if name]))
+    chosen = visible_gpus()
+    return installed if chosen is None else min(installed, len(chosen))
 
 
 def num_ranks() -> int:
@@ -62,23 +75,45 @@ def num_ranks() -> int:
     return 1 if num_gpus() == 1 else NUM_RANKS
 
 
-def torchrun(module: str) -> tuple[str, ...]:
-    """Run ``module`` on this machine's ranks."""
-    return (program("torchrun"), "--standalone", "--nproc-per-node", str(num_ranks()), "-m", module)
+def torchrun(module: str, ranks: int) -> tuple[str, ...]:
+    """Run ``module`` on so many ranks of this machine."""
+    return (program("torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", module)
 
 
-def on_these_ranks() -> tuple[str, ...]:
+def on_ranks(ranks: int) -> tuple[str, ...]:
     """What a model with experts needs beside its file, which spreads them over two ranks."""
-    return flags(expert_model_parallel_size=1) if num_ranks() == 1 else ()
+    return flags(expert_model_parallel_size=1) if ranks == 1 else ()
+
+
+def environment() -> dict[str, str]:
+    """The environment of the commands: each process computes on one core, unless OMP_NUM_THREADS says more.
+
+    One, however many runs share the machine: sums over other numbers of threads are rounded differently.
+    """
+    return {"OMP_NUM_THREADS": "1"} | os.environ
+
+
+def shares(jobs: int, ranks: int) -> list[dict[str, str]]:
+    """What is added to the environment of each of so many commands side by side: which GPUs it sees.
+
+    A single GPU, and as many GPUs as a command has ranks, are for all of them.
+    """
+    if jobs == 1 or num_gpus() <= ranks:
+        return [{} for _ in range(jobs)]
+    gpus = (visible_gpus() or [str(number) for number in range(num_gpus())])[: num_gpus()]
+    turns = [[gpus[(job * ranks + rank) % len(gpus)] for rank in range(ranks)] for job in range(jobs)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(turn)} for turn in turns]
 
 
 @dataclass(frozen=True)
 class Foundation:
-    """The stages that come first, in ``output``."""
+    """The stages that come first, in ``output``. ``corpus_flags``: of prepare-data, in place of CORPUS."""
 
     output: Path
     dense_config: Path
     quick: bool = False
+    ranks: int = field(default_factory=num_ranks)
+    corpus_flags: dict[str, Any] = field(default_factory=lambda: CORPUS)
 
     @property
     def data(self) -> Path:
@@ -88,13 +123,8 @@ class Foundation:
     @cached_property
     def corpus(self) -> Stage:
         folder = self.output / "corpus"
-        options = flags(
-            source_library=True,
-            output=folder / "text",
-            overwrite=True,
-            quiet=True,
-            **(QUICK_CORPUS if self.quick else CORPUS),
-        )
+        corpus = self.corpus_flags | (QUICK_CORPUS if self.quick else {})
+        options = flags(**corpus, output=folder / "text", overwrite=True, quiet=True)
         return Stage(
             "corpus",
             "prepare the corpus: a tokenizer, training and held-out documents",
@@ -109,27 +139,30 @@ class Foundation:
         return Stage(
             "dense",
             "train the dense model",
-            (*torchrun(PACKAGE + "pretrain"), *self.dense_flags, *flags(save=folder)),
+            (*torchrun(PACKAGE + "pretrain", self.ranks), *self.dense_flags, *flags(save=folder)),
             folder,
             (self.dense_config,),
             (self.corpus,),
             resumes=True,
         )
 
-    @property
-    def run_flags(self) -> tuple[str, ...]:
-        """Flags of every run: its length where it is a quick one, and the data."""
+    def run_flags(self, run: str) -> tuple[str, ...]:
+        """Flags of every run: its length where it is a quick one, and the data.
+
+        ``run`` names it: each has its own cache of the data's order, so that no other writes it meanwhile.
+        """
         data = flags(
             tokenizer_model=f"{self.data}.tokenizer.model",
-            data_cache_path=self.output / "data_cache",
+            data_cache_path=self.output / "data_cache" / run,
             train_data_path=self.data,
             valid_data_path=f"{self.data}_held_out",
         )
-        return (*flags(**(QUICK_RUN if self.quick else {})), *data)
+        return (*flags(**(QUICK_RUN | QUICK_SIZE if self.quick else {})), *data)
 
     @property
     def dense_flags(self) -> tuple[str, ...]:
-        return (*flags(config=self.dense_config, **(QUICK_MODEL if self.quick else {})), *self.run_flags)
+        model = flags(config=self.dense_config, **(QUICK_MODEL if self.quick else {}))
+        return (*model, *self.run_flags("dense"))
 
     def keys(self, source: str = "pre_rope") -> Stage:
         """Collect the dense model's key statistics, before or after the rotary embedding."""
@@ -146,13 +179,8 @@ class Foundation:
         return Stage(
             name,
             "collect the key statistics of the dense model" + ("" if is_default else f", {source}"),
-            (*torchrun(PACKAGE + "collect_keys"), *self.dense_flags, *options),
+            (*torchrun(PACKAGE + "collect_keys", self.ranks), *self.dense_flags, *options),
             file,
             (self.dense_config,),
             (self.dense,),
         )
-
-
-def environment() -> dict[str, str]:
-    """The environment of the commands."""
-    return dict(os.environ, OMP_NUM_THREADS="1")

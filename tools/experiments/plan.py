@@ -1,7 +1,7 @@
 """The commands of a comparison: two stages for each run, over those that make what all runs start from."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,14 @@ from typing import Any
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from tools.experiments.comparison import Comparison
 from tools.experiments.foundation import (
+    CORPUS,
     PACKAGE,
+    QUICK_RUN,
+    QUICK_SIZE,
     Foundation,
     flags,
-    on_these_ranks,
+    num_ranks,
+    on_ranks,
     program,
     torchrun,
 )
@@ -30,15 +34,24 @@ class Plan:
     @property
     def foundation(self) -> Foundation | None:
         """Where the file has a dense model to train: the stages that make it and its key statistics."""
-        config = self.comparison.dense
-        return Foundation(self.output, config, self.quick) if config else None
+        config, corpus = self.comparison.dense, self.comparison.corpus or CORPUS
+        return Foundation(self.output, config, self.quick, self.ranks, corpus) if config else None
+
+    @property
+    def ranks(self) -> int:
+        """Processes of a run on this machine."""
+        return self.comparison.ranks or num_ranks()
 
     def runs(self) -> Iterator[tuple[str, int]]:
         """Names and seeds, seed by seed, so that whole comparisons are there as early as can be."""
         return ((name, seed) for seed in self.comparison.seeds for name in self.comparison.runs)
 
     def stages(self) -> list[Stage]:
-        return in_order(self.train(*run) for run in self.runs())
+        return self.stages_of(self.runs())
+
+    def stages_of(self, runs: Iterable[tuple[str, int]]) -> list[Stage]:
+        """All that some of the runs need."""
+        return in_order(self.train(*run) for run in runs)
 
     def convert(self, name: str, seed: int) -> Stage:
         config, run = self.comparison.runs[name], _folder_name(name, seed)
@@ -69,12 +82,18 @@ class Plan:
         folder, module = self.output / save / run, PACKAGE + "pretrain"
         launcher, base = self.comparison.launcher, self.foundation
         own = {"seed": seed, "load": converted.output, "save": folder, **more}
+        cache = {} if base else {"data_cache_path": self.output / "data_cache" / run}
+        given = {
+            name: value
+            for name, value in self.comparison.flags.items()
+            if not (base and self.quick and name in QUICK_RUN | QUICK_SIZE)
+        }
         command = (
-            *((*launcher, "-m", module) if launcher else torchrun(module)),
+            *((*launcher, "-m", module) if launcher else torchrun(module, self.ranks)),
             *flags(config=config),
-            *(base.run_flags if base else ()),
-            *(() if launcher else on_these_ranks()),
-            *flags(**self.comparison.flags | own),
+            *(base.run_flags(run) if base else ()),
+            *(() if launcher else on_ranks(self.ranks)),
+            *flags(**cache | given | own),
         )
         title = f"{name}, seed {seed}: {verb}"
         return Stage(f"{verb}-{run}", title, command, folder, (config,), (converted,), resumes)
@@ -88,5 +107,10 @@ class Plan:
         return base.dense.output, keys.output, (base.dense, keys)
 
 
+def run_name(name: str) -> str:
+    """A run's name as part of a file's."""
+    return re.sub(r"[^A-Za-z0-9.=]+", "-", name).strip("-")
+
+
 def _folder_name(name: str, seed: int) -> str:
-    return re.sub(r"[^A-Za-z0-9.=]+", "-", name).strip("-") + f"-{seed}"
+    return f"{run_name(name)}-{seed}"

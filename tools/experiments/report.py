@@ -1,22 +1,18 @@
-"""What a comparison found: a table with mean and spread over seeds, loss curves, a sentence for each claim.
-
-Differences between two runs are taken seed by seed: with one seed both saw the same data in the same order.
-"""
+"""The report of a comparison: a table with mean and spread over seeds, and a sentence for each claim."""
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
-from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions
-from megatron_router_upcycling.training.run_log import files
+from tools.experiments import pictures
+from tools.experiments.claims import Seen
 from tools.experiments.comparison import Claim, Comparison
+from tools.experiments.intervals import CONFIDENCE, interval, student_t
+from tools.experiments.results import RunResult, crossings, differences, training_differences
 
-ROUTING = ("load_max_over_mean", "dead_experts", "entropy", "weight_sum", "dropped_fraction")
 # Columns of the table for some of them: title and format.
 COLUMNS = {
     "load_max_over_mean": ("busiest expert", ".2f"),
@@ -24,55 +20,8 @@ COLUMNS = {
     "dropped_fraction": ("dropped", ".1%"),
     "weight_sum": ("weights' sum", ".2f"),
 }
-COLOURS = ("#c8401e", "#2867b2", "#3a9a4b", "#8a4fb0", "#c79a00", "#444444", "#00999c", "#d2679a")
-FAR = 12.0  # typical differences; what is further off would flatten the picture
-SURE = 2.0  # standard errors that a mean difference must have, with the same sign in every seed
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """One training run. Losses are nats a token; ``training`` is tokens -> loss; ``routing`` is the mean over
-    the layers in the last step that was looked at, ``first_routing`` in the first."""
-
-    name: str
-    seed: int
-    held_out: float
-    training: dict[int, float]
-    tokens: int
-    steps: int
-    routing: dict[str, float]
-    first_routing: dict[str, float]
-    seconds: float
-    command: str
-
-
-def read_run(name: str, seed: int, folder: Path, record: dict[str, Any]) -> RunResult:
-    """What the run that saved to ``folder`` left there; ``record`` is its stage's.
-
-    Raises:
-        UserError: it has no held-out loss.
-    """
-    lines = files.read(folder / files.RUN)
-    held_out = [line for line in lines if line["kind"] == "held_out" and line["set"] == "validation"]
-    if not held_out or held_out[-1]["lm_loss"] is None:
-        raise UserError(f"{folder / files.RUN}: no finite held-out loss; let eval_iters be larger than 0")
-    routing = files.read(folder / files.ROUTING) or [{}]
-    return RunResult(
-        name=name,
-        seed=seed,
-        held_out=held_out[-1]["lm_loss"],
-        training={line["tokens"]: line["lm_loss"] for line in lines if line["kind"] == "train"},
-        tokens=held_out[-1]["tokens"],
-        steps=held_out[-1]["iteration"],
-        routing=_layer_means(routing[-1]),
-        first_routing=_layer_means(routing[0]),
-        seconds=record["seconds"],
-        command=record["command"],
-    )
-
-
-def _layer_means(line: dict[str, Any]) -> dict[str, float]:
-    return {key: mean(line[key]) for key in ROUTING if line.get(key)}
+FEW = 3  # seeds, below which an interval is so wide that next to nothing can be shown
+NAMED = 3  # crossings of two curves; where there are more, they are noise
 
 
 @dataclass(frozen=True)
@@ -91,35 +40,63 @@ class Spread:
         return f"{self.mean:.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
 
 
-def differences(results: Sequence[RunResult], left: str, right: str) -> list[float]:
-    """Held-out loss of ``left`` minus that of ``right``, for the seeds that both have ended."""
-    losses = {(result.name, result.seed): result.held_out for result in results}
-    seeds = sorted({seed for _, seed in losses})
-    return [losses[left, s] - losses[right, s] for s in seeds if (left, s) in losses and (right, s) in losses]
+def verdict(claim: Claim, results: Sequence[RunResult], judged: int = 1, seen: Seen | None = None) -> str:
+    """An honest sentence: shown, not shown, or contradicted at this scale.
 
-
-def verdict(claim: Claim, results: Sequence[RunResult]) -> str:
-    """An honest sentence: shown, not shown, or contradicted at this scale."""
+    Args:
+        judged: the number of claims that are judged beside each other.
+        seen: what was known when the claim was first seen.
+    """
     found = differences(results, claim.better, claim.than)
     title = f"“{claim.better} is better than {claim.than}” ({claim.source})"
+    mark = seen.describe(claim) if seen else ""
     if len(found) < 2:
-        return f"{title}: not judged, which takes two seeds that both have ended."
-    spread = Spread.of(found)
-    assert spread.deviation is not None
-    error = spread.deviation / math.sqrt(spread.count)
-    sure = abs(spread.mean) > SURE * error and (all(d < 0 for d in found) or all(d > 0 for d in found))
-    word = "not shown" if not sure else "shown" if spread.mean < 0 else "contradicted"
+        return f"{title}: not judged, which takes two seeds that both have ended.{mark}"
+    difference = interval(found)
+    assert difference.low is not None and difference.high is not None
+    sure = difference.excludes_zero
+    word = "not shown" if not sure else "shown" if difference.mean < 0 else "contradicted"
     lower = sum(d < 0 for d in found)
+    together = 1 - (1 - CONFIDENCE) / judged
+    of_all = ""
+    if sure and judged > 1:
+        holds = interval(found, together).excludes_zero
+        word_of_all = "holds" if holds else "does not hold"
+        of_all = f" At {together:.2%}, which allows for {judged} claims, it {word_of_all}."
+    few = ""
+    if len(found) < FEW:
+        few = (
+            f" {len(found)} seeds are too few: the interval is {student_t(CONFIDENCE, len(found) - 1):.1f}"
+            " standard errors wide to each side."
+        )
     return (
-        f"{title}: **{word} at this scale**; its held-out loss is {abs(spread.mean):.4f} ± {error:.4f}"
-        f" {'lower' if spread.mean < 0 else 'higher'} (mean and standard error of {spread.count} paired"
-        f" differences), lower with {lower} of {spread.count} seeds."
+        f"{title}: **{word} at this scale**; its held-out loss minus the other's is {difference.mean:+.4f},"
+        f" 95% interval {difference.low:+.4f} to {difference.high:+.4f}, lower with {lower} of {len(found)}"
+        " seeds."
+        f"{of_all}{few}{mark}"
     )
+
+
+def crossing(results: Sequence[RunResult], name: str, reference: str) -> str:
+    """Where a run's training loss crosses the reference's; "" where they have no seed in common."""
+    tokens, found = training_differences(results, name, reference)
+    if not tokens:
+        return ""
+    where = [f"{at / 1e6:.2f}" for at in crossings(tokens, found)]
+    apart = [middle for middle in map(mean, found) if middle]
+    side = "on" if not apart else "below" if apart[-1] < 0 else "above"
+    if not where:
+        return f"{name}: {side} it all the way"
+    if len(where) > NAMED:
+        return (
+            f"{name}: crosses it {len(where)} times, last at {where[-1]} million tokens, and ends {side} it"
+        )
+    return f"{name}: crosses it at {', '.join(where)} million tokens and ends {side} it"
 
 
 def table(comparison: Comparison, results: Sequence[RunResult]) -> str:
     """The runs in the file's order, as Markdown."""
-    header = ["run", "held-out loss", f"minus {comparison.reference}", "first training loss"]
+    header = ["run", "held-out loss", f"minus {comparison.reference} [95%]", "first training loss"]
     header += [title for title, _ in COLUMNS.values()]
     if comparison.paper:
         header.append(f"the paper's average score ({comparison.paper_table})")
@@ -131,7 +108,7 @@ def table(comparison: Comparison, results: Sequence[RunResult]) -> str:
         against = differences(results, name, comparison.reference)
         first = [run.training[min(run.training)] for run in runs if run.training]
         row = [name, str(Spread.of([run.held_out for run in runs]))]
-        row.append("" if name == comparison.reference or not against else _signed(Spread.of(against)))
+        row.append("" if name == comparison.reference or not against else str(interval(against)))
         row.append(f"{mean(first):.4f}" if first else "")
         for key, (_, form) in COLUMNS.items():
             values = [run.routing[key] for run in runs if key in run.routing]
@@ -152,113 +129,43 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _signed(spread: Spread) -> str:
-    return f"{spread.mean:+.4f}" + ("" if spread.deviation is None else f" ± {spread.deviation:.4f}")
+def write(
+    comparison: Comparison,
+    results: Sequence[RunResult],
+    folder: Path,
+    command: str,
+    seen: Mapping[Claim, Seen] | None = None,
+    failures: Sequence[str] = (),
+) -> str:
+    """Write report.md, results.json and the pictures to ``folder``; return the table and the sentences.
 
-
-def panels(height: float) -> tuple[Any, Any, Any]:
-    """A figure of two panels, the left one wider."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, height), width_ratios=(3, 2))
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-    return figure, left, right
-
-
-def save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def picture(comparison: Comparison, results: Sequence[RunResult], path: Path) -> None:
-    """Training loss against tokens in the manner of the paper's figure 3: mean over seeds, band from the
-    lowest to the highest; on the right the differences of held-out losses at the end."""
-    names = [name for name in comparison.runs if any(result.name == name for result in results)]
-    seeds = [{result.seed for result in results if result.name == name} for name in names]
-    shared = set.intersection(*seeds) or set.union(*seeds)  # curves of other seeds saw other data
-    height = max(4.6, 1.2 + 0.32 * len(names))
-    figure, left, right = panels(height)
-    ends = []
-    for number, name in enumerate(names):
-        colour = COLOURS[number % len(COLOURS)]
-        style = "-" if number < len(COLOURS) else "--"
-        runs = [result for result in results if result.name == name and result.seed in shared]
-        if not runs:
-            continue
-        tokens = sorted(set.intersection(*(set(run.training) for run in runs)))
-        curves = [[run.training[at] for run in runs] for at in tokens]
-        millions = [at / 1e6 for at in tokens]
-        left.plot(millions, [mean(c) for c in curves], style, color=colour, label=name, linewidth=1.4)
-        left.fill_between(
-            millions, [min(c) for c in curves], [max(c) for c in curves], color=colour, alpha=0.12
-        )
-        ends += [loss for curve in curves[len(curves) // 3 :] for loss in curve]
-    _draw_differences(right, {name: differences(results, name, comparison.reference) for name in names})
-    right.set_xlabel(f"held-out loss at the end, nats a token,\nminus that of {comparison.reference}")
-    upcycled = sorted(ends)[: max(1, int(0.9 * len(ends)))]
-    spread = upcycled[-1] - upcycled[0]
-    left.set_ylim(min(ends) - 0.05 * spread, upcycled[-1] + 0.6 * spread)
-    left.set_xlabel("million tokens after the conversion")
-    left.set_ylabel("training loss (nats a token)")
-    left.set_title(f"mean and range over seeds {', '.join(map(str, sorted(shared)))}", fontsize=10)
-    left.legend(frameon=False, fontsize=8, ncols=2)
-    right.set_title("points: pairs of one seed; bar: their mean", fontsize=10)
-    figure.suptitle(comparison.title)
-    save(figure, path)
-
-
-def _draw_differences(axes: Any, found: dict[str, list[float]]) -> None:
-    """A line a run: its difference with each seed, and their mean; what is far off stands at the edge."""
-    means = {name: mean(values) for name, values in found.items() if values}
-    typical = sorted(abs(value) for value in means.values())[len(means) // 2] if means else 0.0
-    edge = FAR * typical or 1.0
-    for number, (name, values) in enumerate(found.items()):
-        if not values:
-            continue
-        colour = COLOURS[number % len(COLOURS)]
-        if abs(means[name]) > edge:
-            side = math.copysign(1.0, means[name])
-            axes.plot([side * edge], [number], ">" if side > 0 else "<", color=colour, markersize=9)
-            text = f"{means[name]:+.3f} "
-            axes.text(0.93 * side * edge, number, text, ha="right" if side > 0 else "left", va="center")
-            continue
-        axes.plot(values, [number] * len(values), "o", color=colour, alpha=0.5, markersize=6)
-        axes.plot([means[name]], [number], "|", color=colour, markersize=18, markeredgewidth=2.5)
-    axes.axvline(0.0, color="#999999", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(found)), list(found))
-    axes.set_ylim(len(found) - 0.5, -0.5)
-
-
-def write(comparison: Comparison, results: Sequence[RunResult], folder: Path, command: str) -> str:
-    """Write report.md, results.json and loss_curves.png to ``folder``; return the table and the sentences."""
+    Args:
+        seen: what was known when each claim was first seen.
+        failures: a sentence for each run that failed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    picture(comparison, results, folder / "loss_curves.png")
-    verdicts = [verdict(claim, results) for claim in comparison.claims]
-    tokens = sorted({result.tokens for result in results})
-    minutes = sum(result.seconds for result in results) / 60
-    after, seeds = (" or ".join(f"{n:,}" for n in tokens), ", ".join(map(str, comparison.seeds)))
-    note = (
-        f"Held-out loss in nats a token after {after} tokens: mean and standard deviation over"
-        f" {len(comparison.seeds)} seeds ({seeds});"
-        f" {len(results)} of {len(comparison.runs) * len(comparison.seeds)} runs have ended. Differences are"
-        " taken seed by seed. Busiest expert: its tokens over the mean; like dead experts, dropped choices"
-        " and the sum of a token's weights it is the mean over layers and seeds, at the end."
-        f" A claim counts as shown or contradicted if all seeds agree and the mean difference is more than"
-        f" {SURE:.0f} standard errors. Training took {minutes:.0f} minutes in all."
-    )
+    pictures.curves(comparison, results, folder / "loss_curves.png")
+    pictures.differences_over_tokens(comparison, results, folder / "differences.png")
+    seen = seen or {}
+    judged = sum(len(differences(results, *claim.runs)) > 1 for claim in comparison.claims)
+    verdicts = [verdict(claim, results, max(1, judged), seen.get(claim)) for claim in comparison.claims]
+    others = [name for name in comparison.runs if name != comparison.reference]
+    crossed = list(filter(None, (crossing(results, name, comparison.reference) for name in others)))
+    parts = [
+        table(comparison, results),
+        *(["Failed:", "\n".join(f"- {failure}" for failure in failures)] if failures else []),
+        _note(comparison, results, judged, sum(found.is_late for found in seen.values())),
+        "\n".join(f"- {sentence}" for sentence in verdicts),
+        f"Training loss beside that of {comparison.reference} (mean over the seeds that both have):"
+        if crossed
+        else "",
+        "\n".join(f"- {sentence}" for sentence in crossed),
+    ]
+    text = "\n\n".join(filter(None, parts))
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
-    sentences = "\n".join(f"- {sentence}" for sentence in verdicts)
-    text = "\n\n".join([table(comparison, results), note, sentences]).rstrip()
     (folder / "report.md").write_text(
         f"# {comparison.title}\n\n{text}\n\n![Loss curves](loss_curves.png)\n\n"
-        f"Made by `{command}` with {made}.\n",
+        f"![Differences over tokens](differences.png)\n\nMade by `{command}` with {made}.\n",
         encoding="utf-8",
     )
     found = {
@@ -267,6 +174,35 @@ def write(comparison: Comparison, results: Sequence[RunResult], folder: Path, co
         "versions": versions(),
         "runs": [asdict(result) for result in results],
         "verdicts": verdicts,
+        "claims": [asdict(claim) | {"seen": asdict(seen[claim])} for claim in seen],
+        "failures": list(failures),
     }
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return text
+
+
+def _note(comparison: Comparison, results: Sequence[RunResult], judged: int, late: int) -> str:
+    """What the table's columns are and how claims are judged."""
+    tokens = sorted({result.tokens for result in results})
+    minutes = sum(result.seconds for result in results) / 60
+    after, seeds = (" or ".join(f"{n:,}" for n in tokens), ", ".join(map(str, comparison.seeds)))
+    names = {result.name for result in results}
+    shown = sum(
+        len(differences(results, name, comparison.reference)) > 1 for name in names - {comparison.reference}
+    )
+    claims = (
+        f" {judged} of {len(comparison.claims)} claims could be judged; {late} were added when something of"
+        " their runs was known, and are marked."
+    )
+    return (
+        f"Held-out loss in nats a token after {after} tokens: mean and standard deviation over"
+        f" {len(comparison.seeds)} seeds ({seeds});"
+        f" {len(results)} of {len(comparison.runs) * len(comparison.seeds)} runs have ended. Differences are"
+        " taken seed by seed, and stand with their 95% interval (Student's t; two seeds or more). Busiest"
+        " expert: its tokens over the mean; like dead experts, dropped choices"
+        " and the sum of a token's weights it is the mean over layers and seeds, at the end."
+        " A claim is shown or contradicted if the 95% interval of its difference leaves out 0."
+        f"{claims if comparison.claims else ''} Comparisons made: {shown} intervals in the table and {judged}"
+        " of claims; of 20 such intervals one is expected to miss. Training took"
+        f" {minutes:.0f} minutes in all."
+    )

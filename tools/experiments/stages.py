@@ -2,7 +2,8 @@
 
 A stage is one command with one output. Its record holds a digest of the command, of the files that decide
 what it does, and of the runs that made what it reads. A stage is done when its record says so, the digest
-is still the same and the output is there; otherwise it runs again, and so does everything after it.
+is still the same and the output is there; otherwise it runs again, and so does everything after it. Stages
+of which none reads what another makes may run side by side.
 """
 
 import fcntl
@@ -16,11 +17,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -49,6 +50,33 @@ class Stage:
     files: tuple[Path, ...] = ()
     after: tuple["Stage", ...] = ()
     resumes: bool = False
+
+
+class Job:
+    """A stage at work, with one moving line on a terminal; side by side with others the line has its label.
+
+    ``place``: which of the shares of the machine it has, and so the line's.
+    """
+
+    def __init__(
+        self, stage: Stage, label: str, place: int, record: dict, process: subprocess.Popen[bytes]
+    ) -> None:
+        self.stage, self.label, self.place, self.record, self.process = stage, label, place, record, process
+        self.began = time.monotonic()
+        self.bar = tqdm(
+            desc=label, leave=False, disable=not sys.stderr.isatty(), bar_format=BAR, position=place
+        )
+
+    def show(self, iteration: int, total: int | None, loss: str | None) -> None:
+        self.bar.total, self.bar.n = total, iteration
+        self.bar.set_postfix_str(f"loss {float(loss):.3f}" if loss else "")
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines above the moving ones."""
+    file = file or sys.stdout
+    with tqdm.external_write_mode(file=file):
+        print(*lines, sep="\n", file=file, flush=True)
 
 
 def in_order(stages: Iterable[Stage]) -> list[Stage]:
@@ -84,7 +112,8 @@ class Pipeline:
     def record(self, stage: Stage) -> dict:
         """The last run of the stage: its ``digest``, ``command``, ``seconds`` and when it ``finished``.
 
-        Empty before the first run; ``finished`` is None until the command has ended well.
+        Empty before the first run; ``finished`` is None until the command has ended well. ``failed`` says why
+        it ended badly.
         """
         try:
             return json.loads(self._record_file(stage).read_text(encoding="utf-8"))
@@ -97,21 +126,80 @@ class Pipeline:
             bool(record.get("finished")) and record["digest"] == self.digest(stage) and stage.output.exists()
         )
 
-    def run(self, stages: list[Stage]) -> None:
-        """Run what is not done yet, in order.
+    def failure(self, stage: Stage) -> str | None:
+        """Why the stage's last run ended badly, in one line; None where it did not, or is out of date."""
+        record = self.record(stage)
+        if not record.get("failed") or any(not self.is_done(earlier) for earlier in stage.after):
+            return None
+        return str(record["failed"]) if record["digest"] == self.digest(stage) else None
+
+    def run(
+        self, stages: list[Stage], shares: Sequence[dict[str, str]] = ({},), keep_going: bool = False
+    ) -> None:
+        """Run what is not done yet, in order, as many stages at once as there are ``shares``.
+
+        A stage begins when all that it comes after has ended well.
+
+        Args:
+            shares: what to add to the environment of the commands, for each of those side by side.
+            keep_going: a command that fails ends no other; what comes after it is left out.
 
         Raises:
             UserError: a command failed, after the end of its log; or another process uses the folder.
         """
         with self._alone() as lock:
-            for number, stage in enumerate(stages, start=1):
-                print(f"[{number}/{len(stages)}] {stage.title}", flush=True)
-                if self.is_done(stage):
-                    print("    done before")
-                    continue
-                self._run(stage, lock)
+            jobs: list[Job] = []
+            try:
+                self._run(list(enumerate(stages, start=1)), shares, keep_going, lock, jobs)
+            finally:
+                for job in jobs:
+                    job.process.send_signal(signal.SIGTERM)
+                for job in jobs:
+                    job.process.wait()
+                    job.bar.close()
 
-    def _run(self, stage: Stage, lock: int) -> None:
+    def _run(
+        self,
+        waiting: list[tuple[int, Stage]],
+        shares: Sequence[dict[str, str]],
+        keep_going: bool,
+        lock: int,
+        jobs: list["Job"],
+    ) -> None:
+        count, free = len(waiting), list(range(len(shares)))
+        unfinished = {stage.name for _, stage in waiting}  # waiting, at work, failed or behind what failed
+        failed: set[str] = set()
+        while True:
+            for number, stage in list(waiting):
+                before = {earlier.name for earlier in stage.after}
+                if before & failed:
+                    waiting.remove((number, stage))
+                    failed.add(stage.name)
+                elif free and not before & unfinished:
+                    waiting.remove((number, stage))
+                    label = f"[{number}/{count}] {stage.title}"
+                    if self.is_done(stage):
+                        say(f"{label}: done before" if len(shares) > 1 else f"{label}\n    done before")
+                        unfinished.discard(stage.name)
+                    else:
+                        place = free.pop(0)
+                        jobs.append(self._start(stage, label, place, shares, lock))
+            if not jobs:
+                return
+            time.sleep(0.3)
+            for job in list(jobs):
+                job.show(*self._progress(job.stage))
+                if job.process.poll() is not None:
+                    jobs.remove(job)
+                    free = sorted([*free, job.place])
+                    if self._end(job, keep_going):
+                        unfinished.discard(job.stage.name)
+                    else:
+                        failed.add(job.stage.name)
+
+    def _start(
+        self, stage: Stage, label: str, place: int, shares: Sequence[dict[str, str]], lock: int
+    ) -> "Job":
         digest, record = self.digest(stage), self.record(stage)
         goes_on = stage.resumes and record.get("digest") == digest and not record["finished"]
         if not goes_on:
@@ -119,48 +207,47 @@ class Pipeline:
             self.log(stage).unlink(missing_ok=True)
         record = {"digest": digest, "command": shlex.join(stage.command), "finished": None, "seconds": None}
         self._write(stage, record)
-        print(f"    {shlex.join(stage.command)} > {self.log(stage)}", flush=True)
-        start = time.monotonic()
-        status = self._watch(stage, lock)
-        if status:
-            lines = self.log(stage).read_text(encoding="utf-8", errors="replace").splitlines()
-            reason = [line for line in lines if line.startswith("error: ")] or lines[-LOG_TAIL:]
-            print(*reason, sep="\n", file=sys.stderr)
-            raise UserError(
-                f"{stage.name}: the command above ended with status {status}; its whole log is"
-                f" {self.log(stage)}; giving the same command again goes on from here"
-            )
-        seconds = time.monotonic() - start
-        self._write(stage, record | {"finished": time.time(), "seconds": round(seconds, 2)})
-        iteration, _, loss = self._progress(stage)
-        reached = f"{iteration} iterations, loss {float(loss):.3f}, " if loss else ""
-        print(f"    {reached}{seconds:.0f} s", flush=True)
-
-    def _watch(self, stage: Stage, lock: int) -> int:
-        """Run the command with its output in the log and one moving line on a terminal; return its status."""
-        with (
-            self.log(stage).open("ab") as log,
-            tqdm(desc="   ", leave=False, disable=not sys.stderr.isatty(), bar_format=BAR) as bar,
-        ):
+        alone = len(shares) == 1
+        say(
+            f"{label}\n    {record['command']} > {self.log(stage)}"
+            if alone
+            else f"{label} > {self.log(stage)}"
+        )
+        with self.log(stage).open("ab") as log:
             process = subprocess.Popen(
                 stage.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self.environment,
+                env=self.environment | shares[place],
                 pass_fds=(lock,),
             )
-            try:
-                while process.poll() is None:
-                    time.sleep(0.3)
-                    iteration, total, loss = self._progress(stage)
-                    bar.total, bar.n = total, iteration
-                    bar.set_postfix_str(f"loss {float(loss):.3f}" if loss else "")
-            except BaseException:
-                process.send_signal(signal.SIGTERM)
-                process.wait()
-                raise
-            return process.returncode
+        return Job(stage, "   " if alone else label, place, record, process)
+
+    def _end(self, job: "Job", keep_going: bool) -> bool:
+        """Record how a command ended; whether it ended well."""
+        job.bar.close()
+        stage, seconds = job.stage, time.monotonic() - job.began
+        status = job.process.returncode
+        if not status:
+            self._write(stage, job.record | {"finished": time.time(), "seconds": round(seconds, 2)})
+            iteration, _, loss = self._progress(stage)
+            reached = f"{iteration} iterations, loss {float(loss):.3f}, " if loss else ""
+            say(f"{job.label}{':' * bool(job.label.strip())} {reached}{seconds:.0f} s")
+            return True
+        lines = self.log(stage).read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        why = f"its command ended with status {status}" + (f" ({errors[-1]})" if errors else "")
+        self._write(stage, job.record | {"failed": f"{why}; the whole log is {self.log(stage)}"})
+        say(*(errors or lines[-LOG_TAIL:]), file=sys.stderr)
+        message = (
+            f"{stage.name}: the command ended with status {status}; its whole log is {self.log(stage)};"
+            " giving the same command again goes on from here"
+        )
+        if not keep_going:
+            raise UserError(message)
+        say(f"failed: {message}", file=sys.stderr)
+        return False
 
     def _progress(self, stage: Stage) -> tuple[int, int | None, str | None]:
         """Iteration, iterations in all and loss in the last progress line of the log."""
@@ -195,23 +282,24 @@ def _content(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def command_line(work: Callable[[], str]) -> int:
-    """Do ``work``, print what it returns, and return the exit status: 0, 2 after a user's mistake, 130 when
-    it was stopped (SIGINT or SIGTERM)."""
+def command_line(work: Callable[[], tuple[str, int]]) -> int:
+    """Do ``work``, print the text that it returns, and return the exit status: the one beside the text, 2
+    after a user's mistake, 130 when it was stopped (SIGINT or SIGTERM)."""
 
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        print(f"\n{work()}")
+        text, status = work()
+        print(f"\n{text}")
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar:30}| {elapsed}{postfix}"

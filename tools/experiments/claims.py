@@ -1,0 +1,98 @@
+"""When each claim of a comparison was first seen, and what was known then.
+
+``OUTPUT/NAME/claims.json`` gets an entry for each claim that is not in it yet, before anything runs. An
+entry is found by a digest of the claim and of all that decides what its two runs are, so that a claim whose
+sides are swapped, or whose configuration is changed, is a new one. What was known is read from the records of
+runs in OUTPUT, whichever file they were run for. Where entries are lost, claims are seen anew, with all that
+is known then: a mistake makes a claim look later than it was, never earlier. What happened in other folders
+is not known.
+"""
+
+import hashlib
+import json
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_router_upcycling.config.yaml_files import read_yaml
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.files import write_whole
+from tools.experiments.comparison import Claim, Comparison
+from tools.experiments.plan import run_name
+
+NAME = "claims.json"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was known when a claim was first seen, at ``time`` (seconds since 1970): how many trainings of its
+    two runs had begun, with any seed."""
+
+    time: float
+    better_begun: int
+    than_begun: int
+
+    @property
+    def is_late(self) -> bool:
+        """Whether something of its runs was known."""
+        return self.better_begun + self.than_begun > 0
+
+    def describe(self, claim: Claim) -> str:
+        """A mark for a late claim; "" for one that stood before its runs."""
+        if not self.is_late:
+            return ""
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.time))
+        both = self.better_begun and self.than_begun
+        known = f"{_runs(self.better_begun)} of {claim.better} and {_runs(self.than_begun)} of {claim.than}"
+        kind = "added after looking" if both else "added when one side was known"
+        return f" **({kind}: first seen {when}, when {known} had begun.)**"
+
+
+def _runs(count: int) -> str:
+    return f"{count or 'no'} run{'s' * (count != 1)}"
+
+
+def see(comparison: Comparison, output: Path) -> dict[Claim, Seen]:
+    """When each claim of ``comparison``, which works in ``output``, was first seen; now, if it never was.
+
+    Raises:
+        UserError: the file of earlier claims is damaged.
+    """
+    file = output / comparison.path.stem / NAME
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        seen = {digest: Seen(**entry["seen"]) for digest, entry in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{file}: is damaged; without it the claims count as added now") from None
+    digests = {claim: _digest(claim, comparison) for claim in comparison.claims}
+    for claim, digest in digests.items():
+        if digest not in seen:
+            seen[digest] = Seen(
+                time.time(), *(_begun(name, comparison.runs[name], output) for name in claim.runs)
+            )
+            entries[digest] = {"claim": asdict(claim), "seen": asdict(seen[digest])}
+    if comparison.claims:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(entries, indent=1) + "\n")
+    return {claim: seen[digest] for claim, digest in digests.items()}
+
+
+def _digest(claim: Claim, comparison: Comparison) -> str:
+    """Of which run is said to be better than which, and of what they are."""
+    dense = comparison.dense
+    what = [*claim.runs, *(read_yaml(comparison.runs[name]) for name in claim.runs)]
+    start = read_yaml(dense) if dense else [str(comparison.checkpoint), str(comparison.key_stats)]
+    text = json.dumps([what, start, comparison.corpus, comparison.flags], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _begun(name: str, config: Path, output: Path) -> int:
+    """Trainings that have begun in ``output`` under a run's name, or with its file under another name,
+    whatever they were then."""
+    named, begun = re.compile(re.escape(f"train-{run_name(name)}") + r"-\d+"), 0
+    for path in (output / "stages").glob("train-*.json"):
+        words = path.read_text(encoding="utf-8").split()
+        files = (Path(word).resolve() for word in words if word.endswith(config.suffix))
+        begun += bool(named.fullmatch(path.stem)) or config.resolve() in files
+    return begun

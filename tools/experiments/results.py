@@ -1,0 +1,97 @@
+"""What the runs of a comparison found: losses and routing, and differences between two runs.
+
+Differences are taken seed by seed: with one seed both saw the same data in the same order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.training.run_log import files
+
+ROUTING = ("load_max_over_mean", "dead_experts", "entropy", "weight_sum", "dropped_fraction")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One training run. Losses are nats a token; ``training`` is tokens -> loss; ``routing`` is the mean over
+    the layers in the last step that was looked at, ``first_routing`` in the first."""
+
+    name: str
+    seed: int
+    held_out: float
+    training: dict[int, float]
+    tokens: int
+    steps: int
+    routing: dict[str, float]
+    first_routing: dict[str, float]
+    seconds: float
+    command: str
+
+
+def read_run(name: str, seed: int, folder: Path, record: dict[str, Any]) -> RunResult:
+    """What the run that saved to ``folder`` left there; ``record`` is its stage's.
+
+    Raises:
+        UserError: it has no held-out loss.
+    """
+    lines = files.read(folder / files.RUN)
+    held_out = [line for line in lines if line["kind"] == "held_out" and line["set"] == "validation"]
+    if not held_out or held_out[-1]["lm_loss"] is None:
+        raise UserError(f"{folder / files.RUN}: no finite held-out loss; let eval_iters be larger than 0")
+    routing = files.read(folder / files.ROUTING) or [{}]
+    return RunResult(
+        name=name,
+        seed=seed,
+        held_out=held_out[-1]["lm_loss"],
+        training={line["tokens"]: line["lm_loss"] for line in lines if line["kind"] == "train"},
+        tokens=held_out[-1]["tokens"],
+        steps=held_out[-1]["iteration"],
+        routing=_layer_means(routing[-1]),
+        first_routing=_layer_means(routing[0]),
+        seconds=record["seconds"],
+        command=record["command"],
+    )
+
+
+def _layer_means(line: dict[str, Any]) -> dict[str, float]:
+    return {key: mean(line[key]) for key in ROUTING if line.get(key)}
+
+
+def differences(results: Sequence[RunResult], left: str, right: str) -> list[float]:
+    """Held-out loss of ``left`` minus that of ``right``, for the seeds that both have ended."""
+    return [a.held_out - b.held_out for a, b in _pairs(results, left, right)]
+
+
+def training_differences(
+    results: Sequence[RunResult], left: str, right: str
+) -> tuple[list[int], list[list[float]]]:
+    """Training loss of ``left`` minus that of ``right`` over tokens.
+
+    Returns:
+        The numbers of tokens that all runs have a loss at, and there the differences, one a seed.
+    """
+    pairs = _pairs(results, left, right)
+    if not pairs:
+        return [], []
+    tokens = sorted(set.intersection(*(set(run.training) for pair in pairs for run in pair)))
+    return tokens, [[a.training[at] - b.training[at] for a, b in pairs] for at in tokens]
+
+
+def _pairs(results: Sequence[RunResult], left: str, right: str) -> list[tuple[RunResult, RunResult]]:
+    found = {(result.name, result.seed): result for result in results}
+    seeds = sorted({seed for _, seed in found})
+    return [(found[left, s], found[right, s]) for s in seeds if (left, s) in found and (right, s) in found]
+
+
+def crossings(tokens: Sequence[int], found: Sequence[Sequence[float]]) -> list[float]:
+    """Where the mean of ``training_differences`` changes its sign, in tokens, on a line between points."""
+    curve = [(at, mean(values)) for at, values in zip(tokens, found, strict=True) if mean(values) != 0]
+    return [
+        at - height * (later - at) / (other - height)
+        for (at, height), (later, other) in zip(curve, curve[1:], strict=False)
+        if (height < 0) != (other < 0)
+    ]
