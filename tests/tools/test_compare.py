@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,29 +296,51 @@ def test_report_names_every_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_and_run_again(tmp_path: Path, dense: Path, key_stats_file: Path, moe_config: Path) -> None:
-    """A comparison ended by SIGKILL in a training goes on from there, and every run has ended once."""
+    """Two runs side by side, ended by SIGKILL in their training, go on from there, and find to the last digit
+    what runs one after the other found."""
     for method in ("locmoe", "mlp"):
         over_the_tests_model(tmp_path, method, moe_config, expert_model_parallel_size=2)
     file, output = tmp_path / "two.yaml", tmp_path / "out"
     file.write_text(
-        f"checkpoint: {dense}\nkey_stats: {key_stats_file}\nseeds: [1]\n"
+        f"checkpoint: {dense}\nkey_stats: {key_stats_file}\nseeds: [1]\nranks: 1\n"
         "flags: {train_iters: 40, save_interval: 20}\nruns: {locmoe: locmoe.yaml, mlp: mlp.yaml}\n"
     )
     command = [sys.executable, "-m", "tools.experiments.compare", str(file), "--output", str(output)]
+
+    def found() -> list[dict]:
+        return [
+            run | {"seconds": 0.0} for run in json.loads((output / "two/results.json").read_text())["runs"]
+        ]
+
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    one_by_one = found()
+    assert [run["name"] for run in one_by_one] == ["locmoe", "mlp"]
+    assert all(run["held_out"] > 0 and run["routing"]["load_max_over_mean"] >= 1 for run in one_by_one)
+    for name in ("trained", "logs"):
+        shutil.rmtree(output / name)
+
+    command += ["--jobs", "2"]
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-    log, deadline = output / "logs/train-locmoe-1.log", time.monotonic() + 300
-    while not (log.exists() and "iteration       22/" in log.read_text()):
+    logs, deadline = (
+        [output / f"logs/train-{name}-1.log" for name in ("locmoe", "mlp")],
+        time.monotonic() + 300,
+    )
+
+    def is_there(text: str) -> list[bool]:
+        return [log.exists() and text in log.read_text() for log in logs]
+
+    while not any(is_there("iteration       22/")):
         assert time.monotonic() < deadline and first.poll() is None
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
+    assert all(is_there("iteration       ")) and not any(is_there("iteration       40/"))
     deadline = time.monotonic() + 300
     while (again := subprocess.run(command, cwd=ROOT, capture_output=True, text=True)).returncode:
         # Ranks that outlived their parent hold the folder's lock until they end.
         assert "another run is at work there" in again.stderr and time.monotonic() < deadline, again.stderr
         time.sleep(1)
-    assert again.stdout.count("done before") == 1  # locmoe's conversion
-    assert log.read_text().count("iteration       20/") == 1  # nor was its training begun again
-    results = json.loads((output / "two/results.json").read_text())["runs"]
-    assert sorted(result["name"] for result in results) == ["locmoe", "mlp"]
-    assert all(result["held_out"] > 0 and result["routing"]["load_max_over_mean"] >= 1 for result in results)
+    assert again.stdout.count("done before") == 2  # the conversions
+    # One that had saved went on from there.
+    assert any(log.read_text().count("iteration       20/") == 1 for log in logs)
+    assert found() == one_by_one
