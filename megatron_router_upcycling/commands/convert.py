@@ -1,6 +1,7 @@
 """A dense checkpoint into a Mixture-of-Experts."""
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ method: see configs/methods and configs/ablations.
 router keys, so that a token goes to all G of each of --top-k copies. --shared-expert keeps the dense FFN for
 every token: one half of the output is its, the other the chosen experts'. What is said below of the first
 step holds for both, but that shards differ from the start, and that half of the output cannot shrink.
+
+--target-entropy E scales each layer's logits so that a token's routing distribution over all experts has a
+mean entropy of E nats (even routing over n experts: ln n, 2.08 for 8) on the hidden states that collect_keys
+keeps (--router-samples). Routers made of heads may start surer than is good for them: inspect shows each
+layer's entropy, and names the flag where it is low. For the mixture and for linear, switch and mlp routers.
+configs/methods/calibrated.yaml is the paper's method with 1.5; docs/comparison.md has what is known of it.
 
 what to expect of the first step:
   --moe-router-pre-softmax      softmax over all experts, then top-k (the paper): the k weights sum to less
@@ -81,6 +88,13 @@ def add(commands: Any) -> None:
     convert.add_argument("--num-routers", type=int, help="routers in the mixture (default: --num-experts)")
     convert.add_argument("--pooling", choices=POOLINGS, help="how scores combine (default: sum)")
     convert.add_argument("--grouping", choices=GROUPINGS, help="how heads are paired (default: greedy)")
+    convert.add_argument(
+        "--target-entropy",
+        metavar="E",
+        type=float,
+        help="scale each layer's logits to this mean routing entropy, in nats (default: as they come); see"
+        " below",
+    )
     convert.add_argument("--seed", type=int, default=1234, help="of all that is drawn (default: 1234)")
     convert.add_argument(
         "--moe-router-pre-softmax",
@@ -98,7 +112,9 @@ def run(args: argparse.Namespace) -> None:
 
     file = read_method(args.config)
     router = _router_to_make(args, file.router)
-    file.init.check(router)
+    given = {} if args.target_entropy is None else {"target_entropy": args.target_entropy}
+    init = dataclasses.replace(file.init, **given)
+    init.check(router)
     import torch
 
     from megatron_router_upcycling.conversion import convert, describe
@@ -108,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     start = time.monotonic()
     options = Options(
         router=router,
-        init=file.init,
+        init=init,
         key_source=file.key_source,
         key_stats=args.key_stats,
         seed=args.seed,

@@ -32,6 +32,10 @@ from megatron_router_upcycling.training.run_log import measures
 RANDOM_TOKENS = 1024
 SATURATED = 0.9  # mean largest probability from which softmax passes next to no gradient
 NAMED = 8  # experts or layers that a warning names
+# Routing entropies as shares of even routing (ln n). In docs/comparison.md a start with a layer at 0.18 ended
+# behind the same routers scaled to 0.72 (--target-entropy 1.5 for 8 experts). Nothing in between was
+# measured: a layer counts as too sure below the middle of the two.
+SURE, CALIBRATED = 0.45, 0.72
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def describe(root: Path, stats: Path | None) -> str:
                 f"{root}: layer {layer}'s router does not fit {manifest.NAME} ({reason(error)})"
             ) from None
     title = f"routing at the start, of {_describe_inputs(source, stats)}:"
-    return "\n".join([title, *_table(found), *_expectation(found, router), *_warnings(found, router)])
+    return "\n".join([title, *_table(found), *_expectation(found, router), *_warnings(found, router, record)])
 
 
 def _holds_samples(stats: Path, num_layers: int) -> bool:
@@ -247,9 +251,26 @@ def _expectation(found: list[LayerStart], router: RouterConfig) -> list[str]:
     ]
 
 
-def _warnings(found: list[LayerStart], router: RouterConfig) -> list[str]:
+def _warnings(found: list[LayerStart], router: RouterConfig, record: dict[str, Any]) -> list[str]:
     warnings = [*_collapsed(found, router), *_saturated(found), *_tied(found)]
-    return ["", *(f"warning: {warning}" for warning in warnings)] if warnings else []
+    lines = [*(f"warning: {warning}" for warning in warnings), *_too_sure(found, router, record)]
+    return ["", *lines] if lines else []
+
+
+def _too_sure(found: list[LayerStart], router: RouterConfig, record: dict[str, Any]) -> Iterator[str]:
+    """Where a calibrated start would help, and the flag that makes one."""
+    even = math.log(router.num_experts)
+    sharp = [row for row in found if row.routing["entropy"] < SURE * even]
+    suits = "target_entropy" in router.kind.starts
+    if not sharp or not suits or manifest.init_config(record, manifest.NAME).target_entropy is not None:
+        return
+    worst = min(sharp, key=lambda row: row.routing["entropy"])
+    yield (
+        f"hint: routers would start very sure of themselves in {_named([row.layer for row in sharp])} (layer"
+        f" {worst.layer}: an entropy of {worst.routing['entropy']:.2f} nats, even routing has {even:.2f}). In"
+        " the one comparison so far, of a small model, such a start ended behind one that was calibrated:"
+        f" convert again with --target-entropy {CALIBRATED * even:.1f} (docs/comparison.md)"
+    )
 
 
 def _collapsed(found: list[LayerStart], router: RouterConfig) -> Iterator[str]:

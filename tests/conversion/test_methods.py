@@ -204,6 +204,26 @@ def test_routing_has_the_entropy_that_was_asked_for(tmp_path: Path, method: str)
         assert entropy == pytest.approx(1.2, abs=1e-3)
 
 
+def test_the_flag_stands_above_the_file(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs(tmp_path / "ks", "pre_rope")
+    dense_checkpoint.write(tmp_path / "dense")
+    file = CONFIGS / "methods/calibrated.yaml"
+    by_flag = convert(tmp_path, tmp_path / "a", file, "--target-entropy", 1.2)
+    by_file = option(tmp_path, tmp_path / "b", "router_upcycling", target_entropy=1.2)
+    assert all(torch.equal(value, by_file[key]) for key, value in by_flag.items())
+    record = manifest.read(tmp_path / "a")
+    assert record is not None and record["init"]["target_entropy"] == 1.2
+    for flags, message in (
+        (("--router", "locmoe"), "is for --router mixture or linear or mlp or switch, not for locmoe"),
+        ((), "and must be between 0 and ln 8"),
+    ):
+        command = ["convert", tmp_path / "dense", tmp_path / "c", "--target-entropy", 9, *flags]
+        assert cli.main([str(part) for part in command]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_centroids_find_clusters_that_are_there(tmp_path: Path) -> None:
     dense_checkpoint.write(tmp_path / "dense")
     stats = make_stats(tmp_path / "ks")
