@@ -297,22 +297,28 @@ def test_report_names_every_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_and_run_again(tmp_path: Path, dense: Path, key_stats_file: Path, moe_config: Path) -> None:
     """Two runs side by side, ended by SIGKILL in their training, go on from there, and find to the last digit
-    what runs one after the other found."""
+    what runs one after the other found. A third cannot be converted, which ends none of them."""
     for method in ("locmoe", "mlp"):
         over_the_tests_model(tmp_path, method, moe_config, expert_model_parallel_size=2)
     file, output = tmp_path / "two.yaml", tmp_path / "out"
     file.write_text(
         f"checkpoint: {dense}\nkey_stats: {key_stats_file}\nseeds: [1]\nranks: 1\n"
-        "flags: {train_iters: 40, save_interval: 20}\nruns: {locmoe: locmoe.yaml, mlp: mlp.yaml}\n"
+        "flags: {train_iters: 40, save_interval: 20}\n"
+        "runs: {broken: broken.yaml, locmoe: locmoe.yaml, mlp: mlp.yaml}\n"
     )
+    (tmp_path / "broken.yaml").write_text("base: mlp.yaml\nupcycling: {target_entropy: 9}\n")
     command = [sys.executable, "-m", "tools.experiments.compare", str(file), "--output", str(output)]
 
     def found() -> list[dict]:
-        return [
-            run | {"seconds": 0.0} for run in json.loads((output / "two/results.json").read_text())["runs"]
-        ]
+        read = json.loads((output / "two/results.json").read_text())
+        (failure,) = read["failures"]
+        assert failure.startswith(
+            "broken, seed 1: convert-broken-1: its command ended with status 2 (error: "
+        )
+        return [run | {"seconds": 0.0} for run in read["runs"]]
 
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and "- broken, seed 1: " in (output / "two/report.md").read_text(), ended
     one_by_one = found()
     assert [run["name"] for run in one_by_one] == ["locmoe", "mlp"]
     assert all(run["held_out"] > 0 and run["routing"]["load_max_over_mean"] >= 1 for run in one_by_one)
@@ -336,7 +342,7 @@ def test_killed_and_run_again(tmp_path: Path, dense: Path, key_stats_file: Path,
     first.wait()
     assert all(is_there("iteration       ")) and not any(is_there("iteration       40/"))
     deadline = time.monotonic() + 300
-    while (again := subprocess.run(command, cwd=ROOT, capture_output=True, text=True)).returncode:
+    while (again := subprocess.run(command, cwd=ROOT, capture_output=True, text=True)).returncode != 1:
         # Ranks that outlived their parent hold the folder's lock until they end.
         assert "another run is at work there" in again.stderr and time.monotonic() < deadline, again.stderr
         time.sleep(1)
