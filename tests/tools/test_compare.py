@@ -18,7 +18,7 @@ from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.run_log import files
 from tests.training.test_methods import over_the_tests_model
-from tools.experiments import claims, compare, foundation, intervals, report, results
+from tools.experiments import claims, compare, foundation, intervals, pictures, report, results
 from tools.experiments.comparison import Claim, read
 from tools.experiments.plan import Plan
 from tools.experiments.results import RunResult
@@ -292,6 +292,26 @@ def test_report_names_every_run(tmp_path: Path) -> None:
     )
     assert "a: below it all the way" in text
     assert len(json.loads((tmp_path / "out/results.json").read_text())["runs"]) == 4
+
+
+def test_differences_are_drawn_to_the_scale_of_what_is_near() -> None:
+    """b and c are 0.01 and 0.02 from a; far, which is 2 off, would flatten them and is named instead."""
+    comparison = replace(
+        read(FILES[0]), runs={name: Path(name) for name in ("a", "b", "c", "far")}, reference="a"
+    )
+    off = {"a": 0.0, "b": 0.01, "c": -0.02, "far": 2.0}
+    curves = {at: 5.0 - at / 10 for at in range(1, 7)}
+    found = [
+        replace(run, training={4096 * at: loss + off[run.name] for at, loss in curves.items()})
+        for run in runs(a=[4.0, 5.0], b=[4.0, 5.0], c=[4.0, 5.0], far=[6.0, 7.0])
+    ]
+    (axes,) = pictures.differences_over_tokens(comparison, found).axes
+    assert axes.get_ylim() == pytest.approx((-0.025, 0.025))
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert drawn["b"] == pytest.approx([0.01] * 6) and drawn["c"] == pytest.approx([-0.02] * 6)
+    assert (
+        not {"a", "far"} & drawn.keys() and "out of the picture: far (+2.00 at the end)" in axes.get_title()
+    )
 
 
 @pytest.mark.slow

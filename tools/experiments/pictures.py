@@ -11,6 +11,7 @@ from tools.experiments.intervals import interval
 from tools.experiments.results import RunResult, differences, training_differences
 
 COLOURS = ("#c8401e", "#2867b2", "#3a9a4b", "#8a4fb0", "#c79a00", "#444444", "#00999c", "#d2679a")
+LINES = ("-", "--", ":")  # of the first so many runs as there are colours, of the next, and so on
 FAR = 12.0  # typical differences; what is further off would flatten the picture
 
 
@@ -46,7 +47,7 @@ def curves(comparison: Comparison, results: Sequence[RunResult], path: Path) -> 
     ends = []
     for number, name in enumerate(names):
         colour = COLOURS[number % len(COLOURS)]
-        style = "-" if number < len(COLOURS) else "--"
+        style = LINES[number // len(COLOURS) % len(LINES)]
         runs = [result for result in results if result.name == name and result.seed in shared]
         if not runs:
             continue
@@ -67,7 +68,7 @@ def curves(comparison: Comparison, results: Sequence[RunResult], path: Path) -> 
     left.set_ylabel("training loss (nats a token)")
     left.set_title(f"mean and range over seeds {', '.join(map(str, sorted(shared)))}", fontsize=10)
     left.legend(frameon=False, fontsize=8, ncols=2)
-    right.set_title("points: pairs of one seed; bar: their mean; line: its 95% interval", fontsize=10)
+    right.set_title("points: a seed each; bar: mean; line: its 95% interval", fontsize=10)
     figure.suptitle(comparison.title)
     save(figure, path)
 
@@ -97,9 +98,11 @@ def _draw_differences(axes: Any, found: dict[str, list[float]]) -> None:
     axes.set_ylim(len(found) - 0.5, -0.5)
 
 
-def differences_over_tokens(comparison: Comparison, results: Sequence[RunResult], path: Path) -> None:
+def differences_over_tokens(comparison: Comparison, results: Sequence[RunResult]) -> Any:
     """Training loss minus the reference's over tokens: mean over the seeds that both have, band from the
     lowest to the highest. The scale is that of the runs that are near the reference; others are named."""
+    from matplotlib.figure import Figure
+
     reference = comparison.reference
     found = {
         name: training_differences(results, name, reference) for name in comparison.runs if name != reference
@@ -111,8 +114,6 @@ def differences_over_tokens(comparison: Comparison, results: Sequence[RunResult]
     near = [name for name in far if far[name] <= FAR * typical] if typical else list(far)
     height = 1.25 * max((far[name] for name in near), default=0.0) or 1.0
 
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(13, 5))
     axes = figure.subplots()
     for number, name in enumerate(comparison.runs):
@@ -120,7 +121,7 @@ def differences_over_tokens(comparison: Comparison, results: Sequence[RunResult]
             continue
         tokens, at = found[name]
         millions, colour = [count / 1e6 for count in tokens], COLOURS[number % len(COLOURS)]
-        style = "-" if number < len(COLOURS) else "--"
+        style = LINES[number // len(COLOURS) % len(LINES)]
         axes.plot(millions, means[name], style, color=colour, label=name, linewidth=1.4)
         axes.fill_between(millions, list(map(min, at)), list(map(max, at)), color=colour, alpha=0.12)
     left_out = [f"{name} ({means[name][-1]:+.2f} at the end)" for name in far if name not in near]
@@ -137,4 +138,4 @@ def differences_over_tokens(comparison: Comparison, results: Sequence[RunResult]
         axes.legend(frameon=False, fontsize=8, ncols=2)
     figure.suptitle(comparison.title)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    return figure

@@ -145,7 +145,7 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures.curves(comparison, results, folder / "loss_curves.png")
-    pictures.differences_over_tokens(comparison, results, folder / "differences.png")
+    pictures.differences_over_tokens(comparison, results).savefig(folder / "differences.png", dpi=120)
     seen = seen or {}
     judged = sum(len(differences(results, *claim.runs)) > 1 for claim in comparison.claims)
     verdicts = [verdict(claim, results, max(1, judged), seen.get(claim)) for claim in comparison.claims]
