@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.conversion.options import read_method
@@ -94,6 +95,9 @@ def test_files_in_the_repository_plan(path: Path) -> None:
     for stage in stages:
         assert {earlier.name for earlier in stage.after} <= done, stage.name
         done.add(stage.name)
+    for config in comparison.runs.values():  # as convert reads them
+        method = read_method(config)
+        method.init.check(RouterConfig(**method.router))
     # One data order: with one seed, training differs in its configuration and its checkpoint alone.
     for seed in comparison.seeds:
         commands = [plan.train(name, seed).command for name in comparison.runs]
@@ -127,6 +131,7 @@ def test_an_existing_checkpoint_is_the_start(tmp_path: Path) -> None:
         ("dense: d.yaml\nruns: {a: r.yaml}\nranks: 0", "'ranks:' must be a whole number"),
         ("dense: d.yaml\nruns: {a: r.yaml}\nflags: [a]", "'flags:' must be a mapping"),
         ("checkpoint: d\nkey_stats: k\nruns: {a: r.yaml}\ncorpus: {}", "'corpus:' is for a dense model"),
+        ("dense: d.yaml\nruns: {a: r.yaml}\ncorpus: {held_out: 0.1}", "'corpus:' needs 'train_tokenizer:'"),
         ("- x", "needs 'runs:'"),
         ("{", "cannot be read"),
     ],

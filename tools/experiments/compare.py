@@ -14,9 +14,9 @@ A dense model of your own: ``checkpoint:`` and ``key_stats:`` in the file name w
 module on your machines (default: torchrun on two processes here).
 
 --jobs N has N runs side by side, each with its log and, on a terminal, its moving line: several on one
-GPU, or over several GPUs in turn; on the CPU each process computes on one core, so let N times ``ranks:``
-(default: 2) be the number of cores. N changes no result. A run that fails ends no other: the report names it,
-and the exit status is 1.
+GPU, or over several GPUs in turn; on the CPU each process computes on one core (or as many as OMP_NUM_THREADS
+says), so let N times ``ranks:`` (default: 2) be the number of cores. N changes no result. A run that fails
+ends no other: the report names it, and the exit status is 1.
 
 Claims belong in the file before its runs begin: OUTPUT/NAME/claims.json keeps when each was first seen, and
 the report marks those of which something was known by then.

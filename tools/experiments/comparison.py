@@ -94,6 +94,10 @@ def read(path: Path) -> Comparison:
             raise UserError(f"{path}: '{name}:' must be a mapping of names to values")
     if "corpus" in entries and "dense" not in entries:
         raise UserError(f"{path}: 'corpus:' is for a dense model that is trained first; leave it out")
+    if "corpus" in entries and not {"train_tokenizer", "held_out"} <= entries["corpus"].keys():
+        raise UserError(
+            f"{path}: 'corpus:' needs 'train_tokenizer:' and 'held_out:', as prepare-data has them"
+        )
     ranks = entries.get("ranks")
     if ranks is not None and (type(ranks) is not int or ranks < 1):
         raise UserError(f"{path}: 'ranks:' must be a whole number of processes, as 1")
