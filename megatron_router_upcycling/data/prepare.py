@@ -18,7 +18,7 @@ from megatron_router_upcycling.checkpoint.publish import lock
 from megatron_router_upcycling.data import chunks, parts, publish, sources, tokenizer, writer
 from megatron_router_upcycling.data.documents import Chunk, Limits, Skipped, read
 from megatron_router_upcycling.data.record import Record
-from megatron_router_upcycling.data.workers import Child, Start, WorkerLost, spread
+from megatron_router_upcycling.data.workers import Child, WorkerLost, spread
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions, write_whole
 
@@ -49,7 +49,7 @@ class Job:
     sources: list[sources.Source]
     left_out: Counter[str]
     output: Path
-    tokenizer: tokenizer.Tokenizer | None  # None where one is to be trained
+    place: Path | None  # of the tokenizer; None where one is to be trained
     options: Options
 
     @property
@@ -88,10 +88,9 @@ def prepare(
         UserError: something is wrong with the options, the tokenizer or the place of the output.
     """
     _check(options)
-    loaded = tokenizer.load(place) if place else None
-    if loaded and options.end_of_document and loaded.end_of_document is None:
-        raise UserError(f"--tokenizer {place}: has no end-of-document token; pass --no-end-of-document")
-    job = Job(*found, output.absolute(), loaded, options)
+    if place:
+        tokenizer.check(place)
+    job = Job(*found, output.absolute(), place, options)
     publish.check(job.prefixes, [source.path for source in job.sources], options.overwrite)
     return job
 
@@ -120,12 +119,15 @@ def run(job: Job, progress: Progress) -> list[Record]:
         UserError: the text cannot be used, or the disk not be written; nothing is left then.
         KeyboardInterrupt: or its subclass for SIGTERM, with a text that says what was left.
     """
-    with publish.parents_of(job.output), lock.held(job.output, "--output"):
-        work = job.output.with_name(f".{job.output.name}.parts")
+    work = job.output.with_name(f".{job.output.name}.parts")
+    outputs = tuple(work / "out" / prefix.name for prefix in job.prefixes)
+    write = writer.Job(work, outputs, job.options.max_tokens, job.options.max_bytes)
+    with publish.parents_of(job.output), lock.held(job.output, "--output"), Child(write) as end:
         try:
-            _open(work, job)
-            made = _tokenizer(job, work)
-            counts, told = _make(job, made, work, progress)
+            given = _given(job)
+            _open(work, job, given)
+            made = given or _trained(job, work)
+            counts, told = _make(job, made, work, progress, end)
             _check_counts(job, counts)
             records = [_record(job, made, told, count) for count in counts]
             publish.publish(work, job.prefixes, records, job.options.train_tokenizer is not None)
@@ -147,9 +149,18 @@ def run(job: Job, progress: Progress) -> list[Record]:
     return records
 
 
-def _open(work: Path, job: Job) -> None:
+def _given(job: Job) -> tokenizer.Tokenizer | None:
+    if job.place is None:
+        return None
+    loaded = tokenizer.load(job.place)
+    if job.options.end_of_document and loaded.end_of_document is None:
+        raise UserError(f"--tokenizer {job.place}: has no end-of-document token; pass --no-end-of-document")
+    return loaded
+
+
+def _open(work: Path, job: Job, given: tokenizer.Tokenizer | None) -> None:
     """Make the folder of parts, or keep it where the same text and options have made it."""
-    options, given = job.options, job.tokenizer
+    options = job.options
     decisive = {
         "format": FORMAT,
         "text": sources.state_of(job.sources),
@@ -179,10 +190,8 @@ def _bytes(definition: str | bytes) -> bytes:
     return definition if isinstance(definition, bytes) else definition.encode()
 
 
-def _tokenizer(job: Job, work: Path) -> tokenizer.Tokenizer:
-    """The one that was given, or one trained on the documents that are not held out."""
-    if job.tokenizer is not None:
-        return job.tokenizer
+def _trained(job: Job, work: Path) -> tokenizer.Tokenizer:
+    """A tokenizer trained on the documents that are not held out."""
     assert job.options.train_tokenizer
     file = work / publish.TOKENIZER
     if not file.is_file():
@@ -294,27 +303,20 @@ class _Line:
 
 
 def _make(
-    job: Job, made: tokenizer.Tokenizer, work: Path, progress: Progress
+    job: Job, made: tokenizer.Tokenizer, work: Path, progress: Progress, end: Child
 ) -> tuple[list[writer.Counts], _Told]:
     options = job.options
-    end = made.end_of_document if options.end_of_document else None
-    make = parts.Job(made, job.limits, options.held_out, options.seed, end, work)
-    outputs = tuple(work / "out" / prefix.name for prefix in job.prefixes)
-    dtype = tokenizer.optimal_dtype(made.vocab_size)
-    write = writer.Job(work, outputs, dtype, options.max_tokens, options.max_bytes)
+    token = made.end_of_document if options.end_of_document else None
+    make = parts.Job(made, job.limits, options.held_out, options.seed, token, work)
+    line = _Line(job, work, progress, end)
     with contextlib.ExitStack() as stack:
-        starts: list[Start] = [*[make] * options.workers, write]
-        children = []
-        for start in starts:
-            children.append(Child(start))
-            stack.callback(children[-1].end)
-        line = _Line(job, work, progress, children[-1])
-        for task, summary in spread(children[:-1], line.tasks(), line.wanted):
+        children = [stack.enter_context(Child(make)) for _ in range(options.workers)]
+        for task, summary in spread(children, line.tasks(), line.wanted):
             line.done(task, summary)
-        if not line.told.documents:
-            empty = line.told.empty
-            raise UserError(f"SOURCE: no document was found in {len(job.sources)} files ({empty} are empty)")
-        return line.end(), line.told
+    if not line.told.documents:
+        empty = line.told.empty
+        raise UserError(f"SOURCE: no document was found in {len(job.sources)} files ({empty} are empty)")
+    return line.end(), line.told
 
 
 def _check_counts(job: Job, counts: list[writer.Counts]) -> None:

@@ -75,7 +75,10 @@ class Child:
                 " documents (--max-document-bytes), need less; the same command goes on from what is done"
             ) from None
 
-    def end(self) -> None:
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.connection.close()
         self._process.kill()
         self._process.join()
