@@ -9,6 +9,7 @@ from tests.repository import PACKAGE, ROOT, circles, import_graph, source_files
 DOORS = ("cli", "pretrain", "collect_keys", "rehearse", "layer_spec")  # what a command line names
 PURE = (
     "config",
+    "data",
     "routers.kinds",
     "routers.fold",
     "initialisation",

@@ -10,13 +10,14 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_router_upcycling.checkpoint.publish import lock
 from megatron_router_upcycling.data import chunks, parts, publish, sources, tokenizer, writer
-from megatron_router_upcycling.data.documents import Chunk, Limits, Skipped, read
+from megatron_router_upcycling.data.documents import Limits, Skipped, read
+from megatron_router_upcycling.data.line import Line, Progress, Told, check_bad
 from megatron_router_upcycling.data.record import Record
 from megatron_router_upcycling.data.workers import Child, WorkerLost, spread
 from megatron_router_upcycling.errors import UserError
@@ -71,10 +72,6 @@ class Job:
         return chunks.part_bytes(self.sources)
 
 
-# Told of each part: bytes of the files, tokens, and whether an earlier run had done it.
-Progress = Callable[[int, int, bool], None]
-
-
 def prepare(
     found: tuple[list[sources.Source], Counter[str]], output: Path, place: Path | None, options: Options
 ) -> Job:
@@ -123,8 +120,8 @@ def run(job: Job, progress: Progress) -> list[Record]:
     outputs = tuple(work / "out" / prefix.name for prefix in job.prefixes)
     write = writer.Job(work, outputs, job.options.max_tokens, job.options.max_bytes)
     with publish.parents_of(job.output), lock.held(job.output, "--output"), Child(write) as end:
+        given = _given(job)
         try:
-            given = _given(job)
             _open(work, job, given)
             made = given or _trained(job, work)
             counts, told = _make(job, made, work, progress, end)
@@ -208,7 +205,7 @@ def _training_texts(job: Job) -> Iterator[str]:
             for found in read(chunk, job.limits):
                 if isinstance(found, Skipped):
                     bad += 1
-                    _check_bad(job, bad, found)
+                    check_bad(bad, found, job.options.max_bad)
                     continue
                 text, size = found
                 if left is not None:
@@ -219,99 +216,18 @@ def _training_texts(job: Job) -> Iterator[str]:
                     yield text
 
 
-def _check_bad(job: Job, count: int, first: Skipped) -> None:
-    allowed = job.options.max_bad
-    if count > allowed:
-        many = f"; {count} documents like this are more than --max-bad {allowed}" if allowed else ""
-        hint = "" if allowed else "; mend it, or pass --max-bad N to leave out up to N such documents"
-        raise UserError(f"SOURCE {first}{many}{hint}")
-
-
-@dataclass
-class _Told:
-    """What was learned of the text, part by part in order."""
-
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    empty: int = 0
-    bad: int = 0
-    skipped: list[Skipped] = field(default_factory=list)
-
-
-class _Line:
-    """Takes parts as they are done and hands them to the writer in their order."""
-
-    def __init__(self, job: Job, work: Path, progress: Progress, end: Child) -> None:
-        self._job, self._work, self._progress, self._writer = job, work, progress, end
-        self._waiting: dict[int, parts.Summary] = {}
-        self._next = self._unanswered = 0
-        self.told = _Told()
-
-    def wanted(self) -> bool:
-        """Whether the text may go on beyond the parts that were handed over."""
-        options, told = self._job.options, self.told
-        return (options.max_tokens is None or told.tokens <= options.max_tokens) and (
-            options.max_bytes is None or told.bytes <= options.max_bytes
-        )
-
-    def tasks(self) -> Iterator[tuple[int, list[Chunk]]]:
-        """The parts that are not done, with their numbers; those that are go to the writer."""
-        for number, part in enumerate(
-            chunks.parts(self._job.sources, self._job.limits, self._job.part_bytes)
-        ):
-            if not self.wanted():
-                return
-            summary = parts.summary_of(self._work, number)
-            if summary is None:
-                yield number, part
-            else:
-                self.done((number, part), summary, before=True)
-
-    def done(self, task: tuple[int, list[Chunk]], summary: parts.Summary, before: bool = False) -> None:
-        number, part = task
-        self._progress(sum(chunk.consumed for chunk in part), summary.tokens, before)
-        self._waiting[number] = summary
-        while self._next in self._waiting and self.wanted():
-            self._count(self._waiting.pop(self._next))
-            self._send(self._next)
-            self._next += 1
-
-    def _count(self, summary: parts.Summary) -> None:
-        told = self.told
-        for name in ("documents", "tokens", "bytes", "empty", "bad"):
-            setattr(told, name, getattr(told, name) + getattr(summary, name))
-        told.skipped += summary.skipped[: parts.LISTED - len(told.skipped)]
-        if told.bad:
-            _check_bad(self._job, told.bad, told.skipped[0])
-
-    def _send(self, number: int | None) -> None:
-        self._writer.send(number)
-        self._unanswered += 1
-        while self._unanswered and self._writer.connection.poll():
-            self._answer()
-
-    def _answer(self) -> list[writer.Counts]:
-        self._unanswered -= 1
-        return self._writer.receive()
-
-    def end(self) -> list[writer.Counts]:
-        self._send(None)
-        while self._unanswered:
-            counts = self._answer()
-        return counts
-
-
 def _make(
     job: Job, made: tokenizer.Tokenizer, work: Path, progress: Progress, end: Child
-) -> tuple[list[writer.Counts], _Told]:
+) -> tuple[list[writer.Counts], Told]:
     options = job.options
     token = made.end_of_document if options.end_of_document else None
     make = parts.Job(made, job.limits, options.held_out, options.seed, token, work)
-    line = _Line(job, work, progress, end)
+    line = Line(work, end, progress, options.max_tokens, options.max_bytes, options.max_bad)
     with contextlib.ExitStack() as stack:
-        children = [stack.enter_context(Child(make)) for _ in range(options.workers)]
-        for task, summary in spread(children, line.tasks(), line.wanted):
+        started = [Child(make) for _ in range(options.workers)]
+        children = [stack.enter_context(child) for child in started]
+        todo = line.tasks(chunks.parts(job.sources, job.limits, job.part_bytes))
+        for task, summary in spread(children, todo, line.wanted):
             line.done(task, summary)
     if not line.told.documents:
         empty = line.told.empty
@@ -329,7 +245,7 @@ def _check_counts(job: Job, counts: list[writer.Counts]) -> None:
             )
 
 
-def _record(job: Job, made: tokenizer.Tokenizer, told: _Told, counts: writer.Counts) -> Record:
+def _record(job: Job, made: tokenizer.Tokenizer, told: Told, counts: writer.Counts) -> Record:
     trained = job.options.train_tokenizer is not None
     place = publish.tokenizer_of(job.output) if trained else made.place.absolute()
     options = asdict(job.options) | {"sources": [str(source.path) for source in job.sources[: parts.LISTED]]}
