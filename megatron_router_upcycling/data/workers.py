@@ -7,6 +7,7 @@ what their task needs.
 import contextlib
 import ctypes
 import multiprocessing
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -47,7 +48,8 @@ class Child:
 
     def send(self, task: Any) -> None:
         with self._alive():
-            self.connection.send(task)
+            # send() itself would leave a buffer in the error of a broken pipe; Python 3.12 can crash over it.
+            self.connection.send_bytes(pickle.dumps(task))
 
     def receive(self) -> Any:
         """The next answer, waited for.
