@@ -37,7 +37,7 @@ class Options:
     end_of_document: bool = True
     max_tokens: int | None = None
     max_bytes: int | None = None
-    max_document_bytes: int = 1 << 26
+    max_document_bytes: int = 1 << 24
     max_bad: int = 0
     workers: int = 1
     overwrite: bool = False
