@@ -10,6 +10,7 @@ DOORS = ("cli", "pretrain", "collect_keys", "rehearse", "layer_spec")  # what a 
 PURE = (
     "config",
     "expert_layers",
+    "data",
     "routers.kinds",
     "routers.fold",
     "initialisation",

@@ -7,6 +7,7 @@ what their task needs.
 import contextlib
 import ctypes
 import multiprocessing
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -29,12 +30,13 @@ class Start(Protocol):
 
 
 class Child:
-    """One such process; a context that ends it."""
+    """One such process, started at once; a context that tells it what to do, and ends it."""
 
     def __init__(self, start: Start) -> None:
+        self._start = start
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, start), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         # Ctrl-C goes to all processes of a terminal: only this one answers.
         answer = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
         try:
@@ -46,7 +48,8 @@ class Child:
 
     def send(self, task: Any) -> None:
         with self._alive():
-            self.connection.send(task)
+            # send() itself would leave a buffer in the error of a broken pipe; Python 3.12 can crash over it.
+            self.connection.send_bytes(pickle.dumps(task))
 
     def receive(self) -> Any:
         """The next answer, waited for.
@@ -75,7 +78,17 @@ class Child:
                 " documents (--max-document-bytes), need less; the same command goes on from what is done"
             ) from None
 
-    def end(self) -> None:
+    def __enter__(self) -> "Child":
+        try:
+            # Not as an argument: starting would wait until it is read, and a child whose parent is killed
+            # meanwhile would complain.
+            self.send(self._start)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.connection.close()
         self._process.kill()
         self._process.join()
@@ -87,14 +100,14 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _serve(connection: Any, start: Start) -> None:
-    """Do tasks until there are no more, in the process."""
+def _serve(connection: Any) -> None:
+    """Be told what to do, and do it with each task until there are no more: the life of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):  # where there is no such call, the closed pipe ends it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(EOFError, ConnectionError):
         try:
-            work = start.start()
+            work = connection.recv().start()
             while True:
                 connection.send(("answer", work(connection.recv())))
         except UserError as error:
