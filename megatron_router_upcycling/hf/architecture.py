@@ -6,6 +6,7 @@ these classes cannot hold is refused by its name. Pure: no torch, no transformer
 """
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_router_upcycling.checkpoint.dense_model import (
     UNKNOWN_LAYERS,
     Architecture,
 )
-from megatron_router_upcycling.config.expert_layers import has_experts, layer_frequency
+from megatron_router_upcycling.config.expert_layers import MOST_LAYERS, has_experts, layer_frequency
 from megatron_router_upcycling.errors import UserError
 
 # Megatron flag -> value, for what all of these models have in common.
@@ -94,14 +95,18 @@ class QwenModel(Architecture):
     shared_expert_gated: bool = False  # whether the sigmoid of a gate weighs it
 
     @property
-    def expert_layers(self) -> tuple[int, ...]:
+    def expert_layers(self) -> Sequence[int]:
         """The layers that have experts."""
-        every = tuple(range(self.num_layers)) if self.num_experts else ()
-        return every if self.layers_with_experts is None else self.layers_with_experts
+        if self.layers_with_experts is None:
+            return range(self.num_layers if self.num_experts else 0)
+        return self.layers_with_experts
 
     @property
-    def dense_layers(self) -> tuple[int, ...]:
-        return tuple(sorted({*range(self.num_layers)} - {*self.expert_layers}))
+    def dense_layers(self) -> Sequence[int]:
+        """The layers that have none."""
+        if self.layers_with_experts is None:
+            return range(0 if self.num_experts else self.num_layers)
+        return [layer for layer in range(self.num_layers) if layer not in self.layers_with_experts]
 
     @property
     def family(self) -> str:
@@ -196,14 +201,16 @@ def _of_experts(args: Namespace, num_layers: int) -> dict[str, Any]:
         UserError, TypeError, ValueError: an argument is none of Megatron's.
     """
     frequency = layer_frequency(getattr(args, "moe_layer_freq", 1), "moe_layer_freq")
-    found = has_experts(frequency, num_layers)
-    if len(found) != num_layers or not any(found):
-        raise ValueError(f"moe_layer_freq {frequency} for {num_layers} layers")
-    layers = tuple(layer for layer in range(num_layers) if found[layer])
+    layers = None
+    if frequency != 1:
+        found = has_experts(frequency, min(num_layers, MOST_LAYERS))
+        if len(found) != num_layers or not any(found):
+            raise ValueError(f"moe_layer_freq {frequency} for {num_layers} layers")
+        layers = None if all(found) else tuple(layer for layer in range(num_layers) if found[layer])
     return {
         "num_experts": int(args.num_experts),
         "expert_ffn_size": int(getattr(args, "moe_ffn_hidden_size", None) or args.ffn_hidden_size),
-        "layers_with_experts": None if all(found) else layers,
+        "layers_with_experts": layers,
         "routed_scale": float(getattr(args, "moe_router_topk_scaling_factor", None) or 1.0),
         "shared_expert_size": _shared_expert_size(args),
         "shared_expert_gated": bool(getattr(args, "moe_shared_expert_gate", False)),

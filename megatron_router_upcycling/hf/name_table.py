@@ -10,7 +10,7 @@ Q = query heads x d, K = query groups x d.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -150,13 +150,13 @@ def shape(part: Part, model: QwenModel, shared_expert_width: int = 0) -> tuple[i
     return tuple(sizes[symbol] for symbol in part.shape)
 
 
-def layers(row: Row, model: QwenModel) -> tuple[int, ...]:
-    """The layers that have this tensor; () where it is of no layer."""
+def layers(row: Row, model: QwenModel) -> Sequence[int]:
+    """The layers that have this tensor; none where it is of no layer."""
     if "{layer}" not in row.parts[0].name:
         return ()
     if row.only == "dense":
         return model.dense_layers
-    return model.expert_layers if row.only in OF_EXPERTS else tuple(range(model.num_layers))
+    return model.expert_layers if row.only in OF_EXPERTS else range(model.num_layers)
 
 
 def stack(row: Row, model: QwenModel) -> tuple[int, ...]:
