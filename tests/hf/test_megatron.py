@@ -36,6 +36,24 @@ MOES: dict[str, tuple[str, tuple[Any, ...], bool, tuple[str, ...]]] = {
     "Qwen3": ("qwen3", ("--num-experts", 4), False, ()),
     "max pooling": ("qwen2.5", ("--num-experts", 4, "--pooling", "max"), False, ("--modelling-code",)),
     "MLP": ("qwen1.5", ("--num-experts", 4, "--router", "mlp"), False, ("--modelling-code",)),
+    "trained, finer experts and a shared one in some layers": (
+        "qwen1.5",
+        ("--num-experts", 8, "--granularity", 2, "--shared-expert", "--layers", "1"),
+        True,
+        (),
+    ),
+    "finer experts of a tied Qwen3": (
+        "qwen3-tied",
+        ("--num-experts", 4, "--granularity", 3, "--no-moe-router-pre-softmax"),
+        False,
+        (),
+    ),
+    "shared expert, max pooling, some layers": (
+        "qwen2.5",
+        ("--num-experts", 4, "--pooling", "max", "--shared-expert", "--layers", "0"),
+        False,
+        ("--modelling-code",),
+    ),
     "two keys": ("qwen3", ("--num-experts", 4, "--num-routers", 8), False, ("--modelling-code",)),
 }
 
@@ -167,7 +185,9 @@ def test_exported_mixture_of_experts_has_the_logits_of_megatron(
     assert (found - expected[..., : found.shape[-1]]).abs().max() < TOLERANCE
     if trained:
         tensors = hf_models.tensors(tmp_path / "hf")
-        experts = [tensors[f"model.layers.0.mlp.experts.{expert}.down_proj.weight"] for expert in range(8)]
+        layer = 1 if "some layers" in name else 0
+        of_layer = f"model.layers.{layer}.mlp.experts"
+        experts = [tensors[f"{of_layer}.{expert}.down_proj.weight"] for expert in range(8)]
         assert not torch.equal(experts[0], experts[1])
         assert (hf_models.logits(made / family, TOKENS) - found).abs().max() > 0.1
 
