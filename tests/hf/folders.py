@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.key_statistics.file import KeyStats
 from tests import dense_checkpoint
 from tests.dense_checkpoint import make_stats
 
@@ -109,3 +112,15 @@ def make_moe(folder: Path, seed: int, *options: object, **changes: Any) -> Path:
     write_moe(folder / "moe", tensors, upcycled.args)
     manifest.write(folder / "moe", manifest.read(folder / "upcycled") or {})
     return folder / "moe"
+
+
+def make_stats_of(path: Path, dense: Path) -> Path:
+    """Random key statistics of an imported model."""
+    flags = yaml.safe_load((dense / "model.yaml").read_text())
+    names = ("num_layers", "num_query_groups", "kv_channels", "num_attention_heads", "hidden_size")
+    metadata = {name: flags[name] for name in names} | {"key_source": "pre_rope"}
+    layers, groups, size = (flags[name] for name in names[:3])
+    mean = torch.randn(layers, groups, size, generator=torch.Generator().manual_seed(1))
+    stats = KeyStats(mean, mean.square() + 1, torch.full((layers,), 512), metadata)
+    key_stats_file.save(path, stats, overwrite=True)
+    return path

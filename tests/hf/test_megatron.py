@@ -14,10 +14,9 @@ import pytest
 import torch
 import yaml
 
-from megatron_router_upcycling.key_statistics import file as key_stats_file
-from megatron_router_upcycling.key_statistics.file import KeyStats
 from tests import hf_models, launch
 from tests.conftest import TRAINING
+from tests.hf.folders import make_stats_of
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5  # absolute, in float32; logits are of the order of 1
@@ -126,7 +125,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
         jobs += [job(folder, family, f"{family} dense", layout) for layout in DENSE_LAYOUTS]
     for number, (name, (family, options, trained, _)) in enumerate(MOES.items()):
         upcycled = folder / f"converted {number}" if trained else folder / name
-        stats = make_stats(folder / "key_stats", folder / f"{family} dense")
+        stats = make_stats_of(folder / "key_stats", folder / f"{family} dense")
         launch.cli("convert", folder / f"{family} dense", upcycled, "--key-stats", stats, *options).ok()
         if trained:
             train(folder, family, upcycled, folder / name)
@@ -143,18 +142,6 @@ def job(folder: Path, family: str, name: str, layout: str) -> tuple[list[str], s
 
 def logits_file(folder: Path, name: str, layout: str) -> Path:
     return folder / f"{name} {layout}.pt"
-
-
-def make_stats(path: Path, dense: Path) -> Path:
-    """Random key statistics of a model."""
-    flags = yaml.safe_load((dense / "model.yaml").read_text())
-    names = ("num_layers", "num_query_groups", "kv_channels", "num_attention_heads", "hidden_size")
-    metadata = {name: flags[name] for name in names} | {"key_source": "pre_rope"}
-    layers, groups, size = (flags[name] for name in names[:3])
-    mean = torch.randn(layers, groups, size, generator=torch.Generator().manual_seed(1))
-    stats = KeyStats(mean, mean.square() + 1, torch.full((layers,), 512), metadata)
-    key_stats_file.save(path, stats, overwrite=True)
-    return path
 
 
 def train(folder: Path, family: str, moe: Path, out: Path) -> None:
