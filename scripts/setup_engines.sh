@@ -26,7 +26,7 @@ PYTHON
 # llama.cpp's converter and its reader of GGUF files are in the source package only.
 install_llama_cpp() {
     local pip=$1/bin/pip
-    "$pip" install --no-binary llama-cpp-python "$llama_cpp"
+    CMAKE_ARGS="-DLLAVA_BUILD=OFF" "$pip" install --no-binary llama-cpp-python "$llama_cpp"
     "$pip" download --no-deps --no-binary :all: --dest "$1/download" "$llama_cpp"
     mkdir -p "$1/source"
     tar -xzf "$1"/download/*.tar.gz -C "$1/source" --strip-components 1

@@ -120,7 +120,7 @@ class QwenModel(Architecture):
         if self.shared_expert_size:
             experts += f" and a shared one of width {self.shared_expert_size}"
         if self.num_experts and self.dense_layers:
-            experts += f" in {len(self.expert_layers)} layers"
+            experts += f" in {len(self.expert_layers)} of {self.num_layers} layers"
         return (
             f"{self.family} {experts}, {self.num_layers} layers, hidden size {self.hidden_size}, FFN"
             f" {self.ffn_hidden_size}, {self.num_attention_heads} heads of size {self.kv_channels} in"
