@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -22,9 +23,20 @@ def quantise(source: Path, name: str) -> Path:
     return target
 
 
+def plain_parameters(made: Any = llama_cpp.llama_model_default_params) -> Any:
+    """Without instructions that a virtual machine may name and not have (AMX)."""
+    parameters = made()
+    parameters.use_extra_bufts = False
+    return parameters
+
+
 def main(file: str, quantisation: str, tokens: str, out: str) -> None:
     path = Path(file) if quantisation == "none" else quantise(Path(file), quantisation)
-    model = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, n_threads=2, verbose=False)
+    llama_cpp.llama_cpp.llama_model_default_params = plain_parameters
+    # Type 0: keys and values are kept in float32.
+    model = llama_cpp.Llama(
+        str(path), n_ctx=64, logits_all=True, n_threads=2, verbose=False, type_k=0, type_v=0
+    )
     found = []
     for prompt in json.loads(Path(tokens).read_text()):
         model.reset()

@@ -163,8 +163,7 @@ def test_llama_cpp_computes_another_model_in_the_other_order(
     assert figure("llama.cpp", version, f"{name}, none", found, in_transformers(exported[name])) > 0.01
 
 
-def test_llama_cpp_does_not_load_a_model_with_experts_in_some_layers(files: Any, tmp_path: Path) -> None:
-    """What export-hf says."""
-    python, file = python_of("llama_cpp"), files("some layers")
-    with pytest.raises(AssertionError, match="Failed to load model"):
-        ask(tmp_path, python, HERE / "in_llama_cpp.py", file, "none")
+def test_llama_cpp_does_not_take_a_model_with_experts_in_some_layers(files: Any) -> None:
+    """What export-hf says. Its converter stops."""
+    with pytest.raises(AssertionError, match="Can not map tensor 'model.layers.0.mlp.down_proj.weight'"):
+        files("some layers")
