@@ -17,8 +17,8 @@ from megatron_router_upcycling.checkpoint.dense_model import (
     UNKNOWN_LAYERS,
     Architecture,
 )
-from megatron_router_upcycling.config.expert_layers import MOST_LAYERS, has_experts, layer_frequency
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.expert_layers import MOST_LAYERS, has_experts, layer_frequency
 
 # Megatron flag -> value, for what all of these models have in common.
 FIXED_FLAGS: dict[str, Any] = {
