@@ -47,9 +47,17 @@ class Child:
         theirs.close()
 
     def send(self, task: Any) -> None:
-        with self._alive():
+        """Give it a task.
+
+        Raises:
+            UserError: it has ended, and why.
+        """
+        try:
             # send() itself would leave a buffer in the error of a broken pipe; Python 3.12 can crash over it.
             self.connection.send_bytes(pickle.dumps(task))
+        except ConnectionError:
+            while True:  # answers to earlier tasks, and then the reason
+                self.receive()
 
     def receive(self) -> Any:
         """The next answer, waited for.
@@ -57,26 +65,24 @@ class Child:
         Raises:
             UserError: what the process has raised, or that it was killed.
         """
-        with self._alive():
+        try:
             kind, answer = self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise self._lost() from None
         if kind == "mistake":
             raise UserError(answer)
         if kind == "failure":
             raise RuntimeError(f"a worker failed:\n{answer}")
         return answer
 
-    @contextlib.contextmanager
-    def _alive(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, ConnectionError):
-            self._process.join()
-            status = self._process.exitcode or 0
-            how = f"by signal {-status}" if status < 0 else f"with status {status}"
-            raise WorkerLost(
-                f"--workers: one ended {how}, perhaps since memory ran out; fewer workers, or shorter"
-                " documents (--max-document-bytes), need less; the same command goes on from what is done"
-            ) from None
+    def _lost(self) -> WorkerLost:
+        self._process.join()
+        status = self._process.exitcode or 0
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        return WorkerLost(
+            f"--workers: one ended {how}, perhaps since memory ran out; fewer workers, or shorter documents"
+            " (--max-document-bytes), need less; the same command goes on from what is done"
+        )
 
     def __enter__(self) -> "Child":
         try:

@@ -257,7 +257,13 @@ def test_mistakes_are_one_line_and_leave_nothing(name, tokenizer, bad_folder, ca
     assert sorted(bad_folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("room", [200_000, 600_000], ids=["for no part", "for parts only"])
+@pytest.mark.parametrize(
+    "room",
+    [
+        pytest.param(200_000, id="for no part"),
+        pytest.param(600_000, id="for parts only", marks=pytest.mark.slow),  # Megatron's writer has to start
+    ],
+)
 def test_a_disk_that_fills_is_one_line_and_leaves_nothing(room, texts, tokenizer, tmp_path):
     """The system refuses a file's growth as it does on a full disk, in all processes."""
 
