@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 # Every process of a run imports Megatron: with bytecode on disk that takes half the time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo compare test test-slow checks bench clean
+.PHONY: help setup demo compare test test-slow test-engines checks bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -28,6 +28,10 @@ test: setup  ## run the tests; ARGS= adds options of pytest
 
 test-slow: setup  ## run the tests that make test leaves out
 	@$(PYTEST) -m slow $(ARGS)
+
+test-engines: setup  ## run exports in vLLM and llama.cpp, in environments of their own (.engines; first time 20 minutes)
+	@scripts/setup_engines.sh
+	@$(PYTHON) -m pytest -m engines $(ARGS) tests/engines
 
 checks: setup  ## lint, format and types
 	@$(PYTHON) -m ruff check .

@@ -13,6 +13,7 @@ from megatron_router_upcycling.diagnostics import checkpoint as description
 from megatron_router_upcycling.diagnostics import routing_start
 from megatron_router_upcycling.diagnostics.stored_router import Router, load_router
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.hf import exportable
 from megatron_router_upcycling.verify import proof
 from megatron_router_upcycling.verify.findings import Findings
 
@@ -32,6 +33,7 @@ def convert_checkpoint(
     out: str | Path,
     router: RouterConfig | None = None,
     key_stats: str | Path | None = None,
+    allow_no_export: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Make a Mixture-of-Experts checkpoint of a dense one, as ``router-upcycle convert`` does.
@@ -41,6 +43,7 @@ def convert_checkpoint(
         out: root folder to make; it is there whole or not at all.
         router: default: the paper's mixture of 8 routers over 8 experts, 2 of them a token.
         key_stats: the file that ``collect_keys`` wrote; a mixture needs it.
+        allow_no_export: convert what could not be exported to Hugging Face format as well.
         options: fields of ``conversion.options.Options``: ``seed``, ``materialize``, ``overwrite``,
             ``shared_expert``, ``layers``, ``init``.
 
@@ -56,7 +59,10 @@ def convert_checkpoint(
     """
     file = None if key_stats is None else Path(key_stats)
     asked = Options(router=router or RouterConfig(), key_stats=file, **options)
-    return convert.convert(convert.prepare(dense, out, asked))
+    ready = convert.prepare(dense, out, asked)
+    if not allow_no_export:
+        exportable.check(ready)
+    return convert.convert(ready)
 
 
 def verify_checkpoint(dense: str | Path, moe: str | Path, key_stats: str | Path | None = None) -> Findings:

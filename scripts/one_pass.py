@@ -43,7 +43,8 @@ def main(dense: str, out: str, *prefixes: str) -> None:
     longest = int(open_checkpoint(dense).args.max_position_embeddings)
     found = [entry for entry in known if entry]
     if len(found) < len(known):
-        raise SystemExit("error: --config: is needed for data that prepare-data has not made")
+        print("error: --config: is needed for data that prepare-data has not made", file=sys.stderr)
+        sys.exit(2)
     chosen = settings(longest, sum(one.tokens for one in found), sum(one.documents for one in found))
     write_whole(
         Path(out),

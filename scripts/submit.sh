@@ -119,6 +119,8 @@ if [[ -n $LOCAL ]]; then
     evaluate_flags=${evaluate_flags:---tasks stdlib}
 fi
 [[ -f $CONFIG ]] || fail "--config $CONFIG: no such file"
+[[ -z $own_config || -z $DENSE || -f $DENSE/model.yaml ]] ||
+    fail "--config: name what trains the Mixture-of-Experts; $DENSE has no model.yaml with its architecture"
 DENSE_CONFIG=${DENSE_CONFIG:-$(dirname "$CONFIG")/dense.yaml}
 [[ -f $DENSE_CONFIG ]] || fail "--dense-config $DENSE_CONFIG: no such file"
 [[ -z $DATA || -z $TEXT ]] || fail "--text: not with --data, which is text made into data already"

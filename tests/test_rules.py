@@ -10,6 +10,7 @@ DOORS = ("cli", "pretrain", "collect_keys", "rehearse", "layer_spec")  # what a 
 PURE = (
     "config",
     "expert_layers",
+    "data",
     "routers.kinds",
     "routers.fold",
     "initialisation",
@@ -31,7 +32,7 @@ UPPER_FLOORS = (*NOT_PURE, *(f"routers.{name}" for name in ("base", "baselines",
 LONGEST_FILE = 400
 LONGEST_MAIN_PATH = 4500
 # Folders of tests that mirror no room of the package.
-OTHER_TESTS = {"tools", "scripts", "reference", "pretend_gpu"}
+OTHER_TESTS = {"tools", "scripts", "reference", "pretend_gpu", "engines"}
 
 MODULES = source_files(PACKAGE)
 

@@ -8,14 +8,18 @@ and ``weight_v`` (up).
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from megatron_router_upcycling.checkpoint.format.metadata import Chunk, StoredTensor
 from megatron_router_upcycling.checkpoint.names import (
     FC1,
     LAYER,
     LAYERS,
+    NORM_BEFORE_FFN,
+    SHARED_EXPERT,
     at_layer,
+    holds_experts,
+    is_ffn,
     is_of_layers,
     own_state,
     stacked_state,
@@ -27,8 +31,12 @@ from megatron_router_upcycling.errors import UserError
 HALVES = re.compile(rf"({re.escape(within_layer(FC1))}\.(?:weight|bias))_[wv]")
 
 
-def stack_layers(checkpoint: Checkpoint) -> Checkpoint:
+def stack_layers(checkpoint: Checkpoint, with_experts: Collection[int] | None = None) -> Checkpoint:
     """``checkpoint`` with a layer axis in front of what it stores layer by layer; else as it is.
+
+    Args:
+        with_experts: the layers that have experts where the others have an FFN; each is stacked over the
+            layers that have it, in their order. None: all layers are alike.
 
     Raises:
         UserError: layers that differ in their parameters, or whose parameters differ in shape or dtype.
@@ -41,17 +49,37 @@ def stack_layers(checkpoint: Checkpoint) -> Checkpoint:
         else:
             tensors[key] = tensor
     count = max((max(found) + 1 for found in layers.values()), default=0)
+    if with_experts is not None:
+        _join_norms(layers)
     for key, found in _join_halves(layers).items():
         where = f"{checkpoint.root}: {key}"
-        if len(found) != count:
-            raise UserError(
-                f"{where} is in {len(found)} of {count} layers; convert takes layers that are alike"
-            )
-        tensors[f"{LAYERS}.{key}"] = _stack([found[layer] for layer in range(count)], where)
+        expected = _layers_of(f"{LAYERS}.{key}", count, with_experts)
+        if sorted(found) != expected:
+            if with_experts is None:
+                wanted = f"{len(found)} of {count} layers; convert takes layers that are alike"
+            else:
+                given, asked = (", ".join(map(str, sorted(some))) or "none" for some in (found, expected))
+                wanted = f"layers {given}, where the training arguments give {asked}"
+            raise UserError(f"{where} is in {wanted}")
+        tensors[f"{LAYERS}.{key}"] = _stack([found[layer] for layer in expected], where)
     states = {key: name for key in checkpoint.objects if (name := stacked_state(key, count))}
     objects = {key: blob for key, blob in checkpoint.objects.items() if key not in states}
     objects |= {name: checkpoint.objects[key] for key, name in states.items()}
     return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
+
+
+def _layers_of(key: str, count: int, with_experts: Collection[int] | None) -> list[int]:
+    """The layers that have ``key``."""
+    if with_experts is None or not (is_ffn(key) or holds_experts([key]) or key.startswith(SHARED_EXPERT)):
+        return list(range(count))
+    return [layer for layer in range(count) if (layer in with_experts) != is_ffn(key)]
+
+
+def _join_norms(layers: dict[str, dict[int, StoredTensor]]) -> None:
+    """Give the norm before the FFN one name in all layers: with Transformer Engine it has two."""
+    fused, separate = (f"{within_layer(name)}weight" for name in NORM_BEFORE_FFN)
+    if fused in layers and separate in layers:
+        layers[fused] = layers.pop(separate) | layers[fused]
 
 
 def split_layers(checkpoint: Checkpoint) -> Checkpoint:

@@ -17,7 +17,8 @@ LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")  # a layer's number, and
 
 # Modules of a layer.
 ATTENTION = f"{LAYERS}.self_attention"
-QKV_LINEAR = f"{ATTENTION}.linear_qkv"
+LINEAR_QKV = "linear_qkv"
+QKV_LINEAR = f"{ATTENTION}.{LINEAR_QKV}"
 PROJECTION = f"{ATTENTION}.linear_proj"
 CORE_ATTENTION = f"{ATTENTION}.core_attention"
 QUERY_NORM = f"{ATTENTION}.q_layernorm"
@@ -53,6 +54,21 @@ LEFT_OUT = {
     "dataloader_state": "of the dense run; a fresh run begins at the beginning of its data",
 }
 TRAINING_STATE = re.compile(rf"(chained_\d+\.)?(?P<kind>{'|'.join(LEFT_OUT)})\b")
+# The flag that adds a tensor, by a pattern in the tensor's name; the first that matches.
+ADDED_BY = {
+    r"^mtp\.": "--mtp-num-layers",
+    r"shared_experts\.gate_weight$": "--moe-shared-expert-gate",
+    r"shared_experts\.": "--moe-shared-expert-intermediate-size",
+    r"self_attention\.linear_(q|kv)_": "--multi-latent-attention",
+    r"latent_proj\.": "--moe-latent-size",
+    r"softmax_offset$": "--softmax-type",
+    r"[qk]_layernorm\.": "--qk-layernorm",
+    r"position_embeddings\.": "--position-embedding-type",
+    r"output_layer\.weight$": "--untie-embeddings-and-output-weights",
+    r"norm.*bias$": "--normalization",
+    r"linear_qkv\.bias$": "--add-qkv-bias",
+    r"bias$": "the absence of --disable-bias-linear",
+}
 MODEL_STATE = re.compile(r"embedding\.|decoder\.|output_layer\.")
 
 

@@ -48,6 +48,11 @@ what to expect of the first step:
                                 learns from the first step
   --no-moe-router-pre-softmax   top-k, then softmax: exactly the dense model; the LM loss gives the router no
                                 gradient until the experts differ
+
+where the model can go (export-hf): transformers, vLLM and SGLang compute either order. llama.cpp does not ask
+for it: if the model is to go there, give a Qwen3 --no-moe-router-pre-softmax and a Qwen1.5, 2 or 2.5
+--moe-router-pre-softmax, and leave --layers out. No class of transformers holds a Qwen3 with
+--shared-expert, nor a model that is no Qwen: these need --allow-no-export.
 """
 
 
@@ -102,6 +107,9 @@ def add(commands: Any) -> None:
         help="softmax before top-k (default), or after; see below",
     )
     convert.add_argument("--materialize", action="store_true", help="real copies; share no bytes with DENSE")
+    convert.add_argument(
+        "--allow-no-export", action="store_true", help="convert what export-hf could not export as well"
+    )
     convert.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
     add_output_flags(convert)
     convert.set_defaults(run=run)
@@ -119,6 +127,7 @@ def run(args: argparse.Namespace) -> None:
 
     from megatron_router_upcycling.conversion import convert, describe
     from megatron_router_upcycling.conversion.options import Options
+    from megatron_router_upcycling.hf import exportable
 
     torch.set_num_threads(1)  # the work is moving bytes; more threads only wait for each other
     start = time.monotonic()
@@ -134,6 +143,8 @@ def run(args: argparse.Namespace) -> None:
         layers=args.layers,
     )
     ready = convert.prepare(args.dense, args.out, options)
+    if not args.allow_no_export:
+        exportable.check(ready)
     if args.dry_run:
         print(describe.describe_plan(ready))
         return

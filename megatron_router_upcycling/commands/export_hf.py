@@ -17,9 +17,10 @@ A mixture of routers with sum pooling and one key an expert is exactly one linea
 router: stock classes hold them. Max pooling, several keys an expert or an MLP need --modelling-code, and
 trust_remote_code where the folder is loaded.
 
-Qwen2-MoE has a shared expert beside the routed ones. It is written as zeros and adds exactly nothing. Its
-width should be a multiple of the tensor parallel sizes that the model is served at. With
---shared-expert-width 0 there is none, which transformers reports as missing weights.
+Qwen2-MoE has a shared expert beside the routed ones. Where MOE has none (convert --shared-expert), it is
+written as zeros and adds exactly nothing. Its width should be a multiple of the tensor parallel sizes that
+the model is served at. With --shared-expert-width 0 there is none, which transformers reports as missing
+weights.
 """
 
 
@@ -44,7 +45,6 @@ def add(commands: Any) -> None:
         "--shared-expert-width",
         metavar="N",
         type=int,
-        default=128,
         help="of the shared expert of zeros in Qwen2-MoE (default: 128); see below",
     )
     command.add_argument(

@@ -71,8 +71,8 @@ def add(commands: Any) -> None:
         "--max-document-bytes",
         metavar="N",
         type=int,
-        default=1 << 26,
-        help="a longer line or document is bad (default: 64 MiB)",
+        default=1 << 24,
+        help="a longer line or document is bad (default: 16 MiB); a worker takes some 130 times its size",
     )
     command.add_argument(
         "--max-bad", metavar="N", type=int, default=0, help="leave out as many bad documents (default: 0)"

@@ -5,6 +5,7 @@ import json
 import os
 import zipfile
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,8 @@ class Worker:
     def _ended(self, ids: Any) -> Any:
         end = self._job.end_of_document
         count = len(ids)
-        row = numpy.empty(count + (end is not None), self._dtype)
-        row[:count] = ids
-        row[count:] = end or 0
-        return row
+        ended = ids if end is None else chain(ids, (end,))
+        return numpy.fromiter(ended, self._dtype, count + (end is not None))
 
     def _is_held_out(self, text: str) -> bool:
         return is_held_out(text, self._job.held_out, self._job.seed)

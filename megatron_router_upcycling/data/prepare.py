@@ -10,15 +10,16 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_router_upcycling.checkpoint.publish import lock
 from megatron_router_upcycling.data import chunks, parts, publish, sources, tokenizer, writer
-from megatron_router_upcycling.data.documents import Chunk, Limits, Skipped, read
+from megatron_router_upcycling.data.documents import Limits, Skipped, read
+from megatron_router_upcycling.data.line import Line, Progress, Told, check_bad
 from megatron_router_upcycling.data.record import Record
-from megatron_router_upcycling.data.workers import Child, Start, WorkerLost, spread
+from megatron_router_upcycling.data.workers import Child, WorkerLost, spread
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions, write_whole
 
@@ -36,7 +37,7 @@ class Options:
     end_of_document: bool = True
     max_tokens: int | None = None
     max_bytes: int | None = None
-    max_document_bytes: int = 1 << 26
+    max_document_bytes: int = 1 << 24
     max_bad: int = 0
     workers: int = 1
     overwrite: bool = False
@@ -49,7 +50,7 @@ class Job:
     sources: list[sources.Source]
     left_out: Counter[str]
     output: Path
-    tokenizer: tokenizer.Tokenizer | None  # None where one is to be trained
+    place: Path | None  # of the tokenizer; None where one is to be trained
     options: Options
 
     @property
@@ -71,10 +72,6 @@ class Job:
         return chunks.part_bytes(self.sources)
 
 
-# Told of each part: bytes of the files, tokens, and whether an earlier run had done it.
-Progress = Callable[[int, int, bool], None]
-
-
 def prepare(
     found: tuple[list[sources.Source], Counter[str]], output: Path, place: Path | None, options: Options
 ) -> Job:
@@ -88,10 +85,9 @@ def prepare(
         UserError: something is wrong with the options, the tokenizer or the place of the output.
     """
     _check(options)
-    loaded = tokenizer.load(place) if place else None
-    if loaded and options.end_of_document and loaded.end_of_document is None:
-        raise UserError(f"--tokenizer {place}: has no end-of-document token; pass --no-end-of-document")
-    job = Job(*found, output.absolute(), loaded, options)
+    if place:
+        tokenizer.check(place)
+    job = Job(*found, output.absolute(), place, options)
     publish.check(job.prefixes, [source.path for source in job.sources], options.overwrite)
     return job
 
@@ -120,12 +116,15 @@ def run(job: Job, progress: Progress) -> list[Record]:
         UserError: the text cannot be used, or the disk not be written; nothing is left then.
         KeyboardInterrupt: or its subclass for SIGTERM, with a text that says what was left.
     """
-    with publish.parents_of(job.output), lock.held(job.output, "--output"):
-        work = job.output.with_name(f".{job.output.name}.parts")
+    work = job.output.with_name(f".{job.output.name}.parts")
+    outputs = tuple(work / "out" / prefix.name for prefix in job.prefixes)
+    write = writer.Job(work, outputs, job.options.max_tokens, job.options.max_bytes)
+    with publish.parents_of(job.output), lock.held(job.output, "--output"), Child(write) as end:
+        given = _given(job)
         try:
-            _open(work, job)
-            made = _tokenizer(job, work)
-            counts, told = _make(job, made, work, progress)
+            _open(work, job, given)
+            made = given or _trained(job, work)
+            counts, told = _make(job, made, work, progress, end)
             _check_counts(job, counts)
             records = [_record(job, made, told, count) for count in counts]
             publish.publish(work, job.prefixes, records, job.options.train_tokenizer is not None)
@@ -147,9 +146,18 @@ def run(job: Job, progress: Progress) -> list[Record]:
     return records
 
 
-def _open(work: Path, job: Job) -> None:
+def _given(job: Job) -> tokenizer.Tokenizer | None:
+    if job.place is None:
+        return None
+    loaded = tokenizer.load(job.place)
+    if job.options.end_of_document and loaded.end_of_document is None:
+        raise UserError(f"--tokenizer {job.place}: has no end-of-document token; pass --no-end-of-document")
+    return loaded
+
+
+def _open(work: Path, job: Job, given: tokenizer.Tokenizer | None) -> None:
     """Make the folder of parts, or keep it where the same text and options have made it."""
-    options, given = job.options, job.tokenizer
+    options = job.options
     decisive = {
         "format": FORMAT,
         "text": sources.state_of(job.sources),
@@ -179,10 +187,8 @@ def _bytes(definition: str | bytes) -> bytes:
     return definition if isinstance(definition, bytes) else definition.encode()
 
 
-def _tokenizer(job: Job, work: Path) -> tokenizer.Tokenizer:
-    """The one that was given, or one trained on the documents that are not held out."""
-    if job.tokenizer is not None:
-        return job.tokenizer
+def _trained(job: Job, work: Path) -> tokenizer.Tokenizer:
+    """A tokenizer trained on the documents that are not held out."""
     assert job.options.train_tokenizer
     file = work / publish.TOKENIZER
     if not file.is_file():
@@ -199,7 +205,7 @@ def _training_texts(job: Job) -> Iterator[str]:
             for found in read(chunk, job.limits):
                 if isinstance(found, Skipped):
                     bad += 1
-                    _check_bad(job, bad, found)
+                    check_bad(bad, found, job.options.max_bad)
                     continue
                 text, size = found
                 if left is not None:
@@ -210,111 +216,23 @@ def _training_texts(job: Job) -> Iterator[str]:
                     yield text
 
 
-def _check_bad(job: Job, count: int, first: Skipped) -> None:
-    allowed = job.options.max_bad
-    if count > allowed:
-        many = f"; {count} documents like this are more than --max-bad {allowed}" if allowed else ""
-        hint = "" if allowed else "; mend it, or pass --max-bad N to leave out up to N such documents"
-        raise UserError(f"SOURCE {first}{many}{hint}")
-
-
-@dataclass
-class _Told:
-    """What was learned of the text, part by part in order."""
-
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    empty: int = 0
-    bad: int = 0
-    skipped: list[Skipped] = field(default_factory=list)
-
-
-class _Line:
-    """Takes parts as they are done and hands them to the writer in their order."""
-
-    def __init__(self, job: Job, work: Path, progress: Progress, end: Child) -> None:
-        self._job, self._work, self._progress, self._writer = job, work, progress, end
-        self._waiting: dict[int, parts.Summary] = {}
-        self._next = self._unanswered = 0
-        self.told = _Told()
-
-    def wanted(self) -> bool:
-        """Whether the text may go on beyond the parts that were handed over."""
-        options, told = self._job.options, self.told
-        return (options.max_tokens is None or told.tokens <= options.max_tokens) and (
-            options.max_bytes is None or told.bytes <= options.max_bytes
-        )
-
-    def tasks(self) -> Iterator[tuple[int, list[Chunk]]]:
-        """The parts that are not done, with their numbers; those that are go to the writer."""
-        for number, part in enumerate(
-            chunks.parts(self._job.sources, self._job.limits, self._job.part_bytes)
-        ):
-            if not self.wanted():
-                return
-            summary = parts.summary_of(self._work, number)
-            if summary is None:
-                yield number, part
-            else:
-                self.done((number, part), summary, before=True)
-
-    def done(self, task: tuple[int, list[Chunk]], summary: parts.Summary, before: bool = False) -> None:
-        number, part = task
-        self._progress(sum(chunk.consumed for chunk in part), summary.tokens, before)
-        self._waiting[number] = summary
-        while self._next in self._waiting and self.wanted():
-            self._count(self._waiting.pop(self._next))
-            self._send(self._next)
-            self._next += 1
-
-    def _count(self, summary: parts.Summary) -> None:
-        told = self.told
-        for name in ("documents", "tokens", "bytes", "empty", "bad"):
-            setattr(told, name, getattr(told, name) + getattr(summary, name))
-        told.skipped += summary.skipped[: parts.LISTED - len(told.skipped)]
-        if told.bad:
-            _check_bad(self._job, told.bad, told.skipped[0])
-
-    def _send(self, number: int | None) -> None:
-        self._writer.send(number)
-        self._unanswered += 1
-        while self._unanswered and self._writer.connection.poll():
-            self._answer()
-
-    def _answer(self) -> list[writer.Counts]:
-        self._unanswered -= 1
-        return self._writer.receive()
-
-    def end(self) -> list[writer.Counts]:
-        self._send(None)
-        while self._unanswered:
-            counts = self._answer()
-        return counts
-
-
 def _make(
-    job: Job, made: tokenizer.Tokenizer, work: Path, progress: Progress
-) -> tuple[list[writer.Counts], _Told]:
+    job: Job, made: tokenizer.Tokenizer, work: Path, progress: Progress, end: Child
+) -> tuple[list[writer.Counts], Told]:
     options = job.options
-    end = made.end_of_document if options.end_of_document else None
-    make = parts.Job(made, job.limits, options.held_out, options.seed, end, work)
-    outputs = tuple(work / "out" / prefix.name for prefix in job.prefixes)
-    dtype = tokenizer.optimal_dtype(made.vocab_size)
-    write = writer.Job(work, outputs, dtype, options.max_tokens, options.max_bytes)
+    token = made.end_of_document if options.end_of_document else None
+    make = parts.Job(made, job.limits, options.held_out, options.seed, token, work)
+    line = Line(work, end, progress, options.max_tokens, options.max_bytes, options.max_bad)
     with contextlib.ExitStack() as stack:
-        starts: list[Start] = [*[make] * options.workers, write]
-        children = []
-        for start in starts:
-            children.append(Child(start))
-            stack.callback(children[-1].end)
-        line = _Line(job, work, progress, children[-1])
-        for task, summary in spread(children[:-1], line.tasks(), line.wanted):
+        started = [Child(make) for _ in range(options.workers)]
+        children = [stack.enter_context(child) for child in started]
+        todo = line.tasks(chunks.parts(job.sources, job.limits, job.part_bytes))
+        for task, summary in spread(children, todo, line.wanted):
             line.done(task, summary)
-        if not line.told.documents:
-            empty = line.told.empty
-            raise UserError(f"SOURCE: no document was found in {len(job.sources)} files ({empty} are empty)")
-        return line.end(), line.told
+    if not line.told.documents:
+        empty = line.told.empty
+        raise UserError(f"SOURCE: no document was found in {len(job.sources)} files ({empty} are empty)")
+    return line.end(), line.told
 
 
 def _check_counts(job: Job, counts: list[writer.Counts]) -> None:
@@ -327,7 +245,7 @@ def _check_counts(job: Job, counts: list[writer.Counts]) -> None:
             )
 
 
-def _record(job: Job, made: tokenizer.Tokenizer, told: _Told, counts: writer.Counts) -> Record:
+def _record(job: Job, made: tokenizer.Tokenizer, told: Told, counts: writer.Counts) -> Record:
     trained = job.options.train_tokenizer is not None
     place = publish.tokenizer_of(job.output) if trained else made.place.absolute()
     options = asdict(job.options) | {"sources": [str(source.path) for source in job.sources[: parts.LISTED]]}

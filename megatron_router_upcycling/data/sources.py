@@ -34,6 +34,7 @@ class Source:
     path: Path
     kind: str
     size: int  # bytes on the disk
+    written: int  # nanoseconds since 1970
 
     @property
     def compression(self) -> str | None:
@@ -101,10 +102,7 @@ def state_of(sources: Iterable[Source]) -> str:
     """A digest that changes when a file is added, removed, moved or written (by size and time)."""
     digest = hashlib.sha256()
     for source in sources:
-        stat = source.path.stat()
-        digest.update(
-            f"{source.path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="replace")
-        )
+        digest.update(f"{source.path.resolve()}\0{source.size}\0{source.written}\n".encode(errors="replace"))
     return digest.hexdigest()
 
 
@@ -119,6 +117,11 @@ def _kind(path: Path) -> str | None:
     return "text" if suffix in TEXT else DATA.get(suffix)
 
 
+def _stated(path: Path, kind: str) -> Source:
+    stat = path.stat()
+    return Source(path, kind, stat.st_size, stat.st_mtime_ns)
+
+
 def _source(path: Path) -> Source:
     kind = _kind(path)
     if kind is None:
@@ -126,7 +129,7 @@ def _source(path: Path) -> Source:
             f"SOURCE {path}: its name says no known kind; give .jsonl, .json, .parquet, .txt or code (also as"
             " .gz, .bz2, .xz or .zst), a folder of these, or a data set saved to disk"
         )
-    source = Source(path, kind, path.stat().st_size)
+    source = _stated(path, kind)
     if source.compression and kind in ("parquet", "arrow"):
         raise UserError(f"SOURCE {path}: a .{kind} file is compressed within; unpack it first")
     return source
@@ -174,7 +177,7 @@ def _saved_data_set(folder: Path) -> list[Source]:
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"SOURCE {folder}: its state.json names {shown(name)}, which is not there")
     paths = [folder / str(name) for name in names]
-    return [Source(path, "arrow", path.stat().st_size) for path in paths]
+    return [_stated(path, "arrow") for path in paths]
 
 
 def _entry(path: Path, name: str) -> list:

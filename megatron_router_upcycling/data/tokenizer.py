@@ -39,21 +39,29 @@ class Tokenizer:
         return _HuggingFace(self.definition, self.encode_special_tokens)
 
 
+def check(place: Path) -> None:
+    """Whether ``load`` can begin.
+
+    Raises:
+        UserError: there is no tokenizer.
+    """
+    if not place.exists():
+        raise UserError(f"--tokenizer {place}: there is no such folder or file")
+    if place.is_dir() and not any((place / names[0]).is_file() for names in TOKENIZER_FILES):
+        names = ", ".join(names[0] for names in TOKENIZER_FILES)
+        raise UserError(f"--tokenizer {place}: holds none of {names}")
+
+
 def load(place: Path) -> Tokenizer:
     """The tokenizer in ``place``: a Hugging Face folder, or a file of sentencepiece.
 
     Raises:
         UserError: there is none, it cannot be loaded, or only by slow code.
     """
-    if place.is_file():
-        return _load_sentencepiece(place)
-    if not place.is_dir():
-        raise UserError(f"--tokenizer {place}: there is no such folder or file")
+    check(place)
     digest = tokenizer_sha256(place)
-    if digest is None:
-        names = ", ".join(names[0] for names in TOKENIZER_FILES)
-        raise UserError(f"--tokenizer {place}: holds none of {names}")
-    return _load_hugging_face(place, digest)
+    assert digest
+    return _load_sentencepiece(place, digest) if place.is_file() else _load_hugging_face(place, digest)
 
 
 def _load_hugging_face(place: Path, digest: str) -> Tokenizer:
@@ -86,7 +94,7 @@ def _load_hugging_face(place: Path, digest: str) -> Tokenizer:
     )
 
 
-def _load_sentencepiece(place: Path) -> Tokenizer:
+def _load_sentencepiece(place: Path, digest: str) -> Tokenizer:
     import sentencepiece
 
     try:
@@ -95,8 +103,6 @@ def _load_sentencepiece(place: Path) -> Tokenizer:
     except (OSError, RuntimeError) as error:
         raise UserError(f"--tokenizer {place}: is no model of sentencepiece ({reason(error)})") from None
     end = model.eos_id()
-    digest = tokenizer_sha256(place)
-    assert digest
     return Tokenizer(place, digest, model.get_piece_size(), end if end >= 0 else None, definition)
 
 

@@ -7,6 +7,7 @@ what their task needs.
 import contextlib
 import ctypes
 import multiprocessing
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -29,12 +30,13 @@ class Start(Protocol):
 
 
 class Child:
-    """One such process; a context that ends it."""
+    """One such process, started at once; a context that tells it what to do, and ends it."""
 
     def __init__(self, start: Start) -> None:
+        self._start = start
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, start), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         # Ctrl-C goes to all processes of a terminal: only this one answers.
         answer = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
         try:
@@ -45,8 +47,17 @@ class Child:
         theirs.close()
 
     def send(self, task: Any) -> None:
-        with self._alive():
-            self.connection.send(task)
+        """Give it a task.
+
+        Raises:
+            UserError: it has ended, and why.
+        """
+        try:
+            # send() itself would leave a buffer in the error of a broken pipe; Python 3.12 can crash over it.
+            self.connection.send_bytes(pickle.dumps(task))
+        except ConnectionError:
+            while True:  # answers to earlier tasks, and then the reason
+                self.receive()
 
     def receive(self) -> Any:
         """The next answer, waited for.
@@ -54,28 +65,36 @@ class Child:
         Raises:
             UserError: what the process has raised, or that it was killed.
         """
-        with self._alive():
+        try:
             kind, answer = self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise self._lost() from None
         if kind == "mistake":
             raise UserError(answer)
         if kind == "failure":
             raise RuntimeError(f"a worker failed:\n{answer}")
         return answer
 
-    @contextlib.contextmanager
-    def _alive(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, ConnectionError):
-            self._process.join()
-            status = self._process.exitcode or 0
-            how = f"by signal {-status}" if status < 0 else f"with status {status}"
-            raise WorkerLost(
-                f"--workers: one ended {how}, perhaps since memory ran out; fewer workers, or shorter"
-                " documents (--max-document-bytes), need less; the same command goes on from what is done"
-            ) from None
+    def _lost(self) -> WorkerLost:
+        self._process.join()
+        status = self._process.exitcode or 0
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        return WorkerLost(
+            f"--workers: one ended {how}, perhaps since memory ran out; fewer workers, or shorter documents"
+            " (--max-document-bytes), need less; the same command goes on from what is done"
+        )
 
-    def end(self) -> None:
+    def __enter__(self) -> "Child":
+        try:
+            # Not as an argument: starting would wait until it is read, and a child whose parent is killed
+            # meanwhile would complain.
+            self.send(self._start)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.connection.close()
         self._process.kill()
         self._process.join()
@@ -87,14 +106,14 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _serve(connection: Any, start: Start) -> None:
-    """Do tasks until there are no more, in the process."""
+def _serve(connection: Any) -> None:
+    """Be told what to do, and do it with each task until there are no more: the life of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):  # where there is no such call, the closed pipe ends it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(EOFError, ConnectionError):
         try:
-            work = start.start()
+            work = connection.recv().start()
             while True:
                 connection.send(("answer", work(connection.recv())))
         except UserError as error:

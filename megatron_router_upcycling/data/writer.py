@@ -2,9 +2,10 @@
 
 import contextlib
 import logging
+import os
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ class Job:
 
     folder: Path  # of the parts
     prefixes: tuple[Path, ...]  # of training and, where there are any, held-out documents
-    dtype: Any
     max_tokens: int | None
     max_bytes: int | None
 
@@ -40,55 +40,49 @@ class Job:
         return Writer(self)
 
 
-@dataclass
 class Writer:
     """Appends parts, in a process of its own: importing Megatron takes seconds that others use."""
 
-    job: Job
-    counts: list[Counts] = field(init=False)
-    _builders: list[Any] = field(init=False)
-    _index_path: Callable[[str], str] = field(init=False)
-    _full: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(self, job: Job) -> None:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled; a third of the time to import Megatron
         with warnings.catch_warnings():  # about GPU libraries that are not there: nothing to do with data
             warnings.simplefilter("ignore")
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-            from megatron.core.datasets.indexed_dataset import (
-                IndexedDatasetBuilder,
-                get_bin_path,
-                get_idx_path,
-            )
-        self._index_path = get_idx_path
-        self.counts = [Counts() for _ in self.job.prefixes]
-        with self._disk():
-            self._builders = [
-                IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=self.job.dtype)
-                for prefix in self.job.prefixes
-            ]
+            from megatron.core.datasets import indexed_dataset
+        self._megatron = indexed_dataset
+        self._job = job
+        self._counts = [Counts() for _ in job.prefixes]
+        self._builders: list[Any] = []
+        self._full = False
 
     def __call__(self, number: int | None) -> list[Counts]:
-        """Append the part of that number; None ends the data.
+        """Append the part of that number; None, after one part at least, ends the data.
 
         Raises:
             UserError: it cannot be written.
         """
         with self._disk():
             if number is not None:
-                self._append(number)
+                self._append(*parts.load(self._job.folder, number))
             else:
-                for prefix, builder in zip(self.job.prefixes, self._builders, strict=True):
-                    builder.finalize(self._index_path(str(prefix)))
-        return self.counts
+                for prefix, builder in zip(self._job.prefixes, self._builders, strict=True):
+                    builder.finalize(self._megatron.get_idx_path(str(prefix)))
+        return self._counts
 
-    def _append(self, number: int) -> None:
-        tokens, table = parts.load(self.job.folder, number)
+    def _append(self, tokens: Any, table: Any) -> None:
+        if not self._builders:
+            self._builders = [
+                self._megatron.IndexedDatasetBuilder(
+                    self._megatron.get_bin_path(str(prefix)), dtype=tokens.dtype.type
+                )
+                for prefix in self._job.prefixes
+            ]
         start = 0
         for count, size, side in table.tolist():
             if self._full or self._exceeds(count, size):
                 self._full = True
                 return
-            builder, counts = self._builders[side], self.counts[side]
+            builder, counts = self._builders[side], self._counts[side]
             builder.add_document(tokens[start : start + count], [count])
             start += count
             counts.documents += 1
@@ -97,8 +91,8 @@ class Writer:
             counts.longest_document = max(counts.longest_document, count)
 
     def _exceeds(self, count: int, size: int) -> bool:
-        job, tokens, text = self.job, count, size
-        for counts in self.counts:
+        job, tokens, text = self._job, count, size
+        for counts in self._counts:
             tokens += counts.tokens
             text += counts.bytes
         return (job.max_tokens is not None and tokens > job.max_tokens) or (
@@ -110,5 +104,5 @@ class Writer:
         try:
             yield
         except OSError as error:
-            place = self.job.prefixes[0].parent
+            place = self._job.prefixes[0].parent
             raise UserError(f"--output: {place} cannot be written ({reason(error)}); make room") from None

@@ -21,6 +21,7 @@ from megatron_router_upcycling.files import sha256, versions
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 SEED = 1234  # of the choice of few-shot examples
+LEAST_CHARACTERS = 16  # of an answer that is cut for a model that takes few tokens
 
 
 @dataclass(frozen=True)
@@ -217,26 +218,35 @@ def _measure(language_model: Any, task: Task, records: data.Records, options: Op
 
 
 def fitting(records: data.Records, task: Task, language_model: Any) -> data.Records:
-    """``records`` without the questions of which an answer is longer than the model takes; says how many.
+    """``records`` with all answers cut to as many characters as fit half of what the model takes; says so.
+
+    The other half is for the question, which the harness cuts at its beginning. Questions of which two
+    answers become the same are left out.
 
     Raises:
         UserError: none is left.
     """
-    longest = language_model.max_length
-    asked = records.splits[task.split]
-    fits = [
-        row
-        for row in asked
-        if max(len(language_model.tok_encode(choice)) for choice in row["choices"]) < longest
-    ]
-    if len(fits) == len(asked):
+    room = language_model.max_length // 2
+    rows = records.splits[task.split]
+    answers = [answer for row in rows for answer in row["choices"]]
+    longest = cut = max(map(len, answers))
+    while cut and max(len(language_model.tok_encode(answer[:cut])) for answer in answers) > room:
+        cut = cut * 3 // 4
+    if cut == longest:
         return records
-    said = f"answers longer than the {longest} tokens that the model takes"
-    if not fits:
-        raise UserError(f"--tasks {task.name}: all questions have {said} (max_position_embeddings)")
-    left_out = len(asked) - len(fits)
-    print(f"{task.name}: {left_out} of {len(asked)} questions left out, with {said}", flush=True)
-    return replace(records, splits=records.splits | {task.split: fits})
+    kept = [row | {"choices": [answer[:cut] for answer in row["choices"]]} for row in rows]
+    kept = [row for row in kept if len(set(row["choices"])) == len(row["choices"])]
+    if not kept or cut < LEAST_CHARACTERS:
+        raise UserError(
+            f"--tasks {task.name}: no answer fits the {language_model.max_length} tokens that the model takes"
+            " (max_position_embeddings); leave that task out"
+        )
+    print(
+        f"{task.name}: answers cut to {cut} characters, {len(kept)} of {len(rows)} questions kept, for the"
+        f" model takes {language_model.max_length} tokens",
+        flush=True,
+    )
+    return replace(records, splits=records.splits | {task.split: kept})
 
 
 def harness_task(task: Task, records: data.Records, num_fewshot: int) -> Any:

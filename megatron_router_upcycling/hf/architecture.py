@@ -6,6 +6,7 @@ these classes cannot hold is refused by its name. Pure: no torch, no transformer
 """
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_router_upcycling.checkpoint.dense_model import (
     Architecture,
 )
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.expert_layers import MOST_LAYERS, has_experts, layer_frequency
 
 # Megatron flag -> value, for what all of these models have in common.
 FIXED_FLAGS: dict[str, Any] = {
@@ -55,12 +57,9 @@ EXPECTED_ARGUMENTS: dict[str, Any] = {
 # As above, for how an MoE routes.
 EXPECTED_ROUTING: dict[str, Any] = {
     "moe_router_score_function": "softmax",
-    "moe_router_topk_scaling_factor": None,  # convert --granularity, --shared-expert
     "moe_router_enable_expert_bias": False,
     "moe_router_num_groups": None,
-    "moe_shared_expert_intermediate_size": None,  # convert --shared-expert
     "moe_latent_size": None,
-    "moe_layer_freq": 1,  # convert --layers
     "moe_apply_probs_on_input": False,
 }
 # Arguments of a dense model that nothing here depends on and Megatron looks for where it loads one.
@@ -80,7 +79,7 @@ UNUSED_ARGUMENTS: dict[str, Any] = {
 class QwenModel(Architecture):
     """A Qwen model: an architecture, and what else a config.json says of it.
 
-    ``ffn_hidden_size`` is an expert's where ``num_experts`` is not 0.
+    ``num_experts`` and what stands behind it is of the layers with experts.
     """
 
     norm_epsilon: float
@@ -89,6 +88,25 @@ class QwenModel(Architecture):
     padded_vocab_size: int  # rows of Megatron's embedding
     max_position_embeddings: int
     num_experts: int = 0
+    expert_ffn_size: int = 0  # 0: ``ffn_hidden_size``
+    layers_with_experts: tuple[int, ...] | None = None  # None: all
+    routed_scale: float = 1.0  # what the chosen experts' weights are multiplied by
+    shared_expert_size: int = 0  # width of the FFN that every token passes as well; 0: there is none
+    shared_expert_gated: bool = False  # whether the sigmoid of a gate weighs it
+
+    @property
+    def expert_layers(self) -> Sequence[int]:
+        """The layers that have experts."""
+        if self.layers_with_experts is None:
+            return range(self.num_layers if self.num_experts else 0)
+        return self.layers_with_experts
+
+    @property
+    def dense_layers(self) -> Sequence[int]:
+        """The layers that have none."""
+        if self.layers_with_experts is None:
+            return range(0 if self.num_experts else self.num_layers)
+        return [layer for layer in range(self.num_layers) if layer not in self.layers_with_experts]
 
     @property
     def family(self) -> str:
@@ -97,6 +115,12 @@ class QwenModel(Architecture):
     def describe(self) -> str:
         """The architecture in one line."""
         experts = f"{self.num_experts} experts" if self.num_experts else "dense"
+        if self.num_experts and self.expert_ffn_size not in (0, self.ffn_hidden_size):
+            experts += f" of width {self.expert_ffn_size}"
+        if self.shared_expert_size:
+            experts += f" and a shared one of width {self.shared_expert_size}"
+        if self.num_experts and self.dense_layers:
+            experts += f" in {len(self.expert_layers)} of {self.num_layers} layers"
         return (
             f"{self.family} {experts}, {self.num_layers} layers, hidden size {self.hidden_size}, FFN"
             f" {self.ffn_hidden_size}, {self.num_attention_heads} heads of size {self.kv_channels} in"
@@ -136,6 +160,21 @@ def from_megatron(args: Namespace, root: Path, embedding_rows: int) -> QwenModel
         model = _from_arguments(args, embedding_rows)
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{root}: its training arguments do not give the architecture ({error})") from None
+    _check_family(model, _shared_expert_size(args), root)
+    return model
+
+
+def check_exportable(args: Namespace, model: Architecture, root: Path) -> None:
+    """Refuse what ``from_megatron`` would, of arguments that need not be complete.
+
+    Raises:
+        UserError: an architecture that no Qwen class has.
+    """
+    _refuse_arguments(args, root)
+    _check_family(model, _shared_expert_size(args), root)
+
+
+def _check_family(model: Architecture, shared_expert_size: int, root: Path) -> None:
     if model.qkv_bias == model.qk_norm:
         both = (
             "both QKV bias and query/key norms" if model.qkv_bias else "neither QKV bias nor query/key norms"
@@ -143,14 +182,44 @@ def from_megatron(args: Namespace, root: Path, embedding_rows: int) -> QwenModel
         raise UserError(
             f"{root}: has {both}; the Qwen classes have one of them (--add-qkv-bias or --qk-layernorm)"
         )
-    return model
+    if shared_expert_size and model.qk_norm:
+        raise UserError(
+            f"{root}: with query/key norms it is a Qwen3-MoE, which has no shared expert (--shared-expert);"
+            " it cannot be exported"
+        )
+
+
+def _shared_expert_size(args: Namespace) -> int:
+    routed = getattr(args, "num_experts", None)
+    return int((routed and getattr(args, "moe_shared_expert_intermediate_size", None)) or 0)
+
+
+def _of_experts(args: Namespace, num_layers: int) -> dict[str, Any]:
+    """The fields of QwenModel that only a Mixture-of-Experts has.
+
+    Raises:
+        UserError, TypeError, ValueError: an argument is none of Megatron's.
+    """
+    frequency = layer_frequency(getattr(args, "moe_layer_freq", 1), "moe_layer_freq")
+    layers = None
+    if frequency != 1:
+        found = has_experts(frequency, min(num_layers, MOST_LAYERS))
+        if len(found) != num_layers or not any(found):
+            raise ValueError(f"moe_layer_freq {frequency} for {num_layers} layers")
+        layers = None if all(found) else tuple(layer for layer in range(num_layers) if found[layer])
+    return {
+        "num_experts": int(args.num_experts),
+        "expert_ffn_size": int(getattr(args, "moe_ffn_hidden_size", None) or args.ffn_hidden_size),
+        "layers_with_experts": layers,
+        "routed_scale": float(getattr(args, "moe_router_topk_scaling_factor", None) or 1.0),
+        "shared_expert_size": _shared_expert_size(args),
+        "shared_expert_gated": bool(getattr(args, "moe_shared_expert_gate", False)),
+    }
 
 
 def _from_arguments(args: Namespace, embedding_rows: int) -> QwenModel:
-    num_experts = getattr(args, "num_experts", None) or 0
+    experts = _of_experts(args, int(args.num_layers)) if getattr(args, "num_experts", None) else {}
     arguments = EXPECTED_ARGUMENTS | vars(args)
-    if num_experts and getattr(args, "moe_ffn_hidden_size", None):
-        arguments["ffn_hidden_size"] = args.moe_ffn_hidden_size
     return QwenModel.from_arguments(
         Namespace(**arguments),
         norm_epsilon=float(args.layernorm_epsilon),
@@ -158,7 +227,7 @@ def _from_arguments(args: Namespace, embedding_rows: int) -> QwenModel:
         vocab_size=min(int(getattr(args, "vocab_size", None) or embedding_rows), embedding_rows),
         padded_vocab_size=embedding_rows,
         max_position_embeddings=int(args.max_position_embeddings),
-        num_experts=num_experts,
+        **experts,
     )
 
 
@@ -167,16 +236,11 @@ def _refuse_arguments(args: Namespace, root: Path) -> None:
         if value := getattr(args, name, None):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{root}: trained with {flag} {value}, which no Qwen class has")
-    has_experts = getattr(args, "num_experts", None)
-    for name, expected in (EXPECTED_ARGUMENTS | (EXPECTED_ROUTING if has_experts else {})).items():
+    routing = EXPECTED_ROUTING if getattr(args, "num_experts", None) else {}
+    for name, expected in (EXPECTED_ARGUMENTS | routing).items():
         found = getattr(args, name, expected)
-        if found != expected and not _all_layers(name, found):
+        if found != expected:
             raise UserError(
                 f"{root}: trained with {name} {found!r} where a Qwen class has {expected!r};"
                 " it cannot be exported"
             )
-
-
-def _all_layers(name: str, value: Any) -> bool:
-    """``moe_layer_freq`` may also list the layers one by one."""
-    return name == "moe_layer_freq" and isinstance(value, list) and all(frequency == 1 for frequency in value)

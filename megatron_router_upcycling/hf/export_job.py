@@ -9,7 +9,7 @@ import torch
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config.router import RouterConfig
-from megatron_router_upcycling.hf import config_json
+from megatron_router_upcycling.hf import auxiliary_loss, config_json, llama_cpp
 from megatron_router_upcycling.hf.architecture import QwenModel
 from megatron_router_upcycling.hf.files import CARD
 from megatron_router_upcycling.hf.outputs import Output
@@ -20,7 +20,7 @@ class Options:
     dtype: torch.dtype | None = None
     tokenizer: Path | None = None
     max_shard_bytes: int = 5 * 10**9
-    shared_expert_width: int = 128
+    shared_expert_width: int | None = None  # of one of zeros; None: 128
     modelling_code: bool = False
     overwrite: bool = False
 
@@ -34,6 +34,7 @@ class Export:
     model: QwenModel
     router: RouterConfig | None
     gate: dict[str, tuple[int, ...]]  # the tensors of a layer's folded router
+    shared_expert_width: int  # the model's own, or that of one of zeros
     dtype: torch.dtype
     beside: Path | None  # what stands beside the weights: tokenizer and more
     options: Options
@@ -58,6 +59,25 @@ class Export:
     def is_stock(self) -> bool:
         """Whether stock classes hold the model."""
         return self.router is None or self.router.kind.not_stock(self.router) is None
+
+    @property
+    def llama_cpp_fault(self) -> str | None:
+        """Why llama.cpp does not compute what the stock classes do; None where it does."""
+        if self.router is None or not self.is_stock:
+            return None
+        return llama_cpp.fault(self.model, self.router, self.shared_expert_width)
+
+    @property
+    def aux_losses(self) -> dict[str, float]:
+        """What balanced the experts' load in training."""
+        return auxiliary_loss.trained_with(self.checkpoint.args) if self.router else {}
+
+    @property
+    def aux_loss_coefficient(self) -> float:
+        """What transformers multiplies its load balancing loss by."""
+        assert self.router is not None
+        layers = len(self.model.expert_layers)
+        return auxiliary_loss.coefficient(self.aux_losses, layers, self.router.top_k)
 
     @property
     def class_name(self) -> str:

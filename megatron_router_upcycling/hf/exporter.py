@@ -33,6 +33,8 @@ from megatron_router_upcycling.hf.shard import write_shard
 from megatron_router_upcycling.hf.values import dtype_name
 from megatron_router_upcycling.routers import kinds
 
+WIDTH_OF_ZEROS = 128  # of the shared expert that adds nothing
+
 
 def prepare(root: Path, out: Path, options: Options) -> Export:
     """Read and check everything but the values; write nothing.
@@ -45,12 +47,11 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
     if EMBEDDING not in checkpoint.tensors:
         raise UserError(f"{root}: has no tensor {EMBEDDING}; export-hf takes a GPT model")
     model = from_megatron(checkpoint.args, root, checkpoint.tensors[EMBEDDING].shape[0])
-    checkpoint = stack_layers(checkpoint)
+    checkpoint = stack_layers(checkpoint, model.expert_layers)
     recorded = manifest.read(root)
     router = _router(checkpoint, recorded, model) if model.num_experts else None
     gate = kinds.gate_shapes(router, kinds.Sizes.of(model)) if router else {}
-    if options.shared_expert_width < 0:
-        raise UserError(f"--shared-expert-width {options.shared_expert_width}: must be 0 or more")
+    width = _shared_expert_width(options.shared_expert_width, model)
     if router and not options.modelling_code and (why := router.kind.not_stock(router)):
         raise UserError(
             f"MOE {root}: its router {why}, which no stock class computes; pass --modelling-code to write a"
@@ -59,13 +60,14 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
     stored = _stored_names(checkpoint, model)
     _check_tensors(checkpoint, model, router, stored)
     dtype = options.dtype or checkpoint.tensors[stored[name_table.PROJECTION]].dtype
-    tensors = list(outputs(model, stored, gate, options.shared_expert_width))
+    tensors = list(outputs(model, stored, gate, width))
     job = Export(
         checkpoint=checkpoint,
         out=out,
         model=model,
         router=router,
         gate=gate,
+        shared_expert_width=width,
         dtype=dtype,
         beside=find_beside(options.tokenizer, checkpoint),
         options=options,
@@ -75,6 +77,22 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
     )
     publish.check_space(out, job.bytes_to_write)
     return job
+
+
+def _shared_expert_width(asked: int | None, model: QwenModel) -> int:
+    """The model's own; else that of the expert of zeros.
+
+    Raises:
+        UserError: ``asked`` cannot be.
+    """
+    if asked is not None and asked < 0:
+        raise UserError(f"--shared-expert-width {asked}: must be 0 or more")
+    if asked is not None and model.shared_expert_size:
+        raise UserError(
+            f"--shared-expert-width {asked}: the model has a shared expert of its own, of width"
+            f" {model.shared_expert_size}; leave it out"
+        )
+    return model.shared_expert_size or (WIDTH_OF_ZEROS if asked is None else asked)
 
 
 def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: QwenModel) -> RouterConfig:
@@ -131,11 +149,11 @@ def _check_tensors(
 
 
 def _router_shapes(router: RouterConfig | None, model: QwenModel) -> dict[str, tuple[int, ...]]:
-    """The routers' tensors over all layers, by their names in Megatron."""
+    """The routers' tensors over all layers that have one, by their names in Megatron."""
     if router is None:
         return {}
     own = router.kind.parameters(router, kinds.Sizes.of(model))
-    return {f"{ROUTER}.{parameter.name}": (model.num_layers, *parameter.shape) for parameter in own}
+    return {f"{ROUTER}.{parameter.name}": (len(model.expert_layers), *parameter.shape) for parameter in own}
 
 
 def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
@@ -196,6 +214,8 @@ def describe_result(job: Export, record: dict[str, Any], seconds: float) -> str:
     lines = [f"{job.out}: {what}, {size} in {seconds:.1f} s"]
     if record["rounding"]:
         lines.append(Rounding(**record["rounding"]).describe(record["dtype"]))
+    if job.llama_cpp_fault:
+        lines.append(job.llama_cpp_fault)
     if job.beside is None or not beside.is_tokenizer(job.beside):
         lines.append("no tokenizer was found; name its folder with --tokenizer DIR, or copy its files there")
     if job.left_out:

@@ -62,20 +62,19 @@ def config(job: Export) -> dict[str, Any]:
     values["torch_dtype"] = dtype_name(job.dtype)
     if job.router is None:
         return values
-    loss = getattr(job.checkpoint.args, "moe_aux_loss_coeff", 0.0)
     values |= {
         "num_experts": job.router.num_experts,
         "num_experts_per_tok": job.router.top_k,
-        "moe_intermediate_size": job.model.ffn_hidden_size,
+        "moe_intermediate_size": job.model.expert_ffn_size,
         # softmax over all experts, then top-k as they are; or renormalised, which is top-k, then softmax
         "norm_topk_prob": not job.router.pre_softmax,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        "mlp_only_layers": list(job.model.dense_layers),
         "output_router_logits": False,
-        "router_aux_loss_coef": loss if isinstance(loss, float) else 0.0,
+        "router_aux_loss_coef": job.aux_loss_coefficient,
     }
     if job.model.family == "qwen2":
-        values |= {"qkv_bias": True, "shared_expert_intermediate_size": job.options.shared_expert_width}
+        values |= {"qkv_bias": True, "shared_expert_intermediate_size": job.shared_expert_width}
     if not job.is_stock:
         module = MODELLING_FILE.removesuffix(".py")
         values |= {

@@ -1,8 +1,9 @@
 """The model card of an exported folder."""
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
-from megatron_router_upcycling import __version__
 from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import MODELLING_FILE
 from megatron_router_upcycling.hf.rounding import Rounding
@@ -11,7 +12,7 @@ from megatron_router_upcycling.hf.rounding import Rounding
 def model_card(job: Export, record: dict[str, Any]) -> str:
     """README.md: what the model is and what made it."""
     code = "" if job.is_stock else ", trust_remote_code=True"
-    source = record["source"]
+    source, version = record["source"], record["versions"]["megatron-router-upcycling"]
     tags = "\ntags:\n- mixture-of-experts\n- router-upcycling" if job.router else ""
     text = f"""---
 library_name: transformers
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto"{code})
 ```
 
-Exported by megatron-router-upcycling {__version__} (`router-upcycle export-hf`) from the Megatron checkpoint
+Exported by megatron-router-upcycling {version} (`router-upcycle export-hf`) from the Megatron checkpoint
 `{source["name"]}`, `{source["iteration"]}`, whose index has SHA-256 `{source["digest"]}`.
 """
     return text + _router_section(job, record) if job.router else text
@@ -44,16 +45,52 @@ def _router_section(job: Export, record: dict[str, Any]) -> str:
     else:
         how = router.kind.exported.format(rows=job.gate["weight"][0])
         folded = f"It stands here {how}: see `{MODELLING_FILE}`, which needs transformers 5."
-    shared = ""
-    if job.model.family == "qwen2":
-        shared = "\n\nThe shared expert that the class asks for is all zeros: it adds exactly nothing."
+    notes = "".join(f"\n\n{note}" for note in _notes(job))
     assert isinstance(record["rounding"], dict)
     rounding = Rounding(**record["rounding"]).describe(record["dtype"])
     return f"""
 ## Router
 
-{router.num_experts} experts, {router.top_k} a token; the router is {kind}; {order}. {folded}{shared}
+{router.num_experts} experts, {router.top_k} a token; the router is {kind}; {order}. {folded}{notes}
 
 Precision: {rounding}
 (random hidden states of unit variance, through each layer's norm).
 """
+
+
+def _notes(job: Export) -> Iterator[str]:
+    """What differs from what the classes' names and entries suggest."""
+    model = job.model
+    if model.dense_layers:
+        layers = ", ".join(map(str, model.dense_layers))
+        yield f"Layers without experts (`mlp_only_layers`): {layers}."
+    if model.shared_expert_size and not model.shared_expert_gated:
+        yield (
+            "The shared expert has no gate: `shared_expert_gate` is so small that its sigmoid is one half,"
+            " and the expert's `down_proj` is doubled, which is exact."
+        )
+    elif model.family == "qwen2" and not model.shared_expert_size:
+        yield "The shared expert that the class asks for is all zeros: it adds exactly nothing."
+    if (scale := model.routed_scale) != 1.0:
+        exact = math.frexp(scale)[0] == 0.5
+        yield (
+            f"The routed experts' outputs were scaled by {scale:g} in training; the factor is in their"
+            f" `down_proj`, {'exactly' if exact else 'rounded to the dtype of the weights'}."
+        )
+    if job.llama_cpp_fault:
+        yield f"{job.llama_cpp_fault}."
+    if job.aux_losses:
+        yield _auxiliary_loss(job)
+
+
+def _auxiliary_loss(job: Export) -> str:
+    assert job.router is not None
+    given = " and ".join(f"`{kind}` {value:g}" for kind, value in job.aux_losses.items())
+    layers, k = len(job.model.expert_layers), job.router.top_k
+    return (
+        f"Load balancing: trained with Megatron's {given}, added up over {layers} layers. transformers has"
+        f" one loss over all layers together, which counts each of a token's {k} choices, and adds it only"
+        f" with `output_router_logits=True`. `router_aux_loss_coef` {job.aux_loss_coefficient:g} (that times"
+        f" {layers}/{k}) gives routers the same gradients where the layers load their experts alike, and"
+        " otherwise those of the mean load over layers."
+    )

@@ -64,11 +64,13 @@ class UpcycledQwen2MoeForCausalLM(Qwen2MoeForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         for layer in self.model.layers:
-            layer.mlp.gate = UpcycledQwen2MoeRouter(config)
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp.gate = UpcycledQwen2MoeRouter(config)
 
 
 class UpcycledQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         for layer in self.model.layers:
-            layer.mlp.gate = UpcycledQwen3MoeRouter(config)
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp.gate = UpcycledQwen3MoeRouter(config)

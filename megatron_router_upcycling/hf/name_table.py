@@ -5,12 +5,12 @@ input. A row of ``TABLE`` says which Hugging Face tensors are the rows of a Mega
 says in which order, so that either side is made from the other by moving rows, with nothing computed.
 Pure: no torch.
 
-Symbols of shapes: V vocabulary, D hidden size, F FFN size, d head size, Q = query heads x d,
-K = query groups x d, S width of Qwen2-MoE's shared expert.
+Symbols of shapes: V vocabulary, D hidden size, F FFN size, E an expert's, S the shared expert's, d head size,
+Q = query heads x d, K = query groups x d.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,6 +52,16 @@ def _part(name: str, *shape: str) -> Part:
     return Part(f"{LAYER}.{name}", shape)
 
 
+# What Qwen2-MoE has beside the routed experts, of a model's own or all zeros.
+SHARED_EXPERT = (
+    _part("mlp.shared_expert.gate_proj.weight", "S", "D"),
+    _part("mlp.shared_expert.up_proj.weight", "S", "D"),
+    _part("mlp.shared_expert.down_proj.weight", "D", "S"),
+)
+SHARED_EXPERT_GATE = _part("mlp.shared_expert_gate.weight", "1", "D")
+EXPERTS_DOWN, SHARED_DOWN = f"{names.EXPERTS}.linear_fc2.weight", f"{names.SHARED_EXPERT}.linear_fc2.weight"
+OF_EXPERTS = ("moe", "shared", "shared gate")  # rows of layers with experts
+
 TABLE = (
     Row(names.EMBEDDING, (Part(EMBED_TOKENS, ("V", "D")),), PADDED),
     Row(names.NORMS[0][0], (_part("input_layernorm.weight", "D"),)),
@@ -87,23 +97,19 @@ TABLE = (
     Row(f"{names.FC2}.weight", (_part("mlp.down_proj.weight", "D", "F"),), only="dense"),
     Row(
         f"{names.EXPERTS}.linear_fc1.weight",
-        (_part(f"{EXPERT}.gate_proj.weight", "F", "D"), _part(f"{EXPERT}.up_proj.weight", "F", "D")),
+        (_part(f"{EXPERT}.gate_proj.weight", "E", "D"), _part(f"{EXPERT}.up_proj.weight", "E", "D")),
         STACKED,
         only="moe",
     ),
-    Row(f"{names.EXPERTS}.linear_fc2.weight", (_part(f"{EXPERT}.down_proj.weight", "D", "F"),), only="moe"),
+    Row(EXPERTS_DOWN, (_part(f"{EXPERT}.down_proj.weight", "D", "E"),), only="moe"),
+    Row(f"{names.SHARED_EXPERT}.linear_fc1.weight", SHARED_EXPERT[:2], STACKED, only="shared"),
+    Row(SHARED_DOWN, SHARED_EXPERT[2:], only="shared"),
+    Row(f"{names.SHARED_EXPERT}.gate_weight", (SHARED_EXPERT_GATE,), only="shared gate"),
     Row(f"{names.FINAL_NORM}.weight", (Part(f"{BODY}norm.weight", ("D",)),)),
     Row(names.OUTPUT_LAYER, (Part(LM_HEAD, ("V", "D")),), PADDED, only="untied"),
 )
 
 GATE = f"{LAYER}.mlp.gate"  # the router's tensors, which are made and not moved (``Kind.gate``)
-# What Qwen2-MoE has beside the routed experts. All zeros, it adds exactly nothing.
-SHARED_EXPERT = (
-    _part("mlp.shared_expert.gate_proj.weight", "S", "D"),
-    _part("mlp.shared_expert.up_proj.weight", "S", "D"),
-    _part("mlp.shared_expert.down_proj.weight", "D", "S"),
-)
-SHARED_EXPERT_GATE = _part("mlp.shared_expert_gate.weight", "1", "D")
 
 
 class Segment(NamedTuple):
@@ -121,8 +127,10 @@ def rows(model: QwenModel) -> list[Row]:
         "qkv_bias": model.qkv_bias,
         "qk_norm": model.qk_norm,
         "untied": not model.tied,
-        "dense": not model.num_experts,
+        "dense": bool(model.dense_layers),
         "moe": bool(model.num_experts),
+        "shared": bool(model.shared_expert_size),
+        "shared gate": bool(model.shared_expert_size and model.shared_expert_gated),
     }
     return [row for row in TABLE if has[row.only]]
 
@@ -131,10 +139,11 @@ def shape(part: Part, model: QwenModel, shared_expert_width: int = 0) -> tuple[i
     """The shape of a Hugging Face tensor."""
     sizes = {
         "1": 1,
-        "S": shared_expert_width,
+        "S": model.shared_expert_size or shared_expert_width,
         "V": model.vocab_size,
         "D": model.hidden_size,
         "F": model.ffn_hidden_size,
+        "E": model.expert_ffn_size or model.ffn_hidden_size,
         "d": model.kv_channels,
         "Q": model.num_attention_heads * model.kv_channels,
         "K": model.num_query_groups * model.kv_channels,
@@ -142,30 +151,49 @@ def shape(part: Part, model: QwenModel, shared_expert_width: int = 0) -> tuple[i
     return tuple(sizes[symbol] for symbol in part.shape)
 
 
+def layers(row: Row, model: QwenModel) -> Sequence[int]:
+    """The layers that have this tensor; none where it is of no layer."""
+    if "{layer}" not in row.parts[0].name:
+        return ()
+    if row.only == "dense":
+        return model.dense_layers
+    return model.expert_layers if row.only in OF_EXPERTS else range(model.num_layers)
+
+
 def stack(row: Row, model: QwenModel) -> tuple[int, ...]:
-    """The sizes of the axes that Megatron stacks this tensor on: (), (layers,) or (layers, experts)."""
+    """The sizes of the axes that Megatron's tensor is stacked on: (), (layers,) or (layers, experts).
+
+    Layers are those that have it.
+    """
     name = row.parts[0].name
-    return (model.num_layers,) * ("{layer}" in name) + (model.num_experts,) * ("{expert}" in name)
+    return (len(layers(row, model)),) * ("{layer}" in name) + (model.num_experts,) * ("{expert}" in name)
+
+
+def place(row: Row, index: tuple[int, ...], model: QwenModel) -> tuple[int, ...]:
+    """Where in Megatron's stack the tensors of (layer, ...) are."""
+    return (layers(row, model).index(index[0]), *index[1:]) if index else ()
 
 
 def indices(row: Row, model: QwenModel) -> Iterator[tuple[int, ...]]:
-    """Every place in the stack, one after the other."""
+    """Every layer, or layer and expert, that has this tensor, one after the other."""
     if not stack(row, model):
         yield ()
         return
-    for layer in range(model.num_layers):
+    for layer in layers(row, model):
         yield from indices_in(layer, row, model)
 
 
 def indices_in(layer: int, row: Row, model: QwenModel) -> list[tuple[int, ...]]:
-    """The places of one layer in the stack: (layer,), or (layer, expert) for every expert."""
+    """Of one layer: (layer,), or (layer, expert) for every expert, or none where it has no such tensor."""
+    if layer not in layers(row, model):
+        return []
     if len(stack(row, model)) == 1:
         return [(layer,)]
     return [(layer, expert) for expert in range(model.num_experts)]
 
 
 def name(part: Part, index: tuple[int, ...]) -> str:
-    """The name of a Hugging Face tensor at a place in the stack."""
+    """The name of a Hugging Face tensor of a layer, or of an expert of a layer."""
     return part.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
 
 

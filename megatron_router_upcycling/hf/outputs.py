@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,14 +10,18 @@ from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import QwenModel
 from megatron_router_upcycling.hf.name_table import Row
 
+SIZE_BESIDE_ZEROS = 2.0**-6  # of a gate that weighs zeros: any size does
+SIZE_OF_HALF = 2.0**-40  # of a gate whose sigmoid is to be one half: it is, rounded to float32
+
 
 @dataclass(frozen=True)
 class Moved:
-    """Rows of a Megatron tensor: ``runs`` of them at a place of its stack."""
+    """Rows of a Megatron tensor: ``runs`` of them at a place of its stack, times ``scale``."""
 
     tensor: str
     index: tuple[int, ...]
     runs: tuple[tuple[int, int], ...]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,18 @@ class Folded:
 
 @dataclass(frozen=True)
 class Zeros:
-    """A part of the shared expert, which adds nothing."""
+    """A part of the shared expert that adds nothing."""
+
+
+@dataclass(frozen=True)
+class DrawnGate:
+    """A layer's gate of the shared expert where the model has none: N(0, size), so that it is not 0.
+
+    llama.cpp computes the sigmoid of x as silu(x) / x, which is NaN at 0.
+    """
+
+    layer: int
+    size: float
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class Output:
 
     name: str
     shape: tuple[int, ...]
-    source: Moved | Folded | Zeros
+    source: Moved | Folded | Zeros | DrawnGate
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         return math.prod(self.shape) * dtype.itemsize
@@ -61,27 +76,48 @@ def outputs(
         for number, part in enumerate(row.parts):
             runs = tuple(name_table.runs(row, number, model))
             name, shape = name_table.name(part, index), name_table.shape(part, model)
-            yield Output(name, shape, Moved(stored[row.megatron], index, runs))
+            place = name_table.place(row, index, model)
+            yield Output(name, shape, Moved(stored[row.megatron], place, runs, _scale(row, model)))
 
     embedding, *others = [row for row in rows if not name_table.stack(row, model)]
-    yield from moved(embedding, ())
+    (first,) = moved(embedding, ())
+    yield first
     for layer in range(model.num_layers):
         for row in rows:
             if name_table.stack(row, model):
                 for index in name_table.indices_in(layer, row, model):
                     yield from moved(row, index)
+        if layer not in model.expert_layers:
+            continue
         for name, shape in gate.items():
             yield Output(f"{name_table.GATE.format(layer=layer)}.{name}", shape, Folded(layer, name))
-        if gate and model.family == "qwen2":
+        if model.family == "qwen2":
             yield from _shared_expert(model, layer, shared_expert_width)
     for row in others:
         yield from moved(row, ())
+    if model.num_experts and model.tied:
+        # llama.cpp and SGLang tie nothing in a Mixture-of-Experts; transformers and vLLM pass this over.
+        yield replace(first, name=name_table.LM_HEAD)
+
+
+def _scale(row: Row, model: QwenModel) -> float:
+    """What the values are multiplied by: classes of Qwen have no other place for these factors."""
+    if row.megatron == name_table.EXPERTS_DOWN:
+        return model.routed_scale
+    if row.megatron == name_table.SHARED_DOWN and not model.shared_expert_gated:
+        return 2.0  # ``SIZE_OF_HALF`` takes it back
+    return 1.0
 
 
 def _shared_expert(model: QwenModel, layer: int, width: int) -> Iterator[Output]:
-    parts = name_table.SHARED_EXPERT if width else ()
-    for part in (*parts, name_table.SHARED_EXPERT_GATE):
-        yield Output(name_table.name(part, (layer,)), name_table.shape(part, model, width), Zeros())
+    """What the checkpoint does not have of the shared expert."""
+    if width and not model.shared_expert_size:
+        for part in name_table.SHARED_EXPERT:
+            yield Output(name_table.name(part, (layer,)), name_table.shape(part, model, width), Zeros())
+    if not model.shared_expert_gated:
+        part = name_table.SHARED_EXPERT_GATE
+        size = SIZE_OF_HALF if model.shared_expert_size else SIZE_BESIDE_ZEROS
+        yield Output(name_table.name(part, (layer,)), name_table.shape(part, model), DrawnGate(layer, size))
 
 
 def split(tensors: list[Output], dtype: torch.dtype, limit: int) -> list[list[Output]]:

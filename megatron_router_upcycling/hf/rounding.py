@@ -15,7 +15,7 @@ SAMPLE_TOKENS = 1024  # a layer
 def read_gate(
     checkpoint: Checkpoint, router: RouterConfig, sizes: Sizes, layer: int
 ) -> dict[str, torch.Tensor]:
-    """One layer's router as ``Kind.gate`` folds it, in float32."""
+    """One layer's router as ``Kind.gate`` folds it, in float32; ``layer`` counts those with experts."""
     values = {
         parameter.name: checkpoint.read_layer(f"{ROUTER}.{parameter.name}", layer, bytearray())
         for parameter in router.kind.parameters(router, sizes)

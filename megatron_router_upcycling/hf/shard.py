@@ -10,7 +10,7 @@ import torch
 from megatron_router_upcycling.checkpoint.rows import RowReader
 from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.export_job import Export
-from megatron_router_upcycling.hf.outputs import Folded, Moved, Output, Zeros
+from megatron_router_upcycling.hf.outputs import DrawnGate, Folded, Moved, Output, Zeros
 from megatron_router_upcycling.hf.rounding import Rounding, read_gate
 from megatron_router_upcycling.hf.safetensors_file import format_header
 from megatron_router_upcycling.hf.values import ahead, as_bytes, blocks, cast, scratch_rows
@@ -55,6 +55,8 @@ def _tasks(
                 yield partial(_fold, job, output.source, reader, rounding)
             case Zeros():
                 yield partial(_zeros, job, output)
+            case DrawnGate():
+                yield partial(_drawn_gate, job, output, output.source)
 
 
 def _read_rows(
@@ -67,6 +69,8 @@ def _read_rows(
     for _, first, last in name_table.cut(source.runs, *rows):
         reader.read(source.tensor, source.index, first, last, values[position : position + last - first])
         position += last - first
+    if source.scale != 1.0:
+        values = values.float() * source.scale  # rounded once, where the dtype cannot hold the product
     return cast(values, job.dtype, f"{job.checkpoint.root}: {source.tensor}")
 
 
@@ -76,7 +80,8 @@ def _fold(
     """A tensor of a layer's gate; with the first, what rounding them changes is added to ``rounding``."""
     assert job.router is not None
     layer = source.layer
-    gate = read_gate(job.checkpoint, job.router, Sizes.of(job.model), layer)
+    place = job.model.expert_layers.index(layer)
+    gate = read_gate(job.checkpoint, job.router, Sizes.of(job.model), place)
     values = cast(gate[source.name], job.dtype, f"{job.checkpoint.root}: the router of layer {layer}")
     if source.name == next(iter(job.gate)):
         tensor = job.stored[name_table.NORM_BEFORE_FFN]
@@ -88,3 +93,10 @@ def _fold(
 
 def _zeros(job: Export, output: Output, scratch: bytearray) -> torch.Tensor:
     return torch.zeros(output.shape, dtype=job.dtype)
+
+
+def _drawn_gate(job: Export, output: Output, source: DrawnGate, scratch: bytearray) -> torch.Tensor:
+    dtype = torch.finfo(job.dtype)
+    size = max(source.size, 16 * dtype.smallest_normal * dtype.eps)  # float16 holds little below that
+    generator = torch.Generator().manual_seed(source.layer)
+    return (torch.randn(output.shape, generator=generator) * size).to(job.dtype)

@@ -13,9 +13,10 @@ fi
 # Folders of the files that submit.sh was given, each at its own path. (Files that are links to elsewhere, as in
 # the Hub's cache, need CONTAINER_MOUNTS.)
 mounts() {
-    local path folder found=$ROOT:$ROOT,$WORK:$WORK paths
+    local path folder found=$ROOT:$ROOT,$WORK:$WORK paths texts
     read -ra paths <<<"$DATA"
-    for path in "$HF" "$DENSE" "$CONFIG" "$DENSE_CONFIG" "${paths[@]}"; do
+    mapfile -t texts <<<"${TEXT:-}"
+    for path in "$HF" "$DENSE" "$CONFIG" "$DENSE_CONFIG" "${paths[@]}" "${texts[@]}"; do
         folder=$(dirname "$path")
         case $folder/ in
         // | ./ | "$ROOT"/* | "$WORK"/*) continue ;; # the root, a weight or nothing, what is mounted already

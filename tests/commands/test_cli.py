@@ -12,7 +12,10 @@ from megatron_router_upcycling import cli
 from megatron_router_upcycling.errors import Terminated, UserError
 from tests.launch import ENVIRONMENT
 
-COMMANDS = ("import-hf", "convert", "export-hf", "verify", "inspect", "report", "evaluate", "plan")
+COMMANDS = (
+    *("prepare-data", "import-hf", "convert", "export-hf"),
+    *("verify", "inspect", "report", "evaluate", "plan"),
+)
 
 SLOW = {"torch", "numpy", "matplotlib", "jinja2", "transformers", "megatron", "safetensors", "tqdm"}
 

@@ -255,9 +255,9 @@ def test_folders_are_read_in_an_order_of_their_own_and_say_what_they_leave_out(t
     (tmp_path / "more.txt").write_text("more")
     names = [source.path.name for source in sources.find([tmp_path])[0]]
     assert [name for name in names if name != "more.txt"] == [source.path.name for source in found]
-    state = sources.state_of(found)
+    state = sources.state_of(sources.find([tmp_path])[0])
     (tmp_path / "a.py").write_text("another text")
-    assert sources.state_of(found) != state
+    assert sources.state_of(sources.find([tmp_path])[0]) != state
 
 
 def test_places_that_cannot_be_used_are_named(tmp_path):

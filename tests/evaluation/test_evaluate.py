@@ -461,6 +461,26 @@ def test_models_that_cannot_be_measured(
 
 
 @needs_harness
+def test_answers_are_cut_for_a_model_that_takes_few_tokens(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "short"
+    shutil.copytree(models / "dense", model)
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 48}
+    (model / "config.json").write_text(json.dumps(config))
+    found = evaluate(model, tmp_path / "results", "--tasks", "stdlib", "--limit", 3)
+    assert "stdlib: answers cut to " in (said := capsys.readouterr().out)
+    assert "for the model takes 48 tokens" in said
+    assert (
+        found["tasks"]["stdlib"]["questions"] == 3 and 150 < found["tasks"]["stdlib"]["questions_of"] <= 200
+    )
+
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2}))
+    arguments = ["evaluate", model, "--device", "cpu", "--output", tmp_path / "none", "--tasks", "stdlib"]
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    assert "error: --tasks stdlib: no answer fits the 2 tokens" in capsys.readouterr().err
+
+
 def test_flags_that_make_no_sense(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = models / "dense"
     assert "no task 'arc_eas'; did you mean arc_easy?" in refused(capsys, model, "--tasks", "copa,arc_eas")

@@ -105,7 +105,7 @@ def test_gates_and_experts_of_an_export(
             assert torch.equal(found[f"{name}.up_proj.weight"], fc1[expert, F:])
             assert torch.equal(found[f"{name}.down_proj.weight"], fc2[expert])
         for name, tensor in found.items():
-            if f"{prefix}.shared_expert" in name:
+            if f"{prefix}.shared_expert." in name:
                 assert not tensor.any()
     hf_models.load(tmp_path / "hf", trust_remote_code=bool(code))
 

@@ -14,10 +14,9 @@ import pytest
 import torch
 import yaml
 
-from megatron_router_upcycling.key_statistics import file as key_stats_file
-from megatron_router_upcycling.key_statistics.file import KeyStats
 from tests import hf_models, launch
 from tests.conftest import TRAINING
+from tests.hf.folders import make_stats_of
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5  # absolute, in float32; logits are of the order of 1
@@ -36,6 +35,24 @@ MOES: dict[str, tuple[str, tuple[Any, ...], bool, tuple[str, ...]]] = {
     "Qwen3": ("qwen3", ("--num-experts", 4), False, ()),
     "max pooling": ("qwen2.5", ("--num-experts", 4, "--pooling", "max"), False, ("--modelling-code",)),
     "MLP": ("qwen1.5", ("--num-experts", 4, "--router", "mlp"), False, ("--modelling-code",)),
+    "trained, finer experts and a shared one in some layers": (
+        "qwen1.5",
+        ("--num-experts", 8, "--granularity", 2, "--shared-expert", "--layers", "1"),
+        True,
+        (),
+    ),
+    "finer experts of a tied Qwen3": (
+        "qwen3-tied",
+        ("--num-experts", 4, "--granularity", 3, "--no-moe-router-pre-softmax"),
+        False,
+        (),
+    ),
+    "shared expert, max pooling, some layers": (
+        "qwen2.5",
+        ("--num-experts", 4, "--pooling", "max", "--shared-expert", "--layers", "0"),
+        False,
+        ("--modelling-code",),
+    ),
     "two keys": ("qwen3", ("--num-experts", 4, "--num-routers", 8), False, ("--modelling-code",)),
 }
 
@@ -108,7 +125,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
         jobs += [job(folder, family, f"{family} dense", layout) for layout in DENSE_LAYOUTS]
     for number, (name, (family, options, trained, _)) in enumerate(MOES.items()):
         upcycled = folder / f"converted {number}" if trained else folder / name
-        stats = make_stats(folder / "key_stats", folder / f"{family} dense")
+        stats = make_stats_of(folder / "key_stats", folder / f"{family} dense")
         launch.cli("convert", folder / f"{family} dense", upcycled, "--key-stats", stats, *options).ok()
         if trained:
             train(folder, family, upcycled, folder / name)
@@ -125,18 +142,6 @@ def job(folder: Path, family: str, name: str, layout: str) -> tuple[list[str], s
 
 def logits_file(folder: Path, name: str, layout: str) -> Path:
     return folder / f"{name} {layout}.pt"
-
-
-def make_stats(path: Path, dense: Path) -> Path:
-    """Random key statistics of a model."""
-    flags = yaml.safe_load((dense / "model.yaml").read_text())
-    names = ("num_layers", "num_query_groups", "kv_channels", "num_attention_heads", "hidden_size")
-    metadata = {name: flags[name] for name in names} | {"key_source": "pre_rope"}
-    layers, groups, size = (flags[name] for name in names[:3])
-    mean = torch.randn(layers, groups, size, generator=torch.Generator().manual_seed(1))
-    stats = KeyStats(mean, mean.square() + 1, torch.full((layers,), 512), metadata)
-    key_stats_file.save(path, stats, overwrite=True)
-    return path
 
 
 def train(folder: Path, family: str, moe: Path, out: Path) -> None:
@@ -167,7 +172,9 @@ def test_exported_mixture_of_experts_has_the_logits_of_megatron(
     assert (found - expected[..., : found.shape[-1]]).abs().max() < TOLERANCE
     if trained:
         tensors = hf_models.tensors(tmp_path / "hf")
-        experts = [tensors[f"model.layers.0.mlp.experts.{expert}.down_proj.weight"] for expert in range(8)]
+        layer = 1 if "some layers" in name else 0
+        of_layer = f"model.layers.{layer}.mlp.experts"
+        experts = [tensors[f"{of_layer}.{expert}.down_proj.weight"] for expert in range(8)]
         assert not torch.equal(experts[0], experts[1])
         assert (hf_models.logits(made / family, TOKENS) - found).abs().max() > 0.1
 

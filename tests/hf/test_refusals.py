@@ -34,24 +34,6 @@ def test_what_stock_classes_cannot_hold_is_refused_with_the_reason(
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--granularity", 2, "--top-k", 2), "trained with moe_router_topk_scaling_factor 2.0"),
-        (("--shared-expert",), "trained with moe_router_topk_scaling_factor 0.5"),
-        (("--layers", "0,2"), "trained with moe_layer_freq"),
-    ],
-    ids=["granularity", "shared expert", "layers"],
-)
-def test_experts_of_another_kind_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[object, ...], message: str
-) -> None:
-    dense_checkpoint.write(tmp_path / "dense", args=dense_checkpoint.arguments(max_position_embeddings=16))
-    make = ("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear", *options)
-    assert run(*make) == 0
-    assert message in refused(capsys, "export-hf", tmp_path / "moe", tmp_path / "hf")
-
-
 def cut_short(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

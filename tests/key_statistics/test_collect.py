@@ -360,6 +360,7 @@ def test_a_model_without_grouped_query_attention(tmp_path: Path, monkeypatch: py
     trained = Namespace(num_query_groups=HEADS, num_experts=None, **sizes)
     monkeypatch.setattr(collect, "open_checkpoint", lambda root: Namespace(args=trained))
     monkeypatch.setattr(language_model, "check_data", lambda args: None)
+    monkeypatch.setattr(language_model, "check_tokens", lambda args, load: None)
     paths = {"output": str(tmp_path / "stats"), "overwrite": False, "load": "dense", "config": "config.yaml"}
     counts = {"num_query_groups": 1, "collect_iters": 1, "router_samples": 0}
     flags = Namespace(tensor_model_parallel_size=4, **counts, **sizes, **paths)

@@ -15,6 +15,7 @@ from tests.slurm_cluster import wait_until
 SUBMIT = launch.ROOT / "scripts" / "submit.sh"
 TEXTS = sorted((launch.ROOT / "docs").glob("*.md"))
 END = "<|endoftext|>"
+CONFIG = "configs/qwen1.5-0.5b-8x/moe.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,15 @@ def test_from_text_to_an_evaluated_mixture_with_a_break(model: Path, tmp_path: P
     flags = ("--config", work / "train.yaml", "--load", work / "moe", "--data-path", work / "data" / "text")
     unbroken = launch.ranks(2, "pretrain", *flags, "--log-interval", 1).ok().losses
     assert losses == unbroken
+
+
+def test_in_slurm_the_text_comes_first(model: Path, tmp_path: Path) -> None:
+    options = ("--dry-run", "--work", tmp_path / "work", "--hf", model, "--config", launch.ROOT / CONFIG)
+    output, errors = submit(*options, "--text", TEXTS[0], "--data-flags", "--workers 8").communicate()
+    data, imported, keys, *_ = output.splitlines()
+    assert not errors and data.endswith("data.sbatch' '--workers' '8'") and "--dependency" not in data
+    assert "import.sbatch" in imported and "'--dependency=afterok:DATA'" in imported
+    assert "keys.sbatch" in keys and "'--dependency=afterok:IMPORT'" in keys
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from megatron_router_upcycling.checkpoint.names import ADDED_BY
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training import resuming
-from megatron_router_upcycling.training.patches.added_state import ADDED_BY, FROM_ZERO, added_by
+from megatron_router_upcycling.training.patches.added_state import FROM_ZERO, added_by
 from tests import launch
 from tests.conftest import LAYERS
 

@@ -1,7 +1,7 @@
 """Hold an exported model against the Megatron checkpoint that it was made from, and let it write a little.
 
     python -m tools.experiments.check_export HF_DIR --config configs/demo/moe.yaml --load MOE \\
-        --valid-data-path DIR/held_out --tokenizer-model DIR/tokenizer.model --output check.json
+        --valid-data-path DIR/text_held_out --tokenizer-model DIR/text.tokenizer.model --output check.json
 
 Megatron evaluates MOE over ``--eval-iters`` batches in this process; transformers then loads HF_DIR, without
 trust_remote_code, and is given the same batches. Prints both losses (nats a token, float32) and a few lines

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.checkpoint.format.files import read_record
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, parse_metadata
 from megatron_router_upcycling.errors import UserError
@@ -26,21 +27,6 @@ from megatron_router_upcycling.training.patches import patching
 FROM_ZERO = {
     "router.expert_bias": "--moe-router-enable-expert-bias",
     "router.qb_beta": "--moe-router-load-balancing-type quantile_balancing",
-}
-# The flag that adds a tensor, by a pattern in the tensor's name; the first that matches.
-ADDED_BY = {
-    r"^mtp\.": "--mtp-num-layers",
-    r"shared_experts\.gate_weight$": "--moe-shared-expert-gate",
-    r"shared_experts\.": "--moe-shared-expert-intermediate-size",
-    r"self_attention\.linear_(q|kv)_": "--multi-latent-attention",
-    r"latent_proj\.": "--moe-latent-size",
-    r"softmax_offset$": "--softmax-type",
-    r"[qk]_layernorm\.": "--qk-layernorm",
-    r"position_embeddings\.": "--position-embedding-type",
-    r"output_layer\.weight$": "--untie-embeddings-and-output-weights",
-    r"norm.*bias$": "--normalization",
-    r"linear_qkv\.bias$": "--add-qkv-bias",
-    r"bias$": "the absence of --disable-bias-linear",
 }
 # What Megatron says of a tensor whose shape is another in the checkpoint.
 SHAPES = re.compile(
@@ -96,12 +82,12 @@ def added_by(key: str, saved: Container[str]) -> str:
     """The flag that gives a model the tensor ``key``, which ``saved`` does not hold, for a message."""
     if re.sub(r"\.layers\.\d+\.", ".layers.", key) in saved:
         return "--moe-layer-freq"
-    return next((flag for pattern, flag in ADDED_BY.items() if re.search(pattern, key)), "--load")
+    return next((flag for pattern, flag in names.ADDED_BY.items() if re.search(pattern, key)), "--load")
 
 
 def shaped_by(key: str) -> str:
     """The flag that gives the tensor ``key`` another shape, for a message."""
-    if "linear_qkv" in key:
+    if names.LINEAR_QKV in key:
         return "--attention-output-gate" if get_args().attention_output_gate else "--num-attention-heads"
     return "--moe-ffn-hidden-size" if "experts" in key else "--load"
 

@@ -1,0 +1,40 @@
+"""The load balancing loss of training, as config.json gives it to whoever trains the export further.
+
+Of one layer, n experts, k a token, T tokens: f_i tokens chose expert i, P_i is the sum of their softmax.
+
+- Megatron adds c n / (k T^2) sum_i f_i P_i for every layer.
+- transformers adds r n / (L T)^2 sum_i F_i Q_i once, where F and Q are sums of f and P over all L layers, and
+  only with ``output_router_logits``.
+
+Counts have no gradient, so that the gradients by one layer's P_i are c n f_i / (k T^2) and r n F_i / (L T)^2.
+With r = c L / k they are equal where the layers' counts are (F_i = L f_i), as in a single layer; elsewhere
+transformers' is Megatron's with each layer's counts replaced by their mean over the layers.
+
+Pure: no torch.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+# Megatron's kinds of this loss: f_i counts a micro-batch, a sequence, or what came so far of a global batch.
+BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+
+
+def trained_with(args: Namespace) -> dict[str, float]:
+    """Kind of loss in ``BALANCING`` -> its coefficient, of Megatron's arguments; only those above 0."""
+    kinds = _listed(getattr(args, "moe_router_load_balancing_type", "aux_loss"))
+    coefficients = _listed(getattr(args, "moe_aux_loss_coeff", 0.0))
+    found: dict[str, float] = {}
+    for kind, value in zip(kinds, coefficients, strict=False):
+        if kind in BALANCING and isinstance(value, int | float) and value > 0:
+            found[kind] = found.get(kind, 0.0) + float(value)
+    return found
+
+
+def coefficient(trained: dict[str, float], num_layers: int, top_k: int) -> float:
+    """``router_aux_loss_coef`` for ``num_layers`` layers with experts."""
+    return sum(trained.values()) * num_layers / top_k
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

