@@ -21,7 +21,8 @@ def add(commands: Any) -> None:
         description="Say what a checkpoint (torch_dist, or dense in the legacy format) is and list its"
         " tensors. Nothing in it is executed. Of a Mixture-of-Experts: how like its experts' keys are, how"
         " its routers would spread tokens, how far the first step scales the output, and a warning where"
-        " routing would start collapsed or experts are tied.",
+        " routing would start collapsed or experts are tied. Where routers would start very sure of"
+        " themselves, the flag of convert that calibrates them.",
         epilog=EXAMPLES,
     )
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint's root folder")
