@@ -43,7 +43,7 @@ def convert_checkpoint(
         out: root folder to make; it is there whole or not at all.
         router: default: the paper's mixture of 8 routers over 8 experts, 2 of them a token.
         key_stats: the file that ``collect_keys`` wrote; a mixture needs it.
-        allow_no_export: convert what could not be exported to Hugging Face format as well.
+        allow_no_export: convert what options make impossible to export as well.
         options: fields of ``conversion.options.Options``: ``seed``, ``materialize``, ``overwrite``,
             ``shared_expert``, ``layers``, ``init``.
 

@@ -108,7 +108,9 @@ def add(commands: Any) -> None:
     )
     convert.add_argument("--materialize", action="store_true", help="real copies; share no bytes with DENSE")
     convert.add_argument(
-        "--allow-no-export", action="store_true", help="convert what export-hf could not export as well"
+        "--allow-no-export",
+        action="store_true",
+        help="convert what options make impossible to export as well",
     )
     convert.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
     add_output_flags(convert)
@@ -143,8 +145,9 @@ def run(args: argparse.Namespace) -> None:
         layers=args.layers,
     )
     ready = convert.prepare(args.dense, args.out, options)
-    if not args.allow_no_export:
-        exportable.check(ready)
+    note = None if args.allow_no_export else exportable.check(ready)
+    if note and not args.quiet:
+        print(note)
     if args.dry_run:
         print(describe.describe_plan(ready))
         return

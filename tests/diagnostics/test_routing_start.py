@@ -200,7 +200,7 @@ def test_a_gain_that_is_stored_as_its_distance_from_1(
         norms = [key for key in values if "norm" in key]
         values |= {key.replace("weight", "bias"): torch.zeros_like(values[key]) for key in norms}
         dense_checkpoint.write(root / "dense", values, args=args)
-        flags = ["--router", "linear", "--num-experts", "4", "--quiet", "--allow-no-export"]
+        flags = ["--router", "linear", "--num-experts", "4", "--quiet"]
         assert cli.main(["convert", str(root / "dense"), str(root / "moe"), *flags]) == 0
         assert cli.main(["inspect", str(root / "moe")]) == 0
         said = capsys.readouterr().out

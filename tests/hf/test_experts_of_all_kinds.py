@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from tests import dense_checkpoint, hf_models
 from tests.dense_checkpoint import FFN, HIDDEN, LAYERS
@@ -251,28 +252,34 @@ def test_a_width_for_a_model_that_has_its_own(tmp_path: Path, capsys: pytest.Cap
     assert f"--shared-expert-width 16: the model has a shared expert of its own, of width {FFN}" in said
 
 
-NOT_A_QWEN = {
-    "LayerNorm": ({"normalization": "LayerNorm"}, (), "normalization 'LayerNorm'"),
-    "no bias, no norms": ({"add_qkv_bias": False}, (), "neither QKV bias nor query/key norms"),
-    "shared expert of a Qwen3": (
-        QWEN3,
-        ("--shared-expert",),
-        "a Qwen3-MoE, which has no shared expert",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", NOT_A_QWEN)
-def test_convert_refuses_what_could_not_be_exported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalization": "LayerNorm"}, "normalization 'LayerNorm'"),
+        ({"add_qkv_bias": False}, "neither QKV bias nor query/key norms"),
+    ],
+)
+def test_convert_says_that_no_qwen_has_no_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
-    changes, options, message = NOT_A_QWEN[what]
     args = dense_checkpoint.arguments(**changes)
     dense_checkpoint.write(tmp_path / "dense", dense_tensors(args), args=args)
-    command = ("convert", tmp_path / "dense", tmp_path / "moe", *LINEAR, *options)
+    command = ("convert", tmp_path / "dense", tmp_path / "moe", *LINEAR, "--shared-expert")
+    assert cli.main([str(part) for part in command]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("not for Hugging Face: ") and message in first
+
+
+def test_convert_refuses_options_that_could_not_be_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = dense_checkpoint.arguments(**QWEN3)
+    dense_checkpoint.write(tmp_path / "dense", dense_tensors(args), args=args)
+    command = ("convert", tmp_path / "dense", tmp_path / "moe", *LINEAR, "--shared-expert")
     said = refused(capsys, *command)
-    assert message in said and said.rstrip().endswith("pass --allow-no-export")
+    assert "a Qwen3-MoE, which has no shared expert" in said
     assert said.startswith(f"error: DENSE {tmp_path / 'dense'}: ")
+    assert said.rstrip().endswith("pass --allow-no-export")
     assert not (tmp_path / "moe").exists()
     assert run(*command, "--allow-no-export") == 0
     assert run("verify", tmp_path / "dense", tmp_path / "moe") == 0

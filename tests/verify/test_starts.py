@@ -149,7 +149,7 @@ def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def convert(dense: Dense, out: Path, config: str, layout: dict[str, Any]) -> None:
     file = CONFIGS / f"{config}.yaml"
     given = read_method(file)
-    command = ["convert", dense.root, out, "--config", file, "--seed", SEED, "--quiet", "--allow-no-export"]
+    command = ["convert", dense.root, out, "--config", file, "--seed", SEED, "--quiet"]
     command += ["--key-stats", dense.stats(given.key_source or "pre_rope")]
     if "layers" in layout:
         command += ["--layers", ",".join(map(str, layout["layers"]))]
