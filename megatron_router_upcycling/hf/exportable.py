@@ -10,7 +10,7 @@ def check(conversion: Conversion) -> str | None:
     """Ask of the arguments that the new checkpoint will have what ``export-hf`` asks.
 
     Returns:
-        A line for the user where the dense model is no Qwen, so that nothing made of it has a class; else None.
+        A line for the user where the dense model is no Qwen, so that nothing of it has a class; else None.
 
     Raises:
         UserError: options take a Qwen where no class follows; says which flag converts it all the same.
