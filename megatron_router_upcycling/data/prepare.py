@@ -149,7 +149,9 @@ def run(job: Job, progress: Progress) -> list[Record]:
 def _given(job: Job) -> tokenizer.Tokenizer | None:
     if job.place is None:
         return None
-    loaded = tokenizer.load(job.place)
+    with Child(tokenizer.Loader()) as loader:
+        loader.send(job.place)
+        loaded: tokenizer.Tokenizer = loader.receive()
     if job.options.end_of_document and loaded.end_of_document is None:
         raise UserError(f"--tokenizer {job.place}: has no end-of-document token; pass --no-end-of-document")
     return loaded

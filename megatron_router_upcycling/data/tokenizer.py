@@ -1,7 +1,8 @@
 """Tokenizers: what ``--tokenizer`` names, in the libraries that are fast, and one trained on the text."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -62,6 +63,18 @@ def load(place: Path) -> Tokenizer:
     digest = tokenizer_sha256(place)
     assert digest
     return _load_sentencepiece(place, digest) if place.is_file() else _load_hugging_face(place, digest)
+
+
+class Loader:
+    """``load`` in a process of its own, without PyTorch: most of the time that transformers takes to import.
+
+    It would stay without it there, and so not load models any more.
+    """
+
+    def start(self) -> Callable[[Path], Tokenizer]:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # not to be imported
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not there
+        return load
 
 
 def _load_hugging_face(place: Path, digest: str) -> Tokenizer:
