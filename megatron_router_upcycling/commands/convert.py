@@ -52,7 +52,8 @@ what to expect of the first step:
 where the model can go (export-hf): transformers, vLLM and SGLang compute either order. llama.cpp does not ask
 for it: if the model is to go there, give a Qwen3 --no-moe-router-pre-softmax and a Qwen1.5, 2 or 2.5
 --moe-router-pre-softmax, and leave --layers out. No class of transformers holds a Qwen3 with
---shared-expert, nor a model that is no Qwen: these need --allow-no-export.
+--shared-expert, which needs --allow-no-export. A model that is no Qwen is converted, and a line says that it
+has no class there.
 """
 
 

@@ -1,7 +1,6 @@
 """The order of parts: workers end them as it happens, and the writer has them one after the other."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_router_upcycling.data import parts
@@ -26,18 +25,6 @@ def check_bad(count: int, first: Skipped, allowed: int) -> None:
         raise UserError(f"SOURCE {first}{many}{hint}")
 
 
-@dataclass
-class Told:
-    """What was learned of the text, part by part in order."""
-
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    empty: int = 0
-    bad: int = 0
-    skipped: list[Skipped] = field(default_factory=list)
-
-
 class Line:
     """Takes parts as they are done and hands them to the writer in their order."""
 
@@ -54,7 +41,7 @@ class Line:
         self._max_tokens, self._max_bytes, self._max_bad = max_tokens, max_bytes, max_bad
         self._waiting: dict[int, parts.Summary] = {}
         self._next = self._unanswered = 0
-        self.told = Told()
+        self.told = parts.Summary()  # of the parts that were handed over
 
     def wanted(self) -> bool:
         """Whether the text may go on beyond the parts that were handed over."""
@@ -83,12 +70,9 @@ class Line:
             self._next += 1
 
     def _count(self, summary: parts.Summary) -> None:
-        told = self.told
-        for name in ("documents", "tokens", "bytes", "empty", "bad"):
-            setattr(told, name, getattr(told, name) + getattr(summary, name))
-        told.skipped += summary.skipped[: parts.LISTED - len(told.skipped)]
-        if told.bad:
-            check_bad(told.bad, told.skipped[0], self._max_bad)
+        self.told += summary
+        if self.told.bad:
+            check_bad(self.told.bad, self.told.skipped[0], self._max_bad)
 
     def _send(self, number: int | None) -> None:
         self._writer.send(number)

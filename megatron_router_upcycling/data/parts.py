@@ -22,14 +22,24 @@ LISTED = 1000  # bad documents whose places are kept
 
 @dataclass(frozen=True)
 class Summary:
-    """What a part is about."""
+    """What a part is about, or several that follow one another."""
 
-    documents: int
-    tokens: int
-    bytes: int
-    empty: int
-    bad: int
-    skipped: list[Skipped]  # the first of the bad
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    empty: int = 0
+    bad: int = 0
+    skipped: tuple[Skipped, ...] = ()  # the first of the bad
+
+    def __add__(self, later: "Summary") -> "Summary":
+        return Summary(
+            self.documents + later.documents,
+            self.tokens + later.tokens,
+            self.bytes + later.bytes,
+            self.empty + later.empty,
+            self.bad + later.bad,
+            (self.skipped + later.skipped)[:LISTED],
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class Worker:
         encode()
         table = numpy.array(rows, dtype=numpy.int64).reshape(-1, 3)
         sums = table.sum(axis=0).tolist()
-        summary = Summary(len(rows), sums[0], sums[1], empty, bad, skipped)
+        summary = Summary(len(rows), sums[0], sums[1], empty, bad, tuple(skipped))
         flat = numpy.concatenate(tokens) if tokens else numpy.empty(0, self._dtype)
         _save(path_of(self._job.folder, number), flat, table, summary)
         return summary
@@ -150,7 +160,7 @@ def summary_of(folder: Path, number: int) -> Summary | None:
     try:
         with numpy.load(path_of(folder, number), allow_pickle=False) as file:
             entries = json.loads(file["summary"].tobytes())
-        skipped = [Skipped(*bad) for bad in entries.pop("skipped")]
+        skipped = tuple(Skipped(*bad) for bad in entries.pop("skipped"))
         return Summary(**entries, skipped=skipped)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None

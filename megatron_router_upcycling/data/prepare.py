@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_router_upcycling.checkpoint.publish import lock
 from megatron_router_upcycling.data import chunks, parts, publish, sources, tokenizer, writer
 from megatron_router_upcycling.data.documents import Limits, Skipped, read
-from megatron_router_upcycling.data.line import Line, Progress, Told, check_bad
+from megatron_router_upcycling.data.line import Line, Progress, check_bad
 from megatron_router_upcycling.data.record import Record
 from megatron_router_upcycling.data.workers import Child, WorkerLost, spread
 from megatron_router_upcycling.errors import UserError
@@ -220,7 +220,7 @@ def _training_texts(job: Job) -> Iterator[str]:
 
 def _make(
     job: Job, made: tokenizer.Tokenizer, work: Path, progress: Progress, end: Child
-) -> tuple[list[writer.Counts], Told]:
+) -> tuple[list[writer.Counts], parts.Summary]:
     options = job.options
     token = made.end_of_document if options.end_of_document else None
     make = parts.Job(made, job.limits, options.held_out, options.seed, token, work)
@@ -247,7 +247,7 @@ def _check_counts(job: Job, counts: list[writer.Counts]) -> None:
             )
 
 
-def _record(job: Job, made: tokenizer.Tokenizer, told: Told, counts: writer.Counts) -> Record:
+def _record(job: Job, made: tokenizer.Tokenizer, told: parts.Summary, counts: writer.Counts) -> Record:
     trained = job.options.train_tokenizer is not None
     place = publish.tokenizer_of(job.output) if trained else made.place.absolute()
     options = asdict(job.options) | {"sources": [str(source.path) for source in job.sources[: parts.LISTED]]}

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.errors import UserError, reason, shown
 from megatron_router_upcycling.files import write_whole
 
 FORMAT = 1
-# What decides a tokenizer in a Hugging Face folder, the first that is there.
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+ALSO_DECIDES = {"vocab.json": ("merges.txt",)}  # beside the file that says that there is a tokenizer
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ def tokenizer_sha256(place: Path) -> str | None:
     """
     if place.is_file():
         return hashlib.sha256(place.read_bytes()).hexdigest()
-    for names in TOKENIZER_FILES:
-        if (place / names[0]).is_file():
+    for first in beside.TOKENIZER_FILES:
+        if (place / first).is_file():
             digest = hashlib.sha256()
-            for name in names:
+            for name in (first, *ALSO_DECIDES.get(first, ())):
                 content = (place / name).read_bytes() if (place / name).is_file() else b""
                 digest.update(_decisive(content) if name == "tokenizer.json" else content)
             return digest.hexdigest()

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import numpy
 
-from megatron_router_upcycling.data.record import TOKENIZER_FILES, tokenizer_sha256
+from megatron_router_upcycling.checkpoint import beside
+from megatron_router_upcycling.data.record import tokenizer_sha256
 from megatron_router_upcycling.errors import UserError, reason
 
 # Lines from which a tokenizer is trained, at most: sentencepiece holds them in memory.
@@ -48,9 +49,8 @@ def check(place: Path) -> None:
     """
     if not place.exists():
         raise UserError(f"--tokenizer {place}: there is no such folder or file")
-    if place.is_dir() and not any((place / names[0]).is_file() for names in TOKENIZER_FILES):
-        names = ", ".join(names[0] for names in TOKENIZER_FILES)
-        raise UserError(f"--tokenizer {place}: holds none of {names}")
+    if place.is_dir() and not beside.is_tokenizer(place):
+        raise UserError(f"--tokenizer {place}: holds none of {', '.join(beside.TOKENIZER_FILES)}")
 
 
 def load(place: Path) -> Tokenizer:

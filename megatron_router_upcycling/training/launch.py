@@ -89,8 +89,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     if not needs_checkpoint:
         language_model.check_tokens(args, origin.load)
     if save and args.rank == 0 and origin.load != save:
-        _write_manifest(save, origin, router)
-        tokenizer.hand_on(args, origin.load, save)
+        _hand_on(args, save, origin, router)
     return Run(args, router, origin.load)
 
 
@@ -277,13 +276,13 @@ def set_global(args: Namespace) -> None:
         set_global_variables(args)
 
 
-def _write_manifest(save: str, origin: Origin, router: RouterConfig | None) -> None:
-    """Hand the manifest on to the checkpoints that this run saves."""
-    if origin.recorded is None:
-        return
+def _hand_on(args: Namespace, save: str, origin: Origin, router: RouterConfig | None) -> None:
+    """Give the checkpoints that this run saves the manifest and what stands beside the weights."""
     try:
-        Path(save).mkdir(parents=True, exist_ok=True)
-        manifest.write(save, origin.recorded | {"router": router.to_dict() if router else None})
+        if origin.recorded is not None:
+            Path(save).mkdir(parents=True, exist_ok=True)
+            manifest.write(save, origin.recorded | {"router": router.to_dict() if router else None})
+        tokenizer.hand_on(args, origin.load, save)
     except OSError as error:
         raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
 

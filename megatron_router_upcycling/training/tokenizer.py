@@ -4,7 +4,6 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_router_upcycling.checkpoint import beside
-from megatron_router_upcycling.errors import UserError
 
 FLAG = "--tokenizer-model"
 
@@ -29,12 +28,9 @@ def hand_on(args: Namespace, load: str | None, save: str) -> None:
     """Link the tokenizer, and what else stands beside ``load``, to the checkpoints that this run saves.
 
     Raises:
-        UserError: ``--save`` cannot be written.
+        OSError: ``save`` cannot be written.
     """
     places = [Path(place) for place in (args.tokenizer_model, load and Path(load) / beside.FOLDER) if place]
     place = next((place for place in places if place.exists()), None)
-    try:
-        if place:
-            beside.hand_on(place, Path(save))
-    except OSError as error:
-        raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
+    if place:
+        beside.hand_on(place, Path(save))
