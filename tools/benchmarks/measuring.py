@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 WARM_BYTES = 4 << 30  # what a measured command may fill
 # Flags of Megatron that every Qwen has.
@@ -132,11 +132,16 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
+class Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def parser(description: str | None, **options: Any) -> argparse.ArgumentParser:
     """A parser whose help is a benchmark's docstring."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options
-    )
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
 def add_size_flags(parser: argparse.ArgumentParser) -> None:
