@@ -32,7 +32,7 @@ CLAIM = Claim("a", "b", "somebody")
 def runs(**losses: list[float]) -> list[RunResult]:
     """Results of runs by name, with a held-out loss for seed 1, 2, ..."""
     return [
-        RunResult(name, seed, loss, {4096: 5.0, 8192: 4.0}, 8192, 2, {}, {}, 60.0, "command")
+        RunResult(name, seed, loss, {4096: 5.0, 8192: 4.0}, 8192, 2, {}, {}, 60.0, "command", "1234abc")
         for name, found in losses.items()
         for seed, loss in enumerate(found, start=1)
     ]
@@ -163,8 +163,8 @@ def test_mistakes_on_the_command_line(argv: list[str], capsys: pytest.CaptureFix
 def test_some_runs_and_seeds_are_chosen() -> None:
     """Names may have commas in them."""
     ablations = read(ROOT / "configs/compare/ablations.yaml")
-    assert compare.choose_runs("m=16, n=16,m=16, m=8, n=8, sum", ablations) == [
-        *("m=16, n=16", "m=16", "m=8, n=8, sum")
+    assert compare.choose_runs("m=16, n=16,m=16, router upcycling", ablations) == [
+        *("m=16, n=16", "m=16", "router upcycling")
     ]
     assert compare.choose_runs(None, ablations) == list(ablations.runs)
     assert compare.choose_seeds("3,1", ablations) == [3, 1]
@@ -269,7 +269,7 @@ def test_a_run_is_read_from_what_it_wrote(tmp_path: Path) -> None:
         line(2, kind="held_out", set="validation", lm_loss=6.5),
     ):
         files.append(tmp_path / files.RUN, found)
-    record = {"seconds": 60.0, "command": "command"}
+    record = {"seconds": 60.0, "command": "command", "commit": "1234abc"}
     for loads in ([3.0, 2.0], [2.0, 1.0], [1.0, 1.5]):
         files.append(tmp_path / files.ROUTING, line(1, layers=[0, 1], load_max_over_mean=loads))
     found = results.read_run("a", 1, tmp_path, record)

@@ -95,20 +95,6 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
-def commit() -> str:
-    """The commit of this project, or that it cannot be told."""
-    try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:
-        return "unknown"
-    return said.stdout.strip() if said.returncode == 0 else "unknown"
-
-
 def page(found: dict[str, Any]) -> str:
     """The report as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
@@ -166,7 +152,7 @@ def run(options: Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         "hardware": machine["hardware"],
         "versions": versions,
-        "commit": options.commit or commit(),
+        "commit": options.commit or measuring.commit(),
         "command": shlex.join(["python", *sys.argv]),
         "size": "small" if options.quick else "full",
         "tolerances": AGREE,

@@ -1,4 +1,4 @@
-"""What the benchmarks share: time and memory of commands, passes that take turns, a folder to work in."""
+"""What the benchmarks share: time and memory of commands, passes in turns, a folder to work in, commits."""
 
 import argparse
 import json
@@ -164,6 +164,20 @@ def main(
         found = run(Path(work), options)
     print(report(found))
     write_json(options.json, found)
+
+
+def commit() -> str:
+    """The commit of this project that is at work, with ``-dirty`` where files differ, or "unknown"."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).resolve().parent,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:
+        return "unknown"
+    return said.stdout.strip() if said.returncode == 0 else "unknown"
 
 
 def write_json(path: Path | None, found: Any) -> None:

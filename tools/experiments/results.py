@@ -30,6 +30,7 @@ class RunResult:
     first_routing: dict[str, float]
     seconds: float
     command: str
+    commit: str
 
 
 def read_run(name: str, seed: int, folder: Path, record: dict[str, Any]) -> RunResult:
@@ -54,6 +55,7 @@ def read_run(name: str, seed: int, folder: Path, record: dict[str, Any]) -> RunR
         first_routing=_layer_means(routing[0]),
         seconds=record["seconds"],
         command=record["command"],
+        commit=record.get("commit", "unknown"),
     )
 
 

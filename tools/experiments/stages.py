@@ -29,6 +29,7 @@ from megatron_router_upcycling import __version__
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import write_whole
+from tools.benchmarks.measuring import commit
 
 LOG_TAIL = 30  # lines of a failed stage's log to show where none begins with "error: "
 # Megatron's progress lines, shown while a command runs; nothing is measured by them:
@@ -110,7 +111,8 @@ class Pipeline:
         return digest.hexdigest()
 
     def record(self, stage: Stage) -> dict:
-        """The last run of the stage: its ``digest``, ``command``, ``seconds`` and when it ``finished``.
+        """The last run of the stage: its ``digest``, ``command``, ``seconds``, the ``commit`` of this project
+        that it began with, and when it ``finished``.
 
         Empty before the first run; ``finished`` is None until the command has ended well. ``failed`` says why
         it ended badly.
@@ -205,7 +207,13 @@ class Pipeline:
         if not goes_on:
             _remove(stage.output)
             self.log(stage).unlink(missing_ok=True)
-        record = {"digest": digest, "command": shlex.join(stage.command), "finished": None, "seconds": None}
+        record = {
+            "digest": digest,
+            "command": shlex.join(stage.command),
+            "commit": commit(),
+            "finished": None,
+            "seconds": None,
+        }
         self._write(stage, record)
         alone = len(shares) == 1
         say(
