@@ -184,7 +184,7 @@ def _measure(language_model: Any, task: Task, records: data.Records, options: Op
             language_model,
             {"tasks": {task.name: asked}},
             limit=options.limit,
-            log_samples=False,
+            log_samples=True,
         )
     except AssertionError:  # of the harness, on an answer; a question it cuts at its beginning
         raise UserError(
@@ -197,6 +197,7 @@ def _measure(language_model: Any, task: Task, records: data.Records, options: Op
         if comma and isinstance(value, int | float):
             metrics[name] = 100 * float(value)
     questions = len(records.splits[task.split])
+    samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
     return {
         "title": task.title,
         "group": task.group,
@@ -206,6 +207,7 @@ def _measure(language_model: Any, task: Task, records: data.Records, options: Op
         "questions": min(questions, options.limit or questions),
         "questions_of": questions,
         "metrics": metrics,
+        "by_question": [float(sample[task.metric]) for sample in samples],
         "data": {
             "origin": records.origin,
             "repository": task.repository,

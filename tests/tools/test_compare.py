@@ -18,7 +18,6 @@ from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.run_log import files
-from tests.training.test_methods import over_the_tests_model
 from tools.experiments import claims, compare, foundation, intervals, pictures, report, results
 from tools.experiments.comparison import Claim, read
 from tools.experiments.plan import Plan
@@ -320,58 +319,51 @@ def test_differences_are_drawn_to_the_scale_of_what_is_near() -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_run_again(tmp_path: Path, dense: Path, key_stats_file: Path, moe_config: Path) -> None:
-    """Two runs side by side, ended by SIGKILL in their training, go on from there, and find to the last digit
-    what runs one after the other found. A third cannot be converted, which ends none of them."""
-    for method in ("locmoe", "mlp"):
-        over_the_tests_model(tmp_path, method, moe_config, expert_model_parallel_size=2)
-    file, output = tmp_path / "two.yaml", tmp_path / "out"
+def test_killed_and_run_again(tmp_path: Path) -> None:
+    """Two quick runs side by side, ended by SIGKILL when one has saved, go on from there, and find to the
+    last digit what runs one after the other find. A third cannot be converted, which ends none of them."""
+    file, output = tmp_path / "three.yaml", tmp_path / "out"
+    methods = {name: f"{ROOT}/configs/methods/{name}.yaml" for name in ("locmoe", "mlp")}
     file.write_text(
-        f"checkpoint: {dense}\nkey_stats: {key_stats_file}\nseeds: [1]\nranks: 1\n"
-        "flags: {train_iters: 40, save_interval: 20}\n"
-        "runs: {broken: broken.yaml, locmoe: locmoe.yaml, mlp: mlp.yaml}\n"
+        f"dense: {ROOT}/configs/demo/dense.yaml\nseeds: [1]\nranks: 1\ntasks: stdlib\n"
+        f"runs: {json.dumps({'broken': 'broken.yaml'} | methods)}\n"
     )
-    (tmp_path / "broken.yaml").write_text("base: mlp.yaml\nupcycling: {target_entropy: 9}\n")
+    (tmp_path / "broken.yaml").write_text(f"base: {methods['mlp']}\nupcycling: {{target_entropy: 9}}\n")
     command = [sys.executable, "-m", "tools.experiments.compare", str(file), "--output", str(output)]
+    command += ["--quick", "--jobs", "2"]
+    first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    saved = [output / f"trained/{name}-1/latest_checkpointed_iteration.txt" for name in methods]
+    deadline = time.monotonic() + 600
+    while not any(path.exists() and path.read_text().strip() == "4" for path in saved):
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    records = [json.loads((output / f"stages/train-{name}-1.json").read_text()) for name in methods]
+    assert all(record["finished"] is None for record in records)
 
-    def found() -> list[dict]:
-        read = json.loads((output / "two/results.json").read_text())
+    def run_again() -> tuple[str, list[dict]]:
+        deadline = time.monotonic() + 300
+        while (again := subprocess.run(command, cwd=ROOT, capture_output=True, text=True)).returncode != 1:
+            # Ranks that outlived their parent hold the folder's lock until they end.
+            assert "another run is at work there" in again.stderr and time.monotonic() < deadline, again
+            time.sleep(1)
+        read = json.loads((output / "three/results.json").read_text())
         (failure,) = read["failures"]
         assert failure.startswith(
             "broken, seed 1: convert-broken-1: its command ended with status 2 (error: "
         )
-        return [run | {"seconds": 0.0} for run in read["runs"]]
+        assert "- broken, seed 1: " in (output / "three/report.md").read_text()
+        return again.stdout, [run | {"seconds": 0.0} for run in read["runs"]]
 
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 1 and "- broken, seed 1: " in (output / "two/report.md").read_text(), ended
-    one_by_one = found()
-    assert [run["name"] for run in one_by_one] == ["locmoe", "mlp"]
-    assert all(run["held_out"] > 0 and run["routing"]["load_max_over_mean"] >= 1 for run in one_by_one)
-    for name in ("trained", "logs"):
-        shutil.rmtree(output / name)
+    said, found = run_again()
+    assert said.count("done before") == 5  # the corpus, the dense model, its keys, two conversions
+    logs = [(output / f"logs/train-{name}-1.log").read_text() for name in methods]
+    assert any(log.count("iteration        4/") == 1 for log in logs)  # it went on from there
+    assert [run["name"] for run in found] == list(methods)
+    assert all(run["held_out"] > 0 and run["routing"]["load_max_over_mean"] >= 1 for run in found)
+    assert all(len(run["answers"]["stdlib"]) == foundation.QUICK_QUESTIONS for run in found)
 
-    command += ["--jobs", "2"]
-    first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-    logs, deadline = (
-        [output / f"logs/train-{name}-1.log" for name in ("locmoe", "mlp")],
-        time.monotonic() + 300,
-    )
-
-    def is_there(text: str) -> list[bool]:
-        return [log.exists() and text in log.read_text() for log in logs]
-
-    while not any(is_there("iteration       22/")):
-        assert time.monotonic() < deadline and first.poll() is None
-        time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    assert all(is_there("iteration       ")) and not any(is_there("iteration       40/"))
-    deadline = time.monotonic() + 300
-    while (again := subprocess.run(command, cwd=ROOT, capture_output=True, text=True)).returncode != 1:
-        # Ranks that outlived their parent hold the folder's lock until they end.
-        assert "another run is at work there" in again.stderr and time.monotonic() < deadline, again.stderr
-        time.sleep(1)
-    assert again.stdout.count("done before") == 2  # the conversions
-    # One that had saved went on from there.
-    assert any(log.read_text().count("iteration       20/") == 1 for log in logs)
-    assert found() == one_by_one
+    shutil.rmtree(output / "trained")
+    command[-1] = "1"
+    assert run_again()[1] == found

@@ -44,14 +44,16 @@ def collect(pipeline: Pipeline, plan: Plan) -> tuple[list[RunResult], dict[tuple
     results, failures = [], {}
     for run in plan.runs():
         stage = plan.train(*run)
-        if pipeline.is_done(stage):
-            try:
-                results.append(read_run(*run, stage.output, pipeline.record(stage)))
-            except UserError as error:  # it diverged
-                failures[run] = str(error)
-        elif found := [(part, why) for part in plan.stages_of([run]) if (why := pipeline.failure(part))]:
+        if found := [(part, why) for part in plan.stages_of([run]) if (why := pipeline.failure(part))]:
             part, why = found[0]
             failures[run] = f"{part.name}: {why}"
+        if pipeline.is_done(stage):
+            asked = plan.ask(*run) if plan.comparison.tasks else None
+            answers = asked.output if asked and pipeline.is_done(asked) else None
+            try:
+                results.append(read_run(*run, stage.output, pipeline.record(stage), answers))
+            except UserError as error:  # it diverged
+                failures[run] = str(error)
     return results, failures
 
 

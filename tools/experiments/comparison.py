@@ -32,6 +32,7 @@ class Comparison:
     - ``paper``: the paper's figure for a run, in percent, where it has one.
     - ``corpus``: flags of prepare-data, where the dense model is trained first.
     - ``ranks``: processes of a run on this machine, where no ``launcher`` starts it.
+    - ``tasks``: of ``evaluate``, asked of every trained model, which is exported for that; "" for none.
     - ``output``: the folder to work in unless told otherwise. Runs that start from another dense model than
       those of another file, or have other flags, need one of their own.
     """
@@ -51,6 +52,7 @@ class Comparison:
     flags: dict[str, Any] = field(default_factory=dict)
     paper: dict[str, float] = field(default_factory=dict)
     paper_table: str = ""
+    tasks: str = ""
     claims: tuple[Claim, ...] = ()
 
 
@@ -126,5 +128,6 @@ def read(path: Path) -> Comparison:
         flags=entries.get("flags", {}),
         paper=entries.get("paper", {}),
         paper_table=entries.get("paper_table", ""),
+        tasks=str(entries.get("tasks", "")),
         claims=claims,
     )

@@ -26,7 +26,7 @@ from megatron_router_upcycling.errors import Parser
 from tools.experiments import pictures, report
 from tools.experiments.comparison import read
 from tools.experiments.foundation import Foundation, environment, flags, program
-from tools.experiments.plan import Plan
+from tools.experiments.plan import Plan, export
 from tools.experiments.results import RunResult, read_run
 from tools.experiments.stages import Pipeline, Stage, command_line, in_order
 
@@ -57,19 +57,11 @@ class Demonstration(Plan):
         """The training run of the model that is exported."""
         return self.train(self.comparison.reference, self.comparison.seeds[0])
 
-    def export(self) -> Stage:
-        trained, folder = self.exported(), self.output / "hf"
-        options = flags(dtype="float32", quiet=True)
-        return Stage(
-            "export",
-            "export to Hugging Face format",
-            (program("router-upcycle"), "export-hf", str(trained.output), str(folder), *options),
-            folder,
-            after=(trained,),
-        )
+    def export_one(self) -> Stage:
+        return export("export", "export to Hugging Face format", self.exported(), self.output / "hf")
 
     def check(self) -> Stage:
-        exported, trained, found = self.export(), self.exported(), self.output / "check.json"
+        exported, trained, found = self.export_one(), self.exported(), self.output / "check.json"
         tool = (program("python"), "-m", "tools.experiments.check_export", str(exported.output))
         config = flags(config=trained.files[0])
         return Stage(

@@ -22,6 +22,7 @@ CORPUS = {"source_library": True, "train_tokenizer": 4000, "held_out": 0.05}
 QUICK_CORPUS = {"train_tokenizer": 500, "held_out": 0.1, "max_bytes": 800_000}
 QUICK_MODEL = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 176, "kv_channels": 8}
 QUICK_RUN = {"train_iters": 6, "save_interval": 4, "eval_iters": 2, "log_interval": 2}
+QUICK_QUESTIONS = 20
 # And what it leaves as it is in the demonstration, where a comparison's file says otherwise.
 QUICK_SIZE = {
     "micro_batch_size": 8,

@@ -29,8 +29,12 @@ class Interval:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     def __str__(self) -> str:
-        ends = "" if self.low is None else f" [{self.low:+.4f}, {self.high:+.4f}]"
-        return f"{self.mean:+.4f}{ends}"
+        return f"{self:.4f}"
+
+    def __format__(self, form: str) -> str:
+        """``form`` is that of a number, without a sign: ".4f"."""
+        ends = "" if self.low is None else f" [{self.low:+{form}}, {self.high:+{form}}]"
+        return f"{self.mean:+{form}}{ends}"
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:

@@ -1,4 +1,4 @@
-"""The commands of a comparison: two stages for each run, over those that make what all runs start from."""
+"""The commands of a comparison: a few stages for each run, over those that make what all runs start from."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,7 @@ from tools.experiments.comparison import Comparison
 from tools.experiments.foundation import (
     CORPUS,
     PACKAGE,
+    QUICK_QUESTIONS,
     QUICK_RUN,
     QUICK_SIZE,
     Foundation,
@@ -51,7 +52,8 @@ class Plan:
 
     def stages_of(self, runs: Iterable[tuple[str, int]]) -> list[Stage]:
         """All that some of the runs need."""
-        return in_order(self.train(*run) for run in runs)
+        last = self.ask if self.comparison.tasks else self.train
+        return in_order(last(*run) for run in runs)
 
     def convert(self, name: str, seed: int) -> Stage:
         config, run = self.comparison.runs[name], _folder_name(name, seed)
@@ -73,6 +75,30 @@ class Plan:
     def evaluate(self, name: str, seed: int) -> Stage:
         """The held-out loss before any training; no part of a comparison by itself."""
         return self._pretrain("evaluate", name, seed, "evaluated", skip_train=True)
+
+    def export(self, name: str, seed: int) -> Stage:
+        run = _folder_name(name, seed)
+        title, folder = f"{name}, seed {seed}: export", self.output / "exported" / run
+        return export(f"export-{run}", title, self.train(name, seed), folder, "--modelling-code")
+
+    def ask(self, name: str, seed: int) -> Stage:
+        """The tasks of ``evaluate``, asked of the trained model."""
+        run, exported = _folder_name(name, seed), self.export(name, seed)
+        folder = self.output / "asked" / run
+        options = flags(
+            tasks=self.comparison.tasks,
+            limit=QUICK_QUESTIONS if self.quick else None,
+            batch_size=64,
+            trust_remote_code=True,  # the folder is our own, of a moment ago
+            output=folder,
+        )
+        return Stage(
+            f"ask-{run}",
+            f"{name}, seed {seed}: evaluate",
+            (program("router-upcycle"), "evaluate", str(exported.output), *options),
+            folder,
+            after=(exported,),
+        )
 
     def _pretrain(
         self, verb: str, name: str, seed: int, save: str, resumes: bool = False, **more: Any
@@ -105,6 +131,13 @@ class Plan:
             return self.comparison.checkpoint, self.comparison.key_stats, ()
         keys = base.keys(read_yaml(config)["upcycling"].get("key_source", "pre_rope"))
         return base.dense.output, keys.output, (base.dense, keys)
+
+
+def export(name: str, title: str, trained: Stage, folder: Path, *more: str) -> Stage:
+    """Export what a stage trained to Hugging Face format."""
+    options = (*flags(dtype="float32", quiet=True), *more)
+    command = (program("router-upcycle"), "export-hf", str(trained.output), str(folder), *options)
+    return Stage(name, title, command, folder, after=(trained,))
 
 
 def run_name(name: str) -> str:

@@ -11,7 +11,13 @@ from tools.experiments import pictures
 from tools.experiments.claims import Seen
 from tools.experiments.comparison import Claim, Comparison
 from tools.experiments.intervals import CONFIDENCE, interval, student_t
-from tools.experiments.results import RunResult, crossings, differences, training_differences
+from tools.experiments.results import (
+    RunResult,
+    answer_differences,
+    crossings,
+    differences,
+    training_differences,
+)
 
 # Columns of the table for some of them: title and format.
 COLUMNS = {
@@ -98,6 +104,9 @@ def table(comparison: Comparison, results: Sequence[RunResult]) -> str:
     """The runs in the file's order, as Markdown."""
     header = ["run", "held-out loss", f"minus {comparison.reference} [95%]", "first training loss"]
     header += [title for title, _ in COLUMNS.values()]
+    tasks = sorted({task for result in results for task in result.answers})
+    for task in tasks:
+        header += [f"{task} (%)", f"minus {comparison.reference} [95%]"]
     if comparison.paper:
         header.append(f"the paper's average score ({comparison.paper_table})")
     rows = [header]
@@ -107,12 +116,19 @@ def table(comparison: Comparison, results: Sequence[RunResult]) -> str:
             continue
         against = differences(results, name, comparison.reference)
         first = [run.training[min(run.training)] for run in runs if run.training]
-        row = [name, str(Spread.of([run.held_out for run in runs]))]
+        count = f" ({len(runs)} of {len(comparison.seeds)} seeds)" * (len(runs) < len(comparison.seeds))
+        row = [name, str(Spread.of([run.held_out for run in runs])) + count]
         row.append("" if name == comparison.reference or not against else str(interval(against)))
         row.append(f"{mean(first):.4f}" if first else "")
         for key, (_, form) in COLUMNS.items():
             values = [run.routing[key] for run in runs if key in run.routing]
             row.append(f"{mean(values):{form}}" if values else "")
+        for task in tasks:
+            scores = [100 * mean(run.answers[task]) for run in runs if task in run.answers]
+            row.append(f"{mean(scores):.1f}" if scores else "")
+            better = answer_differences(results, task, name, comparison.reference)
+            apart = interval([100 * value for value in better]) if better else None
+            row.append(f"{apart:.1f}" if apart and name != comparison.reference else "")
         if comparison.paper:
             row.append(f"{comparison.paper[name]:.2f}" if name in comparison.paper else "")
         rows.append(row)
@@ -165,7 +181,8 @@ def write(
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
     (folder / "report.md").write_text(
         f"# {comparison.title}\n\n{text}\n\n![Loss curves](loss_curves.png)\n\n"
-        f"![Differences over tokens](differences.png)\n\nMade by `{command}` with {made}.\n",
+        "![Differences over tokens](differences.png)\n\n"
+        f"Made by `{command}` with {made}, {_commits(results)}.\n",
         encoding="utf-8",
     )
     found = {
@@ -181,6 +198,12 @@ def write(
     return text
 
 
+def _commits(results: Sequence[RunResult]) -> str:
+    """At which commits of this project the runs began."""
+    found = sorted({result.commit for result in results})
+    return f"commit{'s' * (len(found) > 1)} {', '.join(found)}"
+
+
 def _note(comparison: Comparison, results: Sequence[RunResult], judged: int, late: int) -> str:
     """What the table's columns are and how claims are judged."""
     tokens = sorted({result.tokens for result in results})
@@ -194,6 +217,12 @@ def _note(comparison: Comparison, results: Sequence[RunResult], judged: int, lat
         f" {judged} of {len(comparison.claims)} claims could be judged; {late} were added when something of"
         " their runs was known, and are marked."
     )
+    counts = {task: len(found) for result in results for task, found in result.answers.items()}
+    asked = "".join(
+        f" {task}: right answers to {count:,} questions, mean over seeds; the interval of its difference is"
+        " over questions, each with its mean over seeds."
+        for task, count in counts.items()
+    )
     return (
         f"Held-out loss in nats a token after {after} tokens: mean and standard deviation over"
         f" {len(comparison.seeds)} seeds ({seeds});"
@@ -202,7 +231,7 @@ def _note(comparison: Comparison, results: Sequence[RunResult], judged: int, lat
         " expert: its tokens over the mean; like dead experts, dropped choices"
         " and the sum of a token's weights it is the mean over layers and seeds, at the end."
         " A claim is shown or contradicted if the 95% interval of its difference leaves out 0."
-        f"{claims if comparison.claims else ''} Comparisons made: {shown} intervals in the table and {judged}"
-        " of claims; of 20 such intervals one is expected to miss. Training took"
+        f"{claims if comparison.claims else ''}{asked} Comparisons made: {shown} intervals in the table and"
+        f" {judged} of claims; of 20 such intervals one is expected to miss. Training took"
         f" {minutes:.0f} minutes in all."
     )

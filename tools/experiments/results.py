@@ -3,8 +3,9 @@
 Differences are taken seed by seed: with one seed both saw the same data in the same order.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,7 +19,8 @@ ROUTING = ("load_max_over_mean", "dead_experts", "entropy", "weight_sum", "dropp
 @dataclass(frozen=True)
 class RunResult:
     """One training run. Losses are nats a token; ``training`` is tokens -> loss; ``routing`` is the mean over
-    the layers in the last step that was looked at, ``first_routing`` in the first."""
+    the layers in the last step that was looked at, ``first_routing`` in the first. ``answers``: of each task
+    the score of every question, 1 for a right answer."""
 
     name: str
     seed: int
@@ -31,10 +33,16 @@ class RunResult:
     seconds: float
     command: str
     commit: str
+    answers: dict[str, list[float]] = field(default_factory=dict)
 
 
-def read_run(name: str, seed: int, folder: Path, record: dict[str, Any]) -> RunResult:
+def read_run(
+    name: str, seed: int, folder: Path, record: dict[str, Any], asked: Path | None = None
+) -> RunResult:
     """What the run that saved to ``folder`` left there; ``record`` is its stage's.
+
+    Args:
+        asked: what ``evaluate`` wrote of the trained model.
 
     Raises:
         UserError: it has no held-out loss.
@@ -44,6 +52,7 @@ def read_run(name: str, seed: int, folder: Path, record: dict[str, Any]) -> RunR
     if not held_out or held_out[-1]["lm_loss"] is None:
         raise UserError(f"{folder / files.RUN}: no finite held-out loss; let eval_iters be larger than 0")
     routing = files.read(folder / files.ROUTING) or [{}]
+    tasks = json.loads((asked / "results.json").read_text(encoding="utf-8"))["tasks"] if asked else {}
     return RunResult(
         name=name,
         seed=seed,
@@ -56,6 +65,7 @@ def read_run(name: str, seed: int, folder: Path, record: dict[str, Any]) -> RunR
         seconds=record["seconds"],
         command=record["command"],
         commit=record.get("commit", "unknown"),
+        answers={task: found["by_question"] for task, found in tasks.items()},
     )
 
 
@@ -66,6 +76,15 @@ def _layer_means(line: dict[str, Any]) -> dict[str, float]:
 def differences(results: Sequence[RunResult], left: str, right: str) -> list[float]:
     """Held-out loss of ``left`` minus that of ``right``, for the seeds that both have ended."""
     return [a.held_out - b.held_out for a, b in _pairs(results, left, right)]
+
+
+def answer_differences(results: Sequence[RunResult], task: str, left: str, right: str) -> list[float]:
+    """Scores of ``left`` minus those of ``right``, question by question: means over the seeds of both."""
+    pairs = [(a, b) for a, b in _pairs(results, left, right) if task in a.answers and task in b.answers]
+    by_seed = [
+        [mine - other for mine, other in zip(a.answers[task], b.answers[task], strict=True)] for a, b in pairs
+    ]
+    return [mean(question) for question in zip(*by_seed, strict=True)]
 
 
 def training_differences(
