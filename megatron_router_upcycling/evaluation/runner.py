@@ -162,6 +162,10 @@ def _load_model(model_dir: Path, config: dict[str, Any], options: Options) -> An
         )
     except Exception as error:  # of transformers, tokenizers, safetensors, or the folder's own code
         raise UserError(f"{model_dir}: cannot be loaded ({described(error)})") from error
+    if not tokenizer.encode("a word", add_special_tokens=False):  # transformers makes up an empty one
+        raise UserError(
+            f"{model_dir}: holds no tokenizer; export again with --tokenizer DIR, or copy its files"
+        )
     for kind in ("missing", "mismatched", "unexpected"):
         if keys := sorted(map(str, loading[f"{kind}_keys"])):
             raise UserError(

@@ -216,8 +216,11 @@ def describe_result(job: Export, record: dict[str, Any], seconds: float) -> str:
         lines.append(Rounding(**record["rounding"]).describe(record["dtype"]))
     if job.llama_cpp_fault:
         lines.append(job.llama_cpp_fault)
-    if job.beside is None or not beside.is_tokenizer(job.beside):
-        lines.append("no tokenizer was found; name its folder with --tokenizer DIR, or copy its files there")
+    if not beside.is_tokenizer(job.out):
+        fault = f"written: {record['tokenizer']}" if "tokenizer" in record else "found"
+        lines.append(
+            f"no tokenizer was {fault}; name its folder with --tokenizer DIR, or copy its files there"
+        )
     if job.left_out:
         lines.append(f"left out: {', '.join(job.left_out)}")
     code = "" if job.is_stock else ", trust_remote_code=True"

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.hf import config_json
+from megatron_router_upcycling.hf import config_json, sentencepiece_model
 from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import (
     CARD,
@@ -26,7 +26,13 @@ RECORD = "export_hf.json"
 def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     """Write everything but the weights."""
     special = copy_beside(job.beside, folder) if job.beside else {}
+    model = sentencepiece_model.find(job.beside) if job.beside else None
+    if model:
+        special |= sentencepiece_model.special_tokens(model)
     _write_json(folder / CONFIG, config(job) | special)
+    if model:
+        fault = sentencepiece_model.convert(model, folder)
+        record["tokenizer"] = fault or f"made of {model.name}"
     if not (folder / GENERATION_CONFIG).exists():
         _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True} | special)
     if len(job.shards) > 1:

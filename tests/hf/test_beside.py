@@ -1,5 +1,6 @@
 """Tokenizer, templates and settings go where the model goes, and folders may be moved on the way."""
 
+import argparse
 import json
 import shutil
 from argparse import Namespace
@@ -7,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import transformers
+from sentencepiece import SentencePieceProcessor
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.config import yaml_files
+from megatron_router_upcycling.data.tokenizer import train
 from megatron_router_upcycling.training import tokenizer
+from tests import dense_checkpoint
 from tests.hf.folders import copy, edit, run, write_tokenizer
 
 
@@ -111,3 +115,41 @@ def test_run_takes_the_checkpoints_tokenizer_and_hands_it_on(tmp_path: Path) -> 
         "SentencePieceTokenizer",
         tmp_path / "second/tokenizer/tokenizer.model",
     )
+
+
+def test_a_sentencepiece_tokenizer_is_exported_as_transformers_loads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that was trained here: the same tokens of every text, but of a model that transformers takes to
+    have Qwen's own. One that is damaged is said to be."""
+    dense, moe = tmp_path / "dense", tmp_path / "moe"
+    dense_checkpoint.write(dense, args=dense_checkpoint.arguments(max_position_embeddings=16, vocab_size=37))
+    assert run("convert", dense, moe, "--router", "linear") == 0
+    texts = [path.read_text("utf-8") for path in sorted(Path(argparse.__file__).parent.glob("a*.py"))]
+    model = tmp_path / "text.tokenizer.model"
+    train(texts, 400, model)
+    for root in (dense, moe):
+        beside.hand_on(model, root)
+    capsys.readouterr()
+
+    assert cli.main(["export-hf", str(moe), str(tmp_path / "hf")]) == 0
+    assert "no tokenizer" not in capsys.readouterr().out
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    own = SentencePieceProcessor(model_file=str(model))
+    for text in (*texts, " ünïcode \n\n\t x", ""):
+        assert loaded.encode(text) == own.encode(text)
+        assert loaded.decode(own.encode(text)) == text
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    names = [f"{name}_token_id" for name in ("bos", "eos", "pad")]
+    assert [config[name] for name in names] == [getattr(loaded, name) for name in names] == [1, 2, 3]
+
+    assert cli.main(["export-hf", str(dense), str(tmp_path / "qwen2")]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "no tokenizer was written: for text.tokenizer.model transformers would load a Qwen2Tokenizer" in said
+    )
+    (moe / beside.FOLDER / model.name).write_bytes(b"none")
+    assert cli.main(["export-hf", str(moe), str(tmp_path / "without")]) == 0
+    said = capsys.readouterr().out
+    assert "no tokenizer was written: text.tokenizer.model cannot be converted (" in said
+    assert not any((tmp_path / f"{name}/tokenizer.json").exists() for name in ("qwen2", "without"))

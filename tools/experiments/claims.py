@@ -46,7 +46,7 @@ class Seen:
         both = self.better_begun and self.than_begun
         known = f"{_runs(self.better_begun)} of {claim.better} and {_runs(self.than_begun)} of {claim.than}"
         kind = "added after looking" if both else "added when one side was known"
-        return f" **({kind}: first seen {when}, when {known} had begun.)**"
+        return f" ({kind}: first seen {when}, when {known} had begun)"
 
 
 def _runs(count: int) -> str:

@@ -1,4 +1,4 @@
-"""The report of a comparison: a table with mean and spread over seeds, and a sentence for each claim."""
+"""The report of a comparison: the runs with mean and spread over seeds, the claims, and every seed's loss."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from megatron_router_upcycling.files import versions
 from tools.experiments import pictures
 from tools.experiments.claims import Seen
 from tools.experiments.comparison import Claim, Comparison
-from tools.experiments.intervals import CONFIDENCE, interval, student_t
+from tools.experiments.intervals import CONFIDENCE, interval
 from tools.experiments.results import (
     RunResult,
     answer_differences,
@@ -26,7 +26,16 @@ COLUMNS = {
     "dropped_fraction": ("dropped", ".1%"),
     "weight_sum": ("weights' sum", ".2f"),
 }
-FEW = 3  # seeds, below which an interval is so wide that next to nothing can be shown
+VERDICTS = (
+    *(
+        "claim: ends lower",
+        "whose",
+        "at this scale",
+        "difference [95%]",
+        "seeds lower",
+        "for all claims at once",
+    ),
+)
 NAMED = 3  # crossings of two curves; where there are more, they are noise
 
 
@@ -46,41 +55,27 @@ class Spread:
         return f"{self.mean:.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
 
 
-def verdict(claim: Claim, results: Sequence[RunResult], judged: int = 1, seen: Seen | None = None) -> str:
-    """An honest sentence: shown, not shown, or contradicted at this scale.
+def verdict(
+    claim: Claim, results: Sequence[RunResult], judged: int = 1, seen: Seen | None = None
+) -> list[str]:
+    """A row of ``VERDICTS``: a claim is shown, not shown or contradicted at this scale, or not judged.
 
     Args:
         judged: the number of claims that are judged beside each other.
         seen: what was known when the claim was first seen.
     """
     found = differences(results, claim.better, claim.than)
-    title = f"“{claim.better} is better than {claim.than}” ({claim.source})"
+    word, difference, lower, of_all = "not judged", None, "", ""
+    if len(found) > 1:
+        difference = interval(found)
+        sure = difference.excludes_zero
+        word = "not shown" if not sure else "**shown**" if difference.mean < 0 else "**contradicted**"
+        lower = f"{sum(d < 0 for d in found)} of {len(found)}"
+        if sure and judged > 1:
+            of_all = "yes" if interval(found, 1 - (1 - CONFIDENCE) / judged).excludes_zero else "no"
     mark = seen.describe(claim) if seen else ""
-    if len(found) < 2:
-        return f"{title}: not judged, which takes two seeds that both have ended.{mark}"
-    difference = interval(found)
-    assert difference.low is not None and difference.high is not None
-    sure = difference.excludes_zero
-    word = "not shown" if not sure else "shown" if difference.mean < 0 else "contradicted"
-    lower = sum(d < 0 for d in found)
-    together = 1 - (1 - CONFIDENCE) / judged
-    of_all = ""
-    if sure and judged > 1:
-        holds = interval(found, together).excludes_zero
-        word_of_all = "holds" if holds else "does not hold"
-        of_all = f" At {together:.2%}, which allows for {judged} claims, it {word_of_all}."
-    few = ""
-    if len(found) < FEW:
-        few = (
-            f" {len(found)} seeds are too few: the interval is {student_t(CONFIDENCE, len(found) - 1):.1f}"
-            " standard errors wide to each side."
-        )
-    return (
-        f"{title}: **{word} at this scale**; its held-out loss minus the other's is {difference.mean:+.4f},"
-        f" 95% interval {difference.low:+.4f} to {difference.high:+.4f}, lower with {lower} of {len(found)}"
-        " seeds."
-        f"{of_all}{few}{mark}"
-    )
+    cells = [f"{claim.better} < {claim.than}", claim.source, word + mark]
+    return [*cells, "" if difference is None else str(difference), lower, of_all]
 
 
 def crossing(results: Sequence[RunResult], name: str, reference: str) -> str:
@@ -135,6 +130,15 @@ def table(comparison: Comparison, results: Sequence[RunResult]) -> str:
     return markdown(rows)
 
 
+def by_seed(comparison: Comparison, results: Sequence[RunResult]) -> str:
+    """The held-out loss of every run, as Markdown, so that all else can be computed again."""
+    found = {(result.name, result.seed): f"{result.held_out:.5f}" for result in results}
+    names = [name for name in comparison.runs if any(name == other for other, _ in found)]
+    header = ["run", *(f"seed {seed}" for seed in comparison.seeds)]
+    rows = [[name, *(found.get((name, seed), "") for seed in comparison.seeds)] for name in names]
+    return markdown([header, *rows])
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table, its first row the header, that also reads well as plain text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -153,7 +157,7 @@ def write(
     seen: Mapping[Claim, Seen] | None = None,
     failures: Sequence[str] = (),
 ) -> str:
-    """Write report.md, results.json and the pictures to ``folder``; return the table and the sentences.
+    """Write report.md, results.json and the pictures to ``folder``; return what report.md says.
 
     Args:
         seen: what was known when each claim was first seen.
@@ -167,22 +171,23 @@ def write(
     verdicts = [verdict(claim, results, max(1, judged), seen.get(claim)) for claim in comparison.claims]
     others = [name for name in comparison.runs if name != comparison.reference]
     crossed = list(filter(None, (crossing(results, name, comparison.reference) for name in others)))
+    about = f"Training loss beside that of {comparison.reference} (mean over the seeds that both have):"
     parts = [
         table(comparison, results),
         *(["Failed:", "\n".join(f"- {failure}" for failure in failures)] if failures else []),
-        _note(comparison, results, judged, sum(found.is_late for found in seen.values())),
-        "\n".join(f"- {sentence}" for sentence in verdicts),
-        f"Training loss beside that of {comparison.reference} (mean over the seeds that both have):"
-        if crossed
-        else "",
+        markdown([VERDICTS, *verdicts]) if verdicts else "",
+        _notes(comparison, results, judged, sum(found.is_late for found in seen.values())),
+        about if crossed else "",
         "\n".join(f"- {sentence}" for sentence in crossed),
+        "Held-out loss, seed by seed:",
+        by_seed(comparison, results),
     ]
     text = "\n\n".join(filter(None, parts))
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
     (folder / "report.md").write_text(
-        f"# {comparison.title}\n\n{text}\n\n![Loss curves](loss_curves.png)\n\n"
+        f"# {comparison.title}\n\nMade by `{command}` with {made}, {_commits(results)}.\n\n"
         "![Differences over tokens](differences.png)\n\n"
-        f"Made by `{command}` with {made}, {_commits(results)}.\n",
+        f"{text}\n\n![Loss curves](loss_curves.png)\n",
         encoding="utf-8",
     )
     found = {
@@ -190,7 +195,7 @@ def write(
         "command": command,
         "versions": versions(),
         "runs": [asdict(result) for result in results],
-        "verdicts": verdicts,
+        "verdicts": [dict(zip(VERDICTS, row, strict=True)) for row in verdicts],
         "claims": [asdict(claim) | {"seen": asdict(seen[claim])} for claim in seen],
         "failures": list(failures),
     }
@@ -204,34 +209,37 @@ def _commits(results: Sequence[RunResult]) -> str:
     return f"commit{'s' * (len(found) > 1)} {', '.join(found)}"
 
 
-def _note(comparison: Comparison, results: Sequence[RunResult], judged: int, late: int) -> str:
-    """What the table's columns are and how claims are judged."""
+def _notes(comparison: Comparison, results: Sequence[RunResult], judged: int, late: int) -> str:
+    """What the table's columns are and how claims are judged, as a list in Markdown."""
     tokens = sorted({result.tokens for result in results})
     minutes = sum(result.seconds for result in results) / 60
     after, seeds = (" or ".join(f"{n:,}" for n in tokens), ", ".join(map(str, comparison.seeds)))
-    names = {result.name for result in results}
-    shown = sum(
-        len(differences(results, name, comparison.reference)) > 1 for name in names - {comparison.reference}
-    )
-    claims = (
-        f" {judged} of {len(comparison.claims)} claims could be judged; {late} were added when something of"
-        " their runs was known, and are marked."
-    )
+    names = {result.name for result in results} - {comparison.reference}
+    shown = sum(len(differences(results, name, comparison.reference)) > 1 for name in names)
     counts = {task: len(found) for result in results for task, found in result.answers.items()}
-    asked = "".join(
-        f" {task}: right answers to {count:,} questions, mean over seeds; the interval of its difference is"
-        " over questions, each with its mean over seeds."
-        for task, count in counts.items()
+    notes = [
+        f"Held-out loss: nats a token after {after} tokens, mean and standard deviation over seeds {seeds}."
+        f" {len(results)} of {len(comparison.runs) * len(comparison.seeds)} runs have ended; training took"
+        f" {minutes:.0f} minutes in all.",
+        "Differences are taken seed by seed, and stand with their 95% interval (Student's t; two seeds or"
+        " more), which reaches 2.5 standard deviations to each side with three seeds, and 9.0 with two.",
+        "Busiest expert: its tokens over the mean. Like dead experts, dropped choices and the sum of a"
+        " token's weights it is the mean over layers and seeds, at the end.",
+    ]
+    for task, count in counts.items():
+        notes.append(
+            f"{task}: right answers to {count:,} questions, mean over seeds. The interval of its difference"
+            " is over questions, each with its mean over seeds."
+        )
+    if comparison.claims:
+        notes.append(
+            "A claim is shown or contradicted if the 95% interval leaves out 0; the last column says whether"
+            " a wider interval does so too, which allows for the number of claims (Bonferroni)."
+            f" {judged} of {len(comparison.claims)} claims could be judged; {late} were added when something"
+            " of their runs was known, and are marked."
+        )
+    notes.append(
+        f"Comparisons made: {shown} intervals in the table and {judged} of claims; of 20 such intervals one"
+        " is expected to miss."
     )
-    return (
-        f"Held-out loss in nats a token after {after} tokens: mean and standard deviation over"
-        f" {len(comparison.seeds)} seeds ({seeds});"
-        f" {len(results)} of {len(comparison.runs) * len(comparison.seeds)} runs have ended. Differences are"
-        " taken seed by seed, and stand with their 95% interval (Student's t; two seeds or more). Busiest"
-        " expert: its tokens over the mean; like dead experts, dropped choices"
-        " and the sum of a token's weights it is the mean over layers and seeds, at the end."
-        " A claim is shown or contradicted if the 95% interval of its difference leaves out 0."
-        f"{claims if comparison.claims else ''}{asked} Comparisons made: {shown} intervals in the table and"
-        f" {judged} of claims; of 20 such intervals one is expected to miss. Training took"
-        f" {minutes:.0f} minutes in all."
-    )
+    return "\n".join(f"- {note}" for note in notes)
