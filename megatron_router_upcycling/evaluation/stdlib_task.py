@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-QUESTIONS, EXAMPLES, CHOICES = 1000, 20, 4
+QUESTIONS, EXAMPLES, CHOICES = 500, 20, 4
 SHORTEST, LONGEST = 40, 240  # characters of a passage
 
 
