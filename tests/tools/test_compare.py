@@ -187,7 +187,7 @@ def test_quick_runs_are_short_whatever_the_file_says() -> None:
 def test_the_two_kinds_of_router_are_compared_at_equal_entropy() -> None:
     """What sharpness.yaml is for: pairs that differ in the kind of router alone."""
     comparison = read(ROOT / "configs/compare/sharpness.yaml")
-    for entropy in (0.8, 1.2, 1.5, 1.8, 2.0):
+    for entropy in (0.4, 0.8, 1.2, 1.5, 1.8, 2.0):
         heads, random = (read_yaml(comparison.runs[f"{kind} {entropy}"]) for kind in ("heads", "random"))
         methods = [read_method(comparison.runs[f"{kind} {entropy}"]) for kind in ("heads", "random")]
         assert [method.init for method in methods] == [InitConfig(target_entropy=entropy)] * 2
