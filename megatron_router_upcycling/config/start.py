@@ -99,7 +99,7 @@ class InitConfig:
                     f"{name} {getattr(self, name)}: is for --router {' or '.join(suits)}, not for {kind.name}"
                 )
         if self.target_entropy is not None and self.logit_scale != 1:
-            raise UserError("target_entropy sets the logits' scale; leave logit_scale out")
+            raise UserError("--target-entropy sets the logits' scale; leave logit_scale out")
         if self.weights == "random" and dataclasses.replace(self, weights="dense") != default:
             raise UserError("weights random: starts from nothing; no other option of the start goes with it")
         if self.weights == "random" and kind.of_heads:
@@ -109,7 +109,7 @@ class InitConfig:
             )
         if self.target_entropy is not None and not 0 < self.target_entropy < math.log(router.num_experts):
             raise UserError(
-                f"target_entropy {self.target_entropy}: is in nats and must be between 0 and"
+                f"--target-entropy {self.target_entropy}: is in nats and must be between 0 and"
                 f" ln {router.num_experts} = {math.log(router.num_experts):.4f}, that of even routing"
             )
         if router.granularity > 1 and (self.alters_experts or self.weights == "random"):

@@ -81,7 +81,7 @@ def scale_to_entropy(logits: Tensor, target: float, place: str) -> float:
     low, high = map(math.log, SCALES)
     if not entropy(math.exp(high)) < target < entropy(math.exp(low)):
         raise UserError(
-            f"target_entropy {target}: no logit scale gives it {place}, where it can be"
+            f"--target-entropy {target}: no logit scale gives it {place}, where it can be"
             f" {entropy(math.exp(high)):.4f} to {entropy(math.exp(low)):.4f}"
         )
     for _ in range(BISECTIONS):

@@ -271,7 +271,7 @@ def _experts(number: int) -> str:
     ("options", "message"),
     [
         ({"gate": "centroid"}, "gate centroid: is for --router linear or switch, not for mixture"),
-        ({"target_entropy": 3.0}, "target_entropy 3.0: is in nats and must be between 0 and ln 8 = 2.0794"),
+        ({"target_entropy": 3.0}, "--target-entropy 3.0: is in nats and must be between 0 and ln 8 = 2.0794"),
         ({"target_entropy": 1.0}, "holds no hidden states (router_input)"),
         ({"target_entropy": 1.0, "logit_scale": 2.0}, "leave logit_scale out"),
         ({"drop_upcycling": 1.5}, "drop_upcycling 1.5: is a share"),
