@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from megatron_router_upcycling.training.run_log import files
 from tools.experiments import claims, compare, foundation, intervals, pictures, report, results
 from tools.experiments.comparison import Claim, read
 from tools.experiments.plan import Plan
-from tools.experiments.results import RunResult
+from tools.experiments.results import RunResult, differences
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs/compare").glob("*.yaml"))
@@ -366,5 +367,50 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
     assert all(len(run["answers"]["stdlib"]) == foundation.QUICK_QUESTIONS for run in found)
 
     shutil.rmtree(output / "trained")
+    file.write_text(file.read_text().replace("tasks: stdlib\n", ""))
     command[-1] = "1"
-    assert run_again()[1] == found
+    assert run_again()[1] == [run | {"answers": {}} for run in found]
+
+
+REPORTS = sorted((ROOT / "docs/comparison").glob("*/report.md"))
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The cells of each table of a page in Markdown, its header first."""
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]]
+        for lines in blocks
+    ]
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(number) for number in re.findall(r"[+-]?\d+\.\d+", cell)]
+
+
+@pytest.mark.parametrize("page", REPORTS, ids=lambda path: path.parent.name)
+def test_reports_in_the_documents_follow_from_the_losses_in_them(page: Path) -> None:
+    """Means, intervals and verdicts, computed again from the losses of every seed; claims as they stand."""
+    comparison = read(ROOT / f"configs/compare/{page.parent.name}.yaml")
+    text = page.read_text(encoding="utf-8")
+    found, claimed, (seeds, *losses) = tables(text)
+    results = [
+        RunResult(name, int(seed.removeprefix("seed ")), float(loss), {}, 0, 0, {}, {}, 0.0, "", "")
+        for name, *row in losses
+        for seed, loss in zip(seeds[1:], row, strict=True)
+        if loss
+    ]
+    assert [row[0] for row in found[1:]] == [name for name, *_ in losses]
+    for name, loss, apart, *_ in found[1:]:
+        mean_and_deviation = report.Spread.of([run.held_out for run in results if run.name == name])
+        assert numbers(loss)[:2] == pytest.approx(numbers(str(mean_and_deviation)), abs=1.5e-4)
+        if name != comparison.reference:
+            again = str(intervals.interval(differences(results, name, comparison.reference)))
+            assert numbers(apart) == pytest.approx(numbers(again), abs=2e-4)
+    assert claimed[0] == list(report.VERDICTS)
+    judged = sum(len(differences(results, *claim.runs)) > 1 for claim in comparison.claims)
+    for claim, row in zip(comparison.claims, claimed[1:], strict=True):
+        title, source, word, apart, *rest = report.verdict(claim, results, judged)
+        assert row[:2] == [title, source] and row[2].startswith(word) and row[4:] == rest
+        assert numbers(row[3]) == pytest.approx(numbers(apart), abs=2e-4)
+    assert re.search(r"^Made by `python -m tools\.experiments\.compare .*, commits? [0-9a-f]{12}", text, re.M)
