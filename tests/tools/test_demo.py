@@ -80,7 +80,7 @@ def test_disk_use_does_not_count_what_is_linked(tmp_path):
 def models() -> list[Model]:
     def run(name: str, losses: dict[int, float], held_out: float, steps: int) -> RunResult:
         training = {100 * step: loss for step, loss in losses.items()}
-        return RunResult(name, 1, held_out, training, 100 * steps, steps, {}, {}, 60.0, "command")
+        return RunResult(name, 1, held_out, training, 100 * steps, steps, {}, {}, 60.0, "command", "1234abc")
 
     upcycled = run("router upcycling", {10: 4.9, 20: 4.7}, 4.6789, 25)
     vanilla = run("vanilla upcycling", {10: 4.95, 20: 4.75}, 4.7, 25)
