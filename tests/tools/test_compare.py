@@ -84,6 +84,22 @@ def test_differences_are_of_one_seed() -> None:
     assert results.differences(found, "a", "b") == [-0.5, -0.25]
 
 
+def test_answers_are_compared_question_by_question() -> None:
+    """Means over the seeds of both, an interval over questions; a run that was not asked stands without."""
+    answers = {("a", 1): [1.0, 1.0, 0.0], ("b", 1): [1.0, 0.0, 0.0], ("a", 2): [1.0, 1.0, 1.0]}
+    answers |= {("b", 2): [0.0, 1.0, 1.0]}
+    found = [
+        replace(run, answers={"stdlib": answers[run.name, run.seed]}) if run.seed < 3 else run
+        for run in runs(a=[4.0, 5.0, 6.0], b=[4.1, 5.1, 6.1])
+    ]
+    assert results.answer_differences(found, "stdlib", "a", "b") == [0.5, 0.5, 0.0]
+    assert results.answer_differences(found, "other", "a", "b") == []
+    comparison = replace(read(FILES[0]), runs={"a": Path("a"), "b": Path("b")}, reference="b", paper={})
+    header, a, b = tables(report.table(comparison, found))[0]
+    assert header[-2:] == ["stdlib (%)", "minus b [95%]"]
+    assert (a[-2:], b[-2:]) == (["83.3", "+33.3 [-38.4, +105.0]"], ["50.0", ""])
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_files_in_the_repository_plan(path: Path) -> None:
     comparison = read(path)
