@@ -38,9 +38,11 @@ step holds for both, but that shards differ from the start, and that half of the
 
 --target-entropy E scales each layer's logits so that a token's routing distribution over all experts has a
 mean entropy of E nats (even routing over n experts: ln n, 2.08 for 8) on the hidden states that collect_keys
-keeps (--router-samples). Routers made of heads may start surer than is good for them: inspect shows each
-layer's entropy, and names the flag where it is low. For the mixture and for linear, switch and mlp routers.
-configs/methods/calibrated.yaml is the paper's method with 1.5; docs/comparison.md has what is known of it.
+keeps (--router-samples). Routers made of heads may start surer than is good for them, and random ones too
+even: inspect shows each layer's entropy, and names the flag where it would help. For the mixture and for
+linear, switch and mlp routers.
+configs/methods/calibrated.yaml is the paper's method with 1.5, calibrated_topk_first.yaml a random linear
+router with 1.5 and softmax after top-k; docs/comparison.md has what is known of them.
 
 what to expect of the first step:
   --moe-router-pre-softmax      softmax over all experts, then top-k (the paper): the k weights sum to less
