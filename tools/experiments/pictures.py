@@ -11,7 +11,7 @@ from tools.experiments.intervals import interval
 from tools.experiments.results import RunResult, differences, training_differences
 
 COLOURS = ("#c8401e", "#2867b2", "#3a9a4b", "#8a4fb0", "#c79a00", "#444444", "#00999c", "#d2679a")
-LINES = ("-", "--", ":")  # of the first so many runs as there are colours, of the next, and so on
+LINES = ("-", "--", ":", "-.")  # of the first so many runs as there are colours, of the next, and so on
 FAR = 12.0  # typical differences; what is further off would flatten the picture
 
 
