@@ -91,7 +91,8 @@ def moments_of(optimizer: Any) -> torch.Tensor:
 
 def tell(args: Any, line: str) -> None:
     if args.rank == 0:
-        print(line, flush=True)
+        sys.stdout.write(f"{line}\n")  # in one piece: Megatron logs to the same place
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
