@@ -262,8 +262,8 @@ def _warnings(
     found: list[LayerStart], router: RouterConfig, record: dict[str, Any], is_sampled: bool
 ) -> list[str]:
     warnings = [*_collapsed(found, router), *_saturated(found), *_tied(found)]
-    lines = [*(f"warning: {warning}" for warning in warnings)]
-    lines += _uncalibrated(found, router, record, is_sampled)
+    hints = _uncalibrated(found, router, record, is_sampled)
+    lines = [*(f"warning: {warning}" for warning in warnings), *hints]
     return ["", *lines] if lines else []
 
 

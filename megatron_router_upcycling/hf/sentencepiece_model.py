@@ -28,8 +28,7 @@ def special_tokens(model: Path) -> dict[str, int]:
         own = SentencePieceProcessor(model_file=str(model))
     except (OSError, RuntimeError):
         return {}
-    ids = {"bos_token_id": own.bos_id(), "eos_token_id": own.eos_id(), "pad_token_id": own.pad_id()}
-    return {name: number for name, number in ids.items() if number >= 0}
+    return {f"{name}_id": number for name, number in _tokens(own).items() if name != "unk_token"}
 
 
 def convert(model: Path, folder: Path) -> str:
@@ -63,8 +62,13 @@ def convert(model: Path, folder: Path) -> str:
     return fault
 
 
+def _tokens(own: Any) -> dict[str, int]:
+    """The special tokens that a model of sentencepiece has, by transformers' names."""
+    ids = {f"{name}_token": getattr(own, f"{name}_id")() for name in ("bos", "eos", "pad", "unk")}
+    return {name: number for name, number in ids.items() if number >= 0}
+
+
 def _write_config(own: Any, path: Path) -> None:
-    ids = {"bos": own.bos_id(), "eos": own.eos_id(), "pad": own.pad_id(), "unk": own.unk_id()}
-    tokens = {f"{name}_token": own.id_to_piece(number) for name, number in ids.items() if number >= 0}
+    tokens = {name: own.id_to_piece(number) for name, number in _tokens(own).items()}
     entries = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     path.write_text(json.dumps(entries | tokens, indent=2) + "\n", encoding="utf-8")

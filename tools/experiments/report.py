@@ -27,14 +27,12 @@ COLUMNS = {
     "weight_sum": ("weights' sum", ".2f"),
 }
 VERDICTS = (
-    *(
-        "claim: ends lower",
-        "whose",
-        "at this scale",
-        "difference [95%]",
-        "seeds lower",
-        "for all claims at once",
-    ),
+    "claim: ends lower",
+    "whose",
+    "at this scale",
+    "difference [95%]",
+    "seeds lower",
+    "for all claims at once",
 )
 NAMED = 3  # crossings of two curves; where there are more, they are noise
 
