@@ -110,7 +110,11 @@ def hand_on(place: Path, root: Path) -> None:
 
 def tokenizer_in(root: Path) -> tuple[str, Path] | None:
     """Megatron's ``--tokenizer-type`` and ``--tokenizer-model`` for what stands in ``root``, if any."""
-    folder = root / FOLDER
+    return tokenizer_of(root / FOLDER)
+
+
+def tokenizer_of(folder: Path) -> tuple[str, Path] | None:
+    """The same for a folder of a tokenizer's files."""
     if any((folder / file).is_file() for file in TOKENIZER_FILES[:2]):
         return "HuggingFaceTokenizer", folder
     models = sorted(folder.glob(f"*{SENTENCEPIECE}")) if folder.is_dir() else []

@@ -216,10 +216,11 @@ def describe_result(job: Export, record: dict[str, Any], seconds: float) -> str:
         lines.append(Rounding(**record["rounding"]).describe(record["dtype"]))
     if job.llama_cpp_fault:
         lines.append(job.llama_cpp_fault)
-    if not beside.is_tokenizer(job.out):
-        fault = f"written: {record['tokenizer']}" if "tokenizer" in record else "found"
+    why = record.get("no_tokenizer")
+    if why or not beside.is_tokenizer(job.out):
+        found = f"written: {why}" if why else "found"
         lines.append(
-            f"no tokenizer was {fault}; name its folder with --tokenizer DIR, or copy its files there"
+            f"no tokenizer was {found}; name its folder with --tokenizer DIR, or copy its files there"
         )
     if job.left_out:
         lines.append(f"left out: {', '.join(job.left_out)}")

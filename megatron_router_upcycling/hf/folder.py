@@ -31,8 +31,7 @@ def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
         special |= sentencepiece_model.special_tokens(model)
     _write_json(folder / CONFIG, config(job) | special)
     if model:
-        fault = sentencepiece_model.convert(model, folder)
-        record["tokenizer"] = fault or f"made of {model.name}"
+        record["no_tokenizer"] = sentencepiece_model.convert(model, folder)
     if not (folder / GENERATION_CONFIG).exists():
         _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True} | special)
     if len(job.shards) > 1:

@@ -16,7 +16,7 @@ SAMPLES = ("  two  spaces\n\n\tand a tab ", "naïve café, 数学, \U0001f642\r\
 
 def find(folder: Path) -> Path | None:
     """The only model of sentencepiece in ``folder``, where no Hugging Face tokenizer is beside it."""
-    found = beside.tokenizer_in(folder.parent) if folder.name == beside.FOLDER else None
+    found = beside.tokenizer_of(folder)
     return found[1] if found and found[1].is_file() else None
 
 

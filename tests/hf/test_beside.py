@@ -153,3 +153,7 @@ def test_a_sentencepiece_tokenizer_is_exported_as_transformers_loads_it(
     said = capsys.readouterr().out
     assert "no tokenizer was written: text.tokenizer.model cannot be converted (" in said
     assert not any((tmp_path / f"{name}/tokenizer.json").exists() for name in ("qwen2", "without"))
+    # Under the name that transformers looks for, too.
+    (moe / beside.FOLDER / model.name).rename(moe / beside.FOLDER / "tokenizer.model")
+    assert cli.main(["export-hf", str(moe), str(tmp_path / "named")]) == 0
+    assert "no tokenizer was written: tokenizer.model cannot be converted (" in capsys.readouterr().out
