@@ -145,6 +145,10 @@ def test_an_existing_checkpoint_is_the_start(tmp_path: Path) -> None:
         ("dense: d.yaml\nruns: {a: r.yaml}\nreference: b", "'b' is none of the runs"),
         ("dense: d.yaml\nruns: {a: missing.yaml}", "no such file"),
         ("dense: d.yaml\nruns: {a: r.yaml}\nclaims: [{better: a}]", "claims"),
+        (
+            "dense: d.yaml\nruns: {a: r.yaml}\ntasks: stdlob",
+            "'tasks:' is evaluate's --tasks: no task 'stdlob'",
+        ),
         ("dense: d.yaml\nruns: {a: r.yaml}\nranks: 0", "'ranks:' must be a whole number"),
         ("dense: d.yaml\nruns: {a: r.yaml}\nflags: [a]", "'flags:' must be a mapping"),
         ("checkpoint: d\nkey_stats: k\nruns: {a: r.yaml}\ncorpus: {}", "'corpus:' is for a dense model"),

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.evaluation.runner import parse_tasks
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ def read(path: Path) -> Comparison:
     ranks = entries.get("ranks")
     if ranks is not None and (type(ranks) is not int or ranks < 1):
         raise UserError(f"{path}: 'ranks:' must be a whole number of processes, as 1")
+    tasks = str(entries.get("tasks", ""))
+    try:
+        parse_tasks(tasks or None)
+    except UserError as error:
+        raise UserError(f"{path}: 'tasks:' is evaluate's {error}") from None
     reference = entries.get("reference", next(iter(runs)))
     try:
         claims = tuple(Claim(**claim) for claim in entries.get("claims", ()))
@@ -128,6 +134,6 @@ def read(path: Path) -> Comparison:
         flags=entries.get("flags", {}),
         paper=entries.get("paper", {}),
         paper_table=entries.get("paper_table", ""),
-        tasks=str(entries.get("tasks", "")),
+        tasks=tasks,
         claims=claims,
     )
