@@ -158,6 +158,8 @@ def train(documents: Iterable[str], vocab_size: int, model_file: Path) -> None:
     def lines() -> Iterator[str]:
         try:
             yield from (line for text in documents for line in text.split("\n") if line)
+        except GeneratorExit:  # closed, with lines left: the first ones are enough
+            raise
         except BaseException as error:  # sentencepiece would hide it in an error of its own
             raised.append(error)
 
