@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import launch
+from tools.benchmarks import step_parts
 
 
 def test_on_the_cpu(tmp_path: Path) -> None:
@@ -22,3 +24,16 @@ def test_on_the_cpu(tmp_path: Path) -> None:
         assert found["tokens_per_second"][kind] == pytest.approx(4 * 32 / seconds)
         assert 0 < found["router_share"][kind] < 1
     assert f"mixture's throughput over stock's: {found['throughput_ratio']:.4f}" in done.text
+
+
+def test_layers_in_cuda_graphs_are_one_part() -> None:
+    """A replay does not tell the kernels of a layer's parts from each other."""
+    core_attention = torch.nn.Linear(4, 4)
+    model = [torch.nn.ModuleDict({"core_attention": core_attention})]
+
+    def parts(labelled: bool) -> set[str]:
+        step = lambda: core_attention(torch.ones(2, 4)).sum().backward()  # noqa: E731
+        return set(step_parts.measure(step, model, runs=1, labelled=labelled)["parts"])
+
+    assert "attention" in parts(True) and step_parts.IN_GRAPHS not in parts(True)
+    assert step_parts.IN_GRAPHS in parts(False) and not {"attention", step_parts.OTHER} & parts(False)

@@ -307,8 +307,9 @@ def test_report_names_every_run(tmp_path: Path) -> None:
     comparison = replace(read(FILES[0]), seeds=(1, 2), claims=(), paper={}, reference="b")
     comparison = replace(comparison, runs={"a": Path("a"), "b": Path("b"), "not begun": Path("c")})
     found = runs(a=[4.0, 5.0], b=[4.5, 5.25])
-    found = [replace(run, training={4096: 5.0 - (run.name == "a") / 8, 8192: 4.0}) for run in found]
-    text = report.write(comparison, found, tmp_path / "out", "command", failures=["c, seed 1: no luck"])
+    found = [replace(run, training={4096: 5.0, 8192: 4.0 - (run.name == "a") / 8}) for run in found]
+    failures = ["c, seed 1: no luck"]
+    text = report.write(comparison, found, tmp_path / "out", "command", failures=failures, dense=4.75)
     assert "Failed:\n\n- c, seed 1: no luck" in text
     cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     assert ["", "a", "4.5000 ± 0.7071", "-0.3750 [-1.9633, +1.2133]"] in [row[:4] for row in cells]
@@ -316,7 +317,8 @@ def test_report_names_every_run(tmp_path: Path) -> None:
     assert all(
         (tmp_path / f"out/{name}.png").stat().st_size > 10_000 for name in ("loss_curves", "differences")
     )
-    assert "a: below it all the way" in text
+    assert "- The dense model that was upcycled has a held-out loss of 4.75000, over" in text
+    assert "a: never crosses it and ends 0.1250 below it" in text
     assert len(json.loads((tmp_path / "out/results.json").read_text())["runs"]) == 4
 
 
@@ -375,7 +377,8 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
         assert failure.startswith(
             "broken, seed 1: convert-broken-1: its command ended with status 2 (error: "
         )
-        assert "- broken, seed 1: " in (output / "three/report.md").read_text()
+        text = (output / "three/report.md").read_text()
+        assert "- broken, seed 1: " in text and f"a held-out loss of {read['dense']:.5f}, over" in text
         return again.stdout, [run | {"seconds": 0.0} for run in read["runs"]]
 
     said, found = run_again()

@@ -115,13 +115,14 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     tokens = args.micro_batch_size * args.seq_length * rehearsal.microbatches(args)
     flops = tokens * figures.flops_per_token(planned) / planned.model_parallel_size
     profiles = {}
+    in_graphs = args.cuda_graph_impl != "none"  # a captured layer runs no hooks
     for kind, routers in kinds.items():
         for layer, router in zip(layers, routers, strict=True):
             layer.router = router
         profiles[kind] = step_parts.measure(
             lambda: rehearsal.step(args, model, optimizer, scheduler, data),
             model,
-            labelled=args.cuda_graph_impl == "none",  # a captured layer runs no hooks
+            labelled=not in_graphs,
         )
     return {
         "hardware": hardware(),
@@ -144,7 +145,7 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
             for kind, value in medians.items()
         },
         "router_share": {
-            kind: found["parts"].get("routers", 0.0) / max(found["kernel_ms"], 1e-9)
+            kind: None if in_graphs else found["parts"].get("routers", 0.0) / max(found["kernel_ms"], 1e-9)
             for kind, found in profiles.items()
         },
         "profiles": profiles,
@@ -182,14 +183,14 @@ def report(found: dict[str, Any]) -> str:
         "".join(name.rjust(width) for name, width in COLUMNS.items()),
     ]
     for kind, value in found["step_seconds"].items():
-        of_peak = found["utilisation"][kind]
+        of_peak, routers = found["utilisation"][kind], found["router_share"][kind]
         cells = (
             kind,
             f"{value * 1e3:.1f}",
             f"{found['tokens_per_second'][kind]:.0f}",
             f"{found['tflops'][kind]:.3f}",
             "-" if of_peak is None else f"{of_peak:.1%}",
-            f"{found['router_share'][kind]:.2%}",
+            "-" if routers is None else f"{routers:.2%}",
             f"{found['peak_bytes'][kind] / 2**30:.2f}",
         )
         lines.append("".join(cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True)))

@@ -31,11 +31,12 @@ import sys
 from pathlib import Path
 
 from megatron_router_upcycling.errors import Parser, UserError
+from megatron_router_upcycling.training.run_log import files
 from tools.experiments import claims, report
 from tools.experiments.comparison import Comparison, read
 from tools.experiments.foundation import environment, shares
 from tools.experiments.plan import Plan
-from tools.experiments.results import RunResult, read_run
+from tools.experiments.results import RunResult, held_out, read_run
 from tools.experiments.stages import Pipeline, command_line
 
 
@@ -55,6 +56,14 @@ def collect(pipeline: Pipeline, plan: Plan) -> tuple[list[RunResult], dict[tuple
             except UserError as error:  # it diverged
                 failures[run] = str(error)
     return results, failures
+
+
+def dense_loss(plan: Plan) -> float | None:
+    """The held-out loss of the dense model, where the comparison trains it."""
+    if plan.foundation is None:
+        return None
+    end = held_out(files.read(plan.foundation.dense.output / files.RUN))
+    return end["lm_loss"] if end else None
 
 
 def choose_runs(text: str | None, comparison: Comparison) -> list[str]:
@@ -109,7 +118,7 @@ def work(argv: list[str] | None) -> tuple[str, int]:
         why = failures[0] if failures else f"no run of {args.comparison} has ended there yet"
         raise UserError(f"--output {output}: {why}")
     folder = output / comparison.path.stem
-    text = report.write(comparison, results, folder, _again(args), seen, failures)
+    text = report.write(comparison, results, folder, _again(args), seen, failures, dense_loss(plan))
     saved = f"{folder}/report.md, results.json, loss_curves.png, differences.png; logs in {output}/logs"
     if not args.report_only and not failed.keys().isdisjoint(chosen):
         return f"{text}\n\nSaved: {saved}\nThe same command tries again what failed.", 1

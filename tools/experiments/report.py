@@ -82,15 +82,13 @@ def crossing(results: Sequence[RunResult], name: str, reference: str) -> str:
     if not tokens:
         return ""
     where = [f"{at / 1e6:.2f}" for at in crossings(tokens, found)]
-    apart = [middle for middle in map(mean, found) if middle]
-    side = "on" if not apart else "below" if apart[-1] < 0 else "above"
+    end = mean(found[-1])
+    ends = f"ends {abs(end):.4f} {'below' if end < 0 else 'above'} it"
     if not where:
-        return f"{name}: {side} it all the way"
+        return f"{name}: never crosses it and {ends}"
     if len(where) > NAMED:
-        return (
-            f"{name}: crosses it {len(where)} times, last at {where[-1]} million tokens, and ends {side} it"
-        )
-    return f"{name}: crosses it at {', '.join(where)} million tokens and ends {side} it"
+        return f"{name}: crosses it {len(where)} times, last at {where[-1]} million tokens, and {ends}"
+    return f"{name}: crosses it at {', '.join(where)} million tokens and {ends}"
 
 
 def table(comparison: Comparison, results: Sequence[RunResult]) -> str:
@@ -154,12 +152,14 @@ def write(
     command: str,
     seen: Mapping[Claim, Seen] | None = None,
     failures: Sequence[str] = (),
+    dense: float | None = None,
 ) -> str:
     """Write report.md, results.json and the pictures to ``folder``; return what report.md says.
 
     Args:
         seen: what was known when each claim was first seen.
         failures: a sentence for each run that failed.
+        dense: the held-out loss of the dense model that was upcycled, where it is known.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures.curves(comparison, results, folder / "loss_curves.png")
@@ -174,7 +174,7 @@ def write(
         table(comparison, results),
         *(["Failed:", "\n".join(f"- {failure}" for failure in failures)] if failures else []),
         markdown([VERDICTS, *verdicts]) if verdicts else "",
-        _notes(comparison, results, judged, sum(found.is_late for found in seen.values())),
+        _notes(comparison, results, judged, sum(found.is_late for found in seen.values()), dense),
         about if crossed else "",
         "\n".join(f"- {sentence}" for sentence in crossed),
         "Held-out loss, seed by seed:",
@@ -196,6 +196,7 @@ def write(
         "verdicts": [dict(zip(VERDICTS, row, strict=True)) for row in verdicts],
         "claims": [asdict(claim) | {"seen": asdict(seen[claim])} for claim in seen],
         "failures": list(failures),
+        "dense": dense,
     }
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return text
@@ -207,7 +208,9 @@ def _commits(results: Sequence[RunResult]) -> str:
     return f"commit{'s' * (len(found) > 1)} {', '.join(found)}"
 
 
-def _notes(comparison: Comparison, results: Sequence[RunResult], judged: int, late: int) -> str:
+def _notes(
+    comparison: Comparison, results: Sequence[RunResult], judged: int, late: int, dense: float | None
+) -> str:
     """What the table's columns are and how claims are judged, as a list in Markdown."""
     tokens = sorted({result.tokens for result in results})
     minutes = sum(result.seconds for result in results) / 60
@@ -224,6 +227,11 @@ def _notes(comparison: Comparison, results: Sequence[RunResult], judged: int, la
         "Busiest expert: its tokens over the mean. Like dead experts, dropped choices and the sum of a"
         " token's weights it is the mean over layers and seeds, at the end.",
     ]
+    if dense is not None:
+        said = (
+            f"The dense model that was upcycled has a held-out loss of {dense:.5f}, over batches drawn by its"
+        )
+        notes.insert(1, f"{said} own seed; those of a run are drawn by the run's.")
     for task, count in counts.items():
         notes.append(
             f"{task}: right answers to {count:,} questions, mean over seeds. The interval of its difference"

@@ -48,18 +48,18 @@ def read_run(
         UserError: it has no held-out loss.
     """
     lines = files.read(folder / files.RUN)
-    held_out = [line for line in lines if line["kind"] == "held_out" and line["set"] == "validation"]
-    if not held_out or held_out[-1]["lm_loss"] is None:
+    end = held_out(lines)
+    if end is None or end["lm_loss"] is None:
         raise UserError(f"{folder / files.RUN}: no finite held-out loss; let eval_iters be larger than 0")
     routing = files.read(folder / files.ROUTING) or [{}]
     tasks = json.loads((asked / "results.json").read_text(encoding="utf-8"))["tasks"] if asked else {}
     return RunResult(
         name=name,
         seed=seed,
-        held_out=held_out[-1]["lm_loss"],
+        held_out=end["lm_loss"],
         training={line["tokens"]: line["lm_loss"] for line in lines if line["kind"] == "train"},
-        tokens=held_out[-1]["tokens"],
-        steps=held_out[-1]["iteration"],
+        tokens=end["tokens"],
+        steps=end["iteration"],
         routing=_layer_means(routing[-1]),
         first_routing=_layer_means(routing[0]),
         seconds=record["seconds"],
@@ -67,6 +67,12 @@ def read_run(
         commit=record.get("commit", "unknown"),
         answers={task: found["by_question"] for task, found in tasks.items()},
     )
+
+
+def held_out(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last evaluation on held-out text among the lines of a run's log."""
+    found = [line for line in lines if line["kind"] == "held_out" and line["set"] == "validation"]
+    return found[-1] if found else None
 
 
 def _layer_means(line: dict[str, Any]) -> dict[str, float]:
