@@ -39,6 +39,8 @@ def submit(*options: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [str(part) for part in (SUBMIT, *options)], env=launch.ENVIRONMENT | {"PYTHON": sys.executable},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=launch.ROOT,
+        # As from a terminal, also where the tests run in the background, which ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
