@@ -17,8 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_router_upcycling.data import parts, record
-from megatron_router_upcycling.data import tokenizer as tokenizers
-from megatron_router_upcycling.data.tokenizer import load
+from megatron_router_upcycling.data.tokenizer import load, train
 from tests.data import small
 
 FILES = (".bin", ".idx", ".json", "_held_out.bin", "_held_out.idx", "_held_out.json")
@@ -200,10 +199,10 @@ def test_a_tokenizer_is_trained_on_the_text(tmp_path):
 
 def test_a_tokenizer_is_trained_on_the_first_lines_of_a_long_text(tmp_path, monkeypatch):
     lines = [line for line in Path(__file__).read_text().splitlines() if line]
-    monkeypatch.setattr(tokenizers, "TRAINING_LINES", len(lines) // 2)
+    monkeypatch.setattr("megatron_router_upcycling.data.tokenizer.TRAINING_LINES", len(lines) // 2)
     whole, first = tmp_path / "whole", tmp_path / "first"
-    tokenizers.train(iter(lines), 400, whole)
-    tokenizers.train(iter(lines[: len(lines) // 2]), 400, first)
+    train(iter(lines), 400, whole)
+    train(iter(lines[: len(lines) // 2]), 400, first)
     assert whole.read_bytes() == first.read_bytes()
 
 

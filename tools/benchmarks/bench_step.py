@@ -115,14 +115,13 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     tokens = args.micro_batch_size * args.seq_length * rehearsal.microbatches(args)
     flops = tokens * figures.flops_per_token(planned) / planned.model_parallel_size
     profiles = {}
-    in_graphs = args.cuda_graph_impl != "none"  # a captured layer runs no hooks
     for kind, routers in kinds.items():
         for layer, router in zip(layers, routers, strict=True):
             layer.router = router
         profiles[kind] = step_parts.measure(
             lambda: rehearsal.step(args, model, optimizer, scheduler, data),
             model,
-            labelled=not in_graphs,
+            labelled=args.cuda_graph_impl == "none",  # a captured layer runs no hooks
         )
     return {
         "hardware": hardware(),
@@ -145,7 +144,7 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
             for kind, value in medians.items()
         },
         "router_share": {
-            kind: None if in_graphs else found["parts"].get("routers", 0.0) / max(found["kernel_ms"], 1e-9)
+            kind: found["parts"]["routers"] / found["kernel_ms"] if "routers" in found["parts"] else None
             for kind, found in profiles.items()
         },
         "profiles": profiles,

@@ -228,10 +228,11 @@ def _notes(
         " token's weights it is the mean over layers and seeds, at the end.",
     ]
     if dense is not None:
-        said = (
+        notes.insert(
+            1,
             f"The dense model that was upcycled has a held-out loss of {dense:.5f}, over batches drawn by its"
+            " own seed; those of a run are drawn by the run's.",
         )
-        notes.insert(1, f"{said} own seed; those of a run are drawn by the run's.")
     for task, count in counts.items():
         notes.append(
             f"{task}: right answers to {count:,} questions, mean over seeds. The interval of its difference"
