@@ -179,12 +179,13 @@ def read_back(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def make_stats(path: Path, **metadata: Any) -> KeyStats:
-    mean = torch.randn(LAYERS, GROUPS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    mean, attended = (torch.randn(LAYERS, count, HEAD_DIM, generator=generator) for count in (GROUPS, HEADS))
     described = {
         "num_layers": LAYERS, "num_query_groups": GROUPS, "kv_channels": HEAD_DIM,
         "num_attention_heads": HEADS, "hidden_size": HIDDEN, "key_source": "pre_rope",
     }  # fmt: skip
-    stats = KeyStats(mean, mean.square() + 1, torch.full((LAYERS,), 100), described | metadata)
+    stats = KeyStats(mean, torch.full((LAYERS,), 100), attended, described | metadata)
     key_stats_file.save(path, stats, overwrite=True)
     return stats
 

@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.commands.shared import add_output_flags, progress_bar
 from megatron_router_upcycling.config.router import GROUPINGS, POOLINGS, RouterConfig
+from megatron_router_upcycling.config.start import HEAD_KEYS
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers import kinds
 
@@ -97,6 +99,12 @@ def add(commands: Any) -> None:
     convert.add_argument("--pooling", choices=POOLINGS, help="how scores combine (default: sum)")
     convert.add_argument("--grouping", choices=GROUPINGS, help="how heads are paired (default: greedy)")
     convert.add_argument(
+        "--head-key",
+        choices=HEAD_KEYS,
+        help="a head's key: the mean key of its query group (the paper's), or what the head attends to"
+        " (default: mean; attended where a model has fewer query groups than heads)",
+    )
+    convert.add_argument(
         "--target-entropy",
         metavar="E",
         type=float,
@@ -125,13 +133,15 @@ def run(args: argparse.Namespace) -> None:
 
     file = read_method(args.config)
     router = _router_to_make(args, file.router)
-    given = {} if args.target_entropy is None else {"target_entropy": args.target_entropy}
+    given = {name: getattr(args, name) for name in ("head_key", "target_entropy")}
+    given = {name: value for name, value in given.items() if value is not None}
     init = dataclasses.replace(file.init, **given)
     init.check(router)
     import torch
 
     from megatron_router_upcycling.conversion import convert, describe
     from megatron_router_upcycling.conversion.options import Options
+    from megatron_router_upcycling.diagnostics import ties
     from megatron_router_upcycling.hf import exportable
 
     torch.set_num_threads(1)  # the work is moving bytes; more threads only wait for each other
@@ -158,6 +168,8 @@ def run(args: argparse.Namespace) -> None:
         record = convert.convert(ready, progress)
     if not args.quiet:
         print(describe.describe_result(ready, record, time.monotonic() - start))
+    if warning := ties.warn(args.out):
+        print(warning, file=sys.stderr)
 
 
 def _router_to_make(args: argparse.Namespace, file: dict[str, Any]) -> RouterConfig:

@@ -13,11 +13,15 @@ from megatron_router_upcycling.config.router import RouterConfig, check_types
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers import kinds
 
+# Options of earlier versions, which manifests still hold; a model that has another value is not read.
+RETIRED = {"norm_gain": False}
+HEAD_KEYS = ("mean", "attended")
 CHOICES = {
     "weights": ("dense", "random"),
     "queries": ("heads", "random"),
     "keys": ("heads", "random"),
     "gate": ("random", "centroid"),
+    "head_key": (None, *HEAD_KEYS),
 }
 
 
@@ -28,8 +32,9 @@ class InitConfig:
     - ``weights``: ``random`` takes the dense model's architecture and none of its values (from scratch).
     - ``queries``, ``keys``: ``random`` draws the mixture's query maps or expert keys from a normal
       distribution, each with the norm that the one made of heads has.
-    - ``norm_gain``: W_Q was trained behind the attention's norm and the router stands behind the FFN's, so
-      scale W_Q's columns by the ratio of the two norms' gains.
+    - ``head_key``: which key of an attention head equation 4 takes: the ``mean`` key of its query group, or
+      the head's ``attended`` key (``key_statistics.capture``); None: ``mean``, and ``attended`` where a model
+      has fewer query groups than heads, whose heads would otherwise share their keys.
     - ``gate``: of a linear router, ``centroid`` makes it of the centres of clusters of its inputs.
     - ``logit_scale``: multiplies every logit.
     - ``target_entropy``: in nats, the mean entropy of a token's routing distribution over all experts, which
@@ -41,7 +46,7 @@ class InitConfig:
     weights: str = "dense"
     queries: str = "heads"
     keys: str = "heads"
-    norm_gain: bool = False
+    head_key: str | None = None
     gate: str = "random"
     logit_scale: float = 1.0
     target_entropy: float | None = None
@@ -51,7 +56,8 @@ class InitConfig:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UserError(f"{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
+                known = ", ".join(choice for choice in choices if choice)
+                raise UserError(f"{name} {getattr(self, name)}: choose one of {known}")
         if not 0 < self.logit_scale < math.inf:
             raise UserError(f"logit_scale {self.logit_scale}: must be more than 0")
         if not 0 <= self.expert_noise < math.inf:
@@ -62,6 +68,7 @@ class InitConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> "InitConfig":
         """Build from a mapping; ``source`` is named when an entry is unknown or of another type."""
+        values = {name: value for name, value in values.items() if RETIRED.get(name, not value) != value}
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise UserError(f"{source}: unknown option {unknown[0]!r}")
@@ -79,10 +86,8 @@ class InitConfig:
     @property
     def alters_router(self) -> bool:
         """Whether a router's values are not the paper's."""
-        paper = InitConfig(
-            weights=self.weights, expert_noise=self.expert_noise, drop_upcycling=self.drop_upcycling
-        )
-        return self != paper
+        kept = ("weights", "head_key", "expert_noise", "drop_upcycling")
+        return self != InitConfig(**{name: getattr(self, name) for name in kept})
 
     @property
     def needs_router_input(self) -> bool:

@@ -23,7 +23,7 @@ from megatron_router_upcycling.conversion.plan import Plan, plan
 from megatron_router_upcycling.conversion.record import DATA_FILES, make_manifest
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.files import on_one_disk
-from megatron_router_upcycling.initialisation.first_routers import router_parameters
+from megatron_router_upcycling.initialisation.first_routers import choose_head_key, router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
@@ -67,6 +67,9 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
         options = replace(options, materialize=True)  # there is nothing to share
     router_parameters(model, options.router)  # whether the router fits the model
     stats = _read_key_stats(options, dense, model)
+    if stats is not None and options.router.kind.of_heads:
+        head_key = choose_head_key(options.init, stats, model)
+        options = replace(options, init=replace(options.init, head_key=head_key))  # as it is recorded
     conversion = Conversion(plan(dense, model, options), stats, out, sources)
     publish.check_space(out, conversion.bytes_to_write)
     return conversion

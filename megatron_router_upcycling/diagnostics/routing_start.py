@@ -23,15 +23,17 @@ from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.router import RouterConfig
-from megatron_router_upcycling.diagnostics.stored_router import read_layer, read_router
+from megatron_router_upcycling.diagnostics import ties
+from megatron_router_upcycling.diagnostics.stored_router import read_layer, read_router, router_layers
+from megatron_router_upcycling.diagnostics.ties import named
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.initialisation.heads import cosine_similarity
 from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.routers.likeness import tied_experts
 from megatron_router_upcycling.training.run_log import measures
 
 RANDOM_TOKENS = 1024
 SATURATED = 0.9  # mean largest probability from which softmax passes next to no gradient
-NAMED = 8  # experts or layers that a warning names
 # Routing entropies as shares of even routing (ln n). In docs/comparison/sharpness, of a small model with 8
 # experts, starts at 0.38 to 0.87 ended lowest, of routers of heads and of random ones; 0.19 and 0.96 ended
 # behind them. The limits are the middles in between.
@@ -68,7 +70,7 @@ def describe(root: Path, stats: Path | None) -> str:
     """
     checkpoint = open_checkpoint(root)
     record = manifest.read(root)
-    if record is None or not _router_layers(checkpoint):
+    if record is None or not router_layers(checkpoint):
         if stats is not None:
             raise UserError(
                 f"--key-stats {stats}: {checkpoint.root} has no routers to route its samples with"
@@ -84,7 +86,7 @@ def describe(root: Path, stats: Path | None) -> str:
     else:
         source = stats if _holds_samples(stats, num_layers) else None
     found = []
-    for layer in _router_layers(checkpoint):
+    for layer in router_layers(checkpoint):
         try:
             found.append(_look(checkpoint, router, layer, source))
         except (RuntimeError, IndexError, ValueError) as error:  # shapes that do not go together
@@ -127,14 +129,6 @@ def _describe_inputs(source: Path | None, stats: Path | None) -> str:
         f" than real ones ({reason}name key statistics that were collected with --router-samples as"
         " --key-stats)"
     )
-
-
-def _router_layers(checkpoint: Checkpoint) -> list[int]:
-    """The layers that have experts; a router may have no parameters."""
-    split = ((*names.split_key(key), tensor) for key, tensor in checkpoint.tensors.items())
-    found = {(layer, tensor.shape[0]) for key, layer, tensor in split if key.startswith(f"{names.EXPERTS}.")}
-    own = sorted({layer for layer, _ in found if layer is not None})
-    return own or list(range(min((count for _, count in found), default=0)))
 
 
 def _recorded(record: dict[str, Any], num_layers: int) -> Path | None:
@@ -193,7 +187,7 @@ def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path
         layer,
         *cosines,
         _condition(gate["weight"]) if set(gate) == {"weight"} else None,
-        _ties(logits.t(), router.granularity),
+        tied_experts(logits, router.granularity),
         measures.summarise(measures.routing_sums(*decided[router.pre_softmax], top_k=router.top_k)),
         float(decided[True][1].sum(dim=1).mean()),
     )
@@ -208,18 +202,6 @@ def _cosines(key: Tensor) -> tuple[float, float]:
 def _condition(gate: Tensor) -> float:
     singular = torch.linalg.svdvals(gate.double())
     return float(singular[0] / singular[-1]) if singular[-1] > 1e-7 * singular[0] else math.inf
-
-
-def _ties(rows: Tensor, granularity: int) -> tuple[tuple[int, int], ...]:
-    """Pairs of experts with equal logits in ``rows`` [n, S]; shards of one copy are meant to be equal."""
-    copies = rows[::granularity]
-    scale = copies.abs().max()
-    return tuple(
-        (a * granularity, b * granularity)
-        for a in range(len(copies))
-        for b in range(a + 1, len(copies))
-        if float((copies[a] - copies[b]).abs().max()) <= 1e-6 * float(scale)
-    )
 
 
 def _table(found: list[LayerStart]) -> list[str]:
@@ -261,7 +243,7 @@ def _expectation(found: list[LayerStart], router: RouterConfig) -> list[str]:
 def _warnings(
     found: list[LayerStart], router: RouterConfig, record: dict[str, Any], is_sampled: bool
 ) -> list[str]:
-    warnings = [*_collapsed(found, router), *_saturated(found), *_tied(found)]
+    warnings = [*_collapsed(found, router), *_saturated(found), *_tied(found, record)]
     hints = _uncalibrated(found, router, record, is_sampled)
     lines = [*(f"warning: {warning}" for warning in warnings), *hints]
     return ["", *lines] if lines else []
@@ -283,8 +265,8 @@ def _uncalibrated(
         return
     if manifest.init_config(record, manifest.NAME).target_entropy is not None:
         return
-    where = [f"very sure of themselves in {_named(sure)}"] * bool(sure)
-    where += [f"next to even in {_named(spread)}"] * bool(spread)
+    where = [f"very sure of themselves in {named(sure)}"] * bool(sure)
+    where += [f"next to even in {named(spread)}"] * bool(spread)
     flagged = [entropies[layer] for layer in sure + spread]
     lowest, highest = min(flagged), max(flagged)
     said = f"{lowest:.2f}" if f"{lowest:.2f}" == f"{highest:.2f}" else f"{lowest:.2f} to {highest:.2f}"
@@ -301,7 +283,7 @@ def _collapsed(found: list[LayerStart], router: RouterConfig) -> Iterator[str]:
     if collapsed and n > router.top_k:
         worst = min(collapsed, key=lambda row: row.effective_experts)
         yield (
-            f"routing would start collapsed in {_named([row.layer for row in collapsed])}: at worst (layer"
+            f"routing would start collapsed in {named([row.layer for row in collapsed])}: at worst (layer"
             f" {worst.layer}) it is as uneven as if {worst.effective_experts:.1f} of {n} experts did all the"
             " work. Wide differences between keys, such as biases give, do this"
         )
@@ -310,20 +292,11 @@ def _collapsed(found: list[LayerStart], router: RouterConfig) -> Iterator[str]:
 def _saturated(found: list[LayerStart]) -> Iterator[str]:
     if saturated := [row.layer for row in found if row.routing["top1_probability"] > SATURATED]:
         yield (
-            f"routing would start saturated in {_named(saturated)}: the largest probability is above"
+            f"routing would start saturated in {named(saturated)}: the largest probability is above"
             f" {SATURATED} in the mean, and softmax passes little gradient"
         )
 
 
-def _tied(found: list[LayerStart]) -> Iterator[str]:
-    if tied := [row for row in found if row.ties]:
-        pairs = ", ".join(f"{a} and {b}" for a, b in tied[0].ties[:NAMED])
-        yield (
-            f"experts are tied in {_named([row.layer for row in tied])} (layer {tied[0].layer}: {pairs}):"
-            " their gates are equal, and while the experts are equal too, nothing tells them apart"
-        )
-
-
-def _named(numbers: list[int]) -> str:
-    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
-    return f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:NAMED]))}{more}"
+def _tied(found: list[LayerStart], record: dict[str, Any]) -> Iterator[str]:
+    if warning := ties.describe({row.layer: row.ties for row in found if row.ties}, record):
+        yield warning

@@ -115,3 +115,11 @@ def read_layer(checkpoint: Checkpoint, name: str, layer: int) -> Tensor:
     if name not in checkpoint.tensors:
         raise UserError(f"{checkpoint.root}: has no {name}, which its {manifest.NAME} promises")
     return checkpoint.read_layer(name, layer, bytearray()).float()
+
+
+def router_layers(checkpoint: Checkpoint) -> list[int]:
+    """The layers that have experts, counted from 0; a router may have no parameters."""
+    split = ((*names.split_key(key), tensor) for key, tensor in checkpoint.tensors.items())
+    found = {(layer, tensor.shape[0]) for key, layer, tensor in split if key.startswith(f"{names.EXPERTS}.")}
+    own = sorted({layer for layer, _ in found if layer is not None})
+    return own or list(range(min((count for _, count in found), default=0)))

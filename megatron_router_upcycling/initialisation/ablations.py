@@ -35,16 +35,6 @@ def with_norm_of(values: Tensor, random: torch.Generator) -> Tensor:
     return drawn
 
 
-def scale_columns(query_weight: Tensor, attention_gain: Tensor, ffn_gain: Tensor) -> Tensor:
-    """``query_weight`` [m, d', D] for inputs with the FFN norm's gain [D] in place of the attention norm's.
-
-    A column whose FFN gain is 0 sees nothing and is 0.
-    """
-    gain = ffn_gain.double()
-    ratio = torch.where(gain == 0, 0.0, attention_gain.double() / gain.where(gain != 0, 1.0))
-    return query_weight.double() * ratio
-
-
 def cluster_centres(inputs: Tensor, count: int, random: torch.Generator) -> Tensor:
     """Centres of ``count`` clusters of the directions of ``inputs`` [S, D]: spherical k-means, float64.
 
@@ -96,20 +86,16 @@ def alter_router(
     init: InitConfig,
     seed: int,
     layer: int,
-    gains: tuple[Tensor, Tensor] | None,
     inputs: Callable[[], Tensor],
 ) -> dict[str, Tensor]:
     """One layer's router as ``init`` wants it.
 
     Args:
         values: the parameters by name, in the checkpoint's dtype.
-        gains: the norms' before attention and before the FFN, where ``init.norm_gain``.
         inputs: gives a sample of the layer's router inputs [S, D].
     """
     dtype = next(iter(values.values())).dtype
     made = dict(values)
-    if gains is not None:
-        made["query_weight"] = scale_columns(made["query_weight"], *gains).to(dtype)
     for option, name in ((init.queries, "query_weight"), (init.keys, "expert_key")):
         if option == "random":
             made[name] = with_norm_of(made[name], generator(seed, name, layer)).to(dtype)

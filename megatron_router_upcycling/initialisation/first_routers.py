@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
-from megatron_router_upcycling.checkpoint.names import NORMS, QKV, ROUTER
+from megatron_router_upcycling.checkpoint.names import QKV, ROUTER
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
+from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.ablations import alter_router
 from megatron_router_upcycling.initialisation.heads import init_mixture
 from megatron_router_upcycling.initialisation.qkv import split_qkv
@@ -55,18 +56,17 @@ def router_values(
     for layer in layers:
         if router.kind.of_heads:
             assert stats is not None
-            values = _of_heads(dense, model, router, stats[0], scratch, layer)
+            values = _of_heads(dense, model, router, init, stats[0], scratch, layer)
         else:
             values = _drawn(model, router, generator)
         values = {name: value.to(model.dtype) for name, value in values.items()}
         if init.alters_router and values:
-            gains = norm_gains(dense, model, layer, scratch) if init.norm_gain else None
 
             def inputs(layer: int = layer) -> torch.Tensor:
                 assert stats is not None
                 return read_router_input(stats[1], layer)
 
-            values = alter_router(values, router, init, seed, layer, gains, inputs)
+            values = alter_router(values, router, init, seed, layer, inputs)
         yield tuple(
             values[parameter.name]
             if parameter.name in values
@@ -75,17 +75,42 @@ def router_values(
         )
 
 
+def choose_head_key(init: InitConfig, stats: KeyStats, model: DenseModel) -> str:
+    """Which key of a head equation 4 takes, ``mean`` or ``attended``.
+
+    Where ``init`` leaves it open: the paper's mean key, and the attended key where heads share query groups
+    and ``stats`` has it.
+
+    Raises:
+        UserError: attended keys are asked for and ``stats`` has none.
+    """
+    if init.head_key == "attended" and stats.attended is None:
+        raise UserError(
+            "--key-stats: holds no attended keys (its format is 1), which --head-key attended needs; collect"
+            " the statistics again"
+        )
+    if init.head_key:
+        return init.head_key
+    shared = model.num_query_groups < model.num_attention_heads
+    return "attended" if shared and stats.attended is not None else "mean"
+
+
 def _of_heads(
     dense: Checkpoint,
     model: DenseModel,
     router: RouterConfig,
+    init: InitConfig,
     stats: KeyStats,
     scratch: bytearray,
     layer: int,
 ) -> dict[str, torch.Tensor]:
     H, G, d = model.num_attention_heads, model.num_query_groups, model.kv_channels
     query, _, _ = split_qkv(dense.read_layer(QKV, layer, scratch), H, G)
-    key_heads = stats.mean[layer].repeat_interleave(H // G, dim=0)  # [G, d] -> [H, d]
+    if choose_head_key(init, stats, model) == "attended":
+        assert stats.attended is not None
+        key_heads = stats.attended[layer]
+    else:
+        key_heads = stats.mean[layer].repeat_interleave(H // G, dim=0)  # [G, d] -> [H, d]
     query_weight, expert_key = init_mixture(query.unflatten(0, (H, d)), key_heads, router)
     return {"query_weight": query_weight, "expert_key": expert_key}
 
@@ -104,15 +129,3 @@ def _drawn(model: DenseModel, router: RouterConfig, generator: torch.Generator) 
             value = value.repeat_interleave(router.granularity, dim=0)
         values[parameter.name] = value
     return values
-
-
-def norm_gains(
-    dense: Checkpoint, model: DenseModel, layer: int, scratch: bytearray
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gains [D] of a layer's norms before attention and before the FFN, as they multiply."""
-    gains = []
-    for names in NORMS:
-        key = next(name for name in names if name in dense.tensors)
-        gain = dense.read_layer(key, layer, scratch).double()
-        gains.append(gain + model.centered_norms)
-    return gains[0], gains[1]

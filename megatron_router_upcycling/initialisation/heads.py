@@ -8,6 +8,8 @@ Symbols: T tokens, D hidden size, H query heads, d head size, m routers, n exper
 d' router width. ``RouterConfig.shape`` holds the rules that give d' and c.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -25,11 +27,12 @@ def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -
 
     m > H first splits every head. m < n groups n/m copies of every head to make the n keys, while the
     query maps come from the heads themselves. A copy is as similar to its twin as can be, so twins merge
-    first; where m = H nothing else merges, and the n/m experts of one head start with equal keys.
+    first; where m = H nothing else merges, and the n/m experts of one head start with equal keys. Where m
+    does not divide H, every head is part of several routers, of each once (``overlapping_sets``).
 
     Args:
         query_heads: [H, d, D], the rows of the query projection by head.
-        key_heads: [H, d], each head's average key; under grouped-query attention head h has its group's.
+        key_heads: [H, d], each head's average key: the mean key of its query group, or its attended key.
 
     Returns:
         query_weight [m, d', D] in the dtype of ``query_heads``, and expert_key [n*c, d'] in float32, of
@@ -45,10 +48,14 @@ def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -
     query_parts = split_heads(query_heads, shape.head_splits)
     key_parts = split_heads(key_heads.float(), shape.head_splits)
 
-    query_sets = group_heads(key_parts, shape.num_routers, config.grouping)
-    key_sets = query_sets
     copies = max(1, shape.num_experts // shape.num_routers)
-    if copies > 1:
+    if shape.head_copies > 1:
+        num_sets = shape.num_routers * copies
+        key_sets = overlapping_sets(key_parts, num_sets, shape.heads_per_set, config.grouping)
+        query_sets = key_sets[: shape.num_routers]
+    else:
+        query_sets = key_sets = group_heads(key_parts, shape.num_routers, config.grouping)
+    if shape.head_copies == 1 and copies > 1:
         copied = group_heads(key_parts.repeat_interleave(copies, dim=0), shape.num_experts, config.grouping)
         key_sets = [[copy // copies for copy in members] for members in copied]
 
@@ -128,6 +135,77 @@ def group_heads(keys: Tensor, num_sets: int, grouping: str) -> Sets:
             merged = _optimal_pairs(means) if grouping == "optimal" else _greedy_pairs(means)
         sets = sorted(sorted(head for i in chosen for head in sets[i]) for chosen in merged)
     return sets
+
+
+def overlapping_sets(keys: Tensor, num_sets: int, size: int, grouping: str) -> Sets:
+    """More sets of ``size`` heads than there are heads for, in rounds in which each head is used once.
+
+    The first round is ``group_heads``. In each further one, sets are merged greedily as there, but heads that
+    have been in the fewest sets together come first, and the most similar ones among these. So no two sets
+    are equal.
+
+    Args:
+        keys: [H, d]; ``size`` divides H and is less.
+
+    Returns:
+        ``num_sets`` different sets, round after round: a multiple of H / size.
+
+    Raises:
+        UserError: a key is not finite, or there are not so many different sets.
+    """
+    sets = made = group_heads(keys, len(keys) // size, grouping)
+    heads = range(len(keys))
+    similarity = [[0.0] * len(keys) for _ in heads]
+    if grouping != "consecutive":
+        similarity = cosine_similarity(keys).tolist()
+    together = [[0] * len(keys) for _ in heads]  # sets that two heads have in common
+    while len(sets) < num_sets:
+        for members in made:
+            for a, b in itertools.permutations(members, 2):
+                together[a][b] += 1
+        made = _exchange_known(_least_together(similarity, together, size), sets, num_sets)
+        sets = sets + made
+    return sets
+
+
+def _least_together(similarity: list[list[float]], together: list[list[int]], size: int) -> Sets:
+    """Sets of ``size`` heads, each head in one: a seed pair, then one head after the other.
+
+    The pair, and each head for those that its set has, is that with the fewest sets in common, then with the
+    largest (sum of) similarities, then the first.
+    """
+
+    def rank(head: int, members: list[int]) -> tuple[int, float]:
+        likeness = sum(similarity[head][member] for member in members)
+        return sum(together[head][member] for member in members), -round(likeness, SIMILARITY_DECIMALS)
+
+    free = set(range(len(together)))
+    made = []
+    while free:
+        pairs = [(rank(j, [i]), i, j) for i, j in itertools.combinations(sorted(free), 2)]
+        members = list(min(pairs)[1:])
+        free -= set(members)
+        while len(members) < size:
+            best = min(sorted(free), key=lambda head: rank(head, members))  # noqa: B023 - used at once
+            members.append(best)
+            free.remove(best)
+        made.append(sorted(members))
+    return sorted(made)
+
+
+def _exchange_known(made: Sets, known: Sets, num_sets: int) -> Sets:
+    """``made`` without a set of ``known``: the first exchange of two heads of two sets that parts them."""
+    for first, second in itertools.permutations(range(len(made)), 2):
+        if made[first] not in known:
+            continue
+        for a, b in itertools.product(made[first], made[second]):
+            swapped = [sorted({*made[first], b} - {a}), sorted({*made[second], a} - {b})]
+            if not any(members in known for members in swapped):
+                made[first], made[second] = swapped
+                break
+    if any(members in known for members in made):
+        raise UserError(f"--num-routers: heads cannot be put into {num_sets} different sets; give fewer")
+    return sorted(made)
 
 
 def _prime_factors(number: int) -> list[int]:

@@ -1,26 +1,44 @@
-"""Take key vectors and router inputs out of a running Megatron model."""
+"""Take key vectors and router inputs out of a running Megatron model.
+
+Of the keys k_s of a query group two means are taken over tokens: the mean key itself (section 3.2 of the
+paper), and for each query head h of the group the attended key: the mean over queries t of
+sum_s softmax(q_t^h . k_s)_s k_s, what the head's attention would return with the keys as its values.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.key_statistics.moments import KeyMoments
+from megatron_router_upcycling.key_statistics.moments import TokenMean
 from megatron_router_upcycling.key_statistics.router_sample import RouterInput
 from megatron_router_upcycling.training.patches import patching
 
 SELF_ATTENTION = "megatron.core.transformer.attention.SelfAttention"
 
 
+@dataclass
+class KeyMeans:
+    """The running means of a whole model; this rank adds to its own layers and heads.
+
+    ``keys`` [L, G, d] are taken in every forward pass, ``attended`` [L, H, d] while ``attend`` is true: they
+    cost a second call of attention.
+    """
+
+    keys: TokenMean
+    attended: TokenMean
+    attend: bool = True
+
+
 @contextlib.contextmanager
-def capture_keys(model: Sequence[torch.nn.Module], moments: KeyMoments, key_source: str) -> Iterator[None]:
-    """While the context lasts, every forward pass of ``model`` adds its keys to ``moments``.
+def capture_keys(model: Sequence[torch.nn.Module], means: KeyMeans, key_source: str) -> Iterator[None]:
+    """While the context lasts, every forward pass of ``model`` adds its keys to ``means``.
 
     Args:
         model: this rank's model chunks (several under virtual pipeline parallelism), wrapped or not.
-        moments: of the whole model's size; this rank adds to its own layers and query groups.
         key_source: ``pre_rope``: the key as ``SelfAttention.get_query_key_value_tensors`` returns it,
             with its bias and its key norm. ``post_rope``: the key that core attention is called with.
 
@@ -29,11 +47,10 @@ def capture_keys(model: Sequence[torch.nn.Module], moments: KeyMoments, key_sour
     """
     with contextlib.ExitStack() as stack:
         for attention in self_attentions(model):
-            take = _taker(attention, moments)
+            capture = _Capture(attention, means)
             if key_source == "pre_rope":
-                stack.callback(_take_before_rotary(attention, take))
-            else:
-                stack.callback(_take_after_rotary(attention, take))
+                stack.callback(_wrap_projection(attention, capture.before_rotary))
+            stack.callback(_hook_core_attention(attention, capture.at_attention))
         yield
 
 
@@ -55,28 +72,42 @@ def self_attentions(model: Sequence[torch.nn.Module]) -> list[Any]:
     return attentions
 
 
-def _taker(attention: Any, moments: KeyMoments) -> Callable[[torch.Tensor], None]:
-    """A function that adds this rank's keys [..., groups, d] of one layer to ``moments``."""
-    from megatron.core.utils import get_pg_rank
+class _Capture:
+    """Adds one layer's keys, those of this rank's query groups and heads, to ``means``."""
 
-    layer = attention.layer_number - 1  # Megatron counts layers from 1, over all pipeline stages
-    num_groups = attention.num_query_groups_per_partition
-    expected = (num_groups, attention.hidden_size_per_attention_head)
-    first_group = get_pg_rank(attention.pg_collection.tp) * num_groups
+    def __init__(self, attention: Any, means: KeyMeans) -> None:
+        from megatron.core.utils import get_pg_rank
 
-    def take(key: torch.Tensor) -> None:
-        if tuple(key.shape[-2:]) != expected:
+        self.means = means
+        self.layer = attention.layer_number - 1  # Megatron counts from 1, over all pipeline stages
+        self.num_groups = attention.num_query_groups_per_partition
+        self.num_heads = attention.num_attention_heads_per_partition
+        self.head_dim = attention.hidden_size_per_attention_head
+        self.rank = get_pg_rank(attention.pg_collection.tp)
+        self.key: torch.Tensor | None = None  # before the rotary embedding, until attention is called
+
+    def before_rotary(self, key: torch.Tensor) -> None:
+        self.key = key
+
+    def at_attention(self, forward: Callable[..., torch.Tensor], args: list[Any], kwargs: Any) -> None:
+        """Take the key [..., groups, d] that core attention stands before a call with."""
+        called_with = args[1]
+        key, self.key = called_with if self.key is None else self.key, None
+        if tuple(key.shape[-2:]) != (self.num_groups, self.head_dim):
             raise RuntimeError(
-                f"key statistics: layer {layer} gives keys {list(key.shape)} where [..., {expected[0]},"
-                f" {expected[1]}] is expected from {SELF_ATTENTION}"
+                f"key statistics: layer {self.layer} gives keys {list(key.shape)} where [...,"
+                f" {self.num_groups}, {self.head_dim}] is expected from {SELF_ATTENTION}"
             )
-        moments.add(layer, first_group, key)
+        self.means.keys.add(self.layer, self.rank * self.num_groups, key)
+        if self.means.attend:
+            args[2] = key.reshape(called_with.shape)  # packed sequences have no axis of their own there
+            attended = forward(*args, **kwargs).reshape(-1, self.num_heads, self.head_dim)
+            self.means.attended.add(self.layer, self.rank * self.num_heads, attended)
 
-    return take
 
-
-def _take_before_rotary(attention: Any, take: Callable[[torch.Tensor], None]) -> Callable[[], None]:
-    """Wrap the instance's ``get_query_key_value_tensors``; return what undoes it."""
+def _wrap_projection(attention: Any, take: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+    """Hand the key that the instance's ``get_query_key_value_tensors`` returns to ``take``; return what
+    undoes it."""
     name = "get_query_key_value_tensors"
     original = patching.find("key statistics", attention, name, place=SELF_ATTENTION)
 
@@ -93,18 +124,24 @@ def _take_before_rotary(attention: Any, take: Callable[[torch.Tensor], None]) ->
     return lambda: delattr(attention, name)
 
 
-def _take_after_rotary(attention: Any, take: Callable[[torch.Tensor], None]) -> Callable[[], None]:
-    """Hook core attention, whose second argument is the key; return what undoes it."""
+def _hook_core_attention(
+    attention: Any, take: Callable[[Callable[..., torch.Tensor], list[Any], Any], None]
+) -> Callable[[], None]:
+    """Call ``take`` before core attention, with its forward, its arguments as a list that begins with query,
+    key and value, and its other keyword arguments; return what undoes it."""
     core = getattr(attention, "core_attention", None)
     if not isinstance(core, torch.nn.Module):
         raise patching.changed("key statistics", f"{SELF_ATTENTION}.core_attention is not a module")
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) < 2 and "key" not in kwargs:
-            raise patching.changed(
-                "key statistics", f"{SELF_ATTENTION}.core_attention is called without a key"
-            )
-        take(kwargs["key"] if "key" in kwargs else args[1])
+        kwargs, called = dict(kwargs), list(args)
+        for name in ("query", "key", "value")[len(args) :]:
+            if name not in kwargs:
+                raise patching.changed(
+                    "key statistics", f"{SELF_ATTENTION}.core_attention is called without a {name}"
+                )
+            called.append(kwargs.pop(name))
+        take(module.forward, called, kwargs)
 
     return core.register_forward_pre_hook(hook, with_kwargs=True).remove
 

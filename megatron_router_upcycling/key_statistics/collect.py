@@ -15,8 +15,13 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions
 from megatron_router_upcycling.key_statistics import capture, router_sample
 from megatron_router_upcycling.key_statistics import file as key_stats_file
-from megatron_router_upcycling.key_statistics.moments import KeyMoments
+from megatron_router_upcycling.key_statistics.capture import KeyMeans
+from megatron_router_upcycling.key_statistics.file import KeyStats
+from megatron_router_upcycling.key_statistics.moments import TokenMean
 from megatron_router_upcycling.training import launch
+
+# Attended keys are taken from one global batch in so many: they cost a second call of attention.
+ATTENDED_EVERY = 4
 
 # Arguments that decide a model's keys. A configuration that differs in one of them may load all the same.
 ARCHITECTURE = (
@@ -50,28 +55,34 @@ def collect(run: launch.Run) -> None:
     args = run.args
     check(run)
     model = load_model(args)
-    moments = KeyMoments(
-        args.num_layers, num_query_groups(args), args.kv_channels, torch.cuda.current_device()
-    )
+    means = new_means(args)
     sample = router_sample.RouterInput(args, args.router_samples, own_ranks())
-    losses = run_over_data(args, model, moments, sample)
-    moments.all_reduce()
+    losses = run_over_data(args, model, means, sample)
+    means.keys.all_reduce()
+    means.attended.all_reduce()
     inputs = sample.gather(args.num_layers) if sample.num_tokens else None
     torch.distributed.all_reduce(losses)
     if args.rank == 0:
-        write(args, moments, inputs, losses)
+        write(args, means, inputs, losses)
+
+
+def new_means(args: Namespace) -> KeyMeans:
+    """Empty means of the whole model's size, on this rank's device."""
+    layers, size, device = args.num_layers, args.kv_channels, torch.cuda.current_device()
+    groups, heads = num_query_groups(args), args.num_attention_heads
+    return KeyMeans(TokenMean(layers, groups, size, device), TokenMean(layers, heads, size, device))
 
 
 def run_over_data(
-    args: Namespace, model: list[torch.nn.Module], moments: KeyMoments, sample: router_sample.RouterInput
+    args: Namespace, model: list[torch.nn.Module], means: KeyMeans, sample: router_sample.RouterInput
 ) -> torch.Tensor:
-    """Fill ``moments`` and ``sample`` from the training data; what ``forward`` gives, summed."""
+    """Fill ``means`` and ``sample`` from the training data; what ``forward`` gives, summed."""
     data = train_iterators(args, len(model), args.collect_iters)
     tokens_per_batch = args.global_batch_size * args.seq_length
     losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     with (
         capture.capture_router_input(model, sample) if sample.num_tokens else contextlib.nullcontext(),
-        capture.capture_keys(model, moments, args.key_source),
+        capture.capture_keys(model, means, args.key_source),
         tqdm(
             total=args.collect_iters * tokens_per_batch,
             desc="collecting keys",
@@ -80,14 +91,15 @@ def run_over_data(
             disable=args.quiet or args.rank != 0 or None,
         ) as progress,
     ):
-        for _ in range(args.collect_iters):
+        for iteration in range(args.collect_iters):
+            means.attend = iteration % ATTENDED_EVERY == 0
             losses += forward(args, model, data)
             torch.cuda.synchronize()
             progress.update(tokens_per_batch)
     return losses
 
 
-def write(args: Namespace, moments: KeyMoments, inputs: torch.Tensor | None, losses: torch.Tensor) -> None:
+def write(args: Namespace, means: KeyMeans, inputs: torch.Tensor | None, losses: torch.Tensor) -> None:
     """Write ``--output`` from what all ranks saw, and say so in a line.
 
     Raises:
@@ -95,12 +107,17 @@ def write(args: Namespace, moments: KeyMoments, inputs: torch.Tensor | None, los
     """
     loss_sum, loss_tokens = losses.tolist()
     metadata = provenance(args) | {"lm_loss": loss_sum / loss_tokens}
-    stats = moments.stats(metadata)
-    stats.router_input = inputs
-    seen, expected = int(stats.count[0]), metadata["tokens"]
+    seen, expected = means.keys.tokens, metadata["tokens"]
     if seen != expected:
         raise RuntimeError(f"key statistics: {seen} tokens seen where {expected} were read")
-    if not stats.mean.isfinite().all():
+    stats = KeyStats(
+        means.keys.mean(),
+        torch.full((args.num_layers,), seen),
+        means.attended.mean(),
+        metadata | {"attended_tokens": means.attended.tokens},
+        inputs,
+    )
+    if not (stats.mean.isfinite().all() and stats.attended.isfinite().all()):  # type: ignore[union-attr]
         raise UserError(f"--load {args.load}: the model's keys hold NaN or infinite values; train it again")
     key_stats_file.save(args.output, stats, args.overwrite)
     print(

@@ -1,4 +1,8 @@
-"""The file of key statistics: safetensors of format 1, written whole or not at all."""
+"""The file of key statistics: safetensors, written whole or not at all.
+
+Format 2 holds ``key_mean`` float32 [L, G, d], ``key_attended`` float32 [L, H, d], ``key_count`` int64 [L] and
+perhaps ``router_input`` [L, S, D]. Format 1, which is read as well, had no ``key_attended``.
+"""
 
 import json
 import os
@@ -12,7 +16,9 @@ import torch
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.files import write_whole
 
-FORMAT = 1
+FORMAT = 2
+# Tensor -> its dtype and number of dimensions. Format 1 had a key_square_mean too, which nothing read.
+TENSORS = {"key_mean": (torch.float32, 3), "key_count": (torch.int64, 1), "key_attended": (torch.float32, 3)}
 KEY_SOURCES = ("pre_rope", "post_rope")
 
 
@@ -20,15 +26,18 @@ KEY_SOURCES = ("pre_rope", "post_rope")
 class KeyStats:
     """What the converter needs to know of a dense model's keys.
 
-    ``mean`` and ``square_mean`` are float32 [L, G, d], ``count`` (tokens) is int64 [L]. ``metadata``
-    holds JSON values: what the keys are, which model they come from and what made them. ``router_input``
-    [L, S, D] is a sample of what routers see, for ``save``; ``load`` leaves it in the file, from which
-    ``read_router_input`` takes a layer's.
+    - ``mean``: float32 [L, G, d], the mean key of each query group.
+    - ``count``: int64 [L], the tokens that ``mean`` is over.
+    - ``attended``: float32 [L, H, d], the attended key of each query head (``capture``); None in a file of
+      format 1.
+    - ``metadata``: JSON values: what the keys are, which model they come from and what made them.
+    - ``router_input``: [L, S, D], a sample of what routers see, for ``save``; ``load`` leaves it in the file,
+      from which ``read_router_input`` takes a layer's.
     """
 
     mean: torch.Tensor
-    square_mean: torch.Tensor
     count: torch.Tensor
+    attended: torch.Tensor | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     router_input: torch.Tensor | None = None
 
@@ -55,15 +64,12 @@ def save(path: str | Path, stats: KeyStats, overwrite: bool = False) -> None:
     """
     check_output(path, overwrite)
     path = Path(path)
-    tensors = {
-        "key_mean": stats.mean.contiguous(),
-        "key_square_mean": stats.square_mean.contiguous(),
-        "key_count": stats.count.contiguous(),
-    }
+    assert stats.attended is not None
+    tensors = {"key_mean": stats.mean, "key_attended": stats.attended, "key_count": stats.count}
     if stats.router_input is not None:
-        tensors["router_input"] = stats.router_input.contiguous()
+        tensors["router_input"] = stats.router_input
     content = safetensors.torch.save(
-        tensors,
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
         metadata={name: json.dumps(value) for name, value in (stats.metadata | {"format": FORMAT}).items()},
     )
     try:
@@ -88,7 +94,7 @@ def load(path: str | Path) -> KeyStats:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names - {"router_input"}}
+            tensors = {name: file.get_tensor(name) for name in names & TENSORS.keys()}
             sample = file.get_slice("router_input").get_shape() if "router_input" in names else None
             metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -100,7 +106,7 @@ def load(path: str | Path) -> KeyStats:
         problem = f"router_input is {sample}, where layers, tokens and hidden size are expected"
     if problem:
         raise UserError(f"--key-stats {path}: {problem}; collect the statistics again")
-    return KeyStats(tensors["key_mean"], tensors["key_square_mean"], tensors["key_count"], metadata)
+    return KeyStats(tensors["key_mean"], tensors["key_count"], tensors.get("key_attended"), metadata)
 
 
 def read_router_input(path: str | Path, layer: int) -> torch.Tensor:
@@ -123,15 +129,13 @@ def read_router_input(path: str | Path, layer: int) -> torch.Tensor:
 
 def _problem(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str | None:
     """What is wrong with a file's content, in words, or None."""
-    if metadata.get("format") != FORMAT:
-        return f"not key statistics of format {FORMAT}"
-    for name, dtype, rank in (
-        ("key_mean", torch.float32, 3),
-        ("key_square_mean", torch.float32, 3),
-        ("key_count", torch.int64, 1),
-    ):
+    if metadata.get("format") not in (1, FORMAT):
+        return f"not key statistics of format 1 or {FORMAT}"
+    for name, (dtype, rank) in TENSORS.items():
         tensor = tensors.get(name)
         if tensor is None:
+            if metadata["format"] == 1 and name == "key_attended":
+                continue
             return f"has no tensor {name}"
         if tensor.dtype != dtype or tensor.dim() != rank:
             kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
@@ -139,8 +143,10 @@ def _problem(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str 
             return f"{name} is {kind} where {expected} of {rank} dimension{'s' * (rank > 1)} is expected"
         if not torch.isfinite(tensor).all():
             return f"{name} holds NaN or infinite values"
-    mean, square_mean, count = (tensors[name] for name in ("key_mean", "key_square_mean", "key_count"))
-    if square_mean.shape != mean.shape or count.shape != mean.shape[:1] or mean.numel() == 0:
+    mean, count, attended = tensors["key_mean"], tensors["key_count"], tensors.get("key_attended")
+    heads = None if attended is None else (len(mean), metadata.get("num_attention_heads"), mean.shape[2])
+    fits = attended is None or tuple(attended.shape) == heads
+    if count.shape != mean.shape[:1] or mean.numel() == 0 or not fits:
         shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in sorted(tensors))
         return f"its shapes disagree ({shapes})"
     for name, size in zip(("num_layers", "num_query_groups", "kv_channels"), mean.shape, strict=True):
@@ -150,6 +156,4 @@ def _problem(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str 
         return f"its key_source {metadata.get('key_source')!r} is not one of {', '.join(KEY_SOURCES)}"
     if (count <= 0).any():
         return "key_count holds layers without tokens"
-    if (square_mean < 0).any():
-        return "key_square_mean holds negative values"
     return None

@@ -257,7 +257,7 @@ KINDS: dict[str, Kind] = {
             module="megatron_router_upcycling.routers.mixture:MixtureRouter",
             of_heads=True,
             options=("num_routers", "pooling", "grouping"),
-            own_starts=("queries", "keys", "norm_gain"),
+            own_starts=("queries", "keys", "head_key"),
             scaled="expert_key",
             expert_keys="expert_key",
         ),

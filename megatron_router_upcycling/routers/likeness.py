@@ -11,6 +11,21 @@ from torch import Tensor
 from megatron_router_upcycling.routers.fold import fold
 
 
+def tied_experts(logits: Tensor, granularity: int = 1) -> tuple[tuple[int, int], ...]:
+    """Pairs of experts that no token tells apart: whose ``logits`` [T, n] are equal up to rounding.
+
+    Shards of one copy (``granularity``) are meant to be equal; of each copy the first stands in a pair.
+    """
+    copies = logits.t()[::granularity]
+    limit = 1e-6 * float(copies.abs().max())
+    return tuple(
+        (a * granularity, b * granularity)
+        for a in range(len(copies))
+        for b in range(a + 1, len(copies))
+        if float((copies[a] - copies[b]).abs().max()) <= limit
+    )
+
+
 def router_agreement(
     tokens: Tensor, query_weight: Tensor, expert_key: Tensor, num_experts: int, pooling: str
 ) -> float:

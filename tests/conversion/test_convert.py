@@ -303,8 +303,8 @@ def test_key_statistics_of_other_sizes_are_refused(tmp_path: Path) -> None:
     dense_checkpoint.write(tmp_path / "dense")
     mean = torch.ones(LAYERS, GROUPS, 2 * HEAD_DIM)
     metadata = {"num_layers": LAYERS, "num_query_groups": GROUPS, "kv_channels": 2 * HEAD_DIM}
-    metadata |= {"key_source": "pre_rope"}
-    stats = KeyStats(mean, mean.clone(), torch.ones(LAYERS, dtype=torch.int64), metadata)
+    metadata |= {"num_attention_heads": GROUPS, "key_source": "pre_rope"}
+    stats = KeyStats(mean, torch.ones(LAYERS, dtype=torch.int64), mean, metadata)
     key_stats_file.save(tmp_path / "ks", stats)
     with pytest.raises(UserError, match=r"of another model: keys \[3, 4, 8\]"):
         conversion.prepare(tmp_path / "dense", tmp_path / "moe", Options(RouterConfig(), tmp_path / "ks"))

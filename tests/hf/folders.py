@@ -119,8 +119,9 @@ def make_stats_of(path: Path, dense: Path) -> Path:
     flags = yaml.safe_load((dense / "model.yaml").read_text())
     names = ("num_layers", "num_query_groups", "kv_channels", "num_attention_heads", "hidden_size")
     metadata = {name: flags[name] for name in names} | {"key_source": "pre_rope"}
-    layers, groups, size = (flags[name] for name in names[:3])
-    mean = torch.randn(layers, groups, size, generator=torch.Generator().manual_seed(1))
-    stats = KeyStats(mean, mean.square() + 1, torch.full((layers,), 512), metadata)
+    layers, groups, size, heads = (flags[name] for name in names[:4])
+    generator = torch.Generator().manual_seed(1)
+    mean, attended = (torch.randn(layers, count, size, generator=generator) for count in (groups, heads))
+    stats = KeyStats(mean, torch.full((layers,), 512), attended, metadata)
     key_stats_file.save(path, stats, overwrite=True)
     return path

@@ -24,6 +24,10 @@ HIDDEN = 3
         (12, 12, 8, 1, 2),  # one set of all, sets of six
         (20, 4, 4, 4, 4),  # sets of five
         (8, 2, 4, 8, 32),  # m = H < n: keys of one head
+        (14, 14, 4, 8, 8),  # each head in four routers of seven
+        (12, 2, 4, 8, 16),  # each in two routers of three, and in four keys
+        (28, 4, 4, 8, 8),
+        (6, 6, 4, 8, 8),  # where heads have been together in every way
     ],
 )
 def test_loops_and_tensors_agree(
@@ -36,9 +40,8 @@ def test_loops_and_tensors_agree(
         if seed == 4:
             mean[0] = 0  # similar to none
         query, other = (torch.randn(count * size, HIDDEN, generator=generator) for count in (heads, groups))
-        made = init_mixture(
-            query.unflatten(0, (heads, size)), mean.repeat_interleave(heads // groups, 0), config
-        )
+        keys = mean.repeat_interleave(heads // groups, 0)
+        made = init_mixture(query.unflatten(0, (heads, size)), keys, config)
         fused = merge_qkv(query, other, other, heads, groups)
-        for found, wanted in zip(made, mixture.of_heads(fused, mean.numpy(), heads, config), strict=True):
+        for found, wanted in zip(made, mixture.of_heads(fused, keys.numpy(), groups, config), strict=True):
             assert torch.equal(found, wanted)

@@ -23,13 +23,15 @@ import yaml
 from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.read_model import query_key_digest
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.key_statistics import capture, moments, router_sample
+from megatron_router_upcycling.key_statistics import capture, router_sample
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from tests import launch
 
 LAYERS, HEADS, GROUPS, HEAD_DIM, HIDDEN = 4, 4, 2, 8, 32
 SEQUENCE, BATCH, ITERATIONS, ROTARY_BASE, EPSILON = 16, 8, 2, 10000, 1e-5
 TOKENS = SEQUENCE * BATCH * ITERATIONS
+ATTENDED_TOKENS = SEQUENCE * BATCH  # the first of every four iterations
+MICRO_BATCHES = BATCH // 2
 MODEL = f"""
 num_layers: {LAYERS}
 hidden_size: {HIDDEN}
@@ -107,7 +109,7 @@ def make(folder: Path) -> None:
         attention.linear_qkv.register_forward_hook(
             lambda module, inputs, output, layer=layer: outputs[layer].append(output[0].detach().clone())
         )
-    captured = {source: moments.KeyMoments(LAYERS, GROUPS, HEAD_DIM) for source in key_stats_file.KEY_SOURCES}
+    captured = {source: collect.new_means(args) for source in key_stats_file.KEY_SOURCES}
     data = collect.train_iterators(args, len(model), ITERATIONS)
     inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(LAYERS)}
     mlps = [module for module in model[0].modules() if type(module).__name__ == "MLP"]
@@ -119,20 +121,22 @@ def make(folder: Path) -> None:
         capture.capture_keys(model, captured["pre_rope"], "pre_rope"),
         capture.capture_keys(model, captured["post_rope"], "post_rope"),
     ):
-        for _ in range(ITERATIONS):
+        for iteration in range(ITERATIONS):
+            for means in captured.values():
+                means.attend = iteration == 0
             collect.forward(args, model, data)
     # Every token is in the sample, which is larger than the data: sample after sample, token after token.
     everything = torch.stack([torch.cat(inputs[layer]) for layer in range(LAYERS)])
     safetensors.torch.save_file({"router_input": everything.contiguous()}, folder / "router_input")
     assert not any("get_query_key_value_tensors" in vars(attention) for attention in attentions)
 
-    norms = [attention.k_layernorm.weight.detach().double().numpy() for attention in attentions]
     for source in key_stats_file.KEY_SOURCES:
-        mean, square_mean = means_by_loops(outputs, norms, source)
-        tensors = {"mean": torch.from_numpy(mean), "square_mean": torch.from_numpy(square_mean)}
+        expected = means_by_loops(outputs, attentions, source)
+        tensors = {name: torch.from_numpy(value) for name, value in expected.items()}
         safetensors.torch.save_file(tensors, folder / f"loops_{source}")
-        stats = captured[source].stats({})
-        tensors = {"mean": stats.mean, "square_mean": stats.square_mean, "count": stats.count}
+        means = captured[source]
+        assert (means.keys.tokens, means.attended.tokens) == (TOKENS, ATTENDED_TOKENS)
+        tensors = {"mean": means.keys.mean(), "attended": means.attended.mean()}
         safetensors.torch.save_file(tensors, folder / f"single_{source}")
 
 
@@ -170,41 +174,59 @@ def randomise(model: list[torch.nn.Module]) -> None:
 
 
 def means_by_loops(
-    outputs: dict[int, list[torch.Tensor]], norms: list[np.ndarray], source: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Means of keys and of their squares [L, G, d], from the projections' outputs, in float64.
+    outputs: dict[int, list[torch.Tensor]], attentions: list[Any], source: str
+) -> dict[str, np.ndarray]:
+    """``mean`` and ``square_mean`` of keys [L, G, d] and ``attended`` keys [L, H, d], in float64.
 
     Args:
-        outputs: for each layer, [sequence, batch, (H + 2G) d] of every micro-batch.
-        norms: for each layer, the key norm's weight [d].
+        outputs: for each layer, the projection's [sequence, batch, (H + 2G) d] of every micro-batch.
+        attentions: for each layer, the module, whose norms' weights [d] are read.
     """
     mean, square_mean = np.zeros((2, LAYERS, GROUPS, HEAD_DIM))
+    attended = np.zeros((LAYERS, HEADS, HEAD_DIM))
     queries = HEADS // GROUPS  # in a group, before its key and its value
-    half = HEAD_DIM // 2
-    for layer in range(LAYERS):
-        tokens = 0
-        for output in outputs[layer]:
+    for layer, attention in enumerate(attentions):
+        norms = [
+            norm.weight.detach().double().numpy() for norm in (attention.q_layernorm, attention.k_layernorm)
+        ]
+        for number, output in enumerate(outputs[layer]):
             array = output.double().numpy()
-            for position in range(array.shape[0]):
-                angle = position * ROTARY_BASE ** (-np.arange(half) / half)
-                for sample in range(array.shape[1]):
-                    tokens += 1
-                    for group in range(GROUPS):
-                        first = (group * (queries + 2) + queries) * HEAD_DIM
-                        key = array[position, sample, first : first + HEAD_DIM]
-                        key = key / np.sqrt((key * key).mean() + EPSILON) * norms[layer]
-                        if source == "post_rope":
-                            low, high = key[:half], key[half:]
-                            key = np.concatenate(
-                                [
-                                    low * np.cos(angle) - high * np.sin(angle),
-                                    high * np.cos(angle) + low * np.sin(angle),
-                                ]
-                            )
-                        mean[layer, group] += key
-                        square_mean[layer, group] += key * key
-        assert tokens == TOKENS
-    return mean / TOKENS, square_mean / TOKENS
+            for sample in range(array.shape[1]):
+                for group in range(GROUPS):
+                    first = group * (queries + 2) * HEAD_DIM
+                    heads = [
+                        array[:, sample, first + place * HEAD_DIM : first + (place + 1) * HEAD_DIM]
+                        for place in range(queries + 1)
+                    ]
+                    keys = [normed(key, norms[1]) for key in heads[queries]]
+                    turned = [rotated(key, position) for position, key in enumerate(keys)]
+                    taken = turned if source == "post_rope" else keys
+                    for key in taken:
+                        mean[layer, group] += key / TOKENS
+                        square_mean[layer, group] += key * key / TOKENS
+                    for place in range(queries) if number < MICRO_BATCHES else ():
+                        for position, query in enumerate(heads[place]):
+                            query = rotated(normed(query, norms[0]), position)
+                            scores = [query @ key / np.sqrt(HEAD_DIM) for key in turned[: position + 1]]
+                            weights = np.exp(scores) / np.exp(scores).sum()
+                            for weight, key in zip(weights, taken, strict=False):  # those up to the query
+                                attended[layer, group * queries + place] += weight * key / ATTENDED_TOKENS
+    return {"mean": mean, "square_mean": square_mean, "attended": attended}
+
+
+def normed(head: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """A head's query or key [d] after its norm."""
+    return head / np.sqrt((head * head).mean() + EPSILON) * weight
+
+
+def rotated(head: np.ndarray, position: int) -> np.ndarray:
+    """A head's query or key [d] after the rotary embedding."""
+    half = HEAD_DIM // 2
+    angle = position * ROTARY_BASE ** (-np.arange(half) / half)
+    low, high = head[:half], head[half:]
+    return np.concatenate(
+        [low * np.cos(angle) - high * np.sin(angle), high * np.cos(angle) + low * np.sin(angle)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -224,17 +246,22 @@ def collect(made: Path, ranks: int, *flags: object) -> launch.Output:
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor, square_mean: torch.Tensor) -> None:
-    """Equal but for float32 rounding, which is relative to the keys and not to their (smaller) mean."""
-    assert ((found - expected).abs() <= 2e-6 * square_mean.sqrt()).all()
+    """Equal but for float32 rounding, which is relative to the keys and not to their (smaller) mean.
+
+    Args:
+        found, expected: [L, G or H, d].
+        square_mean: of the keys of a query group [L, G, d].
+    """
+    size = square_mean.sqrt().repeat_interleave(found.shape[1] // GROUPS, dim=1)
+    assert ((found - expected).abs() <= 2e-6 * size).all()
 
 
 @pytest.mark.parametrize("source", key_stats_file.KEY_SOURCES)
 def test_one_process_equals_the_reference_in_loops(made: Path, source: str) -> None:
     single = safetensors.torch.load_file(made / f"single_{source}")
     loops = safetensors.torch.load_file(made / f"loops_{source}")
-    assert_same(single["mean"], loops["mean"], loops["square_mean"])
-    torch.testing.assert_close(single["square_mean"].double(), loops["square_mean"], rtol=4e-6, atol=0)
-    assert single["count"].tolist() == [TOKENS] * LAYERS
+    for name in ("mean", "attended"):
+        assert_same(single[name], loops[name], loops["square_mean"])
 
 
 def test_the_sources_differ(made: Path) -> None:
@@ -242,7 +269,9 @@ def test_the_sources_differ(made: Path) -> None:
     before, after = (
         safetensors.torch.load_file(made / f"loops_{source}") for source in key_stats_file.KEY_SOURCES
     )
-    assert (before["mean"] - after["mean"]).abs().max() > 0.01
+    for name in ("mean", "attended"):
+        assert (before[name] - after[name]).abs().max() > 0.01
+    assert (before["attended"][:, ::2] - before["attended"][:, 1::2]).abs().max() > 0.01  # of one group
 
 
 @pytest.mark.parametrize(
@@ -258,16 +287,18 @@ def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, source: str
     output = tmp_path / "stats.safetensors"
     collect(made, 2, "--key-source", source, "--output", output, *flags).ok()
     stats = key_stats_file.load(output)
-    single = safetensors.torch.load_file(made / f"single_{source}")
-    assert torch.equal(stats.count, single["count"])
-    assert_same(stats.mean, single["mean"], single["square_mean"])
-    torch.testing.assert_close(stats.square_mean, single["square_mean"], rtol=4e-6, atol=0)
+    single, loops = (safetensors.torch.load_file(made / f"{kind}_{source}") for kind in ("single", "loops"))
+    assert stats.count.tolist() == [TOKENS] * LAYERS
+    assert_same(stats.mean, single["mean"], loops["square_mean"])
+    assert stats.attended is not None
+    assert_same(stats.attended, single["attended"], loops["square_mean"])
     seen = safetensors.torch.load_file(made / "router_input")["router_input"]
     assert seen.shape == (LAYERS, TOKENS, HIDDEN)
     for layer in range(LAYERS):
         torch.testing.assert_close(key_stats_file.read_router_input(output, layer), seen[layer])
     metadata = stats.metadata
-    assert metadata["key_source"] == source and metadata["tokens"] == TOKENS
+    assert metadata["key_source"] == source
+    assert (metadata["tokens"], metadata["attended_tokens"]) == (TOKENS, ATTENDED_TOKENS)
     assert metadata["checkpoint"] == str(made / "dense") and len(metadata["checkpoint_digest"]) == 64
     assert metadata["query_key_digest"] == query_key_digest(open_dense(made / "dense"))
     assert metadata["data"] == [str(data)] and metadata["iterations"] == ITERATIONS
@@ -373,9 +404,9 @@ def test_a_model_without_grouped_query_attention(tmp_path: Path, monkeypatch: py
 def test_a_moved_seam_is_named() -> None:
     changed = types.SimpleNamespace()  # an attention that has lost what keys are captured at
     with pytest.raises(RuntimeError, match=r"SelfAttention\.get_query_key_value_tensors does not exist"):
-        capture._take_before_rotary(changed, lambda key: None)
+        capture._wrap_projection(changed, lambda key: None)
     with pytest.raises(RuntimeError, match=r"SelfAttention\.core_attention is not a module"):
-        capture._take_after_rotary(changed, lambda key: None)
+        capture._hook_core_attention(changed, lambda forward, args, kwargs: None)
 
 
 def test_the_unsplit_projection_of_a_fused_rotary_kernel() -> None:
@@ -385,7 +416,7 @@ def test_the_unsplit_projection_of_a_fused_rotary_kernel() -> None:
         get_query_key_value_tensors=lambda: (mixed, [2 * HEAD_DIM, HEAD_DIM, HEAD_DIM])
     )
     taken: list[torch.Tensor] = []
-    capture._take_before_rotary(attention, taken.append)
+    capture._wrap_projection(attention, taken.append)
     attention.get_query_key_value_tensors()
     assert torch.equal(taken[0], mixed[..., 2 * HEAD_DIM : 3 * HEAD_DIM])
 

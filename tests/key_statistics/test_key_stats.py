@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,16 @@ from hypothesis import strategies as st
 
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics import file as key_stats_file
-from megatron_router_upcycling.key_statistics.moments import KeyMoments, sums_over_tokens
+from megatron_router_upcycling.key_statistics.moments import TokenMean, sum_over_tokens
 
-L, G, D = 3, 4, 5
-METADATA = {"num_layers": L, "num_query_groups": G, "kv_channels": D, "key_source": "pre_rope"}
+L, G, D, H = 3, 4, 5, 8
+METADATA: dict[str, object] = {
+    "num_layers": L,
+    "num_query_groups": G,
+    "kv_channels": D,
+    "num_attention_heads": H,
+}
+METADATA |= {"key_source": "pre_rope"}
 
 
 def random_keys(tokens: int, groups: int = G, dim: int = D, seed: int = 0) -> torch.Tensor:
@@ -26,24 +33,12 @@ def random_keys(tokens: int, groups: int = G, dim: int = D, seed: int = 0) -> to
     return torch.randn(tokens, groups, dim, generator=generator) + offset
 
 
-def reference_means(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of keys [T, G, d] and of their squares, each correctly rounded, by loops."""
-    tokens, groups, dim = keys.shape
-    mean, square_mean = torch.zeros(groups, dim), torch.zeros(groups, dim)
-    for g in range(groups):
-        for i in range(dim):
-            column = [float(x) for x in keys[:, g, i]]
-            mean[g, i] = math.fsum(column) / tokens
-            square_mean[g, i] = math.fsum(x * x for x in column) / tokens
-    return mean, square_mean
-
-
-def moments_of(keys: torch.Tensor) -> KeyMoments:
-    """The moments of keys [L, T, G, d] taken up in one piece."""
-    moments = KeyMoments(keys.shape[0], *keys.shape[2:])
+def mean_of(keys: torch.Tensor) -> TokenMean:
+    """The mean of keys [L, T, G, d], added in one piece."""
+    mean = TokenMean(keys.shape[0], *keys.shape[2:])
     for layer, keys_TGd in enumerate(keys):
-        moments.add(layer, 0, keys_TGd)
-    return moments
+        mean.add(layer, 0, keys_TGd)
+    return mean
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -56,50 +51,46 @@ def test_sums_are_better_than_float32(tokens: int, dtype: torch.dtype, device: s
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     keys = random_keys(tokens, groups=2, dim=8).to(dtype)
-    total, square_total = (x.cpu() for x in sums_over_tokens(keys.to(device)))
+    total = sum_over_tokens(keys.to(device)).cpu()
     exact = keys.double()
     # On the GPU one micro-batch's sum carries the roundings of a tree of float32 additions.
     error = 2.0**-40 if device == "cpu" else 2.0**-22
     root_mean_square = exact.square().mean(0).sqrt()
     assert ((total - exact.sum(0)).abs() / tokens <= error * root_mean_square).all()
-    assert ((square_total - exact.square().sum(0)).abs() <= error * exact.square().sum(0)).all()
 
 
 def test_a_million_tokens_far_from_zero_keep_their_mean() -> None:
     """Where a running float32 sum drifts by a thousandth, the mean is right to the last bit."""
     keys = torch.full((1_000_000, 1, 1), 100.1)
     drifted = np.cumsum(keys.flatten().numpy(), dtype=np.float32)[-1] / 1e6
-    moments = KeyMoments(1, 1, 1)
-    moments.add(0, 0, keys)
+    mean = TokenMean(1, 1, 1)
+    mean.add(0, 0, keys)
     assert abs(drifted - 100.1) > 1e-3
-    assert torch.equal(moments.stats(METADATA).mean, keys[:1])
+    assert torch.equal(mean.mean(), keys[:1])
 
 
 def test_sums_leave_the_keys_as_they_were() -> None:
     keys = random_keys(10).double()
     before = keys.clone()
-    sums_over_tokens(keys)
+    sum_over_tokens(keys)
     assert torch.equal(keys, before)
 
 
 def test_means_equal_a_reference_in_loops() -> None:
     keys = torch.stack([random_keys(700, seed=layer) for layer in range(L)])
-    stats = moments_of(keys).stats(METADATA)
-    for layer in range(L):
-        mean, square_mean = reference_means(keys[layer])
-        # Rounded once from float64, so at most one unit in the last place from the correctly rounded mean.
-        torch.testing.assert_close(stats.mean[layer], mean, rtol=2.0**-23, atol=0)
-        torch.testing.assert_close(stats.square_mean[layer], square_mean, rtol=2.0**-23, atol=0)
-    assert stats.mean.dtype == stats.square_mean.dtype == torch.float32
-    assert stats.count.tolist() == [700] * L and stats.count.dtype == torch.int64
+    mean = mean_of(keys)
+    expected = torch.zeros(L, G, D)
+    for layer, g, i in np.ndindex(L, G, D):
+        expected[layer, g, i] = math.fsum(map(float, keys[layer, :, g, i])) / 700
+    # Rounded once from float64, so at most one unit in the last place from the correctly rounded mean.
+    torch.testing.assert_close(mean.mean(), expected, rtol=2.0**-23, atol=0)
+    assert mean.mean().dtype == torch.float32 and mean.tokens == 700
 
 
 def test_integers_give_the_exact_mean_bitwise() -> None:
     """Small integers add without rounding, so every way of adding must give the same bits."""
     keys = torch.randint(-50, 50, (L, 1024, G, D)).float()
-    stats = moments_of(keys).stats(METADATA)
-    assert torch.equal(stats.mean, keys.double().mean(1).float())
-    assert torch.equal(stats.square_mean, keys.double().square().mean(1).float())
+    assert torch.equal(mean_of(keys).mean(), keys.double().mean(1).float())
 
 
 @settings(max_examples=40, deadline=None)
@@ -114,46 +105,50 @@ def test_merging_ranks_equals_one_rank(
 ) -> None:
     """Heads, layers and tokens divided among ranks in any way: bitwise what one rank has."""
     keys = torch.randint(-50, 50, (L, 90, G, D), generator=torch.Generator().manual_seed(seed)).float()
-    whole = moments_of(keys)
+    whole = mean_of(keys)
     bounds = sorted({0, 90, *token_cuts})
-    merged = KeyMoments(L, G, D)
+    merged = TokenMean(L, G, D)
     for first, last in zip(bounds, bounds[1:], strict=False):  # data or context parallel
         for stage in range(pipeline):
             for rank in range(tensor_parallel):
-                own = KeyMoments(L, G, D)
+                own = TokenMean(L, G, D)
                 groups = slice(rank * G // tensor_parallel, (rank + 1) * G // tensor_parallel)
                 for layer in range(stage, L, pipeline):  # interleaved, as under virtual stages
                     own.add(layer, groups.start, keys[layer, first:last, groups])
-                merged.merge(own)
+                merged.total += own.total  # what all_reduce does
+                merged.count += own.count
     assert torch.equal(merged.total, whole.total)
-    assert torch.equal(merged.square_total, whole.square_total)
     assert (merged.count == whole.count).all()
-    assert torch.equal(merged.stats(METADATA).mean, whole.stats(METADATA).mean)
+    assert torch.equal(merged.mean(), whole.mean())
 
 
 def test_keys_come_as_sequence_and_batch_or_packed() -> None:
     keys = torch.randint(-9, 9, (6, 2, G, D)).float()  # (sequence, batch, groups, d)
-    whole, packed = KeyMoments(1, G, D), KeyMoments(1, G, D)
+    whole, packed = TokenMean(1, G, D), TokenMean(1, G, D)
     whole.add(0, 0, keys)
     packed.add(0, 0, keys.flatten(0, 1))
     assert torch.equal(whole.total, packed.total) and whole.count.tolist() == [[12] * G]
 
 
-def test_statistics_of_a_part_of_the_model_are_refused() -> None:
-    moments = KeyMoments(L, G, D)
-    with pytest.raises(RuntimeError, match="layer 0, query group 0 saw 0 tokens"):
-        moments.stats(METADATA)
+def test_a_mean_over_a_part_of_the_model_is_refused() -> None:
+    mean = TokenMean(L, G, D)
+    with pytest.raises(RuntimeError, match="layer 0, head or query group 0 saw 0 tokens"):
+        mean.mean()
     for layer in range(L):
-        moments.add(layer, 0, random_keys(8))
-    moments.add(1, 2, random_keys(8)[:, 2:])
+        mean.add(layer, 0, random_keys(8))
+    mean.add(1, 2, random_keys(8)[:, 2:])
     with pytest.raises(RuntimeError, match="saw 8 tokens where 16 are expected"):
-        moments.stats(METADATA)
+        mean.mean()
 
 
 def some_stats() -> key_stats_file.KeyStats:
-    return moments_of(torch.stack([random_keys(64, seed=layer) for layer in range(L)])).stats(
-        METADATA | {"checkpoint": "a/b", "versions": {"torch": "2"}, "config": None}
-    )
+    mean, attended = (torch.stack([random_keys(1, n, seed=i)[0] for i in range(L)]) for n in (G, H))
+    metadata = METADATA | {"checkpoint": "a/b", "versions": {"torch": "2"}, "config": None}
+    return key_stats_file.KeyStats(mean, torch.full((L,), 64), attended, metadata)
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, object]) -> None:
+    safetensors.torch.save_file(tensors, path, {name: json.dumps(value) for name, value in metadata.items()})
 
 
 def test_save_and_load_keep_every_bit(tmp_path) -> None:
@@ -161,10 +156,19 @@ def test_save_and_load_keep_every_bit(tmp_path) -> None:
     key_stats_file.save(path, stats)
     loaded = key_stats_file.load(path)
     assert torch.equal(loaded.mean, stats.mean)
-    assert torch.equal(loaded.square_mean, stats.square_mean)
+    assert torch.equal(loaded.attended, stats.attended)
     assert torch.equal(loaded.count, stats.count)
     assert loaded.metadata == stats.metadata | {"format": key_stats_file.FORMAT}
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_files_of_format_1_load(tmp_path) -> None:
+    """They had no attended keys, and a mean of squares."""
+    stats = some_stats()
+    tensors = {"key_mean": stats.mean, "key_square_mean": stats.mean.square(), "key_count": stats.count}
+    write(tmp_path / "old", tensors, METADATA | {"format": 1})
+    loaded = key_stats_file.load(tmp_path / "old")
+    assert torch.equal(loaded.mean, stats.mean) and loaded.attended is None
 
 
 def test_existing_output_is_kept_without_overwrite(tmp_path) -> None:
@@ -207,11 +211,14 @@ def test_output_that_cannot_be_written_is_refused_early(tmp_path) -> None:
 def broken(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Tensors and metadata of a good file with one thing wrong."""
     stats = some_stats()
-    tensors = {"key_mean": stats.mean, "key_square_mean": stats.square_mean, "key_count": stats.count}
+    assert stats.attended is not None
+    tensors = {"key_mean": stats.mean, "key_attended": stats.attended, "key_count": stats.count}
     metadata = stats.metadata | {"format": key_stats_file.FORMAT}
     match name:
         case "missing":
             del tensors["key_count"]
+        case "no attended keys":
+            del tensors["key_attended"]
         case "dtype":
             tensors["key_mean"] = tensors["key_mean"].half()
         case "rank":
@@ -219,15 +226,13 @@ def broken(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
         case "nan":
             tensors["key_mean"][1, 2, 3] = float("nan")
         case "infinite":
-            tensors["key_square_mean"][0, 0, 0] = float("inf")
+            tensors["key_attended"][0, 0, 0] = float("inf")
         case "shape":
-            tensors["key_square_mean"] = tensors["key_square_mean"][:, :2].contiguous()
+            tensors["key_attended"] = tensors["key_attended"][:, :2].contiguous()
         case "count shape":
             tensors["key_count"] = tensors["key_count"][:2].clone()
         case "no tokens":
             tensors["key_count"][1] = 0
-        case "negative":
-            tensors["key_square_mean"][0, 0, 0] = -1
         case "format":
             metadata["format"] = 99
         case "metadata":
@@ -241,15 +246,15 @@ def broken(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     ("name", "message"),
     [
         ("missing", "has no tensor key_count"),
+        ("no attended keys", "has no tensor key_attended"),
         ("dtype", "key_mean is float16"),
         ("rank", r"key_mean is float32 \[4, 5\] where float32 of 3 dimensions"),
         ("nan", "key_mean holds NaN or infinite"),
-        ("infinite", "key_square_mean holds NaN or infinite"),
+        ("infinite", "key_attended holds NaN or infinite"),
         ("shape", "its shapes disagree"),
         ("count shape", "its shapes disagree"),
         ("no tokens", "layers without tokens"),
-        ("negative", "negative"),
-        ("format", "not key statistics of format 1"),
+        ("format", "not key statistics of format 1 or 2"),
         ("metadata", "contradicts its metadata's num_query_groups 5"),
         ("source", "key_source 'value'"),
     ],
@@ -257,7 +262,7 @@ def broken(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
 def test_load_refuses(name: str, message: str, tmp_path) -> None:
     path = tmp_path / "stats.safetensors"
     tensors, metadata = broken(name)
-    safetensors.torch.save_file(tensors, path, {k: json.dumps(v) for k, v in metadata.items()})
+    write(path, tensors, metadata)
     with pytest.raises(UserError, match=message) as error:
         key_stats_file.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)

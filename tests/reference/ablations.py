@@ -5,7 +5,6 @@ change.
 """
 
 import math
-from argparse import Namespace
 
 import numpy as np
 import torch
@@ -32,7 +31,6 @@ def router(
     init: InitConfig,
     seed: int,
     layer: int,
-    gains: tuple[Array, Array] | None,
     router_input: torch.Tensor,
 ) -> Values:
     """One layer's parameters, from those that the paper's way or chance gives.
@@ -42,10 +40,6 @@ def router(
     """
     dtype, inputs = next(iter(values.values())).dtype, _numbers(router_input)
     values = dict(values)
-    if gains is not None:
-        attention, ffn = gains
-        ratio = np.array([a / f if f else 0.0 for a, f in zip(attention, ffn, strict=True)])
-        values["query_weight"] = _rounded(_numbers(values["query_weight"]) * ratio, dtype)
     for wanted, name in ((init.queries, "query_weight"), (init.keys, "expert_key")):
         if wanted == "random":
             old = _numbers(values[name])
@@ -122,20 +116,6 @@ def _scale(logits: Array, target: float) -> float:
             break
         low, high = (middle, high) if entropy(middle) > target else (low, middle)
     return float(np.float32(math.exp(low)))
-
-
-def norm_gains(dense: Values, layer: int, args: Namespace) -> tuple[Array, Array]:
-    """Gains [D] of the norms before attention and before the FFN."""
-    centered = 1.0 if getattr(args, "layernorm_zero_centered_gamma", False) else 0.0  # stored less the 1
-
-    def gain(fused: str, apart: str) -> Array:
-        name = f"decoder.layers.{fused}.layer_norm_weight"  # as Transformer Engine keeps it
-        if name not in dense:
-            name = f"decoder.layers.{apart}.weight"
-        return _numbers(dense[name][layer]) + centered
-
-    attention = gain("self_attention.linear_qkv", "input_layernorm")
-    return attention, gain("mlp.linear_fc1", "pre_mlp_layernorm")
 
 
 def expert(

@@ -17,19 +17,20 @@ Sets = list[list[int]]
 
 
 def of_heads(
-    fused: torch.Tensor, mean_keys: Vector, num_heads: int, router: RouterConfig
+    fused: torch.Tensor, head_keys: Vector, num_groups: int, router: RouterConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's query_weight [m, d', D] and expert_key [n*c, d'] (eq. 4, 5).
 
     Args:
         fused: the query-key-value projection [(H + 2G)*d, D]: group after group, its query heads, its key,
             its value.
-        mean_keys: float32 [G, d], the average key of each query group.
+        head_keys: float32 [H, d], the key of each query head.
     """
     assert router.num_routers is not None
-    num_groups, head_size = mean_keys.shape
+    num_heads, head_size = head_keys.shape
     heads_a_group = num_heads // num_groups
-    parts = max(1, router.num_routers // num_heads)  # more routers than heads: every head is cut
+    # More routers than heads: every head is cut, where that comes out even.
+    parts = 1 if router.num_routers % num_heads else max(1, router.num_routers // num_heads)
     size = head_size // parts
     queries, keys = [], []
     for head in range(num_heads):
@@ -37,7 +38,7 @@ def of_heads(
         row = (group * (heads_a_group + 2) + place) * head_size
         for part in range(parts):
             queries.append(fused[row + part * size : row + (part + 1) * size])
-            keys.append(mean_keys[group, part * size : (part + 1) * size])
+            keys.append(head_keys[head, part * size : (part + 1) * size])
     num_copies = router.num_experts // router.granularity
     query_sets, key_sets = sets_of_heads(keys, router.num_routers, num_copies, router.grouping)
     vectors = [np.concatenate([keys[i] for i in members]) for members in key_sets]
@@ -56,6 +57,9 @@ def sets_of_heads(keys: list[Vector], num_routers: int, num_experts: int, groupi
     """The (parts of) heads that each router, and each key, is made of."""
     vectors = [key.astype(np.float64) for key in keys]
     similar = _similarities(vectors)
+    if len(vectors) % num_routers:
+        sets = _in_rounds(vectors, similar, num_routers, max(num_routers, num_experts), grouping)
+        return sets[:num_routers], sets
     query_sets = _group(vectors, similar, num_routers, grouping)
     if num_experts <= num_routers:
         return query_sets, query_sets
@@ -64,6 +68,47 @@ def sets_of_heads(keys: list[Vector], num_routers: int, num_experts: int, groupi
     of_copies = [[similar[i][j] for j in copies] for i in copies]
     key_sets = _group([vectors[i] for i in copies], of_copies, num_experts, grouping)
     return query_sets, [[copies[i] for i in members] for members in key_sets]
+
+
+def _in_rounds(
+    vectors: list[Vector], similar: list[list[float]], num_routers: int, num_sets: int, grouping: str
+) -> Sets:
+    """Rounds of gcd(H, m) sets with every head in one of them, until there are ``num_sets``."""
+    H = len(vectors)
+    a_round = math.gcd(H, num_routers)
+    size = H // a_round
+    sets = _group(vectors, similar, a_round, grouping)
+    while len(sets) < num_sets:
+
+        def cost(i: int, others: list[int]) -> tuple[int, float]:
+            shared = sum(1 for known in sets for j in others if i in known and j in known)  # noqa: B023
+            likeness = math.fsum(similar[i][j] for j in others) if grouping != "consecutive" else 0.0
+            return shared, -round(likeness, DECIMALS)
+
+        left, made = list(range(H)), []
+        while left:
+            first = min((cost(j, [i]), i, j) for i in left for j in left if i < j)
+            members = [first[1], first[2]]
+            while len(members) < size:
+                rest = [i for i in left if i not in members]
+                members.append(min(rest, key=lambda i: (cost(i, members), i)))  # noqa: B023
+            left = [i for i in left if i not in members]
+            made.append(sorted(members))
+        made.sort()
+        for one in range(a_round):
+            for other in range(a_round):
+                if one == other or made[one] not in sets:
+                    continue
+                for a in list(made[one]):
+                    for b in list(made[other]):
+                        changed = [
+                            sorted([i for i in made[one] if i != a] + [b]),
+                            sorted([i for i in made[other] if i != b] + [a]),
+                        ]
+                        if made[one] in sets and changed[0] not in sets and changed[1] not in sets:
+                            made[one], made[other] = changed
+        sets = sets + sorted(made)
+    return sets
 
 
 def _cosine(a: Vector, b: Vector) -> float:

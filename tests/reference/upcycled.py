@@ -24,7 +24,7 @@ def upcycle(
     args: Namespace,
     router: RouterConfig,
     init: InitConfig,
-    mean_keys: Tensor,
+    head_keys: Tensor,
     router_input: Tensor,
     seed: int,
     shared_expert: bool = False,
@@ -35,7 +35,7 @@ def upcycle(
     Args:
         dense: the dense model's, stacked over layers [L, ...].
         args: Megatron's arguments.
-        mean_keys: [L, G, d].
+        head_keys: each query head's key [L, H, d].
         router_input: [L, S, D].
         layers: those that get experts, each layer having names of its own; None: all, stacked.
     """
@@ -45,7 +45,7 @@ def upcycle(
             {key: drawn.from_scratch(key, value, args, seed) for key, value in tensors.items()}
             for tensors in (dense, moe)
         )
-    made = routers(dense, args, router, init, mean_keys, router_input, seed, layers or range(args.num_layers))
+    made = routers(dense, args, router, init, head_keys, router_input, seed, layers or range(args.num_layers))
     if layers is None:
         return moe | {ROUTER + name: torch.stack(list(values.values())) for name, values in made.items()}
     apart = {key: value for key, value in dense.items() if not key.startswith(LAYERS)}
@@ -114,7 +114,7 @@ def routers(
     args: Namespace,
     router: RouterConfig,
     init: InitConfig,
-    mean_keys: Tensor,
+    head_keys: Tensor,
     router_input: Tensor,
     seed: int,
     layers: Sequence[int],
@@ -128,8 +128,9 @@ def routers(
         values: Tensors = {}
         match router.router:
             case "mixture":
+                groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
                 values["query_weight"], keys = mixture.of_heads(
-                    dense[QKV][layer], mean_keys[layer].numpy(), args.num_attention_heads, router
+                    dense[QKV][layer], head_keys[layer].numpy(), groups, router
                 )
                 values["expert_key"] = keys.to(dtype)
             case "linear" | "switch":
@@ -140,9 +141,8 @@ def routers(
         for name in ("weight", "fc2.weight"):  # a row for each copy: its shards begin alike
             if name in values:
                 values[name] = torch.stack([values[name][i // router.granularity] for i in range(n)])
-        gains = ablations.norm_gains(dense, layer, args) if init.norm_gain else None
         if values:
-            values = ablations.router(values, router, init, seed, layer, gains, router_input[layer])
+            values = ablations.router(values, router, init, seed, layer, router_input[layer])
         if args.add_bias_linear and values:
             values["bias"] = torch.zeros(n, dtype=dtype)
         for name, value in values.items():

@@ -110,7 +110,7 @@ class Dense:
     root: Path
     tensors: Tensors
     args: Namespace
-    mean_keys: torch.Tensor
+    keys: dict[str, torch.Tensor]  # each query head's [L, H, d], by the name of its kind
     router_input: torch.Tensor
 
     def stats(self, key_source: str) -> Path:
@@ -124,17 +124,17 @@ def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     dense_checkpoint.write(root, values, tensor_parallel=2, args=args)
     groups = GROUPS if args.group_query_attention else HEADS
     random = torch.Generator().manual_seed(1)
-    mean = torch.randn(LAYERS, groups, HEAD_DIM, generator=random)
+    mean, attended = (torch.randn(LAYERS, count, HEAD_DIM, generator=random) for count in (groups, HEADS))
     if groups == HEADS:  # a tie, as there are among the heads of a group
         mean[0, 1] = mean[0, 0]
-    made = Dense(root, values, args, mean, torch.randn(LAYERS, TOKENS, HIDDEN, generator=random))
+    keys = {"mean": mean.repeat_interleave(HEADS // groups, dim=1), "attended": attended}
+    made = Dense(root, values, args, keys, torch.randn(LAYERS, TOKENS, HIDDEN, generator=random))
     for key_source in ("pre_rope", "post_rope"):
         described = {
             "num_layers": LAYERS, "num_query_groups": groups, "kv_channels": HEAD_DIM,
             "num_attention_heads": HEADS, "hidden_size": HIDDEN, "key_source": key_source,
         }  # fmt: skip
-        stats = KeyStats(mean, mean.square() + 1, torch.full((LAYERS,), 100), described)
-        stats.router_input = made.router_input
+        stats = KeyStats(mean, torch.full((LAYERS,), 100), attended, described, made.router_input)
         key_stats_file.save(made.stats(key_source), stats)
     return made
 
@@ -192,12 +192,14 @@ def test_converter_verify_and_reference_agree(dense: Dense, tmp_path: Path, conf
     convert(dense, tmp_path / "moe", config, options)
     record = manifest.read(tmp_path / "moe")
     assert record is not None
+    asked = read_method(CONFIGS / f"{config}.yaml").init.head_key
+    head_key = asked or ("attended" if dense.args.group_query_attention else "mean")
     reference = upcycle(
         dense.tensors,
         dense.args,
         manifest.router_config(record, "moe"),
         manifest.init_config(record, "moe"),
-        dense.mean_keys,
+        dense.keys[head_key],
         dense.router_input,
         SEED,
         options.get("shared_expert", False),

@@ -95,7 +95,10 @@ def make_key_stats(path: Path, shape: Shape) -> None:
         "num_layers": shape.layers, "num_query_groups": shape.groups, "kv_channels": shape.head_size,
         "num_attention_heads": shape.heads, "hidden_size": shape.hidden, "key_source": "pre_rope",
     }  # fmt: skip
-    sizes = (shape.layers, shape.groups, shape.head_size)
-    mean = torch.randn(sizes, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    mean, attended = (
+        torch.randn((shape.layers, count, shape.head_size), generator=generator)
+        for count in (shape.groups, shape.heads)
+    )
     counts = torch.full((shape.layers,), 4096)
-    key_stats_file.save(path, key_stats_file.KeyStats(mean, mean.square() + 1, counts, metadata))
+    key_stats_file.save(path, key_stats_file.KeyStats(mean, counts, attended, metadata))
