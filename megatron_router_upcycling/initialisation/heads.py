@@ -196,9 +196,7 @@ def _least_together(similarity: list[list[float]], together: list[list[int]], si
 def _exchange_known(made: Sets, known: Sets, num_sets: int) -> Sets:
     """``made`` without a set of ``known``: the first exchange of two heads of two sets that parts them."""
     for first, second in itertools.permutations(range(len(made)), 2):
-        if made[first] not in known:
-            continue
-        for a, b in itertools.product(made[first], made[second]):
+        for a, b in itertools.product(made[first], made[second]) if made[first] in known else ():
             swapped = [sorted({*made[first], b} - {a}), sorted({*made[second], a} - {b})]
             if not any(members in known for members in swapped):
                 made[first], made[second] = swapped

@@ -1,44 +1,33 @@
 """Take key vectors and router inputs out of a running Megatron model.
 
-Of the keys k_s of a query group two means are taken over tokens: the mean key itself (section 3.2 of the
-paper), and for each query head h of the group the attended key: the mean over queries t of
-sum_s softmax(q_t^h . k_s)_s k_s, what the head's attention would return with the keys as its values.
+Of the keys of a query group, which its heads share, two kinds of means are taken. The mean key is over all
+tokens (section 3.2 of the paper). The attended key of a head is over the tokens that it attends to more than
+the other heads of its group do (``attending_heads``). Where a group has one head the two are the same.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.key_statistics.moments import TokenMean
+from megatron_router_upcycling.key_statistics.moments import KeySums
 from megatron_router_upcycling.key_statistics.router_sample import RouterInput
 from megatron_router_upcycling.training.patches import patching
 
 SELF_ATTENTION = "megatron.core.transformer.attention.SelfAttention"
-
-
-@dataclass
-class KeyMeans:
-    """The running means of a whole model; this rank adds to its own layers and heads.
-
-    ``keys`` [L, G, d] are taken in every forward pass, ``attended`` [L, H, d] while ``attend`` is true: they
-    cost a second call of attention.
-    """
-
-    keys: TokenMean
-    attended: TokenMean
-    attend: bool = True
+type Take = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @contextlib.contextmanager
-def capture_keys(model: Sequence[torch.nn.Module], means: KeyMeans, key_source: str) -> Iterator[None]:
-    """While the context lasts, every forward pass of ``model`` adds its keys to ``means``.
+def capture_keys(model: Sequence[torch.nn.Module], sums: KeySums, key_source: str) -> Iterator[None]:
+    """While the context lasts, every forward pass of ``model`` adds its keys to ``sums``.
 
     Args:
         model: this rank's model chunks (several under virtual pipeline parallelism), wrapped or not.
+        sums: of the whole model's size; this rank adds to its own layers and heads.
         key_source: ``pre_rope``: the key as ``SelfAttention.get_query_key_value_tensors`` returns it,
             with its bias and its key norm. ``post_rope``: the key that core attention is called with.
 
@@ -47,11 +36,39 @@ def capture_keys(model: Sequence[torch.nn.Module], means: KeyMeans, key_source: 
     """
     with contextlib.ExitStack() as stack:
         for attention in self_attentions(model):
-            capture = _Capture(attention, means)
+            take = _taker(attention, sums)
             if key_source == "pre_rope":
-                stack.callback(_wrap_projection(attention, capture.before_rotary))
-            stack.callback(_hook_core_attention(attention, capture.at_attention))
+                stack.callback(_take_before_rotary(attention, take))
+            else:
+                stack.callback(_take_after_rotary(attention, take))
         yield
+
+
+def attending_heads(
+    query: torch.Tensor, key: torch.Tensor, context_parallel: Any | None = None
+) -> torch.Tensor | None:
+    """For each token and query group the head of the group that attends to it most.
+
+    A head's own logit of a token, q_t . k_t / sqrt(d), says how strongly it attends from the token to itself,
+    whatever the position: rotary embedding turns both alike. The head whose own logit is furthest above its
+    mean over the sequence has the token: heads differ in their means, and the largest would have all tokens.
+
+    Args:
+        query: [s, b, heads, d]; key: [s, b, groups, d], both before or both after the rotary embedding. The
+            axis b may be missing where sequences are packed.
+        context_parallel: the process group that has the other parts of the sequence, if any.
+
+    Returns:
+        [s, b, groups], the head counted from 0 in its group; None where groups have one head.
+    """
+    if query.shape[-2] == key.shape[-2]:
+        return None
+    query = query.unflatten(-2, (key.shape[-2], -1))  # (s, b, groups, heads, d)
+    own = torch.einsum("...ghd,...gd->...gh", query.float(), key.float()) / math.sqrt(key.shape[-1])
+    total, ranks = own.sum(dim=0, keepdim=True), context_parallel.size() if context_parallel else 1
+    if ranks > 1:
+        torch.distributed.all_reduce(total, group=context_parallel)
+    return (own - total / (len(own) * ranks)).argmax(dim=-1)
 
 
 def self_attentions(model: Sequence[torch.nn.Module]) -> list[Any]:
@@ -72,42 +89,29 @@ def self_attentions(model: Sequence[torch.nn.Module]) -> list[Any]:
     return attentions
 
 
-class _Capture:
-    """Adds one layer's keys, those of this rank's query groups and heads, to ``means``."""
+def _taker(attention: Any, sums: KeySums) -> Take:
+    """A function that adds one layer's keys [..., groups, d], given queries [..., heads, d], to ``sums``."""
+    from megatron.core.utils import get_pg_rank
 
-    def __init__(self, attention: Any, means: KeyMeans) -> None:
-        from megatron.core.utils import get_pg_rank
+    layer = attention.layer_number - 1  # Megatron counts layers from 1, over all pipeline stages
+    num_groups, size = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
+    first_group = get_pg_rank(attention.pg_collection.tp) * num_groups
 
-        self.means = means
-        self.layer = attention.layer_number - 1  # Megatron counts from 1, over all pipeline stages
-        self.num_groups = attention.num_query_groups_per_partition
-        self.num_heads = attention.num_attention_heads_per_partition
-        self.head_dim = attention.hidden_size_per_attention_head
-        self.rank = get_pg_rank(attention.pg_collection.tp)
-        self.key: torch.Tensor | None = None  # before the rotary embedding, until attention is called
-
-    def before_rotary(self, key: torch.Tensor) -> None:
-        self.key = key
-
-    def at_attention(self, forward: Callable[..., torch.Tensor], args: list[Any], kwargs: Any) -> None:
-        """Take the key [..., groups, d] that core attention stands before a call with."""
-        called_with = args[1]
-        key, self.key = called_with if self.key is None else self.key, None
-        if tuple(key.shape[-2:]) != (self.num_groups, self.head_dim):
+    def take(query: torch.Tensor, key: torch.Tensor) -> None:
+        if tuple(key.shape[-2:]) != (num_groups, size):
             raise RuntimeError(
-                f"key statistics: layer {self.layer} gives keys {list(key.shape)} where [...,"
-                f" {self.num_groups}, {self.head_dim}] is expected from {SELF_ATTENTION}"
+                f"key statistics: layer {layer} gives keys {list(key.shape)} where [..., {num_groups},"
+                f" {size}] is expected from {SELF_ATTENTION}"
             )
-        self.means.keys.add(self.layer, self.rank * self.num_groups, key)
-        if self.means.attend:
-            args[2] = key.reshape(called_with.shape)  # packed sequences have no axis of their own there
-            attended = forward(*args, **kwargs).reshape(-1, self.num_heads, self.head_dim)
-            self.means.attended.add(self.layer, self.rank * self.num_heads, attended)
+        with torch.no_grad():
+            heads = attending_heads(query, key, attention.pg_collection.cp)
+        sums.add(layer, first_group, key, heads)
+
+    return take
 
 
-def _wrap_projection(attention: Any, take: Callable[[torch.Tensor], None]) -> Callable[[], None]:
-    """Hand the key that the instance's ``get_query_key_value_tensors`` returns to ``take``; return what
-    undoes it."""
+def _take_before_rotary(attention: Any, take: Take) -> Callable[[], None]:
+    """Wrap the instance's ``get_query_key_value_tensors``; return what undoes it."""
     name = "get_query_key_value_tensors"
     original = patching.find("key statistics", attention, name, place=SELF_ATTENTION)
 
@@ -115,33 +119,29 @@ def _wrap_projection(attention: Any, take: Callable[[torch.Tensor], None]) -> Ca
         output = original(*args, **kwargs)
         if len(output) == 2:  # unsplit, for a fused rotary kernel: (..., groups, queries + key + value)
             mixed, sizes = output
-            take(mixed.split(sizes, dim=-1)[-2])
+            query, key, _ = mixed.split(sizes, dim=-1)
+            take(query.unflatten(-1, (-1, key.shape[-1])).flatten(-3, -2), key)
         else:
-            take(output[1])
+            take(*output[:2])
         return output
 
     setattr(attention, name, call)
     return lambda: delattr(attention, name)
 
 
-def _hook_core_attention(
-    attention: Any, take: Callable[[Callable[..., torch.Tensor], list[Any], Any], None]
-) -> Callable[[], None]:
-    """Call ``take`` before core attention, with its forward, its arguments as a list that begins with query,
-    key and value, and its other keyword arguments; return what undoes it."""
+def _take_after_rotary(attention: Any, take: Take) -> Callable[[], None]:
+    """Hook core attention, which is called with query and key; return what undoes it."""
     core = getattr(attention, "core_attention", None)
     if not isinstance(core, torch.nn.Module):
         raise patching.changed("key statistics", f"{SELF_ATTENTION}.core_attention is not a module")
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs, called = dict(kwargs), list(args)
-        for name in ("query", "key", "value")[len(args) :]:
-            if name not in kwargs:
-                raise patching.changed(
-                    "key statistics", f"{SELF_ATTENTION}.core_attention is called without a {name}"
-                )
-            called.append(kwargs.pop(name))
-        take(module.forward, called, kwargs)
+        given = dict(zip(("query", "key"), args, strict=False)) | kwargs
+        if "query" not in given or "key" not in given:
+            raise patching.changed(
+                "key statistics", f"{SELF_ATTENTION}.core_attention is called without a query or key"
+            )
+        take(given["query"], given["key"])
 
     return core.register_forward_pre_hook(hook, with_kwargs=True).remove
 

@@ -15,13 +15,9 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions
 from megatron_router_upcycling.key_statistics import capture, router_sample
 from megatron_router_upcycling.key_statistics import file as key_stats_file
-from megatron_router_upcycling.key_statistics.capture import KeyMeans
 from megatron_router_upcycling.key_statistics.file import KeyStats
-from megatron_router_upcycling.key_statistics.moments import TokenMean
+from megatron_router_upcycling.key_statistics.moments import KeySums
 from megatron_router_upcycling.training import launch
-
-# Attended keys are taken from one global batch in so many: they cost a second call of attention.
-ATTENDED_EVERY = 4
 
 # Arguments that decide a model's keys. A configuration that differs in one of them may load all the same.
 ARCHITECTURE = (
@@ -55,34 +51,32 @@ def collect(run: launch.Run) -> None:
     args = run.args
     check(run)
     model = load_model(args)
-    means = new_means(args)
+    sums = new_sums(args)
     sample = router_sample.RouterInput(args, args.router_samples, own_ranks())
-    losses = run_over_data(args, model, means, sample)
-    means.keys.all_reduce()
-    means.attended.all_reduce()
+    losses = run_over_data(args, model, sums, sample)
+    sums.all_reduce()
     inputs = sample.gather(args.num_layers) if sample.num_tokens else None
     torch.distributed.all_reduce(losses)
     if args.rank == 0:
-        write(args, means, inputs, losses)
+        write(args, sums, inputs, losses)
 
 
-def new_means(args: Namespace) -> KeyMeans:
-    """Empty means of the whole model's size, on this rank's device."""
-    layers, size, device = args.num_layers, args.kv_channels, torch.cuda.current_device()
-    groups, heads = num_query_groups(args), args.num_attention_heads
-    return KeyMeans(TokenMean(layers, groups, size, device), TokenMean(layers, heads, size, device))
+def new_sums(args: Namespace) -> KeySums:
+    """Empty sums of the whole model's size, on this rank's device."""
+    heads, groups, size = args.num_attention_heads, num_query_groups(args), args.kv_channels
+    return KeySums(args.num_layers, heads, groups, size, torch.cuda.current_device())
 
 
 def run_over_data(
-    args: Namespace, model: list[torch.nn.Module], means: KeyMeans, sample: router_sample.RouterInput
+    args: Namespace, model: list[torch.nn.Module], sums: KeySums, sample: router_sample.RouterInput
 ) -> torch.Tensor:
-    """Fill ``means`` and ``sample`` from the training data; what ``forward`` gives, summed."""
+    """Fill ``sums`` and ``sample`` from the training data; what ``forward`` gives, summed."""
     data = train_iterators(args, len(model), args.collect_iters)
     tokens_per_batch = args.global_batch_size * args.seq_length
     losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     with (
         capture.capture_router_input(model, sample) if sample.num_tokens else contextlib.nullcontext(),
-        capture.capture_keys(model, means, args.key_source),
+        capture.capture_keys(model, sums, args.key_source),
         tqdm(
             total=args.collect_iters * tokens_per_batch,
             desc="collecting keys",
@@ -91,15 +85,14 @@ def run_over_data(
             disable=args.quiet or args.rank != 0 or None,
         ) as progress,
     ):
-        for iteration in range(args.collect_iters):
-            means.attend = iteration % ATTENDED_EVERY == 0
+        for _ in range(args.collect_iters):
             losses += forward(args, model, data)
             torch.cuda.synchronize()
             progress.update(tokens_per_batch)
     return losses
 
 
-def write(args: Namespace, means: KeyMeans, inputs: torch.Tensor | None, losses: torch.Tensor) -> None:
+def write(args: Namespace, sums: KeySums, inputs: torch.Tensor | None, losses: torch.Tensor) -> None:
     """Write ``--output`` from what all ranks saw, and say so in a line.
 
     Raises:
@@ -107,17 +100,11 @@ def write(args: Namespace, means: KeyMeans, inputs: torch.Tensor | None, losses:
     """
     loss_sum, loss_tokens = losses.tolist()
     metadata = provenance(args) | {"lm_loss": loss_sum / loss_tokens}
-    seen, expected = means.keys.tokens, metadata["tokens"]
+    seen, expected = sums.tokens, metadata["tokens"]
     if seen != expected:
         raise RuntimeError(f"key statistics: {seen} tokens seen where {expected} were read")
-    stats = KeyStats(
-        means.keys.mean(),
-        torch.full((args.num_layers,), seen),
-        means.attended.mean(),
-        metadata | {"attended_tokens": means.attended.tokens},
-        inputs,
-    )
-    if not (stats.mean.isfinite().all() and stats.attended.isfinite().all()):  # type: ignore[union-attr]
+    stats = KeyStats(sums.mean(), torch.full((args.num_layers,), seen), sums.attended(), metadata, inputs)
+    if not stats.mean.isfinite().all():
         raise UserError(f"--load {args.load}: the model's keys hold NaN or infinite values; train it again")
     key_stats_file.save(args.output, stats, args.overwrite)
     print(
@@ -195,16 +182,6 @@ def own_ranks() -> dict[str, int]:
 def num_query_groups(args: Namespace) -> int:
     """Number of key heads; Megatron's argument counts only under grouped-query attention."""
     return args.num_query_groups if args.group_query_attention else args.num_attention_heads
-
-
-def data_paths(args: Namespace) -> list[str]:
-    """Prefixes of the datasets that training reads."""
-    from megatron.training.utils import get_blend_and_blend_per_split
-
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    if blend_per_split is not None:
-        blend = blend_per_split[0]
-    return list(blend[0]) if blend else []
 
 
 def load_model(args: Namespace) -> list[torch.nn.Module]:
@@ -291,10 +268,14 @@ def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.T
 
 def provenance(args: Namespace) -> dict[str, Any]:
     """What the statistics are of and what made them, as JSON values."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
     from megatron_router_upcycling.checkpoint.open import open_dense
     from megatron_router_upcycling.checkpoint.read_model import query_key_digest
 
     dense = open_dense(args.load)
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blend = per_split[0] if per_split else blend
     recorded = (
         "key_source num_layers kv_channels num_attention_heads hidden_size"
         " seq_length global_batch_size micro_batch_size split seed config"
@@ -305,7 +286,7 @@ def provenance(args: Namespace) -> dict[str, Any]:
         "checkpoint": str(Path(args.load).absolute()),
         "checkpoint_digest": dense.digest(),
         "query_key_digest": query_key_digest(dense),
-        "data": data_paths(args) or "mock",
+        "data": list(blend[0]) if blend else "mock",
         "dtype": str(args.params_dtype).removeprefix("torch."),
         "iterations": args.collect_iters,
         "tokens": args.collect_iters * args.global_batch_size * args.seq_length,

@@ -1,79 +1,103 @@
-"""Running means of a dense model's key vectors (pure torch).
+"""Sums of a dense model's key vectors, by the attention head that they belong to (pure torch).
 
 Paper, section 3.2: the frozen dense model runs over a few batches and each head's key vectors are
 averaged; the averages become the experts' keys.
 
-Shapes: L layers, N vectors a token (query groups or query heads), d head size, T tokens.
+Shapes: L layers, G query groups, H query heads, d head size, T tokens.
 """
 
-import numpy as np
 import torch
 
 TOKENS_PER_BLOCK = 1024
 
 
-def sum_over_tokens(vectors: torch.Tensor) -> torch.Tensor:
-    """Sum of [T, N, d], of any floating-point dtype, over tokens: float64 [N, d].
+class KeySums:
+    """Running sums of keys and numbers of tokens for a whole model, [L, H, d] in float64 and [L, H].
 
-    Exact to float64 on the CPU; on a GPU a tree of float32 additions, so that a run's average over many
-    micro-batches is good to float32's own rounding.
-    """
-    if vectors.is_cuda:
-        return vectors.sum(0, dtype=torch.float32).double()  # casts as it reads: no copy is made
-    total = torch.zeros(vectors.shape[1:], dtype=torch.float64)
-    for block in vectors.split(TOKENS_PER_BLOCK):  # keeps the float64 copy small
-        total += block.sum(0, dtype=torch.float64)
-    return total
-
-
-class TokenMean:
-    """Running sums over tokens of vectors [L, N, d] of a whole model.
-
-    Each rank holds sums of the model's full size in float64, and adds to the layers and vectors that are its
-    own. Merging ranks is then one addition, whichever of heads (tensor parallel), layers (pipeline parallel)
-    and tokens (data and context parallel) they divide. Tokens are counted per layer and vector, so that ranks
-    which see the same tokens for different heads count them once.
+    Each token's key of a query group is added to one head of the group. Every rank holds sums of the model's
+    full size and adds to the layers and heads that are its own. Merging ranks is then one addition, whichever
+    of heads (tensor parallel), layers (pipeline parallel) and tokens (data and context parallel) they divide.
     """
 
     def __init__(
-        self, num_layers: int, num_vectors: int, head_dim: int, device: torch.device | str = "cpu"
+        self,
+        num_layers: int,
+        num_heads: int,
+        num_groups: int,
+        head_dim: int,
+        device: torch.device | str = "cpu",
     ) -> None:
-        shape = (num_layers, num_vectors, head_dim)
-        self.total = torch.zeros(shape, dtype=torch.float64, device=device)  # [L, N, d]
-        self.count = np.zeros(shape[:2], dtype=np.int64)  # [L, N], on the host: no kernel to launch
+        shape = (num_layers, num_heads, head_dim)
+        self.num_groups = num_groups
+        self.total = torch.zeros(shape, dtype=torch.float64, device=device)  # [L, H, d]
+        self.count = torch.zeros(shape[:2], dtype=torch.int64, device=device)  # [L, H]
 
     @torch.no_grad()
-    def add(self, layer: int, first: int, vectors: torch.Tensor) -> None:
-        """Add ``vectors`` [..., n, d], which are those from ``first`` on in layer ``layer``."""
-        vectors = vectors.flatten(0, -3)  # (T, n, d)
-        own = slice(first, first + vectors.shape[1])
-        self.total[layer, own] += sum_over_tokens(vectors)
-        self.count[layer, own] += vectors.shape[0]
+    def add(self, layer: int, first_group: int, keys: torch.Tensor, heads: torch.Tensor | None) -> None:
+        """Add the keys of some tokens.
+
+        Args:
+            keys: [..., groups, d] of the query groups from ``first_group`` on, any floating-point dtype.
+            heads: [..., groups], the head of the group that each token's key belongs to, counted from 0; None
+                where groups have one head.
+        """
+        keys = keys.flatten(0, -3)  # (T, groups, d)
+        in_group = self.total.shape[1] // self.num_groups
+        own = slice(first_group * in_group, (first_group + keys.shape[1]) * in_group)
+        if heads is None:
+            assert in_group == 1
+            self.total[layer, own] += sum_over_tokens(keys)
+            self.count[layer, own] += len(keys)
+            return
+        chosen = torch.nn.functional.one_hot(heads.flatten(0, -2), in_group)  # (T, groups, heads)
+        self.count[layer, own] += chosen.sum(0).flatten()
+        dtype = torch.float32 if keys.is_cuda else torch.float64
+        for some, keys_of in zip(chosen.split(TOKENS_PER_BLOCK), keys.split(TOKENS_PER_BLOCK), strict=True):
+            sums = torch.einsum("tgh,tgd->ghd", some.to(dtype), keys_of.to(dtype))
+            self.total[layer, own] += sums.flatten(0, 1)
 
     def all_reduce(self) -> None:
         """Add up the sums of every rank of the run; all ranks end with the same."""
-        count = torch.from_numpy(self.count).to(self.total.device)
-        for tensor in (self.total, count):
+        for tensor in (self.total, self.count):
             torch.distributed.all_reduce(tensor)
-        self.count = count.cpu().numpy()
 
     @property
     def tokens(self) -> int:
-        """Tokens that every vector of every layer has been averaged over.
+        """Tokens whose keys were added, the same for every layer and query group.
 
         Raises:
-            RuntimeError: some saw none or fewer than others: a rank's sums were not merged, or its layers
-                were not captured.
+            RuntimeError: some layer or group has seen none or fewer than others: a rank's sums were not
+                merged, or its layers were not captured.
         """
-        tokens = int(self.count.max(initial=0))
-        if tokens == 0 or (self.count != tokens).any():
-            layer, vector = np.argwhere((self.count != tokens) | (self.count == 0))[0]
+        seen = self.count.unflatten(1, (self.num_groups, -1)).sum(2)
+        tokens = int(seen.max())
+        for layer, group in ((seen != tokens) | (seen == 0)).nonzero().tolist():
             raise RuntimeError(
-                f"key statistics: layer {layer}, head or query group {vector} saw"
-                f" {self.count[layer, vector]} tokens where {tokens} are expected"
+                f"key statistics: layer {layer}, query group {group} saw {int(seen[layer, group])} tokens"
+                f" where {tokens} are expected"
             )
         return tokens
 
     def mean(self) -> torch.Tensor:
-        """[L, N, d] in float32 on the CPU, rounded once from the float64 sums."""
-        return (self.total / self.tokens).float().cpu()
+        """The mean key of each query group, [L, G, d] in float32 on the CPU, rounded once from the sums."""
+        return (self.total.unflatten(1, (self.num_groups, -1)).sum(2) / self.tokens).float().cpu()
+
+    def attended(self) -> torch.Tensor:
+        """The mean of each head's own keys, [L, H, d] likewise; without any it is the group's mean key."""
+        own = (self.total / self.count.unsqueeze(2)).float().cpu()
+        mean = self.mean().repeat_interleave(self.total.shape[1] // self.num_groups, dim=1)
+        return torch.where(self.count.cpu().unsqueeze(2) > 0, own, mean)
+
+
+def sum_over_tokens(keys: torch.Tensor) -> torch.Tensor:
+    """Sum of [T, G, d] over tokens: float64 [G, d].
+
+    Exact to float64 on the CPU; on a GPU a tree of float32 additions, so that a run's average over many
+    micro-batches is good to float32's own rounding.
+    """
+    if keys.is_cuda:
+        return keys.sum(0, dtype=torch.float32).double()  # casts as it reads: no copy is made
+    total = torch.zeros(keys.shape[1:], dtype=torch.float64)
+    for block in keys.split(TOKENS_PER_BLOCK):  # keeps the float64 copy small
+        total += block.sum(0, dtype=torch.float64)
+    return total

@@ -80,7 +80,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, dense: Path, capsys: pytest.Capt
         (("--key-stats", "ks", "--num-experts", 4, "--top-k", 5), "--top-k 5: must be between 1 and"),
         (("--key-stats", "ks", "--num-experts", 0), "--num-experts 0: must be at least 1"),
         (("--key-stats", "ks", "--num-routers", 3), "--num-routers 3: does not fit 8 attention heads"),
-        (("--key-stats", "ks", "--num-experts", 6), "--num-experts 6, and as many routers: does not fit 8"),
+        (("--key-stats", "ks", "--num-experts", 5), "--num-experts 5, and as many routers: does not fit 8"),
         (("--num-experts", 4), "--key-stats: --router mixture needs the file that collect_keys wrote"),
         (("--key-stats", "none"), "--key-stats none: no such file"),
         (("--key-stats", "damaged"), "--key-stats damaged: cannot be read"),

@@ -12,6 +12,7 @@ from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dens
 from megatron_router_upcycling.checkpoint.read_model import query_key_digest
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.conversion import convert as conversion
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.conversion.record import EXPERT_FILE
@@ -36,12 +37,14 @@ EXPERTS = f"{MLP}.experts.experts"
 ROUTER = f"{MLP}.router"
 
 
-def convert(tmp_path: Path, options: Options | None = None, **router: Any) -> Path:
+def convert(
+    tmp_path: Path, options: Options | None = None, init: InitConfig | None = None, **router: Any
+) -> Path:
     """Convert ``tmp_path/dense``; the new iteration's folder."""
     if options is None:
         stats = tmp_path / "key_stats.safetensors"
         make_stats(stats)
-        options = Options(RouterConfig(**router), stats)
+        options = Options(RouterConfig(**router), stats, init=init or InitConfig())
     out = tmp_path / "moe"
     conversion.convert(conversion.prepare(tmp_path / "dense", out, options))
     return out / "release"
@@ -154,7 +157,9 @@ def greedy_pairs(keys: list[torch.Tensor]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_routers_are_what_loops_compute(tmp_path: Path, tensor_parallel: int, dtype: torch.dtype) -> None:
     dense = dense_checkpoint.write(tmp_path / "dense", dense_checkpoint.tensors(dtype), tensor_parallel)
-    release = convert(tmp_path, num_experts=4)  # m = n = 4: pairs of the 8 heads
+    release = convert(
+        tmp_path, num_experts=4, init=InitConfig(head_key="mean")
+    )  # m = n = 4: pairs of 8 heads
     mean = key_stats_file.load(tmp_path / "key_stats.safetensors").mean
     moe = dense_checkpoint.read_back(release)
     for layer in range(LAYERS):

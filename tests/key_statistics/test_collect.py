@@ -30,8 +30,6 @@ from tests import launch
 LAYERS, HEADS, GROUPS, HEAD_DIM, HIDDEN = 4, 4, 2, 8, 32
 SEQUENCE, BATCH, ITERATIONS, ROTARY_BASE, EPSILON = 16, 8, 2, 10000, 1e-5
 TOKENS = SEQUENCE * BATCH * ITERATIONS
-ATTENDED_TOKENS = SEQUENCE * BATCH  # the first of every four iterations
-MICRO_BATCHES = BATCH // 2
 MODEL = f"""
 num_layers: {LAYERS}
 hidden_size: {HIDDEN}
@@ -109,7 +107,7 @@ def make(folder: Path) -> None:
         attention.linear_qkv.register_forward_hook(
             lambda module, inputs, output, layer=layer: outputs[layer].append(output[0].detach().clone())
         )
-    captured = {source: collect.new_means(args) for source in key_stats_file.KEY_SOURCES}
+    captured = {source: collect.new_sums(args) for source in key_stats_file.KEY_SOURCES}
     data = collect.train_iterators(args, len(model), ITERATIONS)
     inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(LAYERS)}
     mlps = [module for module in model[0].modules() if type(module).__name__ == "MLP"]
@@ -121,9 +119,7 @@ def make(folder: Path) -> None:
         capture.capture_keys(model, captured["pre_rope"], "pre_rope"),
         capture.capture_keys(model, captured["post_rope"], "post_rope"),
     ):
-        for iteration in range(ITERATIONS):
-            for means in captured.values():
-                means.attend = iteration == 0
+        for _ in range(ITERATIONS):
             collect.forward(args, model, data)
     # Every token is in the sample, which is larger than the data: sample after sample, token after token.
     everything = torch.stack([torch.cat(inputs[layer]) for layer in range(LAYERS)])
@@ -134,9 +130,8 @@ def make(folder: Path) -> None:
         expected = means_by_loops(outputs, attentions, source)
         tensors = {name: torch.from_numpy(value) for name, value in expected.items()}
         safetensors.torch.save_file(tensors, folder / f"loops_{source}")
-        means = captured[source]
-        assert (means.keys.tokens, means.attended.tokens) == (TOKENS, ATTENDED_TOKENS)
-        tensors = {"mean": means.keys.mean(), "attended": means.attended.mean()}
+        assert captured[source].tokens == TOKENS
+        tensors = {"mean": captured[source].mean(), "attended": captured[source].attended()}
         safetensors.torch.save_file(tensors, folder / f"single_{source}")
 
 
@@ -183,35 +178,38 @@ def means_by_loops(
         attentions: for each layer, the module, whose norms' weights [d] are read.
     """
     mean, square_mean = np.zeros((2, LAYERS, GROUPS, HEAD_DIM))
-    attended = np.zeros((LAYERS, HEADS, HEAD_DIM))
+    attended, taken = np.zeros((LAYERS, HEADS, HEAD_DIM)), np.zeros((LAYERS, HEADS, 1))
     queries = HEADS // GROUPS  # in a group, before its key and its value
     for layer, attention in enumerate(attentions):
         norms = [
             norm.weight.detach().double().numpy() for norm in (attention.q_layernorm, attention.k_layernorm)
         ]
-        for number, output in enumerate(outputs[layer]):
+        for output in outputs[layer]:
             array = output.double().numpy()
-            for sample in range(array.shape[1]):
-                for group in range(GROUPS):
-                    first = group * (queries + 2) * HEAD_DIM
-                    heads = [
-                        array[:, sample, first + place * HEAD_DIM : first + (place + 1) * HEAD_DIM]
-                        for place in range(queries + 1)
+            for sample, group in np.ndindex(array.shape[1], GROUPS):
+                first = group * (queries + 2) * HEAD_DIM
+                heads = [
+                    array[:, sample, first + place * HEAD_DIM : first + (place + 1) * HEAD_DIM]
+                    for place in range(queries + 1)
+                ]
+                keys = [normed(key, norms[1]) for key in heads[queries]]
+                own = np.array(
+                    [
+                        [normed(query, norms[0]) @ key for query, key in zip(head, keys, strict=True)]
+                        for head in heads[:queries]
                     ]
-                    keys = [normed(key, norms[1]) for key in heads[queries]]
-                    turned = [rotated(key, position) for position, key in enumerate(keys)]
-                    taken = turned if source == "post_rope" else keys
-                    for key in taken:
-                        mean[layer, group] += key / TOKENS
-                        square_mean[layer, group] += key * key / TOKENS
-                    for place in range(queries) if number < MICRO_BATCHES else ():
-                        for position, query in enumerate(heads[place]):
-                            query = rotated(normed(query, norms[0]), position)
-                            scores = [query @ key / np.sqrt(HEAD_DIM) for key in turned[: position + 1]]
-                            weights = np.exp(scores) / np.exp(scores).sum()
-                            for weight, key in zip(weights, taken, strict=False):  # those up to the query
-                                attended[layer, group * queries + place] += weight * key / ATTENDED_TOKENS
-    return {"mean": mean, "square_mean": square_mean, "attended": attended}
+                )
+                own -= own.mean(axis=1, keepdims=True)
+                for position, key in enumerate(keys):
+                    if source == "post_rope":
+                        key = rotated(key, position)
+                    mean[layer, group] += key / TOKENS
+                    square_mean[layer, group] += key * key / TOKENS
+                    head = group * queries + max(range(queries), key=lambda place: own[place, position])
+                    attended[layer, head] += key
+                    taken[layer, head] += 1
+    assert taken.min() > TOKENS / 50
+    return {"mean": mean, "square_mean": square_mean, "attended": attended / taken}
 
 
 def normed(head: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -297,8 +295,7 @@ def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, source: str
     for layer in range(LAYERS):
         torch.testing.assert_close(key_stats_file.read_router_input(output, layer), seen[layer])
     metadata = stats.metadata
-    assert metadata["key_source"] == source
-    assert (metadata["tokens"], metadata["attended_tokens"]) == (TOKENS, ATTENDED_TOKENS)
+    assert metadata["key_source"] == source and metadata["tokens"] == TOKENS
     assert metadata["checkpoint"] == str(made / "dense") and len(metadata["checkpoint_digest"]) == 64
     assert metadata["query_key_digest"] == query_key_digest(open_dense(made / "dense"))
     assert metadata["data"] == [str(data)] and metadata["iterations"] == ITERATIONS
@@ -404,9 +401,9 @@ def test_a_model_without_grouped_query_attention(tmp_path: Path, monkeypatch: py
 def test_a_moved_seam_is_named() -> None:
     changed = types.SimpleNamespace()  # an attention that has lost what keys are captured at
     with pytest.raises(RuntimeError, match=r"SelfAttention\.get_query_key_value_tensors does not exist"):
-        capture._wrap_projection(changed, lambda key: None)
+        capture._take_before_rotary(changed, lambda query, key: None)
     with pytest.raises(RuntimeError, match=r"SelfAttention\.core_attention is not a module"):
-        capture._hook_core_attention(changed, lambda forward, args, kwargs: None)
+        capture._take_after_rotary(changed, lambda query, key: None)
 
 
 def test_the_unsplit_projection_of_a_fused_rotary_kernel() -> None:
@@ -416,9 +413,28 @@ def test_the_unsplit_projection_of_a_fused_rotary_kernel() -> None:
         get_query_key_value_tensors=lambda: (mixed, [2 * HEAD_DIM, HEAD_DIM, HEAD_DIM])
     )
     taken: list[torch.Tensor] = []
-    capture._wrap_projection(attention, taken.append)
+    capture._take_before_rotary(attention, lambda query, key: taken.extend((query, key)))
     attention.get_query_key_value_tensors()
-    assert torch.equal(taken[0], mixed[..., 2 * HEAD_DIM : 3 * HEAD_DIM])
+    query, key = taken
+    assert torch.equal(key, mixed[..., 2 * HEAD_DIM : 3 * HEAD_DIM])
+    assert query.shape == (SEQUENCE, 2, 2 * GROUPS, HEAD_DIM)
+    assert torch.equal(query[:, :, 3], mixed[:, :, 1, HEAD_DIM : 2 * HEAD_DIM])
+
+
+def test_packed_sequences_and_the_rotary_embedding_change_no_head() -> None:
+    random = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(SEQUENCE, 1, n, HEAD_DIM, generator=random) for n in (HEADS, GROUPS))
+    heads = capture.attending_heads(query, key)
+    assert heads is not None and heads.unique().tolist() == list(range(HEADS // GROUPS))
+    packed = capture.attending_heads(query.squeeze(1), key.squeeze(1))
+    assert packed is not None and torch.equal(packed, heads.squeeze(1))
+    turned = [x.clone() for x in (query, key)]
+    for x in turned:
+        for position, head in np.ndindex(SEQUENCE, x.shape[2]):
+            x[position, 0, head] = torch.from_numpy(rotated(x[position, 0, head].numpy(), position))
+    after = capture.attending_heads(*turned)
+    assert after is not None and torch.equal(after, heads)
+    assert capture.attending_heads(key, key) is None
 
 
 if __name__ == "__main__":

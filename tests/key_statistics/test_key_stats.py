@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics import file as key_stats_file
-from megatron_router_upcycling.key_statistics.moments import TokenMean, sum_over_tokens
+from megatron_router_upcycling.key_statistics.moments import KeySums, sum_over_tokens
 
 L, G, D, H = 3, 4, 5, 8
 METADATA: dict[str, object] = {
@@ -33,12 +33,16 @@ def random_keys(tokens: int, groups: int = G, dim: int = D, seed: int = 0) -> to
     return torch.randn(tokens, groups, dim, generator=generator) + offset
 
 
-def mean_of(keys: torch.Tensor) -> TokenMean:
-    """The mean of keys [L, T, G, d], added in one piece."""
-    mean = TokenMean(keys.shape[0], *keys.shape[2:])
+def sums_of(keys: torch.Tensor, heads: torch.Tensor | None = None) -> KeySums:
+    """The sums of keys [L, T, G, d], of one head a group or of ``heads`` [L, T, G], added in one piece."""
+    sums = KeySums(len(keys), keys.shape[2] if heads is None else H, *keys.shape[2:])
     for layer, keys_TGd in enumerate(keys):
-        mean.add(layer, 0, keys_TGd)
-    return mean
+        sums.add(layer, 0, keys_TGd, None if heads is None else heads[layer])
+    return sums
+
+
+def random_heads(tokens: int) -> torch.Tensor:
+    return torch.randint(H // G, (L, tokens, G), generator=torch.Generator().manual_seed(3))
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -63,10 +67,8 @@ def test_a_million_tokens_far_from_zero_keep_their_mean() -> None:
     """Where a running float32 sum drifts by a thousandth, the mean is right to the last bit."""
     keys = torch.full((1_000_000, 1, 1), 100.1)
     drifted = np.cumsum(keys.flatten().numpy(), dtype=np.float32)[-1] / 1e6
-    mean = TokenMean(1, 1, 1)
-    mean.add(0, 0, keys)
     assert abs(drifted - 100.1) > 1e-3
-    assert torch.equal(mean.mean(), keys[:1])
+    assert torch.equal(sums_of(keys[None]).mean(), keys[:1])
 
 
 def test_sums_leave_the_keys_as_they_were() -> None:
@@ -78,19 +80,36 @@ def test_sums_leave_the_keys_as_they_were() -> None:
 
 def test_means_equal_a_reference_in_loops() -> None:
     keys = torch.stack([random_keys(700, seed=layer) for layer in range(L)])
-    mean = mean_of(keys)
-    expected = torch.zeros(L, G, D)
+    heads = random_heads(700)
+    sums = sums_of(keys, heads)
+    mean, attended = torch.zeros(L, G, D), torch.zeros(L, H, D)
     for layer, g, i in np.ndindex(L, G, D):
-        expected[layer, g, i] = math.fsum(map(float, keys[layer, :, g, i])) / 700
+        mean[layer, g, i] = math.fsum(map(float, keys[layer, :, g, i])) / 700
+        for head in range(H // G):
+            own = [
+                float(key)
+                for key, h in zip(keys[layer, :, g, i], heads[layer, :, g], strict=True)
+                if h == head
+            ]
+            attended[layer, g * (H // G) + head, i] = math.fsum(own) / len(own)
     # Rounded once from float64, so at most one unit in the last place from the correctly rounded mean.
-    torch.testing.assert_close(mean.mean(), expected, rtol=2.0**-23, atol=0)
-    assert mean.mean().dtype == torch.float32 and mean.tokens == 700
+    torch.testing.assert_close(sums.mean(), mean, rtol=2.0**-22, atol=0)
+    torch.testing.assert_close(sums.attended(), attended, rtol=2.0**-22, atol=0)
+    assert sums.mean().dtype == sums.attended().dtype == torch.float32 and sums.tokens == 700
 
 
 def test_integers_give_the_exact_mean_bitwise() -> None:
     """Small integers add without rounding, so every way of adding must give the same bits."""
     keys = torch.randint(-50, 50, (L, 1024, G, D)).float()
-    assert torch.equal(mean_of(keys).mean(), keys.double().mean(1).float())
+    sums = sums_of(keys)
+    assert torch.equal(sums.mean(), keys.double().mean(1).float())
+    assert torch.equal(sums.attended(), sums.mean())  # a head a group: the paper's keys
+    assert torch.equal(sums_of(keys, random_heads(1024)).mean(), sums.mean())
+
+
+def test_a_head_without_tokens_has_its_groups_mean_key() -> None:
+    sums = sums_of(random_keys(9)[None], torch.zeros(1, 9, G, dtype=torch.int64))
+    assert torch.equal(sums.attended(), sums.mean().repeat_interleave(H // G, dim=1))
 
 
 @settings(max_examples=40, deadline=None)
@@ -105,40 +124,45 @@ def test_merging_ranks_equals_one_rank(
 ) -> None:
     """Heads, layers and tokens divided among ranks in any way: bitwise what one rank has."""
     keys = torch.randint(-50, 50, (L, 90, G, D), generator=torch.Generator().manual_seed(seed)).float()
-    whole = mean_of(keys)
+    heads = random_heads(90)
+    whole = sums_of(keys, heads)
     bounds = sorted({0, 90, *token_cuts})
-    merged = TokenMean(L, G, D)
+    merged = KeySums(L, H, G, D)
     for first, last in zip(bounds, bounds[1:], strict=False):  # data or context parallel
         for stage in range(pipeline):
             for rank in range(tensor_parallel):
-                own = TokenMean(L, G, D)
+                own = KeySums(L, H, G, D)
                 groups = slice(rank * G // tensor_parallel, (rank + 1) * G // tensor_parallel)
                 for layer in range(stage, L, pipeline):  # interleaved, as under virtual stages
-                    own.add(layer, groups.start, keys[layer, first:last, groups])
+                    own.add(
+                        layer, groups.start, keys[layer, first:last, groups], heads[layer, first:last, groups]
+                    )
                 merged.total += own.total  # what all_reduce does
                 merged.count += own.count
     assert torch.equal(merged.total, whole.total)
-    assert (merged.count == whole.count).all()
-    assert torch.equal(merged.mean(), whole.mean())
+    assert torch.equal(merged.count, whole.count)
+    assert torch.equal(merged.attended(), whole.attended())
 
 
 def test_keys_come_as_sequence_and_batch_or_packed() -> None:
     keys = torch.randint(-9, 9, (6, 2, G, D)).float()  # (sequence, batch, groups, d)
-    whole, packed = TokenMean(1, G, D), TokenMean(1, G, D)
-    whole.add(0, 0, keys)
-    packed.add(0, 0, keys.flatten(0, 1))
-    assert torch.equal(whole.total, packed.total) and whole.count.tolist() == [[12] * G]
+    heads = torch.randint(H // G, (6, 2, G))
+    whole, packed = KeySums(1, H, G, D), KeySums(1, H, G, D)
+    whole.add(0, 0, keys, heads)
+    packed.add(0, 0, keys.flatten(0, 1), heads.flatten(0, 1))
+    assert torch.equal(whole.total, packed.total) and torch.equal(whole.count, packed.count)
+    assert whole.tokens == 12
 
 
-def test_a_mean_over_a_part_of_the_model_is_refused() -> None:
-    mean = TokenMean(L, G, D)
-    with pytest.raises(RuntimeError, match="layer 0, head or query group 0 saw 0 tokens"):
-        mean.mean()
+def test_sums_over_a_part_of_the_model_are_refused() -> None:
+    sums = KeySums(L, G, G, D)
+    with pytest.raises(RuntimeError, match="layer 0, query group 0 saw 0 tokens"):
+        sums.mean()
     for layer in range(L):
-        mean.add(layer, 0, random_keys(8))
-    mean.add(1, 2, random_keys(8)[:, 2:])
+        sums.add(layer, 0, random_keys(8), None)
+    sums.add(1, 2, random_keys(8)[:, 2:], None)
     with pytest.raises(RuntimeError, match="saw 8 tokens where 16 are expected"):
-        mean.mean()
+        sums.mean()
 
 
 def some_stats() -> key_stats_file.KeyStats:

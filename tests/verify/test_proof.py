@@ -534,7 +534,8 @@ def test_other_key_statistics_differ(shared: Conversion, tmp_path: Path) -> None
     stats = make_stats(tmp_path / "ks")
     from megatron_router_upcycling.key_statistics import file as key_stats_file
 
-    stats.mean[1] = stats.mean[1].flip(0)
+    assert stats.attended is not None
+    stats.attended[1] = stats.attended[1].roll(2, dims=0)  # the pairs of heads with the keys of other pairs
     key_stats_file.save(tmp_path / "ks", stats, overwrite=True)
     found = proof.run(proof.prepare(shared.dense, shared.moe, tmp_path / "ks")).found
     assert {(f.name, f.layer) for f in found} == {(str(tmp_path / "ks"), ""), (f"{ROUTER}.expert_key", "1")}

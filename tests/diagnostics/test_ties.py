@@ -1,0 +1,72 @@
+"""Experts that would stay equal are named by every command that meets them before training."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_router_upcycling import cli, pretrain
+from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.diagnostics import ties
+from megatron_router_upcycling.routers.likeness import tied_experts
+from megatron_router_upcycling.training.launch import Run
+from tests import dense_checkpoint
+from tests.dense_checkpoint import make_stats
+
+
+def convert(folder: Path, *flags: object) -> int:
+    command = [
+        "convert",
+        folder / "dense",
+        folder / "moe",
+        "--key-stats",
+        folder / "ks",
+        "--overwrite",
+        *flags,
+    ]
+    return cli.main([str(part) for part in command])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    dense_checkpoint.write(tmp_path / "dense")  # 8 heads in 4 query groups
+    make_stats(tmp_path / "ks")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        (("--head-key", "mean"), "convert again with --head-key attended"),
+        (("--num-experts", 16, "--num-routers", 8), "convert again with --num-routers 16"),
+    ],
+    ids=["shared keys", "fewer routers than experts"],
+)
+def test_each_command_names_them(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[object, ...], remedy: str
+) -> None:
+    warning = "experts are tied in layers 0, 1, 2 (layer 0: 0 and 1, "
+    assert convert(folder, *flags) == 0
+    assert warning in (said := capsys.readouterr().err) and remedy in said
+    for command in (["verify", folder / "dense", folder / "moe"], ["inspect", folder / "moe"]):
+        assert cli.main(list(map(str, command))) == 0
+        assert warning in (said := capsys.readouterr().out) and remedy in said
+    pretrain.warn_of_ties(Run(Namespace(rank=0), RouterConfig(), str(folder / "moe")))
+    assert warning in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--config", "configs/ablations/expert_noise.yaml", "--head-key", "mean")]
+)
+def test_nothing_is_said_where_experts_differ(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[object, ...]
+) -> None:
+    assert convert(folder, *flags) == 0 and capsys.readouterr().err == ""
+    assert ties.warn(folder / "moe") is None
+
+
+def test_shards_of_one_copy_are_not_ties() -> None:
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(5)).repeat_interleave(2, dim=1)
+    assert tied_experts(logits, granularity=2) == ()
+    assert tied_experts(logits) == ((0, 1), (2, 3), (4, 5), (6, 7))
