@@ -24,7 +24,7 @@ from megatron_router_upcycling import (
 )
 from megatron_router_upcycling.hf import importer
 from megatron_router_upcycling.key_statistics import file as key_stats_file
-from megatron_router_upcycling.key_statistics.moments import KeyMoments
+from megatron_router_upcycling.key_statistics.moments import KeySums, attending_heads
 
 
 def make_small_model(folder: Path) -> None:
@@ -42,20 +42,32 @@ def make_small_model(folder: Path) -> None:
 
 
 def collect_keys(folder: Path, output: Path, batches: int = 2) -> None:
-    """Average the keys of every layer and query group over random tokens (section 3.2)."""
+    """Average the keys of every layer and attention head over random tokens (section 3.2)."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     config = model.config
-    groups, layers = config.num_key_value_heads, model.model.layers
+    heads, groups, layers = config.num_attention_heads, config.num_key_value_heads, model.model.layers
     head_size = layers[0].self_attn.head_dim
-    moments = KeyMoments(len(layers), groups, head_size)
+    sums = KeySums(len(layers), heads, groups, head_size)
     for index, layer in enumerate(layers):
-        # The key before the rotary embedding, with its bias; behind the key norm where there is one (Qwen3).
-        module = getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj)
+        # Before the rotary embedding, with their bias; behind the norms where there are some (Qwen3).
+        query_module, key_module = (
+            getattr(layer.self_attn, f"{name}_norm", getattr(layer.self_attn, f"{name}_proj"))
+            for name in "qk"
+        )
+        queries: list[torch.Tensor] = []  # transformers computes the key after the query
 
-        def take(module: Any, inputs: Any, keys: torch.Tensor, index: int = index) -> None:
-            moments.add(index, 0, keys.reshape(-1, groups, head_size))
+        def take_query(module: Any, inputs: Any, query: torch.Tensor, queries: Any = queries) -> None:
+            queries.append(query)
 
-        module.register_forward_hook(take)
+        def take_key(
+            module: Any, inputs: Any, key: torch.Tensor, index: int = index, queries: Any = queries
+        ) -> None:
+            tokens, query = key.shape[:2], queries.pop()
+            query, key = (x.reshape(*tokens, -1, head_size).transpose(0, 1) for x in (query, key))
+            sums.add(index, 0, key, attending_heads(query, key))
+
+        query_module.register_forward_hook(take_query)
+        key_module.register_forward_hook(take_key)
     with torch.no_grad():
         for _ in range(batches):
             model(torch.randint(config.vocab_size, (4, 64)))
@@ -63,11 +75,13 @@ def collect_keys(folder: Path, output: Path, batches: int = 2) -> None:
         "num_layers": len(layers),
         "num_query_groups": groups,
         "kv_channels": head_size,
-        "num_attention_heads": config.num_attention_heads,
+        "num_attention_heads": heads,
         "hidden_size": config.hidden_size,
         "key_source": "pre_rope",
     }
-    key_stats_file.save(output, moments.stats(described), overwrite=True)
+    count = torch.full((len(layers),), sums.tokens)
+    stats = key_stats_file.KeyStats(sums.mean(), count, sums.attended(), described)
+    key_stats_file.save(output, stats, overwrite=True)
 
 
 def main() -> None:

@@ -1,19 +1,13 @@
-"""Take key vectors and router inputs out of a running Megatron model.
-
-Of the keys of a query group, which its heads share, two kinds of means are taken. The mean key is over all
-tokens (section 3.2 of the paper). The attended key of a head is over the tokens that it attends to more than
-the other heads of its group do (``attending_heads``). Where a group has one head the two are the same.
-"""
+"""Take key vectors and router inputs out of a running Megatron model."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.key_statistics.moments import KeySums
+from megatron_router_upcycling.key_statistics.moments import KeySums, attending_heads
 from megatron_router_upcycling.key_statistics.router_sample import RouterInput
 from megatron_router_upcycling.training.patches import patching
 
@@ -42,33 +36,6 @@ def capture_keys(model: Sequence[torch.nn.Module], sums: KeySums, key_source: st
             else:
                 stack.callback(_take_after_rotary(attention, take))
         yield
-
-
-def attending_heads(
-    query: torch.Tensor, key: torch.Tensor, context_parallel: Any | None = None
-) -> torch.Tensor | None:
-    """For each token and query group the head of the group that attends to it most.
-
-    A head's own logit of a token, q_t . k_t / sqrt(d), says how strongly it attends from the token to itself,
-    whatever the position: rotary embedding turns both alike. The head whose own logit is furthest above its
-    mean over the sequence has the token: heads differ in their means, and the largest would have all tokens.
-
-    Args:
-        query: [s, b, heads, d]; key: [s, b, groups, d], both before or both after the rotary embedding. The
-            axis b may be missing where sequences are packed.
-        context_parallel: the process group that has the other parts of the sequence, if any.
-
-    Returns:
-        [s, b, groups], the head counted from 0 in its group; None where groups have one head.
-    """
-    if query.shape[-2] == key.shape[-2]:
-        return None
-    query = query.unflatten(-2, (key.shape[-2], -1))  # (s, b, groups, heads, d)
-    own = torch.einsum("...ghd,...gd->...gh", query.float(), key.float()) / math.sqrt(key.shape[-1])
-    total, ranks = own.sum(dim=0, keepdim=True), context_parallel.size() if context_parallel else 1
-    if ranks > 1:
-        torch.distributed.all_reduce(total, group=context_parallel)
-    return (own - total / (len(own) * ranks)).argmax(dim=-1)
 
 
 def self_attentions(model: Sequence[torch.nn.Module]) -> list[Any]:

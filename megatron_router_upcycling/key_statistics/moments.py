@@ -3,8 +3,15 @@
 Paper, section 3.2: the frozen dense model runs over a few batches and each head's key vectors are
 averaged; the averages become the experts' keys.
 
+Of the keys of a query group, which its heads share, two kinds of means are taken. The mean key is over all
+tokens (section 3.2 of the paper). The attended key of a head is over the tokens that it attends to more than
+the other heads of its group do (``attending_heads``). Where a group has one head the two are the same.
+
 Shapes: L layers, G query groups, H query heads, d head size, T tokens.
 """
+
+import math
+from typing import Any
 
 import torch
 
@@ -101,3 +108,30 @@ def sum_over_tokens(keys: torch.Tensor) -> torch.Tensor:
     for block in keys.split(TOKENS_PER_BLOCK):  # keeps the float64 copy small
         total += block.sum(0, dtype=torch.float64)
     return total
+
+
+def attending_heads(
+    query: torch.Tensor, key: torch.Tensor, context_parallel: Any | None = None
+) -> torch.Tensor | None:
+    """For each token and query group the head of the group that attends to it most.
+
+    A head's own logit of a token, q_t . k_t / sqrt(d), says how strongly it attends from the token to itself,
+    whatever the position: rotary embedding turns both alike. The head whose own logit is furthest above its
+    mean over the sequence has the token: heads differ in their means, and the largest would have all tokens.
+
+    Args:
+        query: [s, b, heads, d]; key: [s, b, groups, d], both before or both after the rotary embedding. The
+            axis b may be missing where sequences are packed.
+        context_parallel: the process group that has the other parts of the sequence, if any.
+
+    Returns:
+        [s, b, groups], the head counted from 0 in its group; None where groups have one head.
+    """
+    if query.shape[-2] == key.shape[-2]:
+        return None
+    query = query.unflatten(-2, (key.shape[-2], -1))  # (s, b, groups, heads, d)
+    own = torch.einsum("...ghd,...gd->...gh", query.float(), key.float()) / math.sqrt(key.shape[-1])
+    total, ranks = own.sum(dim=0, keepdim=True), context_parallel.size() if context_parallel else 1
+    if ranks > 1:
+        torch.distributed.all_reduce(total, group=context_parallel)
+    return (own - total / (len(own) * ranks)).argmax(dim=-1)

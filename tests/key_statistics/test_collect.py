@@ -25,6 +25,7 @@ from megatron_router_upcycling.checkpoint.read_model import query_key_digest
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics import capture, router_sample
 from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.key_statistics.moments import attending_heads
 from tests import launch
 
 LAYERS, HEADS, GROUPS, HEAD_DIM, HIDDEN = 4, 4, 2, 8, 32
@@ -424,17 +425,17 @@ def test_the_unsplit_projection_of_a_fused_rotary_kernel() -> None:
 def test_packed_sequences_and_the_rotary_embedding_change_no_head() -> None:
     random = torch.Generator().manual_seed(0)
     query, key = (torch.randn(SEQUENCE, 1, n, HEAD_DIM, generator=random) for n in (HEADS, GROUPS))
-    heads = capture.attending_heads(query, key)
+    heads = attending_heads(query, key)
     assert heads is not None and heads.unique().tolist() == list(range(HEADS // GROUPS))
-    packed = capture.attending_heads(query.squeeze(1), key.squeeze(1))
+    packed = attending_heads(query.squeeze(1), key.squeeze(1))
     assert packed is not None and torch.equal(packed, heads.squeeze(1))
     turned = [x.clone() for x in (query, key)]
     for x in turned:
         for position, head in np.ndindex(SEQUENCE, x.shape[2]):
             x[position, 0, head] = torch.from_numpy(rotated(x[position, 0, head].numpy(), position))
-    after = capture.attending_heads(*turned)
+    after = attending_heads(*turned)
     assert after is not None and torch.equal(after, heads)
-    assert capture.attending_heads(key, key) is None
+    assert attending_heads(key, key) is None
 
 
 if __name__ == "__main__":
