@@ -27,12 +27,7 @@ class KeySums:
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        num_heads: int,
-        num_groups: int,
-        head_dim: int,
-        device: torch.device | str = "cpu",
+        self, num_layers: int, num_heads: int, num_groups: int, head_dim: int, device: Any = "cpu"
     ) -> None:
         shape = (num_layers, num_heads, head_dim)
         self.num_groups = num_groups
