@@ -19,8 +19,8 @@ from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import OneRankError, Parser, UserError
-from megatron_router_upcycling.files import existing
-from megatron_router_upcycling.training import attention_choice, device, tokenizer
+from megatron_router_upcycling.files import blocked_by
+from megatron_router_upcycling.training import attention_choice, data_flags, device, tokenizer, unsupported
 
 
 @dataclass(frozen=True)
@@ -174,11 +174,13 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
 
     def extend(parser: ArgumentParser) -> ArgumentParser:
         parsers.append(parser)
+        unsupported.install(parser)
         _extend(parser, request, origin)
         return parser
 
     sys.argv = [sys.argv[0], *request.argv]  # which Megatron parses
     args = parse_args(extend)
+    data_flags.choose(args, request.argv)
     args.load = origin.load
     router = agreement.router_config(args, origin.router, origin.source)
     if origin.recorded:
@@ -288,8 +290,7 @@ def _hand_on(args: Namespace, save: str, origin: Origin, router: RouterConfig | 
 
 
 def _check_writable(save: str) -> None:
-    folder = existing(Path(save).absolute())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if folder := blocked_by(Path(save)):
         raise UserError(f"--save {save}: cannot write in {folder}; name a folder in a writable one")
 
 

@@ -55,6 +55,7 @@ def train(run: Run) -> None:
             language_model.datasets_provider,
             ModelType.encoder_or_decoder,
             language_model.forward_step,
+            get_embedding_ranks=language_model.embedding_ranks if run.args.mtp_num_layers else None,
         )
     except SystemExit as ended:
         if ended.code in (None, 0, RESTART_TO_TELL_CAUSE):

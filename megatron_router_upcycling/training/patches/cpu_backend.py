@@ -114,6 +114,7 @@ def _bridge_devices() -> None:
     _wrap(torch.Tensor, "type", _named_as_on_cuda)
     for owner, name in ((torch.Tensor, "cuda"), (torch.Tensor, "pin_memory"), (torch.nn.Module, "cuda")):
         _replace(owner, name, lambda self, *args, **kwargs: self)
+    _replace(torch.Tensor, "record_stream", _always(None))
 
 
 class _Stream:
