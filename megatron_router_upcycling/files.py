@@ -14,7 +14,7 @@ def existing(folder: Path) -> Path:
 
 
 def blocked_by(path: Path) -> Path | None:
-    """What keeps ``path`` from being made or written in: a folder that is read-only, a file; None if nothing."""
+    """The read-only folder or the file that keeps ``path`` from being made; None if nothing does."""
     place = existing(path.absolute())
     return None if place.is_dir() and os.access(place, os.W_OK) else place
 

@@ -9,8 +9,8 @@ import numpy as np
 from megatron_router_upcycling.data import record
 from megatron_router_upcycling.errors import UserError
 
-# The header of an .idx file (megatron.core.datasets.indexed_dataset): a mark, the version, the dtype's code, and
-# how many sequences and document ends follow: lengths (int32), places (int64) and ends (int64).
+# The header of an .idx file (megatron.core.datasets.indexed_dataset): a mark, version, code of the dtype, and
+# how many sequences and document ends there are. Lengths (int32), places (int64) and ends (int64) follow.
 MARK, HEADER = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
 LOOKED_AT = 64  # pieces of a .bin file, from its first to its last token,
 PIECE = 1 << 20  # of as many bytes each
@@ -19,8 +19,9 @@ PIECE = 1 << 20  # of as many bytes each
 def check(prefixes: Iterable[str], tokenizer: Path | None, vocabulary: int) -> None:
     """Refuse data whose tokens are not those of the model.
 
-    An index must be that of the tokens beside it. Where ``prepare-data`` has left its record, that is asked. Of data that other tools made up to 64 MiB of
-    tokens are looked at, evenly; the rest is, batch by batch, as training reads it.
+    An index must be that of the tokens beside it. Where ``prepare-data`` has left its record, that is asked.
+    Of data that other tools made up to 64 MiB of tokens are looked at, evenly; the rest is, batch by batch,
+    as training reads it.
 
     Args:
         prefixes: of .bin and .idx files that are there.
@@ -93,14 +94,14 @@ def read_index(prefix: str, made: record.Record | None = None) -> type[np.number
     stored = tokens.stat().st_size
     if counted * size != stored:
         raise UserError(
-            f"--data-path {prefix}: {index.name} counts {counted * size} bytes of tokens and {tokens.name} has"
-            f" {stored}: one was cut short, or they are of different data; copy both again"
+            f"--data-path {prefix}: {index.name} counts {counted * size} bytes of tokens, and {tokens.name}"
+            f" has {stored}: one was cut short, or they are of different data; copy both again"
         )
     if made and (made.tokens, made.documents) != (counted, documents - 1):
         raise UserError(
             f"--data-path {prefix}: {index.name} has {documents - 1} documents of {counted} tokens, and"
-            f" {record.path_of(Path(prefix)).name} was written for {made.documents} of {made.tokens}; copy all"
-            " three files again"
+            f" {record.path_of(Path(prefix)).name} was written for {made.documents} of {made.tokens}; copy"
+            " all three files again"
         )
     return kind
 

@@ -3,6 +3,7 @@
 Pure but for reading the lists that flags name: imports neither torch nor Megatron.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -116,17 +117,15 @@ def sequences_per_dataset(path: str) -> dict[str, Any]:
 
 
 def _weights(flag: str, words: list[str]) -> list[tuple[float, str]] | None:
-    """Weights with their prefixes as Megatron reads them: if the number of words is even, and all are numbers."""
+    """Weights and prefixes, where Megatron reads ``words`` so: in pairs that begin with numbers."""
     if len(words) % 2:
         return None
     found = []
     for word, prefix in zip(words[::2], words[1::2], strict=True):
-        try:
+        with contextlib.suppress(ValueError):
             found.append((float(word), prefix))
-        except ValueError:
-            pass
     if found and len(found) < len(words) / 2:
-        raise UserError(f"{flag}: gives some sources a weight and others none; give all of them one, or none")
+        raise UserError(f"{flag}: only some sources have a weight; give all of them one, or none")
     return found or None
 
 

@@ -79,9 +79,7 @@ def choose_cache(args: Namespace, paths: list[str]) -> None:
         )
     args.data_cache_path = str(Path(args.save) / "data_cache")
     if args.rank == 0:
-        print(
-            f"the index of the data goes to {args.data_cache_path}: beside {read_only[0]} nothing can be written"
-        )
+        print(f"{read_only[0]}: read-only; the index of the data goes to {args.data_cache_path}", flush=True)
 
 
 def check_tokens(args: Namespace, load: str | None) -> None:
@@ -242,8 +240,8 @@ def forward_step(
 ) -> tuple[Any, Callable]:
     """Run ``model`` on the next micro-batch; return its output and the loss function to apply to it.
 
-    With ``return_schedule_plan`` (``--overlap-moe-expert-parallel-comm``) nothing runs yet: what is returned in
-    place of the output is Megatron's plan, in which the passes of two micro-batches take turns.
+    With ``return_schedule_plan`` (``--overlap-moe-expert-parallel-comm``) nothing runs yet, and in place of
+    the output comes Megatron's plan, in which the passes of two micro-batches take turns.
     """
     with stragglers(bdata=True):
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))

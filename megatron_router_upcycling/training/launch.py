@@ -81,6 +81,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     if not needs_checkpoint:
         from megatron_router_upcycling.training import completion, language_model, resuming
 
+        unsupported.check(args)
         completion.check_training(args)
         language_model.check_data(args)
         if origin.load:
@@ -115,7 +116,9 @@ def parse(argv: list[str]) -> Request:
     checkpoints.add_argument(
         "--pretrained-checkpoint", metavar="CHECKPOINT", help="weights to start from where --load has none"
     )
-    checkpoints.add_argument("--ckpt-step", metavar="ITERATION", help="of --load (default: the newest)")
+    checkpoints.add_argument(
+        "--ckpt-step", metavar="ITERATION", type=int, help="of --load (default: the newest)"
+    )
     path = parser.parse_known_args(argv)[0].config
     entries = read_yaml(path) if path else {"upcycling": {}}
     section = entries.pop("upcycling")
@@ -150,8 +153,8 @@ def find_origin(request: Request, save: str | None) -> Origin:
     recorded, source = agreement.find_manifest(roots)
     agreement.check_start(request.start, recorded, source)
     for root in roots:
-        if holds_checkpoint(root) and flags.ckpt_step is None:
-            check_whole(root)
+        if holds_checkpoint(root):
+            check_whole(root, flags.ckpt_step if root == load else None)
     router = manifest.router_config(recorded, str(source)) if recorded else None
     return Origin(load, recorded, source, router)
 
@@ -303,12 +306,25 @@ def stand_alone(rank: int = 0, world_size: int = 1) -> None:
     os.environ.update(place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
+def first_to_say() -> bool:
+    """Whether no other rank of this run has asked before; True where ranks are not connected yet."""
+    from torch import distributed
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    if not distributed.is_initialized():
+        return True
+    try:
+        return int(_get_default_store().add("megatron_router_upcycling error", 1)) == 1
+    except (RuntimeError, ValueError):  # the process that held the store has gone
+        return True
+
+
 def exit_on_user_error(command: Callable[[], object]) -> None:
     """Run ``command``; a UserError ends with one line, from rank 0 of those started, and exit status 2."""
     is_first = os.environ.get("RANK", "0") == "0"  # before a rehearsal takes any rank's place
     try:
         command()
     except UserError as error:
-        if is_first or isinstance(error, OneRankError):
+        if first_to_say() if isinstance(error, OneRankError) else is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -6,6 +6,16 @@ from pathlib import Path
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.training.objections import flag_of
+
+# What the layout of a run is, by Megatron's arguments.
+LAYOUT = (
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "context_parallel_size",
+)
 
 
 def check(args: Namespace, load: str) -> None:
@@ -23,11 +33,7 @@ def check(args: Namespace, load: str) -> None:
     if saved is None or getattr(saved, "no_save_optim", False):
         return
     for flag, has, had in (
-        (
-            "--use-distributed-optimizer",
-            args.use_distributed_optimizer,
-            _of(saved, "use_distributed_optimizer"),
-        ),
+        ("--use-distributed-optimizer", _distributed(args), _distributed(saved)),
         ("--bf16 (or --fp16)", _mixed(args), _mixed(saved)),
         ("--decoupled-lr", args.decoupled_lr is not None, _of(saved, "decoupled_lr") is not None),
         ("--apply-wd-to-qk-layernorm", args.apply_wd_to_qk_layernorm, _of(saved, "apply_wd_to_qk_layernorm")),
@@ -39,6 +45,15 @@ def check(args: Namespace, load: str) -> None:
             raise UserError(
                 f"{flag}: the checkpoint in {load} was saved {how} it, and the optimizer's state is laid out"
                 f" for that; {way}, or pass --no-load-optim to begin with a fresh optimizer and schedule"
+            )
+    # With Muon it keeps whole matrices by rank, and Megatron says: for fixed DP usage only.
+    for name in LAYOUT if _of(saved, "use_layer_wise_distributed_optimizer") else ():
+        if (has := getattr(args, name)) != (had := _of(saved, name)):
+            where = "ranks" if name == "world_size" else flag_of(name)
+            raise UserError(
+                f"{where} {has}: the checkpoint in {load} was saved with {had}, and"
+                " --use-distributed-optimizer with --optimizer muon resumes at the same layout alone; give"
+                f" {had}, or --no-load-optim to begin with a fresh optimizer and schedule"
             )
     if (optimizer := _of(saved, "optimizer")) != args.optimizer:
         raise UserError(
@@ -59,6 +74,11 @@ def _saved_arguments(load: str, step: int | None) -> Namespace | None:
 
 def _of(saved: Namespace, name: str) -> object:
     return getattr(saved, name, None)
+
+
+def _distributed(args: Namespace) -> bool:
+    """Whether the optimizer is distributed, by any of Megatron's two kinds."""
+    return bool(_of(args, "use_distributed_optimizer") or _of(args, "use_layer_wise_distributed_optimizer"))
 
 
 def _mixed(args: Namespace) -> bool:

@@ -6,6 +6,7 @@ change nothing here, without a word.
 """
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from typing import Any
 
 from megatron_router_upcycling.errors import UserError
@@ -34,6 +35,47 @@ GROUPS = {
     "In-process restart": "is not supported; scripts/launch.sh and Slurm start a run again",
 }
 READ = ("data_sharding",)
+
+
+# What Megatron-Core 0.19 takes and fails at later, after minutes or at the first save: when, and what to say.
+COMBINATIONS: tuple[tuple[Callable[[Namespace], bool], str], ...] = (
+    (
+        lambda args: args.optimizer == "adaptive_muon",
+        "--optimizer adaptive_muon: fails at its first step in Megatron-Core 0.19; give --optimizer muon",
+    ),
+    (
+        lambda args: args.optimizer == "soap" and args.save and not args.no_save_optim,
+        "--optimizer soap: Megatron-Core 0.19 cannot save its state; give --no-save-optim or --optimizer adam",
+    ),
+    (
+        lambda args: (
+            args.use_layer_wise_distributed_optimizer
+            and not (args.bf16 and (args.distributed_backend == "nccl" or args.data_parallel_size == 1))
+        ),
+        "--use-distributed-optimizer: with --optimizer muon it needs --bf16 and NCCL; leave it out",
+    ),
+    (
+        lambda args: (
+            "sinkhorn" in _list(args.moe_router_load_balancing_type) and any(_list(args.moe_aux_loss_coeff))
+        ),
+        "--moe-router-load-balancing-type sinkhorn: has no auxiliary loss; give --moe-aux-loss-coeff 0",
+    ),
+)
+
+
+def check(args: Namespace) -> None:
+    """Refuse, once Megatron has validated its arguments, what fails later.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for holds, message in COMBINATIONS:
+        if holds(args):
+            raise UserError(message)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def install(parser: ArgumentParser) -> None:
