@@ -45,7 +45,7 @@ COMBINATIONS: tuple[tuple[Callable[[Namespace], bool], str], ...] = (
     ),
     (
         lambda args: args.optimizer == "soap" and args.save and not args.no_save_optim,
-        "--optimizer soap: Megatron-Core 0.19 cannot save its state; give --no-save-optim or --optimizer adam",
+        "--optimizer soap: Megatron-Core 0.19 cannot save its state; give --no-save-optim or another",
     ),
     (
         lambda args: (

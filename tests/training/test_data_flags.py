@@ -110,7 +110,7 @@ def test_a_source_on_the_command_line_replaces_those_of_the_file() -> None:
 
 
 A, FILE = ["a"], "--per-split-data-args-path"
-# What is given, in which flags beside the file's entries -> how the line begins, HERE being the test's folder.
+# What is given, what of it on the command line, and how the line begins; HERE is the test's folder.
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"data_path": A, "train_data_path": A}, "", "--data-path, --train-data-path: name two sources"),
     ({"data_path": A, "data_args_path": "a"}, "", "--data-path, --data-args-path: name two sources"),
