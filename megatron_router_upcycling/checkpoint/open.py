@@ -64,6 +64,18 @@ def check_whole(root: str | Path, step: int | None = None) -> None:
         ).check_files(None)
 
 
+def format_of(root: str | Path, step: int | None = None) -> str | None:
+    """The ``--ckpt-format`` of a checkpoint, by its files: torch_dist, torch, or None for another.
+
+    Raises:
+        UserError: no folder that the tracker names, or a damaged one.
+    """
+    folder = iteration_dir(Path(root)) if step is None else Path(root) / f"iter_{step:07d}"
+    if _is_legacy(folder):
+        return "torch"
+    return BACKEND if (folder / CONFIG).exists() and _backend(folder) == BACKEND else None
+
+
 def _is_legacy(folder: Path) -> bool:
     return not (folder / CONFIG).exists() and any(folder.glob("mp_rank_*"))
 

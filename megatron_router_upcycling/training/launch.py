@@ -65,7 +65,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     request = parse(argv)
     save = None if needs_checkpoint else request.flags.save
     if save:
-        _check_writable(save)
+        _check_writable("--save", save)
     origin = find_origin(request, save)
     if needs_checkpoint and origin.load is None:
         raise UserError("--load: name the dense checkpoint to read")
@@ -85,12 +85,17 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         completion.check_training(args)
         language_model.check_data(args)
         if origin.load:
+            resuming.check_format(args, origin.load)
             resuming.check(args, origin.load)
     set_global(args)
     if not needs_checkpoint:
         language_model.check_tokens(args, origin.load)
-    if save and args.rank == 0 and origin.load != save:
-        _hand_on(args, save, origin, router)
+    folders = [save] if save and origin.load != save else []
+    if args.ckpt_convert_format is not None:
+        _check_writable("--ckpt-convert-save", args.ckpt_convert_save)
+        folders.append(str(Path(args.ckpt_convert_save) / args.ckpt_convert_format))
+    for folder in folders if args.rank == 0 else ():
+        _hand_on(args, folder, origin, router)
     return Run(args, router, origin.load)
 
 
@@ -292,9 +297,9 @@ def _hand_on(args: Namespace, save: str, origin: Origin, router: RouterConfig | 
         raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
 
 
-def _check_writable(save: str) -> None:
+def _check_writable(flag: str, save: str) -> None:
     if folder := blocked_by(Path(save)):
-        raise UserError(f"--save {save}: cannot write in {folder}; name a folder in a writable one")
+        raise UserError(f"{flag} {save}: cannot write in {folder}; name a folder in a writable one")
 
 
 def stand_alone(rank: int = 0, world_size: int = 1) -> None:

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.checkpoint.open import format_of, open_checkpoint
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.objections import flag_of
@@ -16,6 +16,22 @@ LAYOUT = (
     "expert_model_parallel_size",
     "context_parallel_size",
 )
+
+
+def check_format(args: Namespace, load: str) -> None:
+    """Refuse a checkpoint that Megatron cannot load into this run; let it look for the format where it can.
+
+    Raises:
+        UserError: names the flag.
+    """
+    found = format_of(load, args.ckpt_step)
+    if found and args.ckpt_format in ("fsdp_dtensor", "torch_dcp"):
+        raise UserError(
+            f"--ckpt-format {args.ckpt_format}: loads no other format, and {load} is {found}; leave it out,"
+            " and --use-megatron-fsdp or --use-torch-fsdp2 with it"
+        )
+    if found == "torch_dist" and args.ckpt_format == "torch":
+        args.auto_detect_ckpt_format = True  # load that, save the other
 
 
 def check(args: Namespace, load: str) -> None:

@@ -1,7 +1,7 @@
 """Frames of optimizer states that were saved with other optimizers than this run's.
 
-What a loaded state looks like is megatron-core's: the frames as they were saved and, apart from them, those of
-this run with tensors and the groups' parameters in them.
+What a loaded state looks like is megatron-core's: the frames as they were saved and, apart from them, those
+of this run with tensors and the groups' parameters in them.
 """
 
 from types import SimpleNamespace
