@@ -27,8 +27,8 @@ def check_format(args: Namespace, load: str) -> None:
     found = format_of(load, args.ckpt_step)
     if found and args.ckpt_format in ("fsdp_dtensor", "torch_dcp"):
         raise UserError(
-            f"--ckpt-format {args.ckpt_format}: loads no other format, and {load} is {found}; leave it out,"
-            " and --use-megatron-fsdp or --use-torch-fsdp2 with it"
+            f"--ckpt-format {args.ckpt_format}: loads no other format, and {load} is {found}; leave out"
+            " this flag and fully sharded data parallelism"
         )
     if found == "torch_dist" and args.ckpt_format == "torch":
         args.auto_detect_ckpt_format = True  # load that, save the other
@@ -67,8 +67,8 @@ def check(args: Namespace, load: str) -> None:
         if (has := getattr(args, name)) != (had := _of(saved, name)):
             where = "ranks" if name == "world_size" else flag_of(name)
             raise UserError(
-                f"{where} {has}: the checkpoint in {load} was saved with {had}, and"
-                " --use-distributed-optimizer with --optimizer muon resumes at the same layout alone; give"
+                f"{where} {has}: the checkpoint in {load} was saved with {had}, and Muon's"
+                " distributed optimizer resumes at the same layout alone; give"
                 f" {had}, or --no-load-optim to begin with a fresh optimizer and schedule"
             )
     if (optimizer := _of(saved, "optimizer")) != args.optimizer:
