@@ -87,9 +87,9 @@ def read_index(prefix: str, made: record.Record | None = None) -> type[np.number
         raise UserError(f"--data-path {index}: is no index of Megatron data ({error})") from None
     if index.stat().st_size < HEADER.size + 12 * sequences + 8 * documents:
         raise UserError(f"--data-path {index}: is cut short; copy it again")
-    lengths = (
-        np.memmap(index, np.int32, "r", HEADER.size, (sequences,)) if sequences else np.zeros(0, np.int32)
-    )
+    lengths: np.ndarray = np.zeros(0, np.int32)
+    if sequences:
+        lengths = np.memmap(index, np.int32, "r", HEADER.size, (sequences,))
     counted, size = int(lengths.sum(dtype=np.int64)), np.dtype(kind).itemsize
     stored = tokens.stat().st_size
     if counted * size != stored:
