@@ -19,19 +19,18 @@ LAYOUT = (
 
 
 def check_format(args: Namespace, load: str) -> None:
-    """Refuse a checkpoint that Megatron cannot load into this run; let it look for the format where it can.
+    """Refuse a checkpoint of a format that this run's ``--ckpt-format`` cannot load.
 
     Raises:
         UserError: names the flag.
     """
-    found = format_of(load, args.ckpt_step)
-    if found and args.ckpt_format in ("fsdp_dtensor", "torch_dcp"):
-        raise UserError(
-            f"--ckpt-format {args.ckpt_format}: loads no other format, and {load} is {found}; leave out"
-            " this flag and fully sharded data parallelism"
-        )
-    if found == "torch_dist" and args.ckpt_format == "torch":
-        args.auto_detect_ckpt_format = True  # load that, save the other
+    found, asked = format_of(load, args.ckpt_step), args.ckpt_format
+    if found is None or asked in (found, "torch_dist"):
+        return  # or Megatron's own check: torch_dist looks for itself
+    way_out = "leave out this flag and fully sharded data parallelism"
+    if asked == "torch":
+        way_out = "convert it first, with --ckpt-convert-format torch --ckpt-convert-save FOLDER"
+    raise UserError(f"--ckpt-format {asked}: loads no other format, and {load} is {found}; {way_out}")
 
 
 def check(args: Namespace, load: str) -> None:

@@ -96,30 +96,27 @@ def test_another_optimizer_than_the_checkpoints_is_one_line(
         resuming.check(flags_of(dense, **changes, **way_out), str(dense))
 
 
-@pytest.mark.parametrize("found", ["fsdp_dtensor", "torch_dcp"])
-def test_a_format_that_cannot_take_the_checkpoint_is_one_line(moe: Path, found: str) -> None:
-    args = flags_of(moe, ckpt_format=found)
+@pytest.mark.parametrize("asked", ["fsdp_dtensor", "torch_dcp", "torch"])
+def test_a_format_that_cannot_take_the_checkpoint_is_one_line(moe: Path, asked: str) -> None:
+    resuming.check_format(flags_of(moe), str(moe))
     with pytest.raises(
-        UserError, match=f"^--ckpt-format {found}: loads no other format, and .* is torch_dist"
+        UserError, match=f"^--ckpt-format {asked}: loads no other format, and .* is torch_dist"
     ):
-        resuming.check_format(args, str(moe))
+        resuming.check_format(flags_of(moe, ckpt_format=asked), str(moe))
 
 
-def test_megatrons_other_format_saves_and_resumes(tmp_path: Path, moe: Path, moe_config: Path) -> None:
-    """``torch``, begun from torch_dist, and torch_dist again by Megatron's conversion, manifest included."""
-    common = ("--config", moe_config, "--expert-model-parallel-size", 2, "--save-interval", 2)
-    run, back = tmp_path / "run", tmp_path / "back"
-    flags = (*common, "--ckpt-format", "torch", "--save", run, "--train-iters")
-    losses = launch.ranks(2, "pretrain", *flags, 4, "--load", moe).ok().losses
-    (run / "latest_checkpointed_iteration.txt").write_text("2")
-    assert launch.ranks(2, "pretrain", *flags, 4).ok().losses == {step: losses[step] for step in (3, 4)}
-    convert = ("--ckpt-convert-format", "torch_dist", "--ckpt-convert-save", back)
-    launch.ranks(2, "pretrain", *flags, 4, *convert).ok()
-    resumed = ("--load", back / "torch_dist", "--train-iters", 5, "--override-opt-param-scheduler")
-    assert list(launch.ranks(2, "pretrain", *common, *resumed).ok().losses) == [5]
-    assert (back / "torch_dist/router_upcycling.json").read_bytes() == (
-        run / "router_upcycling.json"
-    ).read_bytes()
+@pytest.mark.slow
+def test_megatrons_older_format_saves_and_resumes(tmp_path: Path, moe: Path, moe_config: Path) -> None:
+    """``torch``, into which Megatron converts a checkpoint with its manifest: the losses of torch_dist."""
+    flags = ("--config", moe_config, "--expert-model-parallel-size", 2, "--train-iters", 4)
+    convert = ("--ckpt-convert-format", "torch", "--ckpt-convert-save", tmp_path)
+    launch.ranks(2, "pretrain", *flags, "--load", moe, *convert).ok()
+    expected = launch.ranks(2, "pretrain", *flags, "--load", moe).ok().losses
+    run = ("--ckpt-format", "torch", "--save", tmp_path / "run", "--save-interval", 2)
+    assert launch.ranks(2, "pretrain", *flags, *run, "--load", tmp_path / "torch").ok().losses == expected
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("2")
+    resumed = launch.ranks(2, "pretrain", *flags, *run).ok().losses
+    assert resumed == {step: expected[step] for step in (3, 4)}
 
 
 def test_a_checkpoint_of_a_later_torch_is_one_line(tmp_path: Path) -> None:
