@@ -55,6 +55,10 @@ COMBINATIONS: tuple[tuple[Callable[[Namespace], bool], str], ...] = (
         "--use-distributed-optimizer: with --optimizer muon it needs --bf16 and NCCL; leave it out",
     ),
     (
+        lambda args: args.use_megatron_fsdp and args.save and args.swiglu and not (args.bf16 or args.fp16),
+        "--use-megatron-fsdp: Megatron-Core 0.19 cannot save such a run in float32; give --bf16",
+    ),
+    (
         lambda args: (
             "sinkhorn" in _list(args.moe_router_load_balancing_type) and any(_list(args.moe_aux_loss_coeff))
         ),
