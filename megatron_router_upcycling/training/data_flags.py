@@ -58,14 +58,11 @@ def check(args: Namespace) -> None:
                 raise UserError(
                     f"{flag}: the weight of {prefix} is {weight:g}; give more than 0, or leave it out"
                 )
-    if args.split is not None and not args.mock_data:
-        shares = (
-            [float(share) for share in re.split("[,/]", args.split)] if SHARES.fullmatch(args.split) else [0]
-        )
-        if not sum(shares):
-            raise UserError(f"--split {args.split}: give the shares of training, validation and test: 99,1,0")
-        if not shares[0] and not args.skip_train:
-            raise UserError(f"--split {args.split}: leaves nothing to train on; give training a share")
+    if args.split is not None and not args.mock_data and not any(splits(args)):
+        raise UserError(f"--split {args.split}: give the shares of training, validation and test: 99,1,0")
+    if not splits(args)[0] and not args.skip_train:
+        where = "--train-data-path" if args.split is None else f"--split {args.split}"
+        raise UserError(f"{where}: there is nothing to train on; give training data, or a share of them")
     if args.multiple_validation_sets and not args.full_validation:
         raise UserError("--multiple-validation-sets: works only with --full-validation; give that too")
     if path := args.per_dataset_sequences_path:
@@ -73,6 +70,40 @@ def check(args: Namespace) -> None:
         for flag, prefix in prefixes(args):
             if prefix not in known:
                 raise UserError(f"--per-dataset-sequences-path {path}: says nothing of {prefix} ({flag})")
+
+
+def check_validation(args: Namespace) -> str | None:
+    """Validate nothing where there is nothing to validate on, which Megatron would try; a line to say so.
+
+    Raises:
+        UserError: validation is what the run is for, or comes before a test.
+    """
+    _, validation, test = splits(args)
+    if validation or not (args.eval_iters or args.full_validation):
+        return None
+    if test or args.skip_train or args.full_validation:
+        raise UserError(
+            f"--eval-iters {args.eval_iters}: there are no validation data; name some, by --valid-data-path"
+            " or --split, or give --eval-iters 0"
+        )
+    args.eval_iters = 0
+    return "there are no validation data: nothing is validated"
+
+
+def splits(args: Namespace) -> tuple[bool, bool, bool]:
+    """Whether there are data to train, validate and test on."""
+    if args.mock_data:
+        return True, True, True
+    if args.split is not None:
+        words = re.split("[,/]", args.split) if SHARES.fullmatch(args.split) else []
+        shares = [float(word) > 0 for word in words] + [False] * 3
+        return shares[0], shares[1], shares[2]
+    if (path := args.per_split_data_args_path) and "://" not in path:
+        found = _json(f"--per-split-data-args-path {path}", path)
+        return bool(found.get("train")), bool(found.get("valid")), bool(found.get("test"))
+    if path:
+        return True, True, True
+    return bool(args.train_data_path), bool(args.valid_data_path), bool(args.test_data_path)
 
 
 def lists(args: Namespace) -> Iterator[tuple[str, list[str]]]:

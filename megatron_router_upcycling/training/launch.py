@@ -84,6 +84,8 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         unsupported.check(args)
         completion.check_training(args)
         language_model.check_data(args)
+        if line := data_flags.check_validation(args):
+            _say(args, line)
         if origin.load:
             resuming.check_format(args, origin.load)
             resuming.check(args, origin.load)

@@ -45,14 +45,14 @@ COMBINATIONS: tuple[tuple[Callable[[Namespace], bool], str], ...] = (
     ),
     (
         lambda args: args.optimizer == "soap" and args.save and not args.no_save_optim,
-        "--optimizer soap: Megatron-Core 0.19 cannot save its state; give --no-save-optim or another",
+        "--optimizer soap: Megatron-Core 0.19 cannot save its state; give --no-save-optim, or another one",
     ),
     (
         lambda args: (
             args.use_layer_wise_distributed_optimizer
             and not (args.bf16 and (args.distributed_backend == "nccl" or args.data_parallel_size == 1))
         ),
-        "--use-distributed-optimizer: with --optimizer muon it needs --bf16 and NCCL; leave it out",
+        "--use-distributed-optimizer: with Muon and its kin it needs --bf16 and NCCL; leave it out",
     ),
     (
         lambda args: args.use_megatron_fsdp and args.save and args.swiglu and not (args.bf16 or args.fp16),

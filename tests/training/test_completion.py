@@ -95,7 +95,7 @@ REFUSED: list[tuple[str, str, str, str]] = [
     ("", "--optimizer soap --save {}", "--optimizer soap: Megatron-Core 0.19 cannot save", "--no-save-optim"),
     ("", "--optimizer adaptive_muon", "--optimizer adaptive_muon: fails at its first step",
      "--optimizer muon"),
-    ("", "--optimizer muon --use-distributed-optimizer", "--use-distributed-optimizer: with --optimizer muon",
+    ("", "--optimizer muon --use-distributed-optimizer", "--use-distributed-optimizer: with Muon and its kin",
      ""),
     ("", f"{MOE} --moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff 0.1",
      "--moe-router-load-balancing-type sinkhorn: has no auxiliary", "--moe-aux-loss-coeff 0"),
@@ -223,6 +223,7 @@ TRIED_ELSEWHERE = {
     "--no-routing-diagnostics": "test_completion.py",
     "--data-cache-path": "test_data_flags.py",
     "--full-validation": "test_data_flags.py",
+    "--valid-data-path": "test_data_flags.py",
     "--ckpt-convert-format": "test_resuming.py",
 }
 

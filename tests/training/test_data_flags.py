@@ -96,7 +96,7 @@ def test_every_field_of_the_datasets_configuration_is_set(tmp_path: Path, data: 
 def sources(**given: Any) -> Namespace:
     names = ("data_path", "split", "data_args_path", *data_flags.PER_SPLIT, "per_split_data_args_path")
     others = {"mock_data": False, "skip_train": False, "multiple_validation_sets": False}
-    others |= {"full_validation": False, "per_dataset_sequences_path": None}
+    others |= {"eval_iters": 4, "full_validation": False, "per_dataset_sequences_path": None}
     return Namespace(**dict.fromkeys(names) | others | given)
 
 
@@ -124,7 +124,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"data_path": A, "split": "1,2,3,4"}, "", "--split 1,2,3,4: give the shares of training,"),
     ({"data_path": A, "split": "all"}, "", "--split all: give the shares"),
     ({"data_path": A, "split": "0,0,0"}, "", "--split 0,0,0: give the shares"),
-    ({"data_path": A, "split": "0,1"}, "", "--split 0,1: leaves nothing to train on"),
+    ({"data_path": A, "split": "0,1"}, "", "--split 0,1: there is nothing to train on"),
     ({"data_args_path": "HERE/none", "split": "1"}, "", "--data-args-path HERE/none: cannot be read"),
     ({"data_args_path": "HERE/empty", "split": "1"}, "", "--data-args-path HERE/empty: names no data"),
     ({"per_split_data_args_path": "HERE/empty"}, "", f"{FILE} HERE/empty: is no JSON"),
@@ -135,6 +135,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "",
         "--per-dataset-sequences-path HERE/train: says nothing of a (--data-path)",
     ),
+    ({"valid_data_path": A}, "", "--train-data-path: there is nothing to train on"),
+    ({"train_data_path": A, "test_data_path": A}, "", "--eval-iters 4: there are no validation data"),
+    ({"data_path": A, "split": "1", "full_validation": True}, "", "--eval-iters 4: there are no validation"),
     ({"data_path": A, "multiple_validation_sets": True}, "", "--multiple-validation-sets: works only with"),
 ]
 
@@ -151,7 +154,16 @@ def test_sources_that_cannot_be_used_are_one_line(
         args = sources(**here)
         data_flags.choose(args, flags.split())
         data_flags.check(args)
+        data_flags.check_validation(args)
     assert str(refused.value).startswith(message.replace("HERE", str(tmp_path)))
+
+
+@pytest.mark.parametrize("given", [{"train_data_path": A}, {"data_path": A, "split": "100,0,0"}])
+def test_nothing_is_validated_without_validation_data(given: dict[str, Any]) -> None:
+    args = sources(**given)
+    data_flags.check(args)
+    assert data_flags.check_validation(args) == "there are no validation data: nothing is validated"
+    assert args.eval_iters == 0
 
 
 @pytest.fixture
