@@ -128,7 +128,8 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
     }
     kind = GPTFIMDatasetConfig if args.fim_data else GPTDatasetConfig
     names = [field.name for field in dataclasses.fields(kind) if field.init and field.name not in NO_ARGUMENT]
-    read = {name: getattr(args, DATASET_FIELDS.get(name, name)) for name in names if name not in values}
+    arguments = {name: DATASET_FIELDS.get(name, name) for name in names if name not in values}
+    read = {name: getattr(args, argument) for name, argument in arguments.items() if hasattr(args, argument)}
     return kind(**read, **{name: value for name, value in values.items() if name in names})
 
 
