@@ -56,7 +56,7 @@ COMBINATIONS: tuple[tuple[Callable[[Namespace], bool], str], ...] = (
     ),
     (
         lambda args: args.use_megatron_fsdp and args.save and args.swiglu and not (args.bf16 or args.fp16),
-        "--use-megatron-fsdp: Megatron-Core 0.19 cannot save such a run in float32; give --bf16, or no --save",
+        "--use-megatron-fsdp: Megatron-Core 0.19 cannot save such a run in float32; give --bf16",
     ),
     (
         lambda args: (
