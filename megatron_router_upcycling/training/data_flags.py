@@ -60,7 +60,8 @@ def check(args: Namespace) -> None:
                 )
     if args.split is not None and not args.mock_data and not any(splits(args)):
         raise UserError(f"--split {args.split}: give the shares of training, validation and test: 99,1,0")
-    if not splits(args)[0] and not args.skip_train:
+    given = any(getattr(args, name) for names in SOURCES for name in names)
+    if given and not splits(args)[0] and not args.skip_train:
         where = "--train-data-path" if args.split is None else f"--split {args.split}"
         raise UserError(f"{where}: there is nothing to train on; give training data, or a share of them")
     if args.multiple_validation_sets and not args.full_validation:
@@ -83,8 +84,7 @@ def check_validation(args: Namespace) -> str | None:
         return None
     if test or args.skip_train or args.full_validation:
         raise UserError(
-            f"--eval-iters {args.eval_iters}: there are no validation data; name some, by --valid-data-path"
-            " or --split, or give --eval-iters 0"
+            f"--eval-iters {args.eval_iters}: there are no validation data; name some, or give --eval-iters 0"
         )
     args.eval_iters = 0
     return "there are no validation data: nothing is validated"

@@ -223,7 +223,6 @@ TRIED_ELSEWHERE = {
     "--no-routing-diagnostics": "test_completion.py",
     "--data-cache-path": "test_data_flags.py",
     "--full-validation": "test_data_flags.py",
-    "--valid-data-path": "test_data_flags.py",
     "--ckpt-convert-format": "test_resuming.py",
 }
 

@@ -31,6 +31,8 @@ READ_BY_MEGATRON = {
     *("logits_save_top_k", "logits_save_top_p", "logits_save_top_p_min_k", "logits_save_dir"),
     "logits_save_dtype",
 }
+# Fields that Megatron 0.20 adds, for conversations and sequences of varying length.
+OF_0_20 = {"sft_mock_dataset_config_json", "varlen_mock_dataset_config_json", "varlen_sbhd_validation"}
 # What a flag of a group needs another one of the group for, which is refused.
 WITH_ANOTHER = {name: "logits_load_dir" for name in (
     "logits_load_decode_threads", "logits_load_prefetch_factor", "logits_load_msc_prefetch_depth",
@@ -90,8 +92,7 @@ def test_every_field_of_the_datasets_configuration_is_set(tmp_path: Path, data: 
     assert isinstance(found, GPTFIMDatasetConfig) and found.fim_extra_tokens["pad"] == "PAD"
     defaults = {field.name: field.default for field in dataclasses.fields(GPTFIMDatasetConfig)}
     unset = {name for name in fields() if getattr(found, name) == defaults[name]}
-    # Two cannot be given beside a source for each split; the third is of Megatron 0.20, for conversations.
-    assert unset - {"sft_mock_dataset_config_json"} == {"blend", "split"}
+    assert unset - OF_0_20 == {"blend", "split"}  # which cannot be given beside a source for each split
 
 
 def sources(**given: Any) -> Namespace:
