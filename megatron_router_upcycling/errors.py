@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class OneRankError(UserError):
-    """A UserError that one rank of several sees, and so has to print itself."""
+    """A UserError that not every rank sees: the first that does has to print it."""
 
 
 class Terminated(KeyboardInterrupt):

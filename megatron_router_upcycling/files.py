@@ -13,6 +13,12 @@ def existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
+def blocked_by(path: Path) -> Path | None:
+    """The read-only folder or the file that keeps ``path`` from being made; None if nothing does."""
+    place = existing(path.absolute())
+    return None if place.is_dir() and os.access(place, os.W_OK) else place
+
+
 def format_bytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 

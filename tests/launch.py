@@ -16,7 +16,18 @@ from pathlib import Path
 from tests import warm
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+# The work tree of a Megatron-LM checkout, to be tested in place of the installed wheel.
+MEGATRON_LM = os.environ.get("MEGATRON_LM")
+if MEGATRON_LM:
+    assert (Path(MEGATRON_LM) / "megatron/core").is_dir(), (
+        f"MEGATRON_LM={MEGATRON_LM}: no megatron/core there"
+    )
+    sys.path.insert(0, MEGATRON_LM)
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), MEGATRON_LM))),
+    "CUDA_VISIBLE_DEVICES": "",
+}
 TIMEOUT = 240  # seconds; a run takes 2 to 20 on two cores
 
 

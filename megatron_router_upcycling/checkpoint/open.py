@@ -44,19 +44,36 @@ def open_checkpoint(root: str | Path, report: Report | None = None) -> Checkpoin
     return Checkpoint.open_folder(root, folder, report)
 
 
-def check_whole(root: str | Path) -> None:
-    """Refuse what cannot be trained from: a checkpoint that is missing or half-written.
+def check_whole(root: str | Path, step: int | None = None) -> None:
+    """Refuse what cannot be trained from: a checkpoint that is missing, half-written, or of a later PyTorch.
 
     Only names and sizes of a torch_dist checkpoint are looked at; Megatron's other formats pass.
+
+    Args:
+        step: the iteration (default: that of the tracker).
 
     Raises:
         UserError: no folder that the tracker names, damaged metadata, a data file that is too short.
     """
     root = Path(root)
-    folder = iteration_dir(root)
+    folder = iteration_dir(root) if step is None else root / f"iter_{step:07d}"
     if not _is_legacy(folder) and _backend(folder) == BACKEND:
         metadata = folder / METADATA
-        Checkpoint(root, folder, *parse_metadata(read_record(metadata), metadata), {}).check_files(None)
+        Checkpoint(
+            root, folder, *parse_metadata(read_record(metadata), metadata, to_train=True), {}
+        ).check_files(None)
+
+
+def format_of(root: str | Path, step: int | None = None) -> str | None:
+    """The ``--ckpt-format`` of a checkpoint, by its files: torch_dist, torch, or None for another.
+
+    Raises:
+        UserError: no folder that the tracker names, or a damaged one.
+    """
+    folder = iteration_dir(Path(root)) if step is None else Path(root) / f"iter_{step:07d}"
+    if _is_legacy(folder):
+        return "torch"
+    return BACKEND if (folder / CONFIG).exists() and _backend(folder) == BACKEND else None
 
 
 def _is_legacy(folder: Path) -> bool:

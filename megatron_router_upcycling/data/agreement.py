@@ -1,5 +1,6 @@
 """Whether data and a model go together: the tokenizer that made the tokens, and ids within the vocabulary."""
 
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import numpy as np
 from megatron_router_upcycling.data import record
 from megatron_router_upcycling.errors import UserError
 
-# The header of an .idx file (megatron.core.datasets.indexed_dataset): a mark, eight bytes, the dtype's code.
-MARK, CODE_AT = b"MMIDIDX\x00\x00", 17
+# The header of an .idx file (megatron.core.datasets.indexed_dataset): a mark, version, code of the dtype, and
+# how many sequences and document ends there are. Lengths (int32), places (int64) and ends (int64) follow.
+MARK, HEADER = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
 LOOKED_AT = 64  # pieces of a .bin file, from its first to its last token,
 PIECE = 1 << 20  # of as many bytes each
 
@@ -17,8 +19,9 @@ PIECE = 1 << 20  # of as many bytes each
 def check(prefixes: Iterable[str], tokenizer: Path | None, vocabulary: int) -> None:
     """Refuse data whose tokens are not those of the model.
 
-    Where ``prepare-data`` has left its record, that is asked. Of data that other tools made up to 64 MiB of
-    tokens are looked at, evenly; the rest is, batch by batch, as training reads it.
+    An index must be that of the tokens beside it. Where ``prepare-data`` has left its record, that is asked.
+    Of data that other tools made up to 64 MiB of tokens are looked at, evenly; the rest is, batch by batch,
+    as training reads it.
 
     Args:
         prefixes: of .bin and .idx files that are there.
@@ -31,12 +34,9 @@ def check(prefixes: Iterable[str], tokenizer: Path | None, vocabulary: int) -> N
     expected = record.tokenizer_sha256(tokenizer) if tokenizer else None
     for prefix in prefixes:
         made = record.read(Path(prefix))
+        dtype = read_index(prefix, made)
         if made is None:
-            check_ids(
-                f"--data-path {prefix}",
-                _largest(Path(f"{prefix}.bin"), _dtype(Path(f"{prefix}.idx"))),
-                vocabulary,
-            )
+            check_ids(f"--data-path {prefix}", _largest(Path(f"{prefix}.bin"), dtype), vocabulary)
             continue
         if made.vocab_size > vocabulary:
             raise UserError(
@@ -64,18 +64,45 @@ def check_ids(where: str, largest: int, vocabulary: int) -> None:
         )
 
 
-def _dtype(index: Path) -> type[np.number]:
-    """The dtype of the tokens beside ``index``, an .idx file."""
+def read_index(prefix: str, made: record.Record | None = None) -> type[np.number]:
+    """The dtype of the tokens in ``prefix``.bin, once its .idx is known to be that file's.
+
+    Args:
+        made: what ``prepare-data`` recorded of them, if it did.
+
+    Raises:
+        UserError: the .idx is no index, is cut short, or is of other tokens than the .bin or the record.
+    """
     from megatron.core.datasets.indexed_dataset import DType
 
+    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     with open(index, "rb") as file:
-        head = file.read(CODE_AT + 1)
+        head = file.read(HEADER.size)
     try:
-        if not head.startswith(MARK):
+        mark, version, code, sequences, documents = HEADER.unpack(head)
+        if mark != MARK or version != 1:
             raise ValueError("it does not begin as one")
-        kind: type[np.number] = DType.dtype_from_code(head[CODE_AT])
-    except (ValueError, IndexError) as error:
+        kind: type[np.number] = DType.dtype_from_code(code)
+    except (ValueError, struct.error) as error:
         raise UserError(f"--data-path {index}: is no index of Megatron data ({error})") from None
+    if index.stat().st_size < HEADER.size + 12 * sequences + 8 * documents:
+        raise UserError(f"--data-path {index}: is cut short; copy it again")
+    lengths: np.ndarray = np.zeros(0, np.int32)
+    if sequences:
+        lengths = np.memmap(index, np.int32, "r", HEADER.size, (sequences,))
+    counted, size = int(lengths.sum(dtype=np.int64)), np.dtype(kind).itemsize
+    stored = tokens.stat().st_size
+    if counted * size != stored:
+        raise UserError(
+            f"--data-path {prefix}: {index.name} counts {counted * size} bytes of tokens, and {tokens.name}"
+            f" has {stored}: one was cut short, or they are of different data; copy both again"
+        )
+    if made and (made.tokens, made.documents) != (counted, documents - 1):
+        raise UserError(
+            f"--data-path {prefix}: {index.name} has {documents - 1} documents of {counted} tokens, and"
+            f" {record.path_of(Path(prefix)).name} was written for {made.documents} of {made.tokens}; copy"
+            " all three files again"
+        )
     return kind
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from megatron_router_upcycling.checkpoint.names import EXTRA_STATE
+from megatron_router_upcycling.layers import STACK
 from megatron_router_upcycling.layers.kernels.swiglu import weighted_swiglu
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -97,6 +98,7 @@ class GroupedExperts(MegatronModule):
             stacked = torch.nn.Parameter(torch.stack([weight.data for weight in weights]))
             for attribute, value in vars(weights[0]).items():
                 setattr(stacked, attribute, value)  # what Megatron marks an expert's parameters with
+            setattr(stacked, STACK, True)
             self.register_parameter(f"{linear}_weight", stacked)
             for expert in loop.local_experts:
                 getattr(expert, linear).weight = None

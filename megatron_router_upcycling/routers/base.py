@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.layers import STACK
 from megatron_router_upcycling.layers.routing import FusedRoutingRouter, ParameterHolder
 from megatron_router_upcycling.routers.kinds import Sizes
 
@@ -66,6 +67,7 @@ class OwnParametersRouter(FusedRoutingRouter):
                 self.config.init_method(parameter)
             parameter.data = parameter.data.to(dtype=self.config.params_dtype)
             parameter.sequence_parallel = self.config.sequence_parallel
+            setattr(parameter, STACK, parameter.dim() == 3)
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits [..., n] of tokens [..., D], in ``moe_router_dtype`` (default: the input's dtype)."""

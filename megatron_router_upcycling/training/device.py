@@ -112,6 +112,8 @@ def adapt(args: Namespace, device: str) -> str | None:
             args, without_apex | graphs, "GPU with Transformer Engine" if has_apex else "GPU without apex"
         )
     needed = WITHOUT_FUSED_KERNELS | graphs | (ON_CPU if device == "cpu" else {})
+    if device == "cpu" and getattr(args, "use_megatron_fsdp", False):
+        needed["gradient_reduce_div_fusion"] = False  # Gloo cannot divide while it sums
     if not args.reset_attention_mask:
         # Causal attention needs none, and PyTorch's fastest kernels take none.
         needed["create_attention_mask_in_dataloader"] = False

@@ -5,6 +5,7 @@ Shared by ``pretrain`` and ``collect_keys``. Everything is Megatron's own (``GPT
 the script that binds these together.
 """
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,31 +18,68 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
+from megatron.core.utils import (
+    StragglerDetector,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args
+from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.data import agreement
 from megatron_router_upcycling.errors import OneRankError, UserError
+from megatron_router_upcycling.files import blocked_by
+from megatron_router_upcycling.training import data_flags
 
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+stragglers = StragglerDetector()  # Megatron's, which --log-straggler sets up
 SPIKE_FACTOR = 10.0  # a loss this many times the largest seen so far is called a spike
 
 
 def check_data(args: Namespace) -> None:
-    """Refuse data that is not there, before anything is built.
+    """Refuse data that are not there, or cannot be what they say, before anything is built.
 
     Raises:
         UserError: names the flag, or the file that is missing.
     """
-    paths = _prefixes(args)
-    if not paths and not args.mock_data:
+    data_flags.check(args)
+    paths = list(data_flags.prefixes(args))
+    if not paths and not args.mock_data and not (args.data_args_path or args.per_split_data_args_path):
         raise UserError("--data-path: name the data to run over (the prefix of a .bin and an .idx file)")
-    for path in paths:
+    for flag, path in paths:
         for file in (f"{path}.bin", f"{path}.idx"):
             if "://" not in path and not Path(file).is_file():
-                raise UserError(f"--data-path {path}: no file {file}; name the prefix of a .bin and an .idx")
+                raise UserError(f"{flag} {path}: no file {file}; name the prefix of a .bin and an .idx")
+    choose_cache(args, [path for _, path in paths if "://" not in path])
+
+
+def choose_cache(args: Namespace, paths: list[str]) -> None:
+    """Set ``--data-cache-path`` where Megatron's own place, a folder beside the data, cannot be written.
+
+    Raises:
+        UserError: there is no place that can.
+    """
+    if args.data_cache_path is not None:
+        if not args.dataloader_fast_cache_load and (place := blocked_by(Path(args.data_cache_path))):
+            raise UserError(f"--data-cache-path {args.data_cache_path}: cannot write in {place}")
+        return
+    if not (
+        read_only := [path for path in paths if blocked_by(Path(path)) and not Path(path, "cache").exists()]
+    ):
+        return
+    if not args.save:
+        raise UserError(
+            f"--data-path {read_only[0]}: Megatron keeps an index beside the data, and that folder cannot be"
+            " written; give --data-cache-path FOLDER"
+        )
+    args.data_cache_path = str(Path(args.save) / "data_cache")
+    if args.rank == 0:
+        print(f"{read_only[0]}: read-only; the index of the data goes to {args.data_cache_path}", flush=True)
 
 
 def check_tokens(args: Namespace, load: str | None) -> None:
@@ -57,58 +95,90 @@ def check_tokens(args: Namespace, load: str | None) -> None:
     named = Path(args.tokenizer_model) if args.tokenizer_model else None
     tokenizer = beside_load[1] if beside_load else named
     known = tokenizer if tokenizer and tokenizer.exists() else None
-    agreement.check([path for path in _prefixes(args) if "://" not in path], known, args.padded_vocab_size)
+    paths = dict.fromkeys(path for _, path in data_flags.prefixes(args) if "://" not in path)
+    agreement.check(paths, known, args.padded_vocab_size)
 
 
-def _prefixes(args: Namespace) -> list[str]:
+# Field of Megatron's GPTDatasetConfig -> its argument, where that has another name.
+DATASET_FIELDS = {
+    "random_seed": "seed",
+    "sequence_length": "seq_length",
+    "path_to_cache": "data_cache_path",
+    "create_attention_mask": "create_attention_mask_in_dataloader",
+    "fast_cache_load": "dataloader_fast_cache_load",
+    "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
+    "inter_document_masking": "dataloader_inter_document_masking",
+}
+# Fields that no argument sets.
+NO_ARGUMENT = ("drop_last_partial_validation_sequence", "add_extra_token_to_sequence")
+FIM_TOKENS = ("prefix", "middle", "suffix", "pad", "eod")
+
+
+def dataset_config(args: Namespace) -> GPTDatasetConfig:
+    """Megatron's configuration of the datasets: each of its fields from the argument that sets it."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return [path for part in (blend, *(blend_per_split or ())) if part for path in part[0]]
+    listed = args.per_dataset_sequences_path
+    values = {
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "tokenizer": build_tokenizer(args),
+        "sequences_per_dataset": data_flags.sequences_per_dataset(listed) if listed else None,
+        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+        "fim_extra_tokens": {name: getattr(args, f"fim_{name}_token") for name in FIM_TOKENS},
+    }
+    kind = GPTFIMDatasetConfig if args.fim_data else GPTDatasetConfig
+    names = [field.name for field in dataclasses.fields(kind) if field.init and field.name not in NO_ARGUMENT]
+    arguments = {name: DATASET_FIELDS.get(name, name) for name in names if name not in values}
+    read = {name: getattr(args, argument) for name, argument in arguments.items() if hasattr(args, argument)}
+    return kind(**read, **{name: value for name, value in values.items() if name in names})
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Train, validation and test datasets for ``num_samples`` (train, valid, test) sequences."""
     args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        context_parallel_size=args.context_parallel_size,
-        data_parallel_size=args.data_parallel_size,
-    )
 
     def is_built_here() -> bool:
-        return parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(
-            vp_stage
-        )
+        return parallel_state.get_tensor_model_parallel_rank() == 0 and reads_data(args, vp_stage)
 
-    kind = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(kind, num_samples, is_built_here, config).build()
+    kind = MockGPTDataset if args.mock_data else GPTFIMDataset if args.fim_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, num_samples, is_built_here, dataset_config(args)).build()
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # read by Megatron's data loaders
 
 
+def reads_data(args: Namespace, vp_stage: int | None) -> bool:
+    """Whether this pipeline stage needs tokens or labels."""
+    return is_first_or_last_pipeline_stage(vp_stage) or predicts_more_tokens(args, vp_stage)
+
+
+def predicts_more_tokens(args: Namespace, vp_stage: int | None) -> bool:
+    """Whether this pipeline stage has layers of multi-token prediction, which embed tokens themselves."""
+    if not args.mtp_num_layers:
+        return False
+    layout = core_transformer_config_from_args(args).pipeline_model_parallel_layout
+    return mtp_on_this_rank(
+        layout=layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
+    )
+
+
+def embedding_ranks(pipeline: list[int]) -> list[int]:
+    """Of the ranks of a pipeline those that hold the embedding, where there is multi-token prediction."""
+    args = get_args()
+    config = core_transformer_config_from_args(args)
+    ends = pipeline[:1] if args.untie_embeddings_and_output_weights else [pipeline[0], pipeline[-1]]
+    return sorted({*ends, *get_mtp_ranks(pipeline, config)})
+
+
 def get_batch(data_iterator: Iterator[dict], vp_stage: int | None = None) -> dict[str, Any]:
     """The next micro-batch on this rank: FIELDS, each [micro-batch, sequence on this rank] or None.
 
-    The first tensor-parallel rank reads; the others receive; context parallelism keeps a slice. Only
-    the first pipeline stage gets tokens and only the last one labels.
+    The first tensor-parallel rank reads; the others receive; context parallelism keeps a slice. Of the
+    pipeline's stages the first one gets tokens, the last one labels, one with multi-token prediction both.
     """
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(FIELDS)
     args = get_args()
+    if not reads_data(args, vp_stage):
+        return dict.fromkeys(FIELDS)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
     if tp_rank == 0:
@@ -132,7 +202,7 @@ def get_batch(data_iterator: Iterator[dict], vp_stage: int | None = None) -> dic
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=predicts_more_tokens(args, vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
@@ -166,14 +236,23 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
     return loss, num_tokens, {"lm loss": report}
 
 
-def forward_step(data_iterator: Iterator[dict], model: Any) -> tuple[torch.Tensor, Callable]:
-    """Run ``model`` on the next micro-batch; return its output and the loss function to apply to it."""
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
+def forward_step(
+    data_iterator: Iterator[dict], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Callable]:
+    """Run ``model`` on the next micro-batch; return its output and the loss function to apply to it.
+
+    With ``return_schedule_plan`` (``--overlap-moe-expert-parallel-comm``) nothing runs yet, and in place of
+    the output comes Megatron's plan, in which the passes of two micro-batches take turns.
+    """
+    with stragglers(bdata=True):
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    run = model.build_schedule_plan if return_schedule_plan else model
+    with stragglers:
+        output = run(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
     return output, partial(loss_func, batch["loss_mask"])

@@ -19,8 +19,8 @@ from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import OneRankError, Parser, UserError
-from megatron_router_upcycling.files import existing
-from megatron_router_upcycling.training import attention_choice, device, tokenizer
+from megatron_router_upcycling.files import blocked_by
+from megatron_router_upcycling.training import attention_choice, data_flags, device, tokenizer, unsupported
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     request = parse(argv)
     save = None if needs_checkpoint else request.flags.save
     if save:
-        _check_writable(save)
+        _check_writable("--save", save)
     origin = find_origin(request, save)
     if needs_checkpoint and origin.load is None:
         raise UserError("--load: name the dense checkpoint to read")
@@ -81,15 +81,23 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     if not needs_checkpoint:
         from megatron_router_upcycling.training import completion, language_model, resuming
 
+        unsupported.check(args)
         completion.check_training(args)
         language_model.check_data(args)
+        if line := data_flags.check_validation(args):
+            _say(args, line)
         if origin.load:
+            resuming.check_format(args, origin.load)
             resuming.check(args, origin.load)
     set_global(args)
     if not needs_checkpoint:
         language_model.check_tokens(args, origin.load)
-    if save and args.rank == 0 and origin.load != save:
-        _hand_on(args, save, origin, router)
+    folders = [save] if save and origin.load != save else []
+    if args.ckpt_convert_format is not None:
+        _check_writable("--ckpt-convert-save", args.ckpt_convert_save)
+        folders.append(str(Path(args.ckpt_convert_save) / args.ckpt_convert_format))
+    for folder in folders if args.rank == 0 else ():
+        _hand_on(args, folder, origin, router)
     return Run(args, router, origin.load)
 
 
@@ -115,7 +123,9 @@ def parse(argv: list[str]) -> Request:
     checkpoints.add_argument(
         "--pretrained-checkpoint", metavar="CHECKPOINT", help="weights to start from where --load has none"
     )
-    checkpoints.add_argument("--ckpt-step", metavar="ITERATION", help="of --load (default: the newest)")
+    checkpoints.add_argument(
+        "--ckpt-step", metavar="ITERATION", type=int, help="of --load (default: the newest)"
+    )
     path = parser.parse_known_args(argv)[0].config
     entries = read_yaml(path) if path else {"upcycling": {}}
     section = entries.pop("upcycling")
@@ -150,8 +160,8 @@ def find_origin(request: Request, save: str | None) -> Origin:
     recorded, source = agreement.find_manifest(roots)
     agreement.check_start(request.start, recorded, source)
     for root in roots:
-        if holds_checkpoint(root) and flags.ckpt_step is None:
-            check_whole(root)
+        if holds_checkpoint(root):
+            check_whole(root, flags.ckpt_step if root == load else None)
     router = manifest.router_config(recorded, str(source)) if recorded else None
     return Origin(load, recorded, source, router)
 
@@ -174,11 +184,13 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
 
     def extend(parser: ArgumentParser) -> ArgumentParser:
         parsers.append(parser)
+        unsupported.install(parser)
         _extend(parser, request, origin)
         return parser
 
     sys.argv = [sys.argv[0], *request.argv]  # which Megatron parses
     args = parse_args(extend)
+    data_flags.choose(args, request.argv)
     args.load = origin.load
     router = agreement.router_config(args, origin.router, origin.source)
     if origin.recorded:
@@ -287,10 +299,9 @@ def _hand_on(args: Namespace, save: str, origin: Origin, router: RouterConfig | 
         raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
 
 
-def _check_writable(save: str) -> None:
-    folder = existing(Path(save).absolute())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--save {save}: cannot write in {folder}; name a folder in a writable one")
+def _check_writable(flag: str, save: str) -> None:
+    if folder := blocked_by(Path(save)):
+        raise UserError(f"{flag} {save}: cannot write in {folder}; name a folder in a writable one")
 
 
 def stand_alone(rank: int = 0, world_size: int = 1) -> None:
@@ -302,12 +313,25 @@ def stand_alone(rank: int = 0, world_size: int = 1) -> None:
     os.environ.update(place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
+def first_to_say() -> bool:
+    """Whether no other rank of this run has asked before; True where ranks are not connected yet."""
+    from torch import distributed
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    if not distributed.is_initialized():
+        return True
+    try:
+        return int(_get_default_store().add("megatron_router_upcycling error", 1)) == 1
+    except (RuntimeError, ValueError):  # the process that held the store has gone
+        return True
+
+
 def exit_on_user_error(command: Callable[[], object]) -> None:
     """Run ``command``; a UserError ends with one line, from rank 0 of those started, and exit status 2."""
     is_first = os.environ.get("RANK", "0") == "0"  # before a rehearsal takes any rank's place
     try:
         command()
     except UserError as error:
-        if is_first or isinstance(error, OneRankError):
+        if first_to_say() if isinstance(error, OneRankError) else is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -36,7 +36,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
 from megatron_router_upcycling.routers.build import builder
 from megatron_router_upcycling.training import device
-from megatron_router_upcycling.training.patches import patching
+from megatron_router_upcycling.training.patches import muon, patching
 from megatron_router_upcycling.training.patches.moe_metrics import report_also
 
 ENVIRONMENT = "MEGATRON_ROUTER_UPCYCLING_CONFIG"
@@ -121,6 +121,7 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
     if model_config.transformer.num_moe_experts is None:
         return spec
     _check_agreement(router, model_config.transformer)
+    muon.install()
     for name in router.kind.metrics:
         report_also(name)  # here, where every rank comes: a pipeline stage without experts reports as well
     if not isinstance(spec, TransformerBlockSubmodules):

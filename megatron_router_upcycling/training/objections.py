@@ -15,7 +15,7 @@ from typing import Any
 
 import megatron.core
 
-from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.errors import OneRankError, UserError, reason
 from megatron_router_upcycling.training.patches import patching
 
 MEGATRON = Path(megatron.core.__file__).parents[1]
@@ -65,8 +65,23 @@ def install(args: Namespace) -> None:
 
         return call
 
+    def objecting_at_first(step: Callable[..., Any]) -> Callable[..., Any]:
+        """Routers and optimizers say what they cannot do when they are first called, on some ranks alone."""
+
+        def call(*positional: Any, **options: Any) -> Any:
+            if args.curr_iteration > args.iteration:
+                return step(*positional, **options)
+            try:
+                with megatrons_objection(args, raised_by_megatron=True):
+                    return step(*positional, **options)
+            except UserError as error:
+                raise OneRankError(str(error)) from None
+
+        return call
+
     for name in ("initialize_megatron", "setup_model_and_optimizer"):
         patching.wrap("objections", training, name, objecting)
+    patching.wrap("objections", training, "train_step", objecting_at_first)
 
 
 def flag_of(name: str) -> str:

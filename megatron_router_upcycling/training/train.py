@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.launch import Run
 
 # File in --save that says running, stopped (saved before its end: a signal, --exit-*) or finished. A script
@@ -37,7 +38,7 @@ def train(run: Run) -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_router_upcycling.training import language_model, objections
+    from megatron_router_upcycling.training import language_model, objections, saving
     from megatron_router_upcycling.training.patches import reshard_optimizer, router_trace
     from megatron_router_upcycling.training.run_log.listener import RunLog
 
@@ -48,6 +49,7 @@ def train(run: Run) -> None:
     reshard_optimizer.install()
     router_trace.install()
     objections.install(run.args)
+    saving.install(run.args)
     _write_state(run.args, "running")
     try:
         pretrain(
@@ -55,6 +57,7 @@ def train(run: Run) -> None:
             language_model.datasets_provider,
             ModelType.encoder_or_decoder,
             language_model.forward_step,
+            get_embedding_ranks=language_model.embedding_ranks if run.args.mtp_num_layers else None,
         )
     except SystemExit as ended:
         if ended.code in (None, 0, RESTART_TO_TELL_CAUSE):
@@ -66,5 +69,8 @@ def train(run: Run) -> None:
 def _write_state(args: Namespace, state: str) -> None:
     """Write to ``--save`` how far this run is."""
     if args.save and args.rank == 0:
-        Path(args.save).mkdir(parents=True, exist_ok=True)
-        (Path(args.save) / RUN_STATE).write_text(f"{state}\n", encoding="utf-8")
+        try:
+            Path(args.save).mkdir(parents=True, exist_ok=True)
+            (Path(args.save) / RUN_STATE).write_text(f"{state}\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--save {args.save}: {RUN_STATE} cannot be written ({error.strerror})") from None

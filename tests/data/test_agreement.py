@@ -1,5 +1,6 @@
 """Data and model are held against each other before the first step."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,53 @@ def test_damaged_index_is_named(tmp_path: Path) -> None:
         Path(f"{prefix}.idx").write_bytes(content)
         with pytest.raises(UserError, match=r"data\.idx: is no index of Megatron data"):
             agreement.check([prefix], None, 300)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            "bin cut",
+            "data.idx counts 20 bytes of tokens, and data.bin has 12: one was cut short, or they are",
+        ),
+        ("bin longer", "data.idx counts 20 bytes of tokens, and data.bin has 24"),
+        ("idx cut", "data.idx: is cut short; copy it again"),
+        ("idx of other data", "data.idx counts 12 bytes of tokens, and data.bin has 20"),
+        ("middle of the idx lost", "data.idx counts 8 bytes of tokens, and data.bin has 20"),
+    ],
+)
+def test_index_and_tokens_that_do_not_belong_together_are_named(
+    tmp_path: Path, damage: str, message: str
+) -> None:
+    builder = IndexedDatasetBuilder(f"{tmp_path / 'data'}.bin", dtype=np.int32)
+    for document in ([1, 2], [3, 4, 5]):
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(f"{tmp_path / 'data'}.idx")
+    prefix = str(tmp_path / "data")
+    tokens, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    agreement.check([prefix], None, 6)
+    if damage == "bin cut":
+        os.truncate(tokens, 12)
+    elif damage == "bin longer":
+        tokens.write_bytes(tokens.read_bytes() + bytes(4))
+    elif damage == "idx cut":
+        os.truncate(index, 50)
+    elif damage == "idx of other data":
+        index.write_bytes(Path(f"{write(tmp_path / 'other', [1, 2, 3])}.idx").read_bytes())
+    else:
+        content = index.read_bytes()
+        lengths = agreement.HEADER.size + 4
+        index.write_bytes(content[:lengths] + bytes(4) + content[lengths + 4 :])
+    with pytest.raises(UserError, match=message):
+        agreement.check([prefix], None, 6)
+
+
+def test_a_pair_beside_the_record_of_other_data_is_named(prepared: Path, tmp_path: Path) -> None:
+    write(prepared, [1, 2, 3], np.uint16)
+    with pytest.raises(
+        UserError, match=r"data\.idx has 1 documents of 3 tokens, and data\.json was written for"
+    ):
+        agreement.check([str(prepared)], None, 28)
 
 
 def test_training_and_key_collection_refuse_it_in_one_line(

@@ -85,6 +85,22 @@ REFUSED: list[tuple[str, str, str, str]] = [
     ("", "--device cuda", "--device cuda: no GPU is visible here; use --device cpu or", "--device auto"),
     ("", "--override-opt-param-scheduler --use-checkpoint-opt-param-scheduler",
      "--override-opt-param-scheduler, --use-checkpoint-opt-param-scheduler: give one of the two", ""),
+    ("", "--sft", "--sft: this trains on documents", ""),
+    ("", "--dataloader-inter-document-masking", "--dataloader-inter-document-masking: is not supported; give",
+     ""),
+    ("", "--sample-rate 0.5", "--sample-rate 0.5: nothing in Megatron's training reads it", ""),
+    ("", "--mask-type row", "--mask-type row: is for Megatron's vision models", "--mask-type random"),
+    ("", "--inprocess-restart", "--inprocess-restart: is not supported", ""),
+    ("", "--yaml-cfg run.yaml", "--yaml-cfg run.yaml: is not supported; name a file", ""),
+    ("", "--optimizer soap --save {}", "--optimizer soap: Megatron-Core 0.19 cannot save", "--no-save-optim"),
+    ("", "--optimizer adaptive_muon", "--optimizer adaptive_muon: fails at its first step",
+     "--optimizer muon"),
+    ("", "--optimizer muon --use-distributed-optimizer", "--use-distributed-optimizer: with Muon and its kin",
+     ""),
+    ("", f"{MOE} --moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff 0.1",
+     "--moe-router-load-balancing-type sinkhorn: has no auxiliary", "--moe-aux-loss-coeff 0"),
+    ("--mock-data", "--train-data-path none --multiple-validation-sets",
+     "--multiple-validation-sets: works only with --full-validation", ""),
     ("", "--moe-router-load-balancing-type none --lr-warmup-fraction 0.1 --lr-warmup-iters 1",
      "Megatron refuses these arguments: can only specify one of", ""),
 ]  # fmt: skip
@@ -205,6 +221,9 @@ TRIED_ELSEWHERE = {
     "--sequence-parallel": "test_completion.py",
     "--load": "test_training.py",
     "--no-routing-diagnostics": "test_completion.py",
+    "--data-cache-path": "test_data_flags.py",
+    "--full-validation": "test_data_flags.py",
+    "--ckpt-convert-format": "test_resuming.py",
 }
 
 

@@ -48,3 +48,14 @@ def test_losses_are_those_without_overlap(moe_config: Path, kind: str, experts: 
     expected = losses_without_overlap(moe_config, kind)
     assert list(expected) == list(range(1, ITERATIONS + 1)) and expected[ITERATIONS] < expected[1]
     assert train(moe_config, kind, experts, *OVERLAP) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("experts", ["grouped", pytest.param("loop", marks=pytest.mark.slow)])
+def test_overlapped_expert_communication_changes_no_loss(moe_config: Path, experts: str) -> None:
+    """Of two micro-batches one goes forward while the other goes back."""
+    flags = ("--bf16", "--expert-model-parallel-size", 2, "--global-batch-size", 16)
+    plain, overlapped = (
+        train(moe_config, "mixture", experts, *flags, *more)
+        for more in ((), ("--overlap-moe-expert-parallel-comm",))
+    )
+    assert overlapped == plain and len(plain) == ITERATIONS

@@ -1,14 +1,18 @@
 """Runs that go on from a checkpoint with other flags: learning rates, optimizers, additions to layers."""
 
+import base64
 import re
+import zlib
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_router_upcycling.checkpoint.format.metadata import parse_metadata
 from megatron_router_upcycling.checkpoint.names import ADDED_BY
-from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.checkpoint.open import check_whole, open_checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training import resuming
 from megatron_router_upcycling.training.patches.added_state import FROM_ZERO, added_by
@@ -19,6 +23,16 @@ FRESH = "--no-load-optim"
 BIAS = "--moe-router-enable-expert-bias"
 # Megatron has such a bias for sigmoid scores alone.
 SIGMOID = ("--moe-router-score-function", "sigmoid", "--moe-router-load-balancing-type", "none")
+# The .metadata of dcp.save({"w": torch.zeros(2, 3)}) with torch 2.15.0, compressed.
+OF_TORCH_2_15 = r"""
+    c-nnZO>fgc5Otal18pRvmOp?%w1*fcG?1JS3I#=0(x~kft=8U2ysG0h-gRj!Rf0n+A?>Zp|7F(sDnj6s{ru*=c{B69_G?ge%16Ic
+    B9CH^aj9}177Cab#Soomf~U%xgQAQoYV@Pg>h<0n{4h6WU++pq6%fWFMb^X{qbuJ`?C57_kV=uCqCTC$-_=jDTx5_d4${(}F6fgD
+    STgr@y=>5EcbW*Q-gFSxyNjkJ<eVn_nkp_*qqoTn6iMinD3oP2mn;m%fSFr!Vt%629vK~t$fx6z(T6i~G#(s(9F9LDKX6J$Pz@?~
+    Mww98B)<l;ZlHE*KasZ;RPRbP-H75MJ(uQ-O|UnxAOFnjis@8>!m!T+CvcVub?Z@LYt<s8MJV-7me4eXoGiy0yRmy~5SI&wHSXx<
+    %59i3xZGG)r(aX7({*0rfukFXCjRK52=%M~9>J6+Ag`o?xzRgh8E}|R#m1?bLxNkl0FqG^TN?3+UkXN<iQil61kxG)8yz&tc&ixp
+    a%_n02a|gsyy=5*hF4(q6CN7<cp@afoLIYiBvxJ<T~+hU=q;7wW<&~|b{F@ELv|&_&TRRMF0}i8ug6+_8g*KS5q;b0_d?d{`Oxq9
+    J^!8G#g)5wYRndlwL2HA!2Gyl9F%(jxh#*Z-u8UYN6h;T>eWVU
+"""
 OTHER_MODEL = "leave out the flags that make it another model than the checkpoint's"
 
 
@@ -67,6 +81,7 @@ def flags_of(root: Path, **changes: Any) -> Namespace:
         ({"bf16": True}, "--bf16 (or --fp16): "),
         ({"decoupled_lr": 0.1}, "--decoupled-lr: "),
         ({"apply_wd_to_qk_layernorm": True}, "--apply-wd-to-qk-layernorm: "),
+        ({"use_layer_wise_distributed_optimizer": True}, "--use-distributed-optimizer: "),
         ({"optimizer": "sgd"}, "--optimizer sgd: "),
     ],
 )
@@ -79,6 +94,48 @@ def test_another_optimizer_than_the_checkpoints_is_one_line(
     assert str(refused.value).startswith(flag) and FRESH in str(refused.value)
     for way_out in ({"no_load_optim": True}, {"finetune": True}, {"skip_train": True}):
         resuming.check(flags_of(dense, **changes, **way_out), str(dense))
+
+
+@pytest.mark.parametrize("asked", ["fsdp_dtensor", "torch_dcp", "torch"])
+def test_a_format_that_cannot_take_the_checkpoint_is_one_line(moe: Path, asked: str) -> None:
+    resuming.check_format(flags_of(moe), str(moe))
+    with pytest.raises(
+        UserError, match=f"^--ckpt-format {asked}: loads no other format, and .* is torch_dist"
+    ):
+        resuming.check_format(flags_of(moe, ckpt_format=asked), str(moe))
+
+
+@pytest.mark.slow
+def test_megatrons_older_format_saves_and_resumes(tmp_path: Path, moe: Path, moe_config: Path) -> None:
+    """``torch``, into which Megatron converts a checkpoint with its manifest: the losses of torch_dist."""
+    flags = ("--config", moe_config, "--expert-model-parallel-size", 2, "--train-iters", 4)
+    convert = ("--ckpt-convert-format", "torch", "--ckpt-convert-save", tmp_path)
+    launch.ranks(2, "pretrain", *flags, "--load", moe, *convert).ok()
+    expected = launch.ranks(2, "pretrain", *flags, "--load", moe).ok().losses
+    run = ("--ckpt-format", "torch", "--save", tmp_path / "run", "--save-interval", 2)
+    assert launch.ranks(2, "pretrain", *flags, *run, "--load", tmp_path / "torch").ok().losses == expected
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("2")
+    resumed = launch.ranks(2, "pretrain", *flags, *run).ok().losses
+    assert resumed == {step: expected[step] for step in (3, 4)}
+
+
+def test_a_checkpoint_of_a_later_torch_is_one_line(tmp_path: Path) -> None:
+    """Metadata that torch 2.15.0 wrote of one tensor: six properties, where earlier ones know five."""
+    folder = tmp_path / "iter_0000001"
+    folder.mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    content = zlib.decompress(base64.b85decode("".join(OF_TORCH_2_15.split())))
+    (folder / ".metadata").write_bytes(content)
+    (folder / "__0_0.distcp").write_bytes(bytes(5000))
+    assert parse_metadata(content, "here")[0]["w"].shape == (2, 3)
+    if torch.__version__ >= "2.15":
+        return check_whole(tmp_path)
+    for step in (None, 1):
+        with pytest.raises(
+            UserError, match=r"\.metadata: was saved by a later torch than .* with torch 2\.15"
+        ):
+            check_whole(tmp_path, step)
 
 
 def test_a_converted_checkpoint_suits_every_optimizer(moe: Path) -> None:

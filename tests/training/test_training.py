@@ -87,6 +87,16 @@ def test_run_saved_at_ep_2_resumes_elsewhere(
         assert found["rare"][name] == pytest.approx(expected["rare"][name], rel=2e-2, abs=1e-3), name
 
 
+def test_multi_token_prediction_goes_on_over_two_stages(tmp_path: Path, moe_config: Path) -> None:
+    """The last stage embeds tokens itself; both stages have the losses of one."""
+    router = ("--router", "mixture", "--num-experts", 4, "--mtp-num-layers", 1)
+    common = ("--config", moe_config, *router, "--train-iters", 3, "--save-interval", 1)
+    losses = launch.ranks(1, "pretrain", *common, "--save", tmp_path).ok().losses
+    stages = ("--pipeline-model-parallel-size", 2, "--load", tmp_path, "--ckpt-step", 1)
+    found = launch.ranks(2, "pretrain", *common, *stages).ok().losses
+    assert found == pytest.approx({step: losses[step] for step in (2, 3)}, rel=1e-5)
+
+
 def test_bf16_trains(moe_config: Path, moe: Path) -> None:
     output = launch.ranks(2, "pretrain", *expert_parallel(moe_config, moe), "--bf16", "--train-iters", 4).ok()
     assert output.losses[4] < output.losses[1]

@@ -69,13 +69,14 @@ class StoredTensor:
 
 
 def parse_metadata(
-    content: bytes, source: Any, report: Report | None = None
+    content: bytes, source: Any, report: Report | None = None, *, to_train: bool = False
 ) -> tuple[dict[str, StoredTensor], dict[str, Blob]]:
     """Tensors and objects by key, from the bytes of a ``.metadata`` file.
 
     Args:
         report: called with key and fault for whatever is not self-consistent, instead of raising; what
             can be used is returned. Bytes that nothing names, which loading ignores, are reported too.
+        to_train: refuse what the installed PyTorch cannot load, though this module can read it.
 
     Raises:
         UserError: damaged, unsafe, or not self-consistent: a chunk without storage, elements in no chunk
@@ -101,6 +102,12 @@ def parse_metadata(
             if not isinstance(key, str):
                 raise TypeError(f"an entry is called {shown(key)}")
             if type(entry).__name__ == "TensorStorageMetadata":
+                if to_train and (found := len(entry.state["properties"].state)) > _properties():
+                    raise UserError(
+                        f"{source}: was saved by a later torch than {torch.__version__}, which cannot load it"
+                        f" ({found} properties a tensor, of which it knows {_properties()}); train with"
+                        " torch 2.15 or later"
+                    )
                 tensors[key] = _stored_tensor(key, entry.state, blobs, fault)
                 for chunk in tensors[key].chunks:
                     unnamed.pop((key, chunk.offsets), None)
@@ -140,6 +147,14 @@ def _stored_tensor(key: str, state: dict[str, Any], blobs: dict[Any, Blob], faul
         how = f"has {count} chunks" if count else "is not covered by its chunks"
         fault(key, f"{list(shape)} {how} at {list(box.offsets)} of {list(box.sizes)}")
     return StoredTensor(shape, dtype, tuple(chunks))
+
+
+@functools.cache
+def _properties() -> int:
+    """How many properties of a tensor the installed PyTorch writes, and reads."""
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    return len(TensorProperties().__getstate__())
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:

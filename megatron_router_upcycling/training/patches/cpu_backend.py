@@ -58,8 +58,6 @@ def install() -> None:
     # Dynamo traces the bridge's Python functions without gain, and compiles for minutes on CPU.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     torch._dynamo.config.disable = True
-    # Megatron asks for it with sequence parallelism.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _bridge_devices()
     _bridge_torch_cuda()
     _bridge_distributed()
@@ -114,6 +112,7 @@ def _bridge_devices() -> None:
     _wrap(torch.Tensor, "type", _named_as_on_cuda)
     for owner, name in ((torch.Tensor, "cuda"), (torch.Tensor, "pin_memory"), (torch.nn.Module, "cuda")):
         _replace(owner, name, lambda self, *args, **kwargs: self)
+    _replace(torch.Tensor, "record_stream", _always(None))
 
 
 class _Stream:
@@ -161,7 +160,8 @@ def _always(value: Any) -> Callable[..., Any]:
 
 def _bridge_torch_cuda() -> None:
     """Answer ``torch.cuda``'s questions for a machine with one device, the CPU."""
-    properties = SimpleNamespace(name="CPU", major=0, minor=0, multi_processor_count=0, total_memory=0)
+    # From generation 10 on Megatron does not ask for CUDA_DEVICE_MAX_CONNECTIONS, which it refuses with FSDP.
+    properties = SimpleNamespace(name="CPU", major=10, minor=0, multi_processor_count=0, total_memory=0)
     stream = _Stream()
     answers: dict[str, Any] = {
         **{name: _always(None) for name in DO_NOTHING.split()},

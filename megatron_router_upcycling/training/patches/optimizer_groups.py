@@ -68,11 +68,7 @@ def settle(current: list[Group], saved: list[Group], follow: str | None) -> None
     """
     pairs = list(counterparts(current, saved))
     if any(other is None for _, other in pairs):
-        raise UserError(
-            "--load: the checkpoint's optimizer has its parameters in other groups, as after a change of"
-            " --decoupled-lr, --apply-wd-to-qk-layernorm or --use-mup; give these as the run before had them,"
-            " or pass --no-load-optim to begin with a fresh optimizer and learning-rate schedule"
-        )
+        raise other_groups()
     for group, other in sorted(pairs, key=lambda pair: has_own_rate(pair[0])):
         assert other is not None
         for name in SETTINGS:
@@ -85,6 +81,15 @@ def settle(current: list[Group], saved: list[Group], follow: str | None) -> None
                 other[name] = ours
             else:
                 group[name] = theirs
+
+
+def other_groups() -> UserError:
+    """The error for a run whose parameters are grouped otherwise than the checkpoint's."""
+    return UserError(
+        "--load: the checkpoint's optimizer has its parameters in other groups, as after a change of"
+        " --decoupled-lr, --apply-wd-to-qk-layernorm or --use-mup; give these as the run before had them,"
+        " or pass --no-load-optim to begin with a fresh optimizer and learning-rate schedule"
+    )
 
 
 def _get(group: Group, key: str) -> Any:

@@ -1,24 +1,27 @@
 """Resume an optimizer with and without expert parallelism, in either direction, and at another learning rate.
 
-At EP 1 Megatron keeps all parameters in one optimizer; at EP > 1 the experts have one of their own, and
-``ChainedOptimizer`` holds two. The tensors carry the names of the model's parameters (those of the
-distributed optimizer in its fully reshardable form), so that both read each other's. Only the frame around
-them differs, the nesting by optimizer with its step and settings, and ``ChainedOptimizer.load_state_dict``
-refuses another one. ``install()`` fits the frame before it is loaded, and settles the learning rates in it
-(``optimizer_groups``).
+At EP 1 Megatron keeps experts and dense parameters in one optimizer; at EP > 1 the experts have one of their
+own, and with Muon each of them is two. The tensors carry the names of the model's parameters (those of the
+distributed optimizer in its fully reshardable form), so that all read each other's. Only the frame around
+them differs, the nesting by optimizer with its step and settings, which Megatron merges by position and
+refuses where it is another. ``install()`` keeps the frames that were saved apart, fills this run's from them
+by what their groups hold, and settles the learning rates in it (``optimizer_groups``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.training import get_args
 
 from megatron_router_upcycling.training.patches import optimizer_groups, patching
 
-# What a DistributedOptimizer's state dict holds beside the tensors of "param_state".
-FRAME = ("optimizer", "param_state_sharding_type", "grad_scaler")
+ASKED = "asked for"  # the entry under which tensors are loaded, beside the frames that were saved
+# What a frame holds beside PyTorch's state and the tensors that are asked for.
+FRAME = ("param_state_sharding_type", "grad_scaler")
+
+type Frame = dict[Any, Any]
 
 
 def install() -> None:
@@ -32,93 +35,92 @@ def install() -> None:
 
         return call
 
+    patching.wrap("reshard_optimizer", dist_checkpointing, "load", _apart)
     patching.wrap("reshard_optimizer", ChainedOptimizer, "load_state_dict", fitting)
+
+
+def _apart(load: Callable[..., Any]) -> Callable[..., Any]:
+    def call(sharded_state_dict: Frame, *args: Any, **kwargs: Any) -> Any:
+        asked = sharded_state_dict.get("optimizer")
+        if isinstance(asked, dict) and ASKED not in asked:
+            sharded_state_dict = sharded_state_dict | {"optimizer": {ASKED: asked}}
+        return load(sharded_state_dict, *args, **kwargs)
+
+    return call
 
 
 def _settle(state_dict: Any, optimizers: list[Any]) -> None:
     """Let groups and saved groups agree on their learning rates, as the flags of the schedule say."""
-    frames = [state_dict] if len(optimizers) == 1 else list(state_dict.values())
-    if not all(isinstance(frame, dict) and "param_groups" in _torch_state(frame) for frame in frames):
+    saved = [group for frame in frames(state_dict) for group in _torch_state(frame)["param_groups"]]
+    if not saved:
         return  # a form that this package does not know (Megatron-FSDP's)
     args = get_args()
     follow = "checkpoint" if args.use_checkpoint_opt_param_scheduler else None
-    optimizer_groups.settle(
-        [group for optimizer in optimizers for group in optimizer.optimizer.param_groups],
-        [group for frame in frames for group in _torch_state(frame)["param_groups"]],
-        "run" if args.override_opt_param_scheduler else follow,
-    )
+    current = [group for optimizer in optimizers for group in optimizer.param_groups]
+    optimizer_groups.settle(current, saved, "run" if args.override_opt_param_scheduler else follow)
 
 
 def fit(state_dict: Any, optimizers: list[Any]) -> Any:
-    """``state_dict`` in the frame that ``optimizers`` expect: one for all, or one each by position.
+    """The frame that ``optimizers`` expect, one for all of them or one each by position.
 
-    The tensors are already where the optimizers want them (they were asked for by name); the frame, which
-    Megatron keeps in the checkpoint's common state, is as it was saved.
+    Args:
+        state_dict: the frames that were saved, in their nesting, and under ``ASKED`` those of this run, with
+            tensors where the optimizers want them. Without ``ASKED`` it is returned as it is.
+
+    Raises:
+        UserError: the checkpoint has no group for a group of this run.
     """
-    if not isinstance(state_dict, dict):
+    if not isinstance(state_dict, dict) or ASKED not in state_dict:
         return state_dict
-    if not all(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers):
-        return _fit_plain(state_dict, optimizers)
-    if len(optimizers) == 1 and "optimizer" not in state_dict and 0 in state_dict:
-        # Saved with expert parallelism: the dense parameters' frame serves the experts' as well.
-        frame = {name: value for name, value in state_dict[0].items() if name in FRAME}
-        tensors = {name: value for name, value in state_dict.items() if not isinstance(name, int)}
-        return frame | tensors
-    if len(optimizers) > 1 and "optimizer" in state_dict:
-        frame = {name: value for name, value in state_dict.items() if name in FRAME}
-        return {
-            index: _frame_for(optimizer, frame) | state_dict.get(index, {})
-            for index, optimizer in enumerate(optimizers)
-        }
-    return state_dict
+    asked = state_dict[ASKED]
+    saved = list(frames({name: value for name, value in state_dict.items() if name != ASKED}))
+    if not saved:
+        return asked
+    if len(optimizers) == 1:
+        return _fill(optimizers[0], asked, saved)
+    return {index: _fill(each, asked.get(index, {}), saved) for index, each in enumerate(optimizers)}
 
 
-def _frame_for(optimizer: Any, frame: dict[str, Any]) -> dict[str, Any]:
-    """A frame saved for all parameters, its groups marked as this optimizer's are."""
-    groups = optimizer.optimizer.param_groups
-    expert = any(group.get("is_expert_parallel", False) for group in groups)
-    saved = frame["optimizer"]
-    marked = [group | {"is_expert_parallel": expert} for group in saved["param_groups"]]
-    return frame | {"optimizer": saved | {"param_groups": marked}}
+def frames(state: Any) -> Iterator[Frame]:
+    """The frames of single optimizers in a state of several, however they are nested."""
+    if isinstance(state, dict) and "param_groups" in _torch_state(state):
+        yield state
+    elif isinstance(state, dict | list):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from frames(value)
 
 
-def _fit_plain(state_dict: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:
-    """``fit`` for optimizers that keep whole parameters.
-
-    Each brings its tensors and its groups' parameters by number, under its position or, alone, at the top;
-    the step and the groups' settings lie where they were saved.
-    """
-    at_top = {name: value for name, value in state_dict.items() if not isinstance(name, int)}
-    by_position = [state_dict[name] for name in sorted(name for name in state_dict if isinstance(name, int))]
-    if not (at_top and by_position):
-        return state_dict  # saved in the frame that is asked for
-    alone = len(optimizers) == 1
-    asked, saved = ([at_top], by_position) if alone else (by_position, [at_top])
-    for optimizer, own in zip(optimizers, asked, strict=True):
-        _take_settings(optimizer, own, saved, optimizers)
-    return at_top if alone else dict(enumerate(by_position))
-
-
-def _take_settings(
-    optimizer: Any, own: dict[str, Any], saved: list[dict[str, Any]], optimizers: list[Any]
-) -> None:
-    """Fill the frame ``own`` of ``optimizer``, one of ``optimizers``, from those that were ``saved``."""
-    inner, saved_inner = _torch_state(own), [_torch_state(frame) for frame in saved]
-    for frame, torch_state in zip(saved, saved_inner, strict=True):
-        if "common_step" in torch_state.get("state", {}):
-            inner["state"]["common_step"] = torch_state["state"]["common_step"]
-        if "grad_scaler" in frame:
-            own["grad_scaler"] = frame["grad_scaler"]
-    groups = [group for torch_state in saved_inner for group in torch_state["param_groups"]]
-    current = [group for each in optimizers for group in each.optimizer.param_groups]
-    same = optimizer_groups.counterparts(current, groups, optimizer_groups.kind_but_expert)
-    found = {id(group): other for group, other in same}
-    for number, group in enumerate(optimizer.optimizer.param_groups):
-        if other := found[id(group)]:  # else _settle says that one is missing
-            mark = {name: group[name] for name in ("is_expert_parallel",) if name in group}
-            inner["param_groups"][number] = other | mark | inner["param_groups"][number]
+def _fill(optimizer: Any, own: Frame, saved: list[Frame]) -> Any:
+    """The frame ``own`` of ``optimizer`` with step and settings from those frames that hold its groups."""
+    if isinstance(optimizer, ChainedOptimizer):
+        return fit({ASKED: own} | dict(enumerate(saved)), optimizer.chained_optimizers)
+    if not optimizer.param_groups:
+        return own
+    frame_of = {id(group): frame for frame in saved for group in _torch_state(frame)["param_groups"]}
+    groups = [group for frame in saved for group in _torch_state(frame)["param_groups"]]
+    pairs = list(
+        optimizer_groups.counterparts(optimizer.param_groups, groups, optimizer_groups.kind_but_expert)
+    )
+    if any(other is None for _, other in pairs):
+        raise optimizer_groups.other_groups()
+    frame = frame_of[id(pairs[0][1])]
+    inner, saved_inner = _torch_state(own), _torch_state(frame)
+    filled = []
+    for number, (group, other) in enumerate(pairs):
+        assert other is not None
+        mark = {name: group[name] for name in ("is_expert_parallel",) if name in group}
+        mine = inner.get("param_groups", ())[number : number + 1]
+        filled.append(other | mark | (mine[0] if mine else {}))
+    step = {k: v for k, v in saved_inner.get("state", {}).items() if k == "common_step"}
+    torch_state = saved_inner | inner | {"param_groups": filled}
+    if step or "state" in inner:
+        torch_state["state"] = inner.get("state", {}) | step
+    if "optimizer" not in frame:
+        return torch_state
+    return {name: frame[name] for name in FRAME if name in frame} | own | {"optimizer": torch_state}
 
 
-def _torch_state(frame: dict[str, Any]) -> dict[str, Any]:
+def _torch_state(frame: Frame) -> Frame:
     """What is PyTorch's own: in float32 that is all, beside float32 copies of parameters it is a part."""
-    return frame.get("optimizer", frame)
+    inner = frame.get("optimizer", frame)
+    return inner if isinstance(inner, dict) else frame

@@ -41,6 +41,7 @@ class RoutingCollector:
         wanted: whether the present iteration's routing is collected.
         save: the run's folder, for the routers' initial parameters; None keeps them in memory.
         fresh: the run starts here and does not go on from a checkpoint of its own.
+        whole: parameters are whole on each rank; else there are no RARE measures, which read them.
 
     Raises:
         RuntimeError: Megatron's MoE layer is not built as in the version that this was tested with.
@@ -54,10 +55,11 @@ class RoutingCollector:
         wanted: Callable[[], bool],
         save: Path | None,
         fresh: bool,
+        whole: bool = True,
     ) -> None:
         from megatron.core.transformer.moe.moe_layer import MoELayer
 
-        self.wanted = wanted
+        self.wanted, self.whole = wanted, whole
         self.layers: dict[int, Any] = {}  # of this rank: layer from 0 -> its MoELayer
         for chunk in model:
             for module in chunk.modules():
@@ -70,7 +72,9 @@ class RoutingCollector:
         self.sums = torch.zeros((num_layers, columns), dtype=torch.float64, device=device)
         self.samples: dict[int, torch.Tensor] = {}
         self.sampling = False  # whether the next inputs of the routers are kept for router_agreement
-        self.initial = {i: _initial(i, layer.router, save, fresh) for i, layer in self.layers.items()}
+        self.initial = {
+            i: _initial(i, layer.router, save, fresh) for i, layer in self.layers.items() if whole
+        }
         for index, layer in self.layers.items():
             self._attach(index, layer.router)
 
@@ -109,6 +113,7 @@ class RoutingCollector:
             ``layers``, the MoE layers from 0, and for each measure a list over them; ``rare`` likewise.
         """
         rare = torch.zeros((len(self.sums), len(RARE), 2), dtype=torch.float64)  # sum over ranks, ranks
+        with_rare = with_rare and self.whole
         if with_rare:
             for index, values in self._rare().items():
                 for column, name in enumerate(RARE):
@@ -206,8 +211,13 @@ def _initial(index: int, router: Any, save: Path | None, fresh: bool) -> dict[st
         return safetensors.torch.load_file(path, device=str(next(iter(now.values())).device))
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     if replica == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, safetensors.torch.save({name: p.contiguous().cpu() for name, p in now.items()}))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, safetensors.torch.save({name: p.contiguous().cpu() for name, p in now.items()}))
+        except OSError as error:
+            print(
+                f"{path}: cannot be written ({error.strerror}); a resumed run measures drift from its start"
+            )
     return now
 
 

@@ -12,8 +12,11 @@ over ``layers`` (counted from 0), ``load`` a list of lists, losses by Megatron's
 ``rare``, with ``collector.RARE``.
 """
 
+import contextlib
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,22 @@ RUN, ROUTING = "run.jsonl", "routing.jsonl"
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add one line; numbers that are not finite become null."""
+    """Add one line, whole or not at all; numbers that are not finite become null.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(line), separators=(",", ":")) + "\n")
+    content = json.dumps(_plain(line), separators=(",", ":")) + "\n"
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(content.encode()) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def read(path: Path) -> list[dict[str, Any]]:

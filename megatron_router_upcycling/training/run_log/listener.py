@@ -79,6 +79,7 @@ class RunLog:
                 self._is_wanted,
                 self.save,
                 fresh=self.args.iteration == 0,
+                whole=not (self.args.use_megatron_fsdp or self.args.use_torch_fsdp2),
             )
             self.collector.sampling = self._is_rare(self.args.iteration + 1)
             self._keep_moe_losses()
@@ -95,7 +96,7 @@ class RunLog:
         self.moe_losses = {}
         result = call()
         if line and self.save and self._writes():
-            files.append(self.save / files.RUN, line)
+            self._append(files.RUN, line)
         if self.collector is not None:
             if self._is_wanted(iteration):
                 self._write_routing(iteration)
@@ -115,10 +116,22 @@ class RunLog:
         if self.evaluating and result[0] and "lm loss" in result[0] and self.save and self._writes():
             iteration, name = self.evaluating
             line = {"kind": "held_out", "iteration": iteration, "tokens": self._tokens(), "set": name}
-            files.append(self.save / files.RUN, line | {"lm_loss": float(result[0]["lm loss"])})
+            self._append(files.RUN, line | {"lm_loss": float(result[0]["lm loss"])})
         return result
 
     # ----------------------------------------------------------------------------------------------
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        """Write a line of the log; where that fails, as on a full disk, say so and let training go on."""
+        assert self.save is not None
+        try:
+            files.append(self.save / name, line)
+        except OSError as error:
+            print(
+                f"{self.save / name}: the line of iteration {line['iteration']} could not be written"
+                f" ({error.strerror}); training goes on",
+                flush=True,
+            )
 
     def _is_wanted(self, iteration: int | None = None) -> bool:
         """Whether this iteration's routing is written; without a number, the one that is running."""
@@ -186,7 +199,7 @@ class RunLog:
             record[name] = [values[layer] for layer in record["layers"]]
         if self.save:
             line = {"iteration": iteration, "tokens": self._tokens(), **record}
-            files.append(self.save / files.ROUTING, line)
+            self._append(files.ROUTING, line)
         scalars = _scalars(record, (*measures.MEASURES, *self.moe_losses))
         if writer := get_tensorboard_writer():
             for tag, value in scalars.items():

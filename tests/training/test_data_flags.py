@@ -1,0 +1,203 @@
+"""Megatron's flags about data: each is passed on, read by Megatron's own loop, or refused by name."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
+
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.training import data_flags, language_model, unsupported
+from tests import launch
+
+GROUPS = ("data and dataloader", "sft", "Logits Distillation", *unsupported.GROUPS)
+# Arguments of those groups that Megatron's training loop, its loaders or its tokenizers read themselves.
+READ_BY_MEGATRON = {
+    *(
+        "phase_transition_iterations",
+        "num_workers",
+        "sft_tokenizer_prompt_format",
+        "data_sharding",
+        "fim_data",
+    ),
+    *("logits_save_top_k", "logits_save_top_p", "logits_save_top_p_min_k", "logits_save_dir"),
+    "logits_save_dtype",
+}
+# Fields that Megatron 0.20 adds, for conversations and sequences of varying length.
+OF_0_20 = {"sft_mock_dataset_config_json", "varlen_mock_dataset_config_json", "varlen_sbhd_validation"}
+# What a flag of a group needs another one of the group for, which is refused.
+WITH_ANOTHER = {name: "logits_load_dir" for name in (
+    "logits_load_decode_threads", "logits_load_prefetch_factor", "logits_load_msc_prefetch_depth",
+    "logits_load_kd_loss_alpha", "logits_load_ignore_errors",
+)}  # fmt: skip
+
+
+def megatrons_parser() -> ArgumentParser:
+    parser = ArgumentParser(allow_abbrev=False)
+    add_megatron_arguments(parser)
+    return parser
+
+
+def fields() -> list[str]:
+    """Fields of the datasets' configuration that arguments set."""
+    kind = GPTFIMDatasetConfig
+    return [f.name for f in dataclasses.fields(kind) if f.init and f.name not in language_model.NO_ARGUMENT]
+
+
+def test_every_flag_about_data_is_accounted_for() -> None:
+    parser = megatrons_parser()
+    arguments = {
+        action.dest: group.title
+        for group in parser._action_groups
+        for action in group._group_actions
+        if group.title in GROUPS
+    }
+    assert set(GROUPS) == set(arguments.values())
+    passed = {language_model.DATASET_FIELDS.get(name, name) for name in fields()}
+    passed |= {f"fim_{name}_token" for name in language_model.FIM_TOKENS} | {"per_dataset_sequences_path"}
+    passed |= {"fim_data"} | set(itertools.chain(*data_flags.SOURCES))
+    refused = {name for name, group in arguments.items() if group in unsupported.GROUPS} - {*unsupported.READ}
+    assert all(other in unsupported.FLAGS for other in WITH_ANOTHER.values())
+    unknown = set(arguments) - passed - refused - {*unsupported.FLAGS} - READ_BY_MEGATRON - {*WITH_ANOTHER}
+    assert not unknown, "pass them on (language_model.dataset_config) or refuse them (unsupported.FLAGS)"
+    known = {action.dest for action in parser._actions}
+    assert set(unsupported.FLAGS) <= known and set(arguments) >= READ_BY_MEGATRON
+
+
+def test_every_field_of_the_datasets_configuration_is_set(tmp_path: Path, data: Path) -> None:
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps({str(data): [200, 201]}))
+    words = f"""
+        --seed 7 --seq-length 5 --train-data-path {data} --multiple-validation-sets --full-validation
+        --num-dataset-builder-threads 3 --data-cache-path {tmp_path} --no-mmap-bin-files --reset-position-ids
+        --reset-attention-mask --eod-mask-loss --no-create-attention-mask-in-dataloader
+        --object-storage-cache-path cache --mid-level-dataset-surplus 0.5 --allow-ambiguous-pad-tokens
+        --dataloader-fast-cache-load --dataloader-defer-npy-index-mmap --per-dataset-sequences-path {counts}
+        --context-parallel-size 2 --tensor-model-parallel-size 4 --sequence-parallel --hybrid-context-parallel
+        --dataloader-inter-document-masking --fim-data --fim-rate 0.1 --fim-spm-rate 0.2 --fim-split-sample x
+        --fim-fragment-rate 0.3 --fim-no-prefix y --fim-pad-token PAD
+        --tokenizer-type NullTokenizer --vocab-size 256
+    """
+    args = megatrons_parser().parse_args(words.split())
+    args.data_parallel_size, args.rank = 6, 0
+    found = language_model.dataset_config(args)
+    assert isinstance(found, GPTFIMDatasetConfig) and found.fim_extra_tokens["pad"] == "PAD"
+    defaults = {field.name: field.default for field in dataclasses.fields(GPTFIMDatasetConfig)}
+    unset = {name for name in fields() if getattr(found, name) == defaults[name]}
+    assert unset - OF_0_20 == {"blend", "split"}  # which cannot be given beside a source for each split
+
+
+def sources(**given: Any) -> Namespace:
+    names = ("data_path", "split", "data_args_path", *data_flags.PER_SPLIT, "per_split_data_args_path")
+    others = {"mock_data": False, "skip_train": False, "multiple_validation_sets": False}
+    others |= {"eval_iters": 4, "full_validation": False, "per_dataset_sequences_path": None}
+    return Namespace(**dict.fromkeys(names) | others | given)
+
+
+def test_a_source_on_the_command_line_replaces_those_of_the_file() -> None:
+    args = sources(data_path=["a"], split="99,1,0", train_data_path=["b"], valid_data_path=["c"])
+    data_flags.choose(args, ["--train-data-path", "b", "--valid-data-path=c"])
+    assert (args.data_path, args.split, args.train_data_path) == (None, None, ["b"])
+    args = sources(mock_data=True, data_path=["a"], split="99,1,0")
+    data_flags.choose(args, ["--data-path", "a"])
+    assert (args.mock_data, args.data_path, args.split) == (False, ["a"], "99,1,0")
+
+
+A, FILE = ["a"], "--per-split-data-args-path"
+# What is given, what of it on the command line, and how the line begins; HERE is the test's folder.
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"data_path": A, "train_data_path": A}, "", "--data-path, --train-data-path: name two sources"),
+    ({"data_path": A, "data_args_path": "a"}, "", "--data-path, --data-args-path: name two sources"),
+    ({"train_data_path": A, "split": "9,1"}, "--split 9,1", "--split 9,1: divides one source"),
+    ({"data_args_path": "a"}, "", "--split: is missing"),
+    ({"data_path": ["0", "a", "1", "b"]}, "", "--data-path: the weight of a is 0; give more than 0"),
+    ({"data_path": ["1", "a", "-2", "b"]}, "", "--data-path: the weight of b is -2"),
+    ({"valid_data_path": ["nan", "a"]}, "", "--valid-data-path: the weight of a is nan"),
+    ({"data_path": ["1", "a", "b", "c"]}, "", "--data-path: only some sources have a weight"),
+    ({"data_path": []}, "", "--data-path: names no data"),
+    ({"data_path": A, "split": "1,2,3,4"}, "", "--split 1,2,3,4: give the shares of training,"),
+    ({"data_path": A, "split": "all"}, "", "--split all: give the shares"),
+    ({"data_path": A, "split": "0,0,0"}, "", "--split 0,0,0: give the shares"),
+    ({"data_path": A, "split": "0,1"}, "", "--split 0,1: there is nothing to train on"),
+    ({"data_args_path": "HERE/none", "split": "1"}, "", "--data-args-path HERE/none: cannot be read"),
+    ({"data_args_path": "HERE/empty", "split": "1"}, "", "--data-args-path HERE/empty: names no data"),
+    ({"per_split_data_args_path": "HERE/empty"}, "", f"{FILE} HERE/empty: is no JSON"),
+    ({"per_split_data_args_path": "HERE/train"}, "", f"{FILE} HERE/train: has no valid"),
+    ({"per_split_data_args_path": "HERE/number"}, "", f"{FILE} HERE/number: train is no list"),
+    (
+        {"data_path": A, "split": "1", "per_dataset_sequences_path": "HERE/train"},
+        "",
+        "--per-dataset-sequences-path HERE/train: says nothing of a (--data-path)",
+    ),
+    ({"valid_data_path": A}, "", "--train-data-path: there is nothing to train on"),
+    ({"train_data_path": A, "test_data_path": A}, "", "--eval-iters 4: there are no validation data"),
+    ({"data_path": A, "split": "1", "full_validation": True}, "", "--eval-iters 4: there are no validation"),
+    (
+        {"data_path": A, "split": "9,1", "multiple_validation_sets": True},
+        "",
+        "--multiple-validation-sets: works only with",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "flags", "message"), REFUSED)
+def test_sources_that_cannot_be_used_are_one_line(
+    tmp_path: Path, given: dict[str, Any], flags: str, message: str
+) -> None:
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "train").write_text('{"train": "a"}')
+    (tmp_path / "number").write_text('{"train": [1], "valid": null, "test": null}')
+    here = {k: v.replace("HERE", str(tmp_path)) if isinstance(v, str) else v for k, v in given.items()}
+    with pytest.raises(UserError) as refused:
+        args = sources(**here)
+        data_flags.choose(args, flags.split())
+        data_flags.check(args)
+        data_flags.check_validation(args)
+    assert str(refused.value).startswith(message.replace("HERE", str(tmp_path)))
+
+
+@pytest.mark.parametrize("given", [{"train_data_path": A}, {"data_path": A, "split": "100,0,0"}])
+def test_nothing_is_validated_without_validation_data(given: dict[str, Any]) -> None:
+    args = sources(**given)
+    data_flags.check(args)
+    assert data_flags.check_validation(args) == "there are no validation data: nothing is validated"
+    assert args.eval_iters == 0
+
+
+@pytest.fixture
+def read_only(tmp_path: Path, data: Path) -> Iterator[Path]:
+    """The data on a file system that nothing can be written to."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "--bind", str(data.parent), str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system can only be mounted by root")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
+        yield disk / data.name
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_data_on_a_read_only_file_system_train_with_their_index_elsewhere(
+    tmp_path: Path, read_only: Path, moe: Path, moe_config: Path
+) -> None:
+    config = tmp_path / "moe.yaml"
+    config.write_text(f"base: {moe_config}\ndata_cache_path: null\n")
+    save = tmp_path / "run"
+    command = ("--config", config, "--load", moe, "--data-path", read_only, "--train-iters", 1)
+    output = launch.ranks(1, "pretrain", *command)
+    assert output.returncode == 2 and "Traceback" not in output.text
+    assert output.errors[0].startswith(f"error: --data-path {read_only}: ")
+    assert output.errors[0].endswith("give --data-cache-path FOLDER")
+    output = launch.ranks(1, "pretrain", *command, "--save", save).ok()
+    assert f"the index of the data goes to {save / 'data_cache'}" in output.text
+    assert list((save / "data_cache").iterdir()) and list(output.losses) == [1]
