@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.hf import config_json, sentencepiece_model
+from megatron_router_upcycling.checkpoint import beside
+from megatron_router_upcycling.hf import config_json, exported_tokenizer, sentencepiece_model
 from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import (
     CARD,
@@ -32,6 +33,8 @@ def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     _write_json(folder / CONFIG, config(job) | special)
     if model:
         record["no_tokenizer"] = sentencepiece_model.convert(model, folder)
+    elif job.beside and beside.is_tokenizer(job.beside):
+        record["tokenizer_fault"] = exported_tokenizer.agree(job.beside, folder)
     if not (folder / GENERATION_CONFIG).exists():
         _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True} | special)
     if len(job.shards) > 1:

@@ -32,6 +32,8 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto"{code})
 Exported by megatron-router-upcycling {version} (`router-upcycle export-hf`) from the Megatron checkpoint
 `{source["name"]}`, `{source["iteration"]}`, whose index has SHA-256 `{source["digest"]}`.
 """
+    if record.get("tokenizer_fault"):
+        text += f"\n## Tokenizer\n\n{record['tokenizer_fault']}.\n"
     return text + _router_section(job, record) if job.router else text
 
 
