@@ -80,7 +80,7 @@ class Loader:
         return load
 
 
-def of_folder(place: Path) -> Any:
+def of_folder(place: Path, trust_remote_code: bool = False) -> Any:
     """transformers' tokenizer of a folder: by the rules in its tokenizer.json, where it holds one.
 
     ``AutoTokenizer`` would not do. transformers 5 takes the class that the folder names, or for
@@ -95,7 +95,7 @@ def of_folder(place: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     kind = PreTrainedTokenizerFast if (place / TOKENIZER_JSON).is_file() else AutoTokenizer
-    return kind.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+    return kind.from_pretrained(place, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
 def sha256_of(loaded: Any) -> str:
