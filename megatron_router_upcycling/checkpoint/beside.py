@@ -16,8 +16,8 @@ FOLDER = "tokenizer"  # of a checkpoint's root
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 SENTENCEPIECE = ".model"
 
-# What is copied, by name without regard to case. Other files may change what a folder is to whoever loads it: those
-# of an adapter, a quantisation, a trainer, another model.
+# What is copied, by name without regard to case. Other files may change what a folder is to whoever loads it:
+# those of an adapter, a quantisation, a trainer, another model.
 COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
@@ -31,7 +31,15 @@ ADAPTER = "adapter_config.json"
 NOT_COPIED = {
     "of an adapter, which is no part of the model until it is merged": ("adapter_*",),
     "other weights": (
-        *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
+        *(
+            "*.safetensors",
+            "*.safetensors.index.json",
+            "*.bin",
+            "*.bin.index.json",
+            "*.pt",
+            "*.pth",
+            "*.ckpt",
+        ),
         *("*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.npz", "*.tflite"),
     ),
     "code": ("*.py", "*.pyc", "*.so"),

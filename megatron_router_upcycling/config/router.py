@@ -80,8 +80,8 @@ class RouterConfig:
         sinkhorn = flags.get("moe_router_load_balancing_type") == "sinkhorn"
         if self.top_k == 1 and not self.pre_softmax and softmax and not sinkhorn:
             raise UserError(
-                "--top-k 1 with --no-moe-router-pre-softmax: the weight of a token's only expert is always 1, so"
-                " that its loss cannot teach the router, and Megatron refuses to train it; pass"
+                "--top-k 1 with --no-moe-router-pre-softmax: the weight of a token's only expert is always 1:"
+                " the router cannot learn from the loss, and Megatron refuses to train it; pass"
                 " --moe-router-pre-softmax, or --top-k 2"
             )
         groups, chosen = flags.get("moe_router_num_groups"), flags.get("moe_router_group_topk")

@@ -33,7 +33,7 @@ class Options:
     layers: str | None = None  # those that get experts, as ``parse_layers`` reads them; None: all
     init: InitConfig = InitConfig()
     key_source: str | None = None  # that the key statistics must be of
-    megatron: Mapping[str, Any] = field(default_factory=dict)  # flags that training will be given, where known
+    megatron: Mapping[str, Any] = field(default_factory=dict)  # training's flags, where known
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def read_method(path: str | Path | None) -> Method:
     entries = read_yaml(path) if path else {"upcycling": {}}
     flags = section_defaults(entries["upcycling"], str(path))
     router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}
-    for name, field in SHARED_WITH_MEGATRON.items():
+    for name, option in SHARED_WITH_MEGATRON.items():
         if entries.get(name) is not None:
-            router[field] = entries[name]
+            router[option] = entries[name]
     check_types(RouterConfig, router, f"{path}: option")
     init = InitConfig.from_dict(read_start(entries["upcycling"]), str(path))
     megatron = {name: value for name, value in entries.items() if name != "upcycling"}

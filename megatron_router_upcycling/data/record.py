@@ -14,7 +14,7 @@ from megatron_router_upcycling.errors import UserError, reason, shown
 from megatron_router_upcycling.files import write_whole
 
 FORMAT = 2
-OF_FILES = 1  # the format in which ``tokenizer_sha256`` is of the tokenizer's files (``agreement.files_sha256``)
+OF_FILES = 1  # where ``tokenizer_sha256`` is ``agreement.files_sha256``
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tokenizers: which tokens a folder or file stands for, in the libraries that are fast; and one trained on the text."""
+"""Tokenizers: what ``--tokenizer`` names, in the libraries that are fast, and one trained on the text."""
 
 import hashlib
 import json
@@ -84,9 +84,9 @@ def of_folder(place: Path, trust_remote_code: bool = False) -> Any:
     """transformers' tokenizer of a folder: by the rules in its tokenizer.json, where it holds one.
 
     ``AutoTokenizer`` would not do. transformers 5 takes the class that the folder names, or for
-    ``model_type: qwen2`` always Qwen2Tokenizer, and puts the rules of that class for splitting and normalising
-    text in place of the file's: the same file then gives other tokens beside the config.json of another model,
-    such as the exported one. The file's own rules are what the tokenizer was made and saved with, and what
+    ``model_type: qwen2`` always Qwen2Tokenizer, and replaces the file's rules for splitting and normalising
+    text by those of the class: the same file gives other tokens beside the config.json of another model, such
+    as the exported one. The file's own rules are what the tokenizer was made and saved with, and what
     transformers 4 and the tokenizers library read. Only vocab.json and merges.txt need a class.
 
     Raises:
@@ -99,7 +99,7 @@ def of_folder(place: Path, trust_remote_code: bool = False) -> Any:
 
 
 def sha256_of(loaded: Any) -> str:
-    """A digest of all that decides the tokens of a text, equal for all forms of a tokenizer that give the same.
+    """A digest of all that decides the tokens of a text: equal for all forms in which a tokenizer is saved.
 
     Of ``loaded``, a fast tokenizer of transformers, count vocabulary and model, normaliser and pre-tokeniser,
     added tokens with their flags, and the tokens that it puts around a text; not in which files and in which

@@ -19,10 +19,10 @@ Percent. ± is the standard error over a task's questions; chance is what answer
 Log-likelihoods are computed in float32 from the model's logits, whatever its dtype.
 """
 NOTES_PAPER = """\
-Averages are plain means; the last is over tasks, not over groups. The six columns on the right are the paper's
-(arXiv 2509.00679, table 1: 2.1B parameters, 100B tokens), with averages of the same tasks as this model's. Over all
-tasks that gives what the paper prints but for two roundings: it has 26.17 for switch's average and 48.67 for mlp's
-reasoning.
+Averages are plain means; the last is over tasks, not over groups. The six columns on the right are the
+paper's (arXiv 2509.00679, table 1: 2.1B parameters, 100B tokens), with averages of the same tasks as this
+model's. Over all tasks that gives what the paper prints but for two roundings: it has 26.17 for switch's
+average and 48.67 for mlp's reasoning.
 
 The paper's questions were not quite these: its ARC figures are fractions of 295 and 567, which fits the
 validation splits (299 and 570 questions), while the harness asks the test splits (1172 and 2376). Between two
@@ -74,7 +74,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     models = [result["model"], *([result["dense"]["model"]] if "dense" in result else [])]
     lines = [f"# Evaluation of {_name(models[0])}", ""]
     lines += [
-        f"{column}: {_name(model)}, {model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}."
+        f"{column}: {_name(model)}, {model['architecture']}, {model['parameters']:,} parameters,"
+        f" {model['dtype']}."
         for column, model in zip(COLUMNS, models, strict=False)
     ]
     lines += ["", f"{options['device']}; {options['num_fewshot']} examples before each question."]
@@ -93,7 +94,7 @@ def _name(model: Mapping[str, Any]) -> str:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The scores beside chance, the dense model's and the paper's, as a Markdown table with aligned columns."""
+    """The scores beside chance, the dense model's and the paper's, as an aligned Markdown table."""
     found = [result, *([result["dense"]] if "dense" in result else [])]
     methods = METHODS if result["averages"] else ()  # where no task is the paper's, it has nothing to show
     rows = [["task", "metric", *COLUMNS[: len(found)], "chance", *methods]]

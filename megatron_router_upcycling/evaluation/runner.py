@@ -90,8 +90,8 @@ def _read_config(model_dir: Path) -> dict[str, Any]:
     """
     if (model_dir / beside.ADAPTER).is_file():
         raise UserError(
-            f"{model_dir}: holds an adapter ({beside.ADAPTER}), and which model is loaded depends on peft; merge"
-            " the adapter into its model, or move its files away"
+            f"{model_dir}: holds an adapter ({beside.ADAPTER}), which transformers applies only where peft is"
+            " installed; merge it into its model, or move its files away"
         )
     try:
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
@@ -208,8 +208,8 @@ def _load_model(model_dir: Path, options: Options) -> Any:
     generated = [task.name for task in options.tasks if task.metric == "exact_match"]
     if without_end and generated:
         raise UserError(
-            f"--tasks {','.join(generated)}: {model_dir} has no end-of-text token, with which generated answers"
-            " end; leave them out, or name the token in tokenizer_config.json (eos_token)"
+            f"--tasks {','.join(generated)}: generated answers end with an end-of-text token, and {model_dir}"
+            " has none; leave these tasks out, or name one as eos_token in tokenizer_config.json"
         )
     if without_end:
         tokenizer.pad_token_id = 0  # the harness would add a token that the model does not have

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported folder: ``AutoTokenizer`` of it gives the tokens that the model was trained on."""
+"""The tokenizer of an exported folder: ``AutoTokenizer`` is to give the tokens of training."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,8 @@ def agree(source: Path, folder: Path) -> str:
         trained = tokenizer.of_folder(source)
         digest = tokenizer.sha256_of(trained)
     except Exception as error:  # whatever the many parts of transformers raise, or that it is not installed
-        return f"the tokenizer of {source} could not be loaded and was copied as it is ({described(error)})"
+        why = described(error).replace(str(source), "it")
+        return f"transformers cannot load it, and it was copied as it is ({why})"
     entries = _entries(folder / CONFIG)
     if isinstance(extra := entries.get("extra_special_tokens"), list):  # of transformers 5; a fault in 4
         del entries["extra_special_tokens"]
@@ -38,13 +39,14 @@ def agree(source: Path, folder: Path) -> str:
         entries.pop("auto_map", None)
         entries["tokenizer_class"] = BY_THE_FILE
     if entries != _entries(folder / CONFIG):
-        (folder / CONFIG).write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(entries, indent=2, ensure_ascii=False)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     found, kind = _given(folder)
     if found == digest:
         return ""
     return (
-        f"AutoTokenizer gives other tokens than training had: {kind}. {BY_THE_FILE}.from_pretrained gives those"
-        " of training"
+        f"AutoTokenizer gives other tokens than those of training ({kind});"
+        f" {BY_THE_FILE}.from_pretrained gives the right ones"
     )
 
 
@@ -66,6 +68,6 @@ def _given(folder: Path) -> tuple[str, str]:
 
     try:
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        return tokenizer.sha256_of(loaded), f"it takes {type(loaded).__name__} for this folder"
+        return tokenizer.sha256_of(loaded), f"it takes {type(loaded).__name__} here"
     except Exception as error:
         return "", described(error)

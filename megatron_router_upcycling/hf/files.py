@@ -65,7 +65,7 @@ def refuse_adapter(folder: Path, flag: str) -> None:
     weights = [path for name in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(name)]
     if (folder / beside.ADAPTER).is_file() and not (weights and (folder / CONFIG).is_file()):
         raise UserError(
-            f"{flag} {folder}: {beside.ADAPTER} is of an adapter, not of a model; merge it into its base model"
+            f"{flag} {folder}: holds an adapter ({beside.ADAPTER}) and no model; merge it into its base model"
             " (peft: merge_and_unload(), then save_pretrained) and name that folder"
         )
 

@@ -81,6 +81,8 @@ def config(job: Export) -> dict[str, Any]:
         "output_router_logits": False,
         "router_aux_loss_coef": job.aux_loss_coefficient,
     }
+    if job.model.family == "qwen3":
+        values["num_local_experts"] = job.router.num_experts  # the name that transformers 5 saves
     if job.model.family == "qwen2":
         values |= {"qkv_bias": True, "shared_expert_intermediate_size": job.shared_expert_width}
     if not job.is_stock:
