@@ -66,7 +66,7 @@ def test_other_tokenizer_is_named_with_the_way_out(prepared: Path, tmp_path: Pat
 
 
 def test_records_of_earlier_versions_are_held_against_files(prepared: Path, tmp_path: Path) -> None:
-    """Their digest is of the tokenizer's files; other forms of the tokenizer are taken as long as it is there."""
+    """Their digest is of the tokenizer's files; other forms of it are taken while these are there."""
     place = tmp_path / "tokenizer"
     entries = json.loads(record.path_of(prepared).read_text())
     entries |= {"format": 1, "tokenizer_sha256": agreement.files_sha256(place)}

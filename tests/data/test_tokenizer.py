@@ -1,4 +1,4 @@
-"""data/tokenizer.py: a folder is one tokenizer whatever stands beside it, and tokenizers have one digest in any form."""
+"""data/tokenizer.py: which tokens a folder gives, and one digest for all forms of a tokenizer."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def edit(folder: Path, change: Callable[[Entries], object], file: str = "tokeniz
 
 
 def other_split(entries: Entries) -> None:
-    """Numbers of up to three digits, as in DeepSeek's and Llama's, where Qwen's rule takes each digit alone."""
+    """Numbers of up to three digits, as in Llama's; Qwen's rule takes each digit alone."""
     entries["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}{1,3}|\p{L}+| ?[^\p{L}\p{N}]+"
 
 
