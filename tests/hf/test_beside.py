@@ -129,7 +129,7 @@ TEXT = "In 1984 there were 365 days,  12345 hours.\n\nIn 365 days don't count <c
 def test_the_export_gives_the_tokens_of_the_data(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """Also where transformers takes the dense folder for one with Qwen's own tokenizer. Of a dense model it does
+    """Also where transformers takes the dense folder for one with Qwen's tokenizer. Of a dense model it does
     so again, which is said."""
     source = copy(models, "qwen1.5", tmp_path / "hf")
     edit(source / "config.json", vocab_size=256)
