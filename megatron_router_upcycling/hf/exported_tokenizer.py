@@ -14,11 +14,14 @@ BY_THE_FILE = "PreTrainedTokenizerFast"
 QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 
-def agree(source: Path, folder: Path) -> str:
+def agree(source: Path, folder: Path, trained_with: Path | None) -> str:
     """Make the tokenizer in ``folder``, whose files are copies of those in ``source``, give the same tokens.
 
     Qwen's own files stay as they are. Others get a tokenizer.json, where they have none, and the class that
     reads it in any version of transformers (``tokenizer.of_folder`` says what another class would do).
+
+    Args:
+        trained_with: the checkpoint's own tokenizer, where ``source`` is another one that was asked for.
 
     Returns:
         What the user must know, as a sentence; "" where ``AutoTokenizer`` gives the tokens of training.
@@ -26,6 +29,7 @@ def agree(source: Path, folder: Path) -> str:
     try:
         trained = tokenizer.of_folder(source)
         digest = tokenizer.sha256_of(trained)
+        other = trained_with and tokenizer.load(trained_with).sha256 != digest
     except Exception as error:  # whatever the many parts of transformers raise, or that it is not installed
         why = described(error).replace(str(source), "it")
         return f"transformers cannot load it, and it was copied as it is ({why})"
@@ -33,7 +37,8 @@ def agree(source: Path, folder: Path) -> str:
     if isinstance(extra := entries.get("extra_special_tokens"), list):  # of transformers 5; a fault in 4
         del entries["extra_special_tokens"]
         entries.setdefault("additional_special_tokens", extra)
-    if not (_knows_version_5() and entries.get("tokenizer_class") in QWEN and _given(folder)[0] == digest):
+    found, kind = _given(folder)
+    if not (_knows_version_5() and entries.get("tokenizer_class") in QWEN and found == digest):
         if not (folder / tokenizer.TOKENIZER_JSON).is_file():
             trained.backend_tokenizer.save(str(folder / tokenizer.TOKENIZER_JSON))
         entries.pop("auto_map", None)
@@ -41,7 +46,9 @@ def agree(source: Path, folder: Path) -> str:
     if entries != _entries(folder / CONFIG):
         text = json.dumps(entries, indent=2, ensure_ascii=False)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    found, kind = _given(folder)
+        found, kind = _given(folder)
+    if other:
+        return "the one that was asked for gives other tokens than the one beside the checkpoint"
     if found == digest:
         return ""
     return (

@@ -15,6 +15,7 @@ from megatron_router_upcycling.hf.files import (
     INDEX,
     MODELLING_FILE,
     copy_beside,
+    find_beside,
     shard_name,
 )
 from megatron_router_upcycling.hf.model_card import model_card
@@ -34,7 +35,9 @@ def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     if model:
         record["no_tokenizer"] = sentencepiece_model.convert(model, folder)
     elif job.beside and beside.is_tokenizer(job.beside):
-        record["tokenizer_fault"] = exported_tokenizer.agree(job.beside, folder)
+        own = find_beside(None, job.checkpoint)
+        other = own if own != job.beside and own and beside.is_tokenizer(own) else None
+        record["tokenizer_fault"] = exported_tokenizer.agree(job.beside, folder, other)
     if not (folder / GENERATION_CONFIG).exists():
         _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True} | special)
     if len(job.shards) > 1:

@@ -116,9 +116,8 @@ def begins(entries: Entries) -> None:
     text = {"Sequence": {"id": "A", "type_id": 0}}
     single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, text]
     pair = [text, {"Sequence": {"id": "B", "type_id": 1}}]
-    entries["post_processor"] = {
-        "type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<|im_start|>": token},
-    }  # fmt: skip
+    entries["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair}
+    entries["post_processor"]["special_tokens"] = {"<|im_start|>": token}
 
 
 CHANGES: dict[str, Callable[[Entries], object]] = {

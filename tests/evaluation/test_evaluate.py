@@ -304,6 +304,7 @@ def test_a_tokenizer_without_an_end_of_text_token(
     (model / "special_tokens_map.json").unlink(missing_ok=True)
     assert evaluate(model, tmp_path / "without", *flags)["tasks"]["stdlib"]["metrics"] == expected["metrics"]
     save(tmp_path / "data" / "nq_open", "validation", [NQ], "jsonl")
+    capsys.readouterr()
     said = refused(
         capsys, model, "--tasks", "nq_open", "--data-dir", tmp_path / "data", "--output", tmp_path / "no"
     )
@@ -333,6 +334,7 @@ def test_the_dense_model_is_shown_beside(
     assert "paper" not in shown and "float32 from the model's logits" in shown
 
     (tmp_path / "broken").mkdir()
+    capsys.readouterr()
     assert "broken: no model" in refused(capsys, models / "moe", *flags, "--dense", tmp_path / "broken")
     (tmp_path / "broken" / "adapter_config.json").write_text("{}")
     said = refused(capsys, tmp_path / "broken", *flags, "--output", tmp_path / "none")

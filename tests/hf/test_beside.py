@@ -87,6 +87,10 @@ def test_files_of_adapters_and_trainers_are_left_out_and_named(
     kept = {path.name for path in (tmp_path / "dense/tokenizer").rglob("*")}
     assert kept == {"tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"}
 
+    of_another_kind(tmp_path / "third")
+    words = ("export-hf", tmp_path / "dense", tmp_path / "third-export", "--tokenizer", tmp_path / "third")
+    assert cli.main([*map(str, words)]) == 0
+    assert "asked for gives other tokens than the one beside the checkpoint" in capsys.readouterr().out
     put(tmp_path / "dense/tokenizer", *ADAPTER)  # as an earlier version has left it
     assert run("export-hf", tmp_path / "dense", tmp_path / "back") == 0
     put(adapter := tmp_path / "adapter", *ADAPTER, *LEFTOVERS)
