@@ -331,7 +331,7 @@ def test_the_dense_model_is_shown_beside(
         f"# Evaluation of {models.name}/moe\n" in shown
         and f"dense model: {models.name}/dense, Qwen2For" in shown
     )
-    assert "paper" not in shown and "float32 from the model's logits" in shown
+    assert "2509.00679" not in shown and "float32 from the model's logits" in shown
 
     (tmp_path / "broken").mkdir()
     capsys.readouterr()
