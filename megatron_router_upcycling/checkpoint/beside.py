@@ -4,9 +4,10 @@ Each checkpoint keeps these files in a folder of its own, ``ROOT/tokenizer``, li
 before it. So nothing is lost when an earlier one is moved or removed. Pure: no torch.
 """
 
+import fnmatch
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,37 @@ FOLDER = "tokenizer"  # of a checkpoint's root
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 SENTENCEPIECE = ".model"
 
-WEIGHTS = (
-    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"),
-    *(".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot", ".npz", ".tflite", ".mlmodel"),
+# What is copied, by name without regard to case. Other files may change what a folder is to whoever loads it:
+# those of an adapter, a quantisation, a trainer, another model.
+COPIED = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
+    *("*.jinja", "chat_template.json", "config.json", "generation_config.json"),
+    *("licen[sc]e*", "copying*", "notice*", "readme*", "*.md"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
 )
+# Folders are copied whole or not at all: those of chat templates, and of sentence-transformers (1_Pooling).
+COPIED_FOLDERS = ("*/*.jinja", "[0-9]_*/config.json")
+ADAPTER = "adapter_config.json"
+NOT_COPIED = {
+    "of an adapter, which is no part of the model until it is merged": ("adapter_*",),
+    "other weights": (
+        *(
+            "*.safetensors",
+            "*.safetensors.index.json",
+            "*.bin",
+            "*.bin.index.json",
+            "*.pt",
+            "*.pth",
+            "*.ckpt",
+        ),
+        *("*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.npz", "*.tflite"),
+    ),
+    "code": ("*.py", "*.pyc", "*.so"),
+}
+OTHER = "neither tokenizer, settings nor licence"
 LARGEST = 256 << 20  # bytes; the largest tokenizers have 35 million
+NAMED = 5  # of what is left out for one reason
 
 
 @dataclass(frozen=True)
@@ -30,39 +57,48 @@ class Found:
     left_out: tuple[str, ...]  # as a sentence of what was left out has it: "NAME (why)"
 
 
-def look(folder: Path) -> Found:
-    """What of ``folder``, a Hugging Face folder or one of ``link``'s, goes where the model goes."""
-    carried, left_out = [], []
-    for path in _files(folder):
-        why = _why_not(path)
-        if why is None:
-            carried.append(path.relative_to(folder))
-        elif why:
-            left_out.append(f"{path.relative_to(folder)} ({why})")
-    return Found(tuple(carried), tuple(left_out))
+def look(folder: Path, weights: Iterable[Path] = ()) -> Found:
+    """What of ``folder``, a Hugging Face folder or one of ``hand_on``'s, goes where the model goes.
 
-
-def _files(folder: Path) -> Iterator[Path]:
-    """What is not hidden, in the order of names; folders that are links are not entered."""
+    Args:
+        weights: files of the model's own weights, which are not named.
+    """
+    carried: list[Path] = []
+    left_out: dict[str, list[str]] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+        if path.name.startswith(".") or path in weights:
             continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _files(path)
+        if path.is_dir():
+            files = sorted(file.relative_to(folder) for file in path.iterdir())
+            whole = all((folder / file).is_file() and _matches(file, COPIED_FOLDERS) for file in files)
+            why, name = ("" if whole else OTHER), f"{path.name}/"
         else:
-            yield path
+            files, why, name = [Path(path.name)], _why_not(path), path.name
+        if why:
+            left_out.setdefault(why, []).append(name)
+        else:
+            carried += files
+    return Found(tuple(carried), tuple(_sentence(names, why) for why, names in left_out.items()))
 
 
-def _why_not(path: Path) -> str | None:
-    """Why a file is left out; empty where that need not be said."""
-    name = path.name.lower()
-    if name.endswith(WEIGHTS):
-        return "" if name.endswith((".safetensors", ".safetensors.index.json")) else "other weights"
-    if name.endswith((".py", ".pyc", ".so")):
-        return "code"
-    if not path.is_file():
-        return "not a file"
-    return "over 256 MiB" if path.stat().st_size > LARGEST else None
+def _matches(path: Path, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(str(path).lower(), pattern) for pattern in patterns)
+
+
+def _why_not(path: Path) -> str:
+    """Why a file is left out; empty where it is not."""
+    name = Path(path.name)
+    for why, patterns in NOT_COPIED.items():
+        if _matches(name, patterns):
+            return why
+    if not path.is_file() or not _matches(name, COPIED):
+        return OTHER
+    return "over 256 MiB" if path.stat().st_size > LARGEST else ""
+
+
+def _sentence(names: list[str], why: str) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{' and '.join(names[:NAMED])}{more} ({why})"
 
 
 def is_tokenizer(folder: Path) -> bool:

@@ -14,7 +14,7 @@ and stdlib, which is made of Python's own docstrings and needs no data.
 examples:
   router-upcycle evaluate hf/moe --device cuda --batch-size 32
   router-upcycle evaluate hf/moe --tasks reasoning,copa --limit 100 --data-dir data
-  router-upcycle evaluate hf/moe --tasks stdlib
+  router-upcycle evaluate hf/moe --tasks stdlib --dense Qwen1.5-0.5B
 
 FOLDER holds TASK/SPLIT.jsonl, TASK/SPLIT.parquet, the Hub's TASK/SPLIT-00000-of-00001.parquet or a data set
 that was saved with save_to_disk. Without --data-dir data comes from the Hugging Face Hub or its local cache
@@ -41,6 +41,12 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     evaluate.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: 8)")
     evaluate.add_argument(
+        "--dense",
+        metavar="HF_DIR",
+        type=Path,
+        help="ask this model the same and show its scores beside: the dense one that HF_DIR was made from",
+    )
+    evaluate.add_argument(
         "--data-dir", metavar="FOLDER", type=Path, help="read the tasks' data from here and download nothing"
     )
     evaluate.add_argument(
@@ -64,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         args.batch_size,
         args.data_dir,
         args.trust_remote_code,
+        args.dense,
     )
     output = args.output or Path("evaluation") / args.model.resolve().name
     report.check_output(output, args.overwrite)

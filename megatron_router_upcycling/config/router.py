@@ -7,6 +7,7 @@ builds a router from.
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,34 @@ class RouterConfig:
             raise UserError(f"locality_loss_coeff: --router {self.router} has no such loss; {have} has")
         for name, value in kind.settle(self).items():
             object.__setattr__(self, name, value)
+
+    def check_trains(self, flags: Mapping[str, Any]) -> None:
+        """Refuse what Megatron does not train, or not as its flags say.
+
+        Args:
+            flags: Megatron's, as far as they are known before training.
+        """
+        softmax = flags.get("moe_router_score_function", "softmax") == "softmax"
+        sinkhorn = flags.get("moe_router_load_balancing_type") == "sinkhorn"
+        if self.top_k == 1 and not self.pre_softmax and softmax and not sinkhorn:
+            raise UserError(
+                "--top-k 1 with --no-moe-router-pre-softmax: the weight of a token's only expert is always 1:"
+                " the router cannot learn from the loss, and Megatron refuses to train it; pass"
+                " --moe-router-pre-softmax, or --top-k 2"
+            )
+        groups, chosen = flags.get("moe_router_num_groups"), flags.get("moe_router_group_topk")
+        if not isinstance(chosen, int) or not isinstance(groups, int | None):
+            return  # not given, or what the parser of training refuses
+        if not groups or self.num_experts % groups:
+            raise UserError(
+                f"moe_router_group_topk {chosen}: needs a moe_router_num_groups that divides the"
+                f" {self.num_experts} experts, and it is {groups}"
+            )
+        if self.top_k * groups > chosen * self.num_experts or chosen > min(groups, self.top_k):
+            raise UserError(
+                f"moe_router_group_topk {chosen}: --top-k {self.top_k} experts must come from as many of the"
+                f" {groups} groups of {self.num_experts // groups} experts, with one or more from each"
+            )
 
     def describe(self) -> str:
         """The kind of router in words, in the plural."""

@@ -57,6 +57,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     Raises:
         UserError: whatever would make the conversion fail and can be known beforehand.
     """
+    options.router.check_trains(options.megatron)
     out = Path(out)
     read = [path for path in (options.key_stats,) if path] + list(iteration_dir(Path(root)).rglob("*"))
     sources = Stamps(read)  # before anything is read

@@ -1,7 +1,8 @@
 """What a conversion is asked for, in flags and in a YAML file."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Options:
     layers: str | None = None  # those that get experts, as ``parse_layers`` reads them; None: all
     init: InitConfig = InitConfig()
     key_source: str | None = None  # that the key statistics must be of
+    megatron: Mapping[str, Any] = field(default_factory=dict)  # training's flags, where known
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Method:
     router: dict[str, Any]
     init: InitConfig
     key_source: str | None
+    megatron: dict[str, Any]  # Megatron's flags in the file
 
 
 def read_method(path: str | Path | None) -> Method:
@@ -52,12 +55,13 @@ def read_method(path: str | Path | None) -> Method:
     entries = read_yaml(path) if path else {"upcycling": {}}
     flags = section_defaults(entries["upcycling"], str(path))
     router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}
-    for name, field in SHARED_WITH_MEGATRON.items():
+    for name, option in SHARED_WITH_MEGATRON.items():
         if entries.get(name) is not None:
-            router[field] = entries[name]
+            router[option] = entries[name]
     check_types(RouterConfig, router, f"{path}: option")
     init = InitConfig.from_dict(read_start(entries["upcycling"]), str(path))
-    return Method(router, init, flags.get("key_source"))
+    megatron = {name: value for name, value in entries.items() if name != "upcycling"}
+    return Method(router, init, flags.get("key_source"), megatron)
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...] | None:

@@ -1,12 +1,17 @@
 """Whether data and a model go together: the tokenizer that made the tokens, and ids within the vocabulary."""
 
+import functools
+import hashlib
+import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
+from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.data import record
+from megatron_router_upcycling.data.tokenizer import Tokenizer, load
 from megatron_router_upcycling.errors import UserError
 
 # The header of an .idx file (megatron.core.datasets.indexed_dataset): a mark, version, code of the dtype, and
@@ -14,6 +19,7 @@ from megatron_router_upcycling.errors import UserError
 MARK, HEADER = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
 LOOKED_AT = 64  # pieces of a .bin file, from its first to its last token,
 PIECE = 1 << 20  # of as many bytes each
+ALSO_DECIDES = {"vocab.json": ("merges.txt",)}  # beside the file that says that there is a tokenizer
 
 
 def check(prefixes: Iterable[str], tokenizer: Path | None, vocabulary: int) -> None:
@@ -31,7 +37,7 @@ def check(prefixes: Iterable[str], tokenizer: Path | None, vocabulary: int) -> N
     Raises:
         UserError: names the prefix.
     """
-    expected = record.tokenizer_sha256(tokenizer) if tokenizer else None
+    tokenizer_of = functools.cache(functools.partial(load, flag="--tokenizer-model"))
     for prefix in prefixes:
         made = record.read(Path(prefix))
         dtype = read_index(prefix, made)
@@ -43,12 +49,29 @@ def check(prefixes: Iterable[str], tokenizer: Path | None, vocabulary: int) -> N
                 f"--data-path {prefix}: made with a vocabulary of {made.vocab_size} ({made.tokenizer}),"
                 f" and the model has {vocabulary}; prepare the text with the model's own tokenizer"
             )
-        if expected and made.tokenizer_sha256 != expected:
+        if tokenizer and not _made_with(made, tokenizer, tokenizer_of):
             raise UserError(
                 f"--data-path {prefix}: made with another tokenizer ({made.tokenizer}) than the model's"
                 f" ({tokenizer}); prepare the text again with that one, or remove"
                 f" {record.path_of(Path(prefix))} if their tokens are the same"
             )
+
+
+def _made_with(made: record.Record, tokenizer: Path, tokenizer_of: Callable[[Path], Tokenizer]) -> bool:
+    """Whether ``tokenizer``, in whatever form, gives the tokens of the data.
+
+    Records of format 1 know the files that were used and not what decides tokens: where the model has other
+    files, those that were used are read, if they are still in their place.
+    """
+    if made.format == record.FORMAT:
+        return made.tokenizer_sha256 == tokenizer_of(tokenizer).sha256
+    if made.tokenizer_sha256 == files_sha256(tokenizer):
+        return True
+    used = Path(made.tokenizer)
+    return (
+        made.tokenizer_sha256 == files_sha256(used)
+        and tokenizer_of(used).sha256 == tokenizer_of(tokenizer).sha256
+    )
 
 
 def check_ids(where: str, largest: int, vocabulary: int) -> None:
@@ -117,3 +140,29 @@ def _largest(path: Path, dtype: type[np.number]) -> int:
     if len(starts) > LOOKED_AT:
         starts = np.linspace(0, count - step, LOOKED_AT).astype(int).tolist()
     return max(int(tokens[start : start + step].max()) for start in starts)
+
+
+def files_sha256(place: Path) -> str | None:
+    """The digest that records of format 1 hold: of a tokenizer's files. None if there is none."""
+    if place.is_file():
+        return hashlib.sha256(place.read_bytes()).hexdigest()
+    for first in beside.TOKENIZER_FILES:
+        if (place / first).is_file():
+            digest = hashlib.sha256()
+            for name in (first, *ALSO_DECIDES.get(first, ())):
+                content = (place / name).read_bytes() if (place / name).is_file() else b""
+                digest.update(_decisive(content) if name == "tokenizer.json" else content)
+            return digest.hexdigest()
+    return None
+
+
+def _decisive(content: bytes) -> bytes:
+    try:
+        entries = json.loads(content)
+        model = entries["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
+        added = sorted((token["id"], token["content"]) for token in entries.get("added_tokens") or ())
+        kept = [model["vocab"], merges, added, entries.get("normalizer"), entries.get("pre_tokenizer")]
+        return json.dumps(kept, sort_keys=True).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return content

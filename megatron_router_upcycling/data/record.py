@@ -1,22 +1,20 @@
-"""What ``prepare-data`` writes down beside its data, and the digest of a tokenizer.
+"""What ``prepare-data`` writes down beside its data.
 
 ``PREFIX.json`` stands beside ``PREFIX.bin`` and ``PREFIX.idx`` and comes last, so that data with a record is
 whole. This module imports nothing heavy: whoever is about to train may ask it before Megatron starts.
 """
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.errors import UserError, reason, shown
 from megatron_router_upcycling.files import write_whole
 
-FORMAT = 1
-ALSO_DECIDES = {"vocab.json": ("merges.txt",)}  # beside the file that says that there is a tokenizer
+FORMAT = 2
+OF_FILES = 1  # where ``tokenizer_sha256`` is ``agreement.files_sha256``
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Record:
     longest_document: int  # in tokens
     vocab_size: int  # every token is below it
     tokenizer: str  # the folder or file that was given, or what was trained
-    tokenizer_sha256: str  # see ``tokenizer_sha256``
+    tokenizer_sha256: str  # of what decides its tokens: see ``tokenizer.sha256_of``
     dtype: str  # of a token in PREFIX.bin: uint16 or int32
     end_of_document: int | None  # the token that ends every document, if there is one
     empty: int  # blank lines and texts without a character or a token, which are no documents
@@ -70,8 +68,10 @@ def read(prefix: Path) -> Record | None:
         raise UserError(f"{path}: cannot be read as the record of prepare-data ({reason(error)})") from None
     if not isinstance(entries, dict) or type(entries.get("format")) is not int:
         raise UserError(f"{path}: is no record of prepare-data; it has no format number")
-    if entries["format"] != FORMAT:
-        raise UserError(f"{path}: is of format {entries['format']}, and this version reads {FORMAT}")
+    if entries["format"] not in (OF_FILES, FORMAT):
+        raise UserError(
+            f"{path}: is of format {entries['format']}, and this version reads {OF_FILES} and {FORMAT}"
+        )
     kinds = {field.name: field.type for field in dataclasses.fields(Record)}
     for name, kind in kinds.items():
         if name not in entries:
@@ -79,37 +79,3 @@ def read(prefix: Path) -> Record | None:
         if kind in (int, str) and type(entries[name]) is not kind:
             raise UserError(f"{path}: {name} is {shown(entries[name])} in the record; run prepare-data again")
     return Record(**{name: entries[name] for name in kinds})
-
-
-def tokenizer_sha256(place: Path) -> str | None:
-    """A digest of what decides the tokens of a text: equal for copies of a tokenizer, None if there is none.
-
-    Of ``tokenizer.json`` vocabulary, merges, added tokens, normaliser and pre-tokeniser count, however the
-    file is laid out; of other files their bytes.
-
-    Args:
-        place: a Hugging Face folder, or the file of a sentencepiece model.
-    """
-    if place.is_file():
-        return hashlib.sha256(place.read_bytes()).hexdigest()
-    for first in beside.TOKENIZER_FILES:
-        if (place / first).is_file():
-            digest = hashlib.sha256()
-            for name in (first, *ALSO_DECIDES.get(first, ())):
-                content = (place / name).read_bytes() if (place / name).is_file() else b""
-                digest.update(_decisive(content) if name == "tokenizer.json" else content)
-            return digest.hexdigest()
-    return None
-
-
-def _decisive(content: bytes) -> bytes:
-    """What of a tokenizer.json decides tokens, in one way of writing; all of it where it is another thing."""
-    try:
-        entries = json.loads(content)
-        model = entries["model"]
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
-        added = sorted((token["id"], token["content"]) for token in entries.get("added_tokens") or ())
-        kept = [model["vocab"], merges, added, entries.get("normalizer"), entries.get("pre_tokenizer")]
-        return json.dumps(kept, sort_keys=True).encode()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return content

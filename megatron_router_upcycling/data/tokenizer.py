@@ -1,5 +1,7 @@
 """Tokenizers: what ``--tokenizer`` names, in the libraries that are fast, and one trained on the text."""
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,8 +13,11 @@ from typing import Any, Protocol
 import numpy
 
 from megatron_router_upcycling.checkpoint import beside
-from megatron_router_upcycling.data.record import tokenizer_sha256
 from megatron_router_upcycling.errors import UserError, reason
+
+TOKENIZER_JSON = "tokenizer.json"
+# Entries that give places of characters, and decide no token.
+PLACES = ("trim_offsets",)
 
 # Lines from which a tokenizer is trained, at most: sentencepiece holds them in memory.
 TRAINING_LINES = 2_000_000
@@ -29,7 +34,7 @@ class Tokenizer:
     """What a worker makes an encoder of, and what is written down about it."""
 
     place: Path
-    sha256: str
+    sha256: str  # of all that decides tokens: see ``sha256_of``
     vocab_size: int
     end_of_document: int | None
     definition: str | bytes  # tokenizer.json of the tokenizers library, or a sentencepiece model
@@ -41,28 +46,26 @@ class Tokenizer:
         return _HuggingFace(self.definition, self.encode_special_tokens)
 
 
-def check(place: Path) -> None:
-    """Whether ``load`` can begin.
+def check(place: Path, flag: str = "--tokenizer") -> None:
+    """Whether ``load`` can begin. ``flag`` is named in errors.
 
     Raises:
         UserError: there is no tokenizer.
     """
     if not place.exists():
-        raise UserError(f"--tokenizer {place}: there is no such folder or file")
+        raise UserError(f"{flag} {place}: there is no such folder or file")
     if place.is_dir() and not beside.is_tokenizer(place):
-        raise UserError(f"--tokenizer {place}: holds none of {', '.join(beside.TOKENIZER_FILES)}")
+        raise UserError(f"{flag} {place}: holds none of {', '.join(beside.TOKENIZER_FILES)}")
 
 
-def load(place: Path) -> Tokenizer:
+def load(place: Path, flag: str = "--tokenizer") -> Tokenizer:
     """The tokenizer in ``place``: a Hugging Face folder, or a file of sentencepiece.
 
     Raises:
         UserError: there is none, it cannot be loaded, or only by slow code.
     """
-    check(place)
-    digest = tokenizer_sha256(place)
-    assert digest
-    return _load_sentencepiece(place, digest) if place.is_file() else _load_hugging_face(place, digest)
+    check(place, flag)
+    return _load_sentencepiece(place, flag) if place.is_file() else _load_hugging_face(place, flag)
 
 
 class Loader:
@@ -77,25 +80,79 @@ class Loader:
         return load
 
 
-def _load_hugging_face(place: Path, digest: str) -> Tokenizer:
-    """As training will load it: transformers may add tokens that tokenizer.json does not have."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise UserError(
-            f"--tokenizer {place}: needs transformers, as training with it does; pip install transformers"
-        ) from None
-    try:
-        loaded = AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever its many parts raise
-        raise UserError(f"--tokenizer {place}: transformers cannot load it ({reason(error)})") from None
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if backend is None:
-        raise UserError(
-            f"--tokenizer {place}: transformers has slow code only for it; give one with tokenizer.json"
-        )
+def of_folder(place: Path, trust_remote_code: bool = False) -> Any:
+    """transformers' tokenizer of a folder: by the rules in its tokenizer.json, where it holds one.
+
+    ``AutoTokenizer`` would not do. transformers 5 takes the class that the folder names, or for
+    ``model_type: qwen2`` always Qwen2Tokenizer, and replaces the file's rules for splitting and normalising
+    text by those of the class: the same file gives other tokens beside the config.json of another model, such
+    as the exported one. The file's own rules are what the tokenizer was made and saved with, and what
+    transformers 4 and the tokenizers library read. Only vocab.json and merges.txt need a class.
+
+    Raises:
+        Exception: whatever the many parts of transformers raise.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    kind = PreTrainedTokenizerFast if (place / TOKENIZER_JSON).is_file() else AutoTokenizer
+    return kind.from_pretrained(place, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def sha256_of(loaded: Any) -> str:
+    """A digest of all that decides the tokens of a text: equal for all forms in which a tokenizer is saved.
+
+    Of ``loaded``, a fast tokenizer of transformers, count vocabulary and model, normaliser and pre-tokeniser,
+    added tokens with their flags, and the tokens that it puts around a text; not in which files and in which
+    form these were, what turns tokens into text, or places of characters.
+    """
+    backend = loaded.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
+    content = json.loads(backend.to_str())
+    model, normalizer = content["model"], _decisive(content["normalizer"])
+    rest = _decisive({name: value for name, value in model.items() if name not in ("vocab", "merges")})
+    if "unk_token" not in rest:
+        rest.pop("fuse_unk", None)
+    flags = ["id", "content", "single_word", "lstrip", "rstrip"]
+    flags += ["normalized"] * bool(normalizer) + ["special"] * backend.encode_special_tokens
+    kept = {
+        "model": [model["vocab"], model.get("merges"), rest],
+        "normalizer": normalizer,
+        "pre_tokenizer": _decisive(content["pre_tokenizer"]),
+        "added_tokens": [[token[flag] for flag in flags] for token in content["added_tokens"]],
+        "around": [backend.encode("a", add_special_tokens=around).ids for around in (False, True)],
+        "encode_special_tokens": backend.encode_special_tokens,
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _decisive(part: Any) -> Any:
+    """A part of a tokenizer in one way of writing: nothing that is off, no sequence of one."""
+    if isinstance(part, list):
+        return [_decisive(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    kept = {name: _decisive(value) for name, value in part.items() if name not in PLACES}
+    kept = {name: value for name, value in kept.items() if value not in (None, "") and value is not False}
+    items = kept.get("normalizers", kept.get("pretokenizers"))
+    return items[0] if kept.get("type") == "Sequence" and items and len(items) == 1 else kept
+
+
+def _load_hugging_face(place: Path, flag: str) -> Tokenizer:
+    try:
+        loaded = of_folder(place)
+        backend = getattr(loaded, "backend_tokenizer", None)
+        digest = sha256_of(loaded) if backend else ""
+    except ImportError:
+        raise UserError(
+            f"{flag} {place}: needs transformers, as training with it does; pip install transformers"
+        ) from None
+    except Exception as error:  # whatever its many parts raise
+        raise UserError(f"{flag} {place}: transformers cannot load it ({reason(error)})") from None
+    if backend is None:
+        raise UserError(
+            f"{flag} {place}: transformers has slow code only for it; give one with tokenizer.json"
+        )
     ends = (loaded.eos_token_id, loaded.sep_token_id)  # as Megatron's tokenizer chooses
     return Tokenizer(
         place,
@@ -107,15 +164,16 @@ def _load_hugging_face(place: Path, digest: str) -> Tokenizer:
     )
 
 
-def _load_sentencepiece(place: Path, digest: str) -> Tokenizer:
+def _load_sentencepiece(place: Path, flag: str) -> Tokenizer:
     import sentencepiece
 
     try:
         definition = place.read_bytes()
         model = sentencepiece.SentencePieceProcessor(model_proto=definition)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--tokenizer {place}: is no model of sentencepiece ({reason(error)})") from None
+        raise UserError(f"{flag} {place}: is no model of sentencepiece ({reason(error)})") from None
     end = model.eos_id()
+    digest = hashlib.sha256(definition).hexdigest()
     return Tokenizer(place, digest, model.get_piece_size(), end if end >= 0 else None, definition)
 
 

@@ -12,12 +12,17 @@ from megatron_router_upcycling.evaluation.paper import GROUPS, METHODS, averages
 from megatron_router_upcycling.files import write_whole
 
 FORMAT = 1
+COLUMNS = ("this model", "dense model")
 JSON_NAME, MARKDOWN_NAME = "results.json", "results.md"
 NOTES = """\
-Percent. ± is the standard error over a task's questions. Averages are plain means; the last is over tasks,
-not over groups. The six columns on the right are the paper's (arXiv 2509.00679, table 1: 2.1B parameters,
-100B tokens), with averages of the same tasks as this model's. Over all tasks that gives what the paper prints
-but for two roundings: it has 26.17 for switch's average and 48.67 for mlp's reasoning.
+Percent. ± is the standard error over a task's questions; chance is what answers drawn at random score.
+Log-likelihoods are computed in float32 from the model's logits, whatever its dtype.
+"""
+NOTES_PAPER = """\
+Averages are plain means; the last is over tasks, not over groups. The six columns on the right are the
+paper's (arXiv 2509.00679, table 1: 2.1B parameters, 100B tokens), with averages of the same tasks as this
+model's. Over all tasks that gives what the paper prints but for two roundings: it has 26.17 for switch's
+average and 48.67 for mlp's reasoning.
 
 The paper's questions were not quite these: its ARC figures are fractions of 295 and 567, which fits the
 validation splits (299 and 570 questions), while the harness asks the test splits (1172 and 2376). Between two
@@ -65,33 +70,44 @@ def write(output: Path, result: Mapping[str, Any]) -> None:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The whole report."""
-    model, options = result["model"], result["options"]
-    lines = [
-        f"# Evaluation of {Path(model['path']).name}",
-        "",
-        f"{model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}, {options['device']};"
-        f" {options['num_fewshot']} examples before each question.",
+    options = result["options"]
+    models = [result["model"], *([result["dense"]["model"]] if "dense" in result else [])]
+    lines = [f"# Evaluation of {_name(models[0])}", ""]
+    lines += [
+        f"{column}: {_name(model)}, {model['architecture']}, {model['parameters']:,} parameters,"
+        f" {model['dtype']}."
+        for column, model in zip(COLUMNS, models, strict=False)
     ]
+    lines += ["", f"{options['device']}; {options['num_fewshot']} examples before each question."]
     if any(task["questions"] < task["questions_of"] for task in result["tasks"].values()):
         lines.append(f"**Only the first {options['limit']} questions of a task were asked: no measurement.**")
     lines += ["", table(result), "", NOTES]
+    if result["averages"]:
+        lines += [NOTES_PAPER]
     lines += ["Versions: " + ", ".join(f"{name} {value}" for name, value in result["versions"].items()) + "."]
     return "\n".join(lines) + "\n"
 
 
+def _name(model: Mapping[str, Any]) -> str:
+    """A folder by its own name and that of the one around it: many models lie in a folder ``hf``."""
+    return "/".join(Path(model["path"]).parts[-2:])
+
+
 def table(result: Mapping[str, Any]) -> str:
-    """The scores beside the paper's, as a Markdown table with aligned columns."""
-    tasks = result["tasks"]
-    rows = [["task", "metric", "this model", *METHODS]]
+    """The scores beside chance, the dense model's and the paper's, as an aligned Markdown table."""
+    found = [result, *([result["dense"]] if "dense" in result else [])]
+    methods = METHODS if result["averages"] else ()  # where no task is the paper's, it has nothing to show
+    rows = [["task", "metric", *COLUMNS[: len(found)], "chance", *methods]]
     for group in (*GROUPS, None):
-        for name, task in tasks.items():
+        for name, task in result["tasks"].items():
             if task["group"] == group:
-                paper = [result["paper"][method].get(name) for method in METHODS]
-                rows.append([task["title"], task["metric"], _score(task), *map(percent, paper)])
+                scores = [_score(model["tasks"][name]) for model in found]
+                paper = [percent(result["paper"][method].get(name)) for method in methods]
+                rows.append([task["title"], task["metric"], *scores, percent(task["chance"]), *paper])
         if group is not None and group in result["averages"]:
-            rows.append(_average_row(group, result))
+            rows.append(_average_row(group, found))
     if "average" in result["averages"]:
-        rows.append(_average_row("average", result))
+        rows.append(_average_row("average", found))
     return _aligned(rows)
 
 
@@ -118,9 +134,11 @@ def _score(task: Mapping[str, Any]) -> str:
     return percent(task["score"]) + (f" ± {percent(task['stderr'])}" if task["stderr"] is not None else "")
 
 
-def _average_row(group: str, result: Mapping[str, Any]) -> list[str]:
-    average = result["averages"][group]
+def _average_row(group: str, found: list[Mapping[str, Any]]) -> list[str]:
+    average = found[0]["averages"][group]
     partial = "" if average["complete"] else f" ({len(average['tasks'])} of {average['of']} tasks)"
-    paper = [averages(result["paper"][method])[group].score for method in METHODS]
+    by_chance = averages({name: task["chance"] or 0.0 for name, task in found[0]["tasks"].items()})
+    paper = [averages(found[0]["paper"][method])[group].score for method in METHODS]
     title = "**average**" if group == "average" else f"*{group}*"
-    return [title + partial, "", percent(average["score"]), *map(percent, paper)]
+    scores = [model["averages"][group]["score"] for model in found]
+    return [title + partial, "", *map(percent, (*scores, by_chance[group].score, *paper))]

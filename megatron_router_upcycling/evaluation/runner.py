@@ -8,12 +8,15 @@ import difflib
 import importlib.util
 import json
 import logging
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.checkpoint import beside
+from megatron_router_upcycling.data.tokenizer import of_folder
 from megatron_router_upcycling.errors import UserError, described
 from megatron_router_upcycling.evaluation import data, report
 from megatron_router_upcycling.evaluation.paper import GROUPS, PAPER_TASKS, TASKS, Task, members
@@ -35,6 +38,7 @@ class Options:
     batch_size: int
     data_dir: Path | None
     trust_remote_code: bool
+    dense: Path | None = None  # another model that is asked the same, to be shown beside
 
 
 def parse_tasks(text: str | None) -> tuple[Task, ...]:
@@ -57,8 +61,8 @@ def parse_tasks(text: str | None) -> tuple[Task, ...]:
     return tuple(TASKS[name] for name in dict.fromkeys(names))
 
 
-def check(model_dir: Path, options: Options) -> dict[str, Any]:
-    """Find mistakes that need no library to be found; the model's ``config.json``.
+def check(model_dir: Path, options: Options) -> None:
+    """Find mistakes that need no library to be found.
 
     Raises:
         UserError: an option is out of range, the harness is not installed, or ``model_dir`` is no model.
@@ -72,6 +76,23 @@ def check(model_dir: Path, options: Options) -> dict[str, Any]:
             raise UserError(f"{flag} {value}: must be at least {least}")
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise UserError(f"--data-dir {options.data_dir}: no such folder")
+    for folder in filter(None, (model_dir, options.dense)):
+        _read_config(folder)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("evaluate needs lm-evaluation-harness: pip install 'megatron-router-upcycling[eval]'")
+
+
+def _read_config(model_dir: Path) -> dict[str, Any]:
+    """The model's config.json.
+
+    Raises:
+        UserError: ``model_dir`` is no model, or one with an adapter.
+    """
+    if (model_dir / beside.ADAPTER).is_file():
+        raise UserError(
+            f"{model_dir}: holds an adapter ({beside.ADAPTER}), which transformers applies only where peft is"
+            " installed; merge it into its model, or move its files away"
+        )
     try:
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -80,8 +101,6 @@ def check(model_dir: Path, options: Options) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{model_dir}/config.json: has no model_type; it is no model's configuration")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("evaluate needs lm-evaluation-harness: pip install 'megatron-router-upcycling[eval]'")
     return config
 
 
@@ -91,35 +110,47 @@ def evaluate(model_dir: Path, options: Options, done: Callable[[dict[str, Any]],
     Raises:
         UserError: what ``check`` finds, data that cannot be had, or a model that cannot be loaded.
     """
-    config = check(model_dir, options)
+    check(model_dir, options)
     records = data.load(options.tasks, options.data_dir, options.num_fewshot)
     _quiet()
-    language_model = _load_model(model_dir, config, options)
+    language_model = _load_model(model_dir, options)
     result = _header(model_dir, language_model, options) | {"tasks": {}}
+    models = [(language_model, result)]
+    if options.dense:
+        dense_model = _load_model(options.dense, options)
+        result["dense"] = {"model": _described(options.dense, dense_model), "tasks": {}}
+        models.append((dense_model, result["dense"]))
     for task in options.tasks:
-        start = time.monotonic()
-        measured = _measure(language_model, task, records[task.name], options)
-        result["tasks"][task.name] = measured | {"seconds": round(time.monotonic() - start, 1)}
-        report.add_averages(result)
+        for asked, found in models:
+            start = time.monotonic()
+            measured = _measure(asked, task, records[task.name], options)
+            found["tasks"][task.name] = measured | {"seconds": round(time.monotonic() - start, 1)}
+            report.add_averages(found)
         done(result)
+
+
+def _described(model_dir: Path, language_model: Any) -> dict[str, Any]:
+    model = language_model.model
+    return {
+        "path": str(model_dir.resolve()),
+        "architecture": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "log_likelihoods": str(language_model.softmax_dtype).removeprefix("torch."),
+        "config_sha256": sha256(model_dir / "config.json"),
+    }
 
 
 def _header(model_dir: Path, language_model: Any, options: Options) -> dict[str, Any]:
     """What a result says beside its tasks: the model, how it was asked, and with what."""
-    model = language_model.model
     return {
         "format": report.FORMAT,
-        "model": {
-            "path": str(model_dir.resolve()),
-            "architecture": type(model).__name__,
-            "parameters": model.num_parameters(),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "config_sha256": sha256(model_dir / "config.json"),
-        },
+        "model": _described(model_dir, language_model),
         "options": asdict(options)
         | {
             "tasks": [task.name for task in options.tasks],
             "data_dir": str(options.data_dir) if options.data_dir else None,
+            "dense": str(options.dense) if options.dense else None,
             "device": str(language_model.device),
             "seed": SEED,
         },
@@ -138,11 +169,12 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _load_model(model_dir: Path, config: dict[str, Any], options: Options) -> Any:
+def _load_model(model_dir: Path, options: Options) -> Any:
     """The harness's wrapper of the model and tokenizer in ``model_dir``."""
+    config = _read_config(model_dir)
     import torch
     from lm_eval.models.huggingface import HFLM
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     device = options.device
     if device == "auto":
@@ -156,7 +188,7 @@ def _load_model(model_dir: Path, config: dict[str, Any], options: Options) -> An
         )
     common = {"trust_remote_code": options.trust_remote_code, "local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, **common)
+        tokenizer = of_folder(model_dir, options.trust_remote_code)
         model, loading = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype="auto", output_loading_info=True, **common
         )
@@ -172,7 +204,24 @@ def _load_model(model_dir: Path, config: dict[str, Any], options: Options) -> An
                 f"{model_dir}: its weights are not those of a {type(model).__name__}: {len(keys)} are {kind},"
                 f" {keys[0]} first; scores would mean nothing"
             )
-    return HFLM(pretrained=model.to(device), tokenizer=tokenizer, batch_size=options.batch_size)
+    without_end = tokenizer.eos_token_id is None
+    generated = [task.name for task in options.tasks if task.metric == "exact_match"]
+    if without_end and generated:
+        raise UserError(
+            f"--tasks {','.join(generated)}: generated answers end with an end-of-text token, and {model_dir}"
+            " has none; leave these tasks out, or name one as eos_token in tokenizer_config.json"
+        )
+    if without_end:
+        tokenizer.pad_token_id = 0  # the harness would add a token that the model does not have
+    asked = HFLM(
+        pretrained=model.to(device),
+        tokenizer=tokenizer,
+        batch_size=options.batch_size,
+        prefix_token_id=0 if without_end else None,  # stands for an empty context, which no task has
+    )
+    # In bfloat16 the harness would add up an answer's log-likelihood in steps of 0.5 beyond -64.
+    asked.softmax_dtype = torch.float32
+    return asked
 
 
 def _measure(language_model: Any, task: Task, records: data.Records, options: Options) -> dict[str, Any]:
@@ -208,6 +257,7 @@ def _measure(language_model: Any, task: Task, records: data.Records, options: Op
         "metric": task.metric,
         "score": metrics[task.metric],
         "stderr": metrics.get(f"{task.metric}_stderr"),
+        "chance": chance(samples) if asked.OUTPUT_TYPE == "multiple_choice" else None,
         "questions": min(questions, options.limit or questions),
         "questions_of": questions,
         "metrics": metrics,
@@ -221,6 +271,11 @@ def _measure(language_model: Any, task: Task, records: data.Records, options: Op
         },
         "harness_task_version": asked.VERSION,
     }
+
+
+def chance(samples: list[dict[str, Any]]) -> float:
+    """What answers drawn at random score, in percent: each question's share of one of its choices."""
+    return 100 * statistics.mean(1 / len(sample["resps"]) for sample in samples)
 
 
 def fitting(records: data.Records, task: Task, language_model: Any) -> data.Records:

@@ -16,6 +16,9 @@ Pure: no torch.
 from argparse import Namespace
 from typing import Any
 
+# Of a model whose experts have not trained yet, so that whoever trains it first balances their load: the c of
+# the paper (section 4.1) and of configs/methods.
+UNTRAINED = {"aux_loss": 0.02}
 # Megatron's kinds of this loss: f_i counts a micro-batch, a sequence, or what came so far of a global batch.
 BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 

@@ -14,6 +14,8 @@ from megatron_router_upcycling.hf.architecture import QwenModel
 from megatron_router_upcycling.hf.files import CARD
 from megatron_router_upcycling.hf.outputs import Output
 
+CONVERTED = "release"  # the iteration of a checkpoint that convert made
+
 
 @dataclass(frozen=True)
 class Options:
@@ -68,9 +70,24 @@ class Export:
         return llama_cpp.fault(self.model, self.router, self.shared_expert_width)
 
     @property
+    def is_untrained(self) -> bool:
+        """Whether the experts are as ``convert`` made them."""
+        return self.manifest is not None and self.checkpoint.iteration_dir.name == CONVERTED
+
+    @property
     def aux_losses(self) -> dict[str, float]:
-        """What balanced the experts' load in training."""
-        return auxiliary_loss.trained_with(self.checkpoint.args) if self.router else {}
+        """What balanced the experts' load in training, or is to balance it in the first."""
+        if self.router is None:
+            return {}
+        trained = auxiliary_loss.trained_with(self.checkpoint.args)
+        return auxiliary_loss.UNTRAINED if self.is_untrained else trained
+
+    @property
+    def mbridge_fault(self) -> str | None:
+        """Why mbridge does not compute what the stock classes do; None where it does."""
+        if self.router is None or not self.is_stock:
+            return None
+        return llama_cpp.mbridge_fault(self.model, self.router)
 
     @property
     def aux_loss_coefficient(self) -> float:

@@ -222,6 +222,8 @@ def describe_result(job: Export, record: dict[str, Any], seconds: float) -> str:
         lines.append(
             f"no tokenizer was {found}; name its folder with --tokenizer DIR, or copy its files there"
         )
+    if record.get("tokenizer_fault"):
+        lines.append(f"tokenizer: {record['tokenizer_fault']}")
     if job.left_out:
         lines.append(f"left out: {', '.join(job.left_out)}")
     code = "" if job.is_stock else ", trust_remote_code=True"

@@ -56,6 +56,20 @@ def copy_beside(source: Path, target: Path) -> dict[str, Any]:
     return {}
 
 
+def refuse_adapter(folder: Path, flag: str) -> None:
+    """Name an adapter that stands alone.
+
+    Raises:
+        UserError: ``folder``, which ``flag`` gave, holds one and no model.
+    """
+    weights = [path for name in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(name)]
+    if (folder / beside.ADAPTER).is_file() and not (weights and (folder / CONFIG).is_file()):
+        raise UserError(
+            f"{flag} {folder}: holds an adapter ({beside.ADAPTER}) and no model; merge it into its base model"
+            " (peft: merge_and_unload(), then save_pretrained) and name that folder"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object.
 

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.hf import config_json, sentencepiece_model
+from megatron_router_upcycling.checkpoint import beside
+from megatron_router_upcycling.hf import config_json, exported_tokenizer, sentencepiece_model
 from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import (
     CARD,
@@ -14,6 +15,7 @@ from megatron_router_upcycling.hf.files import (
     INDEX,
     MODELLING_FILE,
     copy_beside,
+    find_beside,
     shard_name,
 )
 from megatron_router_upcycling.hf.model_card import model_card
@@ -32,6 +34,10 @@ def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     _write_json(folder / CONFIG, config(job) | special)
     if model:
         record["no_tokenizer"] = sentencepiece_model.convert(model, folder)
+    elif job.beside and beside.is_tokenizer(job.beside):
+        own = find_beside(None, job.checkpoint)
+        other = own if own != job.beside and own and beside.is_tokenizer(own) else None
+        record["tokenizer_fault"] = exported_tokenizer.agree(job.beside, folder, other)
     if not (folder / GENERATION_CONFIG).exists():
         _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True} | special)
     if len(job.shards) > 1:
@@ -78,6 +84,8 @@ def config(job: Export) -> dict[str, Any]:
         "output_router_logits": False,
         "router_aux_loss_coef": job.aux_loss_coefficient,
     }
+    if job.model.family == "qwen3":
+        values["num_local_experts"] = job.router.num_experts  # the name that transformers 5 saves
     if job.model.family == "qwen2":
         values |= {"qkv_bias": True, "shared_expert_intermediate_size": job.shared_expert_width}
     if not job.is_stock:

@@ -28,7 +28,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sha256, versions
 from megatron_router_upcycling.hf import config_json, name_table
 from megatron_router_upcycling.hf.architecture import QwenModel, from_flags, megatron_arguments
-from megatron_router_upcycling.hf.files import CONFIG, read_json
+from megatron_router_upcycling.hf.files import CONFIG, INDEX, read_json, refuse_adapter
 from megatron_router_upcycling.hf.name_table import Row
 from megatron_router_upcycling.hf.safetensors_file import sample_digest
 from megatron_router_upcycling.hf.values import (
@@ -89,11 +89,13 @@ def prepare(folder: Path, out: Path, options: Options) -> Import:
         raise UserError(f"HF_DIR {folder}: no such folder; name the folder of a model's {CONFIG}")
     publish.check_target(out, folder, options.overwrite, source_name="HF_DIR", made_by=RECORD)
     path = folder / CONFIG
+    refuse_adapter(folder, "HF_DIR")
     flags = config_json.to_flags(read_json(path), path, options.vocabulary_multiple)
     model = from_flags(flags)
     weights = Weights.open(folder)
     dtype = weights.choose_dtype(model, options.dtype)
-    job = Import(folder, out, flags, model, weights, beside.look(folder), dtype, options)
+    found = beside.look(folder, [*weights.paths, folder / INDEX])
+    job = Import(folder, out, flags, model, weights, found, dtype, options)
     publish.check_space(out, job.bytes_to_write)
     return job
 

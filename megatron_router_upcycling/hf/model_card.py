@@ -32,6 +32,8 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto"{code})
 Exported by megatron-router-upcycling {version} (`router-upcycle export-hf`) from the Megatron checkpoint
 `{source["name"]}`, `{source["iteration"]}`, whose index has SHA-256 `{source["digest"]}`.
 """
+    if record.get("tokenizer_fault"):
+        text += f"\n## Tokenizer\n\n{record['tokenizer_fault']}.\n"
     return text + _router_section(job, record) if job.router else text
 
 
@@ -46,6 +48,8 @@ def _router_section(job: Export, record: dict[str, Any]) -> str:
         how = router.kind.exported.format(rows=job.gate["weight"][0])
         folded = f"It stands here {how}: see `{MODELLING_FILE}`, which needs transformers 5."
     notes = "".join(f"\n\n{note}" for note in _notes(job))
+    tools = "".join(f"- {sentence}.\n" for sentence in _elsewhere(job)) if job.is_stock else ""
+    elsewhere = f"\n## In other tools\n\n{tools}" if tools else ""
     assert isinstance(record["rounding"], dict)
     rounding = Rounding(**record["rounding"]).describe(record["dtype"])
     return f"""
@@ -55,7 +59,7 @@ def _router_section(job: Export, record: dict[str, Any]) -> str:
 
 Precision: {rounding}
 (random hidden states of unit variance, through each layer's norm).
-"""
+{elsewhere}"""
 
 
 def _notes(job: Export) -> Iterator[str]:
@@ -77,18 +81,42 @@ def _notes(job: Export) -> Iterator[str]:
             f"The routed experts' outputs were scaled by {scale:g} in training; the factor is in their"
             f" `down_proj`, {'exactly' if exact else 'rounded to the dtype of the weights'}."
         )
-    if job.llama_cpp_fault:
-        yield f"{job.llama_cpp_fault}."
     if job.aux_losses:
         yield _auxiliary_loss(job)
+
+
+def _elsewhere(job: Export) -> Iterator[str]:
+    """Where other tools take the folder for another model, or train other parts of it, without a word."""
+    yield from filter(None, (job.llama_cpp_fault, job.mbridge_fault))
+    yield (
+        "transformers 5 saves config.json without `rope_theta` (and Qwen3-MoE's without `num_experts`), and"
+        " transformers 4 then takes its own defaults. Put them back before it, or a tool of its time, reads"
+        " what transformers 5 has saved"
+    )
+    if job.model.family == "qwen2" and not job.model.shared_expert_size and job.shared_expert_width:
+        yield (
+            "peft's `all-linear` and `gate_proj`, `up_proj`, `down_proj` adapt only the shared expert, which"
+            " is all zeros and stays so. To adapt the experts, give"
+            ' `target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`'
+        )
+    yield (
+        "transformers' Trainer adds the load balancing loss whole in each micro-batch: divide"
+        " `router_aux_loss_coef` by its accumulation steps. trl divides, and adds the loss whenever the"
+        " coefficient is not 0"
+    )
 
 
 def _auxiliary_loss(job: Export) -> str:
     assert job.router is not None
     given = " and ".join(f"`{kind}` {value:g}" for kind, value in job.aux_losses.items())
     layers, k = len(job.model.expert_layers), job.router.top_k
+    what = (
+        f"the experts have not been trained yet; for their training the paper's {given}"
+        if job.is_untrained
+        else f"trained with Megatron's {given}"
+    )
     return (
-        f"Load balancing: trained with Megatron's {given}, added up over {layers} layers. transformers has"
+        f"Load balancing: {what}, added up over {layers} layers. transformers has"
         f" one loss over all layers together, which counts each of a token's {k} choices, and adds it only"
         f" with `output_router_logits=True`. `router_aux_loss_coef` {job.aux_loss_coefficient:g} (that times"
         f" {layers}/{k}) gives routers the same gradients where the layers load their experts alike, and"

@@ -96,7 +96,7 @@ def outputs(
     for row in others:
         yield from moved(row, ())
     if model.num_experts and model.tied:
-        # llama.cpp and SGLang tie nothing in a Mixture-of-Experts; transformers and vLLM pass this over.
+        # SGLang ties nothing in a Mixture-of-Experts, llama.cpp nothing in Qwen2-MoE; others pass it over.
         yield replace(first, name=name_table.LM_HEAD)
 
 

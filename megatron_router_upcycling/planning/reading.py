@@ -97,7 +97,11 @@ def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> 
     names = [field.name for field in dataclasses.fields(RouterConfig)]
     options = {name: router[name] for name in names if router.get(name) is not None}
     options |= {"num_experts": setup.num_experts, "top_k": setup.moe_router_topk}
-    return dataclasses.replace(setup, router=RouterConfig.from_dict({"router": "linear"} | options, source))
+    off = values.get("no_moe_router_pre_softmax")
+    options["pre_softmax"] = bool(values.get("moe_router_pre_softmax")) and not off
+    made = RouterConfig.from_dict({"router": "linear"} | options, source)
+    made.check_trains(values)
+    return dataclasses.replace(setup, router=made)
 
 
 def _checked(name: str, value: Any, kind: Any, source: str) -> Any:

@@ -78,6 +78,14 @@ def test_dry_run_writes_nothing(tmp_path: Path, dense: Path, capsys: pytest.Capt
     ("flags", "message"),
     [
         (("--key-stats", "ks", "--num-experts", 4, "--top-k", 5), "--top-k 5: must be between 1 and"),
+        (
+            ("--router", "linear", "--top-k", 1, "--no-moe-router-pre-softmax"),
+            "--top-k 1 with --no-moe-router-pre-softmax: the weight of a token's only expert is always 1",
+        ),
+        (
+            ("--router", "linear", "--config", "groups.yaml"),
+            "moe_router_group_topk 4: --top-k 2 experts must come from as many of the 4 groups of 2 experts",
+        ),
         (("--key-stats", "ks", "--num-experts", 0), "--num-experts 0: must be at least 1"),
         (("--key-stats", "ks", "--num-routers", 3), "--num-routers 3: does not fit 8 attention heads"),
         (("--key-stats", "ks", "--num-experts", 5), "--num-experts 5, and as many routers: does not fit 8"),
@@ -100,6 +108,7 @@ def test_mistake_is_one_line_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged").write_bytes(b"damaged")
+    (tmp_path / "groups.yaml").write_text("moe_router_num_groups: 4\nmoe_router_group_topk: 4\n")
     stats = make_stats(tmp_path / "nan")
     from megatron_router_upcycling.key_statistics import file as key_stats_file
 

@@ -1,5 +1,6 @@
 """Data and model are held against each other before the first step."""
 
+import json
 import os
 from pathlib import Path
 
@@ -63,6 +64,29 @@ def test_other_tokenizer_is_named_with_the_way_out(prepared: Path, tmp_path: Pat
         agreement.check([str(prepared)], other, 28)
     record.path_of(prepared).unlink()
     agreement.check([str(prepared)], other, 28)
+
+
+def test_records_of_earlier_versions_are_held_against_files(prepared: Path, tmp_path: Path) -> None:
+    """Their digest is of the tokenizer's files; other forms of it are taken while these are there."""
+    place = tmp_path / "tokenizer"
+    entries = json.loads(record.path_of(prepared).read_text())
+    entries |= {"format": 1, "tokenizer_sha256": agreement.files_sha256(place)}
+    record.path_of(prepared).write_text(json.dumps(entries))
+    other = tmp_path / "other"
+    write_tokenizer(other)
+    agreement.check([str(prepared)], other, 28)
+    text = (other / "tokenizer.json").read_text()
+    form = json.loads(text)
+    form["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [form["pre_tokenizer"]]}
+    (other / "tokenizer.json").write_text(json.dumps(form))
+    agreement.check([str(prepared)], other, 28)
+    place.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="another tokenizer"):
+        agreement.check([str(prepared)], other, 28)
+    (other / "tokenizer.json").write_text(text.replace('"z"', '"Z"'))
+    (tmp_path / "moved").rename(place)
+    with pytest.raises(UserError, match="another tokenizer"):
+        agreement.check([str(prepared)], other, 28)
 
 
 def test_damaged_index_is_named(tmp_path: Path) -> None:

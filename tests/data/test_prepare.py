@@ -93,7 +93,7 @@ def test_documents_are_what_the_tokenizer_gives(tokenizer, tmp_path):
         assert (made.dtype, made.empty, made.skipped_count) == ("uint16", 1, 2)
         assert [(bad["file"], bad["line"]) for bad in made.skipped] == [(str(first), 52), (str(first), 53)]
         assert made.skipped[0]["why"] == "its 'text' is null, not a text"
-        assert made.tokenizer_sha256 == record.tokenizer_sha256(place)
+        assert made.tokenizer_sha256 == load(place).sha256
     assert small.left_beside(out) == sorted("data" + name for name in FILES)
 
 
@@ -190,9 +190,7 @@ def test_a_tokenizer_is_trained_on_the_text(tmp_path):
             tokenizer.tokenize(text) == row[:-1] for text, row in zip(found[prefix.name], rows, strict=True)
         )
         made = record.read(prefix)
-        assert (
-            made and made.tokenizer == str(model) and made.tokenizer_sha256 == record.tokenizer_sha256(model)
-        )
+        assert made and made.tokenizer == str(model) and made.tokenizer_sha256 == load(model).sha256
     assert sorted(found["data"] + found["data_held_out"]) == texts
     assert not set(found["data"]) & set(found["data_held_out"]) and found["data"] and found["data_held_out"]
 

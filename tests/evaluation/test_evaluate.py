@@ -271,6 +271,77 @@ def test_stdlib_scores_are_those_of_a_loop_over_log_likelihoods(
 
 
 @needs_harness
+def test_log_likelihoods_of_a_bfloat16_model_are_added_up_in_float32(models: Path, tmp_path: Path) -> None:
+    import torch
+    import transformers
+    from lm_eval.api.instance import Instance
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(models / "dense", dtype=torch.bfloat16)
+    shutil.copytree(models / "dense", tmp_path / "bf16")
+    model.save_pretrained(tmp_path / "bf16")
+    asked = runner._load_model(tmp_path / "bf16", runner.Options((), None, 0, "cpu", 1, None, False))
+    reference = Reference(tmp_path / "bf16")
+    assert reference.model.dtype == torch.bfloat16
+    pairs = [
+        ("def words(text):", f" {answer}") for answer in (CHOICES["text"][3] * 9, CHOICES["text"][1] * 9)
+    ]
+    found = asked.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+    for pair, (value, _) in zip(pairs, found, strict=True):
+        assert value < -64 and value != torch.tensor(value).bfloat16().item()
+        assert value == pytest.approx(reference.log_likelihood(*pair), abs=0.5)
+
+
+@needs_harness
+def test_a_tokenizer_without_an_end_of_text_token(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--tasks", "stdlib", "--limit", 6)
+    expected = evaluate(models / "moe", tmp_path / "with", *flags)["tasks"]["stdlib"]
+    model = shutil.copytree(models / "moe", tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "special_tokens_map.json").unlink(missing_ok=True)
+    assert evaluate(model, tmp_path / "without", *flags)["tasks"]["stdlib"]["metrics"] == expected["metrics"]
+    save(tmp_path / "data" / "nq_open", "validation", [NQ], "jsonl")
+    capsys.readouterr()
+    said = refused(
+        capsys, model, "--tasks", "nq_open", "--data-dir", tmp_path / "data", "--output", tmp_path / "no"
+    )
+    assert "--tasks nq_open: generated answers end with an end-of-text token, and " in said
+
+
+@needs_harness
+def test_the_dense_model_is_shown_beside(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked the same; no column stays empty, and the report names the models."""
+    flags = ("--tasks", "stdlib", "--limit", 6)
+    alone = evaluate(models / "dense", tmp_path / "dense", *flags)["tasks"]["stdlib"]
+    result = evaluate(models / "moe", tmp_path / "both", *flags, "--dense", models / "dense")
+    beside = result["dense"]["tasks"]["stdlib"]
+    assert beside["by_question"] == alone["by_question"] != result["tasks"]["stdlib"]["by_question"]
+    assert result["tasks"]["stdlib"]["chance"] == 25.0
+    assert result["model"]["log_likelihoods"] == "float32"
+    shown = (tmp_path / "both" / report.MARKDOWN_NAME).read_text()
+    head, _, row = (line.split("|")[1:-1] for line in shown.splitlines() if line.startswith("|"))
+    assert [cell.strip() for cell in head] == ["task", "metric", "this model", "dense model", "chance"]
+    assert [cell.strip() for cell in row][4] == "25.00" and "-" not in "".join(row)
+    assert (
+        f"# Evaluation of {models.name}/moe\n" in shown
+        and f"dense model: {models.name}/dense, Qwen2For" in shown
+    )
+    assert "2509.00679" not in shown and "float32 from the model's logits" in shown
+
+    (tmp_path / "broken").mkdir()
+    capsys.readouterr()
+    assert "broken: no model" in refused(capsys, models / "moe", *flags, "--dense", tmp_path / "broken")
+    (tmp_path / "broken" / "adapter_config.json").write_text("{}")
+    said = refused(capsys, tmp_path / "broken", *flags, "--output", tmp_path / "none")
+    assert "holds an adapter (adapter_config.json), which transformers applies only where peft" in said
+
+
+@needs_harness
 @pytest.mark.parametrize("task", paper.PAPER_TASKS, ids=lambda task: task.name)
 def test_each_task_asks_what_the_harness_asks_of_the_data_it_names(task: paper.Task) -> None:
     from lm_eval.tasks import TaskManager
@@ -362,7 +433,9 @@ def test_the_ten_tasks_from_local_data(
     ):
         cells = [cell.strip() for cell in rows_shown[title].split("|")[3:-1]]
         assert cells[0].split(" ± ")[0] == report.percent(mine)
-        assert cells[1:] == [f"{value:.2f}" for value in theirs]
+        assert cells[2:] == [f"{value:.2f}" for value in theirs]
+    by_chance = {name: task["chance"] for name, task in result["tasks"].items()}
+    assert (by_chance["winogrande"], by_chance["arc_easy"], by_chance["nq_open"]) == (50.0, 25.0, None)
     assert result["versions"]["lm_eval"] and result["model"]["architecture"] == "Qwen2ForCausalLM"
 
 

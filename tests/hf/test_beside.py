@@ -7,16 +7,19 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import transformers
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.config import yaml_files
+from megatron_router_upcycling.data.tokenizer import load as tokens_of
 from megatron_router_upcycling.data.tokenizer import train
 from megatron_router_upcycling.training import tokenizer
 from tests import dense_checkpoint
-from tests.hf.folders import copy, edit, run, write_tokenizer
+from tests.hf.folders import copy, edit, refused, run, write_tokenizer
 
 
 def test_all_that_is_not_weights_goes_along_or_is_named(
@@ -43,6 +46,133 @@ def test_all_that_is_not_weights_goes_along_or_is_named(
         path.name for path in (tmp_path / "back").iterdir()
     }
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back")("b a").input_ids == [3, 2]
+
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# What trainers, quantisers and other tools leave beside a model, and would change what the folder is.
+LEFTOVERS = (
+    *("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json", "training_args.bin"),
+    *("quantize_config.json", "hf_quant_config.json", "model.gguf", "consolidated.safetensors", "x.yaml"),
+    *("checkpoint-5/tokenizer.json", "checkpoint-5/chat_template.jinja", "runs/1/events", "wandb/run.json"),
+)
+
+
+def put(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+def test_files_of_adapters_and_trainers_are_left_out_and_named(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = copy(models, "qwen1.5", tmp_path / "hf")
+    write_tokenizer(source)
+    put(source, *ADAPTER, *LEFTOVERS)
+    before = (source / "tokenizer_config.json").read_bytes()
+    assert cli.main(["import-hf", str(source), str(tmp_path / "dense")]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "left out: adapter_config.json and adapter_model.safetensors (of an adapter, which is no part" in said
+    )
+    for name in (
+        "checkpoint-5/",
+        "runs/",
+        "optimizer.pt",
+        "consolidated.safetensors",
+        "hf_quant_config.json",
+    ):
+        assert name in said
+    assert "model.safetensors (" not in said.replace("adapter_model.safetensors (", "")
+    kept = {path.name for path in (tmp_path / "dense/tokenizer").rglob("*")}
+    assert kept == {"tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"}
+
+    of_another_kind(tmp_path / "third")
+    words = ("export-hf", tmp_path / "dense", tmp_path / "third-export", "--tokenizer", tmp_path / "third")
+    assert cli.main([*map(str, words)]) == 0
+    assert "asked for gives other tokens than the one beside the checkpoint" in capsys.readouterr().out
+    put(tmp_path / "dense/tokenizer", *ADAPTER)  # as an earlier version has left it
+    assert run("export-hf", tmp_path / "dense", tmp_path / "back") == 0
+    put(adapter := tmp_path / "adapter", *ADAPTER, *LEFTOVERS)
+    write_tokenizer(adapter)
+    assert run("export-hf", tmp_path / "dense", tmp_path / "other", "--tokenizer", adapter) == 0
+    for folder in ("back", "other"):
+        assert {path.name for path in (tmp_path / folder).rglob("*")} == kept | {
+            *("README.md", "export_hf.json", "model.safetensors")
+        }
+    assert before == (source / "tokenizer_config.json").read_bytes()
+
+    said = refused(capsys, "import-hf", adapter, tmp_path / "none")
+    assert "holds an adapter (adapter_config.json) and no model; merge it" in said
+
+
+def of_another_kind(folder: Path) -> None:
+    """A tokenizer that splits text otherwise than Qwen's, as transformers 5 saves it."""
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>", "<call>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT] * 3, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", extra_special_tokens=["<call>"]
+    )
+    fast.save_pretrained(folder)
+
+
+TEXT = "In 1984 there were 365 days,  12345 hours.\n\nIn 365 days don't count <call> 1984."
+
+
+@pytest.mark.parametrize("name", ["TokenizersBackend", "Qwen2Tokenizer"])
+def test_the_export_gives_the_tokens_of_the_data(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Also where transformers takes the dense folder for one with Qwen's tokenizer. Of a dense model it does
+    so again, which is said."""
+    source = copy(models, "qwen1.5", tmp_path / "hf")
+    edit(source / "config.json", vocab_size=256)
+    of_another_kind(source)
+    edit(source / "tokenizer_config.json", tokenizer_class=name)
+    own = Tokenizer.from_file(str(source / "tokenizer.json")).encode(TEXT).ids
+    assert transformers.AutoTokenizer.from_pretrained(source).encode(TEXT) != own
+    assert run("import-hf", source, tmp_path / "dense") == 0
+    assert run("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear") == 0
+    assert tokens_of(tmp_path / "dense/tokenizer").encoder().encode([TEXT]) == [own]
+
+    capsys.readouterr()
+    assert cli.main(["export-hf", str(tmp_path / "moe"), str(tmp_path / "back")]) == 0
+    assert "tokenizer" not in capsys.readouterr().out
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").encode(TEXT) == own
+    entries = json.loads((tmp_path / "back/tokenizer_config.json").read_text())
+    assert entries["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 knows too
+    assert entries["additional_special_tokens"] == ["<call>"] and "extra_special_tokens" not in entries
+
+    assert cli.main(["export-hf", str(tmp_path / "dense"), str(tmp_path / "again")]) == 0
+    said, card = capsys.readouterr().out, (tmp_path / "again/README.md").read_text()
+    for text in (said, card):
+        assert (
+            "AutoTokenizer gives other tokens than those of training (it takes Qwen2Tokenizer here)" in text
+        )
+    loaded = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "again")
+    assert loaded.encode(TEXT) == own
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_named(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("import-hf", models / "qwen3", tmp_path / "dense") == 0
+    put(tmp_path / "broken", "tokenizer.json")
+    words = ("export-hf", tmp_path / "dense", tmp_path / "back", "--tokenizer", tmp_path / "broken")
+    capsys.readouterr()
+    assert cli.main([*map(str, words)]) == 0
+    assert "tokenizer: transformers cannot load it, and it was copied as it is (" in capsys.readouterr().out
+    assert str(tmp_path) not in (tmp_path / "back/README.md").read_text()
 
 
 def test_settings_go_along_without_a_tokenizer(models: Path, tmp_path: Path) -> None:

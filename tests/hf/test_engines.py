@@ -101,6 +101,7 @@ def test_what_llama_cpp_would_make_of_it_is_said(
     capsys.readouterr()
     assert cli.main(["export-hf", str(moe), str(tmp_path / "hf")]) == 0
     said, card = capsys.readouterr().out, (tmp_path / "hf/README.md").read_text()
+    assert ("mbridge" in card) == (line is not None)
     if line is None:
         assert "llama.cpp" not in said + card
     else:

@@ -129,6 +129,12 @@ def test_equal_experts_are_the_dense_model(models: Path, tmp_path: Path) -> None
     assert run("export-hf", tmp_path / "moe", tmp_path / "hf", "--max-shard-size", "100KB") == 0
     found, expected = (hf_models.logits(folder, TOKENS) for folder in (tmp_path / "hf", models / "qwen3"))
     assert (found - expected).abs().max() < 1e-5
+    # Whoever trains it first balances its experts: the paper's 0.02 for 2 layers and 2 experts a token.
+    settings = json.loads((tmp_path / "hf/config.json").read_text())
+    assert settings["router_aux_loss_coef"] == pytest.approx(0.02 * 2 / 2)
+    assert (settings["num_experts"], settings["num_local_experts"]) == (4, 4)
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "the experts have not been trained yet; for their training the paper's `aux_loss` 0.02" in card
 
 
 @pytest.mark.parametrize("width", [0, 16])
