@@ -14,10 +14,9 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers import kinds
 
 # Options of earlier versions, which manifests still hold; a model that has another value is not read.
-RETIRED = {"norm_gain": False}
+RETIRED = {"norm_gain": False, "weights": "dense"}
 HEAD_KEYS = ("mean", "attended")
 CHOICES = {
-    "weights": ("dense", "random"),
     "queries": ("heads", "random"),
     "keys": ("heads", "random"),
     "gate": ("random", "centroid"),
@@ -29,7 +28,6 @@ CHOICES = {
 class InitConfig:
     """The defaults are the paper's.
 
-    - ``weights``: ``random`` takes the dense model's architecture and none of its values (from scratch).
     - ``queries``, ``keys``: ``random`` draws the mixture's query maps or expert keys from a normal
       distribution, each with the norm that the one made of heads has.
     - ``head_key``: which key of an attention head equation 4 takes: the ``mean`` key of its query group, or
@@ -43,7 +41,6 @@ class InitConfig:
     - ``drop_upcycling``: share of each expert's FFN channels that is drawn anew (arXiv 2502.19261).
     """
 
-    weights: str = "dense"
     queries: str = "heads"
     keys: str = "heads"
     head_key: str | None = None
@@ -86,7 +83,7 @@ class InitConfig:
     @property
     def alters_router(self) -> bool:
         """Whether a router's values are not the paper's."""
-        kept = ("weights", "head_key", "expert_noise", "drop_upcycling")
+        kept = ("head_key", "expert_noise", "drop_upcycling")
         return self != InitConfig(**{name: getattr(self, name) for name in kept})
 
     @property
@@ -105,22 +102,15 @@ class InitConfig:
                 )
         if self.target_entropy is not None and self.logit_scale != 1:
             raise UserError("--target-entropy sets the logits' scale; leave logit_scale out")
-        if self.weights == "random" and dataclasses.replace(self, weights="dense") != default:
-            raise UserError("weights random: starts from nothing; no other option of the start goes with it")
-        if self.weights == "random" and kind.of_heads:
-            raise UserError(
-                "weights random: has no attention heads to make a mixture of; use --router linear (the"
-                " paper's scratch) or another baseline"
-            )
         if self.target_entropy is not None and not 0 < self.target_entropy < math.log(router.num_experts):
             raise UserError(
                 f"--target-entropy {self.target_entropy}: is in nats and must be between 0 and"
                 f" ln {router.num_experts} = {math.log(router.num_experts):.4f}, that of even routing"
             )
-        if router.granularity > 1 and (self.alters_experts or self.weights == "random"):
+        if router.granularity > 1 and self.alters_experts:
             raise UserError(
-                f"--granularity {router.granularity}: expert_noise, drop_upcycling and weights random need"
-                " whole experts; leave it out"
+                f"--granularity {router.granularity}: expert_noise and drop_upcycling need whole experts;"
+                " leave it out"
             )
 
 

@@ -64,8 +64,6 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     dense = open_dense(root)
     publish.check_target(out, dense.root, options.overwrite)
     model = read_model(dense)
-    if options.init.weights == "random":
-        options = replace(options, materialize=True)  # there is nothing to share
     router_parameters(model, options.router)  # whether the router fits the model
     stats = _read_key_stats(options, dense, model)
     if stats is not None and options.router.kind.of_heads:

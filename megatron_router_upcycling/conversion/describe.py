@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_router_upcycling.conversion.convert import Conversion
-from megatron_router_upcycling.conversion.steps import Draw, Keep, LeaveOut, MakeExperts
+from megatron_router_upcycling.conversion.steps import Keep, LeaveOut, MakeExperts
 from megatron_router_upcycling.files import format_bytes
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 
@@ -14,24 +14,14 @@ def describe_plan(conversion: Conversion) -> str:
     model, options = plan.model, plan.options
     entries = {type(step): step.accounts_for() for step in plan.steps}
     experts = sum(isinstance(step, MakeExperts) for step in plan.steps)
-    drawn = sum(isinstance(step, Draw) for step in plan.steps)
     how = "linked, not written" if conversion.links else "copied"
     apart = options.materialize or options.init.alters_experts
     copies = f"{options.router.num_experts} times" if apart else "once"
     routers = "; ".join(f"{key} {list(shape)}" for key, shape in router_parameters(model, options.router))
-    if drawn:
-        made = [
-            f"  draw       {format_bytes(plan.kept_bytes + plan.expert_bytes)} of {drawn} tensors,"
-            f" from seed {options.seed}"
-        ]
-    else:
-        made = [
-            f"  take over  {format_bytes(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
-            f"  experts    {format_bytes(plan.expert_bytes)} of {experts} tensors, each written {copies}",
-        ]
     lines = [
         f"{plan.dense.iteration_dir}: {model.describe()}",
-        *made,
+        f"  take over  {format_bytes(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
+        f"  experts    {format_bytes(plan.expert_bytes)} of {experts} tensors, each written {copies}",
         f"  routers    {format_bytes(plan.router_bytes)}: {routers}",
         f"  leave out  {len(entries[LeaveOut])} entries of training state",
         f"would write {format_bytes(conversion.bytes_to_write)} to {conversion.out},"
@@ -55,9 +45,7 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
         order = "softmax, then top-k (--moe-router-pre-softmax)"
     else:
         order = "top-k, then softmax (--no-moe-router-pre-softmax)"
-    if options.init.weights == "random":
-        first = "a model from scratch"
-    elif router.pre_softmax:
+    if router.pre_softmax:
         first = (
             f"an FFN's output shrinks by the sum of the {router.top_k} largest of {router.num_experts}"
             " weights, so the loss starts above the dense model's"

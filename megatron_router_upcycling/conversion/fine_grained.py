@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
+from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.format.metadata import StoredTensor
 from megatron_router_upcycling.checkpoint.names import FC1, FC2
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
@@ -47,6 +48,27 @@ class Cut:
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a shard, of the dense parameter's."""
         return (*shape[: self.axis], shape[self.axis] // self.granularity, *shape[self.axis + 1 :])
+
+    def sources(self, box: Box, shard: int, shape: tuple[int, ...]) -> Iterator[tuple[Box, Box]]:
+        """The parts of ``box`` of a shard, each with the box of the dense parameter that it is cut from.
+
+        Args:
+            shape: of the dense parameter.
+        """
+        block = shape[self.axis] // self.parts
+        width = block // self.granularity
+        for part in range(self.parts):
+            low = max(box.offsets[self.axis], part * width)
+            high = min(box.ends[self.axis], (part + 1) * width)
+            if low < high:
+                first = part * (block - width) + shard * width + low
+                yield self._along(box, low, high - low), self._along(box, first, high - low)
+
+    def _along(self, box: Box, offset: int, size: int) -> Box:
+        """``box`` with another extent along ``axis``."""
+        offsets, sizes = list(box.offsets), list(box.sizes)
+        offsets[self.axis], sizes[self.axis] = offset, size
+        return Box(tuple(offsets), tuple(sizes))
 
     def shards(
         self, tensor: torch.Tensor, offsets: tuple[int, ...], stored: StoredTensor

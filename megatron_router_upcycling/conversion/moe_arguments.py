@@ -18,7 +18,6 @@ FRESH = {
     "curr_iteration": 0,
     "ckpt_format": BACKEND,
     "num_floating_point_operations_so_far": 0,
-    "moe_layer_freq": 1,
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
     "moe_latent_size": None,
@@ -51,6 +50,18 @@ def model_flags(
     return {flag: value for flag, value in flags.items() if value is not None}
 
 
+def moe_arguments(
+    model: DenseModel, router: RouterConfig, shared_expert: bool, layers: tuple[int, ...] | None
+) -> dict[str, Any]:
+    """Megatron's arguments of the MoE's architecture, beside the dense model's."""
+    return _expert_sizes(model, router.granularity, shared_expert) | {
+        "moe_layer_freq": 1 if layers is None else expert_layers.frequency_of(layers, model.num_layers),
+        "num_experts": router.num_experts,
+        "moe_router_topk": router.top_k,
+        "moe_router_pre_softmax": router.pre_softmax,
+    }
+
+
 def moe_common_state(
     common: dict[str, Any],
     model: DenseModel,
@@ -63,15 +74,7 @@ def moe_common_state(
     Megatron takes architecture (``--use-checkpoint-args``) and the place in the data from the arguments
     in it; optimizer, schedule and random state start anew.
     """
-    values = vars(common["args"]) | FRESH
-    if layers is not None:
-        values["moe_layer_freq"] = expert_layers.frequency_of(layers, model.num_layers)
-    values |= _expert_sizes(model, router.granularity, shared_expert)
-    values |= {
-        "num_experts": router.num_experts,
-        "moe_router_topk": router.top_k,
-        "moe_router_pre_softmax": router.pre_softmax,
-    }
+    values = vars(common["args"]) | FRESH | moe_arguments(model, router, shared_expert, layers)
     kept = {name: common[name] for name in ("checkpoint_version", "content_metadata") if name in common}
     args = safe_pickle.namespace({name: value for name, value in values.items() if name not in DECIDED_LATER})
     return kept | {"args": args, "iteration": 0, "num_floating_point_operations_so_far": 0}

@@ -19,6 +19,7 @@ from megatron_router_upcycling.checkpoint.publish.completeness import Target
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.conversion import fine_grained
+from megatron_router_upcycling.conversion.expected import Expected
 from megatron_router_upcycling.conversion.fine_grained import Cut
 from megatron_router_upcycling.conversion.options import Options, parse_layers
 from megatron_router_upcycling.conversion.steps import (
@@ -28,7 +29,6 @@ from megatron_router_upcycling.conversion.steps import (
     CopyNorm,
     CopyShared,
     CutExperts,
-    Draw,
     Keep,
     LeaveOut,
     MakeExperts,
@@ -79,15 +79,22 @@ class Plan:
 
     def values_taken_over(self) -> list[str]:
         """The tensors of ``source`` whose values the new checkpoint has, or are made from."""
-        steps = [step for step in self.steps if not isinstance(step, LeaveOut | Draw)]
+        steps = [step for step in self.steps if not isinstance(step, LeaveOut)]
         return [key for step in steps for key in step.accounts_for() if key in self.source.tensors]
+
+    def expects(self, stats: KeyStats | None) -> dict[str, Expected]:
+        """What every tensor of the new checkpoint must hold; shapes and dtypes are those of ``makes``."""
+        work = self._work(stats, bytearray())
+        return {key: expected for step in self.steps for key, expected in step.expects(work).items()}
 
     def run(self, stats: KeyStats | None, writer: CheckpointWriter) -> None:
         """Carry out the steps."""
-        scratch = bytearray(self.scratch_bytes)
-        work = Work(self.dense, self.source, self.model, self.options, self.layers, stats, writer, scratch)
+        work = self._work(stats, bytearray(self.scratch_bytes))
         for step in self.steps:
-            step.run(work)
+            step.run(work, writer)
+
+    def _work(self, stats: KeyStats | None, scratch: bytearray) -> Work:
+        return Work(self.dense, self.source, self.model, self.options, self.layers, stats, scratch)
 
 
 class Entries(NamedTuple):
@@ -114,8 +121,6 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     experts = [_expert(key, model, options) for key in entries.ffn]
     shared = [_shared(key) for key in entries.ffn] if options.shared_expert else []
     steps: list[Step] = [Keep(entries.kept), *_norms(entries.kept, layers), *experts, *shared]
-    if options.init.weights == "random":
-        steps = [drawn for step in steps for drawn in _from_scratch(step, source)]
     routers = MakeRouters(router_parameters(model, router), layers, model.dtype)
     states = model.extra_states(router.num_experts, options.shared_expert, layers)
     kept = set(entries.kept)
@@ -198,24 +203,6 @@ def _shared(key: str) -> CopyShared:
     name, layer = split_key(key)
     target = at_layer(names.SHARED_EXPERT + name.removeprefix(names.MLP), layer)
     return CopyShared(key, target, scaled=name.startswith(names.FC2))
-
-
-def _from_scratch(step: Step, source: Checkpoint) -> list[Step]:
-    """``step`` with its values drawn in place of the dense model's."""
-    match step:
-        case Keep(keys):
-            drawn = [
-                Draw(key, source.tensors[key].shape, key, replaces=True)
-                for key in keys
-                if key in source.tensors
-            ]
-            return [Keep(tuple(key for key in keys if key not in source.tensors)), *drawn]
-        case CopyExperts() | CutExperts():
-            return [Draw(step.target, step.shape(source), step.key, replaces=True)]
-        case CopyNorm(key, target) | CopyShared(key, target):
-            return [Draw(target, source.tensors[key].shape, key, replaces=False)]
-        case _:
-            return [step]
 
 
 def _check_accounts(steps: Iterable[Step], source: Checkpoint) -> None:

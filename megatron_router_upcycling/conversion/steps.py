@@ -1,11 +1,13 @@
 """The steps of a conversion: what becomes of each entry of the dense checkpoint, and how it is done.
 
-``plan`` chooses the steps. Each says which entries of the dense checkpoint it accounts for and which entries
-of the new one it makes; ``run`` does it, with one chunk in memory at a time.
+``plan`` chooses the steps. Each says which entries of the dense checkpoint it accounts for, which entries of
+the new one it makes (``makes``) and what their values must be (``expects``, which ``verify`` compares with);
+``run`` does it, with one chunk in memory at a time.
 
 Symbols of shapes: L layers, n experts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +20,11 @@ from megatron_router_upcycling.checkpoint.names import at_layer, split_key
 from megatron_router_upcycling.checkpoint.publish.completeness import Target
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
+from megatron_router_upcycling.conversion.expected import Computed, Expected, InTurn, Origin, copy_of
 from megatron_router_upcycling.conversion.fine_grained import SHARE, Cut
 from megatron_router_upcycling.conversion.moe_arguments import moe_common_state
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.initialisation import random_weights
 from megatron_router_upcycling.initialisation.ablations import alter_expert
 from megatron_router_upcycling.initialisation.first_routers import router_values
 from megatron_router_upcycling.key_statistics.file import KeyStats
@@ -30,7 +32,7 @@ from megatron_router_upcycling.key_statistics.file import KeyStats
 
 @dataclass(frozen=True)
 class Work:
-    """What the steps read and fill."""
+    """What the steps read."""
 
     dense: Checkpoint  # its layers stacked
     source: Checkpoint  # the same, its layers apart where those of the new checkpoint are
@@ -38,12 +40,7 @@ class Work:
     options: Options
     layers: tuple[int, ...] | None  # those that get experts; None: all
     stats: KeyStats | None
-    writer: CheckpointWriter
     scratch: bytearray  # for the largest chunk that something is made from
-
-    def take_over(self, key: str, name: str) -> None:
-        """Let ``name`` stand for what ``key`` is in the dense checkpoint, its bytes untouched."""
-        self.writer.take_over(self.source, key, name, copy=self.options.materialize)
 
 
 class Step:
@@ -57,7 +54,11 @@ class Step:
         """The entries of the new checkpoint: shape and dtype of a tensor, None for an object."""
         return {}
 
-    def run(self, work: Work) -> None:
+    def expects(self, work: Work) -> dict[str, Expected]:
+        """What the tensors that it makes must hold. Nothing is computed before a value is asked for."""
+        return {}
+
+    def run(self, work: Work, writer: CheckpointWriter) -> None:
         """Do it."""
 
 
@@ -79,9 +80,12 @@ class Keep(Step):
     def makes(self, source: Checkpoint) -> dict[str, Target]:
         return {key: like(source, key) for key in self.keys}
 
-    def run(self, work: Work) -> None:
+    def expects(self, work: Work) -> dict[str, Expected]:
+        return {key: copy_of(key, "untouched") for key in self.keys if key in work.source.tensors}
+
+    def run(self, work: Work, writer: CheckpointWriter) -> None:
         for key in self.keys:
-            work.take_over(key, key)
+            writer.take_over(work.source, key, key, copy=work.options.materialize)
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,11 @@ class CopyNorm(Step):
     def makes(self, source: Checkpoint) -> dict[str, Target]:
         return {self.other: like(source, self.key)}
 
-    def run(self, work: Work) -> None:
-        work.take_over(self.key, self.other)
+    def expects(self, work: Work) -> dict[str, Expected]:
+        return {self.other: copy_of(self.key, "norms")}
+
+    def run(self, work: Work, writer: CheckpointWriter) -> None:
+        writer.take_over(work.source, self.key, self.other, copy=work.options.materialize)
 
 
 @dataclass(frozen=True)
@@ -123,20 +130,36 @@ class MakeExperts(Step):
         """A place or shape of the dense parameter's with its part along the axis of experts."""
         return (*place[: self.front], experts, *place[self.front :])
 
+    def _apart(self, box: Box) -> Iterator[tuple[int, Box]]:
+        """The experts in a box of ``target``, each with its box, which has no axis of experts."""
+        front = self.front
+        offsets, sizes = (place[:front] + place[front + 1 :] for place in (box.offsets, box.sizes))
+        for expert in range(box.offsets[front], box.ends[front]):
+            yield expert, Box(offsets, sizes)
+
+    def _together(self, expert: int, box: Box) -> Box:
+        """The inverse: a box of one expert as a box of ``target``."""
+        return Box(self._at_experts(box.offsets, expert), self._at_experts(box.sizes, 1))
+
 
 @dataclass(frozen=True)
 class CopyExperts(MakeExperts):
     """Make experts that are copies: the bytes are written once, or once an expert with ``--materialize``."""
 
-    def run(self, work: Work) -> None:
+    def expects(self, work: Work) -> dict[str, Expected]:
+        def origins(box: Box) -> Iterator[Origin]:
+            for expert, part in self._apart(box):
+                yield Origin(self._together(expert, part), self.key, part)
+
+        return {self.target: Expected("experts", origins)}
+
+    def run(self, work: Work, writer: CheckpointWriter) -> None:
         stored, shape = work.source.tensors[self.key], self.shape(work.source)
         for chunk in stored.chunks:
             sizes = self._at_experts(chunk.sizes, 1)
             offsets = [self._at_experts(chunk.offsets, expert) for expert in range(self.num_experts)]
             copies = work.options.materialize
-            work.writer.store_chunk(
-                work.source, chunk, stored.dtype, self.target, shape, sizes, offsets, copies
-            )
+            writer.store_chunk(work.source, chunk, stored.dtype, self.target, shape, sizes, offsets, copies)
 
 
 @dataclass(frozen=True)
@@ -148,7 +171,17 @@ class CutExperts(MakeExperts):
     def shape(self, source: Checkpoint) -> Shape:
         return self._at_experts(self.cut.shape(source.tensors[self.key].shape), self.num_experts)
 
-    def run(self, work: Work) -> None:
+    def expects(self, work: Work) -> dict[str, Expected]:
+        shape = work.source.tensors[self.key].shape
+
+        def origins(box: Box) -> Iterator[Origin]:
+            for expert, shard in self._apart(box):
+                for part, place in self.cut.sources(shard, expert % self.cut.granularity, shape):
+                    yield Origin(self._together(expert, part), self.key, place)
+
+        return {self.target: Expected("experts", origins)}
+
+    def run(self, work: Work, writer: CheckpointWriter) -> None:
         stored, shape = work.source.tensors[self.key], self.shape(work.source)
         for chunk in stored.chunks:
             tensor = work.source.read_chunk(chunk, stored.dtype, work.scratch)
@@ -156,23 +189,34 @@ class CutExperts(MakeExperts):
                 experts = range(shard, self.num_experts, self.cut.granularity)
                 offsets = [self._at_experts(place, expert) for expert in experts]
                 values = values.unsqueeze(self.front).contiguous()
-                work.writer.write_chunk(self.target, shape, values, offsets, work.options.materialize)
+                writer.write_chunk(self.target, shape, values, offsets, work.options.materialize)
 
 
 @dataclass(frozen=True)
 class AlterExperts(MakeExperts):
     """Make experts that differ from each other, each stored."""
 
-    def run(self, work: Work) -> None:
-        model, options = work.model, work.options
+    def expects(self, work: Work) -> dict[str, Expected]:
         name, own = split_key(self.key)
-        linear, shape = name.split(".")[-2], self.shape(work.source)
-        for layer in range(model.num_layers) if own is None else (own,):
+
+        def expert(*index: int) -> torch.Tensor:
+            layer = index[0] if own is None else own
+            return self._alter(work, work.dense.read_layer(name, layer, bytearray()), layer, index[-1])
+
+        return {self.target: Computed(expert, self.shape(work.source), self.front + 1).expected("experts")}
+
+    def run(self, work: Work, writer: CheckpointWriter) -> None:
+        (name, own), shape = split_key(self.key), self.shape(work.source)
+        for layer in range(work.model.num_layers) if own is None else (own,):
             weight = work.dense.read_layer(name, layer, work.scratch)
             for expert in range(self.num_experts):
-                made = alter_expert(weight, linear, model.gated, options.init, options.seed, layer, expert)
+                made = self._alter(work, weight, layer, expert)
                 offsets = self._at_experts((layer, 0, 0) if own is None else (0, 0), expert)
-                work.writer.write_chunk(self.target, shape, made[(None,) * (self.front + 1)], [offsets])
+                writer.write_chunk(self.target, shape, made[(None,) * (self.front + 1)], [offsets])
+
+    def _alter(self, work: Work, weight: torch.Tensor, layer: int, expert: int) -> torch.Tensor:
+        options, linear = work.options, self.key.split(".")[-2]
+        return alter_expert(weight, linear, work.model.gated, options.init, options.seed, layer, expert)
 
 
 @dataclass(frozen=True)
@@ -186,45 +230,25 @@ class CopyShared(Step):
     def makes(self, source: Checkpoint) -> dict[str, Target]:
         return {self.target: like(source, self.key)}
 
-    def run(self, work: Work) -> None:
+    def expects(self, work: Work) -> dict[str, Expected]:
         if not self.scaled:
-            work.take_over(self.key, self.target)
+            return {self.target: copy_of(self.key, "experts")}
+        name, own = split_key(self.key)
+
+        def share(*index: int) -> torch.Tensor:
+            return work.dense.read_layer(name, index[0] if own is None else own, bytearray()) * SHARE
+
+        shape = work.source.tensors[self.key].shape
+        return {self.target: Computed(share, shape, int(own is None)).expected("experts")}
+
+    def run(self, work: Work, writer: CheckpointWriter) -> None:
+        if not self.scaled:
+            writer.take_over(work.source, self.key, self.target, copy=work.options.materialize)
             return
         stored = work.source.tensors[self.key]
         for chunk in stored.chunks:
             values = work.source.read_chunk(chunk, stored.dtype, work.scratch) * SHARE
-            work.writer.write_chunk(self.target, stored.shape, values, [chunk.offsets])
-
-
-@dataclass(frozen=True)
-class Draw(Step):
-    """Make ``key`` at random, with the dtype of the dense model's ``model_key``.
-
-    ``replaces``: no other step accounts for ``model_key``.
-    """
-
-    key: str
-    shape: Shape
-    model_key: str
-    replaces: bool
-
-    def accounts_for(self) -> tuple[str, ...]:
-        return (self.model_key,) if self.replaces else ()
-
-    def makes(self, source: Checkpoint) -> dict[str, Target]:
-        return {self.key: (self.shape, source.tensors[self.model_key].dtype)}
-
-    def run(self, work: Work) -> None:
-        model, dtype = work.model, work.source.tensors[self.model_key].dtype
-        mean, std = random_weights.first_values(
-            self.key, model.init_method_std, model.num_layers, model.centered_norms
-        )
-        name, layer = split_key(self.key)
-        for block in random_weights.blocks(self.shape):
-            # A layer's own tensor has the values that it has where the layers are stacked.
-            place = block if layer is None else Box((layer, *block.offsets), (1, *block.sizes))
-            values = random_weights.draw(work.options.seed, name, place, mean, std).view(block.sizes)
-            work.writer.write_chunk(self.key, self.shape, values.to(dtype), [block.offsets])
+            writer.write_chunk(self.target, stored.shape, values, [chunk.offsets])
 
 
 @dataclass(frozen=True)
@@ -246,23 +270,42 @@ class MakeRouters(Step):
     def makes(self, source: Checkpoint) -> dict[str, Target]:
         return {key: (shape, self.dtype) for key, shape in self.shapes().items()}
 
-    def run(self, work: Work) -> None:
-        options, model = work.options, work.model
-        work.writer.next_file()
-        layers = self.layers or range(model.num_layers)
+    def expects(self, work: Work) -> dict[str, Expected]:
+        layers = self.layers or range(work.model.num_layers)
+        routers = InTurn(lambda: self._values(work))
+        expected = {}
+        for place, (key, shape) in enumerate(self.parameters):
+
+            def value(layer: int, place: int = place) -> torch.Tensor:
+                return routers[layers.index(layer)][place]
+
+            if self.layers is None:
+                expected[key] = Computed(value, shape, 1).expected("routers")
+            for layer in self.layers or ():
+                own = Computed(lambda value=value, layer=layer: value(layer), shape[1:], 0)  # type: ignore[misc]
+                expected[at_layer(key, layer)] = own.expected("routers")
+        return expected
+
+    def _values(self, work: Work) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The parameters of one layer's router after the other."""
+        options, layers = work.options, self.layers or range(work.model.num_layers)
         file = (work.stats, options.key_stats) if work.stats and options.key_stats else None
-        made = router_values(
-            work.dense, model, options.router, options.init, file, options.seed, work.scratch, layers
+        return router_values(
+            work.dense, work.model, options.router, options.init, file, options.seed, work.scratch, layers
         )
-        for layer, values in zip(layers, made, strict=True):
+
+    def run(self, work: Work, writer: CheckpointWriter) -> None:
+        writer.next_file()
+        layers = self.layers or range(work.model.num_layers)
+        for layer, values in zip(layers, self._values(work), strict=True):
             for (key, shape), value in zip(self.parameters, values, strict=True):
                 if not value.isfinite().all():
-                    raise UserError(f"--key-stats: too large for {model.dtype} in layer {layer} ({key})")
+                    raise UserError(f"--key-stats: too large for {self.dtype} in layer {layer} ({key})")
                 nowhere = (0,) * value.dim()
                 if self.layers is None:
-                    work.writer.write_chunk(key, shape, value[None], [(layer, *nowhere)])
+                    writer.write_chunk(key, shape, value[None], [(layer, *nowhere)])
                 else:
-                    work.writer.write_chunk(at_layer(key, layer), shape[1:], value, [nowhere])
+                    writer.write_chunk(at_layer(key, layer), shape[1:], value, [nowhere])
 
 
 @dataclass(frozen=True)
@@ -281,10 +324,10 @@ class AddExtraStates(Step):
     def makes(self, source: Checkpoint) -> dict[str, Target]:
         return dict.fromkeys(self.added)
 
-    def run(self, work: Work) -> None:
-        empty = work.writer.write_object(torch_save_file.dump([None]))
+    def run(self, work: Work, writer: CheckpointWriter) -> None:
+        empty = writer.write_object(torch_save_file.dump([None]))
         for key in self.added:
-            work.writer.add_object(key, empty)
+            writer.add_object(key, empty)
 
 
 @dataclass(frozen=True)
@@ -300,15 +343,15 @@ class WriteCommonState(Step):
     def makes(self, source: Checkpoint) -> dict[str, Target]:
         return {} if self.as_file else {COMMON_STATE: None}
 
-    def run(self, work: Work) -> None:
+    def run(self, work: Work, writer: CheckpointWriter) -> None:
         options = work.options
         common = moe_common_state(
             work.dense.common, work.model, options.router, options.shared_expert, work.layers
         )
         if self.as_file:
-            work.writer.write_file(COMMON_FILE, torch_save_file.dump(common))
+            writer.write_file(COMMON_FILE, torch_save_file.dump(common))
         else:
-            work.writer.add_object(COMMON_STATE, work.writer.write_object(torch_save_file.dump([common])))
+            writer.add_object(COMMON_STATE, writer.write_object(torch_save_file.dump([common])))
 
 
 @dataclass(frozen=True)

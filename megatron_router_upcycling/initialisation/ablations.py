@@ -2,11 +2,12 @@
 
 Everything here changes values that are there already, in the checkpoint's dtype. Statistics (norms, standard
 deviations, scales) are computed in float64 and rounded to float32, so that they do not depend on the order of
-a sum, and what is drawn is drawn by a generator of its own (``random_weights.generator``).
+a sum, and what is drawn is drawn by a ``generator`` of its own.
 
 Symbols: S tokens, D hidden size, F FFN size, n experts.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 
@@ -16,11 +17,16 @@ from torch import Tensor
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.initialisation.random_weights import generator
 
 KMEANS_ROUNDS = 50
 BISECTIONS = 200
 SCALES = (1e-8, 1e8)
+
+
+def generator(seed: int, *what: object) -> torch.Generator:
+    """A generator for ``what``: names and numbers, whose text is hashed together with the seed."""
+    text = ":".join(map(str, (seed, *what)))
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
 
 
 def _float32(value: Tensor | float) -> float:

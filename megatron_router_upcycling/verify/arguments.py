@@ -4,91 +4,64 @@ from typing import Any
 
 from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
+from megatron_router_upcycling.conversion.moe_arguments import model_flags, moe_arguments, moe_common_state
+from megatron_router_upcycling.conversion.plan import Plan
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.verify.findings import Findings
 from megatron_router_upcycling.verify.verification import Verification
-
-# Arguments whose values in the dense run mean nothing to a Mixture-of-Experts that starts anew.
-FRESH = {
-    "ckpt_format": "torch_dist",
-    "iteration": 0,
-    "curr_iteration": 0,
-    "consumed_train_samples": 0,
-    "consumed_valid_samples": 0,
-    "skipped_train_samples": 0,
-    "num_floating_point_operations_so_far": 0,
-}
-UPCYCLED = {
-    "moe_router_score_function": "softmax",
-    "moe_router_topk_scaling_factor": None,
-    "moe_router_enable_expert_bias": False,
-    "moe_shared_expert_intermediate_size": None,
-    "moe_latent_size": None,
-    "moe_layer_freq": 1,
-}
-LEFT_TO_TRAINING = {"moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias"}
 
 
 def check_arguments(verification: Verification) -> None:
-    """Compare the training arguments with the dense run's and with the manifest."""
-    findings = verification.findings
+    """Compare the common state with the one that convert writes; after training, the architecture in it."""
+    moe, plan, findings = verification.moe, verification.plan, verification.findings
     try:
-        args, dense_args = vars(verification.moe.args), vars(verification.dense.args)
+        args = vars(moe.args)
+        fresh = _common(plan)
+        wanted = _architecture(plan) if verification.trained else vars(fresh["args"])
     except UserError as error:
         findings.add("arguments", COMMON_STATE, str(error))
         return
-    wanted = _of_trained(dense_args) if verification.trained else _of_fresh(dense_args)
-    wanted |= _of_experts(verification)
-    for name, value in wanted.items():
-        if name not in args:
-            findings.add("arguments", name, "is missing")
-        elif repr(args[name]) != repr(value):
-            findings.add("arguments", name, f"is {args[name]!r:.60} where {value!r:.60} is expected")
-    if not verification.trained:
-        for name in sorted(set(args) - set(wanted)):
-            findings.add("arguments", name, "has no place among the arguments")
-        _check_fresh_state(verification)
+    if verification.trained:
+        args = {name: value for name, value in args.items() if name in wanted}
+    else:
+        _compare(findings, moe.common, fresh)
+    _compare(findings, args, wanted)
     findings.looked_at["arguments"] = f"{len(wanted)} arguments"
 
 
-def _of_experts(verification: Verification) -> dict[str, Any]:
-    router = verification.start.router
-    return {
-        "num_experts": router.num_experts,
-        "moe_router_topk": router.top_k,
-        "moe_router_pre_softmax": router.pre_softmax,
-        **verification.layout.arguments(verification.model),
-    }
+def _compare(findings: Findings, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in sorted((found.keys() | wanted.keys()) - {"args"}):
+        if name not in found:
+            findings.add("arguments", name, "is missing")
+        elif name not in wanted:
+            findings.add("arguments", name, "has no place there")
+        elif repr(found[name]) != repr(wanted[name]):
+            what = f"is {found[name]!r:.60} where {wanted[name]!r:.60} is expected"
+            findings.add("arguments", name, what)
 
 
-def _of_fresh(dense_args: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in dense_args.items() if name not in LEFT_TO_TRAINING}
-    return kept | FRESH | UPCYCLED
+def _common(plan: Plan) -> dict[str, Any]:
+    options = plan.options
+    return moe_common_state(plan.dense.common, plan.model, options.router, options.shared_expert, plan.layers)
 
 
-def _of_trained(dense_args: dict[str, Any]) -> dict[str, Any]:
-    """What training leaves as it is: the architecture."""
+def _architecture(plan: Plan) -> dict[str, Any]:
+    """What training leaves as it is."""
+    dense = vars(plan.dense.args)
     names = (*ARCHITECTURE.values(), *NEGATED.values(), "num_query_groups")
-    return {name: dense_args[name] for name in names if dense_args.get(name) is not None}
-
-
-def _check_fresh_state(verification: Verification) -> None:
-    """Look for what a run that goes on would find beside the arguments."""
-    common, findings = verification.moe.common, verification.findings
-    if common.get("iteration") != 0:
-        findings.add("arguments", "iteration", f"is {common.get('iteration')} in the common state")
-    known = {"args", "checkpoint_version", "content_metadata", *FRESH}
-    for name in sorted(set(common) - known):
-        findings.add("arguments", name, "has no place in the common state")
+    kept = {name: dense[name] for name in names if dense.get(name) is not None}
+    return kept | moe_arguments(plan.model, plan.options.router, plan.options.shared_expert, plan.layers)
 
 
 def check_manifest(verification: Verification) -> None:
     """Compare the manifest's architecture and digest with the dense checkpoint."""
-    dense, model, findings = verification.dense, verification.model, verification.findings
-    recorded, flags = verification.section("model"), model.flags | verification.layout.flags(model)
+    plan, findings = verification.plan, verification.findings
+    options, recorded = plan.options, verification.section("model")
+    flags = plan.model.flags | model_flags(plan.model, options.router, options.shared_expert, plan.layers)
     for flag in sorted({*recorded, *flags}):
         if recorded.get(flag) != flags.get(flag):
             what = f"manifest says {recorded.get(flag)!r:.60}, DENSE {flags.get(flag)!r:.60}"
             findings.add("arguments", flag, what)
-    if verification.section("source").get("digest") != dense.digest():
+    if verification.section("source").get("digest") != plan.dense.digest():
         what = "is not the checkpoint whose digest the manifest records"
-        findings.add("arguments", f"DENSE {dense.root}", what)
+        findings.add("arguments", f"DENSE {plan.dense.root}", what)

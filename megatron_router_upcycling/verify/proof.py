@@ -1,30 +1,32 @@
 """Is an upcycled checkpoint what it must be? Proved by reading it and the dense checkpoint it came from.
 
-``prepare`` opens both, ``run`` reads them. What there must be follows from the dense checkpoint, the key
-statistics and the manifest (``expected``). Of a checkpoint that has trained since, the structure alone can be
-checked.
+``prepare`` opens both and plans the conversion again, with the options that the manifest records; ``run``
+compares the checkpoint with what each step of that plan expects. (The tests hold the steps against slow code
+that shares nothing with them.) Of a checkpoint that has trained since, the structure alone can be checked.
 """
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling import expert_layers
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, CONFIG
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA
 from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dense
 from megatron_router_upcycling.checkpoint.read_model import read_model
 from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.conversion.options import Options
+from megatron_router_upcycling.conversion.plan import plan
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sha256
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.file import load as load_key_stats
 from megatron_router_upcycling.verify import arguments, structure
-from megatron_router_upcycling.verify.expected import Start, expected_tensors
 from megatron_router_upcycling.verify.findings import Findings
-from megatron_router_upcycling.verify.layout import Layout
-from megatron_router_upcycling.verify.sources import DataFiles
+from megatron_router_upcycling.verify.sources import DataFiles, Sources
 from megatron_router_upcycling.verify.values import Comparison, Progress
 from megatron_router_upcycling.verify.verification import Verification, has_trained, section
 
@@ -41,7 +43,6 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
         UserError: not a dense checkpoint and an upcycled one, or no key statistics.
     """
     dense = open_dense(dense_root)
-    model = read_model(dense)
     findings = Findings()
     moe = open_checkpoint(moe_root, lambda name, what: findings.add("metadata", name, what))
     record = manifest.read(moe.root)
@@ -50,18 +51,40 @@ def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path |
             f"MOE {moe.root}: has no {manifest.NAME}; name a checkpoint that convert made, or that was"
             " trained from one with megatron_router_upcycling.pretrain"
         )
-    source = moe.root / manifest.NAME
-    router, init = manifest.router_config(record, source), manifest.init_config(record, source)
-    init.check(router)
-    router_parameters(model, router)  # whether the router fits the model
-    seed = record.get("seed")
-    if not isinstance(seed, int):
-        raise UserError(f"MOE {moe.root}: its manifest has seed {seed!r}; convert the model again")
+    model = read_model(dense)
+    options = recorded_options(moe.root, record, model.num_layers)
+    options.init.check(options.router)
+    router_parameters(model, options.router)  # whether the router fits the model
     stats = None
-    if not has_trained(moe) and (router.kind.of_heads or init.needs_router_input):
-        stats = _key_stats(model, section(moe, record, "key_stats"), key_stats_file, findings)
-    layout = Layout.of(section(moe, record, "model"), router, model, source)
-    return Verification(dense, model, moe, record, Start(router, init, stats, seed), layout, findings)
+    if not has_trained(moe) and (options.router.kind.of_heads or options.init.needs_router_input):
+        stats, path = _key_stats(model, section(moe, record, "key_stats"), key_stats_file, findings)
+        options = replace(options, key_stats=path)
+    return Verification(moe, record, plan(dense, model, options), stats, findings)
+
+
+def recorded_options(root: Path, record: dict[str, Any], num_layers: int) -> Options:
+    """The options of the conversion that a manifest records.
+
+    Raises:
+        UserError: it does not say, or not of a model of so many layers.
+    """
+    source = root / manifest.NAME
+    flags, seed = record.get("model"), record.get("seed")
+    if not isinstance(seed, int) or not isinstance(flags, dict):
+        raise UserError(f"{source}: has no 'seed' or no 'model' section; convert the model again")
+    layers = None
+    if (text := flags.get("moe_layer_freq")) is not None:
+        frequencies = expert_layers.layer_frequency(text, f"{source}: its moe_layer_freq")
+        if not isinstance(frequencies, list) or len(frequencies) != num_layers:
+            raise UserError(f"{source}: its moe_layer_freq is no list of 0 and 1 for each layer of DENSE")
+        layers = ",".join(str(layer) for layer, one in enumerate(frequencies) if one)
+    return Options(
+        router=manifest.router_config(record, source),
+        seed=seed,
+        shared_expert=flags.get("moe_shared_expert_intermediate_size") is not None,
+        layers=layers,
+        init=manifest.init_config(record, source),
+    )
 
 
 def _key_stats(
@@ -97,21 +120,19 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
         UserError: the dense checkpoint is damaged.
     """
     with (
-        closing(DataFiles(verification.dense.iteration_dir)) as dense_files,
+        closing(DataFiles(verification.plan.source.iteration_dir)) as dense_files,
         closing(DataFiles(verification.moe.iteration_dir)) as moe_files,
     ):
-        comparison = Comparison(verification.moe, moe_files, verification.findings, progress)
-        _check(verification, dense_files, moe_files, comparison)
+        sources = Sources(verification.plan.source, dense_files)
+        comparison = Comparison(verification.moe, moe_files, sources, verification.findings, progress)
+        _check(verification, moe_files, comparison)
     _say_what_was_seen(verification, comparison)
     return verification.findings
 
 
-def _check(
-    verification: Verification, dense_files: DataFiles, moe_files: DataFiles, comparison: Comparison
-) -> None:
-    dense, model, moe = verification.dense, verification.model, verification.moe
-    start, layout, trained = verification.start, verification.layout, verification.trained
-    expected = expected_tensors(dense, dense_files, model, start, layout)
+def _check(verification: Verification, moe_files: DataFiles, comparison: Comparison) -> None:
+    moe, trained = verification.moe, verification.trained
+    expected = verification.plan.expects(verification.stats)
     comparable = structure.check_tensors(verification, expected)
     identities = structure.check_objects(verification, moe_files)
     arguments.check_arguments(verification)
@@ -141,13 +162,13 @@ def _say_what_was_seen(verification: Verification, comparison: Comparison) -> No
             findings.looked_at[check] = format_bytes(comparison.compared.get(check, 0))
     if verification.trained:
         findings.skipped["states"] = findings.skipped["files"] = TRAINED
-    elif not verification.start.router.kind.of_heads and comparison.compared.get("routers"):
-        findings.looked_at["routers"] += f", drawn again from seed {verification.start.seed}"
+    elif not verification.plan.options.router.kind.of_heads and comparison.compared.get("routers"):
+        findings.looked_at["routers"] += f", drawn again from seed {verification.plan.options.seed}"
 
 
 def describe(verification: Verification, seconds: float) -> str:
     """What was proved and what differs, for a screen."""
-    findings, router, moe = verification.findings, verification.start.router, verification.moe
+    findings, moe, router = verification.findings, verification.moe, verification.plan.options.router
     kind = router.describe()
     since = f", trained to {moe.iteration_dir.name}: values not compared" if verification.trained else ""
     verdict = f"{len(findings.found)} DIFFERENCES" if findings else "as it must be"

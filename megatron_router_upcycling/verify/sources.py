@@ -1,12 +1,13 @@
-"""Where expected values come from: boxes of a stored tensor, or of one that is computed."""
+"""Where expected values come from: boxes of a stored tensor, or of one that is computed.
+
+Values are read as unsigned integers of the dtype's size: equal means bitwise equal.
+"""
 
 import io
-import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -18,18 +19,10 @@ from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
 from megatron_router_upcycling.checkpoint.format.torch_save_check import Contents, Damaged, examine
 from megatron_router_upcycling.checkpoint.format.torch_save_file import Values
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.conversion.expected import Computed
 from megatron_router_upcycling.errors import UserError
 
 Place = tuple[int, int, int, int]  # device, inode, offset and length of a chunk's bytes
-
-
-class Source(Protocol):
-    """Values to compare with, as unsigned integers of the dtype's size: equal means bitwise equal."""
-
-    def read(self, box: Box) -> np.ndarray: ...
-
-    def place(self, box: Box) -> Place | None:
-        """Where the values of ``box`` lie in one piece, or None."""
 
 
 class DataFiles:
@@ -133,43 +126,46 @@ class StoredTensor:
 
 
 class ComputedTensor:
-    """A tensor that is computed box by box; the box computed last is kept.
+    """A tensor of computed values; the box computed last is kept."""
 
-    Args:
-        boxes: those of the boxes it is computed in that overlap the one given.
-        compute: the values of one of them.
-    """
-
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        boxes: Callable[[Box], Iterator[Box]],
-        compute: Callable[[Box], torch.Tensor],
-    ) -> None:
-        self.dtype, self.boxes, self.compute = dtype, boxes, compute
+    def __init__(self, values: Computed) -> None:
+        self.computed = values
         self._last: tuple[Box, np.ndarray] | None = None
 
     def place(self, box: Box) -> Place | None:
         return None
 
     def read(self, box: Box) -> np.ndarray:
-        made: np.ndarray = np.empty(box.sizes, WORDS[self.dtype.itemsize])
-        for whole in self.boxes(box):
-            if part := whole.overlap(box):
-                made[inside(part, box.offsets)] = self._values(whole)[inside(part, whole.offsets)]
-        return made
+        parts = [(whole, part) for whole in self.computed.boxes(box) if (part := whole.overlap(box))]
+        made = [self._values(whole)[inside(part, whole.offsets)] for whole, part in parts]
+        if len(made) == 1:
+            return made[0]
+        joined: np.ndarray = np.empty(box.sizes, made[0].dtype)
+        for (_, part), values in zip(parts, made, strict=True):
+            joined[inside(part, box.offsets)] = values
+        return joined
 
     def _values(self, box: Box) -> np.ndarray:
         if self._last is None or self._last[0] != box:
-            self._last = box, as_words(self.compute(box).to(self.dtype)).reshape(box.sizes)
+            self._last = box, as_words(self.computed.values(box)).reshape(box.sizes)
         return self._last[1]
 
 
-def slices(shape: Shape, num_axes: int, box: Box) -> Iterator[Box]:
-    """The boxes at one index of each of the first ``num_axes`` axes that overlap ``box``."""
-    rest = shape[num_axes:]
-    for index in itertools.product(*map(range, box.offsets[:num_axes], box.ends[:num_axes])):
-        yield Box((*index, *(0 for _ in rest)), (*(1 for _ in index), *rest))
+class Sources:
+    """The sources that ``Origin`` names: tensors of ``checkpoint`` by key, and computed ones."""
+
+    def __init__(self, checkpoint: Checkpoint, files: DataFiles) -> None:
+        self.checkpoint, self.files = checkpoint, files
+        self._sources: dict[str | Computed, StoredTensor | ComputedTensor] = {}
+
+    def __getitem__(self, name: str | Computed) -> StoredTensor | ComputedTensor:
+        if name not in self._sources:
+            self._sources[name] = (
+                StoredTensor(self.checkpoint, self.files, name)
+                if isinstance(name, str)
+                else ComputedTensor(name)
+            )
+        return self._sources[name]
 
 
 def as_words(tensor: torch.Tensor) -> np.ndarray:

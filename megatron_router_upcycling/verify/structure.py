@@ -7,22 +7,14 @@ from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
 from megatron_router_upcycling.checkpoint.format.torch_save_check import Damaged
-from megatron_router_upcycling.checkpoint.layers import split_layers
-from megatron_router_upcycling.checkpoint.names import (
-    EXTRA_STATE,
-    ROUTER,
-    TRAINING_STATE,
-    is_ffn,
-    other_norm,
-    split_key,
-)
+from megatron_router_upcycling.checkpoint.names import ROUTER, TRAINING_STATE, other_norm, split_key
 from megatron_router_upcycling.checkpoint.publish.completeness import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.conversion.expected import Expected
+from megatron_router_upcycling.conversion.steps import Keep
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sha256
 from megatron_router_upcycling.verify.findings import Findings
-from megatron_router_upcycling.verify.layout import Layout
-from megatron_router_upcycling.verify.pieces import ExpectedTensor
 from megatron_router_upcycling.verify.sources import DataFiles
 from megatron_router_upcycling.verify.verification import Verification
 
@@ -30,19 +22,22 @@ from megatron_router_upcycling.verify.verification import Verification
 BALANCING = tuple(f"{ROUTER}.{name}" for name in ("expert_bias", "qb_beta", "local_tokens_per_expert"))
 
 
-def check_tensors(verification: Verification, expected: Mapping[str, ExpectedTensor]) -> set[str]:
+def check_tensors(verification: Verification, expected: Mapping[str, Expected]) -> set[str]:
     """Find tensors that are missing, unexplained or of another shape; return those that can be compared."""
     moe, trained, findings = verification.moe, verification.trained, verification.findings
-    comparable = set()
+    comparable, made = set(), verification.plan.makes()
     for key, wanted in expected.items():
+        target = made[key]
+        assert target is not None
+        shape, dtype = target
         stored = moe.tensors.get(key)
         if stored is None:
             if not (trained and other_norm(key) in moe.tensors):  # training saves the name that it uses
                 findings.add(wanted.check, key, "is missing")
-        elif stored.shape != wanted.shape:
-            findings.add(wanted.check, key, f"is {list(stored.shape)} where {list(wanted.shape)} is expected")
-        elif stored.dtype != wanted.dtype and not trained:
-            findings.add(wanted.check, key, f"is {stored.dtype} where {wanted.dtype} is expected")
+        elif stored.shape != shape:
+            findings.add(wanted.check, key, f"is {list(stored.shape)} where {list(shape)} is expected")
+        elif stored.dtype != dtype and not trained:
+            findings.add(wanted.check, key, f"is {stored.dtype} where {dtype} is expected")
         else:
             comparable.add(key)
     for key in moe.tensors:
@@ -74,17 +69,16 @@ def check_ranges(moe: Checkpoint, whole_files: Iterable[str], findings: Findings
 
 def check_objects(verification: Verification, files: DataFiles) -> dict[Blob, bytes]:
     """Compare extra states with the dense model's; return the identities of all objects' bytes."""
-    moe, layout, findings = verification.moe, verification.layout, verification.findings
-    router, model = verification.start.router, verification.model
-    dense = verification.dense if layout.layers is None else split_layers(verification.dense)
-    kept = _kept_states(dense, layout)
-    looked_for = set(model.extra_states(router.num_experts, layout.shared_expert, layout.layers))
+    moe, plan, findings = verification.moe, verification.plan, verification.findings
+    dense = plan.source
+    kept = {key for step in plan.steps if isinstance(step, Keep) for key in step.keys if key in dense.objects}
+    wanted = {key for key, target in plan.makes().items() if target is None} - {COMMON_STATE}
 
     def fault(key: str, blob: Blob) -> str | None:
         if key in kept:
             same = moe.read_blob(blob) == dense.read_blob(dense.objects[key])
             return None if same else "differs from the dense model's"
-        if key not in looked_for:
+        if key not in wanted:
             return "has no place in this Mixture-of-Experts"
         return None if torch_save_file.load(moe.read_blob(blob), key) == [None] else "is not empty"
 
@@ -98,24 +92,9 @@ def check_objects(verification: Verification, files: DataFiles) -> dict[Blob, by
         except (Damaged, UserError, OSError) as error:
             findings.add("damage", key, f"{blob.file}, {blob.length} bytes at {blob.offset}: {error}")
     if not verification.trained:
-        for key in sorted((kept | looked_for) - set(moe.objects)):
+        for key in sorted(wanted - set(moe.objects)):
             findings.add("states", key, "is missing")
     return identities
-
-
-def _kept_states(dense: Checkpoint, layout: Layout) -> set[str]:
-    """The dense model's extra states that the Mixture-of-Experts has too: all but those of an FFN."""
-
-    def is_replaced(key: str) -> bool:
-        name, layer = split_key(key)
-        return EXTRA_STATE in name and is_ffn(name) and layout.has_experts(layer)
-
-    return {
-        key
-        for key in dense.objects
-        if not (TRAINING_STATE.match(key) or is_replaced(key) or key == COMMON_STATE)
-        and dense.is_verbatim(key)
-    }
 
 
 def check_files(verification: Verification, identities: Mapping[Blob, bytes]) -> None:

@@ -9,7 +9,7 @@ hard link), that proves them equal; the bytes are read all the same, for their c
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,9 +19,9 @@ from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
 from megatron_router_upcycling.checkpoint.format.torch_save_check import Contents, Damaged
 from megatron_router_upcycling.checkpoint.names import EXPERTS, is_of_layers, split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.conversion.expected import Expected, Origin
 from megatron_router_upcycling.verify.findings import Findings, span
-from megatron_router_upcycling.verify.pieces import ExpectedTensor, Piece
-from megatron_router_upcycling.verify.sources import DataFiles, as_words, inside
+from megatron_router_upcycling.verify.sources import DataFiles, Sources, as_words, inside
 
 BLOCK_BYTES = 2 << 20  # stays in a processor's cache between the checksum and the comparison
 
@@ -46,58 +46,60 @@ class _Stream:
 class _Group:
     """Chunks of one shape that must hold the same values, by the bytes that they name.
 
-    ``pieces`` begin where the chunk begins; there are none where nothing is known of the values.
+    Of the first of them: where it begins, and where its values come from (None: nothing is known of them).
     """
 
-    pieces: list[Piece]
+    offsets: Shape
+    expected: Expected | None
     chunks: dict[Blob, list[Chunk]] = field(default_factory=dict)
 
 
 class Comparison:
-    """Compares the tensors of ``moe``, one after the other; what is wrong goes to ``findings``.
+    """Compares the tensors of ``moe`` with ``sources``, in turn; what is wrong goes to ``findings``.
 
     ``identities`` collects what every chunk's bytes hold, ``compared`` the bytes that were found equal or
     not for each check, ``linked`` those of them that are the dense checkpoint's own, ``read`` all bytes.
     """
 
-    def __init__(self, moe: Checkpoint, files: DataFiles, findings: Findings, progress: Progress) -> None:
-        self.moe, self.files, self.findings, self.progress = moe, files, findings, progress
+    def __init__(
+        self, moe: Checkpoint, files: DataFiles, sources: Sources, findings: Findings, progress: Progress
+    ) -> None:
+        self.moe, self.files, self.sources = moe, files, sources
+        self.findings, self.progress = findings, progress
         self.identities: dict[Blob, bytes] = {}
         self.compared: dict[str, int] = {}
         self.linked = self.read = 0
         self._buffer: np.ndarray = np.empty(BLOCK_BYTES, np.uint8)
 
-    def compare(self, key: str, expected: ExpectedTensor | None) -> None:
+    def compare(self, key: str, expected: Expected | None) -> None:
         """Read tensor ``key`` and compare it; without ``expected`` it is read alone.
 
         Raises:
             UserError: the dense checkpoint is damaged.
         """
         for group in self._groups(key, expected):
-            streams = [self._open(key, blob, chunks, group.pieces) for blob, chunks in group.chunks.items()]
+            streams = [self._open(key, blob, chunks, group) for blob, chunks in group.chunks.items()]
             opened = [stream for stream in streams if stream is not None]
             plain = [stream for stream in opened if stream.contents.values]
             if plain:
-                self._read(key, plain, group.pieces)
+                self._read(key, plain, group)
             for stream in opened:
                 if not stream.contents.values:
-                    self._read_whole(key, stream, group.pieces)
+                    self._read_whole(key, stream, group)
                 self._report(key, expected, stream)
 
-    def _groups(self, key: str, expected: ExpectedTensor | None) -> Iterator[_Group]:
+    def _groups(self, key: str, expected: Expected | None) -> Iterator[_Group]:
         groups: dict[object, _Group] = {}
         for chunk in self.moe.tensors[key].chunks:
-            pieces: list[Piece] = []
-            if expected:
-                for piece in expected.pieces(Box(chunk.offsets, chunk.sizes)):
-                    start = tuple(map(int.__sub__, piece.box.offsets, chunk.offsets))
-                    pieces.append(replace(piece, box=Box(start, piece.box.sizes)))
-            same = tuple((piece.box, piece.name, piece.source_box(piece.box)) for piece in pieces)
-            group = groups.setdefault((chunk.sizes, same or chunk.blob), _Group(pieces))
+            same = tuple(
+                (tuple(map(int.__sub__, box.offsets, chunk.offsets)), box.sizes, source, place)
+                for box, source, place in _origins(expected, Box(chunk.offsets, chunk.sizes))
+            )
+            group = groups.setdefault((chunk.sizes, same or chunk.blob), _Group(chunk.offsets, expected))
             group.chunks.setdefault(chunk.blob, []).append(chunk)
         yield from groups.values()
 
-    def _open(self, key: str, blob: Blob, chunks: list[Chunk], pieces: list[Piece]) -> _Stream | None:
+    def _open(self, key: str, blob: Blob, chunks: list[Chunk], group: _Group) -> _Stream | None:
         dtype, sizes = self.moe.tensors[key].dtype, chunks[0].sizes
         try:
             contents = self.files.examine(blob)
@@ -111,17 +113,16 @@ class Comparison:
             self.progress(math.prod(sizes) * dtype.itemsize)
             return None
         self.identities[blob] = contents.identity
-        place = pieces[0].source.place(pieces[0].source_box(pieces[0].box)) if len(pieces) == 1 else None
+        origins = _origins(group.expected, Box(group.offsets, sizes))
+        place = self.sources[origins[0].source].place(origins[0].place) if len(origins) == 1 else None
         return _Stream(blob, contents, chunks, linked=place == self.files.place(blob))
 
-    def _read(self, key: str, streams: list[_Stream], pieces: list[Piece]) -> None:
+    def _read(self, key: str, streams: list[_Stream], group: _Group) -> None:
         """Read plain values, all streams a block at a time."""
         dtype, sizes = self.moe.tensors[key].dtype, streams[0].chunks[0].sizes
-        if all(stream.linked for stream in streams):
-            pieces = []
-        done = 0
+        all_linked, done = all(stream.linked for stream in streams), 0
         for block in blocks(Box((0,) * len(sizes), sizes), BLOCK_BYTES // dtype.itemsize):
-            expected = list(_expected(pieces, block))
+            expected = [] if all_linked else self._expected(group, block)
             view = memoryview(self._buffer)[: math.prod(block.sizes) * dtype.itemsize]
             words: np.ndarray = np.frombuffer(view, WORDS[dtype.itemsize]).reshape(block.sizes)
             for stream in streams:
@@ -143,7 +144,7 @@ class Comparison:
             if stream.checksum != stream.contents.values.checksum:
                 self._damaged(key, stream.blob, stream.chunks, "the values do not match their checksum")
 
-    def _read_whole(self, key: str, stream: _Stream, pieces: list[Piece]) -> None:
+    def _read_whole(self, key: str, stream: _Stream, group: _Group) -> None:
         """Values that do not lie row after row: PyTorch reads them, all at once."""
         dtype = self.moe.tensors[key].dtype
         try:
@@ -153,10 +154,21 @@ class Comparison:
             return
         stream.finite = all_finite(words, dtype)
         whole = Box((0,) * words.ndim, words.shape)
-        _compare(stream, whole, words, list(_expected(pieces, whole)))
+        _compare(stream, whole, words, self._expected(group, whole))
         self.progress(words.nbytes)
 
-    def _report(self, key: str, expected: ExpectedTensor | None, stream: _Stream) -> None:
+    def _expected(self, group: _Group, block: Box) -> list[tuple[Box, np.ndarray]]:
+        """The parts of a block of the group's chunks that something is known of, and their values."""
+        begin = tuple(map(int.__add__, group.offsets, block.offsets))
+        return [
+            (
+                Box(tuple(map(int.__sub__, box.offsets, group.offsets)), box.sizes),
+                self.sources[source].read(place).reshape(box.sizes),
+            )
+            for box, source, place in _origins(group.expected, Box(begin, block.sizes))
+        ]
+
+    def _report(self, key: str, expected: Expected | None, stream: _Stream) -> None:
         stored = self.moe.tensors[key]
         nbytes = math.prod(stream.chunks[0].sizes) * stored.dtype.itemsize
         self.read += nbytes
@@ -208,11 +220,8 @@ def where(key: str, chunks: list[Chunk]) -> tuple[str, str]:
     return layers, experts
 
 
-def _expected(pieces: list[Piece], block: Box) -> Iterator[tuple[Box, np.ndarray]]:
-    """The parts of a block that something is known of, and what their values must be."""
-    for piece in pieces:
-        if part := piece.box.overlap(block):
-            yield part, piece.source.read(piece.source_box(part)).reshape(part.sizes)
+def _origins(expected: Expected | None, box: Box) -> list[Origin]:
+    return list(expected.origins(box)) if expected else []
 
 
 def _compare(stream: _Stream, block: Box, words: np.ndarray, expected: list[tuple[Box, np.ndarray]]) -> None:

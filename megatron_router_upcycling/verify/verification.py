@@ -5,26 +5,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.conversion.plan import Plan
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.verify.expected import Start
+from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.verify.findings import Findings
-from megatron_router_upcycling.verify.layout import Layout
 
 FRESH_ITERATION = "release"  # the iteration of a checkpoint that convert made
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The two checkpoints, open, and what is wrong with them so far."""
+    """The Mixture-of-Experts, the conversion that must have made it, and what is wrong so far.
 
-    dense: Checkpoint
-    model: DenseModel
+    ``plan`` is that of the dense checkpoint with the options that the manifest records; ``stats`` are the
+    key statistics, None where none are needed.
+    """
+
     moe: Checkpoint
     record: dict[str, Any]  # the manifest
-    start: Start
-    layout: Layout
+    plan: Plan
+    stats: KeyStats | None
     findings: Findings
 
     @property

@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = sorted(
     path.stem
     for path in (CONFIGS / "methods").glob("*.yaml")
-    if path.stem != "base" and not path.stem.startswith("calibrated")
+    if path.stem not in ("base", "scratch") and not path.stem.startswith("calibrated")
 )
 ROUTER = "decoder.layers.mlp.router"
 L, D = dense_checkpoint.LAYERS, dense_checkpoint.HIDDEN
@@ -59,40 +59,6 @@ def test_method_is_one_file(folder: Path, tmp_path: Path, method: str) -> None:
     assert record is not None
     assert record["router"]["top_k"] == row.top_k and record["router"]["pre_softmax"]
     assert cli.main(["verify", str(folder / "dense"), str(tmp_path / "moe"), "--quiet"]) == 0
-
-
-def test_scratch_is_drawn_as_megatron_draws_and_shares_nothing(folder: Path, tmp_path: Path) -> None:
-    file = CONFIGS / "methods/scratch.yaml"
-    first = convert(folder, tmp_path / "a", file)
-    again = convert(folder, tmp_path / "b", file)
-    other = convert(folder, tmp_path / "c", file, "--seed", 5)
-    dense = dense_checkpoint.read_back(folder / "dense/iter_0000008")
-    for key, value in first.items():
-        assert torch.equal(value, again[key])
-        if "norm" in key:
-            assert (value == 1).all()
-        elif key.endswith("bias"):
-            assert (value == 0).all()
-        else:
-            assert not torch.equal(value, other[key]) and not torch.equal(value, dense.get(key, other[key]))
-            scaled = (2 * L) ** -0.5 if "linear_proj" in key or "linear_fc2" in key else 1.0
-            assert value.std() == pytest.approx(0.02 * scaled, rel=0.1)
-            assert value.mean().abs() < 0.002
-    fc1 = first["decoder.layers.mlp.experts.experts.linear_fc1.weight"]
-    assert not torch.equal(fc1[0, 0], fc1[0, 1]) and not torch.equal(fc1[0, 0], fc1[1, 0])
-    assert all(path.stat().st_nlink == 1 for path in (tmp_path / "a/release").iterdir())
-
-    layered = convert(folder, tmp_path / "d", file, "--layers", "1")
-    assert torch.equal(layered["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"], fc1[1])
-    assert cli.main(["verify", str(folder / "dense"), str(tmp_path / "d"), "--quiet"]) == 0
-
-
-def test_verify_finds_what_differs_in_a_model_from_scratch(folder: Path, tmp_path: Path) -> None:
-    convert(folder, tmp_path / "moe", CONFIGS / "methods/scratch.yaml")
-    record = manifest.read(tmp_path / "moe")
-    assert record is not None
-    manifest.write(tmp_path / "moe", record | {"seed": 1})
-    assert cli.main(["verify", str(folder / "dense"), str(tmp_path / "moe"), "--quiet"]) == 1
 
 
 ABLATIONS = sorted(path.stem for path in (CONFIGS / "ablations").glob("*.yaml"))
@@ -267,7 +233,6 @@ def _experts(number: int) -> str:
         ({"keys": "none"}, "keys none: choose one of heads, random"),
         ({"expert_noise": "much"}, "option expert_noise cannot be 'much'"),
         ({"entropy": 1}, "unknown upcycling option 'entropy'"),
-        ({"weights": "random"}, "weights random: has no attention heads"),
         ({"router": "locmoe", "locality_loss_coeff": -1}, "locality_loss_coeff -1: must be 0 or more"),
         ({"router": "switch"}, "--router switch: sends a token to one expert"),
     ],

@@ -40,11 +40,6 @@ def upcycle(
         layers: those that get experts, each layer having names of its own; None: all, stacked.
     """
     moe = with_experts(dense, args, router, init, seed, shared_expert)
-    if init.weights == "random":
-        dense, moe = (
-            {key: drawn.from_scratch(key, value, args, seed) for key, value in tensors.items()}
-            for tensors in (dense, moe)
-        )
     made = routers(dense, args, router, init, head_keys, router_input, seed, layers or range(args.num_layers))
     if layers is None:
         return moe | {ROUTER + name: torch.stack(list(values.values())) for name, values in made.items()}

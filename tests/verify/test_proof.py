@@ -29,11 +29,11 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion import convert
+from megatron_router_upcycling.conversion.expected import copy_of
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.verify import proof, values
 from megatron_router_upcycling.verify.findings import Finding, Findings
-from megatron_router_upcycling.verify.pieces import copy_of
-from megatron_router_upcycling.verify.sources import DataFiles, StoredTensor
+from megatron_router_upcycling.verify.sources import DataFiles, Sources
 from tests import dense_checkpoint
 from tests.conversion.test_convert import EXPERTS, ROUTER
 from tests.dense_checkpoint import ATTENTION, LAYERS, MLP, make_stats
@@ -535,7 +535,7 @@ def test_other_key_statistics_differ(shared: Conversion, tmp_path: Path) -> None
     from megatron_router_upcycling.key_statistics import file as key_stats_file
 
     assert stats.attended is not None
-    stats.attended[1] = stats.attended[1].roll(2, dims=0)  # the pairs of heads with the keys of other pairs
+    stats.attended[1] *= 2  # the same groups of heads
     key_stats_file.save(tmp_path / "ks", stats, overwrite=True)
     found = proof.run(proof.prepare(shared.dense, shared.moe, tmp_path / "ks")).found
     assert {(f.name, f.layer) for f in found} == {(str(tmp_path / "ks"), ""), (f"{ROUTER}.expert_key", "1")}
@@ -646,10 +646,10 @@ def test_chunks_of_another_grid_are_compared(
     def compare(one: str, other: str) -> list[Finding]:
         source, target = open_checkpoint(tmp_path / one), open_checkpoint(tmp_path / other)
         found = Findings()
-        stored = StoredTensor(source, DataFiles(source.iteration_dir), "w")
+        sources = Sources(source, DataFiles(source.iteration_dir))
         read: list[int] = []
-        comparison = values.Comparison(target, DataFiles(target.iteration_dir), found, read.append)
-        comparison.compare("w", copy_of(stored, "untouched"))
+        comparison = values.Comparison(target, DataFiles(target.iteration_dir), sources, found, read.append)
+        comparison.compare("w", copy_of("w", "untouched"))
         assert sum(read) == tensor.nbytes
         return list(found.found)
 

@@ -14,17 +14,13 @@ from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.format.finite import WORDS
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion.options import read_method
-from megatron_router_upcycling.initialisation import random_weights
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.verify import proof
-from megatron_router_upcycling.verify.expected import expected_tensors
-from megatron_router_upcycling.verify.pieces import ExpectedTensor
-from megatron_router_upcycling.verify.sources import DataFiles
+from megatron_router_upcycling.verify.sources import DataFiles, Sources
 from megatron_router_upcycling.verify.values import blocks
 from tests import dense_checkpoint
 from tests.dense_checkpoint import ATTENTION, GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP
-from tests.reference import drawn
 from tests.reference.upcycled import upcycle
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -32,7 +28,7 @@ STARTS = [
     path.relative_to(CONFIGS).with_suffix("").as_posix()
     for folder in ("methods", "ablations")
     for path in sorted((CONFIGS / folder).glob("*.yaml"))
-    if path.stem != "base"
+    if path.stem not in ("base", "scratch")  # which is no conversion
 ]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "all layers": {},
@@ -41,7 +37,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 UNCUT = {  # what refuses --granularity
     "methods/locmoe",
-    "methods/scratch",
     "methods/switch",
     "ablations/drop_upcycling",
     "ablations/expert_noise",
@@ -139,13 +134,6 @@ def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return made
 
 
-@pytest.fixture(autouse=True)
-def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A matrix of a model from scratch is drawn in several runs of rows."""
-    monkeypatch.setattr(random_weights, "BLOCK", 100)
-    monkeypatch.setattr(drawn, "MOST_ELEMENTS", 100)
-
-
 def convert(dense: Dense, out: Path, config: str, layout: dict[str, Any]) -> None:
     file = CONFIGS / f"{config}.yaml"
     given = read_method(file)
@@ -159,23 +147,24 @@ def convert(dense: Dense, out: Path, config: str, layout: dict[str, Any]) -> Non
     assert cli.main([str(part) for part in command]) == 0
 
 
-def values_of(tensor: ExpectedTensor) -> torch.Tensor:
-    """All that ``verify`` expects in a tensor, asked for in blocks of a few rows."""
-    made: np.ndarray = np.empty(tensor.shape, WORDS[tensor.dtype.itemsize])
-    for block in blocks(Box((0,) * len(tensor.shape), tensor.shape), 300):
-        for piece in tensor.pieces(block):
-            place = tuple(map(slice, piece.box.offsets, piece.box.ends))
-            made[place] = piece.source.read(piece.source_box(piece.box)).reshape(piece.box.sizes)
-    return torch.from_numpy(made).view(tensor.dtype)
-
-
 def expected_by_verify(dense: Path, moe: Path) -> Tensors:
+    """All that ``verify`` expects, asked for in blocks of a few rows."""
     ready = proof.prepare(dense, moe)
-    files = DataFiles(ready.dense.iteration_dir)
-    expected = expected_tensors(ready.dense, files, ready.model, ready.start, ready.layout)
-    made = {key: values_of(tensor) for key, tensor in expected.items()}
+    files = DataFiles(ready.plan.source.iteration_dir)
+    sources, tensors = Sources(ready.plan.source, files), {}
+    for key, expected in ready.plan.expects(ready.stats).items():
+        target = ready.plan.makes()[key]
+        assert target is not None
+        shape, dtype = target
+        made: np.ndarray = np.empty(shape, WORDS[dtype.itemsize])
+        for block in blocks(Box((0,) * len(shape), shape), 300):
+            for box, source, place in expected.origins(block):
+                made[tuple(map(slice, box.offsets, box.ends))] = (
+                    sources[source].read(place).reshape(box.sizes)
+                )
+        tensors[key] = torch.from_numpy(made).view(dtype)
     files.close()
-    return made
+    return tensors
 
 
 def assert_equal(found: Tensors, wanted: Tensors) -> None:

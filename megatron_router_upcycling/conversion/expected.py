@@ -1,0 +1,75 @@
+"""What the tensors of a conversion must hold, box by box: the dense checkpoint's values, or computed ones."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """Values that ``compute`` gives at one index of each of the first ``num_axes`` axes of ``shape``."""
+
+    compute: Callable[..., torch.Tensor]
+    shape: Shape
+    num_axes: int
+
+    def boxes(self, box: Box) -> Iterator[Box]:
+        """The boxes that are computed at a time and overlap ``box``."""
+        count, rest = self.num_axes, self.shape[self.num_axes :]
+        for index in itertools.product(*map(range, box.offsets[:count], box.ends[:count])):
+            yield Box((*index, *(0 for _ in rest)), (*(1 for _ in index), *rest))
+
+    def values(self, box: Box) -> torch.Tensor:
+        """The values of one of the ``boxes``."""
+        return self.compute(*box.offsets[: self.num_axes])
+
+    def expected(self, check: str) -> "Expected":
+        """A tensor of these values."""
+        return Expected(check, lambda box: [Origin(box, self, box)])
+
+
+class Origin(NamedTuple):
+    """``box`` of a new tensor holds what ``place`` of ``source`` holds, element for element in their order.
+
+    ``source``: a key of the dense checkpoint as the plan sees it (``Plan.source``), or computed values.
+    """
+
+    box: Box
+    source: str | Computed
+    place: Box
+
+
+class Expected(NamedTuple):
+    """Where the values of a box of a new tensor come from; ``check``: the kind of finding."""
+
+    check: str
+    origins: Callable[[Box], Iterable[Origin]]
+
+
+def copy_of(key: str, check: str) -> Expected:
+    """A tensor that is ``key`` of the dense checkpoint."""
+    return Expected(check, lambda box: [Origin(box, key, box)])
+
+
+class InTurn:
+    """The items that ``make`` yields one after the other, by their number; one is kept.
+
+    Random routers come from one generator, so that a layer's values need those of the layers before it.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[tuple[torch.Tensor, ...]]]) -> None:
+        self.make = make
+        self._next, self._made = 0, make()
+        self._item: tuple[torch.Tensor, ...] = ()
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, ...]:
+        if number + 1 < self._next:
+            self._next, self._made = 0, self.make()
+        while self._next <= number:
+            self._next, self._item = self._next + 1, next(self._made)
+        return self._item
