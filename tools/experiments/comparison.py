@@ -30,6 +30,7 @@ class Claim:
 class Comparison:
     """What the file says.
 
+    - ``from_scratch``: the runs that are trained without a conversion; their files have the architecture.
     - ``paper``: the paper's figure for a run, in percent, where it has one.
     - ``corpus``: flags of prepare-data, where the dense model is trained first.
     - ``ranks``: processes of a run on this machine, where no ``launcher`` starts it.
@@ -43,6 +44,7 @@ class Comparison:
     runs: dict[str, Path]
     seeds: tuple[int, ...]
     reference: str
+    from_scratch: tuple[str, ...] = ()
     dense: Path | None = None
     corpus: dict[str, Any] = field(default_factory=dict)
     output: Path = Path("compare")
@@ -114,7 +116,9 @@ def read(path: Path) -> Comparison:
         claims = tuple(Claim(**claim) for claim in entries.get("claims", ()))
     except TypeError:
         raise UserError(f"{path}: each of 'claims:' has 'better:', 'than:' and 'source:'") from None
-    named = [reference, *entries.get("paper", {}), *(run for claim in claims for run in claim.runs)]
+    from_scratch = tuple(entries.get("from_scratch", ()))
+    named = [reference, *from_scratch, *entries.get("paper", {})]
+    named += [run for claim in claims for run in claim.runs]
     for name in named:
         if name not in runs:
             raise UserError(f"{path}: {name!r} is none of the runs ({', '.join(runs)})")
@@ -124,6 +128,7 @@ def read(path: Path) -> Comparison:
         runs=runs,
         seeds=seeds,
         reference=reference,
+        from_scratch=from_scratch,
         dense=file("dense"),
         corpus=entries.get("corpus", {}),
         output=Path(str(entries.get("output", "compare"))),

@@ -11,6 +11,7 @@ from tools.experiments.comparison import Comparison
 from tools.experiments.foundation import (
     CORPUS,
     PACKAGE,
+    QUICK_MODEL,
     QUICK_QUESTIONS,
     QUICK_RUN,
     QUICK_SIZE,
@@ -104,10 +105,14 @@ class Plan:
         self, verb: str, name: str, seed: int, save: str, resumes: bool = False, **more: Any
     ) -> Stage:
         config, run = self.comparison.runs[name], _folder_name(name, seed)
-        converted = self.convert(name, seed)
+        scratch, base = name in self.comparison.from_scratch, self.foundation
+        after = [] if scratch else [self.convert(name, seed)]
         folder, module = self.output / save / run, PACKAGE + "pretrain"
-        launcher, base = self.comparison.launcher, self.foundation
-        own = {"seed": seed, "load": converted.output, "save": folder, **more}
+        launcher = self.comparison.launcher
+        own = {"seed": seed, "load": [stage.output for stage in after] or None, "save": folder, **more}
+        own |= QUICK_MODEL if scratch and self.quick else {}
+        if scratch and base:
+            after.append(base.corpus)
         cache = {} if base else {"data_cache_path": self.output / "data_cache" / run}
         given = {
             name: value
@@ -122,7 +127,7 @@ class Plan:
             *flags(**cache | given | own),
         )
         title = f"{name}, seed {seed}: {verb}"
-        return Stage(f"{verb}-{run}", title, command, folder, (config,), (converted,), resumes)
+        return Stage(f"{verb}-{run}", title, command, folder, (config,), tuple(after), resumes)
 
     def _start(self, config: Path) -> tuple[Path | None, Path | None, tuple[Stage, ...]]:
         """The dense checkpoint and key statistics that a run starts from, and the stages that make them."""
