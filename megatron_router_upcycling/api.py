@@ -6,7 +6,6 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion import convert
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.diagnostics import checkpoint as description
@@ -14,6 +13,7 @@ from megatron_router_upcycling.diagnostics import routing_start
 from megatron_router_upcycling.diagnostics.stored_router import Router, load_router
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.hf import exportable
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import proof
 from megatron_router_upcycling.verify.findings import Findings
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.commands.shared import add_output_flags, progress_bar
-from megatron_router_upcycling.config.router import GROUPINGS, POOLINGS, RouterConfig
 from megatron_router_upcycling.config.start import HEAD_KEYS
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers import kinds
+from megatron_router_upcycling.routers.config import GROUPINGS, POOLINGS, RouterConfig
 
 EXAMPLES = """\
 example:

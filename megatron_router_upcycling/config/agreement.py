@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.flags import OF_ROUTER, SHARED_WITH_MEGATRON, set_defaults
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.config import RouterConfig
 
 
 def check_start(start: dict[str, Any], recorded: dict[str, Any] | None, source: str | Path | None) -> None:

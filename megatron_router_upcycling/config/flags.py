@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.config import start
-from megatron_router_upcycling.config.router import GROUPINGS, POOLINGS
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.expert_layers import layer_frequency
+from megatron_router_upcycling.routers.config import GROUPINGS, POOLINGS
 from megatron_router_upcycling.routers.kinds import KINDS
 
 # Megatron argument -> the RouterConfig field that it sets.

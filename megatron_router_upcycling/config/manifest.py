@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.files import write_whole
+from megatron_router_upcycling.routers.config import RouterConfig
 
 NAME = "router_upcycling.json"
 FORMAT = 1

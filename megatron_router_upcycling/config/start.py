@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_router_upcycling.config.router import RouterConfig, check_types
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers import kinds
+from megatron_router_upcycling.routers.config import RouterConfig, check_types
 
 # Options of earlier versions, which manifests still hold; a model that has another value is not read.
 RETIRED = {"norm_gain": False, "weights": "dense"}

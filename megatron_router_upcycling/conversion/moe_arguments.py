@@ -6,8 +6,8 @@ from megatron_router_upcycling import expert_layers
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format import safe_pickle
 from megatron_router_upcycling.checkpoint.format.files import BACKEND
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion.fine_grained import SHARE
+from megatron_router_upcycling.routers.config import RouterConfig
 
 # Megatron's arguments of a fresh MoE run, beside those that the router gives.
 FRESH = {

@@ -12,10 +12,10 @@ from megatron_router_upcycling.config.flags import (
     read_start,
     section_defaults,
 )
-from megatron_router_upcycling.config.router import RouterConfig, check_types
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.config import RouterConfig, check_types
 
 RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6})(?::(\d{1,6}))?)?")
 

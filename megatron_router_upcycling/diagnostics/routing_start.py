@@ -22,13 +22,13 @@ from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.diagnostics import ties
 from megatron_router_upcycling.diagnostics.stored_router import read_layer, read_router, router_layers
 from megatron_router_upcycling.diagnostics.ties import named
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.initialisation.heads import cosine_similarity
 from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.likeness import tied_experts
 from megatron_router_upcycling.training.run_log import measures
 

@@ -8,11 +8,11 @@ import torch
 
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.hf import auxiliary_loss, config_json, llama_cpp
 from megatron_router_upcycling.hf.architecture import QwenModel
 from megatron_router_upcycling.hf.files import CARD
 from megatron_router_upcycling.hf.outputs import Output
+from megatron_router_upcycling.routers.config import RouterConfig
 
 CONVERTED = "release"  # the iteration of a checkpoint that convert made
 

@@ -19,7 +19,6 @@ from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.rows import RowReader
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sync, versions
 from megatron_router_upcycling.hf import name_table
@@ -32,6 +31,7 @@ from megatron_router_upcycling.hf.rounding import Rounding
 from megatron_router_upcycling.hf.shard import write_shard
 from megatron_router_upcycling.hf.values import dtype_name
 from megatron_router_upcycling.routers import kinds
+from megatron_router_upcycling.routers.config import RouterConfig
 
 WIDTH_OF_ZEROS = 128  # of the shared expert that adds nothing
 

@@ -4,8 +4,8 @@ They do not read every entry of config.json: as of the versions in docs/hugging_
 experts' weights are renormalised depends on the class alone, and in llama.cpp every layer must have experts.
 """
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.hf.architecture import QwenModel
+from megatron_router_upcycling.routers.config import RouterConfig
 
 RENORMALISES = {"qwen2": False, "qwen3": True}
 

@@ -6,7 +6,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint.names import ROUTER
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import Sizes
 
 SAMPLE_TOKENS = 1024  # a layer

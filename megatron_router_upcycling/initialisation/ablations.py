@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.config import RouterConfig
 
 KMEANS_ROUNDS = 50
 BISECTIONS = 200

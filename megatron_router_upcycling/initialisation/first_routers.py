@@ -13,7 +13,6 @@ import torch
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.names import QKV, ROUTER
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.ablations import alter_router
@@ -21,6 +20,7 @@ from megatron_router_upcycling.initialisation.heads import init_mixture
 from megatron_router_upcycling.initialisation.qkv import split_qkv
 from megatron_router_upcycling.key_statistics.file import KeyStats, read_router_input
 from megatron_router_upcycling.routers import kinds
+from megatron_router_upcycling.routers.config import RouterConfig
 
 
 def router_parameters(model: DenseModel, router: RouterConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:

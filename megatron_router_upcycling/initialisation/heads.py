@@ -13,8 +13,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.config import RouterConfig
 
 # Similarities that differ by less are equal, so that a tie is a tie whatever the order of a sum.
 SIMILARITY_DECIMALS = 12

@@ -11,10 +11,10 @@ V vocabulary, t tensor and e expert parallel size. Pure: imports neither torch n
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.planning import measured
 from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.routers import kinds
+from megatron_router_upcycling.routers.config import RouterConfig
 
 PARTS = ("embedding", "attention", "ffn", "experts", "routers", "norms", "output layer")
 GIB = 2**30

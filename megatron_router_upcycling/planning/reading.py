@@ -13,10 +13,10 @@ import yaml
 
 from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config import manifest, yaml_files
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.expert_layers import layer_frequency
 from megatron_router_upcycling.planning.setup import Setup, flag_of
+from megatron_router_upcycling.routers.config import RouterConfig
 
 # Megatron's switch -> the field that it negates.
 NEGATED = {"disable_bias_linear": "add_bias_linear"}

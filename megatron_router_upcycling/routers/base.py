@@ -9,9 +9,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.layers import STACK
 from megatron_router_upcycling.layers.routing import FusedRoutingRouter, ParameterHolder
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import Sizes
 
 

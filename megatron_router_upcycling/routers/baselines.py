@@ -17,8 +17,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.routers.base import OwnParametersRouter, router_dtype
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import DROPPED, LOCAL, LOCALITY
 
 

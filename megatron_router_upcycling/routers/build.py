@@ -6,7 +6,7 @@ from functools import partial
 
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.routers.config import RouterConfig
 
 
 def builder(router: RouterConfig) -> Callable[..., TopKRouter]:

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 
 from megatron_router_upcycling.config import agreement, manifest
 from megatron_router_upcycling.config import flags as config_flags
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import OneRankError, Parser, UserError
 from megatron_router_upcycling.files import blocked_by
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training import attention_choice, data_flags, device, tokenizer, unsupported
 
 

@@ -31,10 +31,10 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron_router_upcycling.checkpoint.names import SEPARATE_NORM, within_layer
 from megatron_router_upcycling.config import agreement, manifest, yaml_files
 from megatron_router_upcycling.config.flags import SHARED_WITH_MEGATRON
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
 from megatron_router_upcycling.routers.build import builder
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.patches import muon, patching
 from megatron_router_upcycling.training.patches.moe_metrics import report_also

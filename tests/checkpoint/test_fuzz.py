@@ -33,13 +33,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import flags, manifest, yaml_files
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion import convert as conversion
 from megatron_router_upcycling.conversion import describe
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.diagnostics import checkpoint as inspection
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.routers.config import RouterConfig
 from tests import dense_checkpoint, legacy_checkpoint
 from tests.dense_checkpoint import make_stats
 

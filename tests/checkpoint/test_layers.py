@@ -8,11 +8,11 @@ import torch
 
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion import convert as conversion
 from megatron_router_upcycling.conversion.options import Options, parse_layers
 from megatron_router_upcycling.conversion.record import EXPERT_FILE
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import proof
 from tests import dense_checkpoint, launch, legacy_checkpoint
 from tests.checkpoint.test_dense_inputs import write_per_layer

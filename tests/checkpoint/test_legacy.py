@@ -12,11 +12,11 @@ from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.legacy import checkpoint as legacy
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion import convert as conversion
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.diagnostics import checkpoint
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import proof
 from tests import dense_checkpoint, launch, legacy_checkpoint
 from tests.dense_checkpoint import make_stats

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_router_upcycling.config import flags, yaml_files
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.shape import router_shape
 
 

@@ -28,10 +28,10 @@ import torch
 
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.publish import folder as publish
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion import convert
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.config import RouterConfig
 from tests import dense_checkpoint
 from tests.dense_checkpoint import make_stats
 

@@ -12,10 +12,10 @@ import torch
 
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion import convert as conversion
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import proof
 from tests import dense_checkpoint
 from tests.dense_checkpoint import FFN, HIDDEN, LAYERS, MLP, make_stats

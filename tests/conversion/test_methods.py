@@ -10,9 +10,9 @@ import yaml
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.routers.config import RouterConfig
 from tests import dense_checkpoint
 from tests.dense_checkpoint import make_stats
 from tests.router_kinds import KINDS

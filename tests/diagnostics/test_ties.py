@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_router_upcycling import cli, pretrain
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.diagnostics import ties
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.likeness import tied_experts
 from megatron_router_upcycling.training.launch import Run
 from tests import dense_checkpoint

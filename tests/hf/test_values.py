@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.hf import safetensors_file
 from megatron_router_upcycling.hf.rounding import Rounding
@@ -22,6 +21,7 @@ from megatron_router_upcycling.hf.safetensors_file import (
     sample_digest,
 )
 from megatron_router_upcycling.hf.values import as_bytes, blocks, cast
+from megatron_router_upcycling.routers.config import RouterConfig
 
 
 @given(rows=st.integers(1, 300), row_bytes=st.integers(1, 1 << 26))

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_router_upcycling.config.router import POOLINGS, RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.heads import cosine_similarity, group_heads, init_mixture
+from megatron_router_upcycling.routers.config import POOLINGS, RouterConfig
 from megatron_router_upcycling.routers.fold import fold, pool_logits
 
 HIDDEN = 12

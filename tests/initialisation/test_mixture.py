@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_router_upcycling.config.router import GROUPINGS, RouterConfig
 from megatron_router_upcycling.initialisation.heads import init_mixture
+from megatron_router_upcycling.routers.config import GROUPINGS, RouterConfig
 from tests.reference import mixture
 from tests.reference.fused import merge_qkv
 

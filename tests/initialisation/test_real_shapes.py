@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.initialisation.heads import init_mixture, overlapping_sets
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.fold import fold
 from megatron_router_upcycling.routers.likeness import tied_experts
 

@@ -10,9 +10,9 @@ import yaml
 
 from megatron_router_upcycling.cli import main
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import figures, reading, report, setup
+from megatron_router_upcycling.routers.config import RouterConfig
 from tests import launch
 
 MODEL = {

@@ -9,8 +9,8 @@ import math
 import numpy as np
 import torch
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
+from megatron_router_upcycling.routers.config import RouterConfig
 from tests.reference.drawn import generator, normal
 
 Array = np.ndarray

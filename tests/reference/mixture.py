@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from megatron_router_upcycling.config.router import RouterConfig
+from megatron_router_upcycling.routers.config import RouterConfig
 
 DECIMALS = 12  # similarities closer than this are a tie, which the lower index wins
 

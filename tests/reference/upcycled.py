@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
+from megatron_router_upcycling.routers.config import RouterConfig
 from tests.reference import ablations, drawn, mixture
 
 LAYERS = "decoder.layers."

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.baselines import LocMoERouter, locality_loss
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import LOCAL
 from megatron_router_upcycling.training.patches.moe_metrics import report_also
 from tests.routers.test_mixture import EXPERTS, HIDDEN, build, megatron, on_cpu, tokens, transformer_config

@@ -12,8 +12,8 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.layers.kernels import routing
+from megatron_router_upcycling.routers.config import RouterConfig
 from tests.routers.test_mixture import BATCH, EXPERTS, SEQUENCE, build, megatron, on_cpu, transformer_config
 
 __all__ = ["megatron", "on_cpu"]  # fixtures that every test of this file uses

@@ -8,12 +8,12 @@ import torch
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.build import builder
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import Sizes
 from tests import dense_checkpoint, hf_models
 from tests.dense_checkpoint import HEAD_DIM, HEADS

@@ -13,9 +13,9 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
-from megatron_router_upcycling.config.router import POOLINGS, RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.build import builder
+from megatron_router_upcycling.routers.config import POOLINGS, RouterConfig
 from megatron_router_upcycling.routers.fold import fold
 from megatron_router_upcycling.routers.mixture import MixtureRouter
 

@@ -11,8 +11,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_trace import RouterTracer
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.routers.baselines import LocMoERouter, SwitchRouter
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.patches import router_trace
 from tests.router_kinds import KINDS
 from tests.routers.test_mixture import (

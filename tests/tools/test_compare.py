@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files
 from tools.experiments import claims, compare, foundation, intervals, pictures, report, results
 from tools.experiments.comparison import Claim, read

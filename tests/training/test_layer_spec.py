@@ -20,9 +20,9 @@ from megatron.training.models import gpt
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.mixture import MixtureRouter
 from megatron_router_upcycling.training import layer_spec
 from megatron_router_upcycling.training.layer_spec import ENVIRONMENT, layer_spec_for, upcycled_layer_spec

@@ -27,10 +27,10 @@ from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.publish import completeness
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.conversion import convert
 from megatron_router_upcycling.conversion.expected import copy_of
 from megatron_router_upcycling.conversion.options import Options
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import proof, values
 from megatron_router_upcycling.verify.findings import Finding, Findings
 from megatron_router_upcycling.verify.sources import DataFiles, Sources

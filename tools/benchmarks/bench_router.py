@@ -24,7 +24,7 @@ from typing import Any
 import measuring  # type: ignore[import-not-found]  # beside this file
 import torch
 
-from megatron_router_upcycling.config.router import POOLINGS, RouterConfig
+from megatron_router_upcycling.routers.config import POOLINGS, RouterConfig
 from megatron_router_upcycling.training import device, launch
 
 BOUND = 1.05  # folded over stock

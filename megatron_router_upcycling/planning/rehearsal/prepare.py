@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import reading, setup
 from megatron_router_upcycling.planning.setup import Setup
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training import device, launch
 
 TOKENS_ON_CPU = 256  # of a micro-batch; activations grow with tokens and are scaled up
