@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 # Every process of a run imports Megatron: with bytecode on disk that takes half the time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo compare test test-slow test-engines checks bench clean
+.PHONY: help setup demo compare test test-slow test-engines checks bench findings clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -40,6 +40,9 @@ checks: setup  ## lint, format and types
 
 bench: setup  ## speed and memory beside the plain alternatives (best on an idle machine)
 	@status=0; for bench in tools/benchmarks/bench_*.py; do echo "== $$bench"; $(PYTHON) $$bench || status=1; done; exit $$status
+
+findings:  ## show what surprised us in public packages, each in an environment of its own (needs the network)
+	@status=0; for finding in findings/*.sh; do echo "== $$finding"; bash $$finding || status=1; done; exit $$status
 
 clean:  ## remove caches and what demo, compare, bench, examples and builds wrote; .venv stays
 	rm -rf demo compare bench example build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -92,8 +92,11 @@ def test_commands_and_their_flags_exist(file: Path) -> None:
     for command in cli.COMMANDS:
         command.add(commands)
     text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", " ")
-    for name, rest in re.findall(r"router-upcycle ([a-z][a-z-]+)((?: [^`\n]*)?)", text):
+    found = re.findall(r"router-upcycle ([a-z][a-z-]+)((?: [^`\n]*)?)", text)
+    for name, _ in found:
         assert name in commands.choices, f"{file} names router-upcycle {name}"
+    found += re.findall(rf"`({'|'.join(commands.choices)})( [^`\n]*)`", text.replace("\n", " "))
+    for name, rest in found:
         parser = commands.choices[name]
         if not parser.get_default("takes_megatron_flags"):
             given = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", rest.split("#")[0]))
@@ -128,10 +131,10 @@ def tree_entries(page: str) -> Iterator[str]:
 
 
 def test_the_tree_in_the_readme_is_there() -> None:
-    entries = list(tree_entries((ROOT / "README.md").read_text(encoding="utf-8")))
+    entries = list(tree_entries((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
     for entry in entries:
-        assert (ROOT / entry).exists(), f"README.md's tree names {entry}"
+        assert (ROOT / entry).exists(), f"CONTRIBUTING.md's tree names {entry}"
     rooms = {f"{PACKAGE}/{path.parent.name}/" for path in (ROOT / PACKAGE).glob("*/__init__.py")}
-    assert rooms <= set(entries), f"README.md's tree leaves out {rooms - set(entries)}"
+    assert rooms <= set(entries), f"CONTRIBUTING.md's tree leaves out {rooms - set(entries)}"
     folders = {f"{name}/" for name in ROOTS}
-    assert folders <= set(entries), f"README.md's tree leaves out {folders - set(entries)}"
+    assert folders <= set(entries), f"CONTRIBUTING.md's tree leaves out {folders - set(entries)}"
