@@ -7,6 +7,7 @@ Python, which a text such as ``[0]*10**12`` never leaves. Here it is parsed, wit
 Pure: imports neither torch nor Megatron.
 """
 
+import ast
 import re
 from collections.abc import Collection
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 from megatron_router_upcycling.errors import UserError
 
 MOST_LAYERS = 10_000
-LONGEST_TEXT = 100_000  # characters
-DEEPEST = 50  # brackets within brackets
-TOKEN = re.compile(r"\s*((?:0|[1-9]\d{0,8})(?!\d)|[\[\]()+*,])")
+LONGEST_TEXT = 20_000  # characters
+DEEPEST = 200  # sums and brackets within others
+TEXT = re.compile(r"[\d\[\]()+*,\s]+")
 
 type Frequency = int | list[int]
 
@@ -33,8 +34,8 @@ def layer_frequency(value: Any, source: str = "--moe-layer-freq") -> Frequency:
     found = value
     if isinstance(value, str):
         try:
-            found = _Pattern(value).read()
-        except (ValueError, IndexError):  # IndexError: the text ends where something should follow
+            found = _read(value)
+        except ValueError:
             found = None
     listed = isinstance(found, list) and all(type(one) is int and one in (0, 1) for one in found)
     if not listed and not (type(found) is int and found >= 1):
@@ -61,84 +62,42 @@ def as_flag(frequency: list[int]) -> str:
     return str(frequency).replace(" ", "")
 
 
-class _Pattern:
-    """A reader of this grammar, with a method for each of its rules.
+def _read(text: str) -> Frequency:
+    """The value of ``text``, which Python parses and does not evaluate.
 
-    sum: product, or product + sum; product: item, or item * product; item: integer, (sum), or [sum, sum, ...]
+    Raises:
+        ValueError: not a number, a list of numbers, or sums and products of these; or too large.
     """
-
-    def __init__(self, text: str) -> None:
-        if len(text) > LONGEST_TEXT:
-            raise ValueError
-        self.rest = [match[1] for match in TOKEN.finditer(text)]
-        if "".join(self.rest) != "".join(text.split()):
-            raise ValueError  # something else stands between the tokens
-        self.rest.reverse()
-
-    def read(self) -> Frequency:
-        value = self._sum(0)
-        if self.rest:
-            raise ValueError
-        return value
-
-    def _next_is(self, token: str) -> bool:
-        """Whether ``token`` comes next; it is taken then."""
-        found = bool(self.rest) and self.rest[-1] == token
-        if found:
-            self.rest.pop()
-        return found
-
-    def _sum(self, depth: int) -> Frequency:
-        value = self._product(depth)
-        while self._next_is("+"):
-            value = _add(value, self._product(depth))
-        return value
-
-    def _product(self, depth: int) -> Frequency:
-        value = self._item(depth)
-        while self._next_is("*"):
-            value = _multiply(value, self._item(depth))
-        return value
-
-    def _item(self, depth: int) -> Frequency:
-        if depth > DEEPEST:
-            raise ValueError
-        if self._next_is("("):
-            value = self._sum(depth + 1)
-            if not self._next_is(")"):
-                raise ValueError
-            return value
-        if not self._next_is("["):
-            return int(self.rest.pop())  # ValueError for any other sign
-        found: list[int] = []
-        while not self._next_is("]"):
-            one = self._sum(depth + 1)
-            if isinstance(one, list):
-                raise ValueError
-            found.append(one)
-            if not self._next_is(",") and self.rest[-1] != "]":
-                raise ValueError
-        return found
-
-
-def _add(a: Frequency, b: Frequency) -> Frequency:
-    if isinstance(a, int) and isinstance(b, int):
-        return _bounded(a + b)
-    if isinstance(a, list) and isinstance(b, list):
-        _bounded(len(a) + len(b))
-        return a + b
-    raise ValueError
-
-
-def _multiply(a: Frequency, b: Frequency) -> Frequency:
-    if isinstance(a, int) and isinstance(b, int):
-        return _bounded(a * b)
-    if isinstance(a, int):
-        a, b = b, a
-    if isinstance(a, int) or isinstance(b, list):
+    if len(text) > LONGEST_TEXT or not TEXT.fullmatch(text):
         raise ValueError
-    _bounded(len(a) * b)
-    return a * b
+    try:
+        return _value(ast.parse(text.strip(), mode="eval").body, 0)
+    except (SyntaxError, RecursionError, MemoryError):  # brackets without a partner, or too many
+        raise ValueError from None
+
+
+def _value(node: ast.expr, depth: int) -> Frequency:
+    if depth > DEEPEST:
+        raise ValueError
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return _bounded(node.value)
+    if isinstance(node, ast.List):
+        items = [_value(item, depth + 1) for item in node.elts]
+        if not all(isinstance(item, int) for item in items):
+            raise ValueError
+        return [item for item in items if isinstance(item, int)]
+    if not isinstance(node, ast.BinOp):
+        raise ValueError
+    left, right = _value(node.left, depth + 1), _value(node.right, depth + 1)
+    lists = isinstance(left, list) + isinstance(right, list)
+    if isinstance(node.op, ast.Add) and lists != 1:
+        _bounded(sum(len(one) if isinstance(one, list) else one for one in (left, right)))
+        return left + right  # type: ignore[operator]
+    if isinstance(node.op, ast.Mult) and lists < 2:
+        first, second = (len(one) if isinstance(one, list) else one for one in (left, right))
+        _bounded(first * second)
+        return left * right  # type: ignore[operator]
+    raise ValueError
 
 
 def _bounded(number: int) -> int:

@@ -25,13 +25,13 @@ def canvas(width: float, height: float) -> Axes:
 
 
 def box(
-    axes: Axes, x: float, y: float, w: float, h: float, text: str, colour: str = GREY, **font: float
+    axes: Axes, x: float, y: float, w: float, h: float, text: str, colour: str = GREY, fontsize: float = 10
 ) -> None:
     """A box whose lower left corner is at (x, y)."""
     shape = FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0,rounding_size=0.06", fc=colour, ec=INK, lw=0.8)
     axes.add_patch(shape)
     ink = INK if colour == GREY else "white"
-    axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", color=ink, **{"fontsize": 10, **font})
+    axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", color=ink, fontsize=fontsize)
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text: str = "") -> None:
