@@ -39,7 +39,7 @@ def train(run: Run) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_router_upcycling.training import language_model, objections, saving
-    from megatron_router_upcycling.training.patches import reshard_optimizer, router_trace
+    from megatron_router_upcycling.training.patches import reshard_optimizer
     from megatron_router_upcycling.training.run_log.listener import RunLog
 
     model = model_config(run)
@@ -47,7 +47,6 @@ def train(run: Run) -> None:
         container = pretrain_cfg_container_from_args(run.args, model)
     RunLog(run.args).install()
     reshard_optimizer.install()
-    router_trace.install()
     objections.install(run.args)
     saving.install(run.args)
     _write_state(run.args, "running")

@@ -25,6 +25,7 @@ FLAGS = {
     "mask_prob": UNREAD,
     "short_seq_prob": UNREAD,
     "logits_load_dir": "distillation from stored logits is not supported; leave it out",
+    "moe_routing_trace_dump_weights": "reads a gate that these routers do not have; leave it out",
     "yaml_cfg": "is not supported; name a file of flags' values with --config",
 }
 # Groups of Megatron's parser for what this training is not, and what of them it reads all the same.

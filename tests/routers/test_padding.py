@@ -1,24 +1,19 @@
-"""Every router under Megatron's padding mask and in its routing trace."""
+"""Every router under Megatron's padding mask."""
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.router_trace import RouterTracer
 
 from megatron_router_upcycling.routers.baselines import LocMoERouter, SwitchRouter
 from megatron_router_upcycling.routers.config import RouterConfig
-from megatron_router_upcycling.training.patches import router_trace
 from tests.router_kinds import KINDS
 from tests.routers.test_mixture import (
     BATCH,
     EXPERTS,
-    HIDDEN,
     SEQUENCE,
     build,
     megatron,
@@ -93,29 +88,3 @@ def test_switch_counts_no_padding() -> None:
     kept = int((probs.unflatten(0, (SEQUENCE, BATCH))[:-PADDED] > 0).sum())
     assert int(router.routed_tokens) == (SEQUENCE - PADDED) * BATCH
     assert int(router.dropped_tokens) == (SEQUENCE - PADDED) * BATCH - kept
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_trace_holds_what_the_logits_are_computed_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    router_trace.install()
-    router = made(kind)
-    tracer = RouterTracer(
-        str(tmp_path), max_steps=1, rank=0, training_mode=True, capture_logits=True, dump_router_weights=True
-    )
-    router.register_forward_hook(tracer.make_hook("decoder.layers.3.mlp.router"))
-    x = tokens()
-    _, routing_map = router(x)
-    logits = router.gating(x).detach().flatten(0, 1)
-    tracer.advance_step()
-    tracer.flush()
-    (record,) = map(json.loads, (tmp_path / "router_trace_rank0.jsonl").read_text().splitlines())
-    assert record["layer"] == 3
-    assert record["top_indices"] == [row.nonzero().flatten().tolist() for row in routing_map]
-    (weights,) = tmp_path.glob("*.pt")
-    (state,) = torch.load(weights).values()
-    options = RouterConfig(router=kind, num_experts=EXPERTS, top_k=KINDS[kind].top_k)
-    flat = x.detach().reshape(-1, HIDDEN)
-    torch.testing.assert_close(options.kind.logits(state, flat, options), logits, rtol=1e-5, atol=1e-5)
