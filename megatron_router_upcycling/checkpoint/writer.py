@@ -35,7 +35,6 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sync
 
 COPY_BYTES = 8 << 20
-COMPARED_BYTES = 1 << 20
 # Another disk, another owner, too many links, or a file system without them.
 CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EINVAL)
 
@@ -46,14 +45,11 @@ class CheckpointWriter:
     """Fills one iteration's folder; ``finish`` makes it a checkpoint.
 
     New values go to files of its own, named ``prefix`` and a number, which no file taken over may have.
-    Where a file of that name is there already, left by a run that was stopped, its bytes are compared with
-    those to write and stay as far as they are equal. ``progress`` is called with the number of bytes after
-    each write.
+    ``progress`` is called with the number of bytes after each write.
     """
 
     def __init__(self, folder: Path, prefix: str = "__0_", progress: Progress = lambda count: None) -> None:
         folder.mkdir(exist_ok=True)
-        self._left = {path.name for path in folder.glob(f"{prefix}*.distcp")}
         self.folder, self.prefix, self.progress = folder, prefix, progress
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype, list[Chunk]]] = {}
         self.objects: dict[str, Blob] = {}
@@ -61,7 +57,6 @@ class CheckpointWriter:
         self._copied: dict[Blob, Blob] = {}
         self._flushing: dict[str, Future[None]] = {}
         self._aside = ThreadPoolExecutor(1)
-        self._is_reused = False  # all of the file so far was there already
         self._file = self._open()
 
     def __enter__(self) -> "CheckpointWriter":
@@ -73,18 +68,14 @@ class CheckpointWriter:
         self._aside.shutdown(cancel_futures=True)
 
     def _open(self) -> BinaryIO:
-        name = f"{self.prefix}{len(self._flushing)}.distcp"
-        self._is_reused = name in self._left
-        self._left.discard(name)
-        return open(self.folder / name, "r+b" if self._is_reused else "xb")  # noqa: SIM115
+        return open(self.folder / f"{self.prefix}{len(self._flushing)}.distcp", "xb")  # noqa: SIM115
 
     def next_file(self) -> None:
-        """Go on in a new file; the one so far is flushed to the disk meanwhile."""
+        """Continue in a new file; the one so far is flushed to the disk meanwhile."""
         self._close()
         self._file = self._open()
 
     def _close(self) -> None:
-        self._go_on_here()  # nothing more
         self._file.close()
         path = Path(self._file.name)
         self._flushing[path.name] = self._aside.submit(sync, path)
@@ -140,7 +131,7 @@ class CheckpointWriter:
     def write_object(self, archive: bytes) -> Blob:
         """Write a ``torch.save`` file's bytes and return where they are."""
         start = self._file.tell()
-        self._put(archive)
+        self._file.write(archive)
         return self._written(start)
 
     def write_chunk(
@@ -176,10 +167,8 @@ class CheckpointWriter:
             if blob is None or copies:
                 start = self._file.tell()
                 if parts:
-                    for part in parts:
-                        self._put(part)
+                    self._file.writelines(parts)
                 else:
-                    self._go_on_here()
                     torch.save(values, self._file)
                 blob = self._written(start)
             chunks.append(Chunk(offset, sizes, blob))
@@ -222,9 +211,9 @@ class CheckpointWriter:
         for offset in offsets:
             if blob is None or copies:
                 start = self._file.tell()
-                self._put(head)
+                self._file.write(head)
                 self._copy_range(source, values.offset, values.length)
-                self._put(tail)
+                self._file.write(tail)
                 blob = self._written(start)
             chunks.append(Chunk(offset, sizes, blob))
 
@@ -235,41 +224,12 @@ class CheckpointWriter:
         except OSError as error:
             raise UserError(f"{source}: cannot be read ({error.strerror})") from None
         with file:
-            while self._is_reused and length:
-                block = os.pread(file.fileno(), min(length, COMPARED_BYTES), offset)
-                if not block or not self._is_there(block):
-                    self._go_on_here()
-                    break
-                offset, length = offset + len(block), length - len(block)
-            if not length:
-                return
             while length:
                 count = _copy_some(file.fileno(), self._file.fileno(), offset, length)
                 if not count:
                     raise UserError(f"{source}: ends early; it has changed since it was opened")
                 offset, length = offset + count, length - count
         self._file.seek(0, os.SEEK_END)
-
-    def _put(self, content: bytes | memoryview) -> None:
-        if not self._is_reused or not self._is_there(content):
-            self._go_on_here()
-            self._file.write(content)
-
-    def _is_there(self, content: bytes | memoryview) -> bool:
-        """Whether the next bytes of the file are these already; then it goes on after them."""
-        place = self._file.tell()
-        for start in range(0, len(content), COMPARED_BYTES):
-            part = bytes(content[start : start + COMPARED_BYTES])  # as such they compare fast
-            if os.pread(self._file.fileno(), len(part), place + start) != part:
-                return False
-        self._file.seek(place + len(content))
-        return True
-
-    def _go_on_here(self) -> None:
-        """Cut off what a run that was stopped has left from here on."""
-        if self._is_reused:
-            self._file.truncate()
-            self._is_reused = False
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file of its own."""
@@ -279,8 +239,6 @@ class CheckpointWriter:
     def finish(self) -> dict[str, StoredTensor]:
         """Write ``.metadata`` and ``metadata.json``; return the tensors when everything is on the disk."""
         self._close()
-        for name in self._left:
-            (self.folder / name).unlink()
         tensors = {
             key: StoredTensor(shape, dtype, tuple(chunks))
             for key, (shape, dtype, chunks) in self.tensors.items()

@@ -77,9 +77,8 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
 def convert(conversion: Conversion, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
     """Make the checkpoint and return its manifest.
 
-    On any exception there is no checkpoint. Nothing else is left either, but where the process is told to end
-    (Ctrl-C, SIGTERM) or is killed: then the data files so far stay in a hidden folder beside ``out``, and the
-    next conversion to ``out`` goes on from them (``publish.folder``).
+    On any exception there is no checkpoint, and nothing else is left. What a killed process leaves in a
+    hidden folder beside ``out``, the next conversion to ``out`` removes (``publish.folder``).
 
     Args:
         progress: called with the number of bytes after each write.
@@ -90,7 +89,7 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
     """
     plan, out, sources = conversion.plan, conversion.out, conversion.sources
     try:
-        with publish.new_folder(out, plan.options.overwrite, f"release/{DATA_FILES}*") as folder:
+        with publish.new_folder(out, plan.options.overwrite) as folder:
             contents = _write(conversion, folder / "release", progress)
             record = make_manifest(plan, conversion.stats, folder, contents)
             manifest.write(folder, record)

@@ -281,69 +281,7 @@ def test_everything_is_on_the_disk_before_the_name_appears(shop: Workshop) -> No
     assert ("fsync", str(shop.folder)) in log[published:]
 
 
-def stop_at_the_end(shop: Workshop, **options: Any) -> Path:
-    """Kill a conversion when its data files are written; return its folder."""
-    log = shop.changes(**options)
-    shutil.rmtree(shop.out)
-    last = max(place for place, (name, path) in enumerate(log) if path.endswith(".metadata"))
-    status, _ = forked(lambda changes: shop.convert(**options), last)
-    assert status == -signal.SIGKILL
-    (left,) = shop.folder.glob(".moe.partial-*")
-    return left / "release"
-
-
-def test_what_a_killed_run_wrote_is_not_written_again(shop: Workshop) -> None:
-    shop.convert(materialize=True)
-    new = shop.result()
-    shutil.rmtree(shop.out)
-    left = stop_at_the_end(shop, materialize=True)
-    for name in ("__upcycled_0.distcp", "__upcycled_1.distcp"):
-        assert (left / name).read_bytes() == (new or {})[f"release/{name}"]
-    log = shop.changes(materialize=True)
-    assert not [path for name, path in log if name in ("write", "copy_file_range") and "upcycled_" in path]
-    assert shop.result() == new and shop.listing() == ["dense", "ks", "moe"]
-
-
-LEFT: dict[str, Callable[[Path, Path], object]] = {
-    "a byte changed": lambda left, source: flip_in_place(left),
-    "its end missing": lambda left, source: os.truncate(left, left.stat().st_size // 2 + 1),
-    "nothing but zeros": lambda left, source: left.write_bytes(bytes(left.stat().st_size)),
-    "empty": lambda left, source: left.write_bytes(b""),
-    "more than there should be": lambda left, source: left.open("ab").write(b"more"),
-    "a link to the source": lambda left, source: (left.unlink(), os.link(source, left)),
-    "a symbolic link to the source": lambda left, source: (left.unlink(), left.symlink_to(source)),
-    "another file": lambda left, source: shutil.copy(left, left.with_name("__upcycled_7.distcp")),
-}
-
-
-@pytest.mark.parametrize("what", LEFT)
-def test_what_was_left_is_taken_only_where_it_is_right(shop: Workshop, what: str) -> None:
-    shop.convert(materialize=True)
-    new = shop.result()
-    shutil.rmtree(shop.out)
-    source = shop.dense / "iter_0000008/__0_0.distcp"
-    LEFT[what](stop_at_the_end(shop, materialize=True) / "__upcycled_0.distcp", source)
-    shop.convert(materialize=True)
-    assert shop.result() == new and shop.listing() == ["dense", "ks", "moe"]
-    assert contents(shop.dense) == {
-        str(Path(path).relative_to(shop.dense)): content
-        for path, (content, _) in shop.before.items()
-        if content
-    }
-
-
-def test_other_options_than_the_run_that_was_stopped(shop: Workshop) -> None:
-    shop.convert(num_experts=2)
-    new = shop.result()
-    shutil.rmtree(shop.out)
-    stop_at_the_end(shop, materialize=True)
-    shop.convert(num_experts=2)
-    assert shop.result() == new
-
-
-def test_a_run_that_is_told_to_end_keeps_much_and_nothing_little(
-    shop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_told_to_end_leaves_nothing(shop: Workshop) -> None:
     def interrupt(count: int) -> None:
         if count > 1000:
             raise KeyboardInterrupt
@@ -351,21 +289,6 @@ def test_a_run_that_is_told_to_end_keeps_much_and_nothing_little(
     with pytest.raises(KeyboardInterrupt, match="^$"):
         shop.convert(interrupt)
     assert shop.listing() == ["dense", "ks"]
-    monkeypatch.setattr(publish, "KEPT_BYTES", 1000)
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
-        shop.convert(interrupt)
-    assert [name.startswith(".moe.partial-") for name in shop.listing()] == [True, False, False]
-    # Its room is not asked for again.
-    used = sum(path.stat().st_size for path in shop.folder.rglob("__upcycled_*"))
-    usage = type("Usage", (), {"free": conversion_bytes(shop) - used})
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    shop.convert()
-    assert shop.listing() == ["dense", "ks", "moe"]
-
-
-def conversion_bytes(shop: Workshop) -> int:
-    router = RouterConfig(num_experts=4)
-    return convert.prepare(shop.dense, shop.out, Options(router, shop.folder / "ks")).bytes_to_write
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=["full disk", "broken disk"])

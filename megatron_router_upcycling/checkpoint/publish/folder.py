@@ -1,10 +1,10 @@
 """A folder that appears whole or not at all.
 
 It is filled under a hidden name beside its place, flushed, and renamed. What a killed run has left
-behind never looks like the folder, and the next run goes on from it or removes it. Beside a folder called
-``moe`` there may stand for a while:
+behind never looks like the folder, and the next run removes it. Beside a folder called ``moe`` there may
+stand for a while:
 
-    .moe.lock                    which process makes it; let go of by the kernel when that process ends
+    .moe.lock                    which process makes it; the kernel releases it when that process ends
     .moe.partial-PROCESS-HOST    the folder in the making, or what was replaced and is being removed
     .moe.replaced                the old folder, on a file system that cannot exchange two names at once
 """
@@ -26,7 +26,6 @@ from megatron_router_upcycling.files import existing, format_bytes, sync
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
-KEPT_BYTES = 10**9  # a run that was told to end keeps as much, for the next one to go on from
 IDLE_SECONDS = 3600  # after which a folder that another machine was filling counts as left behind
 
 
@@ -69,7 +68,7 @@ def check_space(out: Path, count: int) -> None:
         UserError: says how many it has.
     """
     free = shutil.disk_usage(existing(out.absolute().parent)).free
-    free += sum(map(_own_bytes, _left_behind(out.resolve(), locked=True)))  # gone on from, or removed
+    free += sum(map(_own_bytes, _left_behind(out.resolve(), locked=True)))  # which is removed first
     if count > free:
         raise UserError(
             f"OUT {out}: needs {format_bytes(count)} and the disk has {format_bytes(free)}"
@@ -78,18 +77,12 @@ def check_space(out: Path, count: int) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, overwrite: bool, reusable: str | None = None) -> Iterator[Path]:
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill, which becomes ``out`` when the context ends without an exception.
 
     On any exception it is removed with what it holds and nothing else has changed.
 
-    Args:
-        reusable: pattern of files that are of use to the next run, which compares them with what it would
-            write. The folder holds those that a run left which was killed. A run that is told to end
-            (Ctrl-C, SIGTERM) leaves them where they are ``KEPT_BYTES`` and more.
-
     Raises:
-        KeyboardInterrupt: or its subclass for SIGTERM, with a text that says what was left.
         UserError: another process is making ``out``, or it is there already and ``overwrite`` is not set.
     """
     out = out.resolve()
@@ -97,37 +90,24 @@ def new_folder(out: Path, overwrite: bool, reusable: str | None = None) -> Itera
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with lock.held(out) as locked:
-            stopped = _clear(out, locked, reusable)
+            _clear(out, locked)
             if out.exists() and not overwrite:
                 raise UserError(f"OUT {out}: exists; pass --overwrite to replace it or name another folder")
             partial = out.with_name(f"{_prefix(out)}{os.getpid()}-{socket.gethostname()}")
-            published = kept = False
             try:
-                if stopped and reusable:
-                    os.rename(stopped, partial)
-                    _keep_only(partial, reusable)
-                else:
-                    partial.mkdir()
+                partial.mkdir()
                 yield partial
                 _sync_folder(partial)
                 if overwrite and out.exists():
                     _exchange(partial, out)
                 else:
                     _rename_new(partial, out)
-                published = True
                 sync(out.parent)
-            except BaseException as error:
+            except BaseException:
                 _put_back(out)
-                if reusable and not published and isinstance(error, KeyboardInterrupt):
-                    count = _own_bytes(partial)
-                    kept = count >= KEPT_BYTES
-                    if kept:
-                        left = f"{format_bytes(count)} are in {partial}; the same command goes on from there"
-                        raise type(error)(left) from None
                 raise
             finally:
-                if not kept:
-                    shutil.rmtree(partial, ignore_errors=True)  # unfinished, or what was there before
+                shutil.rmtree(partial, ignore_errors=True)  # unfinished, or what was there before
     except BaseException:
         for parent in created:
             with contextlib.suppress(OSError):  # another process has put something there
@@ -143,24 +123,17 @@ def _replaced(out: Path) -> Path:
     return out.with_name(f".{out.name}.replaced")
 
 
-def _clear(out: Path, locked: bool, reusable: str | None) -> Path | None:
-    """Mend and remove what processes that are gone have left beside ``out``.
+def _clear(out: Path, locked: bool) -> None:
+    """Repair and remove what processes that are gone have left beside ``out``.
 
     Args:
         locked: nobody else on this machine is making ``out``.
-
-    Returns:
-        A folder that is not removed, with the most of what is ``reusable``.
     """
     _put_back(out)
     if locked:
         shutil.rmtree(_replaced(out), ignore_errors=True)  # its successor is in place
-    left = _left_behind(out, locked)
-    best = max(left, key=_own_bytes, default=None) if reusable and locked else None
-    for path in left:
-        if path != best:
-            shutil.rmtree(path, ignore_errors=True)
-    return best
+    for path in _left_behind(out, locked):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _left_behind(out: Path, locked: bool) -> list[Path]:
@@ -186,18 +159,6 @@ def _own_bytes(folder: Path) -> int:
             status = path.lstat()
             count += status.st_size * (stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
     return count
-
-
-def _keep_only(folder: Path, reusable: str) -> None:
-    """Remove all but the files of that pattern, and of these the ones that have another name elsewhere."""
-    kept = {
-        path
-        for path in folder.glob(reusable)
-        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
-    }
-    for path in folder.rglob("*"):
-        if path not in kept and (path.is_symlink() or not path.is_dir()):
-            path.unlink()
 
 
 def _put_back(out: Path) -> None:
