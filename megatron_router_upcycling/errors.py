@@ -7,7 +7,7 @@ LONGEST = 1000  # characters of a message: names and values in it may come from 
 
 
 class UserError(Exception):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
     The message is one line: it names the flag or file and says what would work. Every command line
     entry prints it as ``error: MESSAGE`` on stderr, without a traceback, and exits with status 2. Line

@@ -4,7 +4,7 @@
         --load MOE --save OUT [any Megatron flag]
 
 An upcycled checkpoint brings its router's options and architecture with it (router_upcycling.json). Where
---save holds a checkpoint already, the run goes on from there, so that a run that was stopped is continued by
+--save holds a checkpoint already, the run resumes there, so that a run that was stopped is continued by
 the same command.
 
 Examples:

@@ -22,7 +22,7 @@ echo "setup: installing the package and what it needs (about 5 GB the first time
 # --no-compile: Python compiles what is imported when it is imported, which is far less than all of it.
 install=(.venv/bin/python -m pip install --no-compile --disable-pip-version-check -e '.[dev]')
 if ! "${install[@]}" | { grep --line-buffered -v '^Requirement already satisfied' || true; }; then
-    echo "error: setup: pip could not install the package (its reason is above); mend that and run 'make setup' again" >&2
+    echo "error: setup: pip could not install the package (its reason is above); fix that and run 'make setup' again" >&2
     exit 2
 fi
 printf '%s\n' "$wanted" >"$stamp"

@@ -312,7 +312,7 @@ class MakeRouters(Step):
 class AddExtraStates(Step):
     """Write the empty entries that modules of an MoE layer look for, ``added``.
 
-    ``keys`` go: those of the dense FFN, and those that only a torch_dist checkpoint can hand on.
+    ``keys`` go: those of the dense FFN, and those that only a torch_dist checkpoint can hold.
     """
 
     keys: tuple[str, ...]
@@ -356,7 +356,7 @@ class WriteCommonState(Step):
 
 @dataclass(frozen=True)
 class LeaveOut(Step):
-    """Training state that the MoE run does not go on from."""
+    """Training state of the dense run, which the MoE run does not need."""
 
     keys: tuple[str, ...]
 

@@ -21,7 +21,7 @@ GROUPINGS = ("greedy", "optimal", "consecutive")
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Options of an upcycled router. ``num_routers=None`` stands for the paper's best, m = n.
+    """Options of an upcycled router. ``num_routers=None`` means the paper's best, m = n.
 
     ``num_experts`` and ``top_k`` count Megatron's experts. With ``granularity`` G they are shards of
     ``num_copies`` n = ``num_experts`` / G copies of the dense FFN; shards of one copy start with equal keys.

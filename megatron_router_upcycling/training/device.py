@@ -70,7 +70,7 @@ def use_built_dataset_helper() -> None:
     """Let Megatron take the compiled dataset helper that megatron-core's wheel brings, on any device.
 
     ``initialize_megatron`` runs ``make`` beside it, and the wheel has no Makefile. Where the helper is
-    not there, in a source checkout, Megatron goes on to build it.
+    not there, in a source checkout, Megatron then tries to build it.
     """
     from megatron.core.datasets import utils
 

@@ -119,7 +119,7 @@ def parse(argv: list[str]) -> Request:
     config_flags.add_arguments(parser)
     checkpoints = parser.add_argument_group("checkpoints (Megatron's flags)")
     checkpoints.add_argument("--load", metavar="CHECKPOINT", help="start from this checkpoint's root folder")
-    checkpoints.add_argument("--save", metavar="FOLDER", help="save there, and go on from what is there")
+    checkpoints.add_argument("--save", metavar="FOLDER", help="save there, and resume from what is there")
     checkpoints.add_argument(
         "--pretrained-checkpoint", metavar="CHECKPOINT", help="weights to start from where --load has none"
     )

@@ -68,7 +68,7 @@ def upcycled_layer_spec(model_config: GPTModelConfig, vp_stage: int | None = Non
 def _find_router(args: Namespace, transformer: TransformerConfig) -> RouterConfig:
     """The router's options: from the environment's YAML file, else from a checkpoint's manifest.
 
-    Rank 0 copies that manifest to ``--save``, so that a run which goes on from there finds it.
+    Rank 0 copies that manifest to ``--save``, so that a run which resumes there finds it.
     """
     if path := os.environ.get(ENVIRONMENT):
         if not Path(path).is_file():

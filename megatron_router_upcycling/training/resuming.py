@@ -1,4 +1,4 @@
-"""Whether a run can go on with the optimizer's state in its checkpoint, as its flags are."""
+"""Whether a run can resume with the optimizer's state in its checkpoint, as its flags are."""
 
 from argparse import Namespace
 from pathlib import Path

@@ -91,4 +91,4 @@ def _last(save: Path) -> str:
         whole = (save / TRACKER).read_text().strip()
     except OSError:
         return "there is no earlier one"
-    return f"make room, and the same command goes on from iteration {whole}"
+    return f"make room, and the same command resumes from iteration {whole}"

@@ -22,7 +22,7 @@ class StepDecayScheduler(OptimizerParamScheduler):
     """Megatron's scheduler with one more decay style, and one line where it does not fit a checkpoint's."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint's schedule stopped.
+        """Continue where a checkpoint's schedule stopped.
 
         Raises:
             UserError: this run's schedule is another one, and no flag says which of the two to follow.
@@ -58,7 +58,7 @@ def another_schedule(difference: str) -> UserError:
     return UserError(
         "the checkpoint was saved with another learning-rate schedule, as after a change of --lr or"
         f" --train-iters ({difference}; iterations count in samples); pass --override-opt-param-scheduler to"
-        " go on with the new schedule, or --use-checkpoint-opt-param-scheduler with the old one"
+        " continue with the new schedule, or --use-checkpoint-opt-param-scheduler with the old one"
     )
 
 

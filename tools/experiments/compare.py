@@ -21,8 +21,8 @@ ends no other: the report names it, and the exit status is 1.
 Claims belong in the file before its runs begin: OUTPUT/NAME/claims.json keeps when each was first seen, and
 the report marks those of which something was known by then.
 
-What is done is not done again; a comparison that was stopped or killed goes on when the same command is
-given again. Ends with OUTPUT/NAME/report.md, results.json, loss_curves.png and differences.png.
+Finished stages are skipped: run the same command again to resume a comparison that was stopped or killed.
+Ends with OUTPUT/NAME/report.md, results.json, loss_curves.png and differences.png.
 """
 
 import argparse

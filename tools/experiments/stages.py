@@ -1,4 +1,4 @@
-"""A pipeline of commands, each run once: what is done is passed over, what was cut short goes on.
+"""A pipeline of commands, each run once: finished stages are skipped, and what was cut short resumes.
 
 A stage is one command with one output. Its record holds a digest of the command, of the files that decide
 what it does, and of the runs that made what it reads. A stage is done when its record says so, the digest
@@ -41,7 +41,7 @@ PROGRESS = re.compile(r"\] iteration +(\d+)/ *(\d+) \|(?:.*?\| lm loss: (\S+) )?
 class Stage:
     """One command of the pipeline.
 
-    ``resumes``: the command itself goes on from what its ``output`` folder holds.
+    ``resumes``: the command itself resumes from what its ``output`` folder holds.
     """
 
     name: str

@@ -117,7 +117,7 @@ def measure(
     from megatron_router_upcycling.training import language_model
 
     columns = vocabulary // args.tensor_model_parallel_size
-    # Logits are told by their width; in a toy model whose hidden size is the same, they are not told apart.
+    # Logits are recognised by their width; in a toy model whose hidden size is the same, they are not.
     saved = instruments.SavedForBackward(model, columns if columns != args.hidden_size else 0)
     sent = instruments.Collectives(instruments.parallel_groups())
     first_forward = [saved.during(language_model.forward_step)]

@@ -238,7 +238,7 @@ def _bridge_megatron() -> None:
 
     _replace(dispatcher, "maybe_move_tensor_to_cpu", to_host)
     device.use_built_dataset_helper()
-    # What a save wrote is handed on through a queue. Megatron's is in a process that each rank starts for it
+    # What a save wrote is passed on through a queue. Megatron's is in a process that each rank starts for it
     # and that imports PyTorch; where no save is asynchronous (device.ON_CPU), one process does it all.
     _replace(saving, "get_write_results_queue", _always(queue.Queue()))
     _wrap(training, "initialize_megatron", lambda original: functools.partial(original, allow_no_cuda=True))

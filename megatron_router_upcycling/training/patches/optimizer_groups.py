@@ -1,4 +1,4 @@
-"""Which learning rate an optimizer goes on with after loading: the checkpoint's or this run's.
+"""Which learning rate an optimizer has after loading: the checkpoint's or this run's.
 
 An optimizer's parameters are in groups, each with settings of its own. Megatron knows a saved group by all
 of them, the learning rates among them, so that after a change of ``--lr`` it finds none. Here a group is
@@ -44,7 +44,7 @@ def counterparts(
 ) -> Iterator[tuple[Group, Group | None]]:
     """Each of the ``current`` groups with the one of those ``saved`` that holds its parameters, or None.
 
-    Groups of one kind that differ in their rates alone (``--use-mup``) are told apart by the order of these.
+    Groups of one kind that differ in their rates alone (``--use-mup``) are known by the order of these.
     """
     for group in current:
         own, others = (_rates_of(kind(group), groups, kind) for groups in (current, saved))

@@ -12,7 +12,7 @@ TESTED = "0.19"
 
 
 def changed(by: str, what: str, instead: str = "") -> RuntimeError:
-    """The error for something upstream that is not as ``by`` needs it; ``instead`` is a way to go on."""
+    """The error for something upstream that is not as ``by`` needs it; ``instead`` is another way."""
     way_out = instead or f"install megatron-core {TESTED}, or report it"
     return RuntimeError(
         f"{by}: {what} in this version of megatron-core or torch;"

@@ -2,7 +2,7 @@
 
 Two parts of megatron-core 0.19 fall back to plain PyTorch there and are not finished: the norm refuses
 sequence parallelism, and the distributed optimizer cannot load what it saved. Two more are slow: attention
-materialises its scores, and experts are multiplied one by one. ``install()`` mends all four, once; it changes
+materialises its scores, and experts are multiplied one by one. ``install()`` fixes all four, once; it changes
 nothing where Transformer Engine or apex is in use.
 """
 
@@ -25,7 +25,7 @@ _wrap = functools.partial(patching.wrap, "without_te")
 
 
 def install(unfused_attention: bool = False) -> None:
-    """Mend the norm and the distributed optimizer, and let local layer specs build what is faster.
+    """Fix the norm and the distributed optimizer, and let local layer specs build what is faster.
 
     Args:
         unfused_attention: leave Megatron's own attention in place.

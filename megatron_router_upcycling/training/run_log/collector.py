@@ -40,7 +40,7 @@ class RoutingCollector:
     Args:
         wanted: whether the present iteration's routing is collected.
         save: the run's folder, for the routers' initial parameters; None keeps them in memory.
-        fresh: the run starts here and does not go on from a checkpoint of its own.
+        fresh: the run starts here and does not resume from a checkpoint of its own.
         whole: parameters are whole on each rank; else there are no RARE measures, which read them.
 
     Raises:
@@ -200,7 +200,7 @@ def _expert_distances(layers: dict[int, Any]) -> dict[int, float]:
 
 
 def _initial(index: int, router: Any, save: Path | None, fresh: bool) -> dict[str, torch.Tensor]:
-    """A router's parameters at the run's start; kept in the run's folder for when it goes on."""
+    """A router's parameters at the run's start; kept in the run's folder for when it resumes."""
     from megatron.core import parallel_state
 
     now = {name: p.detach().clone() for name, p in router.named_parameters()}

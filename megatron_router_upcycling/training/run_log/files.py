@@ -1,6 +1,6 @@
 """The files of a run: ``run.jsonl`` (losses) and ``routing.jsonl`` (routers), beside its checkpoints.
 
-One JSON object a line, each with its ``iteration``. A run that goes on from a checkpoint first drops the
+One JSON object a line, each with its ``iteration``. A run that resumes from a checkpoint first drops the
 lines of later iterations, so that a file tells of one run without gaps or repeats.
 
 ``run.jsonl``: ``{"kind": "train", "iteration", "tokens", "lm_loss", "over", "learning_rate", "grad_norm",

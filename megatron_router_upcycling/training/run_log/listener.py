@@ -122,14 +122,14 @@ class RunLog:
     # ----------------------------------------------------------------------------------------------
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        """Write a line of the log; where that fails, as on a full disk, say so and let training go on."""
+        """Write a line of the log; where that fails, as on a full disk, say so and let training continue."""
         assert self.save is not None
         try:
             files.append(self.save / name, line)
         except OSError as error:
             print(
                 f"{self.save / name}: the line of iteration {line['iteration']} could not be written"
-                f" ({error.strerror}); training goes on",
+                f" ({error.strerror}); training continues",
                 flush=True,
             )
 
