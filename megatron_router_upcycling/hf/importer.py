@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_router_upcycling.checkpoint import beside
+from megatron_router_upcycling.checkpoint import beside, read_config_json
+from megatron_router_upcycling.checkpoint.dense_model import megatron_arguments
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
 from megatron_router_upcycling.checkpoint.names import dense_extra_states
@@ -26,8 +27,8 @@ from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sha256, versions
-from megatron_router_upcycling.hf import config_json, name_table
-from megatron_router_upcycling.hf.architecture import QwenModel, from_flags, megatron_arguments
+from megatron_router_upcycling.hf import name_table
+from megatron_router_upcycling.hf.architecture import QwenModel, from_flags
 from megatron_router_upcycling.hf.files import CONFIG, INDEX, read_json, refuse_adapter
 from megatron_router_upcycling.hf.name_table import Row
 from megatron_router_upcycling.hf.safetensors_file import sample_digest
@@ -90,7 +91,7 @@ def prepare(folder: Path, out: Path, options: Options) -> Import:
     publish.check_target(out, folder, options.overwrite, source_name="HF_DIR", made_by=RECORD)
     path = folder / CONFIG
     refuse_adapter(folder, "HF_DIR")
-    flags = config_json.to_flags(read_json(path), path, options.vocabulary_multiple)
+    flags = read_config_json.to_flags(read_json(path), path, options.vocabulary_multiple)
     model = from_flags(flags)
     weights = Weights.open(folder)
     dtype = weights.choose_dtype(model, options.dtype)
@@ -152,8 +153,13 @@ def _write(job: Import, writer: CheckpointWriter) -> None:
     empty = writer.write_object(torch_save_file.dump([None]))
     for name in dense_extra_states(job.model.num_layers, qk_layernorm=job.model.qk_norm):
         writer.add_object(name, empty)
+    of_run = {
+        "params_dtype": job.dtype,
+        "make_vocab_size_divisible_by": job.options.vocabulary_multiple,
+        "bf16": job.dtype == torch.bfloat16,
+    }
     common = {
-        "args": Namespace(**vars(megatron_arguments(job.flags)) | job.tokenizer),
+        "args": Namespace(**vars(megatron_arguments(job.flags)) | of_run | job.tokenizer),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
