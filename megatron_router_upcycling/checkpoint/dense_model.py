@@ -110,7 +110,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "init_method_std": 0.02,
     "untie_embeddings_and_output_weights": False,
 }
-# Megatron's defaults of what its ``gpt_config_from_args``, and Megatron-Bridge's counterpart, ask for as well.
+# As above, for what its ``gpt_config_from_args``, and Megatron-Bridge's counterpart, ask for as well.
 BUILD_DEFAULTS: dict[str, Any] = {
     "bias_gelu_fusion": True,
     "bias_swiglu_fusion": True,

@@ -1,4 +1,4 @@
-"""What describes a checkpoint's architecture where Megatron's training arguments are not in it. Pure: no torch.
+"""What describes a checkpoint's architecture where its training arguments do not. Pure: no torch.
 
 Megatron-Bridge writes ``run_config.yaml`` into an iteration's folder, ms-swift a Hugging Face
 ``config.json`` into the checkpoint's. A YAML file of Megatron's flags (``--config``) describes any.
@@ -7,7 +7,7 @@ Megatron-Bridge writes ``run_config.yaml`` into an iteration's folder, ms-swift 
 import json
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -42,7 +42,7 @@ ACTIVATIONS = {
 POSITIONS = ("rope", "learned_absolute", "none")
 
 
-def gives_architecture(args: Any) -> bool:
+def gives_architecture(args: Any) -> TypeGuard[Namespace]:
     """Whether ``args`` are Megatron's training arguments, and not another tool's."""
     return isinstance(args, Namespace) and all(getattr(args, name, None) is not None for name in SIZES)
 

@@ -99,11 +99,9 @@ class Checkpoint:
                 stored = self.tensors[EMBEDDING]
                 found[0].padded_vocab_size, found[0].params_dtype = stored.shape[0], stored.dtype
             return found
-        what = "no training arguments" if args is None else "training arguments that are not Megatron's"
-        raise UserError(
-            f"{self.iteration_dir}: holds {what}, no {described.RUN_CONFIG} and no {described.CONFIG_JSON} of the"
-            f" model; {described.WAY_OUT}"
-        )
+        what = "training arguments that are not Megatron's" if args else "no training arguments"
+        files = f"no {described.RUN_CONFIG} and no {described.CONFIG_JSON}"
+        raise UserError(f"{self.iteration_dir}: holds {what}, {files}; {described.WAY_OUT}")
 
     def blobs(self, key: str) -> list[Blob]:
         """Where the values of a tensor or an object are stored."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED
 from megatron_router_upcycling.checkpoint.described import gives_architecture
@@ -50,15 +51,15 @@ def _summary(checkpoint: Checkpoint, recorded: bool) -> list[str]:
         recorded: a manifest stands beside them.
     """
     iteration = f"iteration {shown(checkpoint.common['iteration'])}" * ("iteration" in checkpoint.common)
-    if not holds_experts(checkpoint.tensors):
-        lines, routing = [_joined(f"{checkpoint.iteration_dir}: dense", iteration)], ()
+    has_experts = holds_experts(checkpoint.tensors)
+    if not has_experts:
+        lines = [_joined(f"{checkpoint.iteration_dir}: dense", iteration)]
     else:
         args = checkpoint.common.get("args")
         count = getattr(args, "num_experts", None) or count_experts(checkpoint)
         experts = f"{shown(count)} experts" if count else ""
         whose = "" if recorded else f"of another tool (no {manifest.NAME})"
         lines = [_joined(f"{checkpoint.iteration_dir}: Mixture-of-Experts", experts, whose, iteration)]
-        routing = ROUTING
         if not gives_architecture(args):
             return lines
     try:
@@ -71,9 +72,9 @@ def _summary(checkpoint: Checkpoint, recorded: bool) -> list[str]:
     flags = ARCHITECTURE | {"num_query_groups": "num_query_groups"}
     architecture = {flag: getattr(args, name, None) for flag, name in flags.items()}
     architecture |= {flag: not getattr(args, name) for flag, name in NEGATED.items() if hasattr(args, name)}
-    subjects = {
-        "routing": {name: getattr(args, name, None) for name in routing},
-        "saved at": {name: getattr(args, name, None) for name in (() if by else SAVED_AT)},
+    subjects: dict[str, dict[str, Any]] = {
+        "routing": {name: getattr(args, name, None) for name in ROUTING if has_experts},
+        "saved at": {} if by else {name: getattr(args, name, None) for name in SAVED_AT},
         f"architecture{by}": architecture,
     }
     for subject, values in subjects.items():
