@@ -77,21 +77,30 @@ def to_flags(config: dict[str, Any], path: Path, vocabulary_multiple: int) -> di
 
 def _family(config: dict[str, Any], path: Path) -> str:
     family = config.get("model_type")
-    names = config.get("architectures") or [DENSE_CLASSES.get(str(family), family)]
-    name = str(names[0]).removesuffix("Model") + "ForCausalLM" * str(names[0]).endswith("Model")
-    covered = " or ".join(DENSE_CLASSES.values())
+    name = str((config.get("architectures") or [DENSE_CLASSES.get(str(family), family)])[0])
+    covered = "Qwen2ForCausalLM (Qwen1.5, Qwen2, Qwen2.5) or Qwen3ForCausalLM (Qwen3)"
     if config.get("num_experts") or config.get("num_local_experts") or "Moe" in str(name):
         raise UserError(f"{path}: {name} is a Mixture-of-Experts; import-hf takes a dense {covered}")
-    if family not in DENSE_CLASSES or name != DENSE_CLASSES[family]:
-        raise UserError(f"{path}: {name} is not covered; import-hf takes a dense {covered}")
+    body = DENSE_CLASSES.get(str(family), "").replace("ForCausalLM", "Model")
+    if family not in DENSE_CLASSES or name not in (DENSE_CLASSES[family], body):
+        of = f" (model_type {family})" * bool(family)
+        raise UserError(f"{path}: {name}{of} is not covered; import-hf takes a dense {covered}")
     return str(family)
 
 
 def _refuse_features(config: dict[str, Any], family: str, path: Path) -> None:
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    for entry in ("quantization_config", "quantization"):  # the second is MLX's
+        quantization = config.get(entry)
+        if not quantization:
+            continue
+        method = quantization.get("quant_method", entry) if isinstance(quantization, dict) else quantization
         raise UserError(f"{path}: quantised weights ({method}); name the folder of the unquantised model")
+    if chunks := config.get("dual_chunk_attention_config"):
+        raise UserError(
+            f"{path}: dual_chunk_attention_config is not covered; without it the model holds for"
+            f" {chunks.get('original_max_position_embeddings')} positions: take the entry out and set"
+            " max_position_embeddings to that"
+        )
     layers = config.get("layer_types") or []
     if not layers and _uses_window(config):
         layers = ["sliding_attention"]

@@ -144,7 +144,7 @@ def _check_shapes(model: DenseModel, checkpoint: Checkpoint) -> None:
         shape = checkpoint.tensors[name].shape
         if axis >= len(shape) or shape[axis] != expected:
             raise UserError(
-                f"{checkpoint.described_by}: {setting} {value}, but {checkpoint.root} has {name} of"
+                f"{checkpoint.described_by}: {setting} {value}, but in {checkpoint.root} {name} is"
                 f" {list(shape)}, not {expected} on axis {axis}"
             )
     shapes = {
