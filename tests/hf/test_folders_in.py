@@ -125,7 +125,7 @@ def test_switch_of_null_is_off(models: Path, tmp_path: Path) -> None:
         ({"quantize_config.json": "{}"}, {}, r"quantised weights \(quantize_config.json\)"),
         ({}, {"quantization": {"bits": 4, "group_size": 64}}, r"quantised weights \(quantization\)"),
         ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\n"}, {}, "run git lfs pull in"),
-        ({}, {"architectures": ["QWenLMHeadModel"], "model_type": "qwen"}, r"QWenLMHeadModel .* Qwen1.5"),
+        ({}, {"architectures": ["QWenLMHeadModel"], "model_type": "qwen"}, r"QWenLMHeadModel .*Qwen1.5"),
         (
             {},
             {"dual_chunk_attention_config": {"original_max_position_embeddings": 32}},
