@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED
+from megatron_router_upcycling.checkpoint.dense_model import (
+    ARCHITECTURE,
+    BUILD_DEFAULTS,
+    MODEL_DEFAULTS,
+    NEGATED,
+)
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.verify.verification import Verification
@@ -37,6 +42,9 @@ def check_arguments(verification: Verification) -> None:
         findings.add("arguments", COMMON_STATE, str(error))
         return
     wanted = _of_trained(dense_args) if verification.trained else _of_fresh(dense_args)
+    # What Megatron asks for and the dense run did not record; older conversions lack it.
+    added = MODEL_DEFAULTS | BUILD_DEFAULTS
+    wanted = {name: added[name] for name in added if name in args and name not in LEFT_TO_TRAINING} | wanted
     wanted |= _of_experts(verification)
     for name, value in wanted.items():
         if name not in args:
