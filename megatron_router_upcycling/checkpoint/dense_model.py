@@ -70,6 +70,72 @@ UNKNOWN_LAYERS = (
     "hybrid_override_pattern",
     "is_hybrid_model",
 )
+# Megatron's defaults of the arguments that decide what a dense model computes, but for its sizes.
+MODEL_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(UNKNOWN_LAYERS),
+    "multi_latent_attention": False,
+    "attention_output_gate": False,
+    "is_hybrid_model": False,
+    "num_experts": None,
+    "group_query_attention": False,
+    "qk_layernorm": False,
+    "qk_l2_norm": False,
+    "add_bias_linear": True,
+    "add_qkv_bias": False,
+    "swiglu": False,
+    "squared_relu": False,
+    "openai_gelu": False,
+    "quick_geglu": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "normalization": "LayerNorm",
+    "layernorm_epsilon": 1e-5,
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "apply_query_key_layer_scaling": False,
+    "add_position_embedding": True,
+    "position_embedding_type": "learned_absolute",
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "use_rope_scaling": False,
+    "rope_scaling_factor": 8.0,
+    "no_rope_freq": None,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "use_mup": False,
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
+    "init_method_std": 0.02,
+    "untie_embeddings_and_output_weights": False,
+}
+# As above, for what its ``gpt_config_from_args``, and Megatron-Bridge's counterpart, ask for as well.
+BUILD_DEFAULTS: dict[str, Any] = {
+    "bias_gelu_fusion": True,
+    "bias_swiglu_fusion": True,
+    "config_logger_dir": "",
+    "cp_comm_type": ["p2p"],
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "fp16_lm_cross_entropy": False,
+    "fp4_param_gather": False,
+    "fp8_param_gather": False,
+    "init_method_xavier_uniform": False,
+    "make_vocab_size_divisible_by": 128,
+    "moe_grouped_gemm": False,
+    "moe_latent_size": None,
+    "no_persist_layer_norm": False,
+    "overlap_p2p_comm": True,
+    "pipeline_model_parallel_size": 1,
+    "rope_type": None,
+    "seed": 1234,
+    "spec": None,
+    "te_precision_config_file": None,
+    "tensor_model_parallel_size": 1,
+    "transformer_impl": "transformer_engine",
+    "yaml_cfg": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +256,20 @@ class DenseModel(Architecture):
 
     def describe(self) -> str:
         return f"dense, {super().describe()}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def megatron_arguments(flags: dict[str, Any]) -> Namespace:
+    """The arguments that Megatron would keep in a checkpoint of a dense model built with ``flags``."""
+    arguments = MODEL_DEFAULTS | BUILD_DEFAULTS | {"consumed_train_samples": 0, "consumed_valid_samples": 0}
+    for flag, value in flags.items():
+        if flag in NEGATED:
+            arguments[NEGATED[flag]] = not value
+        else:
+            arguments[ARCHITECTURE.get(flag, flag)] = value
+    if (hidden := arguments.get("hidden_size")) and (heads := arguments.get("num_attention_heads")):
+        arguments.setdefault("kv_channels", int(hidden) // int(heads))
+        arguments.setdefault("num_query_groups", heads)
+    return Namespace(**arguments)
 
 
 def flags_of(args: Namespace) -> dict[str, Any]:

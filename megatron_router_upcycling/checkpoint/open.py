@@ -1,10 +1,17 @@
 """Open a checkpoint of either format, or a dense one, and refuse what is not whole."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.checkpoint.format.files import BACKEND, CONFIG, iteration_dir, read_record
+from megatron_router_upcycling.checkpoint.format.files import (
+    BACKEND,
+    CONFIG,
+    iteration_dir,
+    locate,
+    read_record,
+)
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, Report, parse_metadata
 from megatron_router_upcycling.checkpoint.layers import stack_layers
 from megatron_router_upcycling.checkpoint.legacy.checkpoint import LegacyCheckpoint
@@ -13,13 +20,16 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError, shown
 
 
-def open_dense(root: str | Path) -> Checkpoint:
+def open_dense(root: str | Path, config: Path | None = None) -> Checkpoint:
     """Open a dense model's checkpoint of any format; its layers are stacked, however they are stored.
+
+    Args:
+        config: a YAML file of Megatron's flags that describes the model, where the checkpoint does not.
 
     Raises:
         UserError: as ``open_checkpoint``, or layers that are not alike.
     """
-    checkpoint = open_checkpoint(root)
+    checkpoint = dataclasses.replace(open_checkpoint(root), config=config)
     return checkpoint if holds_experts(checkpoint.tensors) else stack_layers(checkpoint)
 
 
@@ -27,14 +37,14 @@ def open_checkpoint(root: str | Path, report: Report | None = None) -> Checkpoin
     """Open the newest checkpoint under ``root``, torch_dist or legacy, and check that it is whole.
 
     Args:
+        root: or the folder of one of its iterations, which chooses that.
         report: called with tensor or file and fault, instead of raising, where the checkpoint is not
             whole or not self-consistent.
 
     Raises:
         UserError: nothing there, another format, half-written, or not safe to read.
     """
-    root = Path(root)
-    folder = iteration_dir(root)
+    root, folder = locate(Path(root))
     if _is_legacy(folder):
         return LegacyCheckpoint.open_folder(root, folder)
     if (backend := _backend(folder)) != BACKEND:

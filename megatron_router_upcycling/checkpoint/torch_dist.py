@@ -5,18 +5,20 @@ is a torch.distributed.checkpoint folder with global tensors; its ``.metadata`` 
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import math
 import os
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from megatron_router_upcycling.checkpoint import described
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import (
     COMMON_FILE,
@@ -35,6 +37,7 @@ from megatron_router_upcycling.checkpoint.format.metadata import (
     parse_metadata,
 )
 from megatron_router_upcycling.checkpoint.format.torch_save_file import Values, find_values
+from megatron_router_upcycling.checkpoint.names import EMBEDDING
 from megatron_router_upcycling.errors import UserError, reason
 
 
@@ -43,7 +46,7 @@ class Checkpoint:
     """One iteration of a checkpoint, open for reading.
 
     ``tensors`` and ``objects`` (extra states and the like) are by global key; ``common`` is the state
-    that all ranks share, with Megatron's arguments in it.
+    that all ranks share, with Megatron's arguments in it. ``config``: a YAML file that describes the model.
     """
 
     root: Path
@@ -51,6 +54,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     objects: dict[str, Blob]
     common: dict[str, Any]
+    config: Path | None = field(default=None, kw_only=True)
 
     @classmethod
     def open_folder(cls, root: Path, folder: Path, report: Report | None = None) -> "Checkpoint":
@@ -69,13 +73,35 @@ class Checkpoint:
 
     @property
     def args(self) -> Namespace:
-        """Megatron's arguments as the run that saved this checkpoint had them."""
+        """Megatron's arguments as the run that saved this checkpoint had them; else see ``described``.
+
+        Raises:
+            UserError: nothing describes the model.
+        """
+        return self._description[0]
+
+    @property
+    def described_by(self) -> str:
+        """What ``args`` are from, for messages."""
+        return self._description[1]
+
+    @functools.cached_property
+    def _description(self) -> tuple[Namespace, str]:
         args = self.common.get("args")
-        if not isinstance(args, Namespace) or not all(isinstance(name, str) for name in vars(args)):
-            raise UserError(
-                f"{self.iteration_dir}: holds no training arguments; save it with Megatron's training"
-            )
-        return args
+        if isinstance(args, Namespace) and not all(isinstance(name, str) for name in vars(args)):
+            args = None
+        if described.gives_architecture(args):
+            if self.config:
+                described.check(self.config, args, self.root)
+            return args, f"the training arguments in {self.iteration_dir}"
+        if found := described.find(self.root, self.iteration_dir, self.config):
+            if EMBEDDING in self.tensors:
+                stored = self.tensors[EMBEDDING]
+                found[0].padded_vocab_size, found[0].params_dtype = stored.shape[0], stored.dtype
+            return found
+        what = "training arguments that are not Megatron's" if args else "no training arguments"
+        files = f"no {described.RUN_CONFIG} and no {described.CONFIG_JSON}"
+        raise UserError(f"{self.iteration_dir}: holds {what}, {files}; {described.WAY_OUT}")
 
     def blobs(self, key: str) -> list[Blob]:
         """Where the values of a tensor or an object are stored."""

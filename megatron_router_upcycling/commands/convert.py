@@ -156,6 +156,7 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         shared_expert=args.shared_expert,
         layers=args.layers,
+        config=args.config,
         megatron=file.megatron,
     )
     ready = convert.prepare(args.dense, args.out, options)

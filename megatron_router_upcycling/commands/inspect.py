@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.commands.shared import add_model_config
+
 EXAMPLES = """\
 examples:
   router-upcycle inspect ckpt/dense
@@ -33,6 +35,7 @@ def add(commands: Any) -> None:
         type=Path,
         help="route its samples of hidden states (default: those recorded; without any, random tokens)",
     )
+    add_model_config(inspect)
     inspect.set_defaults(run=run)
 
 
@@ -40,6 +43,6 @@ def run(args: argparse.Namespace) -> None:
     from megatron_router_upcycling.diagnostics import checkpoint, routing_start
 
     routing = routing_start.describe(args.checkpoint, args.key_stats)  # first: what is wrong with --key-stats
-    print(checkpoint.describe(args.checkpoint, everything=args.all))
+    print(checkpoint.describe(args.checkpoint, everything=args.all, config=args.config))
     if routing:
         print(f"\n{routing}")

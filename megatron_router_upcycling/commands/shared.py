@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -12,6 +13,16 @@ def add_output_flags(command: argparse.ArgumentParser) -> None:
     """The flags of a command that makes OUT."""
     command.add_argument("--overwrite", action="store_true", help="replace OUT once its successor is whole")
     command.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+def add_model_config(command: argparse.ArgumentParser) -> None:
+    """The flag that describes a dense model."""
+    command.add_argument(
+        "--config",
+        metavar="YAML",
+        type=Path,
+        help="the model's Megatron flags, as in model.yaml, where the checkpoint does not describe it",
+    )
 
 
 @contextlib.contextmanager

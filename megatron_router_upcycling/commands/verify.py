@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.commands.shared import progress_bar
+from megatron_router_upcycling.commands.shared import add_model_config, progress_bar
 from megatron_router_upcycling.errors import UserError
 
 EXAMPLES = """\
@@ -31,6 +31,7 @@ def add(commands: Any) -> None:
     verify.add_argument(
         "--key-stats", metavar="FILE", type=Path, help="what the routers were made from (default: recorded)"
     )
+    add_model_config(verify)
     verify.add_argument("--json", metavar="FILE", type=Path, help="write all that was found there as well")
     verify.add_argument("--quiet", action="store_true", help="print what differs only")
     verify.set_defaults(run=run)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--json {args.json}: a folder, or in none; name a file to write")
     torch.set_num_threads(1)
     start = time.monotonic()
-    ready = proof.prepare(args.dense, args.moe, args.key_stats)
+    ready = proof.prepare(args.dense, args.moe, args.key_stats, args.config)
     with progress_bar("verify", ready.bytes_to_read, args.quiet) as advance:
         findings = proof.run(ready, advance)
     if args.json:

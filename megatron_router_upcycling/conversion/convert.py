@@ -61,7 +61,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     out = Path(out)
     read = [path for path in (options.key_stats,) if path] + list(iteration_dir(Path(root)).rglob("*"))
     sources = Stamps(read)  # before anything is read
-    dense = open_dense(root)
+    dense = open_dense(root, options.config)
     publish.check_target(out, dense.root, options.overwrite)
     model = read_model(dense)
     router_parameters(model, options.router)  # whether the router fits the model

@@ -3,9 +3,10 @@
 from typing import Any
 
 from megatron_router_upcycling import expert_layers
-from megatron_router_upcycling.checkpoint.dense_model import DenseModel
+from megatron_router_upcycling.checkpoint.dense_model import BUILD_DEFAULTS, MODEL_DEFAULTS, DenseModel
 from megatron_router_upcycling.checkpoint.format import safe_pickle
 from megatron_router_upcycling.checkpoint.format.files import BACKEND
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.fine_grained import SHARE
 from megatron_router_upcycling.routers.config import RouterConfig
 
@@ -63,7 +64,7 @@ def moe_arguments(
 
 
 def moe_common_state(
-    common: dict[str, Any],
+    dense: Checkpoint,
     model: DenseModel,
     router: RouterConfig,
     shared_expert: bool,
@@ -74,7 +75,9 @@ def moe_common_state(
     Megatron takes architecture (``--use-checkpoint-args``) and the place in the data from the arguments
     in it; optimizer, schedule and random state start anew.
     """
-    values = vars(common["args"]) | FRESH | moe_arguments(model, router, shared_expert, layers)
-    kept = {name: common[name] for name in ("checkpoint_version", "content_metadata") if name in common}
+    values = MODEL_DEFAULTS | BUILD_DEFAULTS | vars(dense.args) | FRESH
+    values |= moe_arguments(model, router, shared_expert, layers)
+    kept: dict[str, Any] = {"checkpoint_version": dense.common.get("checkpoint_version", 3.0)}
+    kept["content_metadata"] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     args = safe_pickle.namespace({name: value for name, value in values.items() if name not in DECIDED_LATER})
     return kept | {"args": args, "iteration": 0, "num_floating_point_operations_so_far": 0}

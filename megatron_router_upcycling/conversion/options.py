@@ -33,6 +33,7 @@ class Options:
     layers: str | None = None  # those that get experts, as ``parse_layers`` reads them; None: all
     init: InitConfig = InitConfig()
     key_source: str | None = None  # that the key statistics must be of
+    config: Path | None = None  # a YAML file that describes the dense model, where its checkpoint does not
     megatron: Mapping[str, Any] = field(default_factory=dict)  # training's flags, where known
 
 

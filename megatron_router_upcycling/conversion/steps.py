@@ -345,9 +345,7 @@ class WriteCommonState(Step):
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
         options = work.options
-        common = moe_common_state(
-            work.dense.common, work.model, options.router, options.shared_expert, work.layers
-        )
+        common = moe_common_state(work.dense, work.model, options.router, options.shared_expert, work.layers)
         if self.as_file:
             writer.write_file(COMMON_FILE, torch_save_file.dump(common))
         else:

@@ -1,31 +1,37 @@
 """What a checkpoint is, in words and as a table of its tensors."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED
-from megatron_router_upcycling.checkpoint.names import EXTRA_STATE, TRAINING_STATE
+from megatron_router_upcycling.checkpoint.described import gives_architecture
+from megatron_router_upcycling.checkpoint.names import EXTRA_STATE, TRAINING_STATE, holds_experts
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.checkpoint.read_model import count_experts
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.errors import printable, shown
+from megatron_router_upcycling.errors import UserError, printable, shown
 
 ROUTING = ("num_experts", "moe_router_topk", "moe_router_pre_softmax", "moe_ffn_hidden_size")
 SAVED_AT = ("consumed_train_samples", "tensor_model_parallel_size", "pipeline_model_parallel_size")
 
 
-def describe(root: str | Path, everything: bool = False) -> str:
+def describe(root: str | Path, everything: bool = False, config: Path | None = None) -> str:
     """Kind, architecture, tensors and manifest of the checkpoint under ``root``.
 
     Args:
         everything: list optimizer state and objects that hold no weights as well.
+        config: a YAML file that describes the model, where the checkpoint does not.
 
     Raises:
         UserError: no whole checkpoint there, or one that is not safe to read.
     """
-    checkpoint = open_checkpoint(root)
+    checkpoint = dataclasses.replace(open_checkpoint(root), config=config)
     listed = [key for key in checkpoint.tensors if everything or not TRAINING_STATE.match(key)]
-    lines = [*_summary(checkpoint), "", *_table(checkpoint, listed)]
+    record = manifest.read(checkpoint.root)
+    lines = [*_summary(checkpoint, record is not None), "", *_table(checkpoint, listed)]
     if everything:
         objects = checkpoint.objects.items()
         lines += ["", *(f"{printable(key):<108} {blob.length:>15,}" for key, blob in objects)]
@@ -33,31 +39,52 @@ def describe(root: str | Path, everything: bool = False) -> str:
         states = sum(EXTRA_STATE in key for key in checkpoint.objects)
         hidden = len(checkpoint.tensors) - len(listed)
         lines.append(f"not shown: {hidden} tensors of training state, {states} extra states (--all)")
-    record = manifest.read(checkpoint.root)
     if record is not None:
         lines += ["", f"{manifest.NAME}:", json.dumps(record, indent=2, sort_keys=True)]
     return "\n".join(lines)
 
 
-def _summary(checkpoint: Checkpoint) -> list[str]:
-    """What the training arguments in the checkpoint say, a line a subject."""
-    args = checkpoint.args
+def _summary(checkpoint: Checkpoint, recorded: bool) -> list[str]:
+    """What the tensors are, and what describes them, a line a subject.
 
-    def values(names: tuple[str, ...]) -> str:
-        return ", ".join(f"{name} {shown(getattr(args, name, None))}" for name in names)
-
-    num_experts = getattr(args, "num_experts", None)
-    kind = f"Mixture-of-Experts, {shown(num_experts)} experts" if num_experts else "dense"
-    iteration = shown(checkpoint.common.get("iteration"))
-    lines = [f"{checkpoint.iteration_dir}: {kind}, iteration {iteration}"]
-    if num_experts:
-        lines.append(f"routing: {values(ROUTING)}")
-    lines.append(f"saved at: {values(SAVED_AT)}")
+    Args:
+        recorded: a manifest stands beside them.
+    """
+    iteration = f"iteration {shown(checkpoint.common['iteration'])}" * ("iteration" in checkpoint.common)
+    has_experts = holds_experts(checkpoint.tensors)
+    if not has_experts:
+        lines = [_joined(f"{checkpoint.iteration_dir}: dense", iteration)]
+    else:
+        args = checkpoint.common.get("args")
+        count = getattr(args, "num_experts", None) or count_experts(checkpoint)
+        experts = f"{shown(count)} experts" if count else ""
+        whose = "" if recorded else f"of another tool (no {manifest.NAME})"
+        lines = [_joined(f"{checkpoint.iteration_dir}: Mixture-of-Experts", experts, whose, iteration)]
+        if not gives_architecture(args):
+            return lines
+    try:
+        args = checkpoint.args
+        by = "" if args is checkpoint.common.get("args") else f" (by {checkpoint.described_by})"
+    except UserError as error:
+        if checkpoint.config:
+            raise
+        return [*lines, f"architecture: not described ({error})"]
     flags = ARCHITECTURE | {"num_query_groups": "num_query_groups"}
     architecture = {flag: getattr(args, name, None) for flag, name in flags.items()}
-    architecture |= {flag: not getattr(args, name, True) for flag, name in NEGATED.items()}
-    said = ", ".join(f"{name} {shown(value)}" for name, value in architecture.items())
-    return [*lines, f"architecture: {said}"]
+    architecture |= {flag: not getattr(args, name) for flag, name in NEGATED.items() if hasattr(args, name)}
+    subjects: dict[str, dict[str, Any]] = {
+        "routing": {name: getattr(args, name, None) for name in ROUTING if has_experts},
+        "saved at": {} if by else {name: getattr(args, name, None) for name in SAVED_AT},
+        f"architecture{by}": architecture,
+    }
+    for subject, values in subjects.items():
+        if said := [f"{name} {shown(value)}" for name, value in values.items() if value is not None]:
+            lines.append(f"{subject}: {', '.join(said)}")
+    return lines
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
 
 
 def _table(checkpoint: Checkpoint, keys: list[str]) -> list[str]:

@@ -69,7 +69,7 @@ def describe(root: Path, stats: Path | None) -> str:
         UserError: the checkpoint's routers cannot be read, or ``stats`` does not fit.
     """
     checkpoint = open_checkpoint(root)
-    record = manifest.read(root)
+    record = manifest.read(checkpoint.root)
     if record is None or not router_layers(checkpoint):
         if stats is not None:
             raise UserError(

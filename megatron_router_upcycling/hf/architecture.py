@@ -12,24 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.checkpoint.dense_model import (
-    ARCHITECTURE,
-    NEGATED,
     UNKNOWN_LAYERS,
     Architecture,
+    megatron_arguments,
 )
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.expert_layers import MOST_LAYERS, has_experts, layer_frequency
 
-# Megatron flag -> value, for what all of these models have in common.
-FIXED_FLAGS: dict[str, Any] = {
-    "group_query_attention": True,
-    "disable_bias_linear": True,
-    "normalization": "RMSNorm",
-    "swiglu": True,
-    "position_embedding_type": "rope",
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-}
 # Megatron argument -> the value it must have had in training for a Qwen class to compute the same. An
 # argument that a checkpoint does not record counts as right.
 EXPECTED_ARGUMENTS: dict[str, Any] = {
@@ -61,17 +50,6 @@ EXPECTED_ROUTING: dict[str, Any] = {
     "moe_router_num_groups": None,
     "moe_latent_size": None,
     "moe_apply_probs_on_input": False,
-}
-# Arguments of a dense model that nothing here depends on and Megatron looks for where it loads one.
-UNUSED_ARGUMENTS: dict[str, Any] = {
-    "num_experts": None,
-    "add_position_embedding": True,
-    "apply_query_key_layer_scaling": False,
-    "rope_scaling_factor": 8.0,
-    "consumed_train_samples": 0,
-    "consumed_valid_samples": 0,
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
 }
 
 
@@ -132,17 +110,6 @@ class QwenModel(Architecture):
 def from_flags(flags: dict[str, Any]) -> QwenModel:
     """The dense model that Megatron's flags (underscores for dashes) build."""
     return _from_arguments(megatron_arguments(flags), flags["padded_vocab_size"])
-
-
-def megatron_arguments(flags: dict[str, Any]) -> Namespace:
-    """The arguments that Megatron would keep in a checkpoint of a dense model built with ``flags``."""
-    arguments = dict.fromkeys(UNKNOWN_LAYERS) | EXPECTED_ARGUMENTS | UNUSED_ARGUMENTS
-    for flag, value in flags.items():
-        if flag in NEGATED:
-            arguments[NEGATED[flag]] = not value
-        else:
-            arguments[ARCHITECTURE.get(flag, flag)] = value
-    return Namespace(**arguments)
 
 
 def from_megatron(args: Namespace, root: Path, embedding_rows: int) -> QwenModel:

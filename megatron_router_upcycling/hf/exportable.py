@@ -21,9 +21,7 @@ def check(conversion: Conversion) -> str | None:
         check_exportable(plan.dense.args, plan.model, plan.dense.root)
     except UserError as error:
         return f"not for Hugging Face: {error}"
-    common = moe_common_state(
-        plan.dense.common, plan.model, options.router, options.shared_expert, plan.layers
-    )
+    common = moe_common_state(plan.dense, plan.model, options.router, options.shared_expert, plan.layers)
     try:
         check_exportable(common["args"], plan.model, plan.dense.root)
     except UserError as error:

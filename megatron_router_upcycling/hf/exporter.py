@@ -43,6 +43,7 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
         UserError: whatever would make the export fail and can be known beforehand.
     """
     checkpoint = open_checkpoint(root)
+    root = checkpoint.root
     publish.check_target(out, root, options.overwrite, source_name="MOE", made_by=RECORD)
     if EMBEDDING not in checkpoint.tensors:
         raise UserError(f"{root}: has no tensor {EMBEDDING}; export-hf takes a GPT model")

@@ -13,6 +13,7 @@ GENERATION_CONFIG = "generation_config.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MODELLING_FILE = "modeling_upcycled_qwen_moe.py"
 CONFIG = "config.json"
+LFS_POINTER = b"version https://git-lfs"
 CARD = "README.md"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -54,6 +55,26 @@ def copy_beside(source: Path, target: Path) -> dict[str, Any]:
             found = read_json(source / file)
             return {name: found[name] for name in SPECIAL_TOKENS if found.get(name) is not None}
     return {}
+
+
+def refuse_other_folders(folder: Path, flag: str) -> None:
+    """Name what ``folder``, which ``flag`` gave, is where it is not a model's in safetensors.
+
+    Raises:
+        UserError: says what to take in its place.
+    """
+    refuse_adapter(folder, flag)
+    where, names = f"{flag} {folder}", sorted(path.name for path in folder.iterdir())
+    if CONFIG not in names and (snapshots := sorted((folder / "snapshots").glob("*"))):
+        raise UserError(f"{where}: a model's folder in the hub's cache; name {snapshots[-1]}")
+    for name in names:
+        if name.endswith(".gguf") and not any(other.endswith(".safetensors") for other in names):
+            raise UserError(f"{where}: holds GGUF ({name}); take the model in safetensors")
+        if name in ("quantize_config.json", "quant_config.json"):
+            raise UserError(f"{where}: quantised weights ({name}); name the folder of the unquantised model")
+        path = folder / name
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+            raise UserError(f"{path}: a Git LFS pointer in place of the file; run git lfs pull in {folder}")
 
 
 def refuse_adapter(folder: Path, flag: str) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_router_upcycling.checkpoint import beside
+from megatron_router_upcycling.checkpoint import beside, read_config_json
+from megatron_router_upcycling.checkpoint.dense_model import megatron_arguments
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
 from megatron_router_upcycling.checkpoint.names import dense_extra_states
@@ -26,9 +27,9 @@ from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sha256, versions
-from megatron_router_upcycling.hf import config_json, name_table
-from megatron_router_upcycling.hf.architecture import QwenModel, from_flags, megatron_arguments
-from megatron_router_upcycling.hf.files import CONFIG, INDEX, read_json, refuse_adapter
+from megatron_router_upcycling.hf import name_table
+from megatron_router_upcycling.hf.architecture import QwenModel, from_flags
+from megatron_router_upcycling.hf.files import CONFIG, INDEX, read_json, refuse_other_folders
 from megatron_router_upcycling.hf.name_table import Row
 from megatron_router_upcycling.hf.safetensors_file import sample_digest
 from megatron_router_upcycling.hf.values import (
@@ -89,8 +90,8 @@ def prepare(folder: Path, out: Path, options: Options) -> Import:
         raise UserError(f"HF_DIR {folder}: no such folder; name the folder of a model's {CONFIG}")
     publish.check_target(out, folder, options.overwrite, source_name="HF_DIR", made_by=RECORD)
     path = folder / CONFIG
-    refuse_adapter(folder, "HF_DIR")
-    flags = config_json.to_flags(read_json(path), path, options.vocabulary_multiple)
+    refuse_other_folders(folder, "HF_DIR")
+    flags = read_config_json.to_flags(read_json(path), path, options.vocabulary_multiple)
     model = from_flags(flags)
     weights = Weights.open(folder)
     dtype = weights.choose_dtype(model, options.dtype)
@@ -152,8 +153,13 @@ def _write(job: Import, writer: CheckpointWriter) -> None:
     empty = writer.write_object(torch_save_file.dump([None]))
     for name in dense_extra_states(job.model.num_layers, qk_layernorm=job.model.qk_norm):
         writer.add_object(name, empty)
+    of_run = {
+        "params_dtype": job.dtype,
+        "make_vocab_size_divisible_by": job.options.vocabulary_multiple,
+        "bf16": job.dtype == torch.bfloat16,
+    }
     common = {
-        "args": Namespace(**vars(megatron_arguments(job.flags)) | job.tokenizer),
+        "args": Namespace(**vars(megatron_arguments(job.flags)) | of_run | job.tokenizer),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
@@ -230,9 +236,30 @@ def describe_result(job: Import, record: dict[str, Any], seconds: float) -> str:
     """What was made, and what to run next."""
     size = format_bytes(job.bytes_to_write)
     left_out = f"left out: {', '.join(job.beside.left_out)}\n" if job.beside.left_out else ""
+    left_out += "".join(f"{line}\n" for line in _warnings(job))
+    tokenizer = "" if job.tokenizer else " --tokenizer-type HuggingFaceTokenizer --tokenizer-model TOKENIZER"
     return (
         f"{job.out}: {record['architecture']}, {record['dtype']}, {size} in {seconds:.1f} s\n{left_out}"
         f"the model's flags: {job.out / MODEL_YAML}\n"
         "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys"
-        f" --config {job.out / MODEL_YAML} --load {job.out} --output KEY_STATS [flags for data]"
+        f" --config {job.out / MODEL_YAML} --load {job.out} --output KEY_STATS{tokenizer} [flags for data]"
     )
+
+
+def _warnings(job: Import) -> Iterator[str]:
+    """What the user should know of the model before training it."""
+    if job.dtype == torch.float16:
+        yield "float16 weights: training is in float32, or in bfloat16 with --bf16"
+    if not job.tokenizer:
+        yield f"no tokenizer in {job.folder}: name the model's with --tokenizer-model"
+    path = job.folder / "tokenizer.json"
+    if path.is_file():
+        content = read_json(path)
+        vocabulary = (content.get("model") or {}).get("vocab") or {}
+        ids = [token.get("id", 0) for token in content.get("added_tokens") or []]
+        ids += vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        if (largest := max(ids, default=0)) >= job.model.vocab_size:
+            yield (
+                f"warning: the tokenizer has tokens up to {largest} and the model {job.model.vocab_size} of"
+                " them: data with tokens beyond will be refused"
+            )

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.checkpoint import described
+from megatron_router_upcycling.checkpoint.names import holds_experts
+from megatron_router_upcycling.checkpoint.open import open_dense
+from megatron_router_upcycling.checkpoint.read_model import query_key_digest, read_model
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions
 from megatron_router_upcycling.key_statistics import capture, router_sample
@@ -138,12 +141,16 @@ def check(run: launch.Run) -> None:
     from megatron_router_upcycling.training.language_model import check_data, check_tokens
 
     args = run.args
-    trained = open_checkpoint(args.load).args
-    if getattr(trained, "num_experts", None):
+    dense = open_dense(args.load)
+    if holds_experts(dense.tensors) or getattr(dense.common.get("args"), "num_experts", None):
         raise UserError(
-            f"--load {args.load}: is a Mixture-of-Experts of {trained.num_experts} experts already; keys are"
-            " collected from the dense checkpoint that it was made from"
+            f"--load {args.load}: is a Mixture-of-Experts already; keys are collected from the dense"
+            " checkpoint that it was made from"
         )
+    if not described.gives_architecture(dense.common.get("args")):
+        dense = open_dense(args.load, args.config and Path(args.config))
+        read_model(dense)
+    trained = dense.args
     if run.router is not None:
         raise UserError(
             f"--num-experts {args.num_experts}: keys are collected from a dense model; use the"
@@ -269,9 +276,6 @@ def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.T
 def provenance(args: Namespace) -> dict[str, Any]:
     """What the statistics are of and what made them, as JSON values."""
     from megatron.training.utils import get_blend_and_blend_per_split
-
-    from megatron_router_upcycling.checkpoint.open import open_dense
-    from megatron_router_upcycling.checkpoint.read_model import query_key_digest
 
     dense = open_dense(args.load)
     blend, per_split = get_blend_and_blend_per_split(args)

@@ -2,13 +2,20 @@
 
 from typing import Any
 
-from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED
+from megatron_router_upcycling.checkpoint.dense_model import (
+    ARCHITECTURE,
+    BUILD_DEFAULTS,
+    MODEL_DEFAULTS,
+    NEGATED,
+)
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.conversion.moe_arguments import model_flags, moe_arguments, moe_common_state
 from megatron_router_upcycling.conversion.plan import Plan
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.verify.findings import Findings
 from megatron_router_upcycling.verify.verification import Verification
+
+VERSIONS = ("args", "checkpoint_version", "content_metadata")
 
 
 def check_arguments(verification: Verification) -> None:
@@ -24,13 +31,21 @@ def check_arguments(verification: Verification) -> None:
     if verification.trained:
         args = {name: value for name, value in args.items() if name in wanted}
     else:
-        _compare(findings, moe.common, fresh)
+        # What Megatron asks for and the dense run did not record; older conversions lack it.
+        added = (MODEL_DEFAULTS | BUILD_DEFAULTS).keys() - vars(plan.dense.args).keys() - args.keys()
+        wanted = {name: value for name, value in wanted.items() if name not in added}
+        _compare(findings, _without_versions(moe.common), _without_versions(fresh))
     _compare(findings, args, wanted)
     findings.looked_at["arguments"] = f"{len(wanted)} arguments"
 
 
+def _without_versions(common: dict[str, Any]) -> dict[str, Any]:
+    """A common state but for what says how it was written."""
+    return {name: value for name, value in common.items() if name not in VERSIONS}
+
+
 def _compare(findings: Findings, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name in sorted((found.keys() | wanted.keys()) - {"args"}):
+    for name in sorted(found.keys() | wanted.keys()):
         if name not in found:
             findings.add("arguments", name, "is missing")
         elif name not in wanted:
@@ -42,7 +57,7 @@ def _compare(findings: Findings, found: dict[str, Any], wanted: dict[str, Any]) 
 
 def _common(plan: Plan) -> dict[str, Any]:
     options = plan.options
-    return moe_common_state(plan.dense.common, plan.model, options.router, options.shared_expert, plan.layers)
+    return moe_common_state(plan.dense, plan.model, options.router, options.shared_expert, plan.layers)
 
 
 def _architecture(plan: Plan) -> dict[str, Any]:

@@ -33,16 +33,22 @@ from megatron_router_upcycling.verify.verification import Verification, has_trai
 TRAINED = "the checkpoint has trained"
 
 
-def prepare(dense_root: str | Path, moe_root: str | Path, key_stats_file: Path | None = None) -> Verification:
+def prepare(
+    dense_root: str | Path,
+    moe_root: str | Path,
+    key_stats_file: Path | None = None,
+    config: Path | None = None,
+) -> Verification:
     """Open everything that is needed.
 
     Args:
         key_stats_file: what the routers were made from; by default the file that the manifest names.
+        config: a YAML file that describes the dense model, where its checkpoint does not.
 
     Raises:
         UserError: not a dense checkpoint and an upcycled one, or no key statistics.
     """
-    dense = open_dense(dense_root)
+    dense = open_dense(dense_root, config)
     findings = Findings()
     moe = open_checkpoint(moe_root, lambda name, what: findings.add("metadata", name, what))
     record = manifest.read(moe.root)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +198,14 @@ def test_what_is_not_whole_is_one_line(tmp_path: Path, spoil: Any, message: str)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_one_iterations_folder_is_not_a_root(tmp_path: Path) -> None:
+def test_an_iterations_folder_chooses_that_iteration(tmp_path: Path) -> None:
     dense_checkpoint.write(tmp_path)
-    with pytest.raises(UserError, match="name the checkpoint's root above it"):
-        open_checkpoint(tmp_path / "iter_0000008")
+    shutil.copytree(tmp_path / "iter_0000008", tmp_path / "iter_0000004")
+    older = open_checkpoint(tmp_path / "iter_0000004")
+    assert (older.root, older.iteration_dir.name) == (tmp_path, "iter_0000004")
+    assert open_checkpoint(tmp_path).iteration_dir.name == "iter_0000008"
+    with pytest.raises(UserError, match="iter_0000006: no such iteration; .* has iter_0000004, iter_0000008"):
+        open_checkpoint(tmp_path / "iter_0000006")
 
 
 def test_data_files_outside_the_folder_are_refused() -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE
+from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, megatron_arguments
+from megatron_router_upcycling.checkpoint.read_config_json import to_flags
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.hf.architecture import from_flags, from_megatron, megatron_arguments
-from megatron_router_upcycling.hf.config_json import from_model, to_flags
+from megatron_router_upcycling.hf.architecture import from_flags, from_megatron
+from megatron_router_upcycling.hf.config_json import from_model
 
 CONFIG = {
     "model_type": "qwen3",

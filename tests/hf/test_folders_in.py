@@ -1,6 +1,7 @@
 """Folders that transformers loads, other than it saves them: what import-hf makes of them."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_router_upcycling import cli
 from tests import hf_models
 from tests.hf.folders import TOKENS, assert_equal, copy, edit, refused, run
 
@@ -115,3 +117,57 @@ def test_switch_of_null_is_off(models: Path, tmp_path: Path) -> None:
     back = round_trip(source, tmp_path)
     assert json.loads((back / "config.json").read_text())["tie_word_embeddings"] is False
     assert "lm_head.weight" in {n for f in back.glob("*.safetensors") for n in load_file(f)}
+
+
+@pytest.mark.parametrize(
+    ("files", "changes", "why"),
+    [
+        ({"quantize_config.json": "{}"}, {}, r"quantised weights \(quantize_config.json\)"),
+        ({}, {"quantization": {"bits": 4, "group_size": 64}}, r"quantised weights \(quantization\)"),
+        ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\n"}, {}, "run git lfs pull in"),
+        ({}, {"architectures": ["QWenLMHeadModel"], "model_type": "qwen"}, r"QWenLMHeadModel .*Qwen1.5"),
+        (
+            {},
+            {"dual_chunk_attention_config": {"original_max_position_embeddings": 32}},
+            "for 32 positions: take the entry out",
+        ),
+    ],
+)
+def test_folders_that_people_have_are_named_rightly(
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    files: dict[str, str],
+    changes: dict[str, object],
+    why: str,
+) -> None:
+    source = copy(models, "qwen3", tmp_path / "hf")
+    for name, content in files.items():
+        (source / name).write_text(content)
+    edit(source / "config.json", **changes)
+    assert re.search(why, refused(capsys, "import-hf", source, tmp_path / "dense"))
+
+
+def test_cache_and_gguf_folders_are_named_rightly(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy(models, "qwen3", tmp_path / "models--Q/snapshots/abc")
+    assert "name " + str(tmp_path / "models--Q/snapshots/abc") in refused(
+        capsys, "import-hf", tmp_path / "models--Q", tmp_path / "dense"
+    )
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf/model.gguf").write_bytes(b"GGUF")
+    assert "holds GGUF (model.gguf)" in refused(capsys, "import-hf", tmp_path / "gguf", tmp_path / "dense")
+
+
+def test_import_says_what_training_needs(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = copy(models, "qwen3", tmp_path / "hf")
+    assert cli.main(["import-hf", str(source), str(tmp_path / "dense"), "--dtype", "float16"]) == 0
+    said = capsys.readouterr().out
+    assert "float16 weights: training is in float32" in said
+    assert "no tokenizer in" in said and "--tokenizer-model TOKENIZER" in said
+    (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 250}}}))
+    assert cli.main(["import-hf", str(source), str(tmp_path / "other")]) == 0
+    assert "tokens up to 250 and the model 250" in capsys.readouterr().out

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_router_upcycling.checkpoint.read_config_json import FIXED_FLAGS
 from megatron_router_upcycling.hf import name_table
-from megatron_router_upcycling.hf.architecture import FIXED_FLAGS, QwenModel, from_flags
+from megatron_router_upcycling.hf.architecture import QwenModel, from_flags
 from tests.reference.fused import merge_gated_fc1, merge_qkv
 
 FLAGS = FIXED_FLAGS | {

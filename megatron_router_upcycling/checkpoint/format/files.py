@@ -1,6 +1,7 @@
 """Where a checkpoint's files are, and reading them."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +13,7 @@ CONFIG = "metadata.json"
 BACKEND = "torch_dist"
 COMMON_STATE = "common_state/shard_0_1"
 COMMON_FILE = "common.pt"  # where Megatron kept the common state before it became an object
+ITERATION = re.compile(r"iter_\d{7,}|release")
 LARGEST_RECORD = 1 << 30  # bytes of metadata or common state; Megatron's are a hundred times smaller
 
 
@@ -53,26 +55,42 @@ def read_exactly(file: io.RawIOBase, view: memoryview) -> None:
 
 
 def iteration_dir(root: Path) -> Path:
-    """The folder of the newest iteration under ``root``.
+    """The folder of the newest iteration under ``root``; see ``locate``."""
+    return locate(root)[1]
+
+
+def locate(root: Path) -> tuple[Path, Path]:
+    """A checkpoint's root, and the folder of its newest iteration, or of the one that ``root`` is itself.
 
     Raises:
         UserError: nothing there.
     """
     tracker = root / TRACKER
     if not root.is_dir():
+        if there := _iterations(root.parent):
+            raise UserError(f"{root}: no such iteration; {root.parent} has {there}")
         raise UserError(f"{root}: no such folder; name a checkpoint's root, the folder of {TRACKER}")
     try:
         text = tracker.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        if (root / METADATA).exists() or (root / CONFIG).exists():
-            raise UserError(f"{root}: one iteration's folder; name the checkpoint's root above it") from None
-        raise UserError(f"{root}: no checkpoint there (no {TRACKER}); name a checkpoint's root") from None
+        if (root / METADATA).exists() or (root / CONFIG).exists() or any(root.glob("mp_rank_*")):
+            return root.absolute().parent, root
+        there = _iterations(root)
+        hint = f"name one of its iterations: {there}" if there else "name a checkpoint's root"
+        raise UserError(f"{root}: no checkpoint there (no {TRACKER}); {hint}") from None
     if text != "release" and not (text.isdecimal() and len(text) < 20):
         raise UserError(f"{tracker}: says {text[:40]!r} where an iteration or 'release' is expected")
     folder = root / (text if text == "release" else f"iter_{int(text):07d}")
     if not folder.is_dir():
-        raise UserError(f"{folder}: missing, though {tracker} names it; the checkpoint is incomplete")
-    return folder
+        there = _iterations(root)
+        hint = f"name another iteration: {there}" if there else "the checkpoint is incomplete"
+        raise UserError(f"{folder}: missing, though {tracker} names it; {hint}")
+    return root, folder
+
+
+def _iterations(root: Path) -> str:
+    """The iterations that ``root`` holds, in words; empty where there are none."""
+    return ", ".join(sorted(path.name for path in root.glob("*") if ITERATION.fullmatch(path.name)))
 
 
 def read_record(path: Path) -> bytes:

@@ -1,0 +1,149 @@
+"""What describes a checkpoint's architecture where its training arguments do not. Pure: no torch.
+
+Megatron-Bridge writes ``run_config.yaml`` into an iteration's folder, ms-swift a Hugging Face
+``config.json`` into the checkpoint's. A YAML file of Megatron's flags (``--config``) describes any.
+"""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import yaml
+
+from megatron_router_upcycling.checkpoint import read_config_json
+from megatron_router_upcycling.checkpoint.dense_model import (
+    ARCHITECTURE,
+    MODEL_DEFAULTS,
+    NEGATED,
+    megatron_arguments,
+)
+from megatron_router_upcycling.config.yaml_files import read_yaml
+from megatron_router_upcycling.errors import UserError, reason, shown
+
+RUN_CONFIG, CONFIG_JSON = "run_config.yaml", "config.json"
+SIZES = ("num_layers", "hidden_size", "num_attention_heads")
+WAY_OUT = "describe the model with --config model.yaml, a YAML file of its Megatron flags"
+# A dense model's flags, beside those that MODEL_DEFAULTS holds.
+FLAGS = {*ARCHITECTURE, *NEGATED, "num_query_groups", "vocab_size", "max_position_embeddings"}
+# Megatron-Bridge's name -> Megatron's argument, where they differ.
+OF_BRIDGE = {
+    "seq_length": "max_position_embeddings",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "rope_scaling": "use_rope_scaling",
+}
+# Whether the FFN is gated, and its activation -> the switch of Megatron's that builds it.
+ACTIVATIONS = {
+    (True, "silu"): "swiglu",
+    (True, "quick_gelu"): "quick_geglu",
+    (False, "squared_relu"): "squared_relu",
+    (False, "gelu"): None,
+}
+POSITIONS = ("rope", "learned_absolute", "none")
+
+
+def gives_architecture(args: Any) -> TypeGuard[Namespace]:
+    """Whether ``args`` are Megatron's training arguments, and not another tool's."""
+    return isinstance(args, Namespace) and all(getattr(args, name, None) is not None for name in SIZES)
+
+
+def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str] | None:
+    """Megatron's arguments of the model in ``folder``, an iteration of ``root``, and what they are from.
+
+    Raises:
+        UserError: a file that cannot be read, or describes what Megatron's flags do not build.
+    """
+    if config and (flags := of_yaml(config)):
+        return megatron_arguments(flags), f"--config {config}"
+    if (path := folder / RUN_CONFIG).is_file():
+        return _of_run_config(path), str(path)
+    for path in (root / CONFIG_JSON, folder / CONFIG_JSON):
+        if path.is_file():
+            try:
+                flags = read_config_json.to_flags(json.loads(path.read_text("utf-8")), path, 1)
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
+                raise UserError(f"{path}: cannot be read ({reason(error)}); {WAY_OUT}") from None
+            return megatron_arguments(flags), str(path)
+    return None
+
+
+def of_yaml(config: Path) -> dict[str, Any] | None:
+    """A dense model's flags in a YAML file; None where it gives no architecture, as a method's file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    known = FLAGS | {name for name in MODEL_DEFAULTS if name != "num_experts"}
+    flags = {name: _number(value) for name, value in read_yaml(config).items() if name in known}
+    return flags if all(flags.get(name) is not None for name in SIZES) else None
+
+
+def check(config: Path, args: Namespace, root: Path) -> None:
+    """Compare a YAML file with the training arguments in the checkpoint ``root``.
+
+    Raises:
+        UserError: they differ.
+    """
+    given = megatron_arguments(flags) if (flags := of_yaml(config)) else Namespace()
+    for flag, name in (ARCHITECTURE | NEGATED).items():
+        asked, found = getattr(given, name, None), getattr(args, name, None)
+        if flags and flag in flags and name in args and asked != found:
+            raise UserError(
+                f"--config {config}: {name} {shown(asked)}, but the checkpoint {root} was trained with"
+                f" {shown(found)}"
+            )
+
+
+def _number(value: Any) -> Any:
+    """A flag's value; YAML takes 1e-6 for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _of_run_config(path: Path) -> Namespace:
+    try:
+        section = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        section = section | (section.get("transformer") or {})  # which newer versions keep apart
+        values = {OF_BRIDGE.get(name, name): value for name, value in section.items()}
+        gated = bool(values.get("gated_linear_unit"))
+        activation = values.get("activation_func") or ("silu" if gated else "gelu")
+        if isinstance(activation, dict):
+            activation = activation["_target_"]
+        activation = str(activation).rpartition(".")[2]
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:
+        raise UserError(f"{path}: holds no model that can be read ({reason(error)}); {WAY_OUT}") from None
+    if missing := [name for name in SIZES if not isinstance(values.get(name), int)]:
+        raise UserError(f"{path}: gives no {missing[0]} of the model; {WAY_OUT}")
+    positions = values.get("position_embedding_type", "learned_absolute")
+    if (gated, activation) not in ACTIVATIONS or positions not in POSITIONS:
+        raise UserError(
+            f"{path}: {'gated ' * gated}{shown(activation)} and position embedding {shown(positions)}, which"
+            " together are not covered"
+        )
+    names = {
+        *MODEL_DEFAULTS,
+        *ARCHITECTURE.values(),
+        *NEGATED.values(),
+        "vocab_size",
+        "max_position_embeddings",
+    }
+    flags = {name: values[name] for name in names & values.keys() if values[name] is not None}
+    flags |= {
+        "num_query_groups": values.get("num_query_groups") or flags["num_attention_heads"],
+        "group_query_attention": True,
+        "untie_embeddings_and_output_weights": not values.get("share_embeddings_and_output_weights", True),
+    }
+    if switch := ACTIVATIONS[gated, activation]:
+        flags[switch] = True
+    sizes = {name: flags[name] for name in SIZES} | {"ffn_hidden_size": 4 * flags["hidden_size"]}
+    return Namespace(**vars(megatron_arguments(sizes)) | flags)
