@@ -92,11 +92,7 @@ class Cut:
 
 
 def check(dense: Checkpoint, model: DenseModel, granularity: int, shared_expert: bool) -> None:
-    """Refuse what cannot be cut or shared.
-
-    Raises:
-        UserError: F is not a multiple of G, or the FFN has biases.
-    """
+    """Refuse what cannot be cut or shared."""
     F = model.ffn_hidden_size
     if F % granularity:
         near = sorted((G for G in range(1, F + 1) if F % G == 0), key=lambda G: abs(G - granularity))[:3]

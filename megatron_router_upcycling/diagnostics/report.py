@@ -61,11 +61,7 @@ NOTHING = "–"
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """What the runs that saved to ``folders`` left there.
-
-    Raises:
-        UserError: a folder without run.jsonl, or the same one twice.
-    """
+    """What the runs that saved to ``folders`` left there."""
     seen: set[Path] = set()
     for folder in folders:
         if not (folder / files.RUN).is_file():
@@ -94,11 +90,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def write(runs: Sequence[RunData], output: Path) -> Path:
-    """Draw the pictures into ``output`` and write the page; return its path.
-
-    Raises:
-        UserError: ``output`` cannot be written.
-    """
+    """Draw the pictures into ``output`` and write the page; return its path."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         for stale in output.glob("load_map_*.png"):  # an earlier report may have had more runs

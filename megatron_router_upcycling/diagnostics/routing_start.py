@@ -64,9 +64,6 @@ def describe(root: Path, stats: Path | None) -> str:
     Args:
         stats: key statistics, whose ``router_input`` is routed; None takes those that the manifest names.
             Where they have none, random tokens stand in.
-
-    Raises:
-        UserError: the checkpoint's routers cannot be read, or ``stats`` does not fit.
     """
     checkpoint = open_checkpoint(root)
     record = manifest.read(checkpoint.root)
@@ -105,11 +102,7 @@ def describe(root: Path, stats: Path | None) -> str:
 
 
 def _holds_samples(stats: Path, num_layers: int) -> bool:
-    """Whether key statistics hold samples of the routers' inputs: of each layer, or none.
-
-    Raises:
-        UserError: they are damaged, or of another number of layers.
-    """
+    """Whether key statistics hold samples of the routers' inputs: of each layer, or none."""
     key_stats_file.load(stats)  # says what is wrong with it
     sampled = _num_layers_sampled(stats)
     if sampled not in (0, num_layers):

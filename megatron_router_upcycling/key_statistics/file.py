@@ -110,11 +110,7 @@ def load(path: str | Path) -> KeyStats:
 
 
 def read_router_input(path: str | Path, layer: int) -> torch.Tensor:
-    """Hidden states that ``layer``'s router would see, [S, D] in float32, from a file that ``load`` has read.
-
-    Raises:
-        UserError: the file has none, or they are not finite.
-    """
+    """What ``layer``'s router would see, [S, D] in float32, from a file that ``load`` has read."""
     with safetensors.safe_open(path, framework="pt") as file:
         if "router_input" not in set(file.keys()):
             raise UserError(

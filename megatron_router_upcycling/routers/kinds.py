@@ -309,11 +309,7 @@ KINDS: dict[str, Kind] = {
 
 
 def get(name: str) -> Kind:
-    """The row of a kind.
-
-    Raises:
-        UserError: there is no such kind; names those that there are.
-    """
+    """The row of a kind."""
     if name not in KINDS:
         raise UserError(f"--router {name}: choose one of {', '.join(KINDS)}")
     return KINDS[name]
@@ -325,11 +321,7 @@ def names_with(field: str) -> list[str]:
 
 
 def all_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
-    """The parameters of one layer's router, Megatron's bias [n] at the end where it has one.
-
-    Raises:
-        UserError: the options do not fit the model.
-    """
+    """The parameters of one layer's router, Megatron's bias [n] at the end where it has one."""
     kind = get(options.router)
     own = kind.parameters(options, sizes)
     if not (kind.has_bias and sizes.add_bias_linear):

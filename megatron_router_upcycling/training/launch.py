@@ -263,11 +263,7 @@ def _say(args: Namespace, line: str) -> None:
 
 
 def validate(args: Namespace) -> None:
-    """Let Megatron check its arguments and fill in those that follow from others.
-
-    Raises:
-        UserError: they do not fit each other.
-    """
+    """Let Megatron check its arguments and fill in those that follow from others."""
     from megatron.training.arguments import validate_args
 
     from megatron_router_upcycling.training import completion, objections

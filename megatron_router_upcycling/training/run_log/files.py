@@ -26,11 +26,7 @@ RUN, ROUTING = "run.jsonl", "routing.jsonl"
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add one line, whole or not at all; numbers that are not finite become null.
-
-    Raises:
-        OSError: it cannot be written, as on a full disk.
-    """
+    """Add one line, whole or not at all; numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(_plain(line), separators=(",", ":")) + "\n"
     with path.open("ab", buffering=0) as file:

@@ -26,9 +26,6 @@ class RunLog:
 
     Args:
         args: Megatron's validated arguments, with ``routing_diagnostics`` and its interval.
-
-    Raises:
-        UserError: an interval below 1.
     """
 
     def __init__(self, args: Namespace) -> None:
