@@ -206,20 +206,31 @@ interrupt() {
 
 # run_here STAGE FLAGS...: run a stage's batch file on this machine, in a session of its own.
 run_here() {
-    local stage=$1 log=$WORK/logs/$1.log start=$SECONDS status
+    local stage=$1 log=$WORK/logs/$1.log start=$SECONDS status follower
     shift
     printf '%-9s log %s ... ' "$stage" "$log"
+    [[ $stage != train ]] || echo
     stage_running=$stage
     echo "== $(date)" >>"$log"
     local first=$(($(wc -l <"$log") + 1))
     setsid bash "$ROOT/scripts/slurm/$stage.sbatch" "$@" >>"$log" 2>&1 </dev/null &
     job=$!
+    if [[ $stage == train ]]; then
+        "$python" "$ROOT/scripts/follow.py" "$log" "$first" "$WORK/run/arguments.txt" &
+        follower=$!
+    fi
     while :; do
         status=0
         wait "$job" || status=$?
         kill -0 "$job" 2>/dev/null || break # otherwise a signal ended the waiting alone
     done
     job=''
+    if [[ $stage == train ]]; then
+        kill "$follower" 2>/dev/null || true
+        wait "$follower" 2>/dev/null || true
+        [[ ! -t 1 ]] || echo
+        printf '%-9s ' ''
+    fi
     if [[ $status -eq 0 && $interrupts -eq 0 ]]; then
         printf 'done in %d s\n' $((SECONDS - start))
         return 0
@@ -277,3 +288,4 @@ finished=''
 submit train "${finished:-/nonexistent/}" "$gpus" "$@"
 words "$evaluate_flags"
 submit evaluate "$WORK/evaluation/results.json" "$((gpus > 0))" "${flags[@]}"
+[[ -z $LOCAL || -n $dry_run || ! -f $WORK/result.txt ]] || cat "$WORK/result.txt"

@@ -19,8 +19,10 @@ from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import OneRankError, Parser, UserError
-from megatron_router_upcycling.files import blocked_by
+from megatron_router_upcycling.files import blocked_by, write_whole
 from megatron_router_upcycling.training import attention_choice, data_flags, device, tokenizer, unsupported
+
+ARGUMENTS = "arguments.txt"  # in --save: all of Megatron's, as the last run had them
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         folders.append(str(Path(args.ckpt_convert_save) / args.ckpt_convert_format))
     for folder in folders if args.rank == 0 else ():
         _hand_on(args, folder, origin, router)
+    if save and args.rank == 0:
+        _write_arguments(args, Path(save) / ARGUMENTS)
     return Run(args, router, origin.load)
 
 
@@ -268,14 +272,16 @@ def validate(args: Namespace) -> None:
     Raises:
         UserError: they do not fit each other.
     """
-    from megatron.training.arguments import validate_args
+    from megatron.training import arguments
 
     from megatron_router_upcycling.training import completion, objections
+
+    arguments._print_args = lambda title, args: None  # 500 lines: ``prepare`` writes them into --save
 
     for line in completion.complete(args):
         _say(args, line)
     with objections.megatrons_objection(args):
-        validate_args(args)
+        arguments.validate_args(args)
 
 
 def set_global(args: Namespace) -> None:
@@ -297,6 +303,15 @@ def _hand_on(args: Namespace, save: str, origin: Origin, router: RouterConfig | 
         tokenizer.hand_on(args, origin.load, save)
     except OSError as error:
         raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
+
+
+def _write_arguments(args: Namespace, path: Path) -> None:
+    lines = sorted(f"{name} {'.' * (48 - len(name))} {value}\n" for name, value in vars(args).items())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, "".join(lines))
+    except OSError as error:
+        raise UserError(f"--save {args.save}: {path.name} cannot be written ({error.strerror})") from None
 
 
 def _check_writable(flag: str, save: str) -> None:
