@@ -58,7 +58,7 @@ OVER_TIME = {
     "dropped_fraction": ("dropped", ".1%"),
 }
 NOTHING = "–"
-NO_VALIDATION = "the run had no validation: eval_iters was 0, as submit.sh has it for under 200 documents"
+NO_VALIDATION = "no validation yet, or none at all: eval_iters 0, as submit.sh has it under 200 documents"
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:

@@ -40,9 +40,10 @@ SATURATED = 0.9  # mean largest probability from which softmax passes next to no
 SURE, EVEN, CALIBRATED = 0.29, 0.91, 0.72
 
 LEGEND = (
-    "keys alike, most alike: mean and largest cosine between experts' keys (1: one direction); ties: pairs of",
-    "experts that no token can tell apart; busiest/mean: the busiest expert's tokens over an even share; idle:",
-    "experts without a token; entropy, largest p: how sure the router is; k weights: the sum of the chosen",
+    "keys alike, most alike: mean and largest cosine between experts' keys (1: one direction); ties: pairs",
+    "of experts that no token can tell apart; busiest/mean: the busiest expert's tokens over an even share;",
+    "idle: experts without a token; entropy, largest p: how sure the router is; k weights: the chosen ones'",
+    "sum",
 )
 
 
