@@ -21,7 +21,7 @@ from megatron_router_upcycling import cli
 from megatron_router_upcycling.commands import convert, evaluate
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.conversion.options import parse_layers
-from megatron_router_upcycling.data import sources
+from megatron_router_upcycling.data import sources, tokenizer
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.evaluation import runner
 from megatron_router_upcycling.files import write_whole
@@ -81,6 +81,8 @@ def main(stages: str, nodes: str, gpus: str, dry_run: str, *flags: str) -> None:
         most = sum(one.size for one in found) + len(found)  # a token has a byte or more, or ends a document
         one_pass.check_length("--text", most, run.sequence, run.batch if OWN_LENGTH else 1)
     if "evaluate" in asked and HAS_HF:
+        if not TEXT:
+            tokenizer.check(HF, "--hf")
         runner.check(HF, evaluate.options(cli.parse(["evaluate", str(HF), *evaluates])))
     if "data" in asked and TEXT and not TEXT_DATA.is_file():
         _check_tokenizer(data, values)
@@ -247,8 +249,6 @@ def _texts() -> list[sources.Source]:
 
 
 def _check_tokenizer(data: list[str], values: dict[str, Any]) -> None:
-    from megatron_router_upcycling.data import tokenizer
-
     args = cli.parse(["prepare-data", *TEXT, "--output", str(WORK / "data/text"), *data])
     if args.train_tokenizer is None:
         place = args.tokenizer or (HF if HAS_HF else DENSE / "tokenizer")

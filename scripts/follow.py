@@ -5,7 +5,6 @@
 Reads Megatron's lines in LOG from FIRST_LINE on, and in ARGUMENTS (RUN/arguments.txt) the sequence length.
 """
 
-import itertools
 import re
 import sys
 import time
@@ -33,17 +32,18 @@ def progress(log: str, arguments: str) -> str | None:
 
 
 def main(log: str, first: str, arguments: str) -> None:
-    is_terminal, shown = sys.stdout.isatty(), None
-    for second in itertools.count():
-        if is_terminal or second % 30 == 29:
-            text = "".join(Path(log).read_text(errors="replace").splitlines(True)[int(first) - 1 :])
-            file = Path(arguments)
-            line = progress(text, file.read_text() if file.is_file() else "")
-            if line and line != shown:
-                start, end = ("\r", "\x1b[K") if is_terminal else ("", "\n")
-                print(f"{start}{'':9} {line}", end=end, flush=True)
-                shown = line
+    is_terminal, shown, due = sys.stdout.isatty(), None, 0.0
+    start, end = ("\r", "\x1b[K") if is_terminal else ("", "\n")
+    while True:
         time.sleep(1)
+        if not is_terminal and time.monotonic() < due:
+            continue
+        text = "".join(Path(log).read_text(errors="replace").splitlines(True)[int(first) - 1 :])
+        file = Path(arguments)
+        line = progress(text, file.read_text() if file.is_file() else "")
+        if line and line != shown:
+            print(f"{start}{'':9} {line}", end=end, flush=True)
+            shown, due = line, time.monotonic() + 30
 
 
 if __name__ == "__main__":

@@ -143,10 +143,6 @@ for part in "${parts[@]}"; do
     fi
     DATA+=${DATA:+$'\n'}$part
 done
-tokenizer=${HF:-$DENSE/tokenizer}
-if [[ -n $TEXT && ! -f $tokenizer/tokenizer.json && ! -f $tokenizer/vocab.json && ! -f $tokenizer/tokenizer.model ]]; then
-    [[ " $data_flags" == *" --tokenizer "* ]] || fail "--text: no tokenizer in $tokenizer; name one in --data-flags"
-fi
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes $nodes: must be a number from 1"
 [[ $gpus =~ ^[0-9]+$ ]] || fail "--gpus-per-node $gpus: must be a number"
 for stage in ${stages//,/ }; do
