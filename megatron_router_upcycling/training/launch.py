@@ -4,6 +4,7 @@
 the arguments before they are validated.
 """
 
+import logging
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +25,13 @@ from megatron_router_upcycling.files import blocked_by, write_whole
 from megatron_router_upcycling.training import attention_choice, data_flags, device, tokenizer, unsupported
 
 ARGUMENTS = "arguments.txt"  # in --save: all of Megatron's, as the last run had them
+
+# Megatron's loggers, and how those of their warnings begin that tell the user nothing to act on.
+QUIET = {
+    "megatron.core.tensor_parallel.random": "CPU RNG state changed",
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.rerun_state_machine": "Setting RerunStateMachine mode",
+}
 
 
 @dataclass(frozen=True)
@@ -184,6 +193,8 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
         cpu_backend.install()
     from megatron.training.arguments import parse_args
 
+    for logger, beginning in QUIET.items():
+        logging.getLogger(logger).addFilter(partial(_says_more, beginning))
     parsers: list[ArgumentParser] = []
 
     def extend(parser: ArgumentParser) -> ArgumentParser:
@@ -200,6 +211,10 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
     if origin.recorded:
         agreement.check_architecture(parsers[0], args, origin.recorded["model"], str(origin.source))
     return args, router
+
+
+def _says_more(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)
 
 
 def _extend(parser: ArgumentParser, request: Request, origin: Origin) -> None:

@@ -120,7 +120,7 @@ def test_in_slurm_the_text_comes_first(model: Path, tmp_path: Path) -> None:
         (("--text", TEXTS[0], "--nproc", "two"), "--nproc two: must be a number from 1"),
         (("--text", TEXTS[0], "--container", "image"), "--local: not with --container"),
         ((), "--data or --text: name the training data"),
-        (("--text", launch.ROOT / "Makefile"), "--text: gives at most"),
+        (("--text", launch.ROOT / "configs" / "one_machine" / "dense.yaml"), "--text: gives at most"),
         (("--text", TEXTS[0], "--nproc", 3), "--global-batch-size 32: is not divisible by"),
         (
             ("--text", TEXTS[0], "--convert-flags", "--num-routers 5"),
@@ -141,6 +141,6 @@ def test_mistakes_are_one_line(model: Path, tmp_path: Path, options: tuple[objec
 def test_stage_that_fails_ends_the_chain_with_its_reason(model: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": 1}\n' * 1000)
     process = submit("--local", "--work", tmp_path / "work", "--hf", model, "--text", tmp_path / "bad.jsonl")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=180)
     assert process.returncode == 2 and "data.log ... ended after" in output and "import" not in output
     assert "bad.jsonl" in errors and errors.count("\n") == 1
