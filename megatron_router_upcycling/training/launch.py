@@ -4,7 +4,6 @@
 the arguments before they are validated.
 """
 
-import logging
 import os
 import re
 import socket
@@ -12,7 +11,6 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,17 +19,8 @@ from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config.router import RouterConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import OneRankError, Parser, UserError
-from megatron_router_upcycling.files import blocked_by, write_whole
+from megatron_router_upcycling.files import blocked_by
 from megatron_router_upcycling.training import attention_choice, data_flags, device, tokenizer, unsupported
-
-ARGUMENTS = "arguments.txt"  # in --save: all of Megatron's, as the last run had them
-
-# Megatron's loggers, and how those of their warnings begin that tell the user nothing to act on.
-QUIET = {
-    "megatron.core.tensor_parallel.random": "CPU RNG state changed",
-    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
-    "megatron.core.rerun_state_machine": "Setting RerunStateMachine mode",
-}
 
 
 @dataclass(frozen=True)
@@ -109,8 +98,6 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         folders.append(str(Path(args.ckpt_convert_save) / args.ckpt_convert_format))
     for folder in folders if args.rank == 0 else ():
         _hand_on(args, folder, origin, router)
-    if save and args.rank == 0:
-        _write_arguments(args, Path(save) / ARGUMENTS)
     return Run(args, router, origin.load)
 
 
@@ -193,8 +180,6 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
         cpu_backend.install()
     from megatron.training.arguments import parse_args
 
-    for logger, beginning in QUIET.items():
-        logging.getLogger(logger).addFilter(partial(_says_more, beginning))
     parsers: list[ArgumentParser] = []
 
     def extend(parser: ArgumentParser) -> ArgumentParser:
@@ -211,10 +196,6 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
     if origin.recorded:
         agreement.check_architecture(parsers[0], args, origin.recorded["model"], str(origin.source))
     return args, router
-
-
-def _says_more(beginning: str, record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(beginning)
 
 
 def _extend(parser: ArgumentParser, request: Request, origin: Origin) -> None:
@@ -291,7 +272,7 @@ def validate(args: Namespace) -> None:
 
     from megatron_router_upcycling.training import completion, objections
 
-    arguments._print_args = lambda title, args: None  # 500 lines: ``prepare`` writes them into --save
+    arguments._print_args = lambda title, args: None  # 500 lines: see run_log.files
 
     for line in completion.complete(args):
         _say(args, line)
@@ -318,15 +299,6 @@ def _hand_on(args: Namespace, save: str, origin: Origin, router: RouterConfig | 
         tokenizer.hand_on(args, origin.load, save)
     except OSError as error:
         raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
-
-
-def _write_arguments(args: Namespace, path: Path) -> None:
-    lines = sorted(f"{name} {'.' * (48 - len(name))} {value}\n" for name, value in vars(args).items())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(lines))
-    except OSError as error:
-        raise UserError(f"--save {args.save}: {path.name} cannot be written ({error.strerror})") from None
 
 
 def _check_writable(flag: str, save: str) -> None:

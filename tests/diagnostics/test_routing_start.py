@@ -29,7 +29,7 @@ def with_samples(path: Path, key_stats_file: Path, samples: torch.Tensor | None)
 
 def table(text: str) -> list[list[str]]:
     lines = text.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.split()[:2] == ["layer", "key"])
+    first = next(i for i, line in enumerate(lines) if line.split()[:2] == ["layer", "keys"])
     return [line.split() for line in lines[first + 1 : first + 1 + LAYERS]]
 
 
@@ -85,7 +85,7 @@ def test_a_collapsed_start_is_told(
     assert cli.main(["inspect", str(moe), "--key-stats", str(stats)]) == 0
     text = capsys.readouterr().out
     assert "warning: routing would start collapsed in layers 0, 1, 2, 3: " in text
-    assert all(float(row[5]) > 2 and int(row[6]) >= 4 for row in table(text))
+    assert all(float(row[4]) > 2 and int(row[5]) >= 4 for row in table(text))
 
 
 def test_a_start_that_is_too_sure_or_too_even_is_told_with_the_flag_that_calibrates_it(
@@ -99,7 +99,7 @@ def test_a_start_that_is_too_sure_or_too_even_is_told_with_the_flag_that_calibra
         assert cli.main(["inspect", str(tmp_path / name), *flags]) == 0
         text = capsys.readouterr().out
         hints = [line for line in text.splitlines() if line.startswith("hint: ")]
-        return [float(row[7]) for row in table(text)], hints
+        return [float(row[6]) for row in table(text)], hints
 
     samples = torch.randn(LAYERS, SAMPLES, HIDDEN, generator=torch.Generator().manual_seed(5))
     for scale, what, limit in ((1000, "very sure of themselves", 0.29), (1e-3, "next to even", 0.91)):
