@@ -87,6 +87,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
         shift && continue
         ;;
     --data)
+        parts=()
         while [[ $# -ge 2 && $2 != -* ]]; do
             # Several in one argument, unless it is a prefix with spaces in it.
             [[ -f $2.bin ]] && parts+=("$2") || { read -ra words <<<"$2" && parts+=("${words[@]}"); }
