@@ -172,7 +172,9 @@ def test_jobs_find_what_was_named_from_another_folder_in_a_container_too(model: 
     path = f"{queue.parent}:{os.environ['PATH']}"
     subprocess.run(command, cwd=folder, env=launch.ENVIRONMENT | {"PATH": path}, check=True)
     job = dict(entry.split("=", 1) for entry in (folder / "environment").read_text().split("\0") if entry)
-    assert job["DATA"].split() == ["0.3", str(data), "0.7", str(data)] and job["CONTAINER_IMAGE"] == str(folder / "image.sqsh")
+    assert job["DATA"].split() == ["0.3", str(data), "0.7", str(data)] and job["CONTAINER_IMAGE"] == str(
+        folder / "image.sqsh"
+    )
     mounts = f"source {SCRIPTS}/slurm/common.sh; CONTAINER_MOUNTS=/more:/there mounts"
     found = subprocess.run(
         ["bash", "-euc", mounts], env=job, capture_output=True, text=True, check=True
