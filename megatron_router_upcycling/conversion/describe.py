@@ -47,19 +47,19 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
         order = "top-k, then softmax (--no-moe-router-pre-softmax)"
     if router.pre_softmax:
         first = (
-            f"an FFN's output shrinks by the sum of the {router.top_k} largest of {router.num_experts}"
-            " weights, so the loss starts above the dense model's"
+            f"the loss is above the dense model's: a token's {router.top_k} experts have less than the whole"
+            f" weight, of which all {router.num_experts} have a share; training makes up for it"
         )
     elif options.init.alters_experts:
-        first = "near the dense model, as far as its experts still are its FFN"
+        first = "it is near the dense model, as far as its experts still are its FFN"
     else:
-        first = "exactly the dense model"
+        first = "it is exactly the dense model"
         if router.granularity == 1:
             first += "; its loss gives the router no gradient until the experts differ"
     return (
-        f"{out}: {router.num_experts} experts{cut} and {kind}, {format_bytes(written)} written"
+        f"{out}: in each layer {router.num_experts} experts{cut} and {kind}, {format_bytes(written)} written"
         f" in {seconds:.1f} s{shared}\n"
-        f"prepared for {order}; at step 0: {first}\n"
+        f"prepared for {order}; before training {first}\n"
         "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config YAML"
         f" --load {out} --save RUN"
     )
