@@ -26,11 +26,18 @@ from megatron_router_upcycling.training import launch
 
 def collect(run: launch.Run) -> None:
     """Run the dense model over ``--collect-iters`` global batches and write ``--output``."""
+    from megatron.core import parallel_state
+
     args = run.args
     check(run)
     model = load_model(args)
     sums = new_sums(args)
-    sample = router_sample.RouterInput(args, args.router_samples, own_ranks())
+    ranks = {
+        "dp": parallel_state.get_data_parallel_rank(),
+        "cp": parallel_state.get_context_parallel_rank(),
+        "tp": parallel_state.get_tensor_model_parallel_rank(),
+    }
+    sample = router_sample.RouterInput(args, args.router_samples, ranks)
     losses = run_over_data(args, model, sums, sample)
     sums.all_reduce()
     inputs = sample.gather(args.num_layers) if sample.num_tokens else None
@@ -137,17 +144,6 @@ def check(run: launch.Run) -> None:
         )
     check_data(args)
     check_tokens(args, args.load)
-
-
-def own_ranks() -> dict[str, int]:
-    """This rank's place among data, context and tensor parallel ranks."""
-    from megatron.core import parallel_state
-
-    return {
-        "dp": parallel_state.get_data_parallel_rank(),
-        "cp": parallel_state.get_context_parallel_rank(),
-        "tp": parallel_state.get_tensor_model_parallel_rank(),
-    }
 
 
 def num_query_groups(args: Namespace) -> int:
