@@ -64,7 +64,7 @@ lr: 1.0e-3
 # Name -> what is changed in the arguments of a run that works (FOLDER is the fixture's), what is said.
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "half-written checkpoint": ({"load": "FOLDER/half"}, "half/.*half-written"),
-    "a Mixture-of-Experts": ({"load": "FOLDER/moe"}, "--load .*moe: is a Mixture-of-Experts of 4 experts"),
+    "a Mixture-of-Experts": ({"load": "FOLDER/moe"}, "--load .*moe: is a Mixture-of-Experts already"),
     "another model": ({"rotary_base": 500000}, "rotary_base 500000, but .*dense was trained with 10000"),
     "output exists": ({"output": "FOLDER/config.yaml"}, "--output .*config.yaml: exists; pass --overwrite"),
     "no output": ({"output": None}, "--output: name the file"),
@@ -386,8 +386,10 @@ def test_a_model_without_grouped_query_attention(tmp_path: Path, monkeypatch: py
     from megatron_router_upcycling.training import language_model, launch
 
     sizes = {"num_attention_heads": HEADS, "group_query_attention": False, "kv_channels": HEAD_DIM}
+    sizes |= {"num_layers": LAYERS, "hidden_size": HIDDEN}
     trained = Namespace(num_query_groups=HEADS, num_experts=None, **sizes)
-    monkeypatch.setattr(collect, "open_checkpoint", lambda root: Namespace(args=trained))
+    opened = Namespace(args=trained, tensors={}, common={"args": trained})
+    monkeypatch.setattr(collect, "open_dense", lambda root: opened)
     monkeypatch.setattr(language_model, "check_data", lambda args: None)
     monkeypatch.setattr(language_model, "check_tokens", lambda args, load: None)
     paths = {"output": str(tmp_path / "stats"), "overwrite": False, "load": "dense", "config": "config.yaml"}
