@@ -17,7 +17,7 @@ SPELLED = re.compile(
     r"|self_attention\\?\.(linear|core|[qk]_)|linear_qkv"
 )
 # Hugging Face has names that look alike.
-OTHERS = (PACKAGE / "checkpoint/names.py", PACKAGE / "hf/name_table.py")
+OTHERS = tuple(PACKAGE / name for name in ("checkpoint/names.py", "hf/name_table.py", "hf/model_card.py"))
 
 
 def strings(source: str) -> list[tuple[int, str]]:
