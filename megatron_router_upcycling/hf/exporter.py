@@ -16,7 +16,6 @@ from megatron_router_upcycling.checkpoint.layers import stack_layers
 from megatron_router_upcycling.checkpoint.names import EMBEDDING, ROUTER, TRAINING_STATE, other_norm
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.publish import folder as publish
-from megatron_router_upcycling.checkpoint.rows import RowReader
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.errors import UserError
@@ -27,9 +26,8 @@ from megatron_router_upcycling.hf.export_job import Export, Options
 from megatron_router_upcycling.hf.files import find_beside, shard_name
 from megatron_router_upcycling.hf.folder import RECORD, write_folder
 from megatron_router_upcycling.hf.outputs import outputs, split
-from megatron_router_upcycling.hf.rounding import Rounding
-from megatron_router_upcycling.hf.shard import write_shard
-from megatron_router_upcycling.hf.values import dtype_name
+from megatron_router_upcycling.hf.safetensors_file import dtype_name
+from megatron_router_upcycling.hf.shard import Rounding, write_shard
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
 
@@ -170,13 +168,12 @@ def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> di
     try:
         with (
             publish.new_folder(job.out, job.options.overwrite) as folder,
-            RowReader(job.checkpoint) as reader,
             ThreadPoolExecutor(1) as aside,
         ):
             flushed = []
             for number, shard in enumerate(job.shards, start=1):
                 path = folder / shard_name(number, len(job.shards))
-                write_shard(job, shard, reader, path, rounding, progress)
+                write_shard(job, shard, path, rounding, progress)
                 flushed.append(aside.submit(sync, path))
             record = _record(job, rounding)
             write_folder(job, folder, record)

@@ -19,7 +19,7 @@ from megatron_router_upcycling.hf.files import (
     shard_name,
 )
 from megatron_router_upcycling.hf.model_card import model_card
-from megatron_router_upcycling.hf.values import dtype_name
+from megatron_router_upcycling.hf.safetensors_file import dtype_name
 from megatron_router_upcycling.routers.kinds import Kind
 
 RECORD = "export_hf.json"

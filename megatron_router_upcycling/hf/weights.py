@@ -11,8 +11,7 @@ from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import QwenModel
 from megatron_router_upcycling.hf.files import CONFIG, INDEX, SINGLE_FILE, read_json
 from megatron_router_upcycling.hf.name_table import BODY, EMBED_TOKENS, LM_HEAD
-from megatron_router_upcycling.hf.safetensors_file import DTYPES, Entry, SafetensorsFile
-from megatron_router_upcycling.hf.values import blocks
+from megatron_router_upcycling.hf.safetensors_file import DTYPES, Entry, SafetensorsFile, blocks
 
 SHARD = re.compile(r"model-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 IGNORED = ".rotary_emb.inv_freq"  # old versions of transformers saved such tensors, and no version reads them

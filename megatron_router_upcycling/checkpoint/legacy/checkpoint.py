@@ -10,7 +10,6 @@ uncompressed and row after row, until someone asks for a chunk.
 
 import hashlib
 import itertools
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.checkpoint import names
-from megatron_router_upcycling.checkpoint.format.files import read_exactly
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, Report, StoredTensor
 from megatron_router_upcycling.checkpoint.format.torch_save_file import Values
 from megatron_router_upcycling.checkpoint.legacy.rank_file import (
@@ -116,16 +114,6 @@ class LegacyCheckpoint(Checkpoint):
         whole = chunk.blob == storage.blob
         crc = storage.checksum if whole else checksum(path, chunk.blob)
         return Values(chunk.blob.offset, chunk.blob.length, crc)
-
-    def read_chunk(self, chunk: Chunk, dtype: torch.dtype, scratch: bytearray) -> torch.Tensor:
-        values = self.find_values(chunk, dtype)
-        if values.length > len(scratch):
-            scratch = bytearray(values.length)
-        with open(self.iteration_dir / chunk.blob.file, "rb", buffering=0) as file:
-            file.seek(values.offset)
-            read_exactly(file, memoryview(scratch)[: values.length])
-        count = math.prod(chunk.sizes)
-        return torch.frombuffer(scratch, dtype=dtype, count=count).view(chunk.sizes)
 
     def read_blob(self, blob: Blob) -> bytes:
         raise AssertionError("a legacy checkpoint's objects are left out, never read")
