@@ -8,7 +8,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.hf import auxiliary_loss, config_json, llama_cpp
+from megatron_router_upcycling.hf import config_json, other_tools
 from megatron_router_upcycling.hf.architecture import QwenModel
 from megatron_router_upcycling.hf.files import CARD
 from megatron_router_upcycling.hf.outputs import Output
@@ -67,7 +67,7 @@ class Export:
         """Why llama.cpp does not compute what the stock classes do; None where it does."""
         if self.router is None or not self.is_stock:
             return None
-        return llama_cpp.fault(self.model, self.router, self.shared_expert_width)
+        return other_tools.llama_cpp_fault(self.model, self.router, self.shared_expert_width)
 
     @property
     def is_untrained(self) -> bool:
@@ -79,22 +79,22 @@ class Export:
         """What balanced the experts' load in training, or is to balance it in the first."""
         if self.router is None:
             return {}
-        trained = auxiliary_loss.trained_with(self.checkpoint.args)
-        return auxiliary_loss.UNTRAINED if self.is_untrained else trained
+        trained = other_tools.balanced_by(self.checkpoint.args)
+        return other_tools.UNTRAINED if self.is_untrained else trained
 
     @property
     def mbridge_fault(self) -> str | None:
         """Why mbridge does not compute what the stock classes do; None where it does."""
         if self.router is None or not self.is_stock:
             return None
-        return llama_cpp.mbridge_fault(self.model, self.router)
+        return other_tools.mbridge_fault(self.model, self.router)
 
     @property
     def aux_loss_coefficient(self) -> float:
         """What transformers multiplies its load balancing loss by."""
         assert self.router is not None
         layers = len(self.model.expert_layers)
-        return auxiliary_loss.coefficient(self.aux_losses, layers, self.router.top_k)
+        return other_tools.loss_coefficient(self.aux_losses, layers, self.router.top_k)
 
     @property
     def class_name(self) -> str:
