@@ -48,11 +48,7 @@ def gives_architecture(args: Any) -> TypeGuard[Namespace]:
 
 
 def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str] | None:
-    """Megatron's arguments of the model in ``folder``, an iteration of ``root``, and what they are from.
-
-    Raises:
-        UserError: a file that cannot be read, or describes what Megatron's flags do not build.
-    """
+    """Megatron's arguments of the model in ``folder``, an iteration of ``root``, and what they are from."""
     if config and (flags := of_yaml(config)):
         return megatron_arguments(flags), f"--config {config}"
     if (path := folder / RUN_CONFIG).is_file():
@@ -68,22 +64,14 @@ def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str]
 
 
 def of_yaml(config: Path) -> dict[str, Any] | None:
-    """A dense model's flags in a YAML file; None where it gives no architecture, as a method's file.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """A dense model's flags in a YAML file; None where it gives no architecture, as a method's file."""
     known = FLAGS | {name for name in MODEL_DEFAULTS if name != "num_experts"}
     flags = {name: _number(value) for name, value in read_yaml(config).items() if name in known}
     return flags if all(flags.get(name) is not None for name in SIZES) else None
 
 
 def check(config: Path, args: Namespace, root: Path) -> None:
-    """Compare a YAML file with the training arguments in the checkpoint ``root``.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Refuse a YAML file that differs from the training arguments in the checkpoint ``root``."""
     given = megatron_arguments(flags) if (flags := of_yaml(config)) else Namespace()
     for flag, name in (ARCHITECTURE | NEGATED).items():
         asked, found = getattr(given, name, None), getattr(args, name, None)

@@ -77,11 +77,7 @@ class Checkpoint:
 
     @property
     def args(self) -> Namespace:
-        """Megatron's arguments as the run that saved this checkpoint had them; else see ``described``.
-
-        Raises:
-            UserError: nothing describes the model.
-        """
+        """Megatron's arguments as the run that saved this checkpoint had them; else see ``described``."""
         return self._description[0]
 
     @property
@@ -171,9 +167,6 @@ class Checkpoint:
         """Fill ``out`` with ``part``, a box of the tensor that lies in ``chunk``.
 
         Read is what lies between the first and the last of its values, straight into ``out`` where it can be.
-
-        Raises:
-            UserError: the data file cannot be read, or is not what ``.metadata`` promises.
         """
         if not out.numel():
             return

@@ -52,7 +52,8 @@ def agree(source: Path, folder: Path, trained_with: Path | None) -> str:
         entries.pop("auto_map", None)
         entries["tokenizer_class"] = BY_THE_FILE
     if entries != _entries(folder / CONFIG):
-        _write_json(folder / CONFIG, entries)
+        text = json.dumps(entries, indent=2, ensure_ascii=False)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         found, kind = _given(folder)
     if other:
         return "the one that was asked for gives other tokens than the one beside the checkpoint"
@@ -74,10 +75,6 @@ def _knows_version_5() -> bool:
 def _entries(path: Path) -> dict[str, Any]:
     entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return entries if isinstance(entries, dict) else {}
-
-
-def _write_json(path: Path, entries: dict[str, Any]) -> None:
-    path.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _given(folder: Path) -> tuple[str, str]:
@@ -128,7 +125,8 @@ def convert(model: Path, folder: Path) -> str:
         made.backend_tokenizer.save(str(folder / tokenizer.TOKENIZER_JSON))
         tokens = {name: own.id_to_piece(number) for name, number in _tokens(own).items()}
         entries = {"tokenizer_class": BY_THE_FILE, "clean_up_tokenization_spaces": False}
-        _write_json(folder / CONFIG, entries | tokens)
+        text = json.dumps(entries | tokens, indent=2)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         texts = (*SAMPLES, Path(__file__).read_text(encoding="utf-8"))
         if all(loaded.encode(text, add_special_tokens=False) == own.encode(text) for text in texts):

@@ -79,11 +79,7 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
 
 
 def _shared_expert_width(asked: int | None, model: QwenModel) -> int:
-    """The model's own; else that of the expert of zeros.
-
-    Raises:
-        UserError: ``asked`` cannot be.
-    """
+    """The model's own; else that of the expert of zeros."""
     if asked is not None and asked < 0:
         raise UserError(f"--shared-expert-width {asked}: must be 0 or more")
     if asked is not None and model.shared_expert_size:
@@ -95,11 +91,7 @@ def _shared_expert_width(asked: int | None, model: QwenModel) -> int:
 
 
 def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: QwenModel) -> RouterConfig:
-    """The router that the manifest records; without one, Megatron's own linear router.
-
-    Raises:
-        UserError: the manifest and the training arguments contradict each other.
-    """
+    """The router that the manifest records; without one, Megatron's own linear router."""
     args = checkpoint.args
     trained = {"top_k": args.moe_router_topk, "pre_softmax": bool(args.moe_router_pre_softmax)}
     if recorded is None:
@@ -126,11 +118,7 @@ def _stored_names(checkpoint: Checkpoint, model: QwenModel) -> dict[str, str]:
 def _check_tensors(
     checkpoint: Checkpoint, model: QwenModel, router: RouterConfig | None, stored: dict[str, str]
 ) -> None:
-    """Compare the checkpoint's tensors with the architecture.
-
-    Raises:
-        UserError: one is missing, has another shape, or has no place in a Hugging Face folder.
-    """
+    """Compare the checkpoint's tensors with the architecture."""
     root, tensors = checkpoint.root, checkpoint.tensors
     expected = _router_shapes(router, model)
     for row in name_table.rows(model):
@@ -160,9 +148,6 @@ def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> di
 
     Args:
         progress: called with the number of bytes after each write.
-
-    Raises:
-        UserError: it cannot be written, or a data file or a value is damaged.
     """
     rounding = Rounding()
     try:

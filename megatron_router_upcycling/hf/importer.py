@@ -106,9 +106,6 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
 
     Args:
         progress: called with the number of bytes after each write.
-
-    Raises:
-        UserError: it cannot be written, or the values are damaged.
     """
     try:
         with publish.new_folder(job.out, job.options.overwrite) as folder:

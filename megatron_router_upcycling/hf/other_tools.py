@@ -1,10 +1,11 @@
-"""What other tools make of an export: llama.cpp and mbridge of its router, transformers of its load balancing.
+"""What other tools make of an export.
 
-llama.cpp and mbridge do not read every entry of config.json: as of the versions in docs/hugging_face.md, whether
-the chosen experts' weights are renormalised depends on the class alone, and in llama.cpp every layer must have
-experts.
+llama.cpp and mbridge do not read every entry of config.json: as of the versions in docs/hugging_face.md,
+whether the chosen experts' weights are renormalised depends on the class alone, and in llama.cpp every layer
+must have experts.
 
-config.json gives the load balancing loss of training to whoever trains the export further. Of one layer, n experts, k a token, T tokens: f_i tokens chose expert i, P_i is the sum of their softmax.
+transformers trains the export with the load balancing loss that config.json gives. Of one layer, n experts, k
+a token, T tokens: f_i tokens chose expert i, P_i is the sum of their softmax.
 
 - Megatron adds c n / (k T^2) sum_i f_i P_i for every layer.
 - transformers adds r n / (L T)^2 sum_i F_i Q_i once, where F and Q are sums of f and P over all L layers, and

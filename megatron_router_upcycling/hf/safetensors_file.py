@@ -44,9 +44,6 @@ class SafetensorsFile:
 
     The library maps the file into memory, and what was read counts as the process's own memory while it is
     mapped. So the file is mapped anew after every ``MAPPED_BYTES``.
-
-    Raises:
-        UserError: it cannot be read, is cut short or damaged, or is no safetensors file.
     """
 
     def __init__(self, path: Path) -> None:

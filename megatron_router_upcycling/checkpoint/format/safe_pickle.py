@@ -184,12 +184,7 @@ class Pickler(pickle.Pickler):
 
 
 def loads(content: bytes, source: Any) -> Any:
-    """Unpickle ``content``; ``source`` is named in errors.
-
-    Raises:
-        UserError: a truncated or damaged pickle, one that names something outside the allow-list, or one
-            that would harm the process.
-    """
+    """Unpickle ``content``; ``source`` is named in errors."""
     try:
         return _Unpickler(content).load()
     except UserError as error:

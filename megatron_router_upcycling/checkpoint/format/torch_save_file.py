@@ -95,11 +95,7 @@ class TorchSaveFile:
         return self.read(self.records[self.prefix + PICKLE])
 
     def load(self, source: Any) -> Any:
-        """The object in the file; tensors within come as inert records.
-
-        Raises:
-            UserError: as ``safe_pickle.loads``, which names ``source``.
-        """
+        """The object in the file; tensors within come as inert records."""
         return safe_pickle.loads(self.pickle(), source)
 
     def check_byte_order(self) -> None:
@@ -161,11 +157,7 @@ def find_values(content: BinaryIO, sizes: tuple[int, ...], dtype: torch.dtype) -
 
 
 def load(content: bytes, source: Any) -> Any:
-    """The object in the bytes of a ``torch.save`` file; tensors within come as inert records.
-
-    Raises:
-        UserError: as ``safe_pickle.loads``, or not a file that ``torch.save`` wrote; names ``source``.
-    """
+    """The object in the bytes of a ``torch.save`` file; tensors within come as inert records."""
     try:
         pickled = TorchSaveFile(io.BytesIO(content)).pickle()
     except Exception as error:  # not a zip file, or a damaged one

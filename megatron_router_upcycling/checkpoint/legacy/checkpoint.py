@@ -70,11 +70,7 @@ class LegacyCheckpoint(Checkpoint):
 
     @classmethod
     def open_folder(cls, root: Path, folder: Path, report: Report | None = None) -> "LegacyCheckpoint":
-        """Open the legacy checkpoint in ``folder``, an iteration of ``root``.
-
-        Raises:
-            UserError: files missing, damaged, unsafe to read, or that contradict each other.
-        """
+        """Open the legacy checkpoint in ``folder``, an iteration of ``root``."""
         first = RankFile(folder, min(path.name for path in folder.glob("mp_rank_*")))
         stages = _open_ranks(folder, first)
         ranks = [rank for stage in stages for rank in stage]
@@ -98,11 +94,7 @@ class LegacyCheckpoint(Checkpoint):
         return self.identity
 
     def find_values(self, chunk: Chunk, dtype: torch.dtype) -> Values:
-        """Where a chunk's values lie.
-
-        Raises:
-            UserError: the bytes are not those that were saved.
-        """
+        """Where a chunk's values lie, once their storage is known to hold what was saved."""
         storage, path = self.storages[chunk.blob], self.iteration_dir / chunk.blob.file
         if storage not in self.verified:
             if checksum(path, storage.blob) != storage.checksum:
@@ -215,9 +207,6 @@ def _collect(stages: list[list[RankFile]]) -> tuple[dict[str, list[list[Shard]]]
 
     Args:
         stages: the files by pipeline stage, then tensor-parallel rank.
-
-    Raises:
-        UserError: ranks of one stage hold different parameters, a layer lacks one, or one is not known.
     """
     folder = stages[0][0].path.parents[1]
     models = [[rank.models() for rank in stage] for stage in stages]

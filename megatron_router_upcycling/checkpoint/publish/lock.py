@@ -19,9 +19,6 @@ def held(out: Path, name: str = "OUT") -> Iterator[bool]:
 
     Args:
         name: what the command calls ``out``.
-
-    Raises:
-        UserError: another process holds it; the message names that process.
     """
     path = out.with_name(f".{out.name}.lock")
     descriptor = _take(path, out, name)

@@ -12,20 +12,13 @@ class Stamps:
     """What ``paths`` were like when this was made.
 
     A write changes a file's time, a replacement its inode. Linking or reading a file changes neither.
-
-    Raises:
-        UserError: a file cannot be looked at.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._stamps = {path: _stamp(path) for path in paths if path.is_file()}
 
     def check(self) -> None:
-        """Compare with now.
-
-        Raises:
-            UserError: a file was written, replaced or removed.
-        """
+        """Refuse a file that was written, replaced or removed since."""
         for path, stamp in self._stamps.items():
             if not path.is_file() or _stamp(path) != stamp:
                 raise UserError(

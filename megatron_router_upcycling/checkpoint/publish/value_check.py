@@ -43,11 +43,7 @@ class IntactCheck:
         self._aside.shutdown()
 
     def wait(self) -> None:
-        """Wait for the last tensor.
-
-        Raises:
-            UserError: values that are not what was saved, or not finite, or cannot be read.
-        """
+        """Wait for the last tensor; refuse values that are not what was saved, or not finite."""
         self._done.result()
 
     def _run(self) -> None:
