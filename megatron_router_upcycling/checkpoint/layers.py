@@ -82,7 +82,7 @@ def _join_norms(layers: dict[str, dict[int, StoredTensor]]) -> None:
 
 
 def split_layers(checkpoint: Checkpoint) -> Checkpoint:
-    """The inverse: ``checkpoint``, stacked, each layer under its own keys; none of its chunks is of several."""
+    """The inverse: ``checkpoint``, stacked, each layer under its own keys; no chunk may be of several."""
     tensors: dict[str, StoredTensor] = {}
     for key, stored in checkpoint.tensors.items():
         if not is_of_layers(key):

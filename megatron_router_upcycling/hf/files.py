@@ -55,7 +55,7 @@ def copy_beside(source: Path, target: Path) -> dict[str, Any]:
 
 
 def refuse_other_folders(folder: Path, flag: str) -> None:
-    """Name what ``folder``, which ``flag`` gave, is where it is not a model's in safetensors."""
+    """Refuse ``folder``, which ``flag`` gave, by what it is where it is not a model's in safetensors."""
     refuse_adapter(folder, flag)
     where, names = f"{flag} {folder}", sorted(path.name for path in folder.iterdir())
     if CONFIG not in names and (snapshots := sorted((folder / "snapshots").glob("*"))):
@@ -71,7 +71,7 @@ def refuse_other_folders(folder: Path, flag: str) -> None:
 
 
 def refuse_adapter(folder: Path, flag: str) -> None:
-    """Name an adapter that stands alone."""
+    """Refuse a folder that holds an adapter and no model."""
     weights = [path for name in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(name)]
     if (folder / beside.ADAPTER).is_file() and not (weights and (folder / CONFIG).is_file()):
         raise UserError(
