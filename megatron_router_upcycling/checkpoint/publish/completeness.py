@@ -19,7 +19,7 @@ Target = tuple[tuple[int, ...], torch.dtype] | None  # shape and dtype of a tens
 def check_whole(
     tensors: Mapping[str, StoredTensor], objects: Mapping[str, Blob], targets: Mapping[str, Target]
 ) -> None:
-    """Refuse what is not made of ``targets``, each as it should be and every element once, and nothing else."""
+    """Refuse what is not ``targets``, each as it should be and every element once, and nothing else."""
 
     def check(right: bool, key: str, what: str) -> None:
         if not right:
