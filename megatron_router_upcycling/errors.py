@@ -11,8 +11,8 @@ class UserError(Exception):
 
     The message is one line: it names the flag or file and says what would work. Every command line
     entry prints it as ``error: MESSAGE`` on stderr, without a traceback, and exits with status 2. Line
-    ends and control characters in names that it repeats are shown as escapes. Any function may raise it
-    for what a user gave; its docstring says so only where it tells more.
+    ends and control characters in names that it repeats are shown as escapes. Any function that reads what a
+    user gave may raise it; a docstring lists it only where it says more than that.
     """
 
     def __init__(self, message: str) -> None:

@@ -23,6 +23,7 @@ examples:
 environment:
   PYTHON            the Python to run (default: $VENV/bin/python, else .venv/bin/python, else python3)
   NPROC_PER_NODE    processes a node (default: its GPUs, or 1)
+  PYTHONWARNINGS    warnings of Python libraries in the log (default: ignore)
   MASTER_ADDR, MASTER_PORT   the first node (default under Slurm: from the job's nodes and number)
 
 A SIGURG to this script reaches every training process on this node. With exit_signal: SIGURG in the
@@ -90,6 +91,8 @@ if [[ -z ${CUDA_DEVICE_MAX_CONNECTIONS:-} ]] &&
 fi
 # Segments that grow waste less memory.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+# Of Megatron and PyTorch, about themselves. What concerns the run is said by lines of its own, or is an error.
+export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 "$PYTHON" -m torch.distributed.run "${options[@]}" \

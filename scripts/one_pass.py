@@ -6,19 +6,23 @@ Sequences are as long as the dense model takes, up to 1024 tokens; a step has ab
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.data import record
+from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import write_whole
 
 LONGEST = 1024
 STEPS = 500
 BATCHES = (32, 512)  # sequences a step; multiples of 32, so that 8 processes can share a step in fours
 FEWEST_DOCUMENTS = 200  # from which on a hundredth of them is left for validation
+NO_VALIDATION = (
+    f"no validation: the data has {{}} documents, and from {FEWEST_DOCUMENTS} on some are kept for it"
+)
 
 
 def settings(longest: int, tokens: int, documents: int) -> dict[str, Any]:
@@ -38,19 +42,49 @@ def settings(longest: int, tokens: int, documents: int) -> dict[str, Any]:
     }
 
 
-def main(dense: str, out: str, *prefixes: str) -> None:
+def check_length(flag: str, tokens: int, length: int, batch: int) -> None:
+    """Refuse less than ``batch`` sequences of ``length`` tokens.
+
+    Raises:
+        UserError: says how much is needed.
+    """
+    if tokens < (needed := length * batch):
+        raise UserError(
+            f"{flag}: gives at most {tokens:,} tokens, and one step of training takes {batch} sequences of"
+            f" {length:,}, {needed:,} tokens (of English text, about {4 * needed:,} bytes); give more text,"
+            " or a --config with smaller steps"
+        )
+
+
+def records(prefixes: Iterable[str]) -> list[record.Record]:
+    """What is known of data, given as weights and prefixes.
+
+    Raises:
+        UserError: ``prepare-data`` has not made it.
+    """
     known = [record.read(Path(prefix)) for prefix in prefixes if not prefix.replace(".", "").isdigit()]
-    longest = int(open_checkpoint(dense).args.max_position_embeddings)
     found = [entry for entry in known if entry]
     if len(found) < len(known):
-        print("error: --config: is needed for data that prepare-data has not made", file=sys.stderr)
-        sys.exit(2)
-    chosen = settings(longest, sum(one.tokens for one in found), sum(one.documents for one in found))
-    write_whole(
-        Path(out),
-        f"# One pass over the data, as {Path(__file__).name} reckons it.\n" + yaml.safe_dump(chosen),
-    )
+        raise UserError("--config: is needed for data that prepare-data has not made")
+    return found
+
+
+def main(dense: str, out: str, *prefixes: str) -> None:
+    from megatron_router_upcycling.checkpoint.open import open_checkpoint
+
+    made = records(prefixes)
+    tokens, documents = sum(one.tokens for one in made), sum(one.documents for one in made)
+    chosen = settings(int(open_checkpoint(dense).args.max_position_embeddings), tokens, documents)
+    check_length("--text", tokens, chosen["seq_length"], chosen["global_batch_size"])
+    head = f"# One pass over the data, as {Path(__file__).name} reckons it.\n"
+    if not chosen["eval_iters"]:
+        head += f"# There is {NO_VALIDATION.format(documents)}.\n"
+    write_whole(Path(out), head + yaml.safe_dump(chosen))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

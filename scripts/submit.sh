@@ -17,7 +17,9 @@ them here, one after another:
   convert   -> DIR/moe, then verify                                 1 node, no GPU
   train     -> DIR/run; queues itself again until it is finished    --nodes, whole
   evaluate  -> DIR/hf, DIR/evaluation                               1 node, 1 GPU
-What DIR holds already is not made again: after a failure, mend its cause and give the same command.
+What DIR holds already is not made again: after a failure, mend its cause and give the same command. What is
+asked is judged first, by the stages' own rules, and DIR/request.yaml holds it: another model, text, size or
+configuration needs another DIR.
 
 example (this machine: its GPUs, or two processes on the CPU with --nproc 2):
   scripts/submit.sh --local --work runs/8x0.5b --hf models/Qwen1.5-0.5B --text texts/
@@ -34,7 +36,7 @@ required:
   --dense CHECKPOINT   the dense model as a Megatron checkpoint root
   --config YAML        what trains the Mixture-of-Experts (--local: configs/one_machine/moe.yaml, and one pass
                        over the data)
-  --data PREFIXES      Megatron data as --data-path takes it: one prefix, or weights and prefixes in quotes, or
+  --data PREFIXES...   Megatron data as --data-path takes it: one prefix, or weights and prefixes, or
   --text FILES...      files and folders of text, as router-upcycle prepare-data takes them
 
 options:
@@ -45,13 +47,15 @@ options:
   --stages LIST        of data,import,keys,convert,train,evaluate (default: all)
   --local              run on this machine. Ctrl-C ends it (in training: after a step that is saved), and the same
                        command goes on. --nodes, --gpus-per-node, --time and --container do not apply
-  --nproc N            with --local: processes (default: one a GPU; 1 on the CPU)
+  --nproc N            with --local: processes (default: one a GPU, as far as the batches can be divided by them; 1
+                       on the CPU)
   --container IMAGE    run in this image (pyxis and enroot), with the folders of all that is named here mounted;
                        CONTAINER_MOUNTS adds SOURCE:TARGET pairs
   --venv DIR           run in this virtual environment (default, without --container: .venv here)
   --data-flags, --import-flags, --keys-flags, --convert-flags, --evaluate-flags "FLAGS"
                        added to prepare-data, import-hf, collect_keys, convert (default: --num-experts 8 --top-k 2)
-                       and evaluate (--local: --tasks stdlib, which needs no data)
+                       and evaluate (--local: --tasks stdlib, which needs no data); quotes in FLAGS hold words
+                       together
   --dry-run            print the sbatch commands and submit nothing
   -- FLAGS             everything after it goes to pretrain, above the YAML
 
@@ -65,7 +69,7 @@ fail() {
     exit 2
 }
 
-WORK='' HF='' DENSE='' CONFIG='' DENSE_CONFIG='' DATA='' TEXT='' LOCAL=''
+WORK='' HF='' DENSE='' CONFIG='' DENSE_CONFIG='' DATA='' TEXT='' LOCAL='' parts=()
 nodes=8 gpus=8 time='' stages=data,import,keys,convert,train,evaluate dry_run=''
 data_flags='' import_flags='' keys_flags='' convert_flags='--num-experts 8 --top-k 2' evaluate_flags=''
 while [[ $# -gt 0 && $1 != -- ]]; do
@@ -82,13 +86,21 @@ while [[ $# -gt 0 && $1 != -- ]]; do
         [[ -n $TEXT ]] || fail "--text: name files or folders of text"
         shift && continue
         ;;
+    --data)
+        parts=()
+        while [[ $# -ge 2 && $2 != -* ]]; do
+            # Several in one argument, unless it is a prefix with spaces in it.
+            [[ -f $2.bin ]] && parts+=("$2") || { read -ra words <<<"$2" && parts+=("${words[@]}"); }
+            shift
+        done
+        shift && continue
+        ;;
     --*) [[ $# -ge 2 ]] || fail "$1: needs a value" ;;&
     --work) WORK=$2 ;;
     --hf) HF=$2 ;;
     --dense) DENSE=$2 ;;
     --config) CONFIG=$2 ;;
     --dense-config) DENSE_CONFIG=$2 ;;
-    --data) DATA=$2 ;;
     --nodes) nodes=$2 ;;
     --gpus-per-node) gpus=$2 ;;
     --nproc) export NPROC_PER_NODE=$2 ;;
@@ -123,21 +135,15 @@ fi
     fail "--config: name what trains the Mixture-of-Experts; $DENSE has no model.yaml with its architecture"
 DENSE_CONFIG=${DENSE_CONFIG:-$(dirname "$CONFIG")/dense.yaml}
 [[ -f $DENSE_CONFIG ]] || fail "--dense-config $DENSE_CONFIG: no such file"
-[[ -z $DATA || -z $TEXT ]] || fail "--text: not with --data, which is text made into data already"
-read -ra parts <<<"$DATA"
+[[ ${#parts[@]} -eq 0 || -z $TEXT ]] || fail "--text: not with --data, which is text made into data already"
 [[ ${#parts[@]} -gt 0 || -n $TEXT ]] || fail "--data or --text: name the training data"
-DATA=''
 for part in "${parts[@]}"; do
     if [[ ! $part =~ ^[0-9.]+$ ]]; then
         [[ -f $part.bin && -f $part.idx ]] || fail "--data $part: no $part.bin and .idx"
         part=$(realpath -sm "$part")
     fi
-    DATA+="${DATA:+ }$part"
+    DATA+=${DATA:+$'\n'}$part
 done
-tokenizer=${HF:-$DENSE/tokenizer}
-if [[ -n $TEXT && ! -f $tokenizer/tokenizer.json && ! -f $tokenizer/vocab.json && ! -f $tokenizer/tokenizer.model ]]; then
-    [[ " $data_flags" == *" --tokenizer "* ]] || fail "--text: no tokenizer in $tokenizer; name one in --data-flags"
-fi
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes $nodes: must be a number from 1"
 [[ $gpus =~ ^[0-9]+$ ]] || fail "--gpus-per-node $gpus: must be a number"
 for stage in ${stages//,/ }; do
@@ -152,7 +158,6 @@ fi
     fail "no sbatch here: give this command on a login node, or --local to run everything on this machine"
 [[ ${NPROC_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] || fail "--nproc $NPROC_PER_NODE: must be a number from 1"
 
-[[ -n $dry_run ]] || mkdir -p "$WORK/logs" || fail "--work $WORK: cannot be made"
 WORK=$(realpath -m "$WORK")
 DENSE=$(realpath -m "${DENSE:-$WORK/dense}") HF=${HF:+$(realpath "$HF")}
 CONFIG=$(realpath "$CONFIG") DENSE_CONFIG=$(realpath "$DENSE_CONFIG")
@@ -163,6 +168,25 @@ CONFIG=$(realpath "$CONFIG") DENSE_CONFIG=$(realpath "$DENSE_CONFIG")
 # How long is one pass, where no configuration says it? Known when the data is there.
 ONE_PASS=${own_config:+$WORK/one_pass.yaml}
 export ROOT WORK HF DENSE CONFIG DENSE_CONFIG DATA TEXT ONE_PASS LOCAL CONTAINER_IMAGE VENV
+
+# words FLAGS: into the array flags, as a shell would divide them, but that nothing is expanded.
+words() { mapfile -t flags < <(xargs -rn1 printf '%s\n' <<<"$1"); }
+requested=()
+for name in data import keys convert evaluate; do
+    value=${name}_flags
+    xargs <<<"${!value}" >/dev/null 2>&1 || fail "--$name-flags ${!value}: a quote is missing in it"
+    words "${!value}"
+    requested+=("$(IFS=$'\n' && printf %s "${flags[*]}")")
+done
+[[ -z $LOCAL ]] || nodes=1 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
+python=${PYTHON:-${VENV:-$ROOT/.venv}/bin/python}
+# (On a login node there may be the container's image and no Python environment.)
+if [[ -z ${CONTAINER_IMAGE:-} ]] || command -v "$python" >/dev/null; then
+    processes=$(cd "$ROOT" && PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} "$python" scripts/check_request.py \
+        "$stages" "$nodes" "$gpus" "$dry_run" "${requested[@]}" "$@") || exit 2
+    [[ -z $LOCAL ]] || export NPROC_PER_NODE=$processes
+fi
+[[ -n $dry_run ]] || mkdir -p "$WORK/logs" || fail "--work $WORK: cannot be made"
 
 job='' interrupts=0
 # Ctrl-C reaches the stage through this: the one in training saves first.
@@ -179,20 +203,31 @@ interrupt() {
 
 # run_here STAGE FLAGS...: run a stage's batch file on this machine, in a session of its own.
 run_here() {
-    local stage=$1 log=$WORK/logs/$1.log start=$SECONDS status
+    local stage=$1 log=$WORK/logs/$1.log start=$SECONDS status follower
     shift
     printf '%-9s log %s ... ' "$stage" "$log"
+    [[ $stage != train ]] || echo
     stage_running=$stage
     echo "== $(date)" >>"$log"
     local first=$(($(wc -l <"$log") + 1))
     setsid bash "$ROOT/scripts/slurm/$stage.sbatch" "$@" >>"$log" 2>&1 </dev/null &
     job=$!
+    if [[ $stage == train ]]; then
+        "$python" "$ROOT/scripts/follow.py" "$log" "$first" "$WORK/run/arguments.txt" &
+        follower=$!
+    fi
     while :; do
         status=0
         wait "$job" || status=$?
         kill -0 "$job" 2>/dev/null || break # otherwise a signal ended the waiting alone
     done
     job=''
+    if [[ $stage == train ]]; then
+        kill "$follower" 2>/dev/null || true
+        wait "$follower" 2>/dev/null || true
+        [[ ! -t 1 ]] || echo
+        printf '%-9s ' ''
+    fi
     if [[ $status -eq 0 && $interrupts -eq 0 ]]; then
         printf 'done in %d s\n' $((SECONDS - start))
         return 0
@@ -237,7 +272,6 @@ submit() {
     fi
 }
 
-words() { read -ra flags <<<"$1"; }
 words "$data_flags"
 [[ -z $TEXT ]] || submit data "$DATA.json" 0 "${flags[@]}"
 words "$import_flags"
@@ -251,3 +285,4 @@ finished=''
 submit train "${finished:-/nonexistent/}" "$gpus" "$@"
 words "$evaluate_flags"
 submit evaluate "$WORK/evaluation/results.json" "$((gpus > 0))" "${flags[@]}"
+[[ -z $LOCAL || -n $dry_run || ! -f $WORK/result.txt ]] || cat "$WORK/result.txt"

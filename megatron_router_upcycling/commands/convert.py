@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.commands.shared import add_output_flags, progress_bar
-from megatron_router_upcycling.config.start import HEAD_KEYS
+from megatron_router_upcycling.config.start import HEAD_KEYS, InitConfig
+from megatron_router_upcycling.conversion.options import Method, read_method
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import GROUPINGS, POOLINGS, RouterConfig
@@ -129,14 +130,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_router_upcycling.conversion.options import read_method
-
-    file = read_method(args.config)
-    router = _router_to_make(args, file.router)
-    given = {name: getattr(args, name) for name in ("head_key", "target_entropy")}
-    given = {name: value for name, value in given.items() if value is not None}
-    init = dataclasses.replace(file.init, **given)
-    init.check(router)
+    file, router, init = method(args)
     import torch
 
     from megatron_router_upcycling.conversion import convert, describe
@@ -172,6 +166,21 @@ def run(args: argparse.Namespace) -> None:
         print(describe.describe_result(ready, record, time.monotonic() - start))
     if warning := ties.warn(args.out):
         print(warning, file=sys.stderr)
+
+
+def method(args: argparse.Namespace) -> tuple[Method, RouterConfig, InitConfig]:
+    """The YAML file's method, and the router and its start as the flags above the file have them.
+
+    Raises:
+        UserError: an option does not exist, cannot have its value, or does not suit the router.
+    """
+    file = read_method(args.config)
+    router = _router_to_make(args, file.router)
+    given = {name: getattr(args, name) for name in ("head_key", "target_entropy")}
+    given = {name: value for name, value in given.items() if value is not None}
+    init = dataclasses.replace(file.init, **given)
+    init.check(router)
+    return file, router, init
 
 
 def _router_to_make(args: argparse.Namespace, file: dict[str, Any]) -> RouterConfig:

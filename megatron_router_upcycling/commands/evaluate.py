@@ -59,10 +59,15 @@ def add(commands: Any) -> None:
     evaluate.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
-    from megatron_router_upcycling.evaluation import report, runner
+def options(args: argparse.Namespace) -> Any:
+    """What the flags ask for, as ``runner.Options``.
 
-    options = runner.Options(
+    Raises:
+        UserError: a task is not known.
+    """
+    from megatron_router_upcycling.evaluation import runner
+
+    return runner.Options(
         runner.parse_tasks(args.tasks),
         args.limit,
         args.num_fewshot,
@@ -72,6 +77,12 @@ def run(args: argparse.Namespace) -> None:
         args.trust_remote_code,
         args.dense,
     )
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_router_upcycling.evaluation import report, runner
+
+    asked = options(args)
     output = args.output or Path("evaluation") / args.model.resolve().name
     report.check_output(output, args.overwrite)
     last: dict[str, Any] = {}
@@ -81,10 +92,10 @@ def run(args: argparse.Namespace) -> None:
         last.update(result)
 
     try:
-        runner.evaluate(args.model, options, done)
+        runner.evaluate(args.model, asked, done)
     except KeyboardInterrupt as interrupted:
         kept = (
-            f"{len(last['tasks'])} of {len(options.tasks)} tasks are in {output}"
+            f"{len(last['tasks'])} of {len(asked.tasks)} tasks are in {output}"
             if last
             else "no task was complete"
         )

@@ -44,9 +44,6 @@ def router_config(
 
     Returns:
         None for a dense model.
-
-    Raises:
-        UserError: a flag contradicts the checkpoint in what its parameters depend on.
     """
     if args.num_experts is None:
         return None
@@ -67,11 +64,7 @@ def router_config(
 def check_architecture(
     parser: ArgumentParser, args: Namespace, model: dict[str, Any], source: str | Path
 ) -> None:
-    """Compare the arguments with the architecture that a checkpoint records.
-
-    Raises:
-        UserError: names the first argument that differs and what the checkpoint has.
-    """
+    """Compare the arguments with the architecture that a checkpoint records."""
     for attribute in set_defaults(parser, model, source):
         expected, found = parser.get_default(attribute), getattr(args, attribute)
         if found != expected:

@@ -19,11 +19,7 @@ MOST_NESTED = 20  # lists and mappings; a manifest nests four
 
 
 def read(root: str | Path) -> dict[str, Any] | None:
-    """The manifest in checkpoint root ``root``, or None where there is none.
-
-    Raises:
-        UserError: the file is not JSON of a format that this version reads.
-    """
+    """The manifest in checkpoint root ``root``, or None where there is none."""
     path = Path(root) / NAME
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -52,11 +52,7 @@ class Conversion:
 
 
 def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
-    """Read and check everything; write nothing.
-
-    Raises:
-        UserError: whatever would make the conversion fail and can be known beforehand.
-    """
+    """Read and check everything; write nothing."""
     options.router.check_trains(options.megatron)
     out = Path(out)
     read = [path for path in (options.key_stats,) if path] + list(iteration_dir(Path(root)).rglob("*"))
@@ -144,11 +140,7 @@ def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> K
 
 
 def _check_key_stats(stats: KeyStats, path: Path, dense: Checkpoint, model: DenseModel) -> None:
-    """Refuse statistics of another model.
-
-    Raises:
-        UserError: sizes or the recorded digest of the checkpoint differ.
-    """
+    """Refuse statistics of another model."""
     expected = (model.num_layers, model.num_query_groups, model.kv_channels)
     if tuple(stats.mean.shape) != expected:
         raise UserError(

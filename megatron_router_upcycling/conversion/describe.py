@@ -18,16 +18,17 @@ def describe_plan(conversion: Conversion) -> str:
     apart = options.materialize or options.init.alters_experts
     copies = f"{options.router.num_experts} times" if apart else "once"
     routers = "; ".join(f"{key} {list(shape)}" for key, shape in router_parameters(model, options.router))
-    lines = [
-        f"{plan.dense.iteration_dir}: {model.describe()}",
-        f"  take over  {format_bytes(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
-        f"  experts    {format_bytes(plan.expert_bytes)} of {experts} tensors, each written {copies}",
-        f"  routers    {format_bytes(plan.router_bytes)}: {routers}",
-        f"  leave out  {len(entries[LeaveOut])} entries of training state",
-        f"would write {format_bytes(conversion.bytes_to_write)} to {conversion.out},"
-        f" with at most {format_bytes(plan.memory_bytes)} of the model in memory",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"{plan.dense.iteration_dir}: {model.describe()}",
+            f"  take over  {format_bytes(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
+            f"  experts    {format_bytes(plan.expert_bytes)} of {experts} tensors, each written {copies}",
+            f"  routers    {format_bytes(plan.router_bytes)}: {routers}",
+            f"  leave out  {len(entries[LeaveOut])} entries of training state",
+            f"would write {format_bytes(conversion.bytes_to_write)} to {conversion.out},"
+            f" with at most {format_bytes(plan.memory_bytes)} of the model in memory",
+        ]
+    )
 
 
 def describe_result(conversion: Conversion, record: dict[str, Any], seconds: float) -> str:
@@ -38,28 +39,25 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
     cut = f" (copies cut {router.granularity} ways)" * (router.granularity > 1) + (
         ", a shared expert" * options.shared_expert
     )
-    kind = router.describe()
     linked = plan.kept_bytes - plan.changed_bytes
     shared = f", {format_bytes(linked)} linked to {plan.dense.root}" if conversion.links else ""
+    order = "top-k, then softmax (--no-moe-router-pre-softmax)"
     if router.pre_softmax:
         order = "softmax, then top-k (--moe-router-pre-softmax)"
-    else:
-        order = "top-k, then softmax (--no-moe-router-pre-softmax)"
-    if router.pre_softmax:
         first = (
-            f"an FFN's output shrinks by the sum of the {router.top_k} largest of {router.num_experts}"
-            " weights, so the loss starts above the dense model's"
+            f"the loss is above the dense model's: a token's {router.top_k} experts have less than the whole"
+            f" weight, of which all {router.num_experts} have a share; training makes up for it"
         )
     elif options.init.alters_experts:
-        first = "near the dense model, as far as its experts still are its FFN"
+        first = "it is near the dense model, as far as its experts still are its FFN"
     else:
-        first = "exactly the dense model"
+        first = "it is exactly the dense model"
         if router.granularity == 1:
             first += "; its loss gives the router no gradient until the experts differ"
     return (
-        f"{out}: {router.num_experts} experts{cut} and {kind}, {format_bytes(written)} written"
-        f" in {seconds:.1f} s{shared}\n"
-        f"prepared for {order}; at step 0: {first}\n"
+        f"{out}: in each layer {router.num_experts} experts{cut} and {router.describe()},"
+        f" {format_bytes(written)} written in {seconds:.1f} s{shared}\n"
+        f"prepared for {order}; before training {first}\n"
         "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config YAML"
         f" --load {out} --save RUN"
     )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_router_upcycling.checkpoint.dense_model import DenseModel
+from megatron_router_upcycling.checkpoint.dense_model import Architecture, DenseModel
 from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.format.metadata import StoredTensor
 from megatron_router_upcycling.checkpoint.names import FC1, FC2
@@ -92,11 +92,15 @@ class Cut:
 
 
 def check(dense: Checkpoint, model: DenseModel, granularity: int, shared_expert: bool) -> None:
-    """Refuse what cannot be cut or shared.
+    """Refuse what cannot be cut or shared."""
+    check_width(model, granularity)
+    flag = "--granularity" if granularity > 1 else "--shared-expert" if shared_expert else None
+    if flag and any(f"{linear}.bias" in dense.tensors for linear in (FC1, FC2)):
+        raise UserError(f"{flag}: {dense.root} has biases in its FFN, which cannot be divided; leave it out")
 
-    Raises:
-        UserError: F is not a multiple of G, or the FFN has biases.
-    """
+
+def check_width(model: Architecture, granularity: int) -> None:
+    """Refuse a width F of the FFN that is not a multiple of G; the nearest G that divide it are named."""
     F = model.ffn_hidden_size
     if F % granularity:
         near = sorted((G for G in range(1, F + 1) if F % G == 0), key=lambda G: abs(G - granularity))[:3]
@@ -104,6 +108,3 @@ def check(dense: Checkpoint, model: DenseModel, granularity: int, shared_expert:
             f"--granularity {granularity}: does not divide the FFN's width {F}; nearest that do: "
             + ", ".join(map(str, sorted(near)))
         )
-    flag = "--granularity" if granularity > 1 else "--shared-expert" if shared_expert else None
-    if flag and any(f"{linear}.bias" in dense.tensors for linear in (FC1, FC2)):
-        raise UserError(f"{flag}: {dense.root} has biases in its FFN, which cannot be divided; leave it out")

@@ -24,9 +24,6 @@ def describe(root: str | Path, everything: bool = False, config: Path | None = N
     Args:
         everything: list optimizer state and objects that hold no weights as well.
         config: a YAML file that describes the model, where the checkpoint does not.
-
-    Raises:
-        UserError: no whole checkpoint there, or one that is not safe to read.
     """
     checkpoint = dataclasses.replace(open_checkpoint(root), config=config)
     listed = [key for key in checkpoint.tensors if everything or not TRAINING_STATE.match(key)]

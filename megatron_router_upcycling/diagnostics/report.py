@@ -58,14 +58,11 @@ OVER_TIME = {
     "dropped_fraction": ("dropped", ".1%"),
 }
 NOTHING = "–"
+NO_VALIDATION = "no validation yet, or none at all: eval_iters 0, as submit.sh has it under 200 documents"
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """What the runs that saved to ``folders`` left there.
-
-    Raises:
-        UserError: a folder without run.jsonl, or the same one twice.
-    """
+    """What the runs that saved to ``folders`` left there."""
     seen: set[Path] = set()
     for folder in folders:
         if not (folder / files.RUN).is_file():
@@ -94,11 +91,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def write(runs: Sequence[RunData], output: Path) -> Path:
-    """Draw the pictures into ``output`` and write the page; return its path.
-
-    Raises:
-        UserError: ``output`` cannot be written.
-    """
+    """Draw the pictures into ``output`` and write the page; return its path."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         for stale in output.glob("load_map_*.png"):  # an earlier report may have had more runs
@@ -126,6 +119,8 @@ def render(runs: Sequence[RunData], drawn: dict[str, Path]) -> str:
         over_time=_columns_over_time(runs),
         sections=_sections(drawn),
         conversion=conversion(runs),
+        no_validation=NO_VALIDATION,
+        nothing=NOTHING,
     )
 
 
@@ -227,7 +222,8 @@ def _number(value: float | None, form: str) -> str:
 def summary_lines(runs: Sequence[RunData]) -> list[str]:
     """One line a run, for a terminal."""
     return [
-        f"{row['name']}: {row['router']}; {row['tokens']} tokens; held-out loss {row['held_out']}; busiest"
+        f"{row['name']}: {row['router']}; {row['tokens']} tokens; held-out loss {row['held_out']}"
+        f"{f' ({NO_VALIDATION})' * (row['held_out'] == NOTHING)}; busiest"
         f" expert over mean {row['load_max_over_mean']}; dead experts {row['dead_experts']}"
         for row in summary(runs)
     ]

@@ -39,6 +39,13 @@ SATURATED = 0.9  # mean largest probability from which softmax passes next to no
 # behind them. The limits are the middles in between.
 SURE, EVEN, CALIBRATED = 0.29, 0.91, 0.72
 
+LEGEND = (
+    "keys alike, most alike: mean and largest cosine between experts' keys (1: one direction); ties: pairs",
+    "of experts that no token can tell apart; busiest/mean: the busiest expert's tokens over an even share;",
+    "idle: experts without a token; entropy, largest p: how sure the router is; k weights: the chosen ones'",
+    "sum",
+)
+
 
 @dataclass(frozen=True)
 class LayerStart:
@@ -47,7 +54,6 @@ class LayerStart:
     layer: int
     mean_cosine: float | None
     max_cosine: float | None
-    condition: float | None  # largest over smallest singular value, where the gate is one matrix
     ties: tuple[tuple[int, int], ...]  # experts of different copies that no token can tell apart
     routing: dict[str, Any]  # measures.summarise, with the order of softmax and top-k that was recorded
     softmax_first: float  # mean sum of the k weights where softmax comes before top-k
@@ -64,9 +70,6 @@ def describe(root: Path, stats: Path | None) -> str:
     Args:
         stats: key statistics, whose ``router_input`` is routed; None takes those that the manifest names.
             Where they have none, random tokens stand in.
-
-    Raises:
-        UserError: the checkpoint's routers cannot be read, or ``stats`` does not fit.
     """
     checkpoint = open_checkpoint(root)
     record = manifest.read(checkpoint.root)
@@ -105,11 +108,7 @@ def describe(root: Path, stats: Path | None) -> str:
 
 
 def _holds_samples(stats: Path, num_layers: int) -> bool:
-    """Whether key statistics hold samples of the routers' inputs: of each layer, or none.
-
-    Raises:
-        UserError: they are damaged, or of another number of layers.
-    """
+    """Whether key statistics hold samples of the routers' inputs: of each layer, or none."""
     key_stats_file.load(stats)  # says what is wrong with it
     sampled = _num_layers_sampled(stats)
     if sampled not in (0, num_layers):
@@ -176,7 +175,7 @@ def _norm_gain(checkpoint: Checkpoint, layer: int) -> Tensor:
 def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> LayerStart:
     tokens, n = _inputs(checkpoint, layer, source), router.num_experts
     stored = read_router(checkpoint, router, layer)
-    gate, logits = stored.gate(), stored.logits(tokens)
+    logits = stored.logits(tokens)
     if logits.shape[1] != n:
         raise UserError(f"{checkpoint.root}: layer {layer}'s router is no router of {n} experts")
     cosines: tuple[float | None, float | None] = (None, None)
@@ -186,7 +185,6 @@ def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path
     return LayerStart(
         layer,
         *cosines,
-        _condition(gate["weight"]) if set(gate) == {"weight"} else None,
         tied_experts(logits, router.granularity),
         measures.summarise(measures.routing_sums(*decided[router.pre_softmax], top_k=router.top_k)),
         float(decided[True][1].sum(dim=1).mean()),
@@ -199,23 +197,17 @@ def _cosines(key: Tensor) -> tuple[float, float]:
     return (float(pairs.mean()), float(pairs.max())) if len(pairs) else (math.nan, math.nan)
 
 
-def _condition(gate: Tensor) -> float:
-    singular = torch.linalg.svdvals(gate.double())
-    return float(singular[0] / singular[-1]) if singular[-1] > 1e-7 * singular[0] else math.inf
-
-
 def _table(found: list[LayerStart]) -> list[str]:
-    titles = ["layer", "key cosine", "largest", "condition", "ties"]
+    titles = ["layer", "keys alike", "most alike", "ties"]
     titles += ["busiest/mean", "idle", "entropy", "largest p", "k weights"]
     rows = [titles, *map(_cells, found)]
-    return ["".join(f"{cell:>13}" for cell in row) for row in rows]
+    return [*("".join(f"{cell:>13}" for cell in row) for row in rows), *LEGEND]
 
 
 def _cells(row: LayerStart) -> list[str]:
     routing = row.routing
     cells = [str(row.layer), _number(row.mean_cosine, ".3f"), _number(row.max_cosine, ".3f")]
-    cells += [_number(row.condition, ".1f"), str(len(row.ties))]
-    cells += [f"{routing['load_max_over_mean']:.2f}", str(routing["dead_experts"])]
+    cells += [str(len(row.ties)), f"{routing['load_max_over_mean']:.2f}", str(routing["dead_experts"])]
     cells += [f"{routing['entropy']:.3f}", f"{routing['top1_probability']:.3f}"]
     return [*cells, f"{row.softmax_first:.3f}"]
 

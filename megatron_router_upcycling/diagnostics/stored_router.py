@@ -87,11 +87,7 @@ def load_router(checkpoint: str | Path, layer: int = 0) -> Router:
 
 
 def read_router(checkpoint: Checkpoint, config: RouterConfig, layer: int) -> Router:
-    """The router of one layer of an open checkpoint.
-
-    Raises:
-        UserError: a parameter is not there.
-    """
+    """The router of one layer of an open checkpoint."""
     sizes = Sizes.of(checkpoint.args, bool(getattr(checkpoint.args, "add_bias_linear", False)))
     parameters = {
         parameter.name: read_layer(checkpoint, f"{names.ROUTER}.{parameter.name}", layer)
@@ -105,9 +101,6 @@ def read_layer(checkpoint: Checkpoint, name: str, layer: int) -> Tensor:
 
     Args:
         name: the stacked tensor's.
-
-    Raises:
-        UserError: it is not there.
     """
     own = names.at_layer(name, layer)
     if name not in checkpoint.tensors and own in checkpoint.tensors:

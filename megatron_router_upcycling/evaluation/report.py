@@ -31,11 +31,7 @@ models that were evaluated here a difference says more than between one of them 
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds results.
-
-    Raises:
-        UserError: it does and ``overwrite`` is not set, or it is no folder.
-    """
+    """Refuse an output folder that holds results."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: exists and is not a folder; name another")
     if not overwrite and any((output / name).exists() for name in (JSON_NAME, MARKDOWN_NAME)):

@@ -42,11 +42,7 @@ class Options:
 
 
 def parse_tasks(text: str | None) -> tuple[Task, ...]:
-    """``--tasks``: names of tasks and of groups with commas between; None is the paper's ten.
-
-    Raises:
-        UserError: a name is not known.
-    """
+    """``--tasks``: names of tasks and of groups with commas between; None is the paper's ten."""
     if text is None:
         return PAPER_TASKS
     names: list[str] = []
@@ -83,11 +79,7 @@ def check(model_dir: Path, options: Options) -> None:
 
 
 def _read_config(model_dir: Path) -> dict[str, Any]:
-    """The model's config.json.
-
-    Raises:
-        UserError: ``model_dir`` is no model, or one with an adapter.
-    """
+    """The model's config.json."""
     if (model_dir / beside.ADAPTER).is_file():
         raise UserError(
             f"{model_dir}: holds an adapter ({beside.ADAPTER}), which transformers applies only where peft is"
@@ -283,9 +275,6 @@ def fitting(records: data.Records, task: Task, language_model: Any) -> data.Reco
 
     The other half is for the question, which the harness cuts at its beginning. Questions of which two
     answers become the same are left out.
-
-    Raises:
-        UserError: none is left.
     """
     room = language_model.max_length // 2
     rows = records.splits[task.split]

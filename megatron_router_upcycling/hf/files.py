@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_router_upcycling.checkpoint import beside
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -22,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 OWN_FILES = (CONFIG, CARD, "export_hf.json")
 
 
-def find_beside(asked: Path | None, checkpoint: Checkpoint) -> Path | None:
+def find_beside(asked: Path | None, checkpoint: "Checkpoint") -> Path | None:
     """The folder of the tokenizer and what else goes with it.
 
     The one asked for, the one beside the checkpoint, the one that training used, or none.

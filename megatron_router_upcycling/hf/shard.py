@@ -65,8 +65,8 @@ class Rounding:
         if dtype == "float32":
             return "the gates are kept as they were folded, in float32"
         return (
-            f"rounding the gates to {dtype} changes {self.by_rounding} of {self.choices} top-k choices of a"
-            f" random sample, computing their logits in {dtype} as well changes {self.by_arithmetic}"
+            f"routers in {dtype}, not float32: of {self.choices} choices of an expert for random tokens"
+            f" {self.by_rounding} are others ({self.by_arithmetic} where logits are computed in {dtype} too)"
         )
 
 

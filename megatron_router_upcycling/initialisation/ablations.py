@@ -63,11 +63,7 @@ def cluster_centres(inputs: Tensor, count: int, random: torch.Generator) -> Tens
 
 
 def scale_to_entropy(logits: Tensor, target: float, place: str) -> float:
-    """What to multiply ``logits`` [S, n] by so that the mean entropy of softmax over n is ``target``.
-
-    Raises:
-        UserError: no scale does it; ``place`` says where.
-    """
+    """What to multiply ``logits`` [S, n] by so that the mean entropy of softmax over n is ``target``."""
     logits = logits.double()
 
     def entropy(scale: float) -> float:

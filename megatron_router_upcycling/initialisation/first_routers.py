@@ -24,11 +24,7 @@ from megatron_router_upcycling.routers.config import RouterConfig
 
 
 def router_parameters(model: DenseModel, router: RouterConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Global keys and shapes of the routers' parameters.
-
-    Raises:
-        UserError: the router does not fit the model.
-    """
+    """Global keys and shapes of the routers' parameters."""
     L, made = model.num_layers, kinds.all_parameters(router, _sizes(model))
     return tuple((f"{ROUTER}.{parameter.name}", (L, *parameter.shape)) for parameter in made)
 
@@ -80,9 +76,6 @@ def choose_head_key(init: InitConfig, stats: KeyStats, model: DenseModel) -> str
 
     Where ``init`` leaves it open: the paper's mean key, and the attended key where heads share query groups
     and ``stats`` has it.
-
-    Raises:
-        UserError: attended keys are asked for and ``stats`` has none.
     """
     if init.head_key == "attended" and stats.attended is None:
         raise UserError(

@@ -82,11 +82,7 @@ def split_heads(heads: Tensor, parts: int) -> Tensor:
 
 
 def cosine_similarity(keys: Tensor) -> Tensor:
-    """Cosine similarity of every two keys, [H, d] -> [H, H] in float64; 0 beside a key of zeros.
-
-    Raises:
-        UserError: a key has a NaN or an infinity.
-    """
+    """Cosine similarity of every two keys, [H, d] -> [H, H] in float64; 0 beside a key of zeros."""
     keys = keys.double()
     finite = keys.isfinite().all(dim=1)
     if not finite.all():
@@ -116,9 +112,6 @@ def group_heads(keys: Tensor, num_sets: int, grouping: str) -> Sets:
 
     Returns:
         ``num_sets`` sets of head indices; heads within a set in index order, sets by their first head.
-
-    Raises:
-        UserError: a key is not finite.
     """
     num_heads = len(keys)
     assert num_heads % num_sets == 0

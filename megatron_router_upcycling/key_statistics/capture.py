@@ -24,9 +24,6 @@ def capture_keys(model: Sequence[torch.nn.Module], sums: KeySums, key_source: st
         sums: of the whole model's size; this rank adds to its own layers and heads.
         key_source: ``pre_rope``: the key as ``SelfAttention.get_query_key_value_tensors`` returns it,
             with its bias and its key norm. ``post_rope``: the key that core attention is called with.
-
-    Raises:
-        RuntimeError: Megatron no longer has the symbols that keys are captured at.
     """
     with contextlib.ExitStack() as stack:
         for attention in self_attentions(model):

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_router_upcycling.checkpoint import described
+from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED
 from megatron_router_upcycling.checkpoint.names import holds_experts
 from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.read_model import query_key_digest, read_model
@@ -22,40 +23,21 @@ from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.moments import KeySums
 from megatron_router_upcycling.training import launch
 
-# Arguments that decide a model's keys. A configuration that differs in one of them may load all the same.
-ARCHITECTURE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "group_query_attention",
-    "kv_channels",
-    "add_qkv_bias",
-    "add_bias_linear",
-    "qk_layernorm",
-    "normalization",
-    "layernorm_epsilon",
-    "swiglu",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "rotary_interleaved",
-    "use_rope_scaling",
-    "untie_embeddings_and_output_weights",
-)
-
 
 def collect(run: launch.Run) -> None:
-    """Run the dense model over ``--collect-iters`` global batches and write ``--output``.
+    """Run the dense model over ``--collect-iters`` global batches and write ``--output``."""
+    from megatron.core import parallel_state
 
-    Raises:
-        UserError: the checkpoint, the data, the output or the parallelism cannot work.
-    """
     args = run.args
     check(run)
     model = load_model(args)
     sums = new_sums(args)
-    sample = router_sample.RouterInput(args, args.router_samples, own_ranks())
+    ranks = {
+        "dp": parallel_state.get_data_parallel_rank(),
+        "cp": parallel_state.get_context_parallel_rank(),
+        "tp": parallel_state.get_tensor_model_parallel_rank(),
+    }
+    sample = router_sample.RouterInput(args, args.router_samples, ranks)
     losses = run_over_data(args, model, sums, sample)
     sums.all_reduce()
     inputs = sample.gather(args.num_layers) if sample.num_tokens else None
@@ -96,11 +78,7 @@ def run_over_data(
 
 
 def write(args: Namespace, sums: KeySums, inputs: torch.Tensor | None, losses: torch.Tensor) -> None:
-    """Write ``--output`` from what all ranks saw, and say so in a line.
-
-    Raises:
-        UserError: the model's keys are not finite, or the file cannot be written.
-    """
+    """Write ``--output`` from what all ranks saw, and say so in a line."""
     loss_sum, loss_tokens = losses.tolist()
     metadata = provenance(args) | {"lm_loss": loss_sum / loss_tokens}
     seen, expected = sums.tokens, metadata["tokens"]
@@ -118,11 +96,7 @@ def write(args: Namespace, sums: KeySums, inputs: torch.Tensor | None, losses: t
 
 
 def check_flags(flags: Namespace) -> None:
-    """Refuse what can be refused before Megatron is imported.
-
-    Raises:
-        UserError: names the flag and what would work.
-    """
+    """Refuse what can be refused before Megatron is imported."""
     if flags.output is None:
         raise UserError("--output: name the file to write, such as key_stats.safetensors")
     key_stats_file.check_output(flags.output, flags.overwrite)
@@ -133,11 +107,7 @@ def check_flags(flags: Namespace) -> None:
 
 
 def check(run: launch.Run) -> None:
-    """Refuse what does not fit the checkpoint or the data before anything is built; every rank sees the same.
-
-    Raises:
-        UserError: names the flag and what would work.
-    """
+    """Refuse what does not fit the checkpoint or the data, before anything is built and on every rank."""
     from megatron_router_upcycling.training.language_model import check_data, check_tokens
 
     args = run.args
@@ -157,7 +127,8 @@ def check(run: launch.Run) -> None:
             " configuration that the dense checkpoint was trained with"
         )
     groups = num_query_groups(args)
-    compared = {name: (getattr(args, name, None), getattr(trained, name, None)) for name in ARCHITECTURE}
+    names = (*ARCHITECTURE.values(), *NEGATED.values())
+    compared = {name: (getattr(args, name, None), getattr(trained, name, None)) for name in names}
     # Megatron's argument is 1 without grouped-query attention, until a run sets it to the number of heads.
     compared["num_query_groups"] = (groups, num_query_groups(trained))
     for name, (asked, found) in compared.items():
@@ -173,17 +144,6 @@ def check(run: launch.Run) -> None:
         )
     check_data(args)
     check_tokens(args, args.load)
-
-
-def own_ranks() -> dict[str, int]:
-    """This rank's place among data, context and tensor parallel ranks."""
-    from megatron.core import parallel_state
-
-    return {
-        "dp": parallel_state.get_data_parallel_rank(),
-        "cp": parallel_state.get_context_parallel_rank(),
-        "tp": parallel_state.get_tensor_model_parallel_rank(),
-    }
 
 
 def num_query_groups(args: Namespace) -> int:
@@ -221,9 +181,6 @@ def train_iterators(args: Namespace, num_chunks: int, iterations: int) -> Any:
     """Iterators over ``iterations`` global batches of the training data, as Megatron's loop has them.
 
     One iterator, or under virtual pipeline parallelism a list with one for each model chunk.
-
-    Raises:
-        UserError: the data has no training part.
     """
     from megatron.training.training import build_train_valid_test_data_iterators
 

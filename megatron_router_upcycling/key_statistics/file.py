@@ -5,7 +5,6 @@ perhaps ``router_input`` [L, S, D]. Format 1, which is read as well, had no ``ke
 """
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import safetensors.torch
 import torch
 
 from megatron_router_upcycling.errors import UserError, reason
-from megatron_router_upcycling.files import write_whole
+from megatron_router_upcycling.files import blocked_by, write_whole
 
 FORMAT = 2
 # Tensor -> its dtype and number of dimensions. Format 1 had a key_square_mean too, which nothing read.
@@ -51,8 +50,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
         )
     if path.exists() and not overwrite:
         raise UserError(f"--output {path}: exists; pass --overwrite to replace it or name another file")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if folder := blocked_by(path.absolute().parent):
         raise UserError(f"--output {path}: cannot write in {folder}; name a file in a writable folder")
 
 
@@ -110,11 +108,7 @@ def load(path: str | Path) -> KeyStats:
 
 
 def read_router_input(path: str | Path, layer: int) -> torch.Tensor:
-    """Hidden states that ``layer``'s router would see, [S, D] in float32, from a file that ``load`` has read.
-
-    Raises:
-        UserError: the file has none, or they are not finite.
-    """
+    """What ``layer``'s router would see, [S, D] in float32, from a file that ``load`` has read."""
     with safetensors.safe_open(path, framework="pt") as file:
         if "router_input" not in set(file.keys()):
             raise UserError(

@@ -47,6 +47,10 @@ NOT_COVERED = (
 SIMILAR, OTHERS = 0.89, {"pad_vocab_size"}
 
 
+class NotCovered(UserError):
+    """A model or layout that a plan is not for, and training may be."""
+
+
 def read(config_file: Path | None, load: Path | None, flags: Sequence[str], world_size: int) -> Setup:
     """The run that a YAML file, a checkpoint's manifest and Megatron flags describe, in rising precedence.
 
@@ -56,7 +60,7 @@ def read(config_file: Path | None, load: Path | None, flags: Sequence[str], worl
     """
     entries: dict[str, Any] = yaml_files.read_yaml(config_file) if config_file else {"upcycling": {}}
     router = config_flags.section_defaults(entries.pop("upcycling"), str(config_file))
-    values = entries | _parse(flags)
+    values = entries | parse_flags(flags)
     router |= {name: values.pop(name) for name in config_flags.SECTION if name in values}
     if load := load or values.get("load"):
         recorded, made = _read_manifest(load)
@@ -86,7 +90,7 @@ def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> 
         if near and name not in OTHERS:
             raise UserError(f"{source}: unknown argument {name!r}; did you mean {near[0]!r}?")
         if (name in NOT_COVERED and value) or (name == "optimizer" and value not in (None, "adam")):
-            raise UserError(f"{source}: {flag_of(name)} is not covered by plan and --rehearse")
+            raise NotCovered(f"{source}: {flag_of(name)} is not covered by plan and --rehearse")
         if name in NEGATED:
             taken[NEGATED[name]] = not value
         elif name in known and value is not None:
@@ -120,7 +124,7 @@ def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
     return value
 
 
-def _parse(flags: Sequence[str]) -> dict[str, Any]:
+def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
     """Megatron's flags as argument names and values; several values are a list, none is True."""
     found: dict[str, list[Any]] = {}
     name = None

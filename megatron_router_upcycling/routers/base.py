@@ -4,8 +4,13 @@ A ``TopKRouter`` with other parameters and logits: all that Megatron does after 
 top-k, auxiliary losses, token dropping, expert bias, replay) is inherited.
 """
 
+import importlib
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -20,9 +25,6 @@ class OwnParametersRouter(FusedRoutingRouter):
 
     Replicated over all parallel groups, as the stock router's ``weight`` is. From scratch they are drawn with
     ``config.init_method``, but for those that the row gives a constant.
-
-    Raises:
-        UserError: the options do not fit the model.
     """
 
     # Megatron-FSDP knows the stock router as replicated by its class name, any other module by this.
@@ -88,3 +90,11 @@ class OwnParametersRouter(FusedRoutingRouter):
 def router_dtype(config: TransformerConfig, input: Tensor) -> torch.dtype:
     """The dtype of logits: ``moe_router_dtype``, or the input's."""
     return {"fp32": torch.float32, "fp64": torch.float64}.get(config.moe_router_dtype, input.dtype)
+
+
+def builder(router: RouterConfig) -> Callable[..., TopKRouter]:
+    """What ``MoESubmodules.router`` calls with (config, pg_collection, is_mtp_layer) to build a router."""
+    if router.kind.module is None:
+        return TopKRouter
+    module, name = router.kind.module.split(":")
+    return partial(getattr(importlib.import_module(module), name), router=router)

@@ -99,7 +99,7 @@ class RouterConfig:
             )
 
     def describe(self) -> str:
-        """The kind of router in words, in the plural."""
+        """The kind of router in words, as a layer has it."""
         return self.kind.words.format(router=self)
 
     def to_dict(self) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def linear_logits(gate: Values, hidden: "Tensor", options: Options) -> "Tensor":
 class Kind:
     """What is known of one kind of router.
 
-    - ``words``: the kind in the plural; ``card``: in a model card, after "the router is". Both are format
+    - ``words``: what a layer has; ``card``: in a model card, after "the router is". Both are format
       strings that may name fields of ``router``, the options.
     - ``parameters``: of one layer, without Megatron's bias. Raises UserError where options and model do not
       fit.
@@ -244,7 +244,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind(
             "mixture",
-            words="mixtures of {router.num_routers} routers",
+            words="a router made of attention heads, in {router.num_routers} groups",
             card="a mixture of {router.num_routers} routers, {router.pooling} pooling, made from a dense"
             " model's attention heads (Router Upcycling, [arXiv 2509.00679](https://arxiv.org/abs/2509.00679))",
             parameters=_mixture_parameters,
@@ -263,7 +263,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "linear",
-            words="linear routers",
+            words="a linear router",
             card="a linear layer",
             parameters=_linear_parameters,
             module=None,
@@ -272,7 +272,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "mlp",
-            words="MLP routers",
+            words="an MLP router",
             card="two layers with GELU between them",
             parameters=_mlp_parameters,
             gate=_mlp_gate,
@@ -282,7 +282,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "switch",
-            words="Switch routers",
+            words="a Switch router",
             card="Switch Transformer's, a linear layer (no token is dropped here)",
             parameters=_linear_parameters,
             settle=_switch_settle,
@@ -294,7 +294,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "locmoe",
-            words="LocMoE routers",
+            words="a LocMoE router",
             card="LocMoE's, the means of slices of the hidden state",
             parameters=_locmoe_parameters,
             gate=_locmoe_gate,
@@ -309,11 +309,7 @@ KINDS: dict[str, Kind] = {
 
 
 def get(name: str) -> Kind:
-    """The row of a kind.
-
-    Raises:
-        UserError: there is no such kind; names those that there are.
-    """
+    """The row of a kind."""
     if name not in KINDS:
         raise UserError(f"--router {name}: choose one of {', '.join(KINDS)}")
     return KINDS[name]
@@ -325,11 +321,7 @@ def names_with(field: str) -> list[str]:
 
 
 def all_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
-    """The parameters of one layer's router, Megatron's bias [n] at the end where it has one.
-
-    Raises:
-        UserError: the options do not fit the model.
-    """
+    """The parameters of one layer's router, Megatron's bias [n] at the end where it has one."""
     kind = get(options.router)
     own = kind.parameters(options, sizes)
     if not (kind.has_bias and sizes.add_bias_linear):

@@ -26,11 +26,7 @@ NARROW, BLOCKS = 16, 64
 
 
 class MixtureRouter(OwnParametersRouter):
-    """Parameters ``query_weight`` [m, d', D] and ``expert_key`` [n*c, d'], in ``config.params_dtype``.
-
-    Raises:
-        UserError: m, n and the model's attention heads do not fit.
-    """
+    """Parameters ``query_weight`` [m, d', D] and ``expert_key`` [n*c, d'], in ``config.params_dtype``."""
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits [..., n] of tokens [..., D], in ``moe_router_dtype`` (default: the input's dtype).

@@ -29,11 +29,7 @@ NOT_NEGATIVE = ("eval_iters", "min_lr", "lr", "lr_warmup_init", "weight_decay")
 
 
 def complete(args: Namespace) -> list[str]:
-    """Fill in, before Megatron's own checks, what they and its loop read; return a line for each.
-
-    Raises:
-        UserError: something is missing, or a number that cannot be.
-    """
+    """Fill in, before Megatron's own checks, what they and its loop read; return a line for each."""
     if not (args.num_layers or args.encoder_num_layers or args.hybrid_layer_pattern):
         raise UserError(f"--num-layers: is missing; {ARCHITECTURE}")
     for name, way in REQUIRED.items():
@@ -62,11 +58,7 @@ def complete(args: Namespace) -> list[str]:
 
 
 def check_training(args: Namespace) -> None:
-    """Refuse, before anything is built, what a training run cannot have: a length, a rate, a layout.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Refuse, before anything is built, what a training run cannot have: a length, a rate, a layout."""
     if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
         raise UserError(
             "--override-opt-param-scheduler, --use-checkpoint-opt-param-scheduler: give one of the two"

@@ -21,11 +21,7 @@ SHARES = re.compile(r"\s*\d*\.?\d+(\s*[,/]\s*\d*\.?\d+){0,2}\s*")
 
 
 def choose(args: Namespace, argv: list[str]) -> None:
-    """Let a source that is given as a flag replace those of the YAML file, and its ``split`` if need be.
-
-    Raises:
-        UserError: two sources are given.
-    """
+    """Let a source that is given as a flag replace those of the YAML file, and its ``split`` if need be."""
     flags = {word.partition("=")[0] for word in argv}
     on_command_line = [names for names in SOURCES if any(_flag(name) in flags for name in names)]
     for names in SOURCES:
@@ -45,11 +41,7 @@ def choose(args: Namespace, argv: list[str]) -> None:
 
 
 def check(args: Namespace) -> None:
-    """Refuse lists, weights and shares with which Megatron's datasets cannot be built.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Refuse lists, weights and shares with which Megatron's datasets cannot be built."""
     for flag, words in lists(args):
         if (weights := _weights(flag, words)) is None:
             continue
@@ -74,11 +66,7 @@ def check(args: Namespace) -> None:
 
 
 def check_validation(args: Namespace) -> str | None:
-    """Validate nothing where there is nothing to validate on, which Megatron would try; a line to say so.
-
-    Raises:
-        UserError: validation is what the run is for, or comes before a test.
-    """
+    """Validate nothing where there is nothing to validate on, which Megatron would try; a line to say so."""
     _, validation, test = splits(args)
     if validation or not (args.eval_iters or args.full_validation):
         return None

@@ -47,11 +47,7 @@ ON_CPU: dict[str, Any] = {
 
 
 def choose(requested: str) -> str:
-    """'cpu' or 'cuda' for ``--device auto|cpu|cuda``.
-
-    Raises:
-        UserError: a device was asked for that this machine does not offer.
-    """
+    """'cpu' or 'cuda' for ``--device auto|cpu|cuda``."""
     import torch
 
     available = torch.cuda.is_available()
@@ -80,11 +76,7 @@ def use_built_dataset_helper() -> None:
 
 
 def check_implementation(transformer_impl: str | None) -> None:
-    """Refuse the layers that Megatron has for generating text: their routers take no part in training.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Refuse the layers that Megatron has for generating text: their routers take no part in training."""
     if transformer_impl == "inference_optimized":
         raise UserError(
             "--transformer-impl inference_optimized: is for text generation, and trains no router; give"
@@ -97,9 +89,6 @@ def adapt(args: Namespace, device: str) -> str | None:
 
     ``args`` are Megatron's parsed arguments before ``validate_args``. A flag is named only where its
     value changes.
-
-    Raises:
-        UserError: see ``check_implementation``.
     """
     check_implementation(getattr(args, "transformer_impl", None))
     graphs = _graphs_that_work(args) if device == "cuda" else {}

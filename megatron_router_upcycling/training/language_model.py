@@ -42,11 +42,7 @@ SPIKE_FACTOR = 10.0  # a loss this many times the largest seen so far is called 
 
 
 def check_data(args: Namespace) -> None:
-    """Refuse data that are not there, or cannot be what they say, before anything is built.
-
-    Raises:
-        UserError: names the flag, or the file that is missing.
-    """
+    """Refuse data that are not there, or cannot be what they say, before anything is built."""
     data_flags.check(args)
     paths = list(data_flags.prefixes(args))
     if not paths and not args.mock_data and not (args.data_args_path or args.per_split_data_args_path):
@@ -59,11 +55,7 @@ def check_data(args: Namespace) -> None:
 
 
 def choose_cache(args: Namespace, paths: list[str]) -> None:
-    """Set ``--data-cache-path`` where Megatron's own place, a folder beside the data, cannot be written.
-
-    Raises:
-        UserError: there is no place that can.
-    """
+    """Set ``--data-cache-path`` where Megatron's own place, a folder beside the data, cannot be written."""
     if args.data_cache_path is not None:
         if not args.dataloader_fast_cache_load and (place := blocked_by(Path(args.data_cache_path))):
             raise UserError(f"--data-cache-path {args.data_cache_path}: cannot write in {place}")
@@ -87,9 +79,6 @@ def check_tokens(args: Namespace, load: str | None) -> None:
 
     Args:
         load: the checkpoint that the run starts from; what stands beside it is its tokenizer.
-
-    Raises:
-        UserError: names the data.
     """
     beside_load = beside.tokenizer_in(Path(load)) if load else None
     named = Path(args.tokenizer_model) if args.tokenizer_model else None

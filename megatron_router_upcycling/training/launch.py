@@ -263,19 +263,17 @@ def _say(args: Namespace, line: str) -> None:
 
 
 def validate(args: Namespace) -> None:
-    """Let Megatron check its arguments and fill in those that follow from others.
-
-    Raises:
-        UserError: they do not fit each other.
-    """
-    from megatron.training.arguments import validate_args
+    """Let Megatron check its arguments and fill in those that follow from others."""
+    from megatron.training import arguments
 
     from megatron_router_upcycling.training import completion, objections
+
+    arguments._print_args = lambda title, args: None  # 500 lines: see run_log.files
 
     for line in completion.complete(args):
         _say(args, line)
     with objections.megatrons_objection(args):
-        validate_args(args)
+        arguments.validate_args(args)
 
 
 def set_global(args: Namespace) -> None:

@@ -15,11 +15,7 @@ SIZES = ("tensor_model_parallel_size", "context_parallel_size")
 
 
 def cuts(config: str, flags: Sequence[str]) -> bool:
-    """By the YAML file and, above it, the flags.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """By the YAML file and, above it, the flags."""
     sizes = {name: str(read_yaml(config).get(name, 1)) for name in SIZES}
     for flag, following in zip(flags, [*flags, ""][1:], strict=True):
         name, equals, value = flag.removeprefix("--").partition("=")

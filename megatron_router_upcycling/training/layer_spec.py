@@ -33,7 +33,7 @@ from megatron_router_upcycling.config import agreement, manifest, yaml_files
 from megatron_router_upcycling.config.flags import SHARED_WITH_MEGATRON
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
-from megatron_router_upcycling.routers.build import builder
+from megatron_router_upcycling.routers.base import builder
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.patches import muon, patching

@@ -19,11 +19,7 @@ LAYOUT = (
 
 
 def check_format(args: Namespace, load: str) -> None:
-    """Refuse a checkpoint of a format that this run's ``--ckpt-format`` cannot load.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Refuse a checkpoint of a format that this run's ``--ckpt-format`` cannot load."""
     found, asked = format_of(load, args.ckpt_step), args.ckpt_format
     if found is None or asked in (found, "torch_dist"):
         return  # or Megatron's own check: torch_dist looks for itself
@@ -34,11 +30,7 @@ def check_format(args: Namespace, load: str) -> None:
 
 
 def check(args: Namespace, load: str) -> None:
-    """Refuse flags with which Megatron's optimizer is another one than that of the checkpoint in ``load``.
-
-    Raises:
-        UserError: names the flag that differs.
-    """
+    """Refuse flags with which Megatron's optimizer is another one than that of the checkpoint in ``load``."""
     if args.skip_train or args.finetune or args.no_load_optim:
         return
     try:

@@ -25,11 +25,7 @@ def choose(args: Namespace, argv: list[str], load: str | None) -> str | None:
 
 
 def hand_on(args: Namespace, load: str | None, save: str) -> None:
-    """Link the tokenizer, and what else stands beside ``load``, to the checkpoints that this run saves.
-
-    Raises:
-        OSError: ``save`` cannot be written.
-    """
+    """Link the tokenizer, and what else stands beside ``load``, to the checkpoints that this run saves."""
     places = [Path(place) for place in (args.tokenizer_model, load and Path(load) / beside.FOLDER) if place]
     place = next((place for place in places if place.exists()), None)
     if place:

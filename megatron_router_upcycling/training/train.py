@@ -14,11 +14,7 @@ RESTART_TO_TELL_CAUSE = 16  # exit status of Megatron's rerun state machine, whi
 
 
 def model_config(run: Run) -> Any:
-    """Megatron's configuration of the model, with the router in its layer spec.
-
-    Raises:
-        UserError: Megatron refuses the arguments.
-    """
+    """Megatron's configuration of the model, with the router in its layer spec."""
     from megatron.training.argument_utils import gpt_config_from_args
 
     from megatron_router_upcycling.training.objections import megatrons_objection

@@ -69,11 +69,7 @@ COMBINATIONS: tuple[tuple[Callable[[Namespace], bool], str], ...] = (
 
 
 def check(args: Namespace) -> None:
-    """Refuse, once Megatron has validated its arguments, what fails later.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Refuse, once Megatron has validated its arguments, what fails later."""
     for holds, message in COMBINATIONS:
         if holds(args):
             raise UserError(message)

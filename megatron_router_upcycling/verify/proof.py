@@ -44,9 +44,6 @@ def prepare(
     Args:
         key_stats_file: what the routers were made from; by default the file that the manifest names.
         config: a YAML file that describes the dense model, where its checkpoint does not.
-
-    Raises:
-        UserError: not a dense checkpoint and an upcycled one, or no key statistics.
     """
     dense = open_dense(dense_root, config)
     findings = Findings()
@@ -121,9 +118,6 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
 
     Args:
         progress: called with numbers of bytes, ``bytes_to_read`` together.
-
-    Raises:
-        UserError: the dense checkpoint is damaged.
     """
     with (
         closing(DataFiles(verification.plan.source.iteration_dir)) as dense_files,

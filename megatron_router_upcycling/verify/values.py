@@ -72,11 +72,7 @@ class Comparison:
         self._buffer: np.ndarray = np.empty(BLOCK_BYTES, np.uint8)
 
     def compare(self, key: str, expected: Expected | None) -> None:
-        """Read tensor ``key`` and compare it; without ``expected`` it is read alone.
-
-        Raises:
-            UserError: the dense checkpoint is damaged.
-        """
+        """Read tensor ``key`` and compare it; without ``expected`` it is read alone."""
         for group in self._groups(key, expected):
             streams = [self._open(key, blob, chunks, group) for blob, chunks in group.chunks.items()]
             opened = [stream for stream in streams if stream is not None]

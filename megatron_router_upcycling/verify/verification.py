@@ -45,11 +45,7 @@ class Verification:
         return section(self.moe, self.record, name)
 
     def recorded_files(self, name: str) -> dict[str, dict[str, Any]]:
-        """What section ``name`` of the manifest says of each file.
-
-        Raises:
-            UserError: it says something else.
-        """
+        """What section ``name`` of the manifest says of each file."""
         files = self.section(name)
         for path, entry in files.items():
             if not isinstance(entry, dict) or Path(path).is_absolute() or ".." in Path(path).parts:
@@ -64,11 +60,7 @@ def has_trained(moe: Checkpoint) -> bool:
 
 
 def section(moe: Checkpoint, record: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section of the manifest.
-
-    Raises:
-        UserError: there is none.
-    """
+    """A section of the manifest."""
     found = record.get(name)
     if not isinstance(found, dict):
         raise UserError(f"MOE {moe.root}: its manifest has no {name!r} section; convert the model again")

@@ -1,8 +1,10 @@
 # shellcheck shell=bash
 # Read by the batch files in this folder. What submit.sh sets: ROOT (this repository), WORK (where everything
-# of the run lies), HF, DENSE, CONFIG, DENSE_CONFIG, DATA or TEXT, CONTAINER_IMAGE or VENV, LOCAL if there is no
-# Slurm, and ONE_PASS (a YAML file to write) where no configuration says how long to train.
+# of the run lies), HF, DENSE, CONFIG, DENSE_CONFIG, DATA (weights and prefixes) and TEXT (files and folders), one a
+# line, CONTAINER_IMAGE or VENV, LOCAL if there is no Slurm, and ONE_PASS (a YAML file to write) where no
+# configuration says how long to train.
 cd "$ROOT" || exit
+mapfile -t prefixes <<<"$DATA"
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     export PYTHON=${PYTHON:-python3}
@@ -13,10 +15,9 @@ fi
 # Folders of the files that submit.sh was given, each at its own path. (Files that are links to elsewhere, as in
 # the Hub's cache, need CONTAINER_MOUNTS.)
 mounts() {
-    local path folder found=$ROOT:$ROOT,$WORK:$WORK paths texts
-    read -ra paths <<<"$DATA"
+    local path folder found=$ROOT:$ROOT,$WORK:$WORK texts
     mapfile -t texts <<<"${TEXT:-}"
-    for path in "$HF" "$DENSE" "$CONFIG" "$DENSE_CONFIG" "${paths[@]}" "${texts[@]}"; do
+    for path in "$HF" "$DENSE" "$CONFIG" "$DENSE_CONFIG" "${prefixes[@]}" "${texts[@]}"; do
         folder=$(dirname "$path")
         case $folder/ in
         // | ./ | "$ROOT"/* | "$WORK"/*) continue ;; # the root, a weight or nothing, what is mounted already
@@ -53,11 +54,16 @@ router_upcycle() {
 
 # Write $WORK/$2: the configuration $1, and above it the flags and tokenizer of the model that was imported.
 over_imported_model() {
-    local bases="\"$1\""
-    [[ -f $DENSE/model.yaml ]] && bases+=", \"$DENSE/model.yaml\""
+    local base bases=("$1")
+    [[ -f $DENSE/model.yaml ]] && bases+=("$DENSE/model.yaml")
     if [[ -n ${ONE_PASS:-} ]]; then
-        "$PYTHON" "$ROOT/scripts/one_pass.py" "$DENSE" "$ONE_PASS" "$DATA"
-        bases+=", \"$ONE_PASS\""
+        "$PYTHON" "$ROOT/scripts/one_pass.py" "$DENSE" "$ONE_PASS" "${prefixes[@]}"
+        bases+=("$ONE_PASS")
     fi
-    printf '# Written by submit.sh for this run.\nbase: [%s]\n' "$bases" >"$WORK/$2"
+    {
+        printf '# Written by submit.sh for this run.\nbase:\n'
+        for base in "${bases[@]}"; do
+            printf "  - '%s'\n" "${base//\'/\'\'}"
+        done
+    } >"$WORK/$2"
 }

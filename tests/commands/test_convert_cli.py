@@ -50,14 +50,14 @@ def test_convert_says_what_was_made_and_what_comes_next(
 ) -> None:
     assert convert(tmp_path, "--key-stats", tmp_path / "ks", "--num-experts", 4) == 0
     said = capsys.readouterr().out
-    assert "4 experts and mixtures of 4 routers" in said
-    assert "softmax, then top-k (--moe-router-pre-softmax)" in said and "shrinks" in said
+    assert "4 experts and a router made of attention heads, in 4 groups" in said
+    assert "softmax, then top-k (--moe-router-pre-softmax)" in said and "less than the whole weight" in said
     assert f"--load {tmp_path / 'moe'}" in said
     assert (tmp_path / "moe/latest_checkpointed_iteration.txt").read_text() == "release"
 
     assert convert(tmp_path, "--router", "linear", "--no-moe-router-pre-softmax", "--overwrite") == 0
     said = capsys.readouterr().out
-    assert "8 experts and linear routers" in said and "exactly the dense model" in said
+    assert "8 experts and a linear router" in said and "exactly the dense model" in said
     record = manifest.read(tmp_path / "moe")
     assert record is not None and record["router"]["router"] == "linear" and record["key_stats"] is None
 

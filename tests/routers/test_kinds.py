@@ -12,7 +12,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.routers import kinds
-from megatron_router_upcycling.routers.build import builder
+from megatron_router_upcycling.routers.base import builder
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import Sizes
 from tests import dense_checkpoint, hf_models

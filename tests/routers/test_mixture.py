@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.routers.build import builder
+from megatron_router_upcycling.routers.base import builder
 from megatron_router_upcycling.routers.config import POOLINGS, RouterConfig
 from megatron_router_upcycling.routers.fold import fold
 from megatron_router_upcycling.routers.mixture import MixtureRouter

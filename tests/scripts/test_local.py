@@ -1,5 +1,7 @@
 """submit.sh --local: from text and a Hugging Face folder to an evaluated mixture, on this machine."""
 
+import math
+import re
 import signal
 import subprocess
 import sys
@@ -15,24 +17,32 @@ from tests.slurm_cluster import wait_until
 SUBMIT = launch.ROOT / "scripts" / "submit.sh"
 TEXTS = sorted((launch.ROOT / "docs").glob("*.md"))
 END = "<|endoftext|>"
-CONFIG = "configs/qwen1.5-0.5b-8x/moe.yaml"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Qwen with a byte-level BPE tokenizer of its own."""
+    """A small Qwen2.5 of 14 heads in 2 groups with a byte-level BPE tokenizer of its own; 240 texts."""
     import transformers
 
-    folder = tmp_path_factory.mktemp("local") / "hf"
+    folder = tmp_path_factory.mktemp("a path") / "hf"
+    whole = "".join(path.read_text() for path in TEXTS)
+    texts(folder).mkdir()
+    for number in range(240):
+        (texts(folder) / f"{number}.txt").write_text(whole[number * 400 : (number + 1) * 400])
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[END], initial_alphabet=alphabet)
     bpe.train([str(path) for path in TEXTS], trainer)
-    hf_models.make("qwen1.5", folder, vocab_size=400, eos_token_id=0, max_position_embeddings=128)
+    heads = {"hidden_size": 112, "num_attention_heads": 14, "num_key_value_heads": 2}
+    hf_models.make("qwen2.5", folder, vocab_size=400, eos_token_id=0, max_position_embeddings=128, **heads)
     transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END).save_pretrained(folder)
     return folder
+
+
+def texts(model: Path) -> Path:
+    return model.parent / "the texts"
 
 
 def submit(*options: object) -> subprocess.Popen[str]:
@@ -46,9 +56,9 @@ def submit(*options: object) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_from_text_to_an_evaluated_mixture_with_a_break(model: Path, tmp_path: Path) -> None:
-    work = tmp_path / "work"
+    work = tmp_path / "a work"
     evaluate = ("--evaluate-flags", "--tasks stdlib --limit 4")
-    options = ("--local", "--work", work, "--hf", model, "--nproc", 2, "--text", launch.ROOT / "docs")
+    options = ("--local", "--work", work, "--hf", model, "--nproc", 2, "--text", texts(model))
     command = (*options, "--keys-flags", "--collect-iters 2", *evaluate, "--", "--log-interval", 1)
     first, log = submit(*command), work / "logs" / "train.log"
     wait_until(
@@ -67,8 +77,14 @@ def test_from_text_to_an_evaluated_mixture_with_a_break(model: Path, tmp_path: P
     assert (again.returncode, errors) == (0, ""), said
     for stage in ("data", "import", "keys", "convert"):
         assert f"{stage:9} {work}" in said and f"{stage}.log" not in said  # it was there
-    assert "train.log ... done in" in said and "evaluate.log ... done in" in said
+    assert re.search(r"step \d+/\d+, loss [\d.]+, [\d,]+ tokens/s, \d+ (s|min) left", said)
+    assert "evaluate.log ... done in" in said
     assert (work / "hf" / "tokenizer.json").is_file() and (work / "evaluation" / "results.json").is_file()
+    assert f"{work}/hf (Qwen2MoeForCausalLM, 8 experts, 2 a token)" in said and f"{math.log(400):.4f}" in said
+    assert re.search(r"loss on held-out text .*\n +this model +\d\.\d+\n +the dense model +\d\.\d+\n", said)
+    assert (work / "report" / "report.html").is_file()
+    assert "tied" not in (work / "logs" / "convert.log").read_text()
+    assert "Warning" not in log.read_text() and "adam_beta2" in (work / "run" / "arguments.txt").read_text()
     one_pass = yaml.safe_load((work / "one_pass.yaml").read_text())
     losses = launch.Output(0, log.read_text()).losses
     assert one_pass["seq_length"] == 128 and list(losses) == list(range(1, one_pass["train_iters"] + 1))
@@ -77,9 +93,17 @@ def test_from_text_to_an_evaluated_mixture_with_a_break(model: Path, tmp_path: P
     unbroken = launch.ranks(2, "pretrain", *flags, "--log-interval", 1).ok().losses
     assert losses == unbroken
 
+    changed = (*options, "--convert-flags", "--num-experts 4", *command[len(options) :])
+    for asked, differs in ((changed, "--convert-flags"), ((*command, "--lr", 1), "the flags of pretrain")):
+        said, errors = submit(*asked).communicate(timeout=60)
+        assert said == "" and errors.startswith(f"error: {differs}: ") and "name another --work" in errors
+
 
 def test_in_slurm_the_text_comes_first(model: Path, tmp_path: Path) -> None:
-    options = ("--dry-run", "--work", tmp_path / "work", "--hf", model, "--config", launch.ROOT / CONFIG)
+    for name in ("dense", "moe"):
+        base = launch.ROOT / "configs" / "qwen1.5-0.5b-8x" / f"{name}.yaml"
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}\nseq_length: 128\n")
+    options = ("--dry-run", "--work", tmp_path / "work", "--hf", model, "--config", tmp_path / "moe.yaml")
     output, errors = submit(*options, "--text", TEXTS[0], "--data-flags", "--workers 8").communicate()
     data, imported, keys, *_ = output.splitlines()
     assert not errors and data.endswith("data.sbatch' '--workers' '8'") and "--dependency" not in data
@@ -96,6 +120,15 @@ def test_in_slurm_the_text_comes_first(model: Path, tmp_path: Path) -> None:
         (("--text", TEXTS[0], "--nproc", "two"), "--nproc two: must be a number from 1"),
         (("--text", TEXTS[0], "--container", "image"), "--local: not with --container"),
         ((), "--data or --text: name the training data"),
+        (("--text", launch.ROOT / "configs" / "one_machine" / "dense.yaml"), "--text: gives at most"),
+        (("--text", TEXTS[0], "--nproc", 3), "--global-batch-size 32: is not divisible by"),
+        (
+            ("--text", TEXTS[0], "--convert-flags", "--num-routers 5"),
+            "--num-routers 5: does not fit 14",
+        ),
+        (("--text", TEXTS[0], "--convert-flags", "--top-k 1 --no-moe-router-pre-softmax"), "--top-k 1 with"),
+        (("--text", TEXTS[0], "--evaluate-flags", "--tasks stdlb"), "--tasks: no task 'stdlb'"),
+        (("--text", TEXTS[0], "--data-flags", "'x"), "--data-flags 'x: a quote is missing in it"),
     ],
 )
 def test_mistakes_are_one_line(model: Path, tmp_path: Path, options: tuple[object, ...], said: str) -> None:
@@ -106,8 +139,8 @@ def test_mistakes_are_one_line(model: Path, tmp_path: Path, options: tuple[objec
 
 
 def test_stage_that_fails_ends_the_chain_with_its_reason(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n' * 1000)
     process = submit("--local", "--work", tmp_path / "work", "--hf", model, "--text", tmp_path / "bad.jsonl")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=180)
     assert process.returncode == 2 and "data.log ... ended after" in output and "import" not in output
     assert "bad.jsonl" in errors and errors.count("\n") == 1

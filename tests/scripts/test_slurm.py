@@ -145,20 +145,23 @@ def test_mistakes_are_found_before_the_queue(
 
 
 def test_dry_run_shows_jobs_chained_by_their_success(model: Path, data: Path) -> None:
-    output = launch.run(*_submit(model, data, "--dry-run", "--gpus-per-node", 4, "--time", "1:00:00")).ok()
+    (model / "tokenizer.json").touch()
+    options = ("--dry-run", "--gpus-per-node", 2, "--time", "1:00:00", "--", "--micro-batch-size", 2)
+    output = launch.run(*_submit(model, data, *options)).ok()
     commands = output.text.splitlines()
     stages = ["import", "keys", "convert", "train", "evaluate"]
     assert [re.findall(r"/(\w+)\.sbatch", command) for command in commands] == [[stage] for stage in stages]
     for before, command in zip(stages, commands[1:], strict=False):
         assert f"--dependency=afterok:{before.upper()}" in command
     assert "--nodes=2" in commands[3] and "--time=1:00:00" in commands[3]
-    assert "--gpus-per-node=4" in commands[3] and "gpus" not in commands[2]
+    assert "--gpus-per-node=2" in commands[3] and "gpus" not in commands[2]
     assert not (model.parent / "work").exists()
 
 
 def test_jobs_find_what_was_named_from_another_folder_in_a_container_too(model: Path, data: Path) -> None:
     folder = model.parent
     (folder / "image.sqsh").touch()
+    (model / "tokenizer.json").touch()
     queue = folder / "bin" / "sbatch"
     queue.parent.mkdir()
     queue.write_text(f"#!/bin/sh\nenv -0 >{folder}/environment; echo 1\n")
@@ -169,7 +172,9 @@ def test_jobs_find_what_was_named_from_another_folder_in_a_container_too(model: 
     path = f"{queue.parent}:{os.environ['PATH']}"
     subprocess.run(command, cwd=folder, env=launch.ENVIRONMENT | {"PATH": path}, check=True)
     job = dict(entry.split("=", 1) for entry in (folder / "environment").read_text().split("\0") if entry)
-    assert job["DATA"] == f"0.3 {data} 0.7 {data}" and job["CONTAINER_IMAGE"] == str(folder / "image.sqsh")
+    assert job["DATA"].split() == ["0.3", str(data), "0.7", str(data)] and job["CONTAINER_IMAGE"] == str(
+        folder / "image.sqsh"
+    )
     mounts = f"source {SCRIPTS}/slurm/common.sh; CONTAINER_MOUNTS=/more:/there mounts"
     found = subprocess.run(
         ["bash", "-euc", mounts], env=job, capture_output=True, text=True, check=True

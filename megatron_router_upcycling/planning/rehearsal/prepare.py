@@ -29,9 +29,6 @@ def prepare(argv: list[str], gpus: str = "--gpus") -> Rehearsal:
     Args:
         argv: flags as ``pretrain`` takes them, with the number of GPUs.
         gpus: the flag by which errors name that number.
-
-    Raises:
-        UserError: what cannot work, by the rules of ``router-upcycle plan`` too.
     """
     request = launch.parse(argv)
     flags = request.flags
@@ -50,11 +47,7 @@ def prepare(argv: list[str], gpus: str = "--gpus") -> Rehearsal:
 
 
 def check_flags(flags: Namespace, gpus: str) -> None:
-    """Refuse what can be refused before Megatron is imported.
-
-    Raises:
-        UserError: names the flag and what would work.
-    """
+    """Refuse what can be refused before Megatron is imported."""
     size, rank, tokens = flags.rehearse, flags.rehearse_rank, flags.rehearse_seq_length
     if size is None:
         raise UserError(f"{gpus}: give the number of GPUs of the run")
@@ -75,9 +68,6 @@ def plan(args: Namespace, configured: dict[str, Any], router: RouterConfig | Non
 
     Args:
         configured: the arguments before ``launch.adapt`` changed them for this machine.
-
-    Raises:
-        UserError: the layout cannot work.
     """
     if args.vocab_size is None and args.padded_vocab_size is None:
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer

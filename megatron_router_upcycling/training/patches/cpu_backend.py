@@ -1,4 +1,4 @@
-"""Megatron on CPU over Gloo: the one place that knows how.
+"""Megatron on CPU over Gloo. (Which flags differ there is decided by ``training.device.adapt``.)
 
 Megatron-Core asks for CUDA by name: ``device='cuda'``, streams, events, memory statistics, the CUDA
 random state. ``install()`` answers each of those requests with the CPU, so that the unmodified

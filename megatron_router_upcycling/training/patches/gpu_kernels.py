@@ -32,9 +32,6 @@ def install(args: Namespace, with_te: bool, attention: str) -> list[str]:
 
     Args:
         attention: as ``attention_choice.choose`` chose it.
-
-    Raises:
-        RuntimeError: an upstream symbol has gone.
     """
     used = []
     if kernels.WANTED:

@@ -15,11 +15,7 @@ _names: list[str] = []
 
 
 def report_also(name: str) -> None:
-    """Let Megatron report the metric ``name`` as well, on every rank from now on.
-
-    Raises:
-        RuntimeError: ``MoEMetricsTracker.report`` does not take ``track_names``.
-    """
+    """Let Megatron report the metric ``name`` as well, on every rank from now on."""
     patching.wrap("moe_metrics", MoEMetricsTracker, "report", _with_more_names, reads=("track_names",))
     if name not in _names:
         _names.append(name)

@@ -20,11 +20,7 @@ from megatron_router_upcycling.training.patches import patching
 
 
 def install() -> None:
-    """Replace Megatron's rule of which parameters are matrices, and wrap Muon's orthogonalisation.
-
-    Raises:
-        RuntimeError: an upstream symbol has gone.
-    """
+    """Replace Megatron's rule of which parameters are matrices, and wrap Muon's orthogonalisation."""
     entries = patching.find("muon", emerging_optimizers, "_EMERGING_OPTIMIZERS")
     others = ParamKey(predicate=ParamPredicate(name="no_matrix", fn=lambda param: not is_matrix(param)))
     entries["muon"].default_param_overrides = {others: {"optimizer": "adam"}}

@@ -62,9 +62,6 @@ def settle(current: list[Group], saved: list[Group], follow: str | None) -> None
         current: all groups of this run's optimizers.
         saved: those of the checkpoint, which are about to be loaded.
         follow: whose settings both get: "run", "checkpoint", or None where they must be equal.
-
-    Raises:
-        UserError: they differ and ``follow`` is None, or the groups hold other parameters.
     """
     pairs = list(counterparts(current, saved))
     if any(other is None for _, other in pairs):

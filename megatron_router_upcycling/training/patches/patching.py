@@ -26,9 +26,6 @@ def find(by: str, owner: Any, name: str, *, place: str = "", reads: Iterable[str
     Args:
         place: how an error names ``owner``; its own name unless given.
         reads: parameters that the function must have.
-
-    Raises:
-        RuntimeError: the symbol or a parameter of it does not exist.
     """
     where = f"{place or getattr(owner, '__name__', repr(owner))}.{name}"
     # A class of Megatron's must have the method itself: what it would inherit does something else.

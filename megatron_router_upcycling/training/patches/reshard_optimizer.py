@@ -66,9 +66,6 @@ def fit(state_dict: Any, optimizers: list[Any]) -> Any:
     Args:
         state_dict: the frames that were saved, in their nesting, and under ``ASKED`` those of this run, with
             tensors where the optimizers want them. Without ``ASKED`` it is returned as it is.
-
-    Raises:
-        UserError: the checkpoint has no group for a group of this run.
     """
     if not isinstance(state_dict, dict) or ASKED not in state_dict:
         return state_dict

@@ -19,11 +19,7 @@ from megatron_router_upcycling.training.patches import patching
 
 
 def install() -> None:
-    """Wrap ``dist_checkpointing.load`` and ``FusedAdam.load_state_dict``.
-
-    Raises:
-        RuntimeError: one of them has gone.
-    """
+    """Wrap ``dist_checkpointing.load`` and ``FusedAdam.load_state_dict``."""
     from transformer_engine.pytorch.optimizers import FusedAdam
 
     patching.wrap("with_te", dist_checkpointing, "load", _of_what_is_there)

@@ -29,9 +29,6 @@ def install(unfused_attention: bool = False) -> None:
 
     Args:
         unfused_attention: leave Megatron's own attention in place.
-
-    Raises:
-        RuntimeError: an upstream symbol that is wrapped has gone.
     """
     _wrap(torch_norm.WrappedTorchNorm, "__new__", _allow_sequence_parallel)
     if not unfused_attention:

@@ -23,14 +23,22 @@ from typing import Any
 from megatron_router_upcycling.files import write_whole
 
 RUN, ROUTING = "run.jsonl", "routing.jsonl"
+ARGUMENTS = "arguments.txt"
+
+
+def write_arguments(path: Path, arguments: dict[str, Any]) -> None:
+    """Write all of Megatron's arguments, a line each, as the last run had them.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (f"{name} {'.' * (48 - len(name))} {value}\n" for name, value in arguments.items())
+    write_whole(path, "".join(sorted(lines)))
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add one line, whole or not at all; numbers that are not finite become null.
-
-    Raises:
-        OSError: it cannot be written, as on a full disk.
-    """
+    """Add one line, whole or not at all; numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(_plain(line), separators=(",", ":")) + "\n"
     with path.open("ab", buffering=0) as file:

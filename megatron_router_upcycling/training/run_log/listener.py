@@ -5,7 +5,9 @@ by name when it calls it: ``setup_model_and_optimizer`` (the model is there), ``
 is over), ``evaluate_and_print_results`` and ``evaluate`` (held-out losses).
 """
 
+import functools
 import inspect
+import logging
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,6 +21,16 @@ from megatron_router_upcycling.training.run_log import files, measures
 # Parameters of training_log that are read here.
 READ = ("iteration", "loss_dict", "total_loss_dict", "learning_rate", "grad_norm", "skipped_iter")
 RARELY = 10  # every so many routing lines, and on the first and the last
+# Megatron's loggers, and how those of their warnings begin that give the user nothing to act on.
+QUIET = {
+    "megatron.core.tensor_parallel.random": "CPU RNG state changed",
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.rerun_state_machine": "Setting RerunStateMachine mode",
+}
+
+
+def _says_more(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)
 
 
 class RunLog:
@@ -26,9 +38,6 @@ class RunLog:
 
     Args:
         args: Megatron's validated arguments, with ``routing_diagnostics`` and its interval.
-
-    Raises:
-        UserError: an interval below 1.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -49,8 +58,16 @@ class RunLog:
         """Wrap Megatron's functions.
 
         Raises:
+            UserError: ``--save`` cannot be written.
             RuntimeError: a function is not there, or lacks a parameter that is read here.
         """
+        for logger, beginning in QUIET.items():
+            logging.getLogger(logger).addFilter(functools.partial(_says_more, beginning))
+        if self.save and self.args.rank == 0:
+            try:
+                files.write_arguments(self.save / files.ARGUMENTS, vars(self.args))
+            except OSError as error:
+                raise UserError(f"--save {self.save}: cannot be written ({error.strerror})") from None
         _wrap("setup_model_and_optimizer", self._set_up)
         _wrap("training_log", self._training_log, *READ)
         _wrap("evaluate_and_print_results", self._evaluate_and_print, "prefix", "iteration")

@@ -1,0 +1,268 @@
+"""What submit.sh asks before the first stage: can this be carried out, and is it what WORK was begun with?
+
+    python scripts/check_request.py STAGES NODES GPUS DRY_RUN DATA_FLAGS IMPORT_FLAGS KEYS_FLAGS \\
+        CONVERT_FLAGS EVALUATE_FLAGS [FLAGS of pretrain]
+
+Paths come in submit.sh's environment variables; each FLAGS is one argument, a line a word. The rules are
+those of the stages' own commands. Prints the processes of a node, and writes WORK/request.yaml.
+"""
+
+import hashlib
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import one_pass
+import yaml
+
+from megatron_router_upcycling import cli
+from megatron_router_upcycling.commands import convert, evaluate
+from megatron_router_upcycling.config.yaml_files import read_yaml
+from megatron_router_upcycling.conversion.options import parse_layers
+from megatron_router_upcycling.data import sources, tokenizer
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.evaluation import runner
+from megatron_router_upcycling.files import write_whole
+from megatron_router_upcycling.hf import architecture, config_json, files
+from megatron_router_upcycling.planning import reading, setup
+from megatron_router_upcycling.routers import kinds
+
+WORK, HF, DENSE = (Path(os.environ[name]) for name in ("WORK", "HF", "DENSE"))
+CONFIG, DENSE_CONFIG = os.environ["CONFIG"], os.environ["DENSE_CONFIG"]
+DATA, TEXT = (os.environ[name].splitlines() for name in ("DATA", "TEXT"))
+HAS_HF, OWN_LENGTH, LOCAL = (bool(os.environ[name]) for name in ("HF", "ONE_PASS", "LOCAL"))
+REQUEST = WORK / "request.yaml"
+TRACKER = "latest_checkpointed_iteration.txt"
+IMPORTED = DENSE / TRACKER
+MARKED = 1 << 20  # bytes at both ends of a weights file that are looked at
+TEXT_DATA = WORK / "data/text.json"
+# A flag -> the first of what it decides. Before that is there, the flag may change.
+DECIDES = {
+    "--text": TEXT_DATA,
+    "--data-flags": TEXT_DATA,
+    "--hf": TEXT_DATA if TEXT else IMPORTED,
+    "--import-flags": WORK / "dense" / TRACKER,
+    "--dense": WORK / "key_stats.safetensors",
+    "--data": WORK / "key_stats.safetensors",
+    "--dense-config": WORK / "key_stats.safetensors",
+    "--keys-flags": WORK / "key_stats.safetensors",
+    "--convert-flags": WORK / "moe" / TRACKER,
+    "--config": WORK / "run" / TRACKER,
+    "--evaluate-flags": WORK / "evaluation/results.json",
+    "the flags of pretrain": WORK / "run/run_state",
+}
+
+
+def main(stages: str, nodes: str, gpus: str, dry_run: str, *flags: str) -> None:
+    data, imports, keys, converts, evaluates = (text.split("\n") if text else [] for text in flags[:5])
+    pretrain, asked = list(flags[5:]), stages.split(",")
+    found = _texts()
+    given = _given(found, data, imports, keys, converts, evaluates, pretrain)
+    _compare(given)
+    import_args = cli.parse(["import-hf", str(HF), str(DENSE), *imports])
+    convert_args = cli.parse(["convert", str(DENSE), str(WORK / "moe"), *converts])
+    method, router, init = convert.method(convert_args)
+    model, values = _model(import_args.make_vocab_size_divisible_by)
+    _check_experts(convert_args, model, router, init)
+    if OWN_LENGTH:
+        made = [] if TEXT and not TEXT_DATA.is_file() else one_pass.records(DATA)
+        longest, tokens = int(values["max_position_embeddings"]), sum(one.tokens for one in made)
+        values |= one_pass.settings(longest, tokens, 0)
+    routing = {"num_experts": router.num_experts, "moe_router_topk": router.top_k}
+    routing["moe_router_pre_softmax"] = router.pre_softmax
+    moe = read_yaml(CONFIG) | values | reading.parse_flags(pretrain) | routing
+    router.check_trains(dict(method.megatron) | moe)
+    dense = read_yaml(DENSE_CONFIG) | values
+    runs = [(moe, router.to_dict(), CONFIG), (dense, {}, DENSE_CONFIG)]
+    processes, run = _processes(runs, int(nodes), int(gpus))
+    if run and found and not TEXT_DATA.is_file() and not any(map(_is_packed, found)):
+        most = sum(one.size for one in found) + len(found)  # a token has a byte or more, or ends a document
+        one_pass.check_length("--text", most, run.sequence, run.batch if OWN_LENGTH else 1)
+    if "evaluate" in asked and HAS_HF:
+        if not TEXT:
+            tokenizer.check(HF, "--hf")
+        runner.check(HF, evaluate.options(cli.parse(["evaluate", str(HF), *evaluates])))
+    if "data" in asked and TEXT and not TEXT_DATA.is_file():
+        _check_tokenizer(data, values)
+    if "import" in asked and HAS_HF and not IMPORTED.is_file():
+        from megatron_router_upcycling.hf import importer
+
+        multiple = import_args.make_vocab_size_divisible_by
+        importer.prepare(HF, DENSE, importer.Options(None, multiple, import_args.overwrite))
+    if not dry_run:
+        try:
+            WORK.mkdir(parents=True, exist_ok=True)
+            write_whole(REQUEST, "# What submit.sh was asked for.\n" + yaml.safe_dump(given, sort_keys=False))
+        except OSError as error:
+            raise UserError(f"--work {WORK}: cannot be written ({error.strerror})") from None
+    print(processes)
+
+
+# Is it what WORK was begun with? ------------------------------------------------------------------
+
+
+def _given(found: list[sources.Source], *flags: list[str]) -> dict[str, str]:
+    """What each flag of ``DECIDES`` has, as it is written down."""
+    data, imports, keys, converts, evaluates, pretrain = map(" ".join, flags)
+    text = f"{', '.join(TEXT)} ({sum(source.size for source in found):,} bytes)" if TEXT else ""
+    model = f"{HF} (contents {_mark()})" if HAS_HF else ""
+    dense, tokens = ("" if HAS_HF else str(DENSE)), ("" if TEXT else " ".join(DATA))
+    values = (text, data, model, imports, dense, tokens, DENSE_CONFIG, keys, converts, CONFIG)
+    return dict(zip(DECIDES, (*values, evaluates, pretrain), strict=True))
+
+
+def _mark() -> str:
+    """A few digits that differ for models that differ in config.json, or at an end of a weights file."""
+    digest = hashlib.sha256((HF / "config.json").read_bytes())
+    for path in sorted(HF.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(MARKED))
+            file.seek(-min(MARKED, path.stat().st_size), os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()[:12]
+
+
+def _compare(given: dict[str, str]) -> None:
+    """Refuse what would leave in WORK, unchanged, what another request has made."""
+    before = yaml.safe_load(REQUEST.read_text(encoding="utf-8")) if REQUEST.is_file() else {}
+    for flag, now in given.items():
+        made, was = DECIDES[flag], before.get(flag, now)
+        is_there = made.is_file() and (made.name != "run_state" or made.read_text() == "finished\n")
+        if was != now and is_there:
+            raise UserError(
+                f"{flag}: {made} was made with {was or 'none'}, and this command has {now or 'none'};"
+                " name another --work"
+            )
+
+
+# Can it be carried out? ---------------------------------------------------------------------------
+
+
+def _model(vocabulary_multiple: int) -> tuple[Any, dict[str, Any]]:
+    """The dense model's architecture, and Megatron's arguments for it where they are known."""
+    if HAS_HF and not IMPORTED.is_file():
+        files.refuse_adapter(HF, "--hf")
+        path = HF / "config.json"
+        flags = config_json.to_flags(files.read_json(path), path, vocabulary_multiple)
+        return architecture.from_flags(flags), flags
+    from megatron_router_upcycling.checkpoint.open import open_dense
+    from megatron_router_upcycling.checkpoint.read_model import read_model
+
+    own = DENSE / "model.yaml"
+    return read_model(open_dense(DENSE)), read_yaml(own) if own.is_file() else {}
+
+
+def _processes(
+    runs: list[tuple[dict[str, Any], dict[str, Any], str]], nodes: int, gpus: int
+) -> tuple[int, setup.Setup | None]:
+    """The processes of a node, and the training run as ``plan`` sees it; None where it does not cover it.
+
+    Args:
+        runs: Megatron's arguments, the router's options and the YAML file, of training and of keys.
+    """
+
+    def planned(processes: int) -> setup.Setup | None:
+        """Raises UserError where so many processes cannot run it."""
+        found = []
+        for (values, router, source), world in zip(runs, (nodes * processes, processes), strict=True):
+            # The vocabulary may be known with the tokenizer only; here it is of no consequence.
+            known = {"vocab_size": 128} | values | {"world_size": world}
+            try:
+                found.append(reading.from_values(known, router, source))
+            except reading.NotCovered:
+                return None
+            setup.check(found[-1], "--nproc" if LOCAL else "--nodes, --gpus-per-node")
+        return found[0]
+
+    def works(processes: int) -> bool:
+        try:
+            planned(processes)
+        except UserError:
+            return False
+        return True
+
+    asked = int(os.environ.get("NPROC_PER_NODE") or 0)
+    each = (asked or gpus if LOCAL else gpus or asked) or 1
+    if LOCAL and not asked and (most := next(filter(works, range(each, 0, -1)), each)) < each:
+        print(f"training on {most} of {each} GPUs, by which the batches can be divided", file=sys.stderr)
+        each = most
+    try:
+        return each, planned(each)
+    except UserError as error:
+        usable = list(map(str, filter(works, range(1, 9)))) if LOCAL else []
+        hint = f"; --nproc {', '.join(usable)} would do" if usable else ""
+        raise UserError(f"{error}{hint}") from None
+
+
+def _check_experts(args: Namespace, model: Any, router: Any, init: Any) -> None:
+    """What ``convert`` refuses of this model; a line for experts that would stay equal."""
+    kinds.all_parameters(router, kinds.Sizes.of(model, add_bias_linear=model.linear_bias))
+    if args.layers is not None:
+        parse_layers(args.layers, model.num_layers)
+    if args.granularity > 1:
+        from megatron_router_upcycling.conversion import fine_grained
+
+        fine_grained.check_width(model, args.granularity)
+    if args.shared_expert and HAS_HF and not args.allow_no_export:
+        made = Namespace(num_experts=router.num_experts, moe_shared_expert_intermediate_size=1)
+        architecture.check_exportable(made, model, HF)
+    heads, groups, size = model.num_attention_heads, model.num_query_groups, model.kv_channels
+    share_keys = init.head_key == "mean" and groups < heads
+    may_tie = router.kind.of_heads and (share_keys or router.num_routers < router.num_copies)
+    if not may_tie or init.alters_experts:
+        return
+    import torch
+
+    from megatron_router_upcycling.initialisation.heads import init_mixture
+    from megatron_router_upcycling.routers import likeness
+
+    torch.manual_seed(0)  # any heads and keys show what the numbers alone tie
+    repeats = heads // groups if share_keys else 1
+    keys = torch.randn(heads // repeats, size).repeat_interleave(repeats, 0)
+    query, key = init_mixture(torch.randn(heads, size, 64), keys, router)
+    gate = router.kind.gate({"query_weight": query, "expert_key": key}, router, 64, torch.float32)
+    logits = router.kind.logits(gate, torch.randn(64, 64), router)
+    if pairs := likeness.tied_experts(logits, router.granularity):
+        tied = ", ".join(f"{a} and {b}" for a, b in pairs[:8])
+        print(
+            f"warning: --convert-flags: of each layer's experts {tied} would start with equal gates and"
+            " weights, and training keeps them equal",
+            file=sys.stderr,
+        )
+
+
+def _is_packed(source: sources.Source) -> bool:
+    """Whether a file may hold more text than it has bytes."""
+    return bool(source.compression) or source.kind in ("parquet", "arrow")
+
+
+def _texts() -> list[sources.Source]:
+    try:
+        found = sources.find(map(Path, TEXT))[0] if TEXT else []
+    except UserError as error:
+        raise UserError(str(error).replace("SOURCE", "--text", 1)) from None
+    if TEXT and not sum(source.size for source in found):
+        raise UserError(f"--text {TEXT[0]}: holds no text")
+    return found
+
+
+def _check_tokenizer(data: list[str], values: dict[str, Any]) -> None:
+    args = cli.parse(["prepare-data", *TEXT, "--output", str(WORK / "data/text"), *data])
+    if args.train_tokenizer is None:
+        place = args.tokenizer or (HF if HAS_HF else DENSE / "tokenizer")
+        has = tokenizer.load(place, "--data-flags --tokenizer" if args.tokenizer else "--hf").vocab_size
+        rows = values.get("padded_vocab_size")
+        if rows and has > rows:
+            raise UserError(
+                f"--hf {HF}: its tokenizer has {has} tokens and its model {rows}; name the model's own one"
+            )
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
