@@ -39,6 +39,7 @@ ACTIVATIONS = {
     (False, "squared_relu"): "squared_relu",
     (False, "gelu"): None,
 }
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError)
 POSITIONS = ("rope", "learned_absolute", "none")
 
 
@@ -57,7 +58,7 @@ def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str]
         if path.is_file():
             try:
                 flags = read_config_json.to_flags(json.loads(path.read_text("utf-8")), path, 1)
-            except (OSError, ValueError, AttributeError, RecursionError) as error:
+            except UNREADABLE as error:
                 raise UserError(f"{path}: cannot be read ({reason(error)}); {WAY_OUT}") from None
             return megatron_arguments(flags), str(path)
     return None
@@ -100,15 +101,7 @@ def _of_run_config(path: Path) -> Namespace:
         if isinstance(activation, dict):
             activation = activation["_target_"]
         activation = str(activation).rpartition(".")[2]
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        yaml.YAMLError,
-    ) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: holds no model that can be read ({reason(error)}); {WAY_OUT}") from None
     if missing := [name for name in SIZES if not isinstance(values.get(name), int)]:
         raise UserError(f"{path}: gives no {missing[0]} of the model; {WAY_OUT}")
@@ -118,13 +111,7 @@ def _of_run_config(path: Path) -> Namespace:
             f"{path}: {'gated ' * gated}{shown(activation)} and position embedding {shown(positions)}, which"
             " together are not covered"
         )
-    names = {
-        *MODEL_DEFAULTS,
-        *ARCHITECTURE.values(),
-        *NEGATED.values(),
-        "vocab_size",
-        "max_position_embeddings",
-    }
+    names = {*MODEL_DEFAULTS, *(ARCHITECTURE | NEGATED).values(), "vocab_size", "max_position_embeddings"}
     flags = {name: values[name] for name in names & values.keys() if values[name] is not None}
     flags |= {
         "num_query_groups": values.get("num_query_groups") or flags["num_attention_heads"],

@@ -102,11 +102,6 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
 
 
-def one_layer(checkpoint: Checkpoint, own: str, key: str) -> Checkpoint:
-    """``checkpoint`` with what a layer's own key ``own`` holds as the one layer of a stacked ``key``."""
-    return dataclasses.replace(checkpoint, tensors={key: _stack([checkpoint.tensors[own]], own)})
-
-
 def _stack(layers: list[StoredTensor], where: str) -> StoredTensor:
     first = layers[0]
     if any((tensor.shape, tensor.dtype) != (first.shape, first.dtype) for tensor in layers):

@@ -151,13 +151,15 @@ class Checkpoint:
         values = tensor_in(scratch, self.tensors[key].dtype, (1, *sizes))
         return self.read_box(key, Box((layer, *(0 for _ in sizes)), (1, *sizes)), values)[0]
 
-    def read_box(self, key: str, box: Box, out: torch.Tensor | None = None) -> torch.Tensor:
+    def read_box(self, key: str, box: Box | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """A box of a tensor, whatever chunks it is stored in: those that Megatron's ranks held.
 
         Args:
+            box: default: the whole tensor.
             out: of the box's sizes and the tensor's dtype; is filled and returned.
         """
         stored = self.tensors[key]
+        box = box or Box((0,) * len(stored.shape), stored.shape)
         values = torch.empty(box.sizes, dtype=stored.dtype) if out is None else out
         for chunk, part in stored.overlapping(box):
             self.read_part(chunk, part, values[part.within(box.offsets)])
@@ -252,13 +254,11 @@ class Checkpoint:
         return read_record(self.iteration_dir / COMMON_FILE)
 
     def _read_common(self) -> dict[str, Any]:
-        if COMMON_STATE in self.objects:
-            source = f"{self.iteration_dir}: common state"
-            loaded = torch_save_file.load(self._common_bytes(), source)
-            common = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else None
-        else:
-            source = str(self.iteration_dir / COMMON_FILE)
-            common = torch_save_file.load(self._common_bytes(), source)
+        is_object = COMMON_STATE in self.objects
+        source = f"{self.iteration_dir}: common state" if is_object else str(self.iteration_dir / COMMON_FILE)
+        common = torch_save_file.load(self._common_bytes(), source)
+        if is_object:
+            common = common[0] if isinstance(common, list) and len(common) == 1 else None
         if not isinstance(common, dict):
             raise UserError(f"{source}: not a dictionary; use a checkpoint that Megatron's training saved")
         return common

@@ -14,7 +14,7 @@ from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.format.files import FileRange, read_exactly
 from megatron_router_upcycling.checkpoint.format.finite import WORDS
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
-from megatron_router_upcycling.checkpoint.format.torch_save_check import Contents, Damaged, examine
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Contents, Damaged, examine
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.expected import Computed
 

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.format.finite import WORDS, all_finite
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
-from megatron_router_upcycling.checkpoint.format.torch_save_check import Contents, Damaged
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Contents, Damaged
 from megatron_router_upcycling.checkpoint.names import EXPERTS, is_of_layers, split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.expected import Expected, Origin

@@ -10,7 +10,7 @@ import torch
 from megatron_router_upcycling.checkpoint.format import boxes
 from megatron_router_upcycling.checkpoint.format.files import FileRange
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, StoredTensor
-from megatron_router_upcycling.checkpoint.format.torch_save_check import Damaged, examine
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Damaged, examine
 from megatron_router_upcycling.errors import UserError
 
 Target = tuple[tuple[int, ...], torch.dtype] | None  # shape and dtype of a tensor, None for an object
