@@ -470,10 +470,8 @@ def test_hostile_pickles_in_place_of_a_tensor(bench: Bench, monkeypatch: pytest.
     monkeypatch.chdir(bench.folder / "kept")
     key = f"{dense_checkpoint.MLP}.linear_fc2.weight"
     chunk = open_checkpoint(bench.root).tensors[key].chunks[0]
-    path, metadata = (
-        bench.iteration / chunk.blob.file,
-        pickle.loads(bench.whole[bench.iteration / ".metadata"]),
-    )
+    path = bench.iteration / chunk.blob.file
+    metadata = pickle.loads(bench.whole[bench.iteration / ".metadata"])
     place = metadata.storage_data[MetadataIndex(key, torch.Size(chunk.offsets))]
     for pickled in HOSTILE[:8]:
         archive = as_archive(pickled, values=bytes(chunk.blob.length))
