@@ -33,8 +33,8 @@ NOT_COPIED = {
     "other weights": (
         *(
             "*.safetensors",
-            "*.safetensors.index.json",
             "*.bin",
+            "*.safetensors.index.json",
             "*.bin.index.json",
             "*.pt",
             "*.pth",

@@ -22,10 +22,9 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sync, versions
 from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import QwenModel, from_megatron
-from megatron_router_upcycling.hf.export_job import Export, Options
+from megatron_router_upcycling.hf.export_job import Export, Options, outputs, split
 from megatron_router_upcycling.hf.files import find_beside, shard_name
 from megatron_router_upcycling.hf.folder import RECORD, write_folder
-from megatron_router_upcycling.hf.outputs import outputs, split
 from megatron_router_upcycling.hf.safetensors_file import dtype_name
 from megatron_router_upcycling.hf.shard import Rounding, write_shard
 from megatron_router_upcycling.routers import kinds

@@ -12,8 +12,7 @@ from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.names import ROUTER
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, tensor_in
 from megatron_router_upcycling.hf import name_table
-from megatron_router_upcycling.hf.export_job import Export
-from megatron_router_upcycling.hf.outputs import DrawnGate, Folded, Moved, Output, Zeros
+from megatron_router_upcycling.hf.export_job import DrawnGate, Export, Folded, Moved, Output, Zeros
 from megatron_router_upcycling.hf.safetensors_file import ahead, as_bytes, blocks, cast, format_header
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import Sizes

@@ -583,7 +583,7 @@ def test_key_statistics(tmp_path: Path) -> None:
                 ("", "nan", "1e999", "null", "[" * 5000, "9" * 5000, '"a\\nb"', "[[1]]", "-1", '{"a":1}', "x")
             )
         else:
-            entry = changed[rng.choice(["key_mean", "key_square_mean", "key_count"])]
+            entry = changed[rng.choice(["key_mean", "key_attended", "key_count"])]
             entry[rng.choice(list(entry))] = rng.choice(([2**40], [0, 8], [-1, 4], "F32", "I64", None, [[1]]))
         encoded = json.dumps(changed).encode()
         cases.append(struct.pack("<Q", len(encoded)) + encoded + content[8 + length :])
