@@ -31,15 +31,8 @@ ADAPTER = "adapter_config.json"
 NOT_COPIED = {
     "of an adapter, which is no part of the model until it is merged": ("adapter_*",),
     "other weights": (
-        *(
-            "*.safetensors",
-            "*.safetensors.index.json",
-            "*.bin",
-            "*.bin.index.json",
-            "*.pt",
-            "*.pth",
-            "*.ckpt",
-        ),
+        *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth"),
+        "*.ckpt",
         *("*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.npz", "*.tflite"),
     ),
     "code": ("*.py", "*.pyc", "*.so"),

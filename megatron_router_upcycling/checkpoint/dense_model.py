@@ -30,31 +30,18 @@ if TYPE_CHECKING:
 
 # Megatron flag (underscores for dashes) -> the attribute of its arguments, for all that makes two models'
 # parameters mean the same. A switch that turns something off stands for the attribute's negation.
+RENAMED = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
 ARCHITECTURE = {
-    "num_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "ffn_hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "kv_channels": "kv_channels",
-    "group_query_attention": "group_query_attention",
-    "qk_layernorm": "qk_layernorm",
-    "qk_l2_norm": "qk_l2_norm",
-    "add_qkv_bias": "add_qkv_bias",
-    "swiglu": "swiglu",
-    "squared_relu": "squared_relu",
-    "openai_gelu": "openai_gelu",
-    "quick_geglu": "quick_geglu",
-    "normalization": "normalization",
-    "norm_epsilon": "layernorm_epsilon",
-    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
-    "position_embedding_type": "position_embedding_type",
-    "rotary_base": "rotary_base",
-    "rotary_percent": "rotary_percent",
-    "rotary_interleaved": "rotary_interleaved",
-    "rotary_seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
-    "use_rope_scaling": "use_rope_scaling",
-    "rope_scaling_factor": "rope_scaling_factor",
-    "untie_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
+    flag: RENAMED.get(flag, flag)
+    for flag in (
+        *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
+        *("group_query_attention", "qk_layernorm", "qk_l2_norm", "add_qkv_bias"),
+        *("swiglu", "squared_relu", "openai_gelu", "quick_geglu"),
+        *("normalization", "norm_epsilon", "apply_layernorm_1p"),
+        *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
+        *("rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor"),
+        "untie_embeddings_and_output_weights",
+    )
 }
 NEGATED = {"disable_bias_linear": "add_bias_linear"}
 # Where these arguments are set, the layers are not what the converter knows.

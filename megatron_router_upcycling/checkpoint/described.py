@@ -39,6 +39,7 @@ ACTIVATIONS = {
     (False, "squared_relu"): "squared_relu",
     (False, "gelu"): None,
 }
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError)
 POSITIONS = ("rope", "learned_absolute", "none")
 
 
@@ -48,11 +49,7 @@ def gives_architecture(args: Any) -> TypeGuard[Namespace]:
 
 
 def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str] | None:
-    """Megatron's arguments of the model in ``folder``, an iteration of ``root``, and what they are from.
-
-    Raises:
-        UserError: a file that cannot be read, or describes what Megatron's flags do not build.
-    """
+    """Megatron's arguments of the model in ``folder``, an iteration of ``root``, and what they are from."""
     if config and (flags := of_yaml(config)):
         return megatron_arguments(flags), f"--config {config}"
     if (path := folder / RUN_CONFIG).is_file():
@@ -61,29 +58,21 @@ def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str]
         if path.is_file():
             try:
                 flags = read_config_json.to_flags(json.loads(path.read_text("utf-8")), path, 1)
-            except (OSError, ValueError, AttributeError, RecursionError) as error:
+            except UNREADABLE as error:
                 raise UserError(f"{path}: cannot be read ({reason(error)}); {WAY_OUT}") from None
             return megatron_arguments(flags), str(path)
     return None
 
 
 def of_yaml(config: Path) -> dict[str, Any] | None:
-    """A dense model's flags in a YAML file; None where it gives no architecture, as a method's file.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """A dense model's flags in a YAML file; None where it gives no architecture, as a method's file."""
     known = FLAGS | {name for name in MODEL_DEFAULTS if name != "num_experts"}
     flags = {name: _number(value) for name, value in read_yaml(config).items() if name in known}
     return flags if all(flags.get(name) is not None for name in SIZES) else None
 
 
 def check(config: Path, args: Namespace, root: Path) -> None:
-    """Compare a YAML file with the training arguments in the checkpoint ``root``.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Refuse a YAML file that differs from the training arguments in the checkpoint ``root``."""
     given = megatron_arguments(flags) if (flags := of_yaml(config)) else Namespace()
     for flag, name in (ARCHITECTURE | NEGATED).items():
         asked, found = getattr(given, name, None), getattr(args, name, None)
@@ -112,15 +101,7 @@ def _of_run_config(path: Path) -> Namespace:
         if isinstance(activation, dict):
             activation = activation["_target_"]
         activation = str(activation).rpartition(".")[2]
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        yaml.YAMLError,
-    ) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: holds no model that can be read ({reason(error)}); {WAY_OUT}") from None
     if missing := [name for name in SIZES if not isinstance(values.get(name), int)]:
         raise UserError(f"{path}: gives no {missing[0]} of the model; {WAY_OUT}")
@@ -130,13 +111,7 @@ def _of_run_config(path: Path) -> Namespace:
             f"{path}: {'gated ' * gated}{shown(activation)} and position embedding {shown(positions)}, which"
             " together are not covered"
         )
-    names = {
-        *MODEL_DEFAULTS,
-        *ARCHITECTURE.values(),
-        *NEGATED.values(),
-        "vocab_size",
-        "max_position_embeddings",
-    }
+    names = {*MODEL_DEFAULTS, *(ARCHITECTURE | NEGATED).values(), "vocab_size", "max_position_embeddings"}
     flags = {name: values[name] for name in names & values.keys() if values[name] is not None}
     flags |= {
         "num_query_groups": values.get("num_query_groups") or flags["num_attention_heads"],

@@ -34,12 +34,11 @@ HALVES = re.compile(rf"({re.escape(within_layer(FC1))}\.(?:weight|bias))_[wv]")
 def stack_layers(checkpoint: Checkpoint, with_experts: Collection[int] | None = None) -> Checkpoint:
     """``checkpoint`` with a layer axis in front of what it stores layer by layer; else as it is.
 
+    Layers that differ in their parameters, shapes or dtypes are refused.
+
     Args:
         with_experts: the layers that have experts where the others have an FFN; each is stacked over the
             layers that have it, in their order. None: all layers are alike.
-
-    Raises:
-        UserError: layers that differ in their parameters, or whose parameters differ in shape or dtype.
     """
     tensors: dict[str, StoredTensor] = {}
     layers: dict[str, dict[int, StoredTensor]] = {}
@@ -83,11 +82,7 @@ def _join_norms(layers: dict[str, dict[int, StoredTensor]]) -> None:
 
 
 def split_layers(checkpoint: Checkpoint) -> Checkpoint:
-    """The inverse: ``checkpoint``, stacked, with each layer under keys of its own.
-
-    Raises:
-        UserError: several layers' values are stored in one piece.
-    """
+    """The inverse: ``checkpoint``, stacked, each layer under its own keys; no chunk may be of several."""
     tensors: dict[str, StoredTensor] = {}
     for key, stored in checkpoint.tensors.items():
         if not is_of_layers(key):
@@ -105,11 +100,6 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
             tensors[at_layer(key, layer)] = StoredTensor(stored.shape[1:], stored.dtype, tuple(chunks))
     objects = {own_state(key) or key: blob for key, blob in checkpoint.objects.items()}
     return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
-
-
-def one_layer(checkpoint: Checkpoint, own: str, key: str) -> Checkpoint:
-    """``checkpoint`` with what a layer's own key ``own`` holds as the one layer of a stacked ``key``."""
-    return dataclasses.replace(checkpoint, tensors={key: _stack([checkpoint.tensors[own]], own)})
 
 
 def _stack(layers: list[StoredTensor], where: str) -> StoredTensor:

@@ -25,9 +25,6 @@ def open_dense(root: str | Path, config: Path | None = None) -> Checkpoint:
 
     Args:
         config: a YAML file of Megatron's flags that describes the model, where the checkpoint does not.
-
-    Raises:
-        UserError: as ``open_checkpoint``, or layers that are not alike.
     """
     checkpoint = dataclasses.replace(open_checkpoint(root), config=config)
     return checkpoint if holds_experts(checkpoint.tensors) else stack_layers(checkpoint)
@@ -61,9 +58,6 @@ def check_whole(root: str | Path, step: int | None = None) -> None:
 
     Args:
         step: the iteration (default: that of the tracker).
-
-    Raises:
-        UserError: no folder that the tracker names, damaged metadata, a data file that is too short.
     """
     root = Path(root)
     folder = iteration_dir(root) if step is None else root / f"iter_{step:07d}"
@@ -75,11 +69,7 @@ def check_whole(root: str | Path, step: int | None = None) -> None:
 
 
 def format_of(root: str | Path, step: int | None = None) -> str | None:
-    """The ``--ckpt-format`` of a checkpoint, by its files: torch_dist, torch, or None for another.
-
-    Raises:
-        UserError: no folder that the tracker names, or a damaged one.
-    """
+    """The ``--ckpt-format`` of a checkpoint, by its files: torch_dist, torch, or None for another."""
     folder = iteration_dir(Path(root)) if step is None else Path(root) / f"iter_{step:07d}"
     if _is_legacy(folder):
         return "torch"

@@ -43,9 +43,6 @@ def to_flags(config: dict[str, Any], path: Path, vocabulary_multiple: int) -> di
     Args:
         path: the config.json, named in errors.
         vocabulary_multiple: Megatron's embedding is padded to a multiple of it.
-
-    Raises:
-        UserError: a model, or a feature of one, that is not covered.
     """
     if vocabulary_multiple < 1:
         raise UserError(f"--make-vocab-size-divisible-by {vocabulary_multiple}: must be at least 1")

@@ -29,12 +29,7 @@ MOST_LAYERS = 10_000
 
 
 def read_model(checkpoint: Checkpoint) -> DenseModel:
-    """The dense model in ``checkpoint``.
-
-    Raises:
-        UserError: an MoE, layers that the converter does not know, or arguments that the stored tensors
-            contradict.
-    """
+    """The dense model in ``checkpoint``, whose arguments its tensors do not contradict."""
     root = checkpoint.root
     _refuse_unknown(checkpoint)
     stored = checkpoint.tensors.get(QKV)

@@ -13,6 +13,7 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from operator import mul, sub
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint import described
 from megatron_router_upcycling.checkpoint.format import torch_save_file
+from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.format.files import (
     COMMON_FILE,
     COMMON_STATE,
@@ -55,6 +57,8 @@ class Checkpoint:
     objects: dict[str, Blob]
     common: dict[str, Any]
     config: Path | None = field(default=None, kw_only=True)
+    # Where the values of the chunks that were read lie.
+    _values: dict[tuple[Blob, Shape], Values | None] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def open_folder(cls, root: Path, folder: Path, report: Report | None = None) -> "Checkpoint":
@@ -73,11 +77,7 @@ class Checkpoint:
 
     @property
     def args(self) -> Namespace:
-        """Megatron's arguments as the run that saved this checkpoint had them; else see ``described``.
-
-        Raises:
-            UserError: nothing describes the model.
-        """
+        """Megatron's arguments as the run that saved this checkpoint had them; else see ``described``."""
         return self._description[0]
 
     @property
@@ -140,22 +140,62 @@ class Checkpoint:
         return found and replace(found, offset=chunk.blob.offset + found.offset)
 
     def read_chunk(self, chunk: Chunk, dtype: torch.dtype, scratch: bytearray) -> torch.Tensor:
-        """The values of one chunk, of its ``sizes``.
+        """A chunk's values, in ``scratch`` where they fit (until it is used again)."""
+        values = tensor_in(scratch, dtype, chunk.sizes)
+        self.read_part(chunk, chunk.box, values)
+        return values
 
-        They lie in ``scratch`` where it is large enough, until it is used again: memory that is in use
-        already is several times as fast to read into.
+    def read_layer(self, key: str, layer: int, scratch: bytearray) -> torch.Tensor:
+        """``tensor[layer]`` of a tensor stacked over layers; in ``scratch`` as in ``read_chunk``."""
+        _, *sizes = self.tensors[key].shape
+        values = tensor_in(scratch, self.tensors[key].dtype, (1, *sizes))
+        return self.read_box(key, Box((layer, *(0 for _ in sizes)), (1, *sizes)), values)[0]
+
+    def read_box(self, key: str, box: Box | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A box of a tensor, whatever chunks it is stored in: those that Megatron's ranks held.
+
+        Args:
+            box: default: the whole tensor.
+            out: of the box's sizes and the tensor's dtype; is filled and returned.
         """
-        values = self.find_values(chunk, dtype)
-        if values and 0 < values.length <= len(scratch):
-            path = self.iteration_dir / chunk.blob.file
-            try:
-                with open(path, "rb", buffering=0) as file:
-                    file.seek(values.offset)
-                    read_exactly(file, memoryview(scratch)[: values.length])
-            except (OSError, EOFError) as error:
-                raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-            count = math.prod(chunk.sizes)
-            return torch.frombuffer(scratch, dtype=dtype, count=count).view(chunk.sizes)
+        stored = self.tensors[key]
+        box = box or Box((0,) * len(stored.shape), stored.shape)
+        values = torch.empty(box.sizes, dtype=stored.dtype) if out is None else out
+        for chunk, part in stored.overlapping(box):
+            self.read_part(chunk, part, values[part.within(box.offsets)])
+        return values
+
+    def read_part(self, chunk: Chunk, part: Box, out: torch.Tensor) -> None:
+        """Fill ``out`` with ``part``, a box of the tensor that lies in ``chunk``.
+
+        Read is what lies between the first and the last of its values, straight into ``out`` where it can be.
+        """
+        if not out.numel():
+            return
+        place = chunk.blob, chunk.sizes
+        if place not in self._values:
+            self._values[place] = self.find_values(chunk, out.dtype)
+        values = self._values[place]
+        if values is None:
+            out.copy_(self._load(chunk, out.dtype)[part.within(chunk.offsets)])
+            return
+        steps = [math.prod(chunk.sizes[axis + 1 :]) for axis in range(len(chunk.sizes))]
+        begin = sum(map(mul, map(sub, part.offsets, chunk.offsets), steps))
+        count = 1 + sum((size - 1) * step for size, step in zip(part.sizes, steps, strict=True))
+        straight = out.is_contiguous() and count == out.numel()
+        read = out.view(-1) if straight else torch.empty(count, dtype=out.dtype)
+        path = self.iteration_dir / chunk.blob.file
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(values.offset + begin * out.itemsize)
+                read_exactly(file, memoryview(read.view(torch.uint8).numpy()))
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+        if not straight:
+            out.copy_(read.as_strided(part.sizes, steps))
+
+    def _load(self, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
+        """The values of a chunk that do not lie row after row in its file."""
         with self._open_blob(chunk.blob) as content:
             tensor = torch.load(content, map_location="cpu", weights_only=True)
             if (
@@ -183,22 +223,6 @@ class Checkpoint:
                 raise UserError(
                     f"{path}: damaged at byte {blob.offset} ({reason(error)}); use another copy"
                 ) from None
-
-    def read_layer(self, key: str, layer: int, scratch: bytearray) -> torch.Tensor:
-        """``tensor[layer]`` of a tensor stacked over layers; in ``scratch`` as in ``read_chunk``."""
-        stored = self.tensors[key]
-        chunks = [
-            chunk for chunk in stored.chunks if chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
-        ]
-        if len(chunks) == 1:
-            return self.read_chunk(chunks[0], stored.dtype, scratch)[layer - chunks[0].offsets[0]]
-        whole = torch.empty(stored.shape[1:], dtype=stored.dtype)
-        for chunk in chunks:
-            box = tuple(
-                map(slice, chunk.offsets[1:], map(sum, zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)))
-            )
-            whole[box] = self.read_chunk(chunk, stored.dtype, scratch)[layer - chunk.offsets[0]]
-        return whole
 
     def check_files(self, report: Report | None) -> None:
         """Whether each data file is there and as long as the metadata says; faults go to ``report``."""
@@ -230,13 +254,19 @@ class Checkpoint:
         return read_record(self.iteration_dir / COMMON_FILE)
 
     def _read_common(self) -> dict[str, Any]:
-        if COMMON_STATE in self.objects:
-            source = f"{self.iteration_dir}: common state"
-            loaded = torch_save_file.load(self._common_bytes(), source)
-            common = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else None
-        else:
-            source = str(self.iteration_dir / COMMON_FILE)
-            common = torch_save_file.load(self._common_bytes(), source)
+        is_object = COMMON_STATE in self.objects
+        source = f"{self.iteration_dir}: common state" if is_object else str(self.iteration_dir / COMMON_FILE)
+        common = torch_save_file.load(self._common_bytes(), source)
+        if is_object:
+            common = common[0] if isinstance(common, list) and len(common) == 1 else None
         if not isinstance(common, dict):
             raise UserError(f"{source}: not a dictionary; use a checkpoint that Megatron's training saved")
         return common
+
+
+def tensor_in(scratch: bytearray, dtype: torch.dtype, shape: Shape) -> torch.Tensor:
+    """A tensor in ``scratch``, which is in memory already; of its own where it does not fit."""
+    count = math.prod(shape)
+    if not 0 < count * dtype.itemsize <= len(scratch):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(scratch, dtype=dtype, count=count).view(shape)

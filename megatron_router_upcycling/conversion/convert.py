@@ -12,8 +12,7 @@ from megatron_router_upcycling.checkpoint.format.files import TRACKER, iteration
 from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.publish import completeness
 from megatron_router_upcycling.checkpoint.publish import folder as publish
-from megatron_router_upcycling.checkpoint.publish.source_guard import Stamps
-from megatron_router_upcycling.checkpoint.publish.value_check import IntactCheck
+from megatron_router_upcycling.checkpoint.publish.source_check import IntactCheck, Stamps
 from megatron_router_upcycling.checkpoint.read_model import query_key_digest, read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_router_upcycling.checkpoint import layers, names
+from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
@@ -104,7 +104,7 @@ def read_layer(checkpoint: Checkpoint, name: str, layer: int) -> Tensor:
     """
     own = names.at_layer(name, layer)
     if name not in checkpoint.tensors and own in checkpoint.tensors:
-        checkpoint, layer = layers.one_layer(checkpoint, own, name), 0
+        return checkpoint.read_box(own).float()
     if name not in checkpoint.tensors:
         raise UserError(f"{checkpoint.root}: has no {name}, which its {manifest.NAME} promises")
     return checkpoint.read_layer(name, layer, bytearray()).float()

@@ -118,9 +118,6 @@ def from_megatron(args: Namespace, root: Path, embedding_rows: int) -> QwenModel
     Args:
         root: the checkpoint, named in errors.
         embedding_rows: rows of its embedding, which is padded.
-
-    Raises:
-        UserError: an architecture that no Qwen class has.
     """
     _refuse_arguments(args, root)
     try:
@@ -132,11 +129,7 @@ def from_megatron(args: Namespace, root: Path, embedding_rows: int) -> QwenModel
 
 
 def check_exportable(args: Namespace, model: Architecture, root: Path) -> None:
-    """Refuse what ``from_megatron`` would, of arguments that need not be complete.
-
-    Raises:
-        UserError: an architecture that no Qwen class has.
-    """
+    """Refuse what ``from_megatron`` would, of arguments that need not be complete."""
     _refuse_arguments(args, root)
     _check_family(model, _shared_expert_size(args), root)
 

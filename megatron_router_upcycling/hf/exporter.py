@@ -16,20 +16,17 @@ from megatron_router_upcycling.checkpoint.layers import stack_layers
 from megatron_router_upcycling.checkpoint.names import EMBEDDING, ROUTER, TRAINING_STATE, other_norm
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.publish import folder as publish
-from megatron_router_upcycling.checkpoint.rows import RowReader
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sync, versions
 from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import QwenModel, from_megatron
-from megatron_router_upcycling.hf.export_job import Export, Options
+from megatron_router_upcycling.hf.export_job import Export, Options, outputs, split
 from megatron_router_upcycling.hf.files import find_beside, shard_name
 from megatron_router_upcycling.hf.folder import RECORD, write_folder
-from megatron_router_upcycling.hf.outputs import outputs, split
-from megatron_router_upcycling.hf.rounding import Rounding
-from megatron_router_upcycling.hf.shard import write_shard
-from megatron_router_upcycling.hf.values import dtype_name
+from megatron_router_upcycling.hf.safetensors_file import dtype_name
+from megatron_router_upcycling.hf.shard import Rounding, write_shard
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
 
@@ -81,11 +78,7 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
 
 
 def _shared_expert_width(asked: int | None, model: QwenModel) -> int:
-    """The model's own; else that of the expert of zeros.
-
-    Raises:
-        UserError: ``asked`` cannot be.
-    """
+    """The model's own; else that of the expert of zeros."""
     if asked is not None and asked < 0:
         raise UserError(f"--shared-expert-width {asked}: must be 0 or more")
     if asked is not None and model.shared_expert_size:
@@ -97,11 +90,7 @@ def _shared_expert_width(asked: int | None, model: QwenModel) -> int:
 
 
 def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: QwenModel) -> RouterConfig:
-    """The router that the manifest records; without one, Megatron's own linear router.
-
-    Raises:
-        UserError: the manifest and the training arguments contradict each other.
-    """
+    """The router that the manifest records; without one, Megatron's own linear router."""
     args = checkpoint.args
     trained = {"top_k": args.moe_router_topk, "pre_softmax": bool(args.moe_router_pre_softmax)}
     if recorded is None:
@@ -128,11 +117,7 @@ def _stored_names(checkpoint: Checkpoint, model: QwenModel) -> dict[str, str]:
 def _check_tensors(
     checkpoint: Checkpoint, model: QwenModel, router: RouterConfig | None, stored: dict[str, str]
 ) -> None:
-    """Compare the checkpoint's tensors with the architecture.
-
-    Raises:
-        UserError: one is missing, has another shape, or has no place in a Hugging Face folder.
-    """
+    """Compare the checkpoint's tensors with the architecture."""
     root, tensors = checkpoint.root, checkpoint.tensors
     expected = _router_shapes(router, model)
     for row in name_table.rows(model):
@@ -162,21 +147,17 @@ def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> di
 
     Args:
         progress: called with the number of bytes after each write.
-
-    Raises:
-        UserError: it cannot be written, or a data file or a value is damaged.
     """
     rounding = Rounding()
     try:
         with (
             publish.new_folder(job.out, job.options.overwrite) as folder,
-            RowReader(job.checkpoint) as reader,
             ThreadPoolExecutor(1) as aside,
         ):
             flushed = []
             for number, shard in enumerate(job.shards, start=1):
                 path = folder / shard_name(number, len(job.shards))
-                write_shard(job, shard, reader, path, rounding, progress)
+                write_shard(job, shard, path, rounding, progress)
                 flushed.append(aside.submit(sync, path))
             record = _record(job, rounding)
             write_folder(job, folder, record)

@@ -28,9 +28,6 @@ def find_beside(asked: Path | None, checkpoint: "Checkpoint") -> Path | None:
     """The folder of the tokenizer and what else goes with it.
 
     The one asked for, the one beside the checkpoint, the one that training used, or none.
-
-    Raises:
-        UserError: the one asked for holds no tokenizer.
     """
     if asked is not None:
         if not beside.is_tokenizer(asked):
@@ -60,11 +57,7 @@ def copy_beside(source: Path, target: Path) -> dict[str, Any]:
 
 
 def refuse_other_folders(folder: Path, flag: str) -> None:
-    """Name what ``folder``, which ``flag`` gave, is where it is not a model's in safetensors.
-
-    Raises:
-        UserError: says what to take in its place.
-    """
+    """Refuse ``folder``, which ``flag`` gave, by what it is where it is not a model's in safetensors."""
     refuse_adapter(folder, flag)
     where, names = f"{flag} {folder}", sorted(path.name for path in folder.iterdir())
     if CONFIG not in names and (snapshots := sorted((folder / "snapshots").glob("*"))):
@@ -80,11 +73,7 @@ def refuse_other_folders(folder: Path, flag: str) -> None:
 
 
 def refuse_adapter(folder: Path, flag: str) -> None:
-    """Name an adapter that stands alone.
-
-    Raises:
-        UserError: ``folder``, which ``flag`` gave, holds one and no model.
-    """
+    """Refuse a folder that holds an adapter and no model."""
     weights = [path for name in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(name)]
     if (folder / beside.ADAPTER).is_file() and not (weights and (folder / CONFIG).is_file()):
         raise UserError(
@@ -94,11 +83,7 @@ def refuse_adapter(folder: Path, flag: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object.
-
-    Raises:
-        UserError: it is missing, or is none.
-    """
+    """A JSON file's object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

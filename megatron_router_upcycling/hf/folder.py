@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.checkpoint import beside
-from megatron_router_upcycling.hf import config_json, exported_tokenizer, sentencepiece_model
+from megatron_router_upcycling.hf import config_json, exported_tokenizer
 from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import (
     CARD,
@@ -19,7 +19,7 @@ from megatron_router_upcycling.hf.files import (
     shard_name,
 )
 from megatron_router_upcycling.hf.model_card import model_card
-from megatron_router_upcycling.hf.values import dtype_name
+from megatron_router_upcycling.hf.safetensors_file import dtype_name
 from megatron_router_upcycling.routers.kinds import Kind
 
 RECORD = "export_hf.json"
@@ -28,12 +28,12 @@ RECORD = "export_hf.json"
 def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     """Write everything but the weights."""
     special = copy_beside(job.beside, folder) if job.beside else {}
-    model = sentencepiece_model.find(job.beside) if job.beside else None
+    model = exported_tokenizer.find_sentencepiece(job.beside) if job.beside else None
     if model:
-        special |= sentencepiece_model.special_tokens(model)
-    _write_json(folder / CONFIG, config(job) | special)
+        special |= exported_tokenizer.special_tokens(model)
+    _write_json(folder / CONFIG, _config(job) | special)
     if model:
-        record["no_tokenizer"] = sentencepiece_model.convert(model, folder)
+        record["no_tokenizer"] = exported_tokenizer.convert(model, folder)
     elif job.beside and beside.is_tokenizer(job.beside):
         own = find_beside(None, job.checkpoint)
         other = own if own != job.beside and own and beside.is_tokenizer(own) else None
@@ -65,34 +65,22 @@ def modelling_file(kind: Kind) -> str:
     return "\n\n".join([classes, *functions, entry])
 
 
-def config(job: Export) -> dict[str, Any]:
+def _config(job: Export) -> dict[str, Any]:
     """The config.json, but for special tokens."""
-    values = config_json.from_model(job.model)
-    values["architectures"] = [job.class_name]
-    values["max_window_layers"] = job.model.num_layers
-    values["torch_dtype"] = dtype_name(job.dtype)
+    values = config_json.from_model(job.model) | {
+        "architectures": [job.class_name],
+        "max_window_layers": job.model.num_layers,
+        "torch_dtype": dtype_name(job.dtype),
+    }
     if job.router is None:
         return values
-    values |= {
-        "num_experts": job.router.num_experts,
-        "num_experts_per_tok": job.router.top_k,
-        "moe_intermediate_size": job.model.expert_ffn_size,
-        # softmax over all experts, then top-k as they are; or renormalised, which is top-k, then softmax
-        "norm_topk_prob": not job.router.pre_softmax,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(job.model.dense_layers),
-        "output_router_logits": False,
-        "router_aux_loss_coef": job.aux_loss_coefficient,
+    width, coefficient = job.shared_expert_width, job.aux_loss_coefficient
+    values |= config_json.of_experts(job.model, job.router, width, coefficient)
+    if job.is_stock:
+        return values
+    module = MODELLING_FILE.removesuffix(".py")
+    return values | {
+        "auto_map": {"AutoModelForCausalLM": f"{module}.{job.class_name}"},
+        "upcycled_router": job.router.to_dict(),
+        "upcycled_gate": job.gate,
     }
-    if job.model.family == "qwen3":
-        values["num_local_experts"] = job.router.num_experts  # the name that transformers 5 saves
-    if job.model.family == "qwen2":
-        values |= {"qkv_bias": True, "shared_expert_intermediate_size": job.shared_expert_width}
-    if not job.is_stock:
-        module = MODELLING_FILE.removesuffix(".py")
-        values |= {
-            "auto_map": {"AutoModelForCausalLM": f"{module}.{job.class_name}"},
-            "upcycled_router": job.router.to_dict(),
-            "upcycled_gate": job.gate,
-        }
-    return values

@@ -24,6 +24,7 @@ from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
 from megatron_router_upcycling.checkpoint.names import dense_extra_states
 from megatron_router_upcycling.checkpoint.publish import folder as publish
+from megatron_router_upcycling.checkpoint.torch_dist import tensor_in
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sha256, versions
@@ -31,15 +32,14 @@ from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import QwenModel, from_flags
 from megatron_router_upcycling.hf.files import CONFIG, INDEX, read_json, refuse_other_folders
 from megatron_router_upcycling.hf.name_table import Row
-from megatron_router_upcycling.hf.safetensors_file import sample_digest
-from megatron_router_upcycling.hf.values import (
+from megatron_router_upcycling.hf.safetensors_file import (
     ahead,
     as_bytes,
     blocks,
     cast,
     check_finite,
     dtype_name,
-    scratch_rows,
+    sample_digest,
 )
 from megatron_router_upcycling.hf.weights import Weights
 
@@ -106,9 +106,6 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
 
     Args:
         progress: called with the number of bytes after each write.
-
-    Raises:
-        UserError: it cannot be written, or the values are damaged.
     """
     try:
         with publish.new_folder(job.out, job.options.overwrite) as folder:
@@ -199,7 +196,7 @@ def _read_block(
     where = f"{tensors[0].file.path}: {' and '.join(tensor.name for tensor in tensors)}"
     shape = name_table.megatron_shape(row, job.model)
     columns = shape[len(index) + 1 :]
-    values = scratch_rows(scratch, job.dtype, (rows[1] - rows[0], *columns))
+    values = tensor_in(scratch, job.dtype, (rows[1] - rows[0], *columns))
     segments = name_table.segments(row, job.model)
     position = 0
     for number, first, last in name_table.cut([(start, stop) for _, start, stop in segments], *rows):

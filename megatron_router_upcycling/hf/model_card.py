@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import MODELLING_FILE
-from megatron_router_upcycling.hf.rounding import Rounding
+from megatron_router_upcycling.hf.shard import Rounding
 
 
 def model_card(job: Export, record: dict[str, Any]) -> str:

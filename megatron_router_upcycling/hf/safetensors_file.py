@@ -1,4 +1,4 @@
-"""Safetensors files, read and written by ranges of rows, so that no tensor need be in memory whole.
+"""Safetensors files, read and written by blocks of rows, so that no tensor need be in memory whole.
 
 The safetensors library reads and checks them. It writes only what is in memory whole, so the header of a
 file to write is made here: eight bytes that give its length, then JSON: name -> dtype, shape, and where the
@@ -10,7 +10,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_router_upcycling.checkpoint.format.finite import WORDS, all_finite
 from megatron_router_upcycling.errors import UserError, reason
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
@@ -26,6 +28,7 @@ LENGTH = struct.Struct("<Q")
 ALIGNMENT = 8
 SAMPLES, SAMPLE_BYTES = 1024, 4096
 MAPPED_BYTES = 32 << 20
+BLOCK_BYTES = 8 << 20  # of a tensor in memory at a time: it is still in a cache when it is written
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,6 @@ class SafetensorsFile:
 
     The library maps the file into memory, and what was read counts as the process's own memory while it is
     mapped. So the file is mapped anew after every ``MAPPED_BYTES``.
-
-    Raises:
-        UserError: it cannot be read, is cut short or damaged, or is no safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,3 +97,60 @@ def format_header(tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.d
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % ALIGNMENT)
     return LENGTH.pack(len(encoded)) + encoded
+
+
+def blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows (start, stop) that follow one another, each of at most BLOCK_BYTES."""
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
+
+
+def ahead[T](tasks: Iterable[Callable[[bytearray], T]]) -> Iterator[T]:
+    """The results of ``tasks``, in order, each made in another thread while the one before is in use.
+
+    A task gets memory to make its result in, which is its own until the result after it is asked for.
+    """
+    scratch, spare = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
+    with ThreadPoolExecutor(1) as thread:
+        coming: Future[T] | None = None
+        for task in tasks:
+            ready, coming = coming, thread.submit(task, scratch)
+            scratch, spare = spare, scratch
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def as_bytes(values: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(values.view(torch.uint8).flatten().numpy())
+
+
+def check_finite(values: torch.Tensor, where: str) -> None:
+    """Refuse NaN and infinity; ``where`` names the file and the tensor."""
+    if not _finite(values):
+        raise UserError(f"{where}: holds NaN or infinite values; use another copy of the model")
+
+
+def cast(values: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
+    """``values`` in ``dtype``; in ``dtype`` already, they are returned as they are.
+
+    A value that is NaN or infinite, or becomes so, is refused; ``where`` names the tensor.
+    """
+    check_finite(values, where)
+    if values.dtype == dtype:
+        return values
+    converted = values.to(dtype)
+    if not _finite(converted):
+        raise UserError(f"{where}: holds values too large for {dtype_name(dtype)}; choose another --dtype")
+    return converted
+
+
+def _finite(values: torch.Tensor) -> bool:
+    return all_finite(values.flatten().view(torch.uint8).numpy().view(WORDS[values.itemsize]), values.dtype)

@@ -11,8 +11,7 @@ from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import QwenModel
 from megatron_router_upcycling.hf.files import CONFIG, INDEX, SINGLE_FILE, read_json
 from megatron_router_upcycling.hf.name_table import BODY, EMBED_TOKENS, LM_HEAD
-from megatron_router_upcycling.hf.safetensors_file import DTYPES, Entry, SafetensorsFile
-from megatron_router_upcycling.hf.values import blocks
+from megatron_router_upcycling.hf.safetensors_file import DTYPES, Entry, SafetensorsFile, blocks
 
 SHARD = re.compile(r"model-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 IGNORED = ".rotary_emb.inv_freq"  # old versions of transformers saved such tensors, and no version reads them
@@ -43,11 +42,7 @@ class Weights:
 
     @classmethod
     def open(cls, folder: Path) -> "Weights":
-        """Open all files that belong to the model in ``folder``.
-
-        Raises:
-            UserError: one is missing or damaged, or is not what the index says.
-        """
+        """Open all files that belong to the model in ``folder``."""
         shards, promised = _shards(folder)
         files: dict[str, SafetensorsFile] = {}
         for shard in shards:
@@ -75,11 +70,7 @@ class Weights:
         return sorted({stored.file.path for stored in self.tensors.values()})
 
     def find(self, tensor: str, model: QwenModel) -> Stored:
-        """A tensor of ``model``. For the embedding of a tied one, the output layer may have been saved.
-
-        Raises:
-            UserError: it is not there.
-        """
+        """A tensor of ``model``. For the embedding of a tied one, the output layer may have been saved."""
         if tensor == EMBED_TOKENS and model.tied and tensor not in self.tensors:
             tensor = LM_HEAD
         if tensor not in self.tensors:
@@ -90,11 +81,7 @@ class Weights:
         return self.tensors[tensor]
 
     def dtypes(self, model: QwenModel) -> dict[str, str]:
-        """Compare the tensors with the model; return the dtypes that they have, each with a tensor of it.
-
-        Raises:
-            UserError: one is missing, not expected, of another shape, or of a dtype that is not covered.
-        """
+        """Compare the tensors with the model; return the dtypes that they have, each with a tensor of it."""
         expected = {}
         for tensor, shape in name_table.hf_tensors(model):
             self.find(tensor, model)  # before config.json has asked for a billion
@@ -120,11 +107,7 @@ class Weights:
         return found
 
     def choose_dtype(self, model: QwenModel, asked: torch.dtype | None) -> torch.dtype:
-        """The dtype asked for, or that of all tensors; float32 for float64, which no training is done in.
-
-        Raises:
-            UserError: they have several, or are not those of ``model``.
-        """
+        """The dtype asked for, or that of all tensors; float32 for float64, which no training is done in."""
         found = self.dtypes(model)
         if asked is None and len(found) > 1:
             both = " and ".join(f"{dtype} ({tensor})" for dtype, tensor in found.items())
@@ -133,11 +116,7 @@ class Weights:
         return asked or (torch.float32 if stored is torch.float64 else stored)
 
     def check_tied(self, model: QwenModel) -> None:
-        """Where embeddings are tied and the output layer was saved all the same, it must be the embedding.
-
-        Raises:
-            UserError: it is not.
-        """
+        """Where embeddings are tied and the output layer was saved all the same, it must be the embedding."""
         if not model.tied or not {LM_HEAD, EMBED_TOKENS} <= self.tensors.keys():
             return
         head, embedding = self.tensors[LM_HEAD], self.tensors[EMBED_TOKENS]
@@ -157,11 +136,7 @@ class Weights:
 
 
 def _shards(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The names of a folder's files of weights, and what its index promises: tensor -> file.
-
-    Raises:
-        UserError: there are none, or the index is damaged.
-    """
+    """The names of a folder's files of weights, and what its index promises: tensor -> file."""
     if (folder / SINGLE_FILE).is_file():
         return [SINGLE_FILE], {}
     if (folder / INDEX).is_file():

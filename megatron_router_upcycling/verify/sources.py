@@ -4,23 +4,19 @@ Values are read as unsigned integers of the dtype's size: equal means bitwise eq
 """
 
 import io
-import math
-from bisect import bisect_left
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
+from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.format.files import FileRange, read_exactly
 from megatron_router_upcycling.checkpoint.format.finite import WORDS
-from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
-from megatron_router_upcycling.checkpoint.format.torch_save_check import Contents, Damaged, examine
-from megatron_router_upcycling.checkpoint.format.torch_save_file import Values
+from megatron_router_upcycling.checkpoint.format.metadata import Blob
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Contents, Damaged, examine
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.expected import Computed
-from megatron_router_upcycling.errors import UserError
 
 Place = tuple[int, int, int, int]  # device, inode, offset and length of a chunk's bytes
 
@@ -65,64 +61,22 @@ class DataFiles:
 
 
 class StoredTensor:
-    """A tensor of the dense checkpoint, read in boxes; at most a few times a box's bytes are in memory."""
+    """A tensor of the dense checkpoint, read in boxes."""
 
     def __init__(self, checkpoint: Checkpoint, files: DataFiles, key: str) -> None:
         self.checkpoint, self.files, self.key = checkpoint, files, key
-        stored = checkpoint.tensors[key]
-        self.shape, self.dtype = stored.shape, stored.dtype
-        self._chunks = sorted(stored.chunks, key=lambda chunk: chunk.offsets)
-        self._starts = [chunk.offsets[:1] for chunk in self._chunks]
-        self._longest = max((chunk.sizes[:1] for chunk in self._chunks), default=())
-        self._values: dict[Blob, Values | None] = {}
-
-    def _near(self, box: Box) -> list[Chunk]:
-        """The chunks that may overlap ``box``."""
-        if not box.offsets:
-            return self._chunks
-        first = bisect_left(self._starts, (box.offsets[0] - self._longest[0] + 1,))
-        return self._chunks[first : bisect_left(self._starts, (box.ends[0],))]
+        self.stored = checkpoint.tensors[key]
+        self.shape, self.dtype = self.stored.shape, self.stored.dtype
 
     def place(self, box: Box) -> Place | None:
-        for chunk in self._near(box):
-            if (chunk.offsets, chunk.sizes) == (box.offsets, box.sizes):
+        for chunk, _ in self.stored.overlapping(box):
+            if chunk.box == box:
                 return self.files.place(chunk.blob)
         return None
 
     def read(self, box: Box) -> np.ndarray:
         """Raises: UserError, where the dense checkpoint is damaged."""
-        pieces = [
-            (common, self._read(chunk, common))
-            for chunk in self._near(box)
-            if (common := box.overlap(Box(chunk.offsets, chunk.sizes)))
-        ]
-        if len(pieces) == 1:
-            return pieces[0][1]
-        whole: np.ndarray = np.empty(box.sizes, WORDS[self.dtype.itemsize])
-        for common, values in pieces:
-            whole[inside(common, box.offsets)] = values
-        return whole
-
-    def _read(self, chunk: Chunk, box: Box) -> np.ndarray:
-        """``box`` of ``chunk``, by reading what lies between its first and its last element."""
-        if chunk.blob not in self._values:
-            self._values[chunk.blob] = self.checkpoint.find_values(chunk, self.dtype)
-        values = self._values[chunk.blob]
-        if values is None:
-            whole = as_words(self.checkpoint.read_chunk(chunk, self.dtype, bytearray()))
-            return whole[inside(box, chunk.offsets)]
-        steps = [math.prod(chunk.sizes[axis + 1 :]) for axis in range(len(chunk.sizes))]
-        start = sum((a - b) * step for a, b, step in zip(box.offsets, chunk.offsets, steps, strict=True))
-        last = start + sum((size - 1) * step for size, step in zip(box.sizes, steps, strict=True))
-        buffer: np.ndarray = np.empty(last + 1 - start, WORDS[self.dtype.itemsize])
-        offset = values.offset + start * buffer.itemsize
-        try:
-            self.files.read(chunk.blob.file, offset, memoryview(buffer).cast("B"))
-        except (OSError, EOFError) as error:
-            path = self.checkpoint.iteration_dir / chunk.blob.file
-            raise UserError(f"DENSE {path}: cannot be read at byte {offset} ({error})") from None
-        strides = [step * buffer.itemsize for step in steps]
-        return np.lib.stride_tricks.as_strided(buffer, box.sizes, strides, writeable=False)
+        return as_words(self.checkpoint.read_box(self.key, box))
 
 
 class ComputedTensor:
@@ -137,12 +91,12 @@ class ComputedTensor:
 
     def read(self, box: Box) -> np.ndarray:
         parts = [(whole, part) for whole in self.computed.boxes(box) if (part := whole.overlap(box))]
-        made = [self._values(whole)[inside(part, whole.offsets)] for whole, part in parts]
+        made = [self._values(whole)[part.within(whole.offsets)] for whole, part in parts]
         if len(made) == 1:
             return made[0]
         joined: np.ndarray = np.empty(box.sizes, made[0].dtype)
         for (_, part), values in zip(parts, made, strict=True):
-            joined[inside(part, box.offsets)] = values
+            joined[part.within(box.offsets)] = values
         return joined
 
     def _values(self, box: Box) -> np.ndarray:
@@ -172,11 +126,3 @@ def as_words(tensor: torch.Tensor) -> np.ndarray:
     """A tensor's bits, as unsigned integers of its dtype's size."""
     tensor = tensor.contiguous()
     return tensor.flatten().view(torch.uint8).numpy().view(WORDS[tensor.dtype.itemsize]).reshape(tensor.shape)
-
-
-def inside(box: Box, offsets: Shape) -> tuple[slice, ...]:
-    """``box`` as indices of what begins at ``offsets``."""
-    return tuple(
-        slice(low - offset, low - offset + size)
-        for low, size, offset in zip(box.offsets, box.sizes, offsets, strict=True)
-    )

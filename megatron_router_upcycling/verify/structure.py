@@ -6,7 +6,7 @@ from itertools import pairwise
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
-from megatron_router_upcycling.checkpoint.format.torch_save_check import Damaged
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Damaged
 from megatron_router_upcycling.checkpoint.names import ROUTER, TRAINING_STATE, other_norm, split_key
 from megatron_router_upcycling.checkpoint.publish.completeness import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint

@@ -16,12 +16,12 @@ import numpy as np
 from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.format.finite import WORDS, all_finite
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
-from megatron_router_upcycling.checkpoint.format.torch_save_check import Contents, Damaged
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Contents, Damaged
 from megatron_router_upcycling.checkpoint.names import EXPERTS, is_of_layers, split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.expected import Expected, Origin
 from megatron_router_upcycling.verify.findings import Findings, span
-from megatron_router_upcycling.verify.sources import DataFiles, Sources, as_words, inside
+from megatron_router_upcycling.verify.sources import DataFiles, Sources, as_words
 
 BLOCK_BYTES = 2 << 20  # stays in a processor's cache between the checksum and the comparison
 
@@ -222,7 +222,7 @@ def _origins(expected: Expected | None, box: Box) -> list[Origin]:
 
 def _compare(stream: _Stream, block: Box, words: np.ndarray, expected: list[tuple[Box, np.ndarray]]) -> None:
     for part, values in expected:
-        differs = words[inside(part, block.offsets)] != values
+        differs = words[part.within(block.offsets)] != values
         if count := int(np.count_nonzero(differs)):
             if not stream.different:
                 index = np.unravel_index(int(differs.argmax()), differs.shape)

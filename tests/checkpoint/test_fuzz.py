@@ -439,11 +439,12 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-def as_archive(pickled: bytes, compress: int = zipfile.ZIP_STORED) -> bytes:
+def as_archive(pickled: bytes, compress: int = zipfile.ZIP_STORED, values: bytes = b"") -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compress) as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/data/0", values)
     return buffer.getvalue()
 
 
@@ -462,6 +463,24 @@ def test_hostile_pickles(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         metadata.storage_data[MetadataIndex("common_state/shard_0_1")].length = len(archive)
         bench.spoil(bench.iteration / ".metadata", pickle.dumps(metadata))
         assert spoil_and_try(bench, bench.iteration / blob.file, iter([end])) == 1
+    assert not list(bench.folder.rglob("executed"))
+
+
+def test_hostile_pickles_in_place_of_a_tensor(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bench.folder / "kept")
+    key = f"{dense_checkpoint.MLP}.linear_fc2.weight"
+    chunk = open_checkpoint(bench.root).tensors[key].chunks[0]
+    path = bench.iteration / chunk.blob.file
+    metadata = pickle.loads(bench.whole[bench.iteration / ".metadata"])
+    place = metadata.storage_data[MetadataIndex(key, torch.Size(chunk.offsets))]
+    for pickled in HOSTILE[:8]:
+        archive = as_archive(pickled, values=bytes(chunk.blob.length))
+        place.offset, place.length = len(bench.whole[path]), len(archive)
+        bench.spoil(bench.iteration / ".metadata", pickle.dumps(metadata))
+        bench.spoil(path, bench.whole[path] + archive)
+        (said,) = bench.try_everything()  # inspect reads no values
+        assert key in said or "it was not run" in said, said
+        bench.restore()
     assert not list(bench.folder.rglob("executed"))
 
 
@@ -564,7 +583,7 @@ def test_key_statistics(tmp_path: Path) -> None:
                 ("", "nan", "1e999", "null", "[" * 5000, "9" * 5000, '"a\\nb"', "[[1]]", "-1", '{"a":1}', "x")
             )
         else:
-            entry = changed[rng.choice(["key_mean", "key_square_mean", "key_count"])]
+            entry = changed[rng.choice(["key_mean", "key_attended", "key_count"])]
             entry[rng.choice(list(entry))] = rng.choice(([2**40], [0, 8], [-1, 4], "F32", "I64", None, [[1]]))
         encoded = json.dumps(changed).encode()
         cases.append(struct.pack("<Q", len(encoded)) + encoded + content[8 + length :])

@@ -1,4 +1,4 @@
-"""Legacy checkpoints convert to what the same weights in torch_dist convert to, and nothing in them runs."""
+"""Legacy checkpoints convert to what the same weights in torch_dist convert to."""
 
 import pickle
 import zipfile
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.legacy import checkpoint as legacy
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
@@ -132,18 +131,12 @@ def replace_pickle(path: Path, pickled: bytes) -> None:
         archive.writestr("archive/data.pkl", pickled)
 
 
-class Hostile:
-    def __reduce__(self) -> Any:
-        return (Path.touch, (Path("executed"),))
-
-
 FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
 NORM = "decoder.layers.1.input_layernorm.weight"
 DAMAGE: dict[str, tuple[Any, str]] = {
     "rank missing": (lambda path: path.unlink(), "mp_rank_01/model_optim_rng.pt: missing"),
     "rank too many": (lambda path: path.parent.with_name("mp_rank_02").mkdir(), "mp_rank_02: not a rank"),
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-999]), "damaged, half-written"),
-    "empty": (lambda path: path.write_bytes(b""), "damaged, half-written"),
     "flipped value": (lambda path: flip(path, FC1), "damaged within"),
     "pickle of nothing": (lambda path: replace_pickle(path, b""), "damaged or half-written"),
     "pickle of a list": (lambda path: replace_pickle(path, pickle.dumps([1])), "not a checkpoint"),
@@ -171,7 +164,6 @@ CHANGES: dict[str, tuple[Any, str]] = {
     ),
     "no arguments": (lambda state: state.pop("args"), "not a checkpoint"),
     "no model": (lambda state: state.pop("model"), "holds no model"),
-    "hostile": (lambda state: state.update(surprise=Hostile()), "no checkpoint needs; it was not run"),
 }
 ON_ALL_RANKS: dict[str, tuple[Any, str]] = {
     "layer without a parameter": (lambda state: state["model"].pop(FC1), "for 2 of 3 layers"),
@@ -211,16 +203,6 @@ def test_damage_is_one_line(tmp_path: Path, damage: str, monkeypatch: pytest.Mon
         convert(tmp_path / "dense", tmp_path / "moe")
     assert message in str(raised.value) and "\n" not in str(raised.value)
     assert sorted(path.name for path in tmp_path.iterdir()) in (["dense", "key_stats"], ["dense"])
-
-
-def test_hostile_pickles_end_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    legacy_checkpoint.write(tmp_path / "dense")
-    torch.save({"args": Hostile()}, rank_file(tmp_path / "dense", "mp_rank_00"))
-    paths = str(tmp_path / "dense"), str(tmp_path / "moe")
-    for command in (("inspect", paths[0]), ("convert", *paths, "--router", "linear")):
-        assert cli.main(command) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ") and "it was not run" in line
 
 
 @pytest.mark.slow

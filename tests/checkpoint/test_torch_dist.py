@@ -121,39 +121,6 @@ def test_writer_copies_where_it_cannot_link(tmp_path: Path, monkeypatch: pytest.
     assert all(path.stat().st_nlink == 1 for path in (tmp_path / "copy").iterdir())
 
 
-class Hostile:
-    def __reduce__(self) -> Any:
-        return os.system, ("touch executed",)
-
-
-@pytest.mark.parametrize("place", ["metadata", "common state", "tensor"])
-def test_nothing_in_a_checkpoint_is_executed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    root = tmp_path / "dense"
-    if place == "common state":
-        dense_checkpoint.write(root, hostile=Hostile())
-    else:
-        dense_checkpoint.write(root)
-    folder = root / "iter_0000008"
-    if place == "metadata":
-        (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
-    key = f"{dense_checkpoint.MLP}.linear_fc2.weight"
-    with pytest.raises(UserError, match=r"posix\.system|Unsupported global|damaged"):
-        checkpoint = open_checkpoint(root)
-        if place == "tensor":
-            buffer = io.BytesIO()
-            torch.save(Hostile(), buffer)
-            chunk = checkpoint.tensors[key].chunks[0]
-            content = buffer.getvalue().ljust(chunk.blob.length, b"\0")
-            with open(folder / chunk.blob.file, "r+b") as file:
-                file.seek(chunk.blob.offset)
-                file.write(content)
-        checkpoint.read_layer(key, 0, bytearray(1 << 16))
-    assert not (tmp_path / "executed").exists()
-
-
 def test_records_are_written_back_under_their_names() -> None:
     from megatron.core.transformer.enums import AttnBackend
 

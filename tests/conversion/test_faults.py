@@ -378,21 +378,6 @@ def test_values_that_are_not_numbers(shop: Workshop) -> None:
         assert shop.listing() == ["dense", "ks"]
 
 
-@pytest.mark.parametrize(
-    "file", [".metadata", "__0_0.distcp", "metadata.json", "../latest_checkpointed_iteration.txt"]
-)
-def test_cut_short(shop: Workshop, file: str) -> None:
-    path = shop.dense / "iter_0000008" / file
-    content = path.read_bytes()
-    for length in sorted({0, 1, len(content) // 3, len(content) // 2, len(content) - 1}):
-        rewrite(path, content[:length])
-        if length < len(content):
-            refused(shop.convert)
-        assert shop.listing() == ["dense", "ks"]
-    rewrite(path, content)
-    shop.convert()
-
-
 def flip_in_place(path: Path) -> None:
     with open(path, "r+b") as file:
         first = file.read(1)

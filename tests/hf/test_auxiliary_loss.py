@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
-from megatron_router_upcycling.hf import auxiliary_loss
+from megatron_router_upcycling.hf import other_tools
 from tests import dense_checkpoint, hf_models
 from tests.hf.folders import make_moe, run, write_moe
 
@@ -68,7 +68,7 @@ def test_gradients_are_equal_where_layers_load_their_experts_alike(number: int, 
     layers = layers_of(number, alike=True)
     losses = [megatron_loss(layer, k, 0.01) for layer in layers]
     expected = gradients(torch.stack(losses).sum(), layers)
-    coefficient = auxiliary_loss.coefficient({"aux_loss": 0.01}, number, k)
+    coefficient = other_tools.loss_coefficient({"aux_loss": 0.01}, number, k)
     found = gradients(coefficient * load_balancing_loss_func(tuple(layers), EXPERTS, k), layers)
     for one, other in zip(found, expected, strict=True):
         assert other.abs().max() > 1e-7
@@ -81,7 +81,7 @@ def test_elsewhere_they_are_those_of_the_mean_load() -> None:
     mean = torch.stack([counts(layer, k) for layer in layers]).mean(0)
     losses = [megatron_loss(layer, k, 0.01, mean) for layer in layers]
     expected = gradients(torch.stack(losses).sum(), layers)
-    coefficient = auxiliary_loss.coefficient({"aux_loss": 0.01}, number, k)
+    coefficient = other_tools.loss_coefficient({"aux_loss": 0.01}, number, k)
     found = gradients(coefficient * load_balancing_loss_func(tuple(layers), EXPERTS, k), layers)
     own = gradients(torch.stack([megatron_loss(layer, k, 0.01) for layer in layers]).sum(), layers)
     for one, other, apart in zip(found, expected, own, strict=True):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import yaml_files
-from megatron_router_upcycling.hf import values
+from megatron_router_upcycling.hf import safetensors_file
 from tests import dense_checkpoint, hf_models
 from tests.hf.folders import TOKENS, assert_equal, copy, edit, refused, run, write_tokenizer
 
@@ -23,7 +23,7 @@ def test_import_and_export_are_the_identity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
 ) -> None:
     """With blocks so small that every tensor is cut, and in shards of another size than they came in."""
-    monkeypatch.setattr(values, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(safetensors_file, "BLOCK_BYTES", 1 << 10)
     source = hf_models.make(family, tmp_path / "hf", dtype)
     assert run("import-hf", source, tmp_path / "dense") == 0
     assert run("export-hf", tmp_path / "dense", tmp_path / "back", "--max-shard-size", "70KB") == 0
@@ -53,7 +53,8 @@ def test_vocabulary_is_padded_with_zeros(tmp_path: Path, vocabulary: int, rows: 
 
 
 def test_import_is_of_the_dtype_asked_for(models: Path, tmp_path: Path) -> None:
-    for name, dtype in values.DTYPES.items():
+    for name in ("bfloat16", "float16", "float32"):
+        dtype = getattr(torch, name)
         assert run("import-hf", models / "qwen2.5", tmp_path / name, "--dtype", name) == 0
         assert run("export-hf", tmp_path / name, tmp_path / f"back {name}") == 0
         expected = {key: value.to(dtype) for key, value in hf_models.tensors(models / "qwen2.5").items()}

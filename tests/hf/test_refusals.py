@@ -34,11 +34,6 @@ def test_what_stock_classes_cannot_hold_is_refused_with_the_reason(
     assert not (tmp_path / "hf").exists()
 
 
-def cut_short(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
 def set_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -54,18 +49,12 @@ def with_nan(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def weights_of(content: bytes) -> Callable[[Path], object]:
+def with_header(header: bytes) -> Callable[[Path], object]:
+    content = struct.pack("<Q", len(header)) + header + bytes(8)
     return lambda folder: (folder / "model.safetensors").write_bytes(content)
 
 
-def with_header(header: bytes, values: bytes = b"") -> Callable[[Path], object]:
-    return weights_of(struct.pack("<Q", len(header)) + header + values)
-
-
-def with_entry(**changes: Any) -> Callable[[Path], object]:
-    """A file of one tensor, 8 bytes long, described by a header that is wrong."""
-    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
-    return with_header(json.dumps({"x": entry}).encode(), bytes(8))
+ENORMOUS = {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -77,19 +66,8 @@ BAD_FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "MoE": ("qwen1.5", lambda f: edit(f / "config.json", num_experts=8), "is a Mixture-of-Experts"),
     "Llama": ("qwen1.5", lambda f: edit(f / "config.json", model_type="llama"), "is not covered"),
     "no weights": ("qwen1.5", lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetens"),
-    "cut short": ("qwen1.5", cut_short, "model.safetensors: cut short, damaged .*not fully covered"),
-    "empty": ("qwen1.5", weights_of(b""), "header too small"),
-    "half a header": ("qwen1.5", weights_of(struct.pack("<Q", 99) + b"{"), "invalid header length"),
-    "no header": ("qwen1.5", weights_of(b"\xff" * 64), "not a safetensors file .*header too large"),
-    "header a list": ("qwen1.5", with_header(b"[]"), "invalid JSON in header"),
     "header too deep": ("qwen1.5", with_header(b'{"x":' * 100_000), "recursion limit"),
-    "entry null": ("qwen1.5", with_header(b'{"x":null}'), "invalid JSON in header"),
-    "shape negative": ("qwen1.5", with_entry(shape=[-2]), "invalid JSON in header"),
-    "shape enormous": ("qwen1.5", with_entry(shape=[2**62, 2**62]), "overflow"),
-    "shape of more": ("qwen1.5", with_entry(shape=[3]), "invalid shape"),
-    "dtype unknown": ("qwen1.5", with_entry(dtype="Q4"), "unknown variant"),
-    "a hole": ("qwen1.5", with_entry(data_offsets=[4, 8], shape=[1]), "invalid offset"),
-    "end before start": ("qwen1.5", with_entry(data_offsets=[8, 0]), "invalid offset"),
+    "shape enormous": ("qwen1.5", with_header(json.dumps({"x": ENORMOUS}).encode()), "overflow"),
     "wider than config": (
         "qwen1.5",
         lambda f: edit(f / "config.json", intermediate_size=95),

@@ -13,14 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.hf import safetensors_file
-from megatron_router_upcycling.hf.rounding import Rounding
 from megatron_router_upcycling.hf.safetensors_file import (
     Entry,
     SafetensorsFile,
+    as_bytes,
+    blocks,
+    cast,
     format_header,
     sample_digest,
 )
-from megatron_router_upcycling.hf.values import as_bytes, blocks, cast
+from megatron_router_upcycling.hf.shard import Rounding
 from megatron_router_upcycling.routers.config import RouterConfig
 
 

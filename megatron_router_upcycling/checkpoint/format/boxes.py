@@ -27,6 +27,11 @@ class Box:
             return None
         return Box(low, tuple(map(int.__sub__, high, low)))
 
+    def within(self, offsets: Shape) -> tuple[slice, ...]:
+        """The box as indices of what begins at ``offsets``."""
+        starts = tuple(map(int.__sub__, self.offsets, offsets))
+        return tuple(map(slice, starts, map(int.__add__, starts, self.sizes)))
+
 
 def is_inside(shape: Shape, box: Box) -> bool:
     """Whether ``box`` is a box of a tensor of ``shape``, none of it beyond the tensor."""

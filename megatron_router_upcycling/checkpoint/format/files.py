@@ -60,11 +60,7 @@ def iteration_dir(root: Path) -> Path:
 
 
 def locate(root: Path) -> tuple[Path, Path]:
-    """A checkpoint's root, and the folder of its newest iteration, or of the one that ``root`` is itself.
-
-    Raises:
-        UserError: nothing there.
-    """
+    """A checkpoint's root, and the folder of its newest iteration, or of the one that ``root`` is itself."""
     tracker = root / TRACKER
     if not root.is_dir():
         if there := _iterations(root.parent):

@@ -6,7 +6,8 @@ file of its own. It is a pickle, which is read without running what it names (``
 
 import functools
 import math
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ class Chunk:
     stored: tuple[int, ...] | None = None
 
     @property
+    def box(self) -> boxes.Box:
+        return boxes.Box(self.offsets, self.sizes)
+
+    @property
     def stored_sizes(self) -> tuple[int, ...]:
         return self.sizes if self.stored is None else self.stored
 
@@ -66,6 +71,24 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @functools.cached_property
+    def _in_order(self) -> tuple[list[Chunk], list[tuple[int, ...]], int]:
+        """The chunks by their offsets, their offsets on the first axis, and the largest size there."""
+        chunks = sorted(self.chunks, key=lambda chunk: chunk.offsets)
+        longest = max((size for chunk in chunks for size in chunk.sizes[:1]), default=0)
+        return chunks, [chunk.offsets[:1] for chunk in chunks], longest
+
+    def overlapping(self, box: boxes.Box) -> Iterator[tuple[Chunk, boxes.Box]]:
+        """The chunks that hold a part of ``box``, each with that part."""
+        chunks, starts, longest = self._in_order
+        first, last = 0, len(chunks)
+        if box.offsets:
+            first = bisect_left(starts, (box.offsets[0] - longest + 1,))
+            last = bisect_left(starts, (box.ends[0],))
+        for chunk in chunks[first:last]:
+            if part := box.overlap(chunk.box):
+                yield chunk, part
 
 
 def parse_metadata(

@@ -1,7 +1,8 @@
 """Pickles read and written without importing what they name.
 
 Reading builds plain data and inert records, which stand for objects of classes on an allow-list; a pickle
-that names anything else is refused. Writing gives the records back the names that they stand for.
+that names anything else is refused. So is one that would harm with plain data the process that reads it.
+Writing gives the records back the names that they stand for.
 """
 
 import argparse
@@ -15,11 +16,11 @@ import re
 import signal
 import sys
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 
-from megatron_router_upcycling.checkpoint.format import pickle_check
 from megatron_router_upcycling.errors import UserError, reason
 
 # Plain data that is built as what it is. The constructor of an enum or a container runs nothing.
@@ -48,6 +49,22 @@ SEEN = re.compile(
     r"|_?io\.BytesIO|_codecs\.encode"
     r"|megatron\.(\w+\.)*enums\.\w+"  # of an older Megatron, among its arguments
 )
+
+# The operations that Python 3 and PyTorch write, but for huge integers and arrays of bytes to fill.
+OPERATIONS = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2),
+    *(pickle.LONG1, pickle.BINFLOAT, pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8),
+    *(pickle.SHORT_BINBYTES, pickle.BINBYTES, pickle.BINBYTES8, pickle.SHORT_BINSTRING, pickle.BINSTRING),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.TUPLE, pickle.FROZENSET),
+    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_SET, pickle.ADDITEMS),
+    *(pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS, pickle.GLOBAL, pickle.STACK_GLOBAL),
+    *(pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.BUILD, pickle.BINPERSID),
+    *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
+)
+PYTHONS = pickle._Unpickler.dispatch  # type: ignore[attr-defined]
+HASHABLE = (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.TUPLE, pickle.FROZENSET)
+MOST_ITEMS = 10_000  # of a tuple and all tuples within; Python's random state has 630
 
 
 class Inert:
@@ -88,7 +105,48 @@ def inert(module: str, name: str, *args: Any, state: Any = None) -> Inert:
     return record
 
 
-class _Unpickler(pickle.Unpickler):
+def _refuse(self: Any) -> None:
+    raise UserError("holds an operation that no checkpoint needs")
+
+
+def _counting(make: Callable[[Any], None]) -> Callable[[Any], None]:
+    """An operation that makes a tuple or a frozenset, and counts what is within."""
+
+    def load(self: Any) -> None:
+        make(self)
+        made = self.stack[-1]
+        nested = (self.items.get(id(item), 1) for item in made if isinstance(item, tuple | frozenset))
+        self.items[id(made)] = count = len(made) + sum(nested)
+        if count > MOST_ITEMS:
+            raise UserError(f"holds a tuple of more than {MOST_ITEMS} items")
+
+    return load
+
+
+def _build(self: Any) -> None:
+    if not isinstance(self.stack[-2], Inert | argparse.Namespace | types.SimpleNamespace | dict):
+        raise UserError("changes a class")
+    self.load_build()
+
+
+class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
+    """Python's own unpickler, whose memo is no array: a place far away in it takes no memory.
+
+    The hash of tuples of tuples of tuples overflows the stack, or takes for ever: what is in them is counted
+    as they are made. Attributes are set on objects, and not on a class, which would change the process.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **dict.fromkeys(range(256), _refuse),
+        **{number: PYTHONS[number] for (number,) in OPERATIONS},
+        **{number: _counting(PYTHONS[number]) for (number,) in HASHABLE},
+        pickle.BUILD[0]: _build,
+    }
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+        self.items: dict[int, int] = {}  # of the tuple of that id, with those within
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in REAL:
             return REAL[module, name]
@@ -126,15 +184,9 @@ class Pickler(pickle.Pickler):
 
 
 def loads(content: bytes, source: Any) -> Any:
-    """Unpickle ``content``; ``source`` is named in errors.
-
-    Raises:
-        UserError: a truncated or damaged pickle, one that names something outside the allow-list, or one
-            that would harm the process.
-    """
+    """Unpickle ``content``; ``source`` is named in errors."""
     try:
-        pickle_check.check(content)
-        return _Unpickler(io.BytesIO(content)).load()
+        return _Unpickler(content).load()
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     except Exception as error:  # a damaged pickle may fail in any way

@@ -6,6 +6,7 @@ the values can be copied from file to file by the kernel, with the checksum that
 """
 
 import functools
+import hashlib
 import io
 import math
 import pickle
@@ -29,9 +30,20 @@ DESCRIPTOR_SIZES = (0, 16, 24)  # checksum and sizes once more, after a record's
 VERSION_NEEDED = 20
 ZIP32_LIMIT = 1 << 31  # values of as many bytes need fields that ``wrap_values`` does not write
 PICKLE = "data.pkl"
+END_MAGIC = b"PK\x05\x06"
+FLAGS = 0x808  # of a record: its sizes follow it as well, its name is UTF-8
 
-# The classes of torch that a tensor's pickle names its dtype by.
+# The classes of torch that a tensor's pickle names its dtype by: those of a model's parameters, and others.
 STORAGES = {"BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32, "HalfStorage": torch.float16}
+OTHER_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -95,11 +107,7 @@ class TorchSaveFile:
         return self.read(self.records[self.prefix + PICKLE])
 
     def load(self, source: Any) -> Any:
-        """The object in the file; tensors within come as inert records.
-
-        Raises:
-            UserError: as ``safe_pickle.loads``, which names ``source``.
-        """
+        """The object in the file; tensors within come as inert records."""
         return safe_pickle.loads(self.pickle(), source)
 
     def check_byte_order(self) -> None:
@@ -160,12 +168,84 @@ def find_values(content: BinaryIO, sizes: tuple[int, ...], dtype: torch.dtype) -
     return file.values(info)
 
 
-def load(content: bytes, source: Any) -> Any:
-    """The object in the bytes of a ``torch.save`` file; tensors within come as inert records.
+class Damaged(Exception):
+    """Not a whole ``torch.save`` file of one tensor or object; the message says why."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a ``torch.save`` file holds.
+
+    ``identity`` is a digest of the names, sizes and CRC-32 of all records, so of all content. ``values``,
+    ``sizes`` and ``dtype`` are those of the one tensor whose values lie row after row; None for others.
+    """
+
+    identity: bytes
+    values: Values | None = None
+    sizes: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+
+
+def examine(content: BinaryIO, length: int) -> Contents:
+    """Read all of a ``torch.save`` file of ``length`` bytes but the values of a plain tensor.
+
+    ``find_values`` takes a file's word for what it holds. Here nothing is taken for granted but the values
+    themselves, whose checksum the caller takes as it reads them: every other record is read and checked, and
+    the file ends where its place in the data file ends.
 
     Raises:
-        UserError: as ``safe_pickle.loads``, or not a file that ``torch.save`` wrote; names ``source``.
+        Damaged: it does not end where it should, a record is not what its checksum says, ...
     """
+    try:
+        content.seek(length - END.size)
+        end = content.read(END.size)
+        if len(end) < END.size or end[:4] != END_MAGIC or end[-2:] != b"\0\0":
+            raise Damaged("does not end as a torch.save file")
+        return _examine(TorchSaveFile(content))
+    except Damaged:
+        raise
+    except Exception as error:  # zipfile and pickle fail in many ways on damaged bytes
+        raise Damaged(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _examine(file: TorchSaveFile) -> Contents:
+    if min(info.header_offset for info in file.infos) != 0:
+        raise Damaged("does not begin as a torch.save file")
+    if len(file.records) < len(file.infos):
+        raise Damaged("two records of one name")
+    for info in file.infos:
+        if info.compress_size != info.file_size:
+            raise Damaged(f"record {info.filename} is compressed")
+        if info.flag_bits & ~FLAGS:
+            raise Damaged(f"record {info.filename} is encrypted")
+    file.content.seek(0)
+    reader = torch._C.PyTorchFileReader(file.content)  # Python's zip module forgives what this does not
+    if sorted(file.prefix + name for name in reader.get_all_records()) != sorted(file.records):
+        raise Damaged("PyTorch finds other records in it than Python does")
+    file.check_byte_order()
+    tensor = pickled_tensor(file.load("its pickle"))
+    dtype = (STORAGES | OTHER_STORAGES).get(tensor.storage) if tensor and tensor.is_whole else None
+    values = file.prefix + tensor.record if tensor and dtype else None
+    for info in file.infos:
+        if info.filename != values:
+            name = info.filename.removeprefix(file.prefix)
+            if reader.get_record(name) != file.read(info):  # which checks the CRC-32
+                raise Damaged(f"PyTorch reads another {name} than Python does")
+    records = sorted((info.filename, info.file_size, info.CRC) for info in file.infos)
+    identity = hashlib.sha256(repr(records).encode()).digest()
+    if tensor is None or dtype is None:
+        return Contents(identity)
+    info = file.records[file.prefix + tensor.record]
+    if info.file_size != math.prod(tensor.sizes) * dtype.itemsize:
+        raise Damaged(f"{info.file_size} bytes of values where {dtype} {list(tensor.sizes)} is claimed")
+    file.check_header(info)
+    begin = reader.get_record_offset(tensor.record)
+    found = Values(begin, info.file_size, info.CRC)
+    return Contents(identity, found, tensor.sizes, dtype)
+
+
+def load(content: bytes, source: Any) -> Any:
+    """The object in the bytes of a ``torch.save`` file; tensors within come as inert records."""
     try:
         pickled = TorchSaveFile(io.BytesIO(content)).pickle()
     except Exception as error:  # not a zip file, or a damaged one

@@ -10,7 +10,6 @@ uncompressed and row after row, until someone asks for a chunk.
 
 import hashlib
 import itertools
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.checkpoint import names
-from megatron_router_upcycling.checkpoint.format.files import read_exactly
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, Report, StoredTensor
 from megatron_router_upcycling.checkpoint.format.torch_save_file import Values
 from megatron_router_upcycling.checkpoint.legacy.rank_file import (
@@ -72,11 +70,7 @@ class LegacyCheckpoint(Checkpoint):
 
     @classmethod
     def open_folder(cls, root: Path, folder: Path, report: Report | None = None) -> "LegacyCheckpoint":
-        """Open the legacy checkpoint in ``folder``, an iteration of ``root``.
-
-        Raises:
-            UserError: files missing, damaged, unsafe to read, or that contradict each other.
-        """
+        """Open the legacy checkpoint in ``folder``, an iteration of ``root``."""
         first = RankFile(folder, min(path.name for path in folder.glob("mp_rank_*")))
         stages = _open_ranks(folder, first)
         ranks = [rank for stage in stages for rank in stage]
@@ -100,11 +94,7 @@ class LegacyCheckpoint(Checkpoint):
         return self.identity
 
     def find_values(self, chunk: Chunk, dtype: torch.dtype) -> Values:
-        """Where a chunk's values lie.
-
-        Raises:
-            UserError: the bytes are not those that were saved.
-        """
+        """Where a chunk's values lie, once their storage is known to hold what was saved."""
         storage, path = self.storages[chunk.blob], self.iteration_dir / chunk.blob.file
         if storage not in self.verified:
             if checksum(path, storage.blob) != storage.checksum:
@@ -116,16 +106,6 @@ class LegacyCheckpoint(Checkpoint):
         whole = chunk.blob == storage.blob
         crc = storage.checksum if whole else checksum(path, chunk.blob)
         return Values(chunk.blob.offset, chunk.blob.length, crc)
-
-    def read_chunk(self, chunk: Chunk, dtype: torch.dtype, scratch: bytearray) -> torch.Tensor:
-        values = self.find_values(chunk, dtype)
-        if values.length > len(scratch):
-            scratch = bytearray(values.length)
-        with open(self.iteration_dir / chunk.blob.file, "rb", buffering=0) as file:
-            file.seek(values.offset)
-            read_exactly(file, memoryview(scratch)[: values.length])
-        count = math.prod(chunk.sizes)
-        return torch.frombuffer(scratch, dtype=dtype, count=count).view(chunk.sizes)
 
     def read_blob(self, blob: Blob) -> bytes:
         raise AssertionError("a legacy checkpoint's objects are left out, never read")
@@ -227,9 +207,6 @@ def _collect(stages: list[list[RankFile]]) -> tuple[dict[str, list[list[Shard]]]
 
     Args:
         stages: the files by pipeline stage, then tensor-parallel rank.
-
-    Raises:
-        UserError: ranks of one stage hold different parameters, a layer lacks one, or one is not known.
     """
     folder = stages[0][0].path.parents[1]
     models = [[rank.models() for rank in stage] for stage in stages]

@@ -10,7 +10,7 @@ import torch
 from megatron_router_upcycling.checkpoint.format import boxes
 from megatron_router_upcycling.checkpoint.format.files import FileRange
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, StoredTensor
-from megatron_router_upcycling.checkpoint.format.torch_save_check import Damaged, examine
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Damaged, examine
 from megatron_router_upcycling.errors import UserError
 
 Target = tuple[tuple[int, ...], torch.dtype] | None  # shape and dtype of a tensor, None for an object
@@ -19,11 +19,7 @@ Target = tuple[tuple[int, ...], torch.dtype] | None  # shape and dtype of a tens
 def check_whole(
     tensors: Mapping[str, StoredTensor], objects: Mapping[str, Blob], targets: Mapping[str, Target]
 ) -> None:
-    """Every entry of ``targets`` was made as it should be, every element once, and nothing else was made.
-
-    Raises:
-        UserError: otherwise, which would be a defect of the converter.
-    """
+    """Refuse what is not ``targets``, each as it should be and every element once, and nothing else."""
 
     def check(right: bool, key: str, what: str) -> None:
         if not right:
@@ -46,9 +42,6 @@ def examine_all(
 
     All is read but the values themselves: a chunk is a whole ``torch.save`` file and holds a tensor of the
     dtype and sizes that it goes by.
-
-    Raises:
-        UserError: bytes that are something else.
     """
     claims: dict[Blob, tuple[str, tuple[int, ...], torch.dtype] | None] = dict.fromkeys(objects.values())
     for key, stored in tensors.items():

@@ -62,11 +62,7 @@ def check_target(
 
 
 def check_space(out: Path, count: int) -> None:
-    """Refuse a disk with less than ``count`` bytes free.
-
-    Raises:
-        UserError: says how many it has.
-    """
+    """Refuse a disk with less than ``count`` bytes free."""
     free = shutil.disk_usage(existing(out.absolute().parent)).free
     free += sum(map(_own_bytes, _left_behind(out.resolve(), locked=True)))  # which is removed first
     if count > free:

@@ -28,7 +28,6 @@ def load(model: Sequence[Any], root: str) -> int:
 
     checkpoint = open_checkpoint(root)
     groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    scratch = bytearray(0)
     count = 0
     for chunk in model:
         state = chunk.sharded_state_dict(metadata=groups)
@@ -38,7 +37,7 @@ def load(model: Sequence[Any], root: str) -> int:
                 stored = checkpoint.tensors.get(shard.key)
                 if stored is None:
                     raise UserError(f"--load {root}: has no tensor {shard.key}, which this model asks for")
-                count += _fill(shard, stored, checkpoint, scratch)
+                count += _fill(shard, stored, checkpoint)
     return count
 
 
@@ -50,20 +49,17 @@ def _leaves(state: Any) -> Iterator[Any]:
             yield value
 
 
-def _fill(shard: Any, stored: StoredTensor, checkpoint: Checkpoint, scratch: bytearray) -> int:
+def _fill(shard: Any, stored: StoredTensor, checkpoint: Checkpoint) -> int:
     """Copy what ``stored`` holds of a ShardedTensor's box into its data."""
     ones = (1,) * (len(shard.global_offset) - len(shard.local_shape))
     box = Box(tuple(shard.global_offset), ones + tuple(shard.local_shape))
     target = shard.data.view(box.sizes)
     filled = 0
-    for chunk in stored.chunks if len(stored.shape) == len(box.sizes) else ():
-        part = box.overlap(Box(chunk.offsets, chunk.sizes))
-        if part is None:
-            continue
-        values = checkpoint.read_chunk(chunk, stored.dtype, scratch)
-        source = _window(values, chunk.offsets, part)
-        _window(target, box.offsets, part).copy_(source)
-        filled += source.numel()
+    for chunk, part in stored.overlapping(box) if len(stored.shape) == len(box.sizes) else ():
+        values = torch.empty(part.sizes, dtype=stored.dtype)
+        checkpoint.read_part(chunk, part, values)
+        target[part.within(box.offsets)].copy_(values)
+        filled += values.numel()
     # The padding of an embedding may differ with the tensor-parallel size.
     if filled != target.numel() and not (shard.allow_shape_mismatch and filled):
         raise UserError(
@@ -71,13 +67,3 @@ def _fill(shard: Any, stored: StoredTensor, checkpoint: Checkpoint, scratch: byt
             f" {list(box.sizes)} at {list(box.offsets)} of this rank; use the checkpoint's own architecture"
         )
     return filled
-
-
-def _window(tensor: torch.Tensor, offsets: tuple[int, ...], part: Box) -> torch.Tensor:
-    """The view of ``part`` in a tensor that begins at ``offsets``."""
-    return tensor[
-        tuple(
-            slice(low - start, low - start + size)
-            for low, start, size in zip(part.offsets, offsets, part.sizes, strict=True)
-        )
-    ]

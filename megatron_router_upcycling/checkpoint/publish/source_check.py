@@ -1,4 +1,4 @@
-"""Are a checkpoint's values those that were saved, and are they numbers?
+"""A conversion's sources: its files stay as they are meanwhile, its values are what was saved, and numbers.
 
 ``torch.save`` writes a CRC-32 beside every tensor's values, and ``torch.load`` ignores it. Here each block of
 values is read, goes into the checksum, and is searched for NaN and infinity. The conversion copies in the
@@ -9,6 +9,7 @@ import threading
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,34 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError, reason
 
 BLOCK_BYTES = 2 << 20  # stays in a processor's cache between the two looks at it
+Stamp = tuple[int, int, int]  # inode, size, time of the last write in nanoseconds
+
+
+class Stamps:
+    """What ``paths`` were like when this was made.
+
+    A write changes a file's time, a replacement its inode. Linking or reading a file changes neither.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._stamps = {path: _stamp(path) for path in paths if path.is_file()}
+
+    def check(self) -> None:
+        """Refuse a file that was written, replaced or removed since."""
+        for path, stamp in self._stamps.items():
+            if not path.is_file() or _stamp(path) != stamp:
+                raise UserError(
+                    f"{path}: changed while it was read; wait until whatever writes there is done,"
+                    " then run the command again"
+                )
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class IntactCheck:
@@ -43,11 +72,7 @@ class IntactCheck:
         self._aside.shutdown()
 
     def wait(self) -> None:
-        """Wait for the last tensor.
-
-        Raises:
-            UserError: values that are not what was saved, or not finite, or cannot be read.
-        """
+        """Wait for the last tensor; refuse values that are not what was saved, or not finite."""
         self._done.result()
 
     def _run(self) -> None:

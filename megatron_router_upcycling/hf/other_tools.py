@@ -1,0 +1,82 @@
+"""What other tools make of an export.
+
+llama.cpp and mbridge do not read every entry of config.json: as of the versions in docs/hugging_face.md,
+whether the chosen experts' weights are renormalised depends on the class alone, and in llama.cpp every layer
+must have experts.
+
+transformers trains the export with the load balancing loss that config.json gives. Of one layer, n experts, k
+a token, T tokens: f_i tokens chose expert i, P_i is the sum of their softmax.
+
+- Megatron adds c n / (k T^2) sum_i f_i P_i for every layer.
+- transformers adds r n / (L T)^2 sum_i F_i Q_i once, where F and Q are sums of f and P over all L layers, and
+  only with ``output_router_logits``.
+
+Counts have no gradient, so that the gradients by one layer's P_i are c n f_i / (k T^2) and r n F_i / (L T)^2.
+With r = c L / k they are equal where the layers' counts are (F_i = L f_i), as in a single layer; elsewhere
+transformers' is Megatron's with each layer's counts replaced by their mean over the layers.
+
+Pure: no torch.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_router_upcycling.hf.architecture import QwenModel
+from megatron_router_upcycling.routers.config import RouterConfig
+
+RENORMALISES = {"qwen2": False, "qwen3": True}
+# Of a model whose experts have not trained yet, so that whoever trains it first balances their load: the c of
+# the paper (section 4.1) and of configs/methods.
+UNTRAINED = {"aux_loss": 0.02}
+# Megatron's kinds of this loss: f_i counts a micro-batch, a sequence, or what came so far of a global batch.
+BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+
+
+def balanced_by(args: Namespace) -> dict[str, float]:
+    """Kind of loss in ``BALANCING`` -> its coefficient, of Megatron's arguments; only those above 0."""
+    kinds = _listed(getattr(args, "moe_router_load_balancing_type", "aux_loss"))
+    coefficients = _listed(getattr(args, "moe_aux_loss_coeff", 0.0))
+    found: dict[str, float] = {}
+    for kind, value in zip(kinds, coefficients, strict=False):
+        if kind in BALANCING and isinstance(value, int | float) and value > 0:
+            found[kind] = found.get(kind, 0.0) + float(value)
+    return found
+
+
+def loss_coefficient(trained: dict[str, float], num_layers: int, top_k: int) -> float:
+    """``router_aux_loss_coef`` for ``num_layers`` layers with experts."""
+    return sum(trained.values()) * num_layers / top_k
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def llama_cpp_fault(model: QwenModel, router: RouterConfig, shared_expert_width: int) -> str | None:
+    """Why llama.cpp does not compute this model, which stock classes hold; None where it does."""
+    name = f"{model.family.capitalize()}-MoE"
+    if model.dense_layers:
+        return f"llama.cpp does not load this model: it wants experts in every layer of {name}"
+    if model.family == "qwen2" and not shared_expert_width:
+        return f"llama.cpp does not load this model: it wants a shared expert in {name}"
+    return _other_order("llama.cpp", model, router)
+
+
+def mbridge_fault(model: QwenModel, router: RouterConfig) -> str | None:
+    """The same for mbridge, which has no gate of the shared expert either."""
+    if model.family == "qwen2" and model.shared_expert_size:
+        return "mbridge computes another model: it leaves out the gate of Qwen2-MoE's shared expert"
+    if model.dense_layers:
+        return "mbridge does not load this model: it wants experts in every layer"
+    return _other_order("mbridge", model, router)
+
+
+def _other_order(tool: str, model: QwenModel, router: RouterConfig) -> str | None:
+    renormalises = RENORMALISES[model.family]
+    if renormalises != router.pre_softmax or router.top_k == router.num_experts:
+        return None
+    order = "softmax, then top-k" if router.pre_softmax else "top-k, then softmax"
+    return (
+        f"{tool} computes another model: it {'always' if renormalises else 'never'} renormalises the"
+        f" chosen experts' weights in {model.family.capitalize()}-MoE, and this one routes by {order}"
+    )
