@@ -16,6 +16,7 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MODELLING_FILE = "modeling_upcycled_qwen_moe.py"
 CONFIG = "config.json"
 LFS_POINTER = b"version https://git-lfs"
+HEADER_BYTES = 1 << 20  # of a safetensors file, which begins with the names of its tensors
 CARD = "README.md"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -65,11 +66,17 @@ def refuse_other_folders(folder: Path, flag: str) -> None:
     for name in names:
         if name.endswith(".gguf") and not any(other.endswith(".safetensors") for other in names):
             raise UserError(f"{where}: holds GGUF ({name}); take the model in safetensors")
-        if name in ("quantize_config.json", "quant_config.json"):
+        if name in ("quantize_config.json", "quant_config.json") and not _has_plain_weights(folder):
             raise UserError(f"{where}: quantised weights ({name}); name the folder of the unquantised model")
         path = folder / name
         if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
             raise UserError(f"{path}: a Git LFS pointer in place of the file; run git lfs pull in {folder}")
+
+
+def _has_plain_weights(folder: Path) -> bool:
+    """Whether the weights are in safetensors and not packed, as GPTQ and AWQ pack them beside such a file."""
+    headers = [path.open("rb").read(HEADER_BYTES) for path in folder.glob("*.safetensors")]
+    return bool(headers) and not any(b".qweight" in header for header in headers)
 
 
 def refuse_adapter(folder: Path, flag: str) -> None:

@@ -21,12 +21,6 @@ from tests.dense_checkpoint import make_stats
 from tests.launch import ENVIRONMENT
 
 COMMAND = (sys.executable, "-m", "megatron_router_upcycling.cli")
-# As for a checkpoint so large that what is written is kept when a run is told to end.
-KEEPING = (
-    *(sys.executable, "-c"),
-    "import sys; from megatron_router_upcycling import cli; from megatron_router_upcycling.checkpoint.publish"
-    " import folder; folder.KEPT_BYTES = 1; sys.exit(cli.main())",
-)
 TIMEOUT = 60  # seconds
 
 
@@ -224,11 +218,11 @@ def test_full_disk(
     assert list(small_disk.iterdir()) == []
 
 
-def start_long_run(folder: Path, command: tuple[str, ...] = COMMAND) -> subprocess.Popen[str]:
+def start_long_run(folder: Path) -> subprocess.Popen[str]:
     """Start a conversion that takes seconds to write; return once it is writing."""
     flags = ("--router", "linear", "--num-experts", "3000", "--materialize", "--quiet")
     process = subprocess.Popen(
-        [*command, "convert", folder / "dense", folder / "moe", *flags],
+        [*COMMAND, "convert", folder / "dense", folder / "moe", *flags],
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,
@@ -256,10 +250,7 @@ def test_killed_run_leaves_nothing_whole_and_stands_in_no_ones_way(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ks", "moe"]
 
 
-TOLD_TO_END = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-
-
-@TOLD_TO_END
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_run_that_refuses_a_second_one_and_when_interrupted_removes_what_it_made(
     tmp_path: Path,
     dense: Path,
@@ -278,19 +269,6 @@ def test_run_that_refuses_a_second_one_and_when_interrupted_removes_what_it_made
     assert process.returncode == status
     assert said == "interrupted; nothing was left behind\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ks"]
-
-
-@TOLD_TO_END
-def test_run_that_is_told_to_end_says_what_it_kept(
-    tmp_path: Path, dense: Path, number: signal.Signals, status: int
-) -> None:
-    process = start_long_run(tmp_path, KEEPING)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=TIMEOUT)
-    (left,) = tmp_path.glob(".moe.partial-*")
-    assert process.returncode == status
-    assert said.startswith("interrupted; ") and said.count("\n") == 1
-    assert said.endswith(f" are in {left.resolve()}; the same command goes on from there\n")
 
 
 def test_inspect(tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]) -> None:

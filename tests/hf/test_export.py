@@ -153,7 +153,7 @@ def test_the_card_and_the_record_tell_of_rounding(tmp_path: Path, capsys: pytest
     record = json.loads((tmp_path / "hf/export_hf.json").read_text())
     rounding = record["rounding"]
     assert rounding["choices"] == 3 * 1024 * 2 and 0 < rounding["by_rounding"] < 200
-    said = f"changes {rounding['by_rounding']} of {rounding['choices']} top-k choices"
+    said = f"of {rounding['choices']} choices of an expert for random tokens {rounding['by_rounding']} are"
     assert said in capsys.readouterr().out and said in (tmp_path / "hf/README.md").read_text()
     assert record["source"]["digest"] == open_checkpoint(moe).digest()
     assert str(tmp_path) not in (tmp_path / "hf/README.md").read_text()

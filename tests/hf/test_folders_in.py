@@ -122,7 +122,11 @@ def test_switch_of_null_is_off(models: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "changes", "why"),
     [
-        ({"quantize_config.json": "{}"}, {}, r"quantised weights \(quantize_config.json\)"),
+        (
+            {"quantize_config.json": "{}", "gptq.safetensors": '........{"model.layers.0.q_proj.qweight":'},
+            {},
+            r"quantised weights \(quantize_config.json\)",
+        ),
         ({}, {"quantization": {"bits": 4, "group_size": 64}}, r"quantised weights \(quantization\)"),
         ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\n"}, {}, "run git lfs pull in"),
         ({}, {"architectures": ["QWenLMHeadModel"], "model_type": "qwen"}, r"QWenLMHeadModel .*Qwen1.5"),
