@@ -1,29 +1,33 @@
-"""From files of text to ``PREFIX.bin`` and ``.idx``: in parts, by worker processes, put together in order.
+"""From files of text to ``PREFIX.bin`` and ``.idx``: in tasks, by datatrove's executors, put together in order.
 
-While it is made, a hidden folder ``.NAME.parts`` beside PREFIX holds the parts that are done. A run that was
-stopped or killed leaves it, and the same command goes on from there. The same text and options give the same
-bytes, however many workers there are and however often the run was stopped.
+While it is made, a hidden folder ``.NAME.parts`` beside PREFIX holds what finished tasks have written. A run that
+was stopped or killed leaves it, and the same command skips them. The same text and options give the same bytes,
+however many workers there are and however often the run was stopped.
 """
 
 import contextlib
-import hashlib
 import json
+import multiprocessing
+import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_router_upcycling.checkpoint.publish import lock
-from megatron_router_upcycling.data import chunks, parts, publish, sources, tokenizer, writer
-from megatron_router_upcycling.data.documents import Limits, Skipped, read
-from megatron_router_upcycling.data.line import Line, Progress, check_bad
+from megatron_router_upcycling.data import executors, parts, publish, readers, sources, tokenizer
 from megatron_router_upcycling.data.record import Record
-from megatron_router_upcycling.data.workers import Child, WorkerLost, spread
+from megatron_router_upcycling.data.writer import Output, Writer
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions, write_whole
 
-FORMAT = 1  # of the parts
+FORMAT = 2  # of the parts
+
+# Called after each task: bytes of the files, tokens, and whether an earlier run had done it.
+Progress = Callable[[int, int, bool], None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,9 @@ class Options:
     max_bytes: int | None = None
     max_document_bytes: int = 1 << 24
     max_bad: int = 0
-    workers: int = 1
+    workers: int | None = None  # at a time: None for one a core, or for Slurm as many as it has room for
+    executor: str = "local"
+    slurm: dict[str, str] = field(default_factory=dict)  # options of sbatch
     overwrite: bool = False
 
 
@@ -64,12 +70,12 @@ class Job:
         return (self.output, held_out) if self.options.held_out else (self.output,)
 
     @property
-    def limits(self) -> Limits:
-        return Limits(self.options.text_key, self.options.max_document_bytes)
+    def limits(self) -> readers.Limits:
+        return readers.Limits(self.options.text_key, self.options.max_document_bytes)
 
     @property
-    def part_bytes(self) -> int:
-        return chunks.part_bytes(self.sources)
+    def work(self) -> Path:
+        return self.output.with_name(f".{self.output.name}.parts")
 
 
 def prepare(
@@ -88,7 +94,7 @@ def prepare(
     if place:
         tokenizer.check(place)
     job = Job(*found, output.absolute(), place, options)
-    publish.check(job.prefixes, [source.path for source in job.sources], options.overwrite)
+    publish.check(job.prefixes, [Path(source.path) for source in job.sources], options.overwrite)
     return job
 
 
@@ -109,52 +115,117 @@ def _check(options: Options) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {bound}")
 
 
-def run(job: Job, progress: Progress) -> list[Record]:
-    """Make the data; return the records of its prefixes.
+@dataclass
+class Told:
+    """What the finished tasks have said, in the order of the text."""
+
+    tokens: int = 0
+    bytes: int = 0
+    empty: int = 0
+    bad_count: int = 0
+    bad: list[dict[str, Any]] = field(default_factory=list)  # the first of them, as the record has them
+    tiktoken_differs: int = 0  # parts
+    rows: Counter[int] = field(default_factory=Counter)  # of each source
+
+    def add(self, job: Job, task: list[readers.Piece], summary: parts.Summary) -> None:
+        """Count a part.
+
+        Raises:
+            UserError: now there are more bad documents than are allowed; names the first.
+        """
+        for piece, row, why in summary.bad[: parts.LISTED - len(self.bad)]:
+            number = task[piece].source
+            before = self.rows[number] + sum(
+                rows
+                for other, rows in zip(task[:piece], summary.rows[:piece], strict=True)
+                if other.source == number
+            )
+            self.bad.append(bad_entry(job.sources[number], before + row, why))
+        for piece, rows in zip(task, summary.rows, strict=True):
+            self.rows[piece.source] += rows
+        self.tokens += summary.tokens
+        self.bytes += summary.bytes
+        self.empty += summary.empty
+        self.bad_count += summary.bad_count
+        self.tiktoken_differs += summary.tiktoken_differs
+        check_bad(self.bad_count, self.bad, job.options.max_bad)
+
+
+def bad_entry(source: sources.Source, row: int, why: str) -> dict[str, Any]:
+    """A bad document as the record has it: file, line (or row, or item) and why."""
+    unit = readers.UNITS.get(source.kind)
+    return {"file": source.path, **({unit: row} if unit else {}), "why": why}
+
+
+def check_bad(count: int, bad: list[dict[str, Any]], allowed: int) -> None:
+    """Refuse more bad documents than are allowed.
+
+    Raises:
+        UserError: names the first.
+    """
+    if count > allowed:
+        first = dict(bad[0])
+        place, why = first.pop("file"), first.pop("why")
+        place += "".join(f" {unit} {number}" for unit, number in first.items())
+        many = f"; {count} documents like this are more than --max-bad {allowed}" if allowed else ""
+        hint = "" if allowed else "; fix it, or pass --max-bad N to leave out up to N such documents"
+        raise UserError(f"SOURCE {place}: {why}{many}{hint}")
+
+
+def run(job: Job, progress: Progress) -> tuple[list[Record], str]:
+    """Make the data.
+
+    Returns:
+        The records of its prefixes, and why tokenizers and not tiktoken gave tokens; nothing where it did not.
 
     Raises:
         UserError: the text cannot be used, or the disk not be written; nothing is left then.
         KeyboardInterrupt: or its subclass for SIGTERM, with a text that says what was left.
     """
-    work = job.output.with_name(f".{job.output.name}.parts")
-    outputs = tuple(work / "out" / prefix.name for prefix in job.prefixes)
-    write = writer.Job(work, outputs, job.options.max_tokens, job.options.max_bytes)
-    with publish.parents_of(job.output), lock.held(job.output, "--output"), Child(write) as end:
-        given = _given(job)
+    work = job.work
+    with publish.parents_of(job.output), lock.held(job.output, "--output"):
+        given, slow = _given(job)
         try:
+            tasks = readers.tasks(job.sources, job.options.text_key)
             _open(work, job, given)
-            made = given or _trained(job, work)
-            counts, told = _make(job, made, work, progress, end)
-            _check_counts(job, counts)
-            records = [_record(job, made, told, count) for count in counts]
+            made = given or _trained(job, tasks, work)
+            told, writer = _make(job, tasks, made, given is not None and not slow, progress)
+            _check_counts(job, writer)
+            writer.close()
+            records = [_record(job, made, told, output) for output in writer.outputs]
             publish.publish(work, job.prefixes, records, job.options.train_tokenizer is not None)
-        except (KeyboardInterrupt, WorkerLost) as error:
-            done = len(list(work.glob("*.part")))
+        except (KeyboardInterrupt, executors.WorkerLost) as error:
+            done = len(list(work.glob("*.npz")))
             if not done:
                 shutil.rmtree(work, ignore_errors=True)
                 raise
-            if isinstance(error, WorkerLost):
+            if isinstance(error, executors.WorkerLost):
                 raise
-            raise type(error)(f"{done} parts are in {work}; the same command goes on from there") from None
+            raise type(error)(
+                f"{done} finished parts are in {work}; run the same command again to resume"
+            ) from None
         except OSError as error:
             shutil.rmtree(work, ignore_errors=True)
-            raise UserError(f"--output {job.output}: cannot be written ({error.strerror or error})") from None
+            raise UserError(
+                f"--output {job.output}: cannot be written ({error.strerror or error}); make room"
+            ) from None
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
-    return records
+    if told.tiktoken_differs:
+        slow = f"in {told.tiktoken_differs} parts, where tiktoken gives other tokens"
+    return records, slow
 
 
-def _given(job: Job) -> tokenizer.Tokenizer | None:
+def _given(job: Job) -> tuple[tokenizer.Tokenizer | None, str]:
     if job.place is None:
-        return None
-    with Child(tokenizer.Loader()) as loader:
-        loader.send(job.place)
-        loaded: tokenizer.Tokenizer = loader.receive()
+        return None, ""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        loaded, slow = pool.submit(tokenizer.load_apart, job.place).result()
     if job.options.end_of_document and loaded.end_of_document is None:
         raise UserError(f"--tokenizer {job.place}: has no end-of-document token; pass --no-end-of-document")
-    return loaded
+    return loaded, slow
 
 
 def _open(work: Path, job: Job, given: tokenizer.Tokenizer | None) -> None:
@@ -163,18 +234,15 @@ def _open(work: Path, job: Job, given: tokenizer.Tokenizer | None) -> None:
     decisive = {
         "format": FORMAT,
         "text": sources.state_of(job.sources),
-        "part_bytes": job.part_bytes,
         "limits": asdict(job.limits),
         "held_out": [options.held_out, options.seed],
         "end_of_document": options.end_of_document,
         "tokenizer": [options.train_tokenizer, options.max_bytes, tokenizer.TRAINING_LINES]
         if given is None
-        else [
-            hashlib.sha256(_bytes(given.definition)).hexdigest(),
-            given.vocab_size,
-            given.encode_special_tokens,
-        ],
-        "versions": versions("megatron-router-upcycling", "tokenizers", "sentencepiece"),
+        else [given.sha256, given.vocab_size, given.encode_special_tokens],
+        "versions": versions(
+            "megatron-router-upcycling", "datatrove", "tokenizers", "tiktoken", "sentencepiece"
+        ),
     }
     file, content = work / "options.json", json.dumps(decisive, indent=2)
     if not (file.is_file() and file.read_text(encoding="utf-8") == content):
@@ -185,60 +253,79 @@ def _open(work: Path, job: Job, given: tokenizer.Tokenizer | None) -> None:
     (work / "out").mkdir()
 
 
-def _bytes(definition: str | bytes) -> bytes:
-    return definition if isinstance(definition, bytes) else definition.encode()
-
-
-def _trained(job: Job, work: Path) -> tokenizer.Tokenizer:
+def _trained(job: Job, tasks: list[list[readers.Piece]], work: Path) -> tokenizer.Tokenizer:
     """A tokenizer trained on the documents that are not held out."""
     assert job.options.train_tokenizer
     file = work / publish.TOKENIZER
     if not file.is_file():
         partial = file.with_suffix(".partial")
-        tokenizer.train(_training_texts(job), job.options.train_tokenizer, partial)
+        tokenizer.train(_training_texts(job, tasks), job.options.train_tokenizer, partial)
         partial.rename(file)
     return tokenizer.load(file)
 
 
-def _training_texts(job: Job) -> Iterator[str]:
-    bad, left = 0, job.options.max_bytes
-    for part in chunks.parts(job.sources, job.limits, job.part_bytes):
-        for chunk in part:
-            for found in read(chunk, job.limits):
-                if isinstance(found, Skipped):
-                    bad += 1
-                    check_bad(bad, found, job.options.max_bad)
-                    continue
-                text, size = found
-                if left is not None:
-                    left -= size
-                    if left < 0:
-                        return
-                if not parts.is_held_out(text, job.options.held_out, job.options.seed):
-                    yield text
+def _training_texts(job: Job, tasks: list[list[readers.Piece]]) -> Iterator[str]:
+    left = job.options.max_bytes
+    told = Told()
+    for task in tasks:
+        summary = parts.Summary(rows=[0] * len(task))
+        for number, document in parts.documents(job.sources, task, job.limits):
+            summary.rows[number] = document.metadata["row"]
+            if why := document.metadata.get("bad"):
+                summary.bad_count += 1
+                summary.bad.append((number, summary.rows[number], why))
+                continue
+            if left is not None:
+                left -= len(document.text.encode())
+                if left < 0:
+                    return
+            if not parts.is_held_out(document.text, job.options.held_out, job.options.seed):
+                yield document.text
+        told.add(job, task, summary)
 
 
 def _make(
-    job: Job, made: tokenizer.Tokenizer, work: Path, progress: Progress, end: Child
-) -> tuple[list[writer.Counts], parts.Summary]:
-    options = job.options
-    token = made.end_of_document if options.end_of_document else None
-    make = parts.Job(made, job.limits, options.held_out, options.seed, token, work)
-    line = Line(work, end, progress, options.max_tokens, options.max_bytes, options.max_bad)
-    with contextlib.ExitStack() as stack:
-        started = [Child(make) for _ in range(options.workers)]
-        children = [stack.enter_context(child) for child in started]
-        todo = line.tasks(chunks.parts(job.sources, job.limits, job.part_bytes))
-        for task, summary in spread(children, todo, line.wanted):
-            line.done(task, summary)
-    if not line.told.documents:
-        empty = line.told.empty
-        raise UserError(f"SOURCE: no document was found in {len(job.sources)} files ({empty} are empty)")
-    return line.end(), line.told
+    job: Job, tasks: list[list[readers.Piece]], made: tokenizer.Tokenizer, tiktoken: bool, progress: Progress
+) -> tuple[Told, Writer]:
+    options, work = job.options, job.work
+    end = made.end_of_document if options.end_of_document else None
+    parts.Job(
+        job.sources, tasks, job.limits, options.held_out, options.seed, made.vocab_size, end,
+        made.encode_special_tokens, tiktoken,
+    ).save(work, made.definition)  # fmt: skip
+    outputs = tuple(work / "out" / prefix.name for prefix in job.prefixes)
+    writer = Writer(outputs, tokenizer.optimal_dtype(made.vocab_size), options.max_tokens, options.max_bytes)
+    executor = _executor(job, len(tasks))
+    todo = executor.get_incomplete_ranks()
+    earlier = set(range(len(tasks))) - set(todo)
+    told, done, rank = Told(), set(earlier), 0
+    with contextlib.closing(executor.finished(todo, lambda: not writer.full)) as finished:
+        while rank < len(tasks) and not writer.full:
+            if rank not in done:
+                done.add(next(finished))
+                continue
+            tokens, table, summary = parts.load(work, rank, writer.dtype)
+            told.add(job, tasks[rank], summary)
+            writer.append(tokens, table)
+            progress(sum(piece.size for piece in tasks[rank]), summary.tokens, rank in earlier)
+            rank += 1
+    if not told.tokens:
+        raise UserError(f"SOURCE: no document was found in {len(job.sources)} files ({told.empty} are empty)")
+    return told, writer
 
 
-def _check_counts(job: Job, counts: list[writer.Counts]) -> None:
-    for name, count in zip(("training", "held-out data"), counts, strict=False):
+def _executor(job: Job, tasks: int) -> executors.Local | executors.Slurm:
+    options, pipeline, logs = job.options, [parts.Tokenise(job.work)], str(job.work / "tasks")
+    if options.executor == "slurm":
+        return executors.Slurm(
+            job.work, tasks, options.workers, options.slurm, pipeline=pipeline, logging_dir=logs
+        )
+    workers = options.workers or len(os.sched_getaffinity(0))
+    return executors.Local(pipeline, tasks, min(workers, tasks), logs)
+
+
+def _check_counts(job: Job, writer: Writer) -> None:
+    for name, count in zip(("training", "held-out data"), writer.outputs, strict=False):
         if not count.documents:
             share = f"--held-out {job.options.held_out} of " if job.options.held_out else ""
             raise UserError(
@@ -247,23 +334,26 @@ def _check_counts(job: Job, counts: list[writer.Counts]) -> None:
             )
 
 
-def _record(job: Job, made: tokenizer.Tokenizer, told: parts.Summary, counts: writer.Counts) -> Record:
+def _record(job: Job, made: tokenizer.Tokenizer, told: Told, output: Output) -> Record:
     trained = job.options.train_tokenizer is not None
     place = publish.tokenizer_of(job.output) if trained else made.place.absolute()
-    options = asdict(job.options) | {"sources": [str(source.path) for source in job.sources[: parts.LISTED]]}
-    for name in ("workers", "overwrite"):  # do not change what is written
+    options = asdict(job.options) | {"sources": [source.path for source in job.sources[: parts.LISTED]]}
+    for name in ("workers", "executor", "slurm", "overwrite"):  # do not change what is written
         options.pop(name)
     return Record(
-        **vars(counts),
-        bytes_per_token=round(counts.bytes / max(counts.tokens, 1), 4),
+        documents=output.documents,
+        tokens=output.tokens,
+        bytes=output.bytes,
+        bytes_per_token=round(output.bytes / max(output.tokens, 1), 4),
+        longest_document=output.longest_document,
         vocab_size=made.vocab_size,
         tokenizer=str(place),
         tokenizer_sha256=made.sha256,
         dtype=tokenizer.optimal_dtype(made.vocab_size).__name__,
         end_of_document=made.end_of_document if job.options.end_of_document else None,
         empty=told.empty,
-        skipped_count=told.bad,
-        skipped=[bad.entries() for bad in told.skipped],
+        skipped_count=told.bad_count,
+        skipped=told.bad,
         left_out=dict(job.left_out.most_common()),
         options=options,
         versions=versions("megatron-router-upcycling", "megatron-core", "tokenizers", "sentencepiece"),
