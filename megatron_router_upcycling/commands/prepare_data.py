@@ -16,18 +16,18 @@ example:
   torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config moe.yaml --load ckpt/moe \\
       --train-data-path data/texts --valid-data-path data/texts_held_out
 
-A document is a line of .jsonl or an object of an array in .json (its --text-key entry), a row of .parquet, of
-.csv or of a data set that datasets has saved, a page of .warc or .wet, or a whole file of .txt or of code. All
-but .parquet may end in .gz, .bz2, .xz or .zst. SOURCE may be an address, as s3://..., hf://... or https://...
-Text is UTF-8. Blank lines and empty texts are passed over; anything else that is no document is bad: the first
-one stops the command, unless --max-bad allows for it.
+A document is a line of .jsonl or an object of an array in .json (its --text-key entry), a row of .parquet,
+of .csv or of a data set that datasets has saved, a page of .warc or .wet, or a whole file of .txt or of code.
+All but .parquet may end in .gz, .bz2, .xz or .zst. SOURCE may be an address (s3://, hf://, https://).
+Text is UTF-8. Blank lines and empty texts are passed over; anything else that is no document is bad: the
+first one stops the command, unless --max-bad allows for it.
 
 PREFIX.bin and PREFIX.idx are written, PREFIX_held_out.bin and .idx with --held-out, PREFIX.tokenizer.model
 with --train-tokenizer, and beside each .bin a .json with what is in it: documents, tokens, bytes a token, the
 longest document, the tokenizer's vocabulary and digest, and what was skipped and why.
 
-A command that was killed resumes when it is run again: finished tasks are skipped, and the bytes are the same,
-whatever --workers is.
+A command that was killed resumes when it is run again: finished tasks are skipped, and the bytes are the
+same, whatever --workers is.
 """
 
 
@@ -58,14 +58,14 @@ def add(commands: Any) -> None:
         "--executor",
         choices=("local", "slurm"),
         default="local",
-        help="this machine (default), or array jobs",
+        help="this machine (default), or Slurm",
     )
     command.add_argument(
         "--slurm",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="an option of sbatch, as partition=cpu",
+        help="an option of sbatch: partition=cpu",
     )
     command.add_argument(
         "--held-out", metavar="SHARE", type=float, default=0.0, help="of the documents, as 0.01 (default: 0)"

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
@@ -34,13 +35,13 @@ class Local(LocalPipelineExecutor):
     The library's own ``run`` waits for ever where a worker is killed, and begins all tasks.
     """
 
-    def finished(self, ranks: list[int], wanted: Callable[[], bool]) -> Iterator[int]:
+    def finished(self, ranks: list[int], wanted: Callable[[], bool]) -> Generator[int]:
         """Run the tasks ``ranks`` in order, while more are ``wanted``; yield each when it is done.
 
         Raises:
             UserError: what a task has raised, or that a worker was killed.
         """
-        todo, running = iter(ranks), dict[object, int]()
+        todo, running = iter(ranks), dict[Future, int]()
         # Forked: this process has imported what they need, and has no threads yet.
         with ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork"), _begin) as pool:
             try:
@@ -58,8 +59,8 @@ class Local(LocalPipelineExecutor):
                         yield running.pop(future)
             except BrokenProcessPool:
                 raise WorkerLost(
-                    "--workers: one was killed, perhaps since memory ran out; fewer workers, or shorter documents"
-                    " (--max-document-bytes), need less; run the same command again to resume"
+                    "--workers: one was killed, perhaps since memory ran out; fewer workers, or shorter"
+                    " documents (--max-document-bytes), need less; run the same command again to resume"
                 ) from None
             finally:
                 if running:
@@ -79,28 +80,22 @@ def _begin() -> None:
 class Slurm(SlurmPipelineExecutor):
     """Runs tasks as an array job, and waits for it."""
 
-    def __init__(self, work: Path, tasks: int, workers: int | None, options: dict[str, str], **rest) -> None:
+    def __init__(
+        self, work: Path, pipeline: list, tasks: int, workers: int | None, logs: str, options: dict[str, str]
+    ) -> None:
         if "SLURM_ARRAY_TASK_ID" in os.environ:
-            raise UserError(
-                "--executor slurm: this is a task of an array job; run the command outside of one"
-            )
-        missing = [name for name in ("partition", "time") if name not in options]
-        if missing:
-            raise UserError(f"--executor slurm: needs --slurm {missing[0]}=..., as sbatch's --{missing[0]}")
+            raise UserError("--executor slurm: this is a task of an array job; run it outside of one")
+        for name in ("partition", "time"):
+            if name not in options:
+                raise UserError(f"--executor slurm: needs --slurm {name}=..., as sbatch's --{name}")
+        python = f"export PATH={Path(sys.executable).parent}:$PATH"
         super().__init__(
-            tasks=tasks,
-            workers=workers or -1,
-            time=options["time"],
-            partition=options["partition"],
-            sbatch_args=options,
-            qos="",
-            job_name="prepare-data",
-            env_command=f"export PATH={Path(sys.executable).parent}:$PATH",
-            **rest,
-        )
+            pipeline, tasks, options["time"], options["partition"], workers=workers or -1, logging_dir=logs,
+            job_name="prepare-data", qos="", env_command=python, sbatch_args=options,
+        )  # fmt: skip
         self.work, self.wave = work, list(range(tasks))
 
-    def finished(self, ranks: list[int], wanted: Callable[[], bool]) -> Iterator[int]:
+    def finished(self, ranks: list[int], wanted: Callable[[], bool]) -> Generator[int]:
         """As ``Local.finished``; where not all tasks may be wanted, some at a time.
 
         Raises:
@@ -118,7 +113,7 @@ class Slurm(SlurmPipelineExecutor):
                 raise UserError(f"--executor slurm: sbatch cannot be used ({reason(error)})") from None
             yield from self._waited(set(self.wave))
 
-    def _waited(self, waiting: set[int]) -> Iterator[int]:
+    def _waited(self, waiting: set[int]) -> Generator[int]:
         while waiting:
             time.sleep(POLL_SECONDS)
             queued = self._queued()  # asked before the files, so that what ended in between is seen
@@ -137,13 +132,13 @@ class Slurm(SlurmPipelineExecutor):
         asked = subprocess.run(["squeue", "-h", "-j", str(self.job_id)], capture_output=True, text=True)
         return bool(asked.stdout.strip())
 
-    def get_incomplete_ranks(self, ranks=None, skip_completed=None) -> list[int]:
+    def get_incomplete_ranks(self, ranks: Any = None, skip_completed: Any = None) -> list[int]:
         return super().get_incomplete_ranks(self.wave if ranks is None else ranks, skip_completed)
 
     def launch_merge_stats(self) -> None:
         """No job for the library's statistics."""
 
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         try:
             return super()._run_for_rank(rank, local_rank, node_rank)
         except UserError as error:

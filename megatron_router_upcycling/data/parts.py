@@ -65,15 +65,15 @@ def _encoder(folder: str, tiktoken: bool) -> encoders.Encoder:
 
 @dataclass
 class Summary:
-    """What a part holds. ``bad`` lists the first bad documents: number of the piece in the task, row, reason."""
+    """What a part holds."""
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
     empty: int = 0
     bad_count: int = 0
-    bad: list[tuple[int, int, str]] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)  # of each piece
+    bad: list[tuple[int, int, str]] = field(default_factory=list)  # the first: piece, row in it, and why
+    rows: list[int] = field(default_factory=list)  # of each piece, bad and empty ones too
     tiktoken_differs: bool = False
 
 
@@ -99,7 +99,7 @@ class Tokenise(PipelineStep):
                 part = _Part(self.folder, file)
                 part.fill(rank)
             table = numpy.array(part.table, dtype=numpy.int64).reshape(-1, 3)
-            summary = numpy.frombuffer(json.dumps(asdict(part.summary)).encode(), dtype=numpy.uint8)
+            summary: Any = numpy.frombuffer(json.dumps(asdict(part.summary)).encode(), dtype=numpy.uint8)
             with partial.with_suffix(".npz").open("wb") as file:
                 numpy.savez(file, table=table, summary=summary)
             os.replace(partial.with_suffix(".npz"), path.with_suffix(".npz"))
@@ -124,27 +124,16 @@ class _Part:
         self._waiting = 0
 
     def fill(self, rank: int) -> None:
-        task = self._job.tasks[rank]
-        summary = self.summary
-        summary.rows = [0] * len(task)
-        for number, document in documents(self._job.sources, task, self._job.limits):
-            row, why = document.metadata["row"], document.metadata.get("bad")
-            summary.rows[number] = row
-            if why:
-                summary.bad_count += 1
-                if summary.bad_count <= LISTED:
-                    summary.bad.append((number, row, why))
-            elif document.text:
-                self._texts.append(document.text)
-                self._waiting += len(document.text)
-                if self._waiting >= BATCH_BYTES or len(self._texts) >= BATCH_DOCUMENTS:
-                    self._write()
-            else:
-                summary.empty += 1
+        job = self._job
+        for document in documents(job.sources, job.tasks[rank], job.limits, self.summary):
+            self._texts.append(document.text)
+            self._waiting += len(document.text)
+            if self._waiting >= BATCH_BYTES or len(self._texts) >= BATCH_DOCUMENTS:
+                self._write()
         self._write()
 
     def _write(self) -> None:
-        if self._compared < SAMPLED and self._texts:
+        if self._compared < SAMPLED:
             self._compare()
         job, summary, dtype = self._job, self.summary, optimal_dtype(self._job.vocab_size)
         end = numpy.array([] if job.end_of_document is None else [job.end_of_document], dtype)
@@ -168,22 +157,32 @@ class _Part:
         """Hold the tokens of some texts against those of ``tokenizers``, which takes over if they differ."""
         sample = self._texts[:8]
         self._compared += sum(map(len, sample))
-        if not self._encoder.agrees(sample):
+        other = _encoder(self._folder, False).encode(sample)
+        if [list(ids) for ids in self._encoder.encode(sample)] != other:
             self.summary.tiktoken_differs, self._compared = True, SAMPLED
             self._encoder = _encoder(self._folder, False)
 
 
 def documents(
-    sources: list[Source], task: list[readers.Piece], limits: readers.Limits
-) -> Iterator[tuple[int, Document]]:
-    """A task's documents in order, each with the number of its piece.
+    sources: list[Source], task: list[readers.Piece], limits: readers.Limits, summary: Summary
+) -> Iterator[Document]:
+    """A task's documents in order, without those that are empty or bad, which ``summary`` counts.
 
     Raises:
         UserError: see ``readers.read``.
     """
     for number, piece in enumerate(task):
+        summary.rows.append(0)
         for document in readers.read(sources[piece.source], piece, limits):
-            yield number, document
+            summary.rows[-1] = document.metadata["row"]
+            if why := document.metadata.get("bad"):
+                summary.bad_count += 1
+                if summary.bad_count <= LISTED:
+                    summary.bad.append((number, summary.rows[-1], why))
+            elif document.text:
+                yield document
+            else:
+                summary.empty += 1
 
 
 def is_held_out(text: str, share: float, seed: int) -> bool:

@@ -1,11 +1,12 @@
-"""From files of text to ``PREFIX.bin`` and ``.idx``: in tasks, by datatrove's executors, put together in order.
+"""From files of text to ``PREFIX.bin`` and ``.idx``: in tasks of datatrove's executors, joined in order.
 
-While it is made, a hidden folder ``.NAME.parts`` beside PREFIX holds what finished tasks have written. A run that
-was stopped or killed leaves it, and the same command skips them. The same text and options give the same bytes,
-however many workers there are and however often the run was stopped.
+Meanwhile a hidden folder ``.NAME.parts`` beside PREFIX holds what finished tasks have written. A run that was
+killed leaves it, and the same command skips them. The same text and options give the same bytes, however many
+workers there are and however often the run was killed.
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions, write_whole
 
 FORMAT = 2  # of the parts
-
+Tasks = list[list[readers.Piece]]
 # Called after each task: bytes of the files, tokens, and whether an earlier run had done it.
 Progress = Callable[[int, int, bool], None]
 
@@ -90,7 +91,13 @@ def prepare(
     Raises:
         UserError: something is wrong with the options, the tokenizer or the place of the output.
     """
-    _check(options)
+    if not 0 <= options.held_out < 1:
+        raise UserError(f"--held-out {options.held_out}: must be from 0 to below 1, as 0.01")
+    positive = ("train_tokenizer", "max_tokens", "max_bytes", "max_document_bytes", "workers")
+    for name, least in {**dict.fromkeys(positive, 1), "max_bad": 0}.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if place:
         tokenizer.check(place)
     job = Job(*found, output.absolute(), place, options)
@@ -98,29 +105,10 @@ def prepare(
     return job
 
 
-def _check(options: Options) -> None:
-    if not 0 <= options.held_out < 1:
-        raise UserError(f"--held-out {options.held_out}: must be from 0 to below 1, as 0.01")
-    least = {
-        "train_tokenizer": 1,
-        "max_tokens": 1,
-        "max_bytes": 1,
-        "max_document_bytes": 1,
-        "max_bad": 0,
-        "workers": 1,
-    }
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None and value < bound:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {bound}")
-
-
 @dataclass
 class Told:
-    """What the finished tasks have said, in the order of the text."""
+    """What the parts have said, in the order of the text."""
 
-    tokens: int = 0
-    bytes: int = 0
     empty: int = 0
     bad_count: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list)  # the first of them, as the record has them
@@ -133,88 +121,64 @@ class Told:
         Raises:
             UserError: now there are more bad documents than are allowed; names the first.
         """
-        for piece, row, why in summary.bad[: parts.LISTED - len(self.bad)]:
-            number = task[piece].source
-            before = self.rows[number] + sum(
-                rows
-                for other, rows in zip(task[:piece], summary.rows[:piece], strict=True)
-                if other.source == number
-            )
-            self.bad.append(bad_entry(job.sources[number], before + row, why))
+        before, allowed = [], job.options.max_bad
         for piece, rows in zip(task, summary.rows, strict=True):
+            before.append(self.rows[piece.source])
             self.rows[piece.source] += rows
-        self.tokens += summary.tokens
-        self.bytes += summary.bytes
+        for number, row, why in summary.bad[: parts.LISTED - len(self.bad)]:
+            source = job.sources[task[number].source]
+            place: dict[str, Any] = {"file": source.path}
+            if unit := readers.UNITS.get(source.kind):
+                place[unit] = before[number] + row
+            self.bad.append({**place, "why": why})
         self.empty += summary.empty
         self.bad_count += summary.bad_count
         self.tiktoken_differs += summary.tiktoken_differs
-        check_bad(self.bad_count, self.bad, job.options.max_bad)
-
-
-def bad_entry(source: sources.Source, row: int, why: str) -> dict[str, Any]:
-    """A bad document as the record has it: file, line (or row, or item) and why."""
-    unit = readers.UNITS.get(source.kind)
-    return {"file": source.path, **({unit: row} if unit else {}), "why": why}
-
-
-def check_bad(count: int, bad: list[dict[str, Any]], allowed: int) -> None:
-    """Refuse more bad documents than are allowed.
-
-    Raises:
-        UserError: names the first.
-    """
-    if count > allowed:
-        first = dict(bad[0])
-        place, why = first.pop("file"), first.pop("why")
-        place += "".join(f" {unit} {number}" for unit, number in first.items())
-        many = f"; {count} documents like this are more than --max-bad {allowed}" if allowed else ""
-        hint = "" if allowed else "; fix it, or pass --max-bad N to leave out up to N such documents"
-        raise UserError(f"SOURCE {place}: {why}{many}{hint}")
+        if self.bad_count > allowed:
+            file, *row_number, (_, why) = self.bad[0].items()
+            where = " ".join(map(str, [file[1], *itertools.chain(*row_number)]))
+            many = f"; {self.bad_count} documents like this are more than --max-bad {allowed}"
+            hint = "; fix it, or pass --max-bad N to leave out up to N such documents"
+            raise UserError(f"SOURCE {where}: {why}{many if allowed else hint}")
 
 
 def run(job: Job, progress: Progress) -> tuple[list[Record], str]:
     """Make the data.
 
     Returns:
-        The records of its prefixes, and why tokenizers and not tiktoken gave tokens; nothing where it did not.
+        The records of its prefixes, and why tokens came by tokenizers and not tiktoken, where they did.
 
     Raises:
         UserError: the text cannot be used, or the disk not be written; nothing is left then.
         KeyboardInterrupt: or its subclass for SIGTERM, with a text that says what was left.
     """
-    work = job.work
     with publish.parents_of(job.output), lock.held(job.output, "--output"):
         given, slow = _given(job)
         try:
             tasks = readers.tasks(job.sources, job.options.text_key)
-            _open(work, job, given)
-            made = given or _trained(job, tasks, work)
+            _open(job, given)
+            made = given or _trained(job, tasks)
             told, writer = _make(job, tasks, made, given is not None and not slow, progress)
-            _check_counts(job, writer)
             writer.close()
             records = [_record(job, made, told, output) for output in writer.outputs]
-            publish.publish(work, job.prefixes, records, job.options.train_tokenizer is not None)
+            publish.publish(job.work, job.prefixes, records, job.options.train_tokenizer is not None)
         except (KeyboardInterrupt, executors.WorkerLost) as error:
-            done = len(list(work.glob("*.npz")))
+            done = len(list(job.work.glob("*.npz")))
             if not done:
-                shutil.rmtree(work, ignore_errors=True)
+                shutil.rmtree(job.work, ignore_errors=True)
+            if not done or isinstance(error, executors.WorkerLost):
                 raise
-            if isinstance(error, executors.WorkerLost):
-                raise
-            raise type(error)(
-                f"{done} finished parts are in {work}; run the same command again to resume"
-            ) from None
-        except OSError as error:
-            shutil.rmtree(work, ignore_errors=True)
-            raise UserError(
-                f"--output {job.output}: cannot be written ({error.strerror or error}); make room"
-            ) from None
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
+            left = f"{done} finished parts are in {job.work}; run the same command again to resume"
+            raise type(error)(left) from None
+        except BaseException as error:
+            shutil.rmtree(job.work, ignore_errors=True)
+            if isinstance(error, OSError):
+                why = error.strerror or error
+                raise UserError(f"--output {job.output}: cannot be written ({why}); make room") from None
             raise
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(job.work, ignore_errors=True)
     if told.tiktoken_differs:
-        slow = f"in {told.tiktoken_differs} parts, where tiktoken gives other tokens"
+        slow = f"in {told.tiktoken_differs} of {len(tasks)} parts tiktoken gives other tokens"
     return records, slow
 
 
@@ -228,21 +192,18 @@ def _given(job: Job) -> tuple[tokenizer.Tokenizer | None, str]:
     return loaded, slow
 
 
-def _open(work: Path, job: Job, given: tokenizer.Tokenizer | None) -> None:
+def _open(job: Job, given: tokenizer.Tokenizer | None) -> None:
     """Make the folder of parts, or keep it where the same text and options have made it."""
-    options = job.options
+    options, work = job.options, job.work
+    trained = [options.train_tokenizer, options.max_bytes, tokenizer.TRAINING_LINES]
     decisive = {
         "format": FORMAT,
         "text": sources.state_of(job.sources),
         "limits": asdict(job.limits),
         "held_out": [options.held_out, options.seed],
         "end_of_document": options.end_of_document,
-        "tokenizer": [options.train_tokenizer, options.max_bytes, tokenizer.TRAINING_LINES]
-        if given is None
-        else [given.sha256, given.vocab_size, given.encode_special_tokens],
-        "versions": versions(
-            "megatron-router-upcycling", "datatrove", "tokenizers", "tiktoken", "sentencepiece"
-        ),
+        "tokenizer": [given.sha256, given.vocab_size, given.encode_special_tokens] if given else trained,
+        "versions": versions("megatron-router-upcycling", "tokenizers", "tiktoken", "sentencepiece"),
     }
     file, content = work / "options.json", json.dumps(decisive, indent=2)
     if not (file.is_file() and file.read_text(encoding="utf-8") == content):
@@ -253,10 +214,10 @@ def _open(work: Path, job: Job, given: tokenizer.Tokenizer | None) -> None:
     (work / "out").mkdir()
 
 
-def _trained(job: Job, tasks: list[list[readers.Piece]], work: Path) -> tokenizer.Tokenizer:
+def _trained(job: Job, tasks: Tasks) -> tokenizer.Tokenizer:
     """A tokenizer trained on the documents that are not held out."""
     assert job.options.train_tokenizer
-    file = work / publish.TOKENIZER
+    file = job.work / publish.TOKENIZER
     if not file.is_file():
         partial = file.with_suffix(".partial")
         tokenizer.train(_training_texts(job, tasks), job.options.train_tokenizer, partial)
@@ -264,17 +225,11 @@ def _trained(job: Job, tasks: list[list[readers.Piece]], work: Path) -> tokenize
     return tokenizer.load(file)
 
 
-def _training_texts(job: Job, tasks: list[list[readers.Piece]]) -> Iterator[str]:
-    left = job.options.max_bytes
-    told = Told()
+def _training_texts(job: Job, tasks: Tasks) -> Iterator[str]:
+    left, told = job.options.max_bytes, Told()
     for task in tasks:
-        summary = parts.Summary(rows=[0] * len(task))
-        for number, document in parts.documents(job.sources, task, job.limits):
-            summary.rows[number] = document.metadata["row"]
-            if why := document.metadata.get("bad"):
-                summary.bad_count += 1
-                summary.bad.append((number, summary.rows[number], why))
-                continue
+        summary = parts.Summary()
+        for document in parts.documents(job.sources, task, job.limits, summary):
             if left is not None:
                 left -= len(document.text.encode())
                 if left < 0:
@@ -285,14 +240,12 @@ def _training_texts(job: Job, tasks: list[list[readers.Piece]]) -> Iterator[str]
 
 
 def _make(
-    job: Job, tasks: list[list[readers.Piece]], made: tokenizer.Tokenizer, tiktoken: bool, progress: Progress
+    job: Job, tasks: Tasks, made: tokenizer.Tokenizer, tiktoken: bool, progress: Progress
 ) -> tuple[Told, Writer]:
     options, work = job.options, job.work
     end = made.end_of_document if options.end_of_document else None
-    parts.Job(
-        job.sources, tasks, job.limits, options.held_out, options.seed, made.vocab_size, end,
-        made.encode_special_tokens, tiktoken,
-    ).save(work, made.definition)  # fmt: skip
+    how = (options.held_out, options.seed, made.vocab_size, end, made.encode_special_tokens, tiktoken)
+    parts.Job(job.sources, tasks, job.limits, *how).save(work, made.definition)
     outputs = tuple(work / "out" / prefix.name for prefix in job.prefixes)
     writer = Writer(outputs, tokenizer.optimal_dtype(made.vocab_size), options.max_tokens, options.max_bytes)
     executor = _executor(job, len(tasks))
@@ -309,29 +262,22 @@ def _make(
             writer.append(tokens, table)
             progress(sum(piece.size for piece in tasks[rank]), summary.tokens, rank in earlier)
             rank += 1
-    if not told.tokens:
-        raise UserError(f"SOURCE: no document was found in {len(job.sources)} files ({told.empty} are empty)")
+    for name, output in zip(("training", "held-out data"), writer.outputs, strict=False):
+        if not output.documents:
+            share = f"--held-out {options.held_out} of " if options.held_out else ""
+            raise UserError(
+                f"{share}the text that SOURCE, --max-tokens and --max-bytes leave: no document for {name}"
+                f" ({told.empty} are empty); more text, or another share, would do"
+            )
     return told, writer
 
 
 def _executor(job: Job, tasks: int) -> executors.Local | executors.Slurm:
     options, pipeline, logs = job.options, [parts.Tokenise(job.work)], str(job.work / "tasks")
     if options.executor == "slurm":
-        return executors.Slurm(
-            job.work, tasks, options.workers, options.slurm, pipeline=pipeline, logging_dir=logs
-        )
+        return executors.Slurm(job.work, pipeline, tasks, options.workers, logs, options.slurm)
     workers = options.workers or len(os.sched_getaffinity(0))
     return executors.Local(pipeline, tasks, min(workers, tasks), logs)
-
-
-def _check_counts(job: Job, writer: Writer) -> None:
-    for name, count in zip(("training", "held-out data"), writer.outputs, strict=False):
-        if not count.documents:
-            share = f"--held-out {job.options.held_out} of " if job.options.held_out else ""
-            raise UserError(
-                f"{share}the text that SOURCE, --max-tokens and --max-bytes leave: no document for {name};"
-                " more text, or another share, would do"
-            )
 
 
 def _record(job: Job, made: tokenizer.Tokenizer, told: Told, output: Output) -> Record:

@@ -1,7 +1,7 @@
 """Documents of every kind of file: datatrove's readers, two of our own, and checks of what they give.
 
 datatrove's own reader of JSON lines passes over what it cannot parse, and ends a file at a byte that is not
-UTF-8. Here every row comes out: as a document, or with the reason why it is none under ``bad`` in its metadata.
+UTF-8. Here every row comes out: as a document, or with the reason why it is none.
 """
 
 import csv
@@ -16,27 +16,15 @@ from datatrove.io import DataFolder
 from datatrove.pipeline.readers.base import BaseDiskReader
 from datatrove.pipeline.readers.ipc import IpcReader
 from datatrove.pipeline.readers.warc import WarcReader
-from fsspec.compression import register_compression
 
-from megatron_router_upcycling.data.sources import Source, blamed, file_system
+from megatron_router_upcycling.data.sources import BYTE_ORDER_MARK, Source, blamed, file_system
 from megatron_router_upcycling.errors import UserError, printable, shown
 
 SMALLEST_TASK, LARGEST_TASK = 1 << 22, 1 << 26  # bytes of files
 TASKS = 256  # as many as there shall be, between these sizes
 FILE_COST = 1 << 10  # what a file counts for beside its bytes: many empty ones make a task too
 ROWS = 128  # of a table at a time
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-UNITS = {"parquet": "row", "arrow": "row", "csv": "row", "warc": "record", "json": "item", "lines": "line"}
-
-
-def _zstd(file: Any, **_: Any) -> Any:
-    """zstandard, which fsspec takes, ends without an error where a file was cut short."""
-    import pyarrow
-
-    return pyarrow.CompressedInputStream(file, "zstd")
-
-
-register_compression("zstd", _zstd, "zst", force=True)
+UNITS = {"parquet": "row", "arrow": "row", "csv": "row", "warc": "record", "array": "item", "lines": "line"}
 
 
 @dataclass(frozen=True)
@@ -232,24 +220,16 @@ def _value(text: str) -> Any:
         raise Bad("is no JSON that can be read: nested too deep, or a number too long") from None
 
 
-class _Json(_Lines):
-    """A file that is one array of objects, which is held in memory; or lines."""
+class _Array(_Checked):
+    """One array of objects, which is held in memory."""
 
     name = "JSON"
 
     def read_file(self, filepath: str) -> Iterator[Document]:
         with self.data_folder.open(filepath, "rb", compression="infer") as file:
-            array = file.read(1 << 10).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
-        if not array:
-            yield from super().read_file(filepath)
-            return
-        with self.data_folder.open(filepath, "rb", compression="infer") as file:
-            content = file.read()
-        for number, value in enumerate(json.loads(content.removeprefix(BYTE_ORDER_MARK))):
+            values = json.loads(file.read().removeprefix(BYTE_ORDER_MARK))
+        for number, value in enumerate(values):
             yield self.get_document_from_dict(value, "", number)
-
-    def text_of(self, data: Any) -> str:
-        return super().text_of(data) if isinstance(data, bytes) else _Checked.text_of(self, data)
 
 
 class _File(_Checked):
@@ -314,7 +294,7 @@ class _Warc(_Checked, WarcReader):
 
 READERS: dict[str, Callable[..., _Checked]] = {
     "lines": _Lines,
-    "json": _Json,
+    "array": _Array,
     "parquet": _Parquet,
     "csv": _Csv,
     "arrow": partial(_Arrow, stream=True),

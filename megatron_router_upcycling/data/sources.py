@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_router_upcycling.errors import UserError, described, reason, shown
+from megatron_router_upcycling.errors import UserError, described, reason
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 DATA = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 DATA |= {".warc": "warc", ".wet": "warc", ".arrow": "arrow"}
@@ -32,8 +33,8 @@ SKIPPED_PREFIX = "_sysconfigdata"
 
 @dataclass(frozen=True)
 class Source:
-    """A file: its path, or address (s3://..., hf://..., https://...), and what it holds, a value of ``DATA``
-    or ``text`` (one document)."""
+    """A file: its path or address (s3://...), and what it holds: ``lines`` of JSON, an ``array`` of JSON, a
+    table (``parquet``, ``csv``, ``arrow`` of a saved data set), ``warc``, or ``text`` (one document)."""
 
     path: str
     kind: str
@@ -63,11 +64,20 @@ def blamed(path: str) -> Iterator[None]:
         raise UserError(f"SOURCE {path}: cannot be read, or is cut short or damaged ({what})") from None
 
 
+def zstd(file: Any, **_: Any) -> Any:
+    """The reader of .zst: zstandard, which fsspec takes, ends without an error where a file was cut short."""
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(file, "zstd")
+
+
 def file_system(path: str) -> tuple[Any, str]:
     """fsspec's file system for ``path``, and its name there."""
     from fsspec import url_to_fs
+    from fsspec.compression import register_compression
     from fsspec.implementations.local import LocalFileSystem
 
+    register_compression("zstd", zstd, "zst", force=True)
     return url_to_fs(path) if "://" in path else (LocalFileSystem(), os.path.abspath(path))
 
 
@@ -158,6 +168,12 @@ def _source(path: str, size: int | None = None, state: str | None = None) -> Sou
             f"SOURCE {path}: its name says no known kind; give {READ} (also as .gz, .bz2, .xz or .zst), a"
             " folder of these, or a data set saved to disk"
         )
+    if kind == "json":
+        files, name = file_system(path)
+        with blamed(path), files.open(name, "rb", compression="infer") as file:
+            kind = (
+                "array" if file.read(1 << 10).removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"[" else "lines"
+            )
     if state is None:
         stat = os.stat(path)
         size, state = stat.st_size, str(stat.st_mtime_ns)
@@ -215,28 +231,10 @@ def _in_folder(folder: Path, left_out: Counter[str], suffixes: set[str] | None =
 def _saved_data_set(folder: Path) -> list[Source]:
     """The tables of a data set that ``datasets`` has saved in ``folder``; none if it is another folder."""
     if (folder / "dataset_dict.json").is_file():
-        splits = _entry(folder / "dataset_dict.json", "splits")
-        if len(splits) != 1:
-            named = ", ".join(map(shown, splits))
-            raise UserError(
-                f"SOURCE {folder}: a data set with the splits {named}; name one, as in {folder}/train"
-            )
-        return _saved_data_set(folder / str(splits[0]))
-    if not (folder / "state.json").is_file() or not (folder / "dataset_info.json").is_file():
+        raise UserError(f"SOURCE {folder}: a data set with splits; name one of them, as {folder}/train")
+    state = folder / "state.json"
+    if not state.is_file() or not (folder / "dataset_info.json").is_file():
         return []
-    files = _entry(folder / "state.json", "_data_files")
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in files]
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"SOURCE {folder}: its state.json names {shown(name)}, which is not there")
-    return [_source(str(folder / str(name))) for name in names]
-
-
-def _entry(path: Path, name: str) -> list:
-    try:
-        entry = json.loads(path.read_bytes())[name]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        entry = None
-    if not isinstance(entry, list):
-        raise UserError(f"SOURCE {path}: is not what datasets writes: it has no list {name}")
-    return entry
+    with blamed(str(state)):
+        names = [Path(entry["filename"]).name for entry in json.loads(state.read_bytes())["_data_files"]]
+        return [_source(str(folder / name)) for name in names]

@@ -1,4 +1,4 @@
-"""Parts put together in order, as Megatron's ``IndexedDatasetBuilder`` does: the same bytes, a part at a time.
+"""Parts put together in order: the bytes of Megatron's ``IndexedDatasetBuilder``, a part at a time.
 
 Importing Megatron for it would take longer than all the rest for a small text.
 """
@@ -60,7 +60,7 @@ class Writer:
         for first in range(0, len(table), DOCUMENTS):
             rows = table[first : first + DOCUMENTS]
             batch = tokens[ends[first] : ends[first + len(rows)]]
-            sides = numpy.repeat(rows[:, 2], rows[:, 0])
+            sides: Any = numpy.repeat(rows[:, 2], rows[:, 0])
             for side, output in enumerate(self.outputs):
                 mine = rows[rows[:, 2] == side]
                 if len(mine):

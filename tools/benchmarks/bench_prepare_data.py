@@ -38,7 +38,7 @@ def write_text(file: Path, count: int) -> None:
     """Lines with ``count`` bytes of text."""
     with file.open("w", encoding="utf-8") as lines:
         for source in sources.python_packages():
-            text = source.path.read_text(encoding="utf-8")
+            text = Path(source.path).read_text(encoding="utf-8")
             lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n" if text else "")
             count -= source.size
             if count <= 0:
