@@ -149,7 +149,7 @@ class _Part:
             summary.tokens += len(ids) + len(end)
             summary.bytes += size
         if batch:
-            numpy.concatenate(batch).tofile(self._file)
+            self._file.write(numpy.concatenate(batch))
         self._texts.clear()
         self._waiting = 0
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import sysconfig
@@ -68,7 +69,7 @@ def zstd(file: Any, **_: Any) -> Any:
     """The reader of .zst: zstandard, which fsspec takes, ends without an error where a file was cut short."""
     import pyarrow
 
-    return pyarrow.CompressedInputStream(file, "zstd")
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), 1 << 20)
 
 
 def file_system(path: str) -> tuple[Any, str]:
@@ -193,7 +194,9 @@ def _remote(place: str, left_out: Counter[str]) -> list[Source]:
     for name, info in sorted(found.items(), key=lambda file: _hash(os.path.relpath(file[0], path))):
         if folder and not _kind(name):
             left_out[_suffix(name) or name] += 1
-        elif not any(part.startswith(".") for part in PurePosixPath(os.path.relpath(name, path)).parts):
+        elif not any(
+            part.startswith((".", "__pycache__")) for part in PurePosixPath(os.path.relpath(name, path)).parts
+        ):
             state = repr(sorted((key, str(value)) for key, value in info.items()))
             sources.append(_source(files.unstrip_protocol(name), info.get("size"), state))
     if not sources:

@@ -65,7 +65,7 @@ class Writer:
                 mine = rows[rows[:, 2] == side]
                 if len(mine):
                     with output.open(".bin", "ab") as file:
-                        (batch if len(mine) == len(rows) else batch[sides == side]).tofile(file)
+                        file.write(batch if len(mine) == len(rows) else batch[sides == side])
                     output.lengths.append(mine[:, 0].astype(numpy.int32))
                     output.tokens += int(mine[:, 0].sum())
                     output.bytes += int(mine[:, 1].sum())
@@ -83,9 +83,10 @@ class Writer:
         for output in self.outputs:
             count = output.documents
             lengths = numpy.concatenate([numpy.empty(0, numpy.int32), *output.lengths])
-            ends = lengths.cumsum(dtype=numpy.int64) * numpy.dtype(self.dtype).itemsize
+            size, name = numpy.dtype(self.dtype).itemsize, numpy.dtype(self.dtype).name
+            ends = lengths.cumsum(dtype=numpy.int64) * size
             with output.open(".idx", "wb") as file:
-                file.write(HEADER.pack(MARK, 1, DTYPE_CODES[numpy.dtype(self.dtype).name], count, count + 1))
-                lengths.tofile(file)
-                (ends - lengths * numpy.int64(numpy.dtype(self.dtype).itemsize)).tofile(file)
-                numpy.arange(count + 1, dtype=numpy.int64).tofile(file)
+                file.write(HEADER.pack(MARK, 1, DTYPE_CODES[name], count, count + 1))
+                file.write(lengths)
+                file.write(ends - lengths * numpy.int64(size))
+                file.write(numpy.arange(count + 1, dtype=numpy.int64))
