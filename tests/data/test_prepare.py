@@ -25,8 +25,8 @@ from tests.data import small
 FILES = (".bin", ".idx", ".json", "_held_out.bin", "_held_out.idx", "_held_out.json")
 # The command with small tasks, so that a small text has many.
 COMMAND = (
-    "import sys; from megatron_router_upcycling import cli, data; import megatron_router_upcycling.data.readers;"
-    "data.readers.SMALLEST_TASK = 1 << 19; sys.exit(cli.main())"
+    "import sys; from megatron_router_upcycling import cli\n"
+    "from megatron_router_upcycling.data import readers as r; r.SMALLEST_TASK = 1 << 19; sys.exit(cli.main())"
 )
 
 
