@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# datatrove 0.10.1's JsonlReader ends a file at the first byte that is not UTF-8: the good lines after it are lost, with a
-# warning in the task's log, and the task counts as completed, so that a second run does not read them either. The same
-# byte escaped (\u00e9) or one line that is no JSON costs that line only. Exits 0 while that is so, 1 where it has changed.
+# datatrove 0.10.1's JsonlReader gives up a file at a byte that is not UTF-8: the good lines after it are lost, and those
+# before it that were read with it, with a warning in the task's log. The task counts as completed, so a second run does
+# not read them either. A line that is no JSON costs that line only. Exits 0 while that is so, 1 where it has changed.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -26,7 +26,7 @@ FAILED = "failed"  # a file with the reason, beside the parts
 
 
 class WorkerLost(UserError):
-    """A worker was killed; its finished tasks stay."""
+    """A worker was killed, or a job of Slurm has ended; finished tasks stay."""
 
 
 class Local(LocalPipelineExecutor):
@@ -122,7 +122,7 @@ class Slurm(SlurmPipelineExecutor):
             if left and not queued:
                 with contextlib.suppress(OSError):
                     raise UserError((self.work / FAILED).read_text(encoding="utf-8"))
-                raise UserError(
+                raise WorkerLost(
                     f"--executor slurm: job {self.job_id} has ended without {len(left)} of its tasks; see"
                     f" {self.slurm_logs_folder}, and run the same command again to resume"
                 )

@@ -164,9 +164,10 @@ def run(job: Job, progress: Progress) -> tuple[list[Record], str]:
             publish.publish(job.work, job.prefixes, records, job.options.train_tokenizer is not None)
         except (KeyboardInterrupt, executors.WorkerLost) as error:
             done = len(list(job.work.glob("*.npz")))
+            if isinstance(error, executors.WorkerLost):
+                raise
             if not done:
                 shutil.rmtree(job.work, ignore_errors=True)
-            if not done or isinstance(error, executors.WorkerLost):
                 raise
             left = f"{done} finished parts are in {job.work}; run the same command again to resume"
             raise type(error)(left) from None

@@ -1,7 +1,7 @@
 """Documents of every kind of file: datatrove's readers, two of our own, and checks of what they give.
 
-datatrove's own reader of JSON lines passes over what it cannot parse, and ends a file at a byte that is not
-UTF-8. Here every row comes out: as a document, or with the reason why it is none.
+datatrove's own reader of JSON lines passes over what it cannot parse, and gives up a file at a byte that is
+not UTF-8. Here every row comes out: as a document, or with the reason why it is none.
 """
 
 import csv

@@ -132,9 +132,8 @@ def stop_after(count: int, how: int, words: tuple[str, ...], out: Path) -> subpr
 
 
 def done_parts(out: Path) -> dict[str, int]:
-    return {
-        path.name: path.stat().st_mtime_ns for path in out.with_name(f".{out.name}.parts").glob("*.tokens")
-    }
+    folder = out.with_name(f".{out.name}.parts") / "tasks/completions"
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*")}
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(texts, tokenizer, whole, tmp_path):

@@ -3,10 +3,10 @@
     .venv/bin/python tools/benchmarks/bench_prepare_data.py [--megatron ../Megatron-LM] [--other CHECKOUT]
 
 Beside it, on the same text with the same tokenizer and as many processes: Megatron-LM's
-``tools/preprocess_data.py``, and ``prepare-data`` of another checkout of this project, whose bytes must be the
-same. Text is Python source of installed packages. ``--normalizer NFKC`` makes a tokenizer that tiktoken does not
-serve. Whole commands are timed, in rounds in which all take turns; ratios are medians of the rounds'. Memory is
-the largest process's.
+``tools/preprocess_data.py``, and ``prepare-data`` of another checkout of this project, whose bytes must be
+the same. Text is Python source of installed packages. ``--normalizer NFKC`` makes a tokenizer that tiktoken
+does not serve. Whole commands are timed, in rounds in which all take turns; ratios are medians of rounds.
+Memory is the largest process's.
 """
 
 import argparse
