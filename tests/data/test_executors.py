@@ -1,4 +1,4 @@
-"""data/executors.py: tasks as array jobs of Slurm; scripts stand for Slurm's commands and run them at once."""
+"""data/executors.py: tasks as array jobs of Slurm; scripts stand for Slurm's commands and run them."""
 
 import os
 import subprocess
@@ -15,13 +15,14 @@ COMMANDS = {
 for script; do :; done  # the last argument
 echo "$@" >> {folder}/submitted; cat "$script" > {folder}/script
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
-for task in $(seq 0 $last); do RUN_OFFSET=0 SLURM_ARRAY_TASK_ID=$task bash "$script" > {folder}/out 2>&1; done
+for task in $(seq 0 $last); do RUN_OFFSET=0 SLURM_NODELIST=here SLURM_ARRAY_TASK_ID=$task bash "$script" > {folder}/out 2>&1; done
 echo Submitted batch job 7
 """,
     "srun": """#!/bin/bash
 while [ "$1" != launch_pickled_pipeline ]; do shift; done
 exec "$@"
 """,
+    "scontrol": "#!/bin/bash\necho here\n",
     "squeue": "#!/bin/bash\n",
 }
 
