@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -186,7 +187,8 @@ def run(job: Job, progress: Progress) -> tuple[list[Record], str]:
 def _given(job: Job) -> tuple[tokenizer.Tokenizer | None, str]:
     if job.place is None:
         return None, ""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; this one answers
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signal.signal, ignored) as pool:
         loaded, slow = pool.submit(tokenizer.load_apart, job.place).result()
     if job.options.end_of_document and loaded.end_of_document is None:
         raise UserError(f"--tokenizer {job.place}: has no end-of-document token; pass --no-end-of-document")

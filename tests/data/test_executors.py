@@ -15,7 +15,8 @@ COMMANDS = {
 for script; do :; done  # the last argument
 echo "$@" >> {folder}/submitted; cat "$script" > {folder}/script
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
-for task in $(seq 0 $last); do RUN_OFFSET=0 SLURM_NODELIST=here SLURM_ARRAY_TASK_ID=$task bash "$script" > {folder}/out 2>&1; done
+export RUN_OFFSET=0 SLURM_NODELIST=here
+for task in $(seq 0 $last); do SLURM_ARRAY_TASK_ID=$task bash "$script" > {folder}/out 2>&1; done
 echo Submitted batch job 7
 """,
     "srun": """#!/bin/bash
