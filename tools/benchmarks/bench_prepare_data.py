@@ -81,7 +81,15 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     if options.megatron:
         commands["preprocess_data"] = (sys.executable, theirs, *files, *flags, *workers)
     if options.other:
-        commands["other"] = ("env", f"PYTHONPATH={options.other}", *measuring.CLI, *ours, work / "other")
+        commands["other"] = (
+            "env",
+            "-C",
+            options.other,
+            f"PYTHONPATH={options.other}",
+            *measuring.CLI,
+            *ours,
+            work / "other",
+        )
     taken = measuring.Commands()
 
     def seconds(name: str) -> float:
