@@ -235,7 +235,7 @@ def _check_experts(args: Namespace, model: Any, router: Any, init: Any) -> None:
 
 def _is_packed(source: sources.Source) -> bool:
     """Whether a file may hold more text than it has bytes."""
-    return bool(source.compression) or source.kind in ("parquet", "arrow")
+    return bool(source.compressed) or source.kind in ("parquet", "arrow")
 
 
 def _texts() -> list[sources.Source]:

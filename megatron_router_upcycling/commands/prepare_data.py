@@ -1,7 +1,6 @@
 """Text into what Megatron trains on."""
 
 import argparse
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,18 +16,18 @@ example:
   torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config moe.yaml --load ckpt/moe \\
       --train-data-path data/texts --valid-data-path data/texts_held_out
 
-A document is a line of .jsonl (its --text-key entry), an object of an array in .json, a row of .parquet or
-of a data set that datasets has saved, or a whole file of .txt or of code. All but the tables may end in .gz,
-.bz2, .xz or .zst. Text is UTF-8. Blank lines and empty texts are passed over; anything else that is no
-document is bad: the first one stops the command, unless --max-bad allows for it.
+A document is a line of .jsonl or an object of an array in .json (its --text-key entry), a row of .parquet,
+of .csv or of a data set that datasets has saved, a page of .warc or .wet, or a whole file of .txt or of code.
+All but .parquet may end in .gz, .bz2, .xz or .zst. SOURCE may be an address (s3://, hf://, https://).
+Text is UTF-8. Blank lines and empty texts are passed over; anything else that is no document is bad: the
+first one stops the command, unless --max-bad allows for it.
 
 PREFIX.bin and PREFIX.idx are written, PREFIX_held_out.bin and .idx with --held-out, PREFIX.tokenizer.model
 with --train-tokenizer, and beside each .bin a .json with what is in it: documents, tokens, bytes a token, the
 longest document, the tokenizer's vocabulary and digest, and what was skipped and why.
 
-Killed, the command goes on from its finished parts when it is given again, whatever --workers is, and ends
-with the same bytes. Memory goes by the longest document and --workers, not by the size of files; Megatron's
-writer keeps about 100 bytes a document.
+A command that was killed resumes when it is run again: finished tasks are skipped, and the bytes are the
+same, whatever --workers is.
 """
 
 
@@ -41,7 +40,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
     )
     command.add_argument(
-        "sources", metavar="SOURCE", type=Path, nargs="*", help="a file of text, a folder, a saved data set"
+        "sources", metavar="SOURCE", nargs="*", help="a file of text, a folder, a saved data set, an address"
     )
     command.add_argument("--output", metavar="PREFIX", type=Path, required=True, help="what to make")
     command.add_argument(
@@ -54,7 +53,20 @@ def add(commands: Any) -> None:
         "--train-tokenizer", metavar="N", type=int, help="train a sentencepiece one with N pieces on the text"
     )
     command.add_argument("--text-key", metavar="NAME", default="text", help="entry or column (default: text)")
-    command.add_argument("--workers", metavar="N", type=int, help="processes (default: all cores)")
+    command.add_argument("--workers", metavar="N", type=int, help="tasks at a time (default: all cores)")
+    command.add_argument(
+        "--executor",
+        choices=("local", "slurm"),
+        default="local",
+        help="this machine (default), or Slurm",
+    )
+    command.add_argument(
+        "--slurm",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="an option of sbatch: partition=cpu",
+    )
     command.add_argument(
         "--held-out", metavar="SHARE", type=float, default=0.0, help="of the documents, as 0.01 (default: 0)"
     )
@@ -72,7 +84,7 @@ def add(commands: Any) -> None:
         metavar="N",
         type=int,
         default=1 << 24,
-        help="a longer line or document is bad (default: 16 MiB); a worker takes some 130 times its size",
+        help="a longer line or document is bad (default: 16 MiB)",
     )
     command.add_argument(
         "--max-bad", metavar="N", type=int, default=0, help="leave out as many bad documents (default: 0)"
@@ -106,14 +118,18 @@ def run(args: argparse.Namespace) -> None:
         max_bytes=args.max_bytes,
         max_document_bytes=args.max_document_bytes,
         max_bad=args.max_bad,
-        workers=args.workers if args.workers is not None else len(os.sched_getaffinity(0)),
+        workers=args.workers,
+        executor=args.executor,
+        slurm=_sbatch_options(args),
         overwrite=args.overwrite,
     )
     job = prepare.prepare(_sources(args), args.output, args.tokenizer, options)
     with tokens_bar("prepare-data", job.bytes_to_read, args.quiet) as progress:
-        records = prepare.run(job, progress)
+        records, slow = prepare.run(job, progress)
     if args.quiet:
         return
+    if slow:
+        print(f"tokens by tokenizers, which is slower than tiktoken: {slow}")
     for prefix, made in zip(job.prefixes, records, strict=True):
         print(
             f"{prefix}: {made.documents:,} documents, {made.tokens:,} tokens ({made.dtype}) of {made.bytes:,}"
@@ -136,6 +152,15 @@ def _sources(args: argparse.Namespace) -> Any:
     if not found:
         raise UserError("SOURCE: name files or folders of text, or give --source-packages")
     return found, left_out
+
+
+def _sbatch_options(args: argparse.Namespace) -> dict[str, str]:
+    if args.slurm and args.executor != "slurm":
+        raise UserError("--slurm: is for --executor slurm")
+    for option in args.slurm:
+        if "=" not in option:
+            raise UserError(f"--slurm {option}: is not of the form KEY=VALUE, as partition=cpu")
+    return dict(option.removeprefix("--").split("=", 1) for option in args.slurm)
 
 
 def _listed(left_out: dict[str, int]) -> str:

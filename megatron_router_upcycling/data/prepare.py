@@ -1,29 +1,35 @@
-"""From files of text to ``PREFIX.bin`` and ``.idx``: in parts, by worker processes, put together in order.
+"""From files of text to ``PREFIX.bin`` and ``.idx``: in tasks of datatrove's executors, joined in order.
 
-While it is made, a hidden folder ``.NAME.parts`` beside PREFIX holds the parts that are done. A run that was
-stopped or killed leaves it, and the same command goes on from there. The same text and options give the same
-bytes, however many workers there are and however often the run was stopped.
+Meanwhile a hidden folder ``.NAME.parts`` beside PREFIX holds what finished tasks have written. A run that was
+killed leaves it, and the same command skips them. The same text and options give the same bytes, however many
+workers there are and however often the run was killed.
 """
 
 import contextlib
-import hashlib
+import itertools
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_router_upcycling.checkpoint.publish import lock
-from megatron_router_upcycling.data import chunks, parts, publish, sources, tokenizer, writer
-from megatron_router_upcycling.data.documents import Limits, Skipped, read
-from megatron_router_upcycling.data.line import Line, Progress, check_bad
+from megatron_router_upcycling.data import executors, parts, publish, readers, sources, tokenizer
 from megatron_router_upcycling.data.record import Record
-from megatron_router_upcycling.data.workers import Child, WorkerLost, spread
+from megatron_router_upcycling.data.writer import Output, Writer
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions, write_whole
 
-FORMAT = 1  # of the parts
+FORMAT = 2  # of the parts
+Tasks = list[list[readers.Piece]]
+# Called after each task: bytes of the files, tokens, and whether an earlier run had done it.
+Progress = Callable[[int, int, bool], None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,9 @@ class Options:
     max_bytes: int | None = None
     max_document_bytes: int = 1 << 24
     max_bad: int = 0
-    workers: int = 1
+    workers: int | None = None  # at a time: None for one a core, or for Slurm as many as it has room for
+    executor: str = "local"
+    slurm: dict[str, str] = field(default_factory=dict)  # options of sbatch
     overwrite: bool = False
 
 
@@ -64,12 +72,12 @@ class Job:
         return (self.output, held_out) if self.options.held_out else (self.output,)
 
     @property
-    def limits(self) -> Limits:
-        return Limits(self.options.text_key, self.options.max_document_bytes)
+    def limits(self) -> readers.Limits:
+        return readers.Limits(self.options.text_key, self.options.max_document_bytes)
 
     @property
-    def part_bytes(self) -> int:
-        return chunks.part_bytes(self.sources)
+    def work(self) -> Path:
+        return self.output.with_name(f".{self.output.name}.parts")
 
 
 def prepare(
@@ -84,97 +92,121 @@ def prepare(
     Raises:
         UserError: something is wrong with the options, the tokenizer or the place of the output.
     """
-    _check(options)
+    if not 0 <= options.held_out < 1:
+        raise UserError(f"--held-out {options.held_out}: must be from 0 to below 1, as 0.01")
+    positive = ("train_tokenizer", "max_tokens", "max_bytes", "max_document_bytes", "workers")
+    for name, least in {**dict.fromkeys(positive, 1), "max_bad": 0}.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if place:
         tokenizer.check(place)
     job = Job(*found, output.absolute(), place, options)
-    publish.check(job.prefixes, [source.path for source in job.sources], options.overwrite)
+    publish.check(job.prefixes, [Path(source.path) for source in job.sources], options.overwrite)
     return job
 
 
-def _check(options: Options) -> None:
-    if not 0 <= options.held_out < 1:
-        raise UserError(f"--held-out {options.held_out}: must be from 0 to below 1, as 0.01")
-    least = {
-        "train_tokenizer": 1,
-        "max_tokens": 1,
-        "max_bytes": 1,
-        "max_document_bytes": 1,
-        "max_bad": 0,
-        "workers": 1,
-    }
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None and value < bound:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {bound}")
+@dataclass
+class Told:
+    """What the parts have said, in the order of the text."""
+
+    empty: int = 0
+    bad_count: int = 0
+    bad: list[dict[str, Any]] = field(default_factory=list)  # the first of them, as the record has them
+    tiktoken_differs: int = 0  # parts
+    rows: Counter[int] = field(default_factory=Counter)  # of each source
+
+    def add(self, job: Job, task: list[readers.Piece], summary: parts.Summary) -> None:
+        """Count a part.
+
+        Raises:
+            UserError: now there are more bad documents than are allowed; names the first.
+        """
+        before, allowed = [], job.options.max_bad
+        for piece, rows in zip(task, summary.rows, strict=True):
+            before.append(self.rows[piece.source])
+            self.rows[piece.source] += rows
+        for number, row, why in summary.bad[: parts.LISTED - len(self.bad)]:
+            source = job.sources[task[number].source]
+            place: dict[str, Any] = {"file": source.path}
+            if unit := readers.UNITS.get(source.kind):
+                place[unit] = before[number] + row
+            self.bad.append({**place, "why": why})
+        self.empty += summary.empty
+        self.bad_count += summary.bad_count
+        self.tiktoken_differs += summary.tiktoken_differs
+        if self.bad_count > allowed:
+            file, *row_number, (_, why) = self.bad[0].items()
+            where = " ".join(map(str, [file[1], *itertools.chain(*row_number)]))
+            many = f"; {self.bad_count} documents like this are more than --max-bad {allowed}"
+            hint = "; fix it, or pass --max-bad N to leave out up to N such documents"
+            raise UserError(f"SOURCE {where}: {why}{many if allowed else hint}")
 
 
-def run(job: Job, progress: Progress) -> list[Record]:
-    """Make the data; return the records of its prefixes.
+def run(job: Job, progress: Progress) -> tuple[list[Record], str]:
+    """Make the data.
+
+    Returns:
+        The records of its prefixes, and why tokens came by tokenizers and not tiktoken, where they did.
 
     Raises:
         UserError: the text cannot be used, or the disk not be written; nothing is left then.
         KeyboardInterrupt: or its subclass for SIGTERM, with a text that says what was left.
     """
-    work = job.output.with_name(f".{job.output.name}.parts")
-    outputs = tuple(work / "out" / prefix.name for prefix in job.prefixes)
-    write = writer.Job(work, outputs, job.options.max_tokens, job.options.max_bytes)
-    with publish.parents_of(job.output), lock.held(job.output, "--output"), Child(write) as end:
-        given = _given(job)
+    with publish.parents_of(job.output), lock.held(job.output, "--output"):
+        given, slow = _given(job)
         try:
-            _open(work, job, given)
-            made = given or _trained(job, work)
-            counts, told = _make(job, made, work, progress, end)
-            _check_counts(job, counts)
-            records = [_record(job, made, told, count) for count in counts]
-            publish.publish(work, job.prefixes, records, job.options.train_tokenizer is not None)
-        except (KeyboardInterrupt, WorkerLost) as error:
-            done = len(list(work.glob("*.part")))
+            tasks = readers.tasks(job.sources, job.options.text_key)
+            _open(job, given)
+            made = given or _trained(job, tasks)
+            told, writer = _make(job, tasks, made, given is not None and not slow, progress)
+            writer.close()
+            records = [_record(job, made, told, output) for output in writer.outputs]
+            publish.publish(job.work, job.prefixes, records, job.options.train_tokenizer is not None)
+        except (KeyboardInterrupt, executors.WorkerLost) as error:
+            done = len(list(job.work.glob("*.npz")))
+            if isinstance(error, executors.WorkerLost):
+                raise
             if not done:
-                shutil.rmtree(work, ignore_errors=True)
+                shutil.rmtree(job.work, ignore_errors=True)
                 raise
-            if isinstance(error, WorkerLost):
-                raise
-            raise type(error)(f"{done} parts are in {work}; the same command goes on from there") from None
-        except OSError as error:
-            shutil.rmtree(work, ignore_errors=True)
-            raise UserError(f"--output {job.output}: cannot be written ({error.strerror or error})") from None
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
+            left = f"{done} finished parts are in {job.work}; run the same command again to resume"
+            raise type(error)(left) from None
+        except BaseException as error:
+            shutil.rmtree(job.work, ignore_errors=True)
+            if isinstance(error, OSError):
+                why = error.strerror or error
+                raise UserError(f"--output {job.output}: cannot be written ({why}); make room") from None
             raise
-        shutil.rmtree(work, ignore_errors=True)
-    return records
+        shutil.rmtree(job.work, ignore_errors=True)
+    if told.tiktoken_differs:
+        slow = f"in {told.tiktoken_differs} of {len(tasks)} parts tiktoken gives other tokens"
+    return records, slow
 
 
-def _given(job: Job) -> tokenizer.Tokenizer | None:
+def _given(job: Job) -> tuple[tokenizer.Tokenizer | None, str]:
     if job.place is None:
-        return None
-    with Child(tokenizer.Loader()) as loader:
-        loader.send(job.place)
-        loaded: tokenizer.Tokenizer = loader.receive()
+        return None, ""
+    ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; this one answers
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signal.signal, ignored) as pool:
+        loaded, slow = pool.submit(tokenizer.load_apart, job.place).result()
     if job.options.end_of_document and loaded.end_of_document is None:
         raise UserError(f"--tokenizer {job.place}: has no end-of-document token; pass --no-end-of-document")
-    return loaded
+    return loaded, slow
 
 
-def _open(work: Path, job: Job, given: tokenizer.Tokenizer | None) -> None:
+def _open(job: Job, given: tokenizer.Tokenizer | None) -> None:
     """Make the folder of parts, or keep it where the same text and options have made it."""
-    options = job.options
+    options, work = job.options, job.work
+    trained = [options.train_tokenizer, options.max_bytes, tokenizer.TRAINING_LINES]
     decisive = {
         "format": FORMAT,
         "text": sources.state_of(job.sources),
-        "part_bytes": job.part_bytes,
         "limits": asdict(job.limits),
         "held_out": [options.held_out, options.seed],
         "end_of_document": options.end_of_document,
-        "tokenizer": [options.train_tokenizer, options.max_bytes, tokenizer.TRAINING_LINES]
-        if given is None
-        else [
-            hashlib.sha256(_bytes(given.definition)).hexdigest(),
-            given.vocab_size,
-            given.encode_special_tokens,
-        ],
-        "versions": versions("megatron-router-upcycling", "tokenizers", "sentencepiece"),
+        "tokenizer": [given.sha256, given.vocab_size, given.encode_special_tokens] if given else trained,
+        "versions": versions("megatron-router-upcycling", "tokenizers", "tiktoken", "sentencepiece"),
     }
     file, content = work / "options.json", json.dumps(decisive, indent=2)
     if not (file.is_file() and file.read_text(encoding="utf-8") == content):
@@ -185,85 +217,92 @@ def _open(work: Path, job: Job, given: tokenizer.Tokenizer | None) -> None:
     (work / "out").mkdir()
 
 
-def _bytes(definition: str | bytes) -> bytes:
-    return definition if isinstance(definition, bytes) else definition.encode()
-
-
-def _trained(job: Job, work: Path) -> tokenizer.Tokenizer:
+def _trained(job: Job, tasks: Tasks) -> tokenizer.Tokenizer:
     """A tokenizer trained on the documents that are not held out."""
     assert job.options.train_tokenizer
-    file = work / publish.TOKENIZER
+    file = job.work / publish.TOKENIZER
     if not file.is_file():
         partial = file.with_suffix(".partial")
-        tokenizer.train(_training_texts(job), job.options.train_tokenizer, partial)
+        tokenizer.train(_training_texts(job, tasks), job.options.train_tokenizer, partial)
         partial.rename(file)
     return tokenizer.load(file)
 
 
-def _training_texts(job: Job) -> Iterator[str]:
-    bad, left = 0, job.options.max_bytes
-    for part in chunks.parts(job.sources, job.limits, job.part_bytes):
-        for chunk in part:
-            for found in read(chunk, job.limits):
-                if isinstance(found, Skipped):
-                    bad += 1
-                    check_bad(bad, found, job.options.max_bad)
-                    continue
-                text, size = found
-                if left is not None:
-                    left -= size
-                    if left < 0:
-                        return
-                if not parts.is_held_out(text, job.options.held_out, job.options.seed):
-                    yield text
+def _training_texts(job: Job, tasks: Tasks) -> Iterator[str]:
+    left, told = job.options.max_bytes, Told()
+    for task in tasks:
+        summary = parts.Summary()
+        for document in parts.documents(job.sources, task, job.limits, summary):
+            if left is not None:
+                left -= len(document.text.encode())
+                if left < 0:
+                    return
+            if not parts.is_held_out(document.text, job.options.held_out, job.options.seed):
+                yield document.text
+        told.add(job, task, summary)
 
 
 def _make(
-    job: Job, made: tokenizer.Tokenizer, work: Path, progress: Progress, end: Child
-) -> tuple[list[writer.Counts], parts.Summary]:
-    options = job.options
-    token = made.end_of_document if options.end_of_document else None
-    make = parts.Job(made, job.limits, options.held_out, options.seed, token, work)
-    line = Line(work, end, progress, options.max_tokens, options.max_bytes, options.max_bad)
-    with contextlib.ExitStack() as stack:
-        started = [Child(make) for _ in range(options.workers)]
-        children = [stack.enter_context(child) for child in started]
-        todo = line.tasks(chunks.parts(job.sources, job.limits, job.part_bytes))
-        for task, summary in spread(children, todo, line.wanted):
-            line.done(task, summary)
-    if not line.told.documents:
-        empty = line.told.empty
-        raise UserError(f"SOURCE: no document was found in {len(job.sources)} files ({empty} are empty)")
-    return line.end(), line.told
-
-
-def _check_counts(job: Job, counts: list[writer.Counts]) -> None:
-    for name, count in zip(("training", "held-out data"), counts, strict=False):
-        if not count.documents:
-            share = f"--held-out {job.options.held_out} of " if job.options.held_out else ""
+    job: Job, tasks: Tasks, made: tokenizer.Tokenizer, tiktoken: bool, progress: Progress
+) -> tuple[Told, Writer]:
+    options, work = job.options, job.work
+    end = made.end_of_document if options.end_of_document else None
+    how = (options.held_out, options.seed, made.vocab_size, end, made.encode_special_tokens, tiktoken)
+    parts.Job(job.sources, tasks, job.limits, *how).save(work, made.definition)
+    outputs = tuple(work / "out" / prefix.name for prefix in job.prefixes)
+    writer = Writer(outputs, tokenizer.optimal_dtype(made.vocab_size), options.max_tokens, options.max_bytes)
+    executor = _executor(job, len(tasks))
+    todo = executor.get_incomplete_ranks()
+    earlier = set(range(len(tasks))) - set(todo)
+    told, done, rank = Told(), set(earlier), 0
+    with contextlib.closing(executor.finished(todo, lambda: not writer.full)) as finished:
+        while rank < len(tasks) and not writer.full:
+            if rank not in done:
+                done.add(next(finished))
+                continue
+            tokens, table, summary = parts.load(work, rank, writer.dtype)
+            told.add(job, tasks[rank], summary)
+            writer.append(tokens, table)
+            progress(sum(piece.size for piece in tasks[rank]), summary.tokens, rank in earlier)
+            rank += 1
+    for name, output in zip(("training", "held-out data"), writer.outputs, strict=False):
+        if not output.documents:
+            share = f"--held-out {options.held_out} of " if options.held_out else ""
             raise UserError(
-                f"{share}the text that SOURCE, --max-tokens and --max-bytes leave: no document for {name};"
-                " more text, or another share, would do"
+                f"{share}the text that SOURCE, --max-tokens and --max-bytes leave: no document for {name}"
+                f" ({told.empty} are empty); more text, or another share, would do"
             )
+    return told, writer
 
 
-def _record(job: Job, made: tokenizer.Tokenizer, told: parts.Summary, counts: writer.Counts) -> Record:
+def _executor(job: Job, tasks: int) -> executors.Local | executors.Slurm:
+    options, pipeline, logs = job.options, [parts.Tokenise(job.work)], str(job.work / "tasks")
+    if options.executor == "slurm":
+        return executors.Slurm(job.work, pipeline, tasks, options.workers, logs, options.slurm)
+    workers = options.workers or len(os.sched_getaffinity(0))
+    return executors.Local(pipeline, tasks, min(workers, tasks), logs)
+
+
+def _record(job: Job, made: tokenizer.Tokenizer, told: Told, output: Output) -> Record:
     trained = job.options.train_tokenizer is not None
     place = publish.tokenizer_of(job.output) if trained else made.place.absolute()
-    options = asdict(job.options) | {"sources": [str(source.path) for source in job.sources[: parts.LISTED]]}
-    for name in ("workers", "overwrite"):  # do not change what is written
+    options = asdict(job.options) | {"sources": [source.path for source in job.sources[: parts.LISTED]]}
+    for name in ("workers", "executor", "slurm", "overwrite"):  # do not change what is written
         options.pop(name)
     return Record(
-        **vars(counts),
-        bytes_per_token=round(counts.bytes / max(counts.tokens, 1), 4),
+        documents=output.documents,
+        tokens=output.tokens,
+        bytes=output.bytes,
+        bytes_per_token=round(output.bytes / max(output.tokens, 1), 4),
+        longest_document=output.longest_document,
         vocab_size=made.vocab_size,
         tokenizer=str(place),
         tokenizer_sha256=made.sha256,
         dtype=tokenizer.optimal_dtype(made.vocab_size).__name__,
         end_of_document=made.end_of_document if job.options.end_of_document else None,
         empty=told.empty,
-        skipped_count=told.bad,
-        skipped=[bad.entries() for bad in told.skipped],
+        skipped_count=told.bad_count,
+        skipped=told.bad,
         left_out=dict(job.left_out.most_common()),
         options=options,
         versions=versions("megatron-router-upcycling", "megatron-core", "tokenizers", "sentencepiece"),

@@ -4,15 +4,16 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 
 from megatron_router_upcycling.checkpoint import beside
+from megatron_router_upcycling.data import encoders
 from megatron_router_upcycling.errors import UserError, reason
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -21,12 +22,6 @@ PLACES = ("trim_offsets",)
 
 # Lines from which a tokenizer is trained, at most: sentencepiece holds them in memory.
 TRAINING_LINES = 2_000_000
-
-
-class Encoder(Protocol):
-    """Texts into tokens, in a worker."""
-
-    def encode(self, texts: list[str]) -> Sequence[Sequence[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -40,10 +35,8 @@ class Tokenizer:
     definition: str | bytes  # tokenizer.json of the tokenizers library, or a sentencepiece model
     encode_special_tokens: bool = False  # whether "<|endoftext|>" in a text is plain text
 
-    def encoder(self) -> Encoder:
-        if isinstance(self.definition, bytes):
-            return _SentencePiece(self.definition)
-        return _HuggingFace(self.definition, self.encode_special_tokens)
+    def encoder(self, tiktoken: bool = False) -> encoders.Encoder:
+        return encoders.of(self.definition, self.encode_special_tokens, tiktoken)
 
 
 def check(place: Path, flag: str = "--tokenizer") -> None:
@@ -68,16 +61,22 @@ def load(place: Path, flag: str = "--tokenizer") -> Tokenizer:
     return _load_sentencepiece(place, flag) if place.is_file() else _load_hugging_face(place, flag)
 
 
-class Loader:
+def load_apart(place: Path) -> tuple[Tokenizer, str]:
     """``load`` in a process of its own, without PyTorch: most of the time that transformers takes to import.
 
     It would stay without it there, and so not load models any more.
-    """
 
-    def start(self) -> Callable[[Path], Tokenizer]:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # not to be imported
-        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not there
-        return load
+    Returns:
+        The tokenizer, and why tiktoken cannot give its tokens; nothing if it can.
+    """
+    sys.modules["torch"] = None  # type: ignore[assignment]  # not to be imported
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not there
+    loaded = load(place)
+    try:
+        loaded.encoder(tiktoken=True)
+    except encoders.Unsuited as why:
+        return loaded, str(why)
+    return loaded, ""
 
 
 def of_folder(place: Path, trust_remote_code: bool = False) -> Any:
@@ -175,30 +174,6 @@ def _load_sentencepiece(place: Path, flag: str) -> Tokenizer:
     end = model.eos_id()
     digest = hashlib.sha256(definition).hexdigest()
     return Tokenizer(place, digest, model.get_piece_size(), end if end >= 0 else None, definition)
-
-
-class _HuggingFace:
-    def __init__(self, definition: str, encode_special_tokens: bool) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are as many as there shall be
-        import tokenizers
-
-        self._tokenizer = tokenizers.Tokenizer.from_str(definition)
-        self._tokenizer.encode_special_tokens = encode_special_tokens
-        # Without the characters' places, which nobody asks for; older versions always find them.
-        self._encode = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [encoded.ids for encoded in self._encode(texts)]
-
-
-class _SentencePiece:
-    def __init__(self, definition: bytes) -> None:
-        import sentencepiece
-
-        self._model = sentencepiece.SentencePieceProcessor(model_proto=definition)
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return self._model.encode(texts, num_threads=1)
 
 
 def train(documents: Iterable[str], vocab_size: int, model_file: Path) -> None:

@@ -1,108 +1,92 @@
-"""Parts put together in order, by Megatron's own writer."""
+"""Parts put together in order: the bytes of Megatron's ``IndexedDatasetBuilder``, a part at a time.
 
-import contextlib
-import logging
-import os
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+Importing Megatron for it would take longer than all the rest for a small text.
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.data import parts
-from megatron_router_upcycling.errors import UserError, reason
+import numpy
+
+from megatron_router_upcycling.data.agreement import HEADER, MARK
+
+DTYPE_CODES = {"uint16": 8, "int32": 4}  # megatron.core.datasets.indexed_dataset.DType
+DOCUMENTS = 1 << 14  # that are copied at a time
 
 
 @dataclass
-class Counts:
-    """What was written to one prefix."""
+class Output:
+    """One prefix that is written."""
 
-    documents: int = 0
+    prefix: Path
     tokens: int = 0
     bytes: int = 0
-    longest_document: int = 0
+    lengths: list[Any] = field(default_factory=list)  # int32 [D] of each batch of documents
+
+    @property
+    def documents(self) -> int:
+        return sum(map(len, self.lengths))
+
+    @property
+    def longest_document(self) -> int:
+        return max((int(lengths.max()) for lengths in self.lengths), default=0)
+
+    def open(self, suffix: str, mode: str) -> Any:
+        return self.prefix.with_name(self.prefix.name + suffix).open(mode)
 
 
-@dataclass(frozen=True)
-class Job:
-    """How the data is put together: files ``prefix``.bin and .idx, and beside them those that are held out.
+class Writer:
+    """Writes files ``prefix``.bin and .idx, and beside them those of what is held out.
 
     The document that would exceed ``max_tokens`` or ``max_bytes``, held-out ones counted in, is the first
     that is left out.
     """
 
-    folder: Path  # of the parts
-    prefixes: tuple[Path, ...]  # of training and, where there are any, held-out documents
-    max_tokens: int | None
-    max_bytes: int | None
+    def __init__(
+        self, prefixes: tuple[Path, ...], dtype: Any, max_tokens: int | None, max_bytes: int | None
+    ) -> None:
+        self.outputs = [Output(prefix) for prefix in prefixes]
+        self.dtype, self._limits, self.full = dtype, (max_tokens, max_bytes), False
+        for output in self.outputs:
+            output.open(".bin", "wb").close()
 
-    def start(self) -> "Writer":
-        return Writer(self)
+    def append(self, tokens: Any, table: Any) -> None:
+        """Append a part: its tokens [N] and its table [D, 3] (see ``parts.load``)."""
+        fitting = 0 if self.full else self._fitting(table)
+        self.full |= fitting < len(table)
+        table = table[:fitting]
+        ends = numpy.concatenate([[0], table[:, 0].cumsum()])
+        for first in range(0, len(table), DOCUMENTS):
+            rows = table[first : first + DOCUMENTS]
+            batch = tokens[ends[first] : ends[first + len(rows)]]
+            sides: Any = numpy.repeat(rows[:, 2], rows[:, 0])
+            for side, output in enumerate(self.outputs):
+                mine = rows[rows[:, 2] == side]
+                if len(mine):
+                    with output.open(".bin", "ab") as file:
+                        file.write(batch if len(mine) == len(rows) else batch[sides == side])
+                    output.lengths.append(mine[:, 0].astype(numpy.int32))
+                    output.tokens += int(mine[:, 0].sum())
+                    output.bytes += int(mine[:, 1].sum())
 
-
-class Writer:
-    """Appends parts, in a process of its own: importing Megatron takes seconds that others use."""
-
-    def __init__(self, job: Job) -> None:
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled; a third of the time to import Megatron
-        with warnings.catch_warnings():  # about GPU libraries that are not there: nothing to do with data
-            warnings.simplefilter("ignore")
-            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-            from megatron.core.datasets import indexed_dataset
-        self._megatron = indexed_dataset
-        self._job = job
-        self._counts = [Counts() for _ in job.prefixes]
-        self._builders: list[Any] = []
-        self._full = False
-
-    def __call__(self, number: int | None) -> list[Counts]:
-        """Append the part of that number; None, after one part at least, ends the data.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        with self._disk():
-            if number is not None:
-                self._append(*parts.load(self._job.folder, number))
-            else:
-                for prefix, builder in zip(self._job.prefixes, self._builders, strict=True):
-                    builder.finalize(self._megatron.get_idx_path(str(prefix)))
-        return self._counts
-
-    def _append(self, tokens: Any, table: Any) -> None:
-        if not self._builders:
-            self._builders = [
-                self._megatron.IndexedDatasetBuilder(
-                    self._megatron.get_bin_path(str(prefix)), dtype=tokens.dtype.type
-                )
-                for prefix in self._job.prefixes
-            ]
-        start = 0
-        for count, size, side in table.tolist():
-            if self._full or self._exceeds(count, size):
-                self._full = True
-                return
-            builder, counts = self._builders[side], self._counts[side]
-            builder.add_document(tokens[start : start + count], [count])
-            start += count
-            counts.documents += 1
-            counts.tokens += count
-            counts.bytes += size
-            counts.longest_document = max(counts.longest_document, count)
-
-    def _exceeds(self, count: int, size: int) -> bool:
-        job, tokens, text = self._job, count, size
-        for counts in self._counts:
-            tokens += counts.tokens
-            text += counts.bytes
-        return (job.max_tokens is not None and tokens > job.max_tokens) or (
-            job.max_bytes is not None and text > job.max_bytes
+    def _fitting(self, table: Any) -> int:
+        """How many of the documents come before the first that exceeds a limit."""
+        so_far = (sum(output.tokens for output in self.outputs), sum(output.bytes for output in self.outputs))
+        return min(
+            int((before + table[:, column].cumsum() <= limit).sum()) if limit is not None else len(table)
+            for column, (before, limit) in enumerate(zip(so_far, self._limits, strict=True))
         )
 
-    @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            place = self._job.prefixes[0].parent
-            raise UserError(f"--output: {place} cannot be written ({reason(error)}); make room") from None
+    def close(self) -> None:
+        """Write the indices."""
+        for output in self.outputs:
+            count = output.documents
+            lengths = numpy.concatenate([numpy.empty(0, numpy.int32), *output.lengths])
+            size, name = numpy.dtype(self.dtype).itemsize, numpy.dtype(self.dtype).name
+            ends = lengths.cumsum(dtype=numpy.int64) * size
+            with output.open(".idx", "wb") as file:
+                file.write(HEADER.pack(MARK, 1, DTYPE_CODES[name], count, count + 1))
+                file.write(lengths)
+                file.write(ends - lengths * numpy.int64(size))
+                file.write(numpy.arange(count + 1, dtype=numpy.int64))

@@ -1,20 +1,18 @@
 """Time and memory of ``router-upcycle prepare-data`` on a file of JSON lines.
 
-    .venv/bin/python tools/benchmarks/bench_prepare_data.py --megatron ../Megatron-LM [--megabytes 100]
+    .venv/bin/python tools/benchmarks/bench_prepare_data.py [--megatron ../Megatron-LM] [--other CHECKOUT]
 
-Beside it, on the same text with the same tokenizer and as many processes: the tokenizers library alone, with
-the text in memory and nothing kept of the tokens, and Megatron-LM's ``tools/preprocess_data.py``, whose bytes
-must be the same. Without ``--megatron`` the latter is left out. Text is Python source of installed packages.
-Whole commands are timed, in rounds in which all take turns; ratios are medians of the rounds'. Memory is the
-largest process's.
+Beside it, on the same text with the same tokenizer and as many processes: Megatron-LM's
+``tools/preprocess_data.py``, and ``prepare-data`` of another checkout of this project, whose bytes must be
+the same. Text is Python source of installed packages. ``--normalizer NFKC`` makes a tokenizer that tiktoken
+does not serve. Whole commands are timed, in rounds in which all take turns; ratios are medians of rounds.
+Memory is the largest process's.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,9 +21,6 @@ import measuring  # type: ignore[import-not-found]  # beside this file
 
 from megatron_router_upcycling.data import sources
 
-SPEED_LIMIT = 1.5  # times preprocess_data
-SHARE_LIMIT = 0.8  # of the tokenizer alone
-BATCH = 1 << 20  # characters
 # How Qwen2's tokenizer cuts text.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -38,7 +33,7 @@ def write_text(file: Path, count: int) -> None:
     """Lines with ``count`` bytes of text."""
     with file.open("w", encoding="utf-8") as lines:
         for source in sources.python_packages():
-            text = source.path.read_text(encoding="utf-8")
+            text = Path(source.path).read_text(encoding="utf-8")
             lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n" if text else "")
             count -= source.size
             if count <= 0:
@@ -50,12 +45,12 @@ def read_text(file: Path) -> list[str]:
         return [json.loads(line)["text"] for line in lines]
 
 
-def make_tokenizer(file: Path, folder: Path, vocabulary: int) -> None:
+def make_tokenizer(file: Path, folder: Path, vocabulary: int, normalizer: str) -> None:
     """A folder as Qwen's, trained on some of the text."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.normalizer = getattr(normalizers, normalizer)()
     cut = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level])
@@ -72,116 +67,79 @@ def make_tokenizer(file: Path, folder: Path, vocabulary: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def tokenise(file: Path, folder: Path, share: tuple[int, int], ready: Any, processor: Any) -> None:
-    """The tokenizer alone over every so many-th document; adds its processor time."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    batches: list[list[str]] = [[]]
-    for text in read_text(file)[share[0] :: share[1]]:
-        if sum(map(len, batches[-1])) >= BATCH:
-            batches.append([])
-        batches[-1].append(text)
-    ready.wait()
-    start = time.process_time()
-    for batch in batches:
-        tokenizer.encode_batch_fast(batch)
-    with processor.get_lock():
-        processor.value += time.process_time() - start
-    ready.wait()
-
-
-def tokenizer_alone(file: Path, folder: Path, workers: int) -> measuring.Usage:
-    context = multiprocessing.get_context("spawn")
-    ready, processor = context.Barrier(workers + 1), context.Value("d", 0.0)
-    processes = [
-        context.Process(target=tokenise, args=(file, folder, (number, workers), ready, processor))
-        for number in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    ready.wait()
-    start = time.perf_counter()
-    ready.wait()
-    seconds = time.perf_counter() - start
-    for process in processes:
-        process.join()
-    return measuring.Usage(seconds, processor.value, 0.0)
-
-
 def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     file, folder = work / "text.jsonl", work / "tokenizer"
     print(f"making {options.megabytes} MB of text and a tokenizer ...", file=sys.stderr)
     measuring.aside(write_text, file, options.megabytes * 10**6)
-    measuring.aside(make_tokenizer, file, folder, options.vocabulary)
-    output = ("--output", work / "ours", "--overwrite", "--quiet")
+    measuring.aside(make_tokenizer, file, folder, options.vocabulary, options.normalizer)
+    workers = ("--workers", options.workers)
+    ours = ("prepare-data", file, "--tokenizer", folder, "--overwrite", "--quiet", *workers, "--output")
     theirs = (options.megatron or Path()) / "tools/preprocess_data.py"
     flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder, "--append-eod")
     files = ("--input", file, "--output-prefix", work / "theirs", "--log-interval", "1000000")
-    workers = ("--workers", options.workers)
-    commands = {
-        "prepare-data": (*measuring.CLI, "prepare-data", file, "--tokenizer", folder, *output, *workers),
-        "preprocess_data": (sys.executable, theirs, *files, *flags, *workers),
-    }
+    commands = {"prepare-data": (*measuring.CLI, *ours, work / "ours")}
+    if options.megatron:
+        commands["preprocess_data"] = (sys.executable, theirs, *files, *flags, *workers)
+    if options.other:
+        commands["other"] = (
+            "env",
+            "-C",
+            options.other,
+            f"PYTHONPATH={options.other}",
+            *measuring.CLI,
+            *ours,
+            work / "other",
+        )
     taken = measuring.Commands()
 
     def seconds(name: str) -> float:
-        if name == "tokenizer alone":
-            alone = tokenizer_alone(file, folder, options.workers)
-            taken.taken.setdefault(name, []).append(alone)
-        else:
-            taken.take(name, *commands[name])
+        taken.take(name, *commands[name])
         return taken.taken[name][-1].seconds
 
-    names = ("prepare-data", "tokenizer alone", *(["preprocess_data"] if options.megatron else []))
-    rounds = measuring.take_turns(seconds, names, options.rounds, warm_up=0)
+    rounds = measuring.take_turns(seconds, tuple(commands), options.rounds, warm_up=0)
     record = json.loads((work / "ours.json").read_text())
-    same = None
-    if options.megatron:
-        same = all(
-            (work / f"ours{end}").read_bytes() == (work / f"theirs_text_document{end}").read_bytes()
-            for end in (".bin", ".idx")
-        )
+    prefixes = {"preprocess_data": "theirs_text_document", "other": "other"}
     return {
         "text_bytes": record["bytes"],
         "tokens": record["tokens"],
         "workers": options.workers,
         "seconds": rounds,
-        "ratios": {name: measuring.ratios(rounds[name], rounds["prepare-data"]) for name in names[1:]},
+        "ratios": {
+            name: measuring.ratios(rounds[name], rounds["prepare-data"])
+            for name in commands
+            if name != "prepare-data"
+        },
         "peak_memory_mb": taken.peak_mb(),
         "processor_seconds": taken.processor_seconds(),
-        "same_bytes": same,
+        "same_bytes": {
+            name: all(
+                (work / f"ours{end}").read_bytes() == (work / f"{prefixes[name]}{end}").read_bytes()
+                for end in (".bin", ".idx")
+            )
+            for name in commands
+            if name != "prepare-data"
+        },
     }
 
 
 def report(result: dict[str, Any]) -> str:
-    size, ratios = result["text_bytes"], result["ratios"]
+    size = result["text_bytes"]
     lines = [
         f"{size / 1e6:.0f} MB of text, {result['tokens']:,} tokens, {result['workers']} workers, medians:"
     ]
     for name, rounds in result["seconds"].items():
         seconds = median(rounds)
-        memory = result["peak_memory_mb"].get(name)
-        more = f", {result['processor_seconds'][name]:6.1f} s of processor time"
-        more += f", {memory:.0f} MB in the largest process" if memory else ""
-        lines.append(f"  {name:<16} {seconds:7.1f} s, {size / seconds / 1e6:6.2f} MB/s{more}")
-
-    def all_of(name: str) -> str:
-        return ", ".join(f"{ratio:.2f}" for ratio in ratios[name])
-
-    lines.append(
-        f"prepare-data is at {median(ratios['tokenizer alone']):.0%} of the tokenizer alone (goal:"
-        f" {SHARE_LIMIT:.0%}; rounds {all_of('tokenizer alone')})"
-    )
-    if "preprocess_data" in ratios:
         lines.append(
-            f"and {median(ratios['preprocess_data']):.2f} times as fast as Megatron-LM's preprocess_data"
-            f" (goal: {SPEED_LIMIT}; rounds {all_of('preprocess_data')}); the bytes are"
-            f" {'the same' if result['same_bytes'] else 'NOT THE SAME'}"
+            f"  {name:<16} {seconds:7.1f} s, {size / seconds / 1e6:6.2f} MB/s,"
+            f" {result['processor_seconds'][name]:6.1f} s of processor time,"
+            f" {result['peak_memory_mb'][name]:.0f} MB in the largest process"
         )
-    else:
-        lines.append("Megatron-LM's preprocess_data was not tried: name its checkout with --megatron")
+    for name, ratios in result["ratios"].items():
+        same = "the same" if result["same_bytes"][name] else "NOT THE SAME"
+        lines.append(
+            f"prepare-data is {median(ratios):.2f} times as fast as {name} (rounds"
+            f" {', '.join(f'{ratio:.2f}' for ratio in ratios)}); the bytes are {same}"
+        )
     return "\n".join(lines)
 
 
@@ -195,6 +153,8 @@ def checkout(text: str) -> Path:
 def main() -> None:
     parser = measuring.parser(__doc__)
     parser.add_argument("--megatron", type=checkout, metavar="DIR", help="a checkout of Megatron-LM")
+    parser.add_argument("--other", type=Path, metavar="DIR", help="another checkout of this project")
+    parser.add_argument("--normalizer", choices=("NFC", "NFKC"), default="NFC", help="(NFC)")
     parser.add_argument("--megabytes", type=int, default=100, help="of text (100)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(all cores)")
     parser.add_argument("--vocabulary", type=int, default=32000, help="of the tokenizer (32000)")

@@ -1,0 +1,182 @@
+"""Texts into tokens: by the tokenizers library, sentencepiece, or tiktoken where its tokens are the same."""
+
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy
+
+# GPT-2's rule, which the ByteLevel pre-tokeniser applies by itself.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Byte-level tokens write each byte as a character: itself where it can be printed, or one from 256 on.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))
+}
+# What two tokenizers could disagree about: scripts, white space, digits, accents, code, emoji.
+SAMPLE = [
+    "The quick brown fox's 12345 jumps; don't, I'LL we'd it\u2019s e\u0301 naïve Straße ŒUVRE ǅ ﬁ ½ ² ⅷ",
+    "Быстрая лиса, ελληνικά, עברית, العربية ١٢٣, हिन्दी में १२३, ไทย, 한국어 각, 日本語カタカナ ｶﾞ, 中文。",
+    "def f(x):\n\tif x:\r\n\r\n        return {'a': [1.5e-3]}  # \u00a0\u2003\u3000\u0085\u2028\n\n\n  \n x",
+    " leading, trailing  \t\v\f \n ",
+    "🙂👩‍👩‍👧🏽 \U0010ffff \ufeff \x00\x1f ﷽ Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯ a\u0338 \u1e9b\u0323 \uac00\u11a8 \u0344",
+    "<|endoftext|> <|im_start|>user<|im_end|> <s></s> [INST]",
+]
+
+
+class Encoder(Protocol):
+    """Texts into tokens, in a worker."""
+
+    def encode(self, texts: list[str]) -> Sequence[Any]: ...
+
+
+class Tokenizers:
+    """The library that tokenizer.json is made for."""
+
+    def __init__(self, definition: str, encode_special_tokens: bool) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers says how many processes there are
+        import tokenizers
+
+        self.tokenizer = tokenizers.Tokenizer.from_str(definition)
+        self.tokenizer.encode_special_tokens = encode_special_tokens
+        # Without the characters' places, which nobody asks for; older versions always find them.
+        self._encode = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoded.ids for encoded in self._encode(texts)]
+
+
+class SentencePiece:
+    def __init__(self, definition: bytes) -> None:
+        import sentencepiece
+
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=definition)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self._model.encode(texts, num_threads=1)
+
+
+def of(definition: str | bytes, encode_special_tokens: bool, tiktoken: bool) -> Encoder:
+    """The encoder of a tokenizer.json, or of a sentencepiece model.
+
+    Raises:
+        Unsuited: tiktoken shall give the tokens of tokenizer.json, and cannot.
+    """
+    if isinstance(definition, bytes):
+        return SentencePiece(definition)
+    return (TikToken if tiktoken else Tokenizers)(definition, encode_special_tokens)
+
+
+class Unsuited(Exception):
+    """Why tiktoken does not serve."""
+
+
+class TikToken:
+    """A byte-level BPE of tokenizer.json by tiktoken, several times as fast as by ``tokenizers``.
+
+    tiktoken merges whatever gives a token, lowest number first; ``tokenizers`` merges listed pairs in their
+    order. That is the same where numbers rise with the order of merges and every token's own bytes are merged
+    into that token: two neighbours that give a token have come about as they do in the token alone.
+
+    Raises:
+        Unsuited: the tokenizer is of another kind, or gives other tokens for ``SAMPLE``.
+    """
+
+    def __init__(self, definition: str, encode_special_tokens: bool) -> None:
+        import tiktoken
+
+        self._slow = Tokenizers(definition, encode_special_tokens)
+        content = json.loads(definition)
+        if (content["normalizer"] or {}).get("type", "NFC") != "NFC":
+            raise Unsuited("its normaliser is not NFC")
+        self._normalizer = self._slow.tokenizer.normalizer if content["normalizer"] else None
+        self._added = _added(content, encode_special_tokens)
+        longest_first = sorted(self._added, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+        if self._slow.tokenizer.encode("").ids:
+            raise Unsuited("it puts tokens around a text")
+        rule = _rule(content["pre_tokenizer"])
+        ranks = _ranks(content, encode_special_tokens)
+        # With no special token at all, tiktoken would look for the empty one at every character.
+        self._tiktoken = tiktoken.Encoding(
+            "", pat_str=rule, mergeable_ranks=ranks, special_tokens={"\0\0none": max(ranks.values()) + 1}
+        )
+        if [list(ids) for ids in self.encode(SAMPLE)] != self._slow.encode(SAMPLE):
+            raise Unsuited("its tokens differ for a sample of text")
+
+    def encode(self, texts: list[str]) -> list[Any]:
+        return [self._of_text(text) for text in texts]
+
+    def _of_text(self, text: str) -> Any:
+        if not self._split or not self._split.search(text):
+            return self._of_plain(text)
+        parts = self._split.split(text)  # plain text and added tokens take turns
+        found = [[self._added[part]] if n % 2 else self._of_plain(part) for n, part in enumerate(parts)]
+        return numpy.concatenate([numpy.asarray(ids, numpy.uint32) for ids in found])
+
+    def _of_plain(self, text: str) -> Any:
+        if self._normalizer and not text.isascii() and not unicodedata.is_normalized("NFC", text):
+            text = self._normalizer.normalize_str(text)
+        try:
+            return self._tiktoken.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # a million spaces in a row are too many for its regular expressions
+            return self._slow.encode([text])[0]
+
+
+def _added(content: dict[str, Any], encode_special_tokens: bool) -> dict[str, int]:
+    """The tokens that are found in the text before anything else."""
+    found = {}
+    for token in content["added_tokens"]:
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            raise Unsuited(f"its token {token['content']} takes white space or whole words")
+        if token["normalized"] and content["normalizer"]:
+            raise Unsuited(f"its token {token['content']} is looked for in normalised text")
+        if not (token["special"] and encode_special_tokens):
+            found[token["content"]] = token["id"]
+    return found
+
+
+def _rule(pre_tokenizer: dict[str, Any] | None) -> str:
+    """The regular expression that splits text, of ByteLevel or of a Split before it."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    match steps:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return GPT2
+        case [
+            {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            return rule
+    raise Unsuited("its pre-tokeniser is not a regular expression before bytes")
+
+
+def _ranks(content: dict[str, Any], encode_special_tokens: bool) -> dict[bytes, int]:
+    """Bytes of all tokens that merges can give, and their numbers."""
+    import tokenizers
+
+    model = content["model"]
+    odd = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if model["type"] != "BPE" or any(model.get(name) for name in odd):
+        raise Unsuited("its model is not a plain BPE")
+    vocabulary, merges = model["vocab"], model["merges"]
+    pairs = (pair if isinstance(pair, list) else pair.split(" ") for pair in merges)
+    order = [vocabulary["".join(pair)] for pair in pairs]
+    if order != sorted(order):
+        raise Unsuited("its merges are not in the order of its tokens")
+    bare = {"model": {**model, "ignore_merges": False}, "version": "1.0", "added_tokens": []}
+    parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
+    merging = tokenizers.Tokenizer.from_str(json.dumps(bare | dict.fromkeys(parts)))
+    added = {token["content"] for token in content["added_tokens"]}
+    ranks = {}
+    tokens = list(vocabulary)
+    for token, merged in zip(tokens, merging.encode_batch(tokens), strict=True):
+        if merged.ids == [vocabulary[token]] and all(character in BYTE_OF for character in token):
+            ranks[bytes(BYTE_OF[character] for character in token)] = vocabulary[token]
+        elif token not in added or (model.get("ignore_merges") and encode_special_tokens):
+            raise Unsuited(f"its merges do not give its token {vocabulary[token]}")
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        raise Unsuited("it lacks tokens for some bytes")
+    return ranks

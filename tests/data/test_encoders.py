@@ -1,0 +1,104 @@
+"""data/encoders.py: tiktoken gives the tokens of tokenizers, or is not used and says why."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+from megatron_router_upcycling.data import encoders
+from tests.data import small
+
+ODD = [*encoders.SAMPLE, *small.documents(60), "", " " * 3000, "<|im_end|>\u0338 e<|im_start|>\u0301"]
+
+
+def trained(kind: str) -> dict[str, Any]:
+    """tokenizer.json of a tokenizer of Qwen's or GPT-2's kind, trained on code."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    own = json.loads(small.byte_pairs().to_str())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500,
+        special_tokens=list(small.SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(Path(json.__file__).read_text().splitlines() + ODD, trainer)
+    content = json.loads(tokenizer.to_str())
+    if kind == "qwen":
+        content |= {name: own[name] for name in ("normalizer", "pre_tokenizer")}
+    content["added_tokens"][-1]["special"] = False
+    return content
+
+
+@pytest.mark.parametrize("kind", ["qwen", "gpt2"])
+@pytest.mark.parametrize("plain", [False, True], ids=["special tokens", "as plain text"])
+@pytest.mark.parametrize("ignore", [False, True], ids=["", "merges ignored"])
+def test_tokens_are_those_of_tokenizers(kind, plain, ignore):
+    content = trained(kind)
+    content["model"]["ignore_merges"] = ignore
+    if ignore and plain:
+        with pytest.raises(encoders.Unsuited, match="its merges do not give its token 0"):
+            encoders.of(json.dumps(content), plain, tiktoken=True)
+        return
+    fast, slow = (encoders.of(json.dumps(content), plain, tiktoken=way) for way in (True, False))
+    draw = random.Random(0)
+    letters = "aeitns \n\t'.0123éß日\u0301\u0338<|im_end|>🙂"
+    drawn = ["".join(draw.choices(letters, k=draw.randrange(80))) for _ in range(2000)]
+    texts = [*ODD, *drawn, Path(random.__file__).read_text(), " " * 1_200_000]
+    assert [list(ids) for ids in fast.encode(texts)] == slow.encode(texts)
+
+
+def swapped(content: dict[str, Any]) -> None:
+    merges = content["model"]["merges"]
+    merges[3], merges[4] = merges[4], merges[3]
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "normaliser": (lambda c: c.update(normalizer={"type": "NFKC"}), "its normaliser is not NFC"),
+    "prefix": (
+        lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        "pre-tokeniser",
+    ),
+    "order of merges": (swapped, "its merges are not in the order of its tokens"),
+    "a merge less": (lambda c: c["model"]["merges"].pop(), "its merges do not give its token 1499"),
+    "dropout": (lambda c: c["model"].update(dropout=0.1), "its model is not a plain BPE"),
+    "white space": (lambda c: c["added_tokens"][0].update(lstrip=True), "takes white space"),
+    "normalised": (lambda c: c["added_tokens"][0].update(normalized=True), "looked for in normalised text"),
+    "other kind": (
+        lambda c: c.update(pre_tokenizer={"type": "Whitespace"}),
+        "pre-tokeniser is not a regular",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_tokenizers_are_refused(name):
+    content = trained("qwen")
+    change, why = CHANGES[name]
+    change(content)
+    with pytest.raises(encoders.Unsuited, match=why):
+        encoders.of(json.dumps(content), False, tiktoken=True)
+
+
+def test_the_command_says_why_it_falls_back(tmp_path, capsys):
+    from megatron_router_upcycling import cli
+
+    place, text = (
+        small.hugging_face(tmp_path / "tokenizer"),
+        small.lines(tmp_path / "a.jsonl", ["one", "two"]),
+    )
+    words = ["prepare-data", str(text), "--tokenizer", str(place), "--output", str(tmp_path / "data")]
+    assert cli.main(words) == 0 and "tiktoken" not in capsys.readouterr().out
+    content = json.loads((place / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFKC"}
+    (place / "tokenizer.json").write_text(json.dumps(content))
+    assert cli.main([*words, "--overwrite"]) == 0
+    assert (
+        "tokens by tokenizers, which is slower than tiktoken: its normaliser is not NFC"
+        in capsys.readouterr().out
+    )
