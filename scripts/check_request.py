@@ -18,6 +18,7 @@ import one_pass
 import yaml
 
 from megatron_router_upcycling import cli
+from megatron_router_upcycling.checkpoint import read_config_json
 from megatron_router_upcycling.commands import convert, evaluate
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.conversion.options import parse_layers
@@ -25,7 +26,7 @@ from megatron_router_upcycling.data import sources, tokenizer
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.evaluation import runner
 from megatron_router_upcycling.files import write_whole
-from megatron_router_upcycling.hf import architecture, config_json, files
+from megatron_router_upcycling.hf import architecture, files
 from megatron_router_upcycling.planning import reading, setup
 from megatron_router_upcycling.routers import kinds
 
@@ -145,7 +146,7 @@ def _model(vocabulary_multiple: int) -> tuple[Any, dict[str, Any]]:
     if HAS_HF and not IMPORTED.is_file():
         files.refuse_adapter(HF, "--hf")
         path = HF / "config.json"
-        flags = config_json.to_flags(files.read_json(path), path, vocabulary_multiple)
+        flags = read_config_json.to_flags(files.read_json(path), path, vocabulary_multiple)
         return architecture.from_flags(flags), flags
     from megatron_router_upcycling.checkpoint.open import open_dense
     from megatron_router_upcycling.checkpoint.read_model import read_model

@@ -94,11 +94,11 @@ def test_a_mixture_computes_equations_6_to_8(folder: Path, name: str, layer: int
     expected = torch.zeros(5, router.config.num_experts, dtype=torch.float64)
     for t in range(5):
         for i in range(router.config.num_experts):
-            scores = [
-                max(float(w @ x[t].double() @ K[i * keys + c]) / math.sqrt(K.shape[1]) for c in range(keys))
-                for w in W
-            ]
-            expected[t, i] = max(scores) if router.config.pooling == "max" else sum(scores)
+            pool = max if router.config.pooling == "max" else sum
+            expected[t, i] = max(
+                pool(float(w @ x[t].double() @ K[i * keys + c]) / math.sqrt(K.shape[1]) for w in W)
+                for c in range(keys)
+            )
     torch.testing.assert_close(router.logits(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 

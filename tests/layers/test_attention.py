@@ -9,7 +9,7 @@ import torch
 from tests import launch
 
 S, B, D = 24, 2, 8
-TOLERANCE = 2e-6  # float32, values of order 1
+TOLERANCE = 5e-6
 
 
 def test_equal_to_megatrons_forward_and_backward() -> None:

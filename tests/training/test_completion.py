@@ -224,6 +224,8 @@ TRIED_ELSEWHERE = {
     "--data-cache-path": "test_data_flags.py",
     "--full-validation": "test_data_flags.py",
     "--ckpt-convert-format": "test_resuming.py",
+    "--moe-router-pre-softmax": "../commands/test_convert_cli.py",
+    "--no-moe-router-pre-softmax": "../commands/test_convert_cli.py",
 }
 
 
@@ -234,7 +236,7 @@ def test_every_flag_that_a_message_advises_is_given_in_a_test() -> None:
     given = mending | set(TRIED_ELSEWHERE)
     assert not {flag for flag in advised if not any(word.startswith(flag) for word in given)}
     for flag, file in TRIED_ELSEWHERE.items():
-        text = Path(__file__).with_name(file).read_text(encoding="utf-8")
+        text = (Path(__file__).parent / file).read_text(encoding="utf-8")
         assert flag in text or flag.lstrip("-").replace("-", "_") in text, (flag, file)
 
 

@@ -168,8 +168,10 @@ def test_expert_bias_begins_at_zero_and_goes_on(tmp_path: Path, moe: Path, moe_c
     stored = open_checkpoint(run)
     key = "decoder.layers.mlp.router.expert_bias"
     bias = [stored.read_layer(key, layer, bytearray()) for layer in range(LAYERS)]
-    # Each of three steps moved it by the rate, up or down.
-    assert all(1e-3 - 1e-6 < layer.abs().min() <= layer.abs().max() < 3e-3 + 1e-6 for layer in bias)
+    # Each of three steps moved it by the rate, up or down, or not where an expert had its even share.
+    for layer in bias:
+        steps = layer / 1e-3
+        assert (steps - steps.round()).abs().max() < 1e-3 and 1 <= steps.round().abs().max() <= 3
     longer = ("--train-iters", 4, "--override-opt-param-scheduler", "--load", run)
     text = launch.ranks(1, "pretrain", *flags[:2], *flags[4:], *longer, BIAS).ok().text
     assert "begins at zero" not in text and "left out" not in text
