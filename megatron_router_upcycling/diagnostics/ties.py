@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
+from megatron_router_upcycling.checkpoint.format.files import locate
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.diagnostics.stored_router import read_router, router_layers
 from megatron_router_upcycling.routers.likeness import tied_experts
-from megatron_router_upcycling.verify.verification import has_trained
+from megatron_router_upcycling.verify.verification import FRESH_ITERATION
 
 Ties = dict[int, tuple[tuple[int, int], ...]]  # layer -> pairs of experts
 
@@ -19,10 +20,11 @@ TOKENS = 64  # random ones, which tell gates apart if anything does
 
 def warn(root: str | Path) -> str | None:
     """The warning of ``describe`` about the converted checkpoint in ``root``, before it has trained."""
-    checkpoint = open_checkpoint(root)
-    record = manifest.read(checkpoint.root)
-    if record is None or has_trained(checkpoint):
+    root, folder = locate(Path(root))
+    record = manifest.read(root)
+    if record is None or folder.name != FRESH_ITERATION:
         return None
+    checkpoint = open_checkpoint(root)
     router = manifest.router_config(record, checkpoint.root / manifest.NAME)
     tokens = torch.randn(TOKENS, checkpoint.args.hidden_size, generator=torch.Generator().manual_seed(0))
     found = {

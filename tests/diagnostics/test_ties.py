@@ -66,6 +66,13 @@ def test_nothing_is_said_where_experts_differ(
     assert ties.warn(folder / "moe") is None
 
 
+def test_a_checkpoint_that_convert_did_not_make_is_not_opened(tmp_path: Path) -> None:
+    """Such as a Mixture-of-Experts in Megatron's older format, which a run resumes."""
+    (tmp_path / "iter_0000002/mp_rank_00_000").mkdir(parents=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    assert ties.warn(tmp_path) is None
+
+
 def test_shards_of_one_copy_are_not_ties() -> None:
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(5)).repeat_interleave(2, dim=1)
     assert tied_experts(logits, granularity=2) == ()
