@@ -90,7 +90,9 @@ while [[ $# -gt 0 && $1 != -- ]]; do
         parts=()
         while [[ $# -ge 2 && $2 != -* ]]; do
             # Several in one argument, unless it is a prefix with spaces in it.
-            [[ -f $2.bin ]] && parts+=("$2") || { read -ra words <<<"$2" && parts+=("${words[@]}"); }
+            words=("$2")
+            [[ -f $2.bin ]] || read -ra words <<<"$2"
+            parts+=("${words[@]}")
             shift
         done
         shift && continue

@@ -12,7 +12,7 @@ from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.dense_model import BUILD_DEFAULTS, MODEL_DEFAULTS
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from tests import dense_checkpoint as dense
-from tests import hf_models
+from tests import hf_models, launch
 
 RUN_CONFIG = {
     "num_layers": dense.LAYERS,
@@ -107,7 +107,14 @@ def test_the_tensors_say_what_a_checkpoint_is(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_megatron_builds_its_configuration_from_what_is_written(tmp_path: Path) -> None:
-    """Each argument that it asks for is there, with Megatron's own default."""
+    """Each argument that it asks for is there, with Megatron's own default. (In a process of its own: the
+    bridge to the CPU stays installed.)"""
+    code = f"from tests.checkpoint import test_described; test_described.build({str(tmp_path)!r})"
+    launch.python("-c", code).ok()
+
+
+def build(folder: str) -> None:
+    tmp_path = Path(folder)
     from argparse import ArgumentParser
 
     from megatron_router_upcycling.training.patches import cpu_backend
