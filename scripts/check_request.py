@@ -19,6 +19,7 @@ import yaml
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint import read_config_json
+from megatron_router_upcycling.checkpoint.format.files import TRACKER
 from megatron_router_upcycling.commands import convert, evaluate
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.conversion.options import parse_layers
@@ -35,7 +36,6 @@ CONFIG, DENSE_CONFIG = os.environ["CONFIG"], os.environ["DENSE_CONFIG"]
 DATA, TEXT = (os.environ[name].splitlines() for name in ("DATA", "TEXT"))
 HAS_HF, OWN_LENGTH, LOCAL = (bool(os.environ[name]) for name in ("HF", "ONE_PASS", "LOCAL"))
 REQUEST = WORK / "request.yaml"
-TRACKER = "latest_checkpointed_iteration.txt"
 IMPORTED = DENSE / TRACKER
 MARKED = 1 << 20  # bytes at both ends of a weights file that are looked at
 TEXT_DATA = WORK / "data/text.json"
@@ -262,8 +262,4 @@ def _check_tokenizer(data: list[str], values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    one_pass.run(main)

@@ -6,7 +6,7 @@ Sequences are as long as the dense model takes, up to 1024 tokens; a step has ab
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,14 @@ def main(dense: str, out: str, *prefixes: str) -> None:
     write_whole(Path(out), head + yaml.safe_dump(chosen))
 
 
-if __name__ == "__main__":
+def run(command: Callable[..., None]) -> None:
+    """Run a script's ``command`` with its words; a UserError ends it with one line and exit status 2."""
     try:
-        main(*sys.argv[1:])
+        command(*sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)
