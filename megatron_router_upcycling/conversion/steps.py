@@ -7,7 +7,7 @@ the new one it makes (``makes``) and what their values must be (``expects``, whi
 Symbols of shapes: L layers, n experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,10 @@ class Work:
     layers: tuple[int, ...] | None  # those that get experts; None: all
     stats: KeyStats | None
     scratch: bytearray  # for the largest chunk that something is made from
+
+    @property
+    def moe_layers(self) -> Sequence[int]:
+        return self.layers or range(self.model.num_layers)
 
 
 class Step:
@@ -271,13 +275,12 @@ class MakeRouters(Step):
         return {key: (shape, self.dtype) for key, shape in self.shapes().items()}
 
     def expects(self, work: Work) -> dict[str, Expected]:
-        layers = self.layers or range(work.model.num_layers)
         routers = InTurn(lambda: self._values(work))
         expected = {}
         for place, (key, shape) in enumerate(self.parameters):
 
             def value(layer: int, place: int = place) -> torch.Tensor:
-                return routers[layers.index(layer)][place]
+                return routers[work.moe_layers.index(layer)][place]
 
             if self.layers is None:
                 expected[key] = Computed(value, shape, 1).expected("routers")
@@ -288,7 +291,7 @@ class MakeRouters(Step):
 
     def _values(self, work: Work) -> Iterator[tuple[torch.Tensor, ...]]:
         """The parameters of one layer's router after the other."""
-        options, layers = work.options, self.layers or range(work.model.num_layers)
+        options, layers = work.options, work.moe_layers
         file = (work.stats, options.key_stats) if work.stats and options.key_stats else None
         return router_values(
             work.dense, work.model, options.router, options.init, file, options.seed, work.scratch, layers
@@ -296,8 +299,7 @@ class MakeRouters(Step):
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
         writer.next_file()
-        layers = self.layers or range(work.model.num_layers)
-        for layer, values in zip(layers, self._values(work), strict=True):
+        for layer, values in zip(work.moe_layers, self._values(work), strict=True):
             for (key, shape), value in zip(self.parameters, values, strict=True):
                 if not value.isfinite().all():
                     raise UserError(f"--key-stats: too large for {self.dtype} in layer {layer} ({key})")
