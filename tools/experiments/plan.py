@@ -106,13 +106,12 @@ class Plan:
     ) -> Stage:
         config, run = self.comparison.runs[name], _folder_name(name, seed)
         scratch, base = name in self.comparison.from_scratch, self.foundation
-        after = [] if scratch else [self.convert(name, seed)]
+        converted = None if scratch else self.convert(name, seed)
+        after = (converted,) if converted else (base.corpus,) if base else ()
         folder, module = self.output / save / run, PACKAGE + "pretrain"
         launcher = self.comparison.launcher
-        own = {"seed": seed, "load": [stage.output for stage in after] or None, "save": folder, **more}
+        own = {"seed": seed, "load": converted and converted.output, "save": folder, **more}
         own |= QUICK_MODEL if scratch and self.quick else {}
-        if scratch and base:
-            after.append(base.corpus)
         cache = {} if base else {"data_cache_path": self.output / "data_cache" / run}
         given = {
             name: value
@@ -127,7 +126,7 @@ class Plan:
             *flags(**cache | given | own),
         )
         title = f"{name}, seed {seed}: {verb}"
-        return Stage(f"{verb}-{run}", title, command, folder, (config,), tuple(after), resumes)
+        return Stage(f"{verb}-{run}", title, command, folder, (config,), after, resumes)
 
     def _start(self, config: Path) -> tuple[Path | None, Path | None, tuple[Stage, ...]]:
         """The dense checkpoint and key statistics that a run starts from, and the stages that make them."""
