@@ -107,7 +107,7 @@ def prepare(
 
 
 @dataclass
-class Told:
+class Counts:
     """What the parts have said, in the order of the text."""
 
     empty: int = 0
@@ -159,9 +159,9 @@ def run(job: Job, progress: Progress) -> tuple[list[Record], str]:
             tasks = readers.tasks(job.sources, job.options.text_key)
             _open(job, given)
             made = given or _trained(job, tasks)
-            told, writer = _make(job, tasks, made, given is not None and not slow, progress)
+            counts, writer = _make(job, tasks, made, given is not None and not slow, progress)
             writer.close()
-            records = [_record(job, made, told, output) for output in writer.outputs]
+            records = [_record(job, made, counts, output) for output in writer.outputs]
             publish.publish(job.work, job.prefixes, records, job.options.train_tokenizer is not None)
         except (KeyboardInterrupt, executors.WorkerLost) as error:
             done = len(list(job.work.glob("*.npz")))
@@ -179,8 +179,8 @@ def run(job: Job, progress: Progress) -> tuple[list[Record], str]:
                 raise UserError(f"--output {job.output}: cannot be written ({why}); make room") from None
             raise
         shutil.rmtree(job.work, ignore_errors=True)
-    if told.tiktoken_differs:
-        slow = f"in {told.tiktoken_differs} of {len(tasks)} parts tiktoken gives other tokens"
+    if counts.tiktoken_differs:
+        slow = f"in {counts.tiktoken_differs} of {len(tasks)} parts tiktoken gives other tokens"
     return records, slow
 
 
@@ -229,7 +229,7 @@ def _trained(job: Job, tasks: Tasks) -> tokenizer.Tokenizer:
 
 
 def _training_texts(job: Job, tasks: Tasks) -> Iterator[str]:
-    left, told = job.options.max_bytes, Told()
+    left, counts = job.options.max_bytes, Counts()
     for task in tasks:
         summary = parts.Summary()
         for document in parts.documents(job.sources, task, job.limits, summary):
@@ -239,12 +239,12 @@ def _training_texts(job: Job, tasks: Tasks) -> Iterator[str]:
                     return
             if not parts.is_held_out(document.text, job.options.held_out, job.options.seed):
                 yield document.text
-        told.add(job, task, summary)
+        counts.add(job, task, summary)
 
 
 def _make(
     job: Job, tasks: Tasks, made: tokenizer.Tokenizer, tiktoken: bool, progress: Progress
-) -> tuple[Told, Writer]:
+) -> tuple[Counts, Writer]:
     options, work = job.options, job.work
     end = made.end_of_document if options.end_of_document else None
     how = (options.held_out, options.seed, made.vocab_size, end, made.encode_special_tokens, tiktoken)
@@ -254,14 +254,14 @@ def _make(
     executor = _executor(job, len(tasks))
     todo = executor.get_incomplete_ranks()
     earlier = set(range(len(tasks))) - set(todo)
-    told, done, rank = Told(), set(earlier), 0
+    counts, done, rank = Counts(), set(earlier), 0
     with contextlib.closing(executor.finished(todo, lambda: not writer.full)) as finished:
         while rank < len(tasks) and not writer.full:
             if rank not in done:
                 done.add(next(finished))
                 continue
             tokens, table, summary = parts.load(work, rank, writer.dtype)
-            told.add(job, tasks[rank], summary)
+            counts.add(job, tasks[rank], summary)
             writer.append(tokens, table)
             progress(sum(piece.size for piece in tasks[rank]), summary.tokens, rank in earlier)
             rank += 1
@@ -270,9 +270,9 @@ def _make(
             share = f"--held-out {options.held_out} of " if options.held_out else ""
             raise UserError(
                 f"{share}the text that SOURCE, --max-tokens and --max-bytes leave: no document for {name}"
-                f" ({told.empty} are empty); more text, or another share, would do"
+                f" ({counts.empty} are empty); more text, or another share, would do"
             )
-    return told, writer
+    return counts, writer
 
 
 def _executor(job: Job, tasks: int) -> executors.Local | executors.Slurm:
@@ -283,7 +283,7 @@ def _executor(job: Job, tasks: int) -> executors.Local | executors.Slurm:
     return executors.Local(pipeline, tasks, min(workers, tasks), logs)
 
 
-def _record(job: Job, made: tokenizer.Tokenizer, told: Told, output: Output) -> Record:
+def _record(job: Job, made: tokenizer.Tokenizer, counts: Counts, output: Output) -> Record:
     trained = job.options.train_tokenizer is not None
     place = publish.tokenizer_of(job.output) if trained else made.place.absolute()
     options = asdict(job.options) | {"sources": [source.path for source in job.sources[: parts.LISTED]]}
@@ -300,9 +300,9 @@ def _record(job: Job, made: tokenizer.Tokenizer, told: Told, output: Output) -> 
         tokenizer_sha256=made.sha256,
         dtype=tokenizer.optimal_dtype(made.vocab_size).__name__,
         end_of_document=made.end_of_document if job.options.end_of_document else None,
-        empty=told.empty,
-        skipped_count=told.bad_count,
-        skipped=told.bad,
+        empty=counts.empty,
+        skipped_count=counts.bad_count,
+        skipped=counts.bad,
         left_out=dict(job.left_out.most_common()),
         options=options,
         versions=versions("megatron-router-upcycling", "megatron-core", "tokenizers", "sentencepiece"),
