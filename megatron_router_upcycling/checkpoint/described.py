@@ -73,10 +73,13 @@ def of_yaml(config: Path) -> dict[str, Any] | None:
 
 def check(config: Path, args: Namespace, root: Path) -> None:
     """Refuse a YAML file that differs from the training arguments in the checkpoint ``root``."""
-    given = megatron_arguments(flags) if (flags := of_yaml(config)) else Namespace()
+    flags = of_yaml(config)
+    if not flags:
+        return
+    given = megatron_arguments(flags)
     for flag, name in (ARCHITECTURE | NEGATED).items():
         asked, found = getattr(given, name, None), getattr(args, name, None)
-        if flags and flag in flags and name in args and asked != found:
+        if flag in flags and name in args and asked != found:
             raise UserError(
                 f"--config {config}: {name} {shown(asked)}, but the checkpoint {root} was trained with"
                 f" {shown(found)}"

@@ -75,7 +75,10 @@ def refuse_other_folders(folder: Path, flag: str) -> None:
 
 def _has_plain_weights(folder: Path) -> bool:
     """Whether the weights are in safetensors and not packed, as GPTQ and AWQ pack them beside such a file."""
-    headers = [path.open("rb").read(HEADER_BYTES) for path in folder.glob("*.safetensors")]
+    headers = []
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            headers.append(file.read(HEADER_BYTES))
     return bool(headers) and not any(b".qweight" in header for header in headers)
 
 

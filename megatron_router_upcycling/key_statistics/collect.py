@@ -127,7 +127,7 @@ def check(run: launch.Run) -> None:
             " configuration that the dense checkpoint was trained with"
         )
     groups = num_query_groups(args)
-    names = (*ARCHITECTURE.values(), *NEGATED.values())
+    names = (ARCHITECTURE | NEGATED).values()
     compared = {name: (getattr(args, name, None), getattr(trained, name, None)) for name in names}
     # Megatron's argument is 1 without grouped-query attention, until a run sets it to the number of heads.
     compared["num_query_groups"] = (groups, num_query_groups(trained))

@@ -63,7 +63,7 @@ def _common(plan: Plan) -> dict[str, Any]:
 def _architecture(plan: Plan) -> dict[str, Any]:
     """What training leaves as it is."""
     dense = vars(plan.dense.args)
-    names = (*ARCHITECTURE.values(), *NEGATED.values(), "num_query_groups")
+    names = (*(ARCHITECTURE | NEGATED).values(), "num_query_groups")
     kept = {name: dense[name] for name in names if dense.get(name) is not None}
     return kept | moe_arguments(plan.model, plan.options.router, plan.options.shared_expert, plan.layers)
 

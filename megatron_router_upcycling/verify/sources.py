@@ -66,7 +66,6 @@ class StoredTensor:
     def __init__(self, checkpoint: Checkpoint, files: DataFiles, key: str) -> None:
         self.checkpoint, self.files, self.key = checkpoint, files, key
         self.stored = checkpoint.tensors[key]
-        self.shape, self.dtype = self.stored.shape, self.stored.dtype
 
     def place(self, box: Box) -> Place | None:
         for chunk, _ in self.stored.overlapping(box):
