@@ -1,7 +1,6 @@
 """``router-upcycle``: the commands that run in one process, without Megatron.
 
-Torch is imported only once a command's arguments are known to be right, so that ``--help`` and mistakes
-answer at once.
+Torch is imported only after the arguments were checked, so that ``--help`` and mistakes answer at once.
 """
 
 import argparse
@@ -30,18 +29,11 @@ from megatron_router_upcycling.errors import Parser, Terminated, UserError
 COMMANDS = (prepare_data, import_hf, convert, export_hf, verify, inspect, report, evaluate, plan)
 
 
-class _Help(argparse.HelpFormatter):
-    """Wraps a text of one line; one of several, such as examples, stays as it is."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text if "\n" in text else super()._fill_text(text, width, indent)
-
-
 class _Parser(Parser):
     """The parser of ``router-upcycle``, and of each command."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, **options)
         self.register("type", Path, _local_path)
 
 
@@ -54,8 +46,26 @@ def _local_path(text: str) -> Path:
     return Path(text)
 
 
+def add_commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Add the commands to ``parser`` and return their parsers by name.
+
+    A command is a file with a function ``add_flags`` and a function ``run``. The docstring of the file is the
+    help: a title, a paragraph of description, and what follows the flags, examples first.
+    """
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for module in COMMANDS:
+        name = module.__name__.rpartition(".")[2].replace("_", "-")
+        title, description, epilog = str(module.__doc__).split("\n\n", 2)
+        command = commands.add_parser(
+            name, help=title, description=description.replace("\n", " "), epilog=epilog
+        )
+        module.add_flags(command)
+        command.set_defaults(run=module.run)
+    return commands.choices
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command's arguments, the function ``run`` of the command and the flags left to Megatron among them.
+    """The command's arguments, with its function ``run`` and, where it takes them, flags of Megatron.
 
     Raises:
         UserError: an argument is wrong, missing or unknown.
@@ -65,15 +75,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Turn a dense Megatron checkpoint into a Mixture-of-Experts by Router Upcycling.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in COMMANDS:
-        command.add(commands)
+    commands = add_commands(parser)
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
         parser.error("name a command; router-upcycle --help lists them")
     if rest and not getattr(args, "takes_megatron_flags", False):
-        known = commands.choices[args.command]._option_string_actions
-        near = difflib.get_close_matches(rest[0], known, n=1)
+        near = difflib.get_close_matches(rest[0], commands[args.command]._option_string_actions, n=1)
         hint = f"did you mean {near[0]}?" if near else f"see router-upcycle {args.command} --help"
         parser.error(f"unrecognized arguments: {' '.join(rest)}; {hint}")
     args.megatron_flags = rest
@@ -81,9 +88,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; exit status 0, 2 after a user's mistake, 130 or 143 when interrupted.
+    """Run a command and return the exit status: 0, 2 after a user's mistake, 130 or 143 when interrupted.
 
-    ``verify`` has 1 where something differs.
+    ``verify`` returns 1 where something differs.
     """
 
     def stop(number: int, frame: object) -> NoReturn:

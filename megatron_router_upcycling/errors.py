@@ -1,4 +1,4 @@
-"""The exceptions that end a command: a user's mistake (and a parser of flags that raises it), and SIGTERM."""
+"""The exceptions that end a command, and the parser of flags that raises them."""
 
 import argparse
 from typing import Any, NoReturn
@@ -9,9 +9,8 @@ LONGEST = 1000  # characters of a message: names and values in it may come from 
 class UserError(Exception):
     """A mistake that the user can fix.
 
-    The message is one line: it names the flag or file and says what would work. Every command line
-    entry prints it as ``error: MESSAGE`` on stderr, without a traceback, and exits with status 2. Line
-    ends and control characters in names that it repeats are shown as escapes. Any function that reads what a
+    The message is one line that names the flag or file and says what would work. Every command prints it as
+    ``error: MESSAGE`` on stderr, without a traceback, and exits with status 2. Any function that reads what a
     user gave may raise it; a docstring lists it only where it says more than that.
     """
 
@@ -20,41 +19,54 @@ class UserError(Exception):
 
 
 class OneRankError(UserError):
-    """A UserError that not every rank sees: the first that does has to print it."""
+    """A UserError that not every rank raises: the first that does has to print it."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which unwinds and says what is left as Ctrl-C does."""
+    """SIGTERM, handled as Ctrl-C is."""
+
+
+class _Help(argparse.HelpFormatter):
+    """Wraps a text of one line, keeps one of several as it is, and shows the defaults of flags."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action.default, bool | list | None) or action.default == argparse.SUPPRESS:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose errors are UserErrors."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Help} | options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
-    """``text`` as one line that a terminal can show, its middle left out where it is long."""
+    """``text`` as one line without control characters, its middle left out where it is long."""
     if len(text) > longest:
         text = f"{text[: longest // 2]} … {text[-longest // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: Any) -> str:
-    """A value from a file, for a message or a table: a number or name; of anything else its kind."""
+    """A value from a file, for a message or table: a number or string; of anything else the type."""
     if isinstance(value, str):
         return printable(value, 100)
-    if isinstance(value, bool | int | float | None):
-        return str(value)
-    return f"({type(value).__name__})"
+    return str(value) if isinstance(value, bool | int | float | None) else f"({type(value).__name__})"
 
 
 def reason(error: BaseException) -> str:
-    """What ``error`` says, for a message; its kind where it says nothing."""
+    """The text of ``error``, for a message; its type where it has none."""
     return printable(" ".join(str(error).split()), 200) or type(error).__name__
 
 
 def described(error: BaseException) -> str:
-    """The kind of ``error`` and what it says, for a message about one of another library."""
+    """The type and text of another library's ``error``, for a message."""
     return f"{type(error).__name__}: {reason(error)}"

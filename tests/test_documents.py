@@ -1,6 +1,5 @@
 """What documents, comments and scripts mention exists: files, modules, commands, headings, make targets."""
 
-import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_router_upcycling import cli
+from megatron_router_upcycling.errors import Parser
 from tests.repository import PACKAGE, ROOT, repository_files
 
 ROOTS = ("configs", "docs", "examples", "megatron_router_upcycling", "scripts", "tests", "tools")
@@ -88,16 +88,14 @@ def test_links_lead_somewhere(file: Path) -> None:
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=str)
 def test_commands_and_their_flags_exist(file: Path) -> None:
-    commands = argparse.ArgumentParser().add_subparsers()
-    for command in cli.COMMANDS:
-        command.add(commands)
+    commands = cli.add_commands(Parser())
     text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", " ")
     found = re.findall(r"router-upcycle ([a-z][a-z-]+)((?: [^`\n]*)?)", text)
     for name, _ in found:
-        assert name in commands.choices, f"{file} names router-upcycle {name}"
-    found += re.findall(rf"`({'|'.join(commands.choices)})( [^`\n]*)`", text.replace("\n", " "))
+        assert name in commands, f"{file} names router-upcycle {name}"
+    found += re.findall(rf"`({'|'.join(commands)})( [^`\n]*)`", text.replace("\n", " "))
     for name, rest in found:
-        parser = commands.choices[name]
+        parser = commands[name]
         if not parser.get_default("takes_megatron_flags"):
             given = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", rest.split("#")[0]))
             assert given <= set(parser._option_string_actions), f"{file}: router-upcycle {name} {rest}"

@@ -1,4 +1,5 @@
 """The commands of ``router-upcycle``, a file each.
 
-``add(commands)`` says what a command takes, for ``--help``; ``run(args)`` does it, importing torch only then.
+A file's docstring is what ``--help`` prints, ``add_flags`` adds its flags to a parser, and ``run`` runs the
+command, importing torch only then.
 """

@@ -1,10 +1,8 @@
-"""The paper's ten tasks, asked of a Hugging Face model."""
+"""Score a Hugging Face model on the paper's ten tasks.
 
-import argparse
-from pathlib import Path
-from typing import Any
+Score a model in Hugging Face format on the paper's ten zero-shot tasks, and print its scores beside the
+paper's. Needs the eval extra.
 
-EXAMPLES = """\
 tasks, by the paper's groups:
   understanding   openbookqa, openbookqa_fact
   reasoning       arc_challenge, arc_easy, hellaswag, winogrande
@@ -17,46 +15,37 @@ examples:
   router-upcycle evaluate hf/moe --tasks stdlib --dense Qwen1.5-0.5B
 
 FOLDER holds TASK/SPLIT.jsonl, TASK/SPLIT.parquet, the Hub's TASK/SPLIT-00000-of-00001.parquet or a data set
-that was saved with save_to_disk. Without --data-dir data comes from the Hugging Face Hub or its local cache
+that was saved with save_to_disk. Without --data-dir, data comes from the Hugging Face Hub or its local cache
 (HF_HUB_OFFLINE=1 for the cache alone). Code of data sets is never run.
 """
 
+import argparse
+from pathlib import Path
+from typing import Any
 
-def add(commands: Any) -> None:
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="ask a Hugging Face model the paper's ten tasks",
-        description="Ask a model in Hugging Face format the paper's ten zero-shot tasks, and print its scores"
-        " beside the paper's. Needs the eval extra.",
-        epilog=EXAMPLES,
-    )
-    evaluate.add_argument("model", metavar="HF_DIR", type=Path, help="the model's folder, tokenizer included")
+
+def add_flags(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("model", metavar="HF_DIR", type=Path, help="the model's folder, with its tokenizer")
+    evaluate.add_argument("--tasks", metavar="LIST", help="tasks or groups, by commas (default: the ten)")
+    evaluate.add_argument("--limit", metavar="N", type=int, help="only the first N questions of each task")
     evaluate.add_argument(
-        "--tasks", metavar="LIST", help="names of tasks or groups, comma between (default: the paper's ten)"
+        "--num-fewshot", metavar="N", type=int, default=0, help="examples before each question"
     )
-    evaluate.add_argument("--limit", metavar="N", type=int, help="the first N questions of each task only")
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="questions at a time")
     evaluate.add_argument(
-        "--num-fewshot", metavar="N", type=int, default=0, help="examples before each question (default: 0)"
-    )
-    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    evaluate.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: 8)")
-    evaluate.add_argument(
-        "--dense",
-        metavar="HF_DIR",
-        type=Path,
-        help="ask this model the same and show its scores beside: the dense one that HF_DIR was made from",
+        "--dense", metavar="HF_DIR", type=Path, help="score the original dense model too, for comparison"
     )
     evaluate.add_argument(
-        "--data-dir", metavar="FOLDER", type=Path, help="read the tasks' data from here and download nothing"
+        "--data-dir", metavar="FOLDER", type=Path, help="read the tasks' data here and download nothing"
     )
     evaluate.add_argument(
         "--output", metavar="DIR", type=Path, help="for the results (default: evaluation/NAME of HF_DIR)"
     )
-    evaluate.add_argument("--overwrite", action="store_true", help="replace results that --output holds")
+    evaluate.add_argument("--overwrite", action="store_true", help="replace results in --output")
     evaluate.add_argument(
         "--trust-remote-code", action="store_true", help="run modelling code that HF_DIR brings with it"
     )
-    evaluate.set_defaults(run=run)
 
 
 def options(args: argparse.Namespace) -> Any:

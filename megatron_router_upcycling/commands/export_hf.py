@@ -1,15 +1,8 @@
-"""A Megatron checkpoint into a Hugging Face folder."""
+"""Make a Hugging Face folder of a Megatron checkpoint.
 
-import argparse
-import time
-from pathlib import Path
-from typing import Any
+Make a Hugging Face folder of a converted or trained Mixture-of-Experts (Qwen2-MoE or Qwen3-MoE) or of a dense
+model (Qwen2 or Qwen3), which stock transformers, vLLM and SGLang load.
 
-from megatron_router_upcycling.commands.shared import DTYPES, add_output_flags, progress_bar
-
-SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-EXAMPLES = """\
 example:
   router-upcycle export-hf runs/moe Qwen1.5-0.5B-8x --dtype bfloat16
 
@@ -17,43 +10,34 @@ A mixture of routers with sum pooling and one key an expert is exactly one linea
 router: stock classes hold them. Max pooling, several keys an expert or an MLP need --modelling-code, and
 trust_remote_code where the folder is loaded.
 
-Qwen2-MoE has a shared expert beside the routed ones. Where MOE has none (convert --shared-expert), it is
-written as zeros and adds exactly nothing. Its width should be a multiple of the tensor parallel sizes that
-the model is served at. With --shared-expert-width 0 there is none, which transformers reports as missing
-weights.
+Qwen2-MoE has a shared expert. Where MOE has none (convert --shared-expert), one of zeros is written, which
+adds exactly nothing. Its width should be a multiple of the tensor parallel sizes that the model is served
+at. --shared-expert-width 0 leaves it out, which transformers reports as missing weights.
 """
 
+import argparse
+import time
+from pathlib import Path
 
-def add(commands: Any) -> None:
-    command = commands.add_parser(
-        "export-hf",
-        help="make a Hugging Face folder of a Megatron checkpoint",
-        description="Make a Hugging Face folder of a converted or trained Mixture-of-Experts (Qwen2-MoE or"
-        " Qwen3-MoE) or of a dense model (Qwen2 or Qwen3), which stock transformers, vLLM and SGLang load.",
-        epilog=EXAMPLES,
-    )
+from megatron_router_upcycling.commands.shared import DTYPES, progress_bar
+from megatron_router_upcycling.config.flags import add_output
+
+SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", metavar="MOE", type=Path, help="the Megatron checkpoint (torch_dist)")
     command.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     command.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as in MOE)")
+    command.add_argument("--tokenizer", metavar="DIR", type=Path, help="(default: the one of the training)")
+    command.add_argument("--max-shard-size", metavar="SIZE", type=_size, default="5GB", help="of a file")
     command.add_argument(
-        "--tokenizer", metavar="DIR", type=Path, help="its folder (default: the one that training used)"
+        "--shared-expert-width", metavar="N", type=int, help="of a shared expert of zeros (default: 128)"
     )
     command.add_argument(
-        "--max-shard-size", metavar="SIZE", type=_size, default="5GB", help="of a file (default: 5GB)"
+        "--modelling-code", action="store_true", help="write a modelling file where stock classes do not suit"
     )
-    command.add_argument(
-        "--shared-expert-width",
-        metavar="N",
-        type=int,
-        help="of the shared expert of zeros in Qwen2-MoE (default: 128); see below",
-    )
-    command.add_argument(
-        "--modelling-code",
-        action="store_true",
-        help="where stock classes cannot hold the router: write a modelling file beside the weights",
-    )
-    add_output_flags(command)
-    command.set_defaults(run=run)
+    add_output(command)
 
 
 def _size(text: str) -> int:

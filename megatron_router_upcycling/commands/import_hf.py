@@ -1,43 +1,34 @@
-"""A Hugging Face folder into a dense Megatron checkpoint."""
+"""Make a dense Megatron checkpoint of a Hugging Face folder.
 
-import argparse
-import time
-from pathlib import Path
-from typing import Any
+Make a dense Megatron checkpoint (torch_dist) of a Hugging Face folder with Qwen1.5, Qwen2, Qwen2.5 or Qwen3
+in safetensors. Any tensor and pipeline parallel size loads it.
 
-from megatron_router_upcycling.commands.shared import DTYPES, add_output_flags, progress_bar
-
-EXAMPLES = """\
 example:
   router-upcycle import-hf Qwen1.5-0.5B ckpt/dense
   torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys --config ckpt/dense/model.yaml \\
       --load ckpt/dense --output ckpt/key_stats.safetensors [flags for data]
 
-OUT/model.yaml holds the model's Megatron flags: give it as --config, or build a configuration on it with
-base: in YAML. OUT/tokenizer is the model's tokenizer, which model.yaml names.
+OUT/model.yaml holds the model's Megatron flags: give it as --config, or inherit from it with base: in YAML.
+OUT/tokenizer is the model's tokenizer, which model.yaml names.
 """
 
+import argparse
+import time
+from pathlib import Path
 
-def add(commands: Any) -> None:
-    command = commands.add_parser(
-        "import-hf",
-        help="make a dense Megatron checkpoint of a Hugging Face folder",
-        description="Make a dense Megatron checkpoint (torch_dist) of a Hugging Face folder with Qwen1.5,"
-        " Qwen2, Qwen2.5 or Qwen3 in safetensors. Any tensor and pipeline parallel size loads it.",
-        epilog=EXAMPLES,
-    )
+from megatron_router_upcycling.commands.shared import DTYPES, progress_bar
+from megatron_router_upcycling.config.flags import add_output
+
+
+def add_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="HF_DIR", type=Path, help="the folder of config.json")
     command.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
     command.add_argument("--dtype", choices=DTYPES, help="of the checkpoint (default: as in HF_DIR)")
     command.add_argument(
-        "--make-vocab-size-divisible-by",
-        metavar="N",
-        type=int,
-        default=128,
-        help="pad the embedding with zeros to a multiple of N (default: 128)",
-    )
-    add_output_flags(command)
-    command.set_defaults(run=run)
+        "--make-vocab-size-divisible-by", metavar="N", type=int, default=128,
+        help="pad the embedding with zeros to a multiple of N",
+    )  # fmt: skip
+    add_output(command)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,15 +1,7 @@
-"""Text into what Megatron trains on."""
+"""Make Megatron's training data of text.
 
-import argparse
-import time
-from collections import Counter
-from pathlib import Path
-from typing import Any
+Tokenise text in parallel tasks and write Megatron's .bin and .idx, whole or not at all.
 
-from megatron_router_upcycling.commands.shared import tokens_bar
-from megatron_router_upcycling.errors import UserError
-
-EXAMPLES = """\
 example:
   router-upcycle prepare-data texts/ more.jsonl.gz --tokenizer Qwen1.5-0.5B --held-out 0.01 \\
       --output data/texts
@@ -19,58 +11,49 @@ example:
 A document is a line of .jsonl or an object of an array in .json (its --text-key entry), a row of .parquet,
 of .csv or of a data set that datasets has saved, a page of .warc or .wet, or a whole file of .txt or of code.
 All but .parquet may end in .gz, .bz2, .xz or .zst. SOURCE may be an address (s3://, hf://, https://).
-Text is UTF-8. Blank lines and empty texts are passed over; anything else that is no document is bad: the
-first one stops the command, unless --max-bad allows for it.
+Text is UTF-8. Blank lines and empty texts are skipped; anything else that is no document is bad: the
+first one stops the command, unless --max-bad allows it.
 
 PREFIX.bin and PREFIX.idx are written, PREFIX_held_out.bin and .idx with --held-out, PREFIX.tokenizer.model
-with --train-tokenizer, and beside each .bin a .json with what is in it: documents, tokens, bytes a token, the
+with --train-tokenizer, and beside each .bin a .json that describes it: documents, tokens, bytes a token, the
 longest document, the tokenizer's vocabulary and digest, and what was skipped and why.
 
 A command that was killed resumes when it is run again: finished tasks are skipped, and the bytes are the
 same, whatever --workers is.
 """
 
+import argparse
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
-def add(commands: Any) -> None:
-    command = commands.add_parser(
-        "prepare-data",
-        help="make Megatron's training data of text",
-        description="Tokenise text in worker processes and write Megatron's .bin and .idx, whole or not at"
-        " all.",
-        epilog=EXAMPLES,
-    )
+from megatron_router_upcycling.commands.shared import tokens_bar
+from megatron_router_upcycling.config.flags import add_output
+from megatron_router_upcycling.errors import UserError
+
+
+def add_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "sources", metavar="SOURCE", nargs="*", help="a file of text, a folder, a saved data set, an address"
     )
     command.add_argument("--output", metavar="PREFIX", type=Path, required=True, help="what to make")
     command.add_argument(
-        "--tokenizer",
-        metavar="PLACE",
-        type=Path,
-        help="a Hugging Face folder, or a sentencepiece .model file",
+        "--tokenizer", metavar="PLACE", type=Path, help="a Hugging Face folder or sentencepiece .model file"
     )
     command.add_argument(
         "--train-tokenizer", metavar="N", type=int, help="train a sentencepiece one with N pieces on the text"
     )
-    command.add_argument("--text-key", metavar="NAME", default="text", help="entry or column (default: text)")
+    command.add_argument("--text-key", metavar="NAME", default="text", help="entry or column of the text")
     command.add_argument("--workers", metavar="N", type=int, help="tasks at a time (default: all cores)")
+    command.add_argument("--executor", choices=("local", "slurm"), default="local", help="where tasks run")
     command.add_argument(
-        "--executor",
-        choices=("local", "slurm"),
-        default="local",
-        help="this machine (default), or Slurm",
+        "--slurm", metavar="KEY=VALUE", action="append", default=[], help="option of sbatch: partition=cpu"
     )
     command.add_argument(
-        "--slurm",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="an option of sbatch: partition=cpu",
+        "--held-out", metavar="SHARE", type=float, default=0.0, help="of the documents, as 0.01"
     )
-    command.add_argument(
-        "--held-out", metavar="SHARE", type=float, default=0.0, help="of the documents, as 0.01 (default: 0)"
-    )
-    command.add_argument("--seed", type=int, default=0, help="chooses which are held out (default: 0)")
+    command.add_argument("--seed", type=int, default=0, help="chooses which documents are held out")
     command.add_argument(
         "--end-of-document",
         action=argparse.BooleanOptionalAction,
@@ -80,26 +63,12 @@ def add(commands: Any) -> None:
     command.add_argument("--max-tokens", metavar="N", type=int, help="stop before more than N tokens")
     command.add_argument("--max-bytes", metavar="N", type=int, help="stop before more than N bytes of text")
     command.add_argument(
-        "--max-document-bytes",
-        metavar="N",
-        type=int,
-        default=1 << 24,
-        help="a longer line or document is bad (default: 16 MiB)",
+        "--max-document-bytes", metavar="N", type=int, default=1 << 24, help="a longer document is bad"
     )
-    command.add_argument(
-        "--max-bad", metavar="N", type=int, default=0, help="leave out as many bad documents (default: 0)"
-    )
-    command.add_argument(
-        "--source-library", action="store_true", help="add the Python standard library to the sources"
-    )
-    command.add_argument(
-        "--source-packages",
-        action="store_true",
-        help="add the Python source of the packages that are installed in this environment",
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace PREFIX's files once all is made")
-    command.add_argument("--quiet", action="store_true", help="print errors only")
-    command.set_defaults(run=run)
+    command.add_argument("--max-bad", metavar="N", type=int, default=0, help="skip up to N bad documents")
+    command.add_argument("--source-library", action="store_true", help="add Python's standard library")
+    command.add_argument("--source-packages", action="store_true", help="add the installed Python packages")
+    add_output(command)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,51 +1,35 @@
-"""What several commands use."""
+"""Flags and progress bars that several commands have."""
 
 import argparse
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
-
-
-def add_output_flags(command: argparse.ArgumentParser) -> None:
-    """The flags of a command that makes OUT."""
-    command.add_argument("--overwrite", action="store_true", help="replace OUT once its successor is whole")
-    command.add_argument("--quiet", action="store_true", help="print errors only")
 
 
 def add_model_config(command: argparse.ArgumentParser) -> None:
     """The flag that describes a dense model."""
     command.add_argument(
-        "--config",
-        metavar="YAML",
-        type=Path,
-        help="the model's Megatron flags, as in model.yaml, where the checkpoint does not describe it",
+        "--config", metavar="YAML", type=Path, help="the model's Megatron flags, if not in the checkpoint"
     )
 
 
 @contextlib.contextmanager
-def progress_bar(name: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(name: str, total: int, quiet: bool) -> Iterator[Callable[[int], Any]]:
     """A progress bar over bytes, as the function to call after each write."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc=name, leave=False, disable=quiet or None) as bar:
-
-        def advance(count: int) -> None:
-            # What surrounds the values in a file is written too, and is not in the total.
-            bar.update(min(count, bar.total - bar.n))
-
-        yield advance
+    with _bar(name, total, quiet) as bar:
+        # Files hold a little more than the values, of which ``total`` is the size.
+        yield lambda count: bar.update(min(count, bar.total - bar.n))
 
 
 @contextlib.contextmanager
 def tokens_bar(name: str, total: int, quiet: bool) -> Iterator[Callable[[int, int, bool], None]]:
     """A progress bar over bytes of text with MB/s, tokens/s and the time left, as the function to call with
     bytes, tokens and whether an earlier run had done them."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc=name, leave=False, disable=quiet or None) as bar:
+    with _bar(name, total, quiet) as bar:
         tokens, start = 0, time.monotonic()
 
         def advance(count: int, new_tokens: int, before: bool) -> None:
@@ -59,3 +43,9 @@ def tokens_bar(name: str, total: int, quiet: bool) -> Iterator[Callable[[int, in
             bar.update(count)
 
         yield advance
+
+
+def _bar(name: str, total: int, quiet: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, desc=name, leave=False, disable=quiet or None)

@@ -1,40 +1,34 @@
-"""An upcycled checkpoint proved against the dense one."""
+"""Prove that an upcycled checkpoint is right.
+
+Read an upcycled checkpoint and the dense one that it was made of, and compare every value, bit for bit, with
+what convert makes of the dense one.
+
+example:
+  router-upcycle verify ckpt/dense ckpt/moe
+
+The exit status is 0 when nothing differs, 1 with a table of what differs, and 2 after a mistake (one of the
+two is no checkpoint, the key statistics are gone). The bytes that MOE shares with DENSE are read too: a
+value that changed in both is found by its checksum. Of a checkpoint that was trained since, only the
+structure, checksums and arguments are checked.
+"""
 
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 from megatron_router_upcycling.commands.shared import add_model_config, progress_bar
 from megatron_router_upcycling.errors import UserError
 
-EXAMPLES = """\
-example:
-  router-upcycle verify ckpt/dense ckpt/moe
 
-Exit status 0 when everything is as it must be, 1 with a table of what differs, 2 after a mistake (one of
-the two is no checkpoint, the key statistics are gone). Every byte of every value in MOE is read, the bytes
-that it shares with DENSE too: there, a value that changed in both is found by the checksum beside it. Of a
-checkpoint that has trained since, structure, checksums and arguments are checked; its values have changed.
-"""
-
-
-def add(commands: Any) -> None:
-    verify = commands.add_parser(
-        "verify",
-        help="prove that an upcycled checkpoint is what it must be",
-        description="Prove that an upcycled checkpoint is what it must be, by reading it and the dense one.",
-        epilog=EXAMPLES,
-    )
+def add_flags(verify: argparse.ArgumentParser) -> None:
     verify.add_argument("dense", metavar="DENSE", type=Path, help="the dense model's checkpoint")
-    verify.add_argument("moe", metavar="MOE", type=Path, help="what convert made of it, or training since")
+    verify.add_argument("moe", metavar="MOE", type=Path, help="what convert made of it, trained or not")
     verify.add_argument(
-        "--key-stats", metavar="FILE", type=Path, help="what the routers were made from (default: recorded)"
+        "--key-stats", metavar="FILE", type=Path, help="key statistics of the routers (default: recorded)"
     )
     add_model_config(verify)
-    verify.add_argument("--json", metavar="FILE", type=Path, help="write all that was found there as well")
-    verify.add_argument("--quiet", action="store_true", help="print what differs only")
-    verify.set_defaults(run=run)
+    verify.add_argument("--json", metavar="FILE", type=Path, help="write everything that was found there")
+    verify.add_argument("--quiet", action="store_true", help="print only what differs")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,11 +1,11 @@
-"""YAML files and flags into Megatron's arguments.
+"""This package's flags, and YAML files as defaults of flags.
 
-A configuration's entries are Megatron's own argument names (``num_layers: 24`` is ``--num-layers 24``;
-``swiglu: true`` is ``--swiglu``), an optional ``base:`` that names one or more files to build on, and an
-``upcycling:`` section with this package's options. What a checkpoint's manifest records stands below the
-YAML file, and a flag stands above both. An unknown name is an error.
+An entry of a YAML file is one of Megatron's argument names (``num_layers: 24`` is ``--num-layers 24``;
+``swiglu: true`` is ``--swiglu``), ``base:`` with one or more files to inherit from, or ``upcycling:`` with
+this package's options. The YAML file overrides the checkpoint's manifest, and flags override both. An unknown
+name is an error.
 
-Pure but for the parser that is handed in: imports neither torch nor Megatron.
+Pure: imports neither torch nor Megatron, whose parser the caller passes in.
 """
 
 import argparse
@@ -27,101 +27,90 @@ SHARED_WITH_MEGATRON = {
     "moe_router_topk": "top_k",
     "moe_router_pre_softmax": "pre_softmax",
 }
+# Names in an ``upcycling:`` section.
+OF_ROUTER = ("router", "num_routers", "pooling", "grouping", "locality_loss_coeff")
+SECTION = (*OF_ROUTER, "collect_iters", "key_source", "router_samples", *start.NAMES)
+
+
+def add_router(group: Any) -> None:
+    """The flags of a router that ``convert`` and training have."""
+    group.add_argument("--router", choices=KINDS, help="kind of router; linear is vanilla upcycling")
+    group.add_argument("--num-routers", type=int, help="routers in the mixture (default: one an expert)")
+    group.add_argument("--pooling", choices=POOLINGS, help="how router scores are combined (default: sum)")
+    group.add_argument("--grouping", choices=GROUPINGS, help="how heads are grouped (default: greedy)")
+
+
+def add_output(group: Any) -> None:
+    """The flags of a command that writes a result."""
+    group.add_argument("--overwrite", action="store_true", help="replace an output once the new one is whole")
+    group.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+def add_gpu(group: Any) -> None:
+    """The flags that describe a GPU, for ``plan`` and a rehearsal."""
+    group.add_argument("--gpu-memory-gib", metavar="GIB", type=positive, default=80, help="of one GPU")
+    group.add_argument(
+        "--peak-tflops", type=positive, default=989, help="of one GPU, dense, in bfloat16; 989 is an H100's"
+    )
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add this package's flags to Megatron's parser; the ``upcycling:`` section takes the same names."""
-    run = parser.add_argument_group(title="configuration")
-    run.add_argument("--config", metavar="YAML", help="file of flags' values; flags given beside it win")
+    """Add this package's flags to Megatron's parser; the ``upcycling:`` section has the same names."""
+    run = parser.add_argument_group("configuration")
     run.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)"
+        "--config", metavar="YAML", help="values of flags; flags on the command line override it"
     )
-    run.add_argument("--output", metavar="FILE", help="where collect_keys, and a rehearsal its JSON, write")
-    _add_router(parser.add_argument_group(title="router (a converted checkpoint brings its own)"))
-    _add_key_statistics(parser.add_argument_group(title="key statistics (collect_keys)"))
-    _add_diagnostics(parser.add_argument_group(title="routing diagnostics"))
-    _add_rehearsal(parser.add_argument_group(title="rehearsal (rehearse, or pretrain --rehearse N)"))
-    if frequency := parser._option_string_actions.get("--moe-layer-freq"):
-        frequency.type = layer_frequency  # Megatron's own evaluates the text, however much it asks for
-    return parser
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    run.add_argument("--output", metavar="FILE", help="written by collect_keys, and by a rehearsal as JSON")
 
-
-def _add_router(group: Any) -> None:
-    group.add_argument("--router", choices=KINDS, help="kind of router")
-    group.add_argument(
+    router = parser.add_argument_group("router (a converted checkpoint brings its own)")
+    add_router(router)
+    router.add_argument(
         "--top-k", dest="moe_router_topk", type=int, default=argparse.SUPPRESS, help="is --moe-router-topk"
     )
-    group.add_argument("--num-routers", type=int, help="routers in the mixture (default: one an expert)")
-    group.add_argument("--pooling", choices=POOLINGS, help="how the mixture's scores combine")
-    group.add_argument("--grouping", choices=GROUPINGS, help="how attention heads are grouped")
-    group.add_argument("--locality-loss-coeff", type=float, help="of --router locmoe (default: 0.01)")
-    group.add_argument(
-        "--no-moe-router-pre-softmax",
-        dest="moe_router_pre_softmax",
-        action="store_false",
-        default=False,
-        help="choose experts first, then take the softmax over them alone",
-    )
+    router.add_argument("--locality-loss-coeff", type=float, help="of --router locmoe (default: 0.01)")
+    router.add_argument(
+        "--no-moe-router-pre-softmax", dest="moe_router_pre_softmax", action="store_false", default=False,
+        help="top-k first, then the softmax over the chosen experts",
+    )  # fmt: skip
 
-
-def _add_key_statistics(group: Any) -> None:
-    group.add_argument(
-        "--collect-iters", metavar="N", type=int, default=10, help="batches to average over (default: 10)"
+    keys = parser.add_argument_group("key statistics (collect_keys)")
+    keys.add_argument("--collect-iters", metavar="N", type=int, default=10, help="batches to average over")
+    keys.add_argument("--router-samples", metavar="N", type=int, default=512, help="hidden states to keep")
+    keys.add_argument(
+        "--key-source", choices=("pre_rope", "post_rope"), default="pre_rope", help="before or after RoPE"
     )
-    group.add_argument(
-        "--router-samples",
-        metavar="N",
-        type=int,
-        default=512,
-        help="tokens whose hidden states to keep (default: 512)",
-    )
-    group.add_argument(
-        "--key-source",
-        choices=("pre_rope", "post_rope"),
-        default="pre_rope",
-        help="keys before or after the rotary embedding (default: pre_rope)",
-    )
-    group.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_output(keys)
 
-
-def _add_diagnostics(group: Any) -> None:
-    group.add_argument(
+    routing = parser.add_argument_group("routing diagnostics")
+    routing.add_argument(
         "--routing-diagnostics",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="statistics of an MoE's routers: to SAVE/routing.jsonl, TensorBoard and W&B (default: on)",
     )
-    group.add_argument(
+    routing.add_argument(
         "--routing-diagnostics-interval",
         metavar="N",
         type=int,
-        help="iterations between two of them (default: --log-interval)",
+        help="in iterations (default: --log-interval)",
     )
 
-
-def _add_rehearsal(group: Any) -> None:
-    group.add_argument(
-        "--gpus",
-        "--rehearse",
-        dest="rehearse",
-        metavar="N",
-        type=int,
-        help="the GPUs of the run, of which one runs one step here, alone",
+    rehearsal = parser.add_argument_group("rehearsal (rehearse, or pretrain --rehearse N)")
+    rehearsal.add_argument(
+        "--gpus", "--rehearse", dest="rehearse", metavar="N", type=int, help="GPUs of the whole run"
     )
-    group.add_argument(
-        "--rehearse-rank", metavar="R", type=int, default=0, help="which of them, from 0 (default: 0)"
-    )
-    group.add_argument(
+    rehearsal.add_argument("--rehearse-rank", metavar="R", type=int, default=0, help="the rank to run here")
+    rehearsal.add_argument(
         "--rehearse-seq-length",
         metavar="TOKENS",
         type=int,
-        help="of the step (default: as configured; on the CPU so many that a micro-batch has 256)",
+        help="of the step (default: as configured; on the CPU, short enough for 256 tokens a micro-batch)",
     )
-    group.add_argument("--gpu-memory-gib", metavar="GIB", type=positive, default=80, help="(default: 80)")
-    group.add_argument(
-        "--peak-tflops", metavar="TFLOPS", type=positive, default=989, help="of one GPU (default: 989)"
-    )
+    add_gpu(rehearsal)
+    if frequency := parser._option_string_actions.get("--moe-layer-freq"):
+        frequency.type = layer_frequency  # Megatron's own would evaluate the text as Python
+    return parser
 
 
 def positive(text: str) -> float:
@@ -130,10 +119,6 @@ def positive(text: str) -> float:
     if not number > 0:
         raise argparse.ArgumentTypeError(f"{text} must be more than 0")
     return number
-
-
-OF_ROUTER = ("router", "num_routers", "pooling", "grouping", "locality_loss_coeff")
-SECTION = (*OF_ROUTER, "collect_iters", "key_source", "router_samples", *start.NAMES)
 
 
 def options(parser: ArgumentParser) -> dict[str, tuple[str, argparse.Action]]:
@@ -145,16 +130,16 @@ def options(parser: ArgumentParser) -> dict[str, tuple[str, argparse.Action]]:
 
 
 def set_defaults(parser: ArgumentParser, entries: dict[str, Any], source: str | Path) -> list[str]:
-    """Let ``entries`` (argument name -> value) stand as the parser's defaults; return their attributes.
+    """Make ``entries`` (argument name -> value) the parser's defaults; return their attributes.
 
-    Defaults, and not flags put before the user's: ``false`` must undo a switch that a manifest or a ``base:``
-    file sets, and ``null`` a value, for which there are no flags.
+    They are defaults, not flags put before the user's, because no flag undoes a switch that a manifest or a
+    ``base:`` file sets, as ``false`` does, or a value, as ``null`` does.
 
     Raises:
-        UserError: a name the parser does not know (the nearest one is suggested) or a value it refuses.
+        UserError: a name that the parser does not know (the nearest is suggested) or a value that it refuses.
     """
     known = options(parser)
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in entries.items():
         key = str(name).replace("-", "_")
         if key not in known:
@@ -163,49 +148,42 @@ def set_defaults(parser: ArgumentParser, entries: dict[str, Any], source: str | 
             raise UserError(f"{source}: unknown argument {name!r}{hint}")
         flag, action = known[key]
         where = f"{source}: {key}: {reprlib.repr(value)}"
-        values[action.dest] = None if value is None else _parsed(flag, action, value, where)
+        if value is None:
+            values[action.dest] = None
+        elif action.nargs == 0:
+            values[action.dest] = _switched(flag, action, value, where)
+        else:
+            values[action.dest] = _parsed(parser, action, value, where)
     parser.set_defaults(**values)
     return list(values)
 
 
-def _parsed(flag: str, action: argparse.Action, value: Any, where: str) -> Any:
-    """``value`` from YAML as ``action`` parses it from the command line; ``where`` begins an error."""
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise UserError(f"{where} is a switch; write true or false")
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return value != flag.startswith("--no-")
-        if isinstance(action, argparse._StoreTrueAction | argparse._StoreFalseAction):
-            return action.const if value else not action.const
-        return action.const if value else action.default
-    if isinstance(action.nargs, int) or action.nargs in ("+", "*"):
-        return [_parsed_item(action, item, where) for item in (value if isinstance(value, list) else [value])]
-    if isinstance(value, list):
-        raise UserError(f"{where} takes one value, not a list")
-    return _parsed_item(action, value, where)
+def _switched(flag: str, action: argparse.Action, value: Any, where: str) -> Any:
+    """What a switch stores where a YAML file has ``value``; ``where`` begins an error."""
+    if not isinstance(value, bool):
+        raise UserError(f"{where} is a switch; write true or false")
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return value != flag.startswith("--no-")
+    if isinstance(action.const, bool):
+        return action.const == value
+    return action.const if value else action.default
 
 
-def _parsed_item(action: argparse.Action, item: Any, where: str) -> Any:
-    kind = action.type if callable(action.type) else str
+def _parsed(parser: ArgumentParser, action: argparse.Action, value: Any, where: str) -> Any:
+    """A YAML file's ``value`` as the command line would give it."""
+    items = value if isinstance(value, list) and action.nargs not in (None, "?") else [value]
+    if any(isinstance(item, list | dict | set) for item in items):
+        raise UserError(f"{where} must be one value, or a list where the flag takes several")
     try:
-        if isinstance(item, list | dict | set):
-            raise TypeError
-        converted = kind(str(item))
-    except (TypeError, ValueError, KeyError, argparse.ArgumentTypeError):
-        raise UserError(f"{where} is not a valid {getattr(kind, '__name__', kind)}") from None
-    if action.choices is not None and converted not in action.choices:
-        raise UserError(f"{where}: choose one of {', '.join(map(str, action.choices))}")
-    return converted
+        return parser._get_values(action, [str(item) for item in items])
+    except (argparse.ArgumentError, KeyError) as error:
+        raise UserError(f"{where} is not valid ({error})") from None
 
 
-def section_defaults(section: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """Check an ``upcycling:`` section's names; those of its entries that stand as flags' defaults."""
+def split_section(section: dict[str, Any], source: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An ``upcycling:`` section's values of flags, and its values of ``InitConfig``."""
     for name in section:
         if name not in SECTION:
             raise UserError(f"{source}: unknown upcycling option {name!r}; known: {', '.join(SECTION)}")
-    return {name: value for name, value in section.items() if name not in start.NAMES}
-
-
-def read_start(section: dict[str, Any]) -> dict[str, Any]:
-    """Those of an ``upcycling:`` section's entries that say how the model starts (``InitConfig``)."""
-    return {name: value for name, value in section.items() if name in start.NAMES}
+    init = {name: value for name, value in section.items() if name in start.NAMES}
+    return {name: value for name, value in section.items() if name not in init}, init

@@ -6,12 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.config.flags import (
-    OF_ROUTER,
-    SHARED_WITH_MEGATRON,
-    read_start,
-    section_defaults,
-)
+from megatron_router_upcycling.config.flags import OF_ROUTER, SHARED_WITH_MEGATRON, split_section
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import UserError
@@ -54,15 +49,14 @@ def read_method(path: str | Path | None) -> Method:
         UserError: an entry of the ``upcycling:`` section that does not exist or cannot have its value.
     """
     entries = read_yaml(path) if path else {"upcycling": {}}
-    flags = section_defaults(entries["upcycling"], str(path))
+    flags, start = split_section(entries.pop("upcycling"), str(path))
     router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}
     for name, option in SHARED_WITH_MEGATRON.items():
         if entries.get(name) is not None:
             router[option] = entries[name]
     check_types(RouterConfig, router, f"{path}: option")
-    init = InitConfig.from_dict(read_start(entries["upcycling"]), str(path))
-    megatron = {name: value for name, value in entries.items() if name != "upcycling"}
-    return Method(router, init, flags.get("key_source"), megatron)
+    init = InitConfig.from_dict(start, str(path))
+    return Method(router, init, flags.get("key_source"), entries)
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...] | None:

@@ -59,7 +59,7 @@ def read(config_file: Path | None, load: Path | None, flags: Sequence[str], worl
             not cover.
     """
     entries: dict[str, Any] = yaml_files.read_yaml(config_file) if config_file else {"upcycling": {}}
-    router = config_flags.section_defaults(entries.pop("upcycling"), str(config_file))
+    router, _ = config_flags.split_section(entries.pop("upcycling"), str(config_file))
     values = entries | parse_flags(flags)
     router |= {name: values.pop(name) for name in config_flags.SECTION if name in values}
     if load := load or values.get("load"):

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +113,6 @@ def parse(argv: list[str]) -> Request:
         usage="%(prog)s [--config YAML] [--load CHECKPOINT] [flags below] [Megatron's flags]",
         description=door.__doc__,
         epilog="Every flag of Megatron (--lr, --train-iters ...) is taken too; --help-megatron lists them.",
-        formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     config_flags.add_arguments(parser)
@@ -128,11 +127,11 @@ def parse(argv: list[str]) -> Request:
     )
     path = parser.parse_known_args(argv)[0].config
     entries = read_yaml(path) if path else {"upcycling": {}}
-    section = entries.pop("upcycling")
-    entries |= config_flags.section_defaults(section, path)
+    values, start = config_flags.split_section(entries.pop("upcycling"), path)
+    entries |= values
     known = config_flags.options(parser)
     config_flags.set_defaults(parser, {name: value for name, value in entries.items() if name in known}, path)
-    return Request(argv, parser.parse_known_args(argv)[0], entries, config_flags.read_start(section))
+    return Request(argv, parser.parse_known_args(argv)[0], entries, start)
 
 
 def find_origin(request: Request, save: str | None) -> Origin:

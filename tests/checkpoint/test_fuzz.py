@@ -633,7 +633,7 @@ def test_yaml(tmp_path: Path) -> None:
         entries = yaml_files.read_yaml(path)
         section = entries.pop("upcycling")
         flags.set_defaults(parser, entries, path)
-        flags.section_defaults(section, path)
+        flags.split_section(section, path)
 
     count = 0
     for case in cases:

@@ -1,7 +1,9 @@
 """YAML and flags into arguments: precedence, switches, and mistakes."""
 
 import argparse
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,18 +27,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def test_entries_become_defaults_that_flags_override(parser: argparse.ArgumentParser) -> None:
-    entries = {
-        "num_layers": 3,
-        "lr": "1e-3",
-        "swiglu": True,
-        "disable_bias_linear": True,
-        "log-progress": False,
-        "data_path": ["a", "b"],
-    }
-    flags.set_defaults(parser, entries, "x.yaml")
+    entries = {"num_layers": 3, "lr": "1e-3", "swiglu": True, "disable_bias_linear": True}
+    flags.set_defaults(parser, entries | {"log-progress": False, "data_path": [-1, "--x"]}, "x.yaml")
     args = parser.parse_args(["--num-layers", "5"])
     assert (args.num_layers, args.lr, args.swiglu) == (5, 1e-3, True)
-    assert (args.add_bias_linear, args.log_progress, args.data_path) == (False, False, ["a", "b"])
+    assert (args.add_bias_linear, args.log_progress, args.data_path) == (False, False, ["-1", "--x"])
 
 
 def test_false_and_null_undo_what_stands_below(parser: argparse.ArgumentParser) -> None:
@@ -44,57 +39,37 @@ def test_false_and_null_undo_what_stands_below(parser: argparse.ArgumentParser) 
     below = {"swiglu": True, "num_layers": 3, "disable_bias_linear": True, "no_log_progress": True}
     flags.set_defaults(parser, below, "below.yaml")
     above = {"swiglu": False, "num_layers": None, "disable_bias_linear": False, "no_log_progress": False}
-    assert flags.set_defaults(parser, above, "x.yaml") == [
-        "swiglu", "num_layers", "add_bias_linear", "log_progress",
-    ]  # fmt: skip
+    names = ["swiglu", "num_layers", "add_bias_linear", "log_progress"]
+    assert flags.set_defaults(parser, above, "x.yaml") == names
     args = parser.parse_args([])
-    assert (args.swiglu, args.num_layers, args.add_bias_linear, args.log_progress) == (
-        False, None, True, True,
-    )  # fmt: skip
-
-
-def test_values_that_look_like_flags(parser: argparse.ArgumentParser) -> None:
-    flags.set_defaults(parser, {"lr": -0.5, "data_path": [-1, "--x"]}, "x.yaml")
-    args = parser.parse_args([])
-    assert (args.lr, args.data_path) == (-0.5, ["-1", "--x"])
+    assert [getattr(args, name) for name in names] == [False, None, True, True]
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
         ({"num_layer": 3}, "x.yaml: unknown argument 'num_layer'; did you mean 'num_layers'?"),
-        ({"num_layers": "three"}, "x.yaml: num_layers: 'three' is not a valid int"),
+        ({"num_layers": "three"}, "x.yaml: num_layers: 'three' is not valid (.* invalid int value: 'three')"),
         ({"swiglu": 1}, "x.yaml: swiglu: 1 is a switch; write true or false"),
-        ({"lr": [1]}, "x.yaml: lr: [1] takes one value, not a list"),
-        ({"dispatcher": "flex"}, "x.yaml: dispatcher: 'flex': choose one of alltoall, allgather"),
+        ({"lr": [1]}, "x.yaml: lr: [1] must be one value, or a list where the flag takes several"),
+        ({"dispatcher": "flex"}, "x.yaml: dispatcher: 'flex' is not valid (.*choose from .*allgather.*)"),
     ],
 )
 def test_wrong_entries_name_file_and_remedy(
-    parser: argparse.ArgumentParser, entries: dict, message: str
+    parser: argparse.ArgumentParser, entries: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^{re.escape(message).replace('\\.\\*', '.*')}$"):
         flags.set_defaults(parser, entries, "x.yaml")
-    assert str(error.value) == message
 
 
-def test_base_files_stand_below(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("lr: 1\nnum_layers: 2\nupcycling: {router: linear, pooling: max}\n")
-    (tmp_path / "b.yaml").write_text("base: a.yaml\nlr: 3\nupcycling: {router: mixture}\n")
-    assert yaml_files.read_yaml(tmp_path / "b.yaml") == {
-        "lr": 3,
-        "num_layers": 2,
-        "upcycling": {"router": "mixture", "pooling": "max"},
-    }
-
-
-def test_later_bases_stand_above_earlier_ones(tmp_path: Path) -> None:
+def test_base_files_stand_below_and_later_ones_above_earlier_ones(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("lr: 1\nswiglu: true\nupcycling: {pooling: max, num_routers: 4}\n")
-    (tmp_path / "b.yaml").write_text("base: a.yaml\nnum_layers: 2\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nnum_layers: 2\nupcycling: {router: linear}\n")
     (tmp_path / "c.yaml").write_text("lr: 3\nnum_layers: 5\nupcycling: {pooling: sum}\n")
-    (tmp_path / "d.yaml").write_text("base: [b.yaml, c.yaml]\nnum_layers: 7\n")
-    assert yaml_files.read_yaml(tmp_path / "d.yaml") == {
-        "lr": 3, "swiglu": True, "num_layers": 7, "upcycling": {"pooling": "sum", "num_routers": 4},
-    }  # fmt: skip
+    (tmp_path / "d.yaml").write_text("base: [b.yaml, c.yaml]\nnum_layers: 7\nupcycling: {router: mixture}\n")
+    section = {"router": "mixture", "pooling": "sum", "num_routers": 4}
+    expected = {"lr": 3, "swiglu": True, "num_layers": 7, "upcycling": section}
+    assert yaml_files.read_yaml(tmp_path / "d.yaml") == expected
 
 
 @pytest.mark.parametrize(
@@ -116,7 +91,7 @@ def test_unreadable_files(tmp_path: Path, text: str, message: str) -> None:
 
 def test_unknown_upcycling_option() -> None:
     with pytest.raises(UserError, match="x.yaml: unknown upcycling option 'routers'"):
-        flags.section_defaults({"routers": 8}, "x.yaml")
+        flags.split_section({"routers": 8}, "x.yaml")
 
 
 # Paper, section 5.2.1 and table 2: (m, n) over 16 heads of size 64 -> (c, d').
@@ -138,15 +113,8 @@ def test_impossible_numbers_name_those_that_work(m: int, n: int, heads: int) -> 
         router_shape(heads, 64, near, n)
 
 
-@pytest.mark.parametrize(
-    ("options", "flag"),
-    [
-        ({"top_k": 9}, "--top-k 9"),
-        ({"top_k": 0}, "--top-k 0"),
-        ({"router": "x"}, "--router x"),
-        ({"num_experts": 0}, "--num-experts 0"),
-    ],
-)
-def test_impossible_routers(options: dict, flag: str) -> None:
-    with pytest.raises(UserError, match=flag):
+@pytest.mark.parametrize("options", [{"top_k": 9}, {"top_k": 0}, {"router": "x"}, {"num_experts": 0}])
+def test_impossible_routers(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}"):
         RouterConfig(**options)
