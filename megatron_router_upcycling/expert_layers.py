@@ -1,8 +1,8 @@
-"""Which layers have experts, as Megatron's ``--moe-layer-freq`` says it.
+"""Which layers have experts, as Megatron's ``--moe-layer-freq`` gives it.
 
 A number N gives every Nth layer experts, from the first one on. A list has a 0 or 1 for each layer and may be
 written as sums and multiples, as in ``[0]+[1]*23`` or ``([0]+[1]*3)*6``. Megatron evaluates such a text as
-Python, which a text such as ``[0]*10**12`` never leaves. Here it is parsed, within bounds.
+Python, which ``[0]*10**12`` never leaves. Here Python only parses it, and its size is limited.
 
 Pure: imports neither torch nor Megatron.
 """
@@ -16,17 +16,11 @@ from megatron_router_upcycling.errors import UserError
 
 MOST_LAYERS = 10_000
 LONGEST_TEXT = 20_000  # characters
-DEEPEST = 200  # sums and brackets within others
 TEXT = re.compile(r"[\d\[\]()+*,\s]+")
 
-type Frequency = int | list[int]
 
-
-def layer_frequency(value: Any, source: str = "--moe-layer-freq") -> Frequency:
-    """``value`` (a text, a number or a list) as Megatron means it.
-
-    Args:
-        source: what errors name before the value.
+def layer_frequency(value: Any, source: str = "--moe-layer-freq") -> int | list[int]:
+    """``value`` (a text, a number or a list) as Megatron means it; ``source`` begins an error.
 
     Raises:
         UserError: neither a number of at least 1 nor a list of 0 and 1.
@@ -35,7 +29,7 @@ def layer_frequency(value: Any, source: str = "--moe-layer-freq") -> Frequency:
     if isinstance(value, str):
         try:
             found = _read(value)
-        except ValueError:
+        except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):  # or nested too deep
             found = None
     listed = isinstance(found, list) and all(type(one) is int and one in (0, 1) for one in found)
     if not listed and not (type(found) is int and found >= 1):
@@ -45,7 +39,7 @@ def layer_frequency(value: Any, source: str = "--moe-layer-freq") -> Frequency:
     return found
 
 
-def has_experts(frequency: Frequency, num_layers: int) -> list[bool]:
+def has_experts(frequency: int | list[int], num_layers: int) -> list[bool]:
     """For each layer, whether it has experts; a list's length is not checked."""
     if isinstance(frequency, int):
         return [layer % frequency == 0 for layer in range(num_layers)]
@@ -62,45 +56,36 @@ def as_flag(frequency: list[int]) -> str:
     return str(frequency).replace(" ", "")
 
 
-def _read(text: str) -> Frequency:
-    """The value of ``text``, which Python parses and does not evaluate.
-
-    Raises:
-        ValueError: not a number, a list of numbers, or sums and products of these; or too large.
-    """
+def _read(text: str) -> Any:
     if len(text) > LONGEST_TEXT or not TEXT.fullmatch(text):
         raise ValueError
-    try:
-        return _value(ast.parse(text.strip(), mode="eval").body, 0)
-    except (SyntaxError, RecursionError, MemoryError):  # brackets without a partner, or too many
-        raise ValueError from None
+    return _value(ast.parse(text.strip(), mode="eval").body)
 
 
-def _value(node: ast.expr, depth: int) -> Frequency:
-    if depth > DEEPEST:
-        raise ValueError
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return _bounded(node.value)
-    if isinstance(node, ast.List):
-        items = [_value(item, depth + 1) for item in node.elts]
-        if not all(isinstance(item, int) for item in items):
+def _value(node: ast.expr) -> Any:
+    """The value of numbers, lists, sums and products; raises ValueError or TypeError for anything else."""
+    value: Any
+    match node:
+        case ast.Constant(value=int(number)):
+            value = number
+        case ast.List(elts=items):
+            value = [_value(item) for item in items]
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            value = _value(left) + _value(right)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            first, second = _value(left), _value(right)
+            _check_size(_size(first) * _size(second))
+            value = first * second
+        case _:
             raise ValueError
-        return [item for item in items if isinstance(item, int)]
-    if not isinstance(node, ast.BinOp):
-        raise ValueError
-    left, right = _value(node.left, depth + 1), _value(node.right, depth + 1)
-    lists = isinstance(left, list) + isinstance(right, list)
-    if isinstance(node.op, ast.Add) and lists != 1:
-        _bounded(sum(len(one) if isinstance(one, list) else one for one in (left, right)))
-        return left + right  # type: ignore[operator]
-    if isinstance(node.op, ast.Mult) and lists < 2:
-        first, second = (len(one) if isinstance(one, list) else one for one in (left, right))
-        _bounded(first * second)
-        return left * right  # type: ignore[operator]
-    raise ValueError
+    _check_size(_size(value))
+    return value
 
 
-def _bounded(number: int) -> int:
-    if number > MOST_LAYERS:
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, list) else value
+
+
+def _check_size(size: int) -> None:
+    if size > MOST_LAYERS:
         raise ValueError
-    return number

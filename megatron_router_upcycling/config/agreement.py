@@ -1,4 +1,4 @@
-"""Whether a run's YAML file, its flags and its checkpoint say the same."""
+"""Whether a run's YAML file and flags agree with its checkpoint, so that the described model is trained."""
 
 import dataclasses
 from argparse import ArgumentParser, Namespace
@@ -13,14 +13,10 @@ from megatron_router_upcycling.routers.config import RouterConfig
 
 
 def check_start(start: dict[str, Any], recorded: dict[str, Any] | None, source: str | Path | None) -> None:
-    """Compare how a file says that the model starts with how its checkpoint was converted.
+    """Compare a YAML file's values of ``InitConfig`` with those that the checkpoint was converted with.
 
     Args:
-        start: what the file's ``upcycling:`` section says of the start (``read_start``).
         recorded: the checkpoint's manifest, found in ``source``; None without one.
-
-    Raises:
-        UserError: they differ, so that another model would be trained than the file describes.
     """
     if recorded is None:
         return
@@ -36,19 +32,15 @@ def check_start(start: dict[str, Any], recorded: dict[str, Any] | None, source: 
 def router_config(
     args: Namespace, recorded: RouterConfig | None, source: str | Path | None
 ) -> RouterConfig | None:
-    """The router that a run trains: what its checkpoint records, with what flags and YAML change.
+    """The router that a run trains, None for a dense model: the recorded one as flags and YAML change it.
 
     Args:
         args: Megatron's parsed arguments with this package's.
         recorded: the router in the checkpoint's manifest, found in ``source``; None without one.
-
-    Returns:
-        None for a dense model.
     """
     if args.num_experts is None:
         return None
-    asked = {name: getattr(args, name) for name in OF_ROUTER}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    asked = {name: getattr(args, name) for name in OF_ROUTER if getattr(args, name) is not None}
     asked |= {field: getattr(args, name) for name, field in SHARED_WITH_MEGATRON.items()}
     if recorded is None:
         return RouterConfig(**{"router": "linear"} | asked)
@@ -75,7 +67,7 @@ def check_architecture(
 
 
 def find_manifest(roots: Iterable[str | None]) -> tuple[dict[str, Any] | None, str | None]:
-    """The first manifest in checkpoint roots, and where it was found."""
+    """The first manifest in checkpoint roots, and its root."""
     for root in roots:
         if root and (found := manifest.read(root)) is not None:
             return found, root

@@ -1,7 +1,7 @@
 """The record that a converted checkpoint carries: ``router_upcycling.json`` in its root.
 
-JSON, so that reading it runs no code. ``pretrain`` and ``layer_spec`` take a checkpoint's router
-options from it, and write it anew beside the checkpoints that training saves.
+JSON, so that reading it runs no code. ``pretrain`` and ``layer_spec`` take a checkpoint's router options from
+it, and write it again to the checkpoints that training saves.
 """
 
 import json
@@ -23,40 +23,31 @@ def read(root: str | Path) -> dict[str, Any] | None:
     path = Path(root) / NAME
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        depth = _depth(manifest)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read as JSON ({reason(error)}); convert the model again"
         ) from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or _nests(manifest) > MOST_NESTED:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or depth > MOST_NESTED:
         raise UserError(f"{path}: not a manifest of format {FORMAT}; convert the model again")
     return manifest
 
 
-def _nests(value: Any) -> int:
-    """How deep lists and mappings of JSON nest."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
-        level = [item for held in level for item in (held.values() if isinstance(held, dict) else held)]
-    return depth
+def _depth(value: Any) -> int:
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, held), default=0)
 
 
 def router_config(manifest: dict[str, Any], source: str | Path) -> RouterConfig:
-    """The router options that ``manifest`` records; ``source`` is named in errors."""
-    router = manifest.get("router")
-    if not isinstance(router, dict):
-        raise UserError(f"{source}: has no 'router' section; convert the model again")
-    return RouterConfig.from_dict(router, str(source))
+    """The router options that ``manifest`` records; errors name ``source``."""
+    return RouterConfig.from_dict(manifest.get("router"), f"{source}: router")
 
 
 def init_config(manifest: dict[str, Any], source: str | Path) -> InitConfig:
-    """How the checkpoint was made to start; the paper's way where ``manifest`` says nothing."""
-    init = manifest.get("init", {})
-    if not isinstance(init, dict):
-        raise UserError(f"{source}: its 'init' section is no mapping; convert the model again")
-    return InitConfig.from_dict(init, str(source))
+    """How the checkpoint's routers and experts were made; the paper's way where ``manifest`` has nothing."""
+    return InitConfig.from_dict(manifest.get("init", {}), f"{source}: init")
 
 
 def write(root: str | Path, manifest: dict[str, Any]) -> None:

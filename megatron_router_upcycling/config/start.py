@@ -1,19 +1,18 @@
-"""How a Mixture-of-Experts starts, where that differs from the paper's upcycling: the ablations' options.
+"""How a Mixture-of-Experts starts: the ablations' options, whose defaults are the paper's.
 
 Pure: imports neither torch nor Megatron. An ``InitConfig`` comes from the ``upcycling:`` section of the YAML
-file that ``convert`` is given, decides values and no shapes, and stands in the manifest as ``init``.
+file that ``convert`` is given, decides values and no shapes, and is ``init`` in the manifest.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers import kinds
-from megatron_router_upcycling.routers.config import RouterConfig, check_types
+from megatron_router_upcycling.routers.config import Recorded, RouterConfig
 
-# Options of earlier versions, which manifests still hold; a model that has another value is not read.
+# Options of earlier versions that manifests still hold; one with another value is refused.
 RETIRED = {"norm_gain": False, "weights": "dense"}
 HEAD_KEYS = ("mean", "attended")
 CHOICES = {
@@ -25,8 +24,8 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class InitConfig:
-    """The defaults are the paper's.
+class InitConfig(Recorded):
+    """Options of the start.
 
     - ``queries``, ``keys``: ``random`` draws the mixture's query maps or expert keys from a normal
       distribution, each with the norm that the one made of heads has.
@@ -35,8 +34,8 @@ class InitConfig:
       has fewer query groups than heads, whose heads would otherwise share their keys.
     - ``gate``: of a linear router, ``centroid`` makes it of the centres of clusters of its inputs.
     - ``logit_scale``: multiplies every logit.
-    - ``target_entropy``: in nats, the mean entropy of a token's routing distribution over all experts, which
-      each layer's logits are scaled to have.
+    - ``target_entropy``: in nats, the mean entropy of a token's routing distribution over all experts, to
+      which each layer's logits are scaled.
     - ``expert_noise``: standard deviation of noise on each expert's weights, relative to that of the tensor.
     - ``drop_upcycling``: share of each expert's FFN channels that is drawn anew (arXiv 2502.19261).
     """
@@ -63,17 +62,10 @@ class InitConfig:
             raise UserError(f"drop_upcycling {self.drop_upcycling}: is a share, between 0 and 1")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str) -> "InitConfig":
-        """Build from a mapping; ``source`` is named when an entry is unknown or of another type."""
-        values = {name: value for name, value in values.items() if RETIRED.get(name, not value) != value}
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise UserError(f"{source}: unknown option {unknown[0]!r}")
-        check_types(cls, values, f"{source}: option")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    def from_dict(cls, values: Any, source: str) -> "InitConfig":
+        if isinstance(values, dict):
+            values = {name: value for name, value in values.items() if (name, value) not in RETIRED.items()}
+        return super().from_dict(values, source)
 
     @property
     def alters_experts(self) -> bool:
@@ -88,7 +80,7 @@ class InitConfig:
 
     @property
     def needs_router_input(self) -> bool:
-        """Whether values are made from samples of what routers see."""
+        """Whether values are made from samples of the routers' inputs."""
         return self.gate == "centroid" or self.target_entropy is not None
 
     def check(self, router: RouterConfig) -> None:
@@ -105,7 +97,7 @@ class InitConfig:
         if self.target_entropy is not None and not 0 < self.target_entropy < math.log(router.num_experts):
             raise UserError(
                 f"--target-entropy {self.target_entropy}: is in nats and must be between 0 and"
-                f" ln {router.num_experts} = {math.log(router.num_experts):.4f}, that of even routing"
+                f" ln {router.num_experts} = {math.log(router.num_experts):.4f}, that of uniform routing"
             )
         if router.granularity > 1 and self.alters_experts:
             raise UserError(
@@ -114,4 +106,4 @@ class InitConfig:
             )
 
 
-NAMES = tuple(field.name for field in dataclasses.fields(InitConfig))
+NAMES = tuple(field.name for field in fields(InitConfig))

@@ -10,7 +10,7 @@ from megatron_router_upcycling.config.flags import OF_ROUTER, SHARED_WITH_MEGATR
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.routers.config import RouterConfig, check_types
+from megatron_router_upcycling.routers.config import RouterConfig
 
 RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6})(?::(\d{1,6}))?)?")
 
@@ -54,7 +54,7 @@ def read_method(path: str | Path | None) -> Method:
     for name, option in SHARED_WITH_MEGATRON.items():
         if entries.get(name) is not None:
             router[option] = entries[name]
-    check_types(RouterConfig, router, f"{path}: option")
+    RouterConfig.check_values(router, str(path))
     init = InitConfig.from_dict(start, str(path))
     return Method(router, init, flags.get("key_source"), entries)
 

@@ -61,7 +61,7 @@ def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -
 
     query_weight = query_parts[torch.tensor(query_sets)]  # [m, heads a set, d / splits, D]
     expert_key = key_parts[torch.tensor(key_sets)]
-    expert_key = expert_key.reshape(shape.num_experts, shape.keys_per_expert, shape.router_width)
+    expert_key = expert_key.reshape(shape.num_experts, -1, shape.router_width)  # [n, c, d']
     return (
         query_weight.reshape(shape.num_routers, shape.router_width, hidden),
         expert_key.repeat_interleave(config.granularity, dim=0).flatten(0, 1),

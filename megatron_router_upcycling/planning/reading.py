@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from megatron_router_upcycling.checkpoint.dense_model import NEGATED
 from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config import manifest, yaml_files
 from megatron_router_upcycling.errors import UserError
@@ -18,8 +19,6 @@ from megatron_router_upcycling.expert_layers import layer_frequency
 from megatron_router_upcycling.planning.setup import Setup, flag_of
 from megatron_router_upcycling.routers.config import RouterConfig
 
-# Megatron's switch -> the field that it negates.
-NEGATED = {"disable_bias_linear": "add_bias_linear"}
 # Where one of these is set, the model or its layout is not what a plan is for.
 NOT_COVERED = (
     "multi_latent_attention",

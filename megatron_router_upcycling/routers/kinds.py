@@ -1,9 +1,7 @@
 """Every kind of router: one row of ``KINDS`` each, and the pure functions that the row names.
 
-Whatever depends on a router's kind is asked of its row: ``RouterConfig.kind`` is the row of its options.
-To add a kind, write its row here; a class of its own (``Kind.module``) only where ``routers.base`` cannot
-train it from the row. The command line, the converter, verify, plan, inspect, training and the export to
-Hugging Face take it from there.
+All code that depends on the kind reads its row, ``RouterConfig.kind``. To add a kind, add its row; it needs a
+class (``Kind.module``) only where ``routers.base`` cannot train it from the row.
 
 Pure: imports neither Megatron nor, before a function is called, torch.
 
@@ -13,17 +11,17 @@ Symbols: m routers, n experts, c keys an expert, d' router width, D hidden size.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.fold import fold, pool_logits
-from megatron_router_upcycling.routers.shape import router_shape
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 type Values = dict[str, "Tensor"]
+type Options = Any  # a RouterConfig, whose file imports this one
 
 LOCALITY_LOSS_COEFF = 0.01
 # Names among Megatron's MoE metrics.
@@ -32,30 +30,9 @@ LOCALITY = "locality_loss"
 LOCAL = "local token share"
 
 
-class Options(Protocol):
-    """What a kind reads of a ``RouterConfig``, which says what each field means."""
-
-    @property
-    def router(self) -> str: ...
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def num_routers(self) -> int | None: ...
-    @property
-    def pooling(self) -> str: ...
-    @property
-    def pre_softmax(self) -> bool: ...
-    @property
-    def granularity(self) -> int: ...
-    @property
-    def locality_loss_coeff(self) -> float | None: ...
-
-
 @dataclass(frozen=True)
 class Sizes:
-    """What a router's parameters depend on in the model, by Megatron's names."""
+    """The sizes of a model that a router's parameters depend on, by Megatron's names."""
 
     hidden_size: int
     num_attention_heads: int
@@ -64,7 +41,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: Any, add_bias_linear: bool = False) -> "Sizes":
-        """The sizes of what has attributes of these names."""
+        """The sizes of an object that has attributes of these names."""
         return cls(model.hidden_size, model.num_attention_heads, model.kv_channels, add_bias_linear)
 
 
@@ -75,7 +52,7 @@ class Parameter:
     name: str  # behind ``decoder.layers.mlp.router.``
     shape: tuple[int, ...]
     per_expert: bool = False  # axis 0 counts experts: shards of one copy start equal
-    constant: float | None = None  # what it starts as; None: N(0, init_method_std)
+    constant: float | None = None  # initial value; None: N(0, init_method_std)
 
 
 def _as_stored(values: Values, options: Options, hidden_size: int, dtype: "torch.dtype") -> Values:
@@ -88,21 +65,19 @@ def linear_logits(gate: Values, hidden: "Tensor", options: Options) -> "Tensor":
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of one kind of router.
+    """One kind of router.
 
-    - ``words``: what a layer has; ``card``: in a model card, after "the router is". Both are format
-      strings that may name fields of ``router``, the options.
-    - ``parameters``: of one layer, without Megatron's bias. Raises UserError where options and model do not
-      fit.
+    - ``words``: in messages, after "experts and"; ``card``: in a model card, after "the router is". Both are
+      format strings that may name fields of ``router``, the options.
+    - ``parameters``: of one layer, without Megatron's bias. Raises UserError where they do not fit the model.
     - ``gate``: (values, options, D, dtype) -> the tensors that logits are computed from, one of them named
-      ``weight``: the parameters folded as far as they can be. An exported model holds these.
-    - ``logits``: (gate, hidden states [..., D], options) -> [..., n]. It reads of the options what
-      ``RouterConfig.to_dict`` has, and uses nothing of its module but ``helpers``: an exported model that
-      no stock class holds carries the source of both.
-    - ``settle``: options -> values for those that were left open. Raises UserError for what cannot be.
-    - ``not_stock``: why a stock Mixture-of-Experts class of transformers does not compute these logits,
-      None where it does: the gate is then one matrix [n, D]; ``exported``: how the gate stands in a folder
-      that is not stock.
+      ``weight``: the parameters folded as far as possible. An exported model holds these.
+    - ``logits``: (gate, hidden states [..., D], options) -> [..., n]. It uses only fields of the options that
+      ``RouterConfig.to_dict`` has, and nothing of its module but ``helpers``: the modelling file of an export
+      that no stock class suits holds the source of both.
+    - ``fill_in``: options -> values for those that were not given. Raises UserError for impossible options.
+    - ``not_stock``: why a stock Mixture-of-Experts class of transformers does not compute these logits, or
+      None: the gate is then one matrix [n, D]. ``exported``: how an export that is not stock stores the gate.
     """
 
     name: str
@@ -112,24 +87,24 @@ class Kind:
     gate: Callable[[Values, Options, int, "torch.dtype"], Values] = _as_stored
     logits: Callable[[Values, "Tensor", Options], "Tensor"] = linear_logits
     helpers: tuple[Callable[..., Any], ...] = ()
-    settle: Callable[[Options], dict[str, Any]] = lambda options: {}
+    fill_in: Callable[[Options], dict[str, Any]] = lambda options: {}
     not_stock: Callable[[Options], str | None] = lambda options: None
     exported: str = "as it is"
     # The class that trains it, MODULE:NAME, called with Megatron's (config, pg_collection, is_mtp_layer) and
     # router=options; None: Megatron's own TopKRouter.
     module: str | None = "megatron_router_upcycling.routers.base:OwnParametersRouter"
     has_bias: bool = True  # where Megatron's linear layers have biases
-    of_heads: bool = False  # starts from attention heads and key statistics, otherwise as ``Parameter`` says
-    options: tuple[str, ...] = ()  # fields of RouterConfig that are this kind's and not every kind's
-    own_starts: tuple[str, ...] = ()  # likewise, fields of InitConfig
+    of_heads: bool = False  # initialised from attention heads and key statistics, not as in ``Parameter``
+    options: tuple[str, ...] = ()  # fields of RouterConfig that only some kinds have
+    own_starts: tuple[str, ...] = ()  # likewise, of InitConfig
     scaled: str | None = None  # the parameter that logits are proportional to
     expert_keys: str | None = None  # the parameter whose rows inspect compares by their cosine
-    top_k: int = 2  # experts a token, unless said otherwise
+    top_k: int = 2  # experts a token, by default
     metrics: tuple[str, ...] = ()  # that its class records among Megatron's
 
     @property
     def starts(self) -> tuple[str, ...]:
-        """Fields of InitConfig that suit this kind and not every kind."""
+        """Fields of InitConfig that only some kinds have, this one among them."""
         return self.own_starts + (("logit_scale", "target_entropy") if self.scaled else ())
 
 
@@ -141,19 +116,17 @@ def _linear_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
 
 
 def _mixture_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
-    assert options.num_routers is not None
-    copies = options.num_experts // options.granularity
-    shape = router_shape(sizes.num_attention_heads, sizes.kv_channels, options.num_routers, copies)
-    m, width, n = shape.num_routers, shape.router_width, options.num_experts
+    width = options.shape(sizes.num_attention_heads, sizes.kv_channels).router_width
+    keys = options.num_experts * keys_per_expert(options)
     return (
-        Parameter("query_weight", (m, width, sizes.hidden_size)),
-        Parameter("expert_key", (n * shape.keys_per_expert, width), per_expert=True),
+        Parameter("query_weight", (options.num_routers, width, sizes.hidden_size)),
+        Parameter("expert_key", (keys, width), per_expert=True),
     )
 
 
-def _mixture_settle(options: Options) -> dict[str, Any]:
+def _mixture_fill_in(options: Options) -> dict[str, Any]:
     if options.num_routers is None:
-        return {"num_routers": options.num_experts // options.granularity}
+        return {"num_routers": options.num_copies}
     return {}
 
 
@@ -164,7 +137,6 @@ def _mixture_gate(values: Values, options: Options, hidden_size: int, dtype: "to
 
 def keys_per_expert(options: Options) -> int:
     """c = m / n, or 1 where there are fewer routers than experts."""
-    assert options.num_routers is not None
     return max(1, options.num_routers * options.granularity // options.num_experts)
 
 
@@ -173,7 +145,6 @@ def mixture_logits(gate: Values, hidden: "Tensor", options: Options) -> "Tensor"
 
 
 def _mixture_not_stock(options: Options) -> str | None:
-    assert options.num_routers is not None
     if options.pooling == "max" and options.num_routers > 1:
         return "takes the maximum over routers (--pooling max)"
     if (keys := keys_per_expert(options)) > 1:
@@ -199,11 +170,11 @@ def mlp_logits(gate: Values, hidden: "Tensor", options: Options) -> "Tensor":
     return gelu(hidden @ gate["hidden.weight"].t()) @ gate["weight"].t()
 
 
-def _switch_settle(options: Options) -> dict[str, Any]:
+def _switch_fill_in(options: Options) -> dict[str, Any]:
     if options.top_k != 1 or not options.pre_softmax:
         raise UserError(
-            "--router switch: sends a token to one expert and weighs it by its softmax (Switch"
-            " Transformer); give --top-k 1 and --moe-router-pre-softmax"
+            "--router switch: sends a token to one expert, weighted by its softmax (Switch Transformer); pass"
+            " --top-k 1 and --moe-router-pre-softmax"
         )
     return {}
 
@@ -211,18 +182,16 @@ def _switch_settle(options: Options) -> dict[str, Any]:
 def _locmoe_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
     if sizes.hidden_size % options.num_experts:
         raise UserError(
-            f"--router locmoe: averages equal slices of the hidden state, one an expert, and"
-            f" {options.num_experts} experts do not divide a hidden size of {sizes.hidden_size}; choose"
-            " --num-experts that does"
+            "--router locmoe: averages a slice of the hidden state for each expert, and"
+            f" {options.num_experts} experts do not divide a hidden size of {sizes.hidden_size}"
         )
     return ()
 
 
-def _locmoe_settle(options: Options) -> dict[str, Any]:
+def _locmoe_fill_in(options: Options) -> dict[str, Any]:
     if options.granularity > 1:
         raise UserError(
-            f"--granularity {options.granularity}: --router locmoe has no keys for shards to share;"
-            " leave it out"
+            f"--granularity {options.granularity}: --router locmoe has no keys to share; leave it out"
         )
     if options.locality_loss_coeff is None:
         return {"locality_loss_coeff": LOCALITY_LOSS_COEFF}
@@ -251,7 +220,7 @@ KINDS: dict[str, Kind] = {
             gate=_mixture_gate,
             logits=mixture_logits,
             helpers=(pool_logits, keys_per_expert),
-            settle=_mixture_settle,
+            fill_in=_mixture_fill_in,
             not_stock=_mixture_not_stock,
             exported="as {rows} linear gates a layer, of which each expert takes the maximum",
             module="megatron_router_upcycling.routers.mixture:MixtureRouter",
@@ -285,7 +254,7 @@ KINDS: dict[str, Kind] = {
             words="a Switch router",
             card="Switch Transformer's, a linear layer (no token is dropped here)",
             parameters=_linear_parameters,
-            settle=_switch_settle,
+            fill_in=_switch_fill_in,
             module="megatron_router_upcycling.routers.baselines:SwitchRouter",
             own_starts=("gate",),
             scaled="weight",
@@ -298,7 +267,7 @@ KINDS: dict[str, Kind] = {
             card="LocMoE's, the means of slices of the hidden state",
             parameters=_locmoe_parameters,
             gate=_locmoe_gate,
-            settle=_locmoe_settle,
+            fill_in=_locmoe_fill_in,
             module="megatron_router_upcycling.routers.baselines:LocMoERouter",
             has_bias=False,
             options=("locality_loss_coeff",),
@@ -316,7 +285,7 @@ def get(name: str) -> Kind:
 
 
 def names_with(field: str) -> list[str]:
-    """The kinds that have ``field`` of RouterConfig or InitConfig as one that not every kind has."""
+    """The kinds that have ``field`` of RouterConfig or InitConfig, where not every kind has it."""
     return [kind.name for kind in KINDS.values() if field in kind.options + kind.starts]
 
 
@@ -335,7 +304,7 @@ def num_parameters(options: Options, sizes: Sizes) -> int:
 
 
 def gate_shapes(options: Options, sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Shapes of what ``Kind.gate`` gives, found by folding parameters that have no values."""
+    """Shapes of what ``Kind.gate`` returns."""
     import torch
 
     kind = get(options.router)

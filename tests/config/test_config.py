@@ -10,7 +10,7 @@ import pytest
 from megatron_router_upcycling.config import flags, yaml_files
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
-from megatron_router_upcycling.routers.shape import router_shape
+from megatron_router_upcycling.routers.kinds import keys_per_expert
 
 
 @pytest.fixture
@@ -100,17 +100,17 @@ def test_unknown_upcycling_option() -> None:
     [(8, 8, 1, 128), (16, 16, 1, 64), (2, 8, 1, 512), (4, 8, 1, 256), (16, 8, 2, 64), (32, 8, 4, 32)],
 )
 def test_router_shapes_of_the_paper(m: int, n: int, c: int, width: int) -> None:
-    shape = router_shape(16, 64, m, n)
-    assert (shape.keys_per_expert, shape.router_width) == (c, width)
+    router = RouterConfig(num_experts=n, num_routers=m)
+    assert (router.shape(16, 64).router_width, keys_per_expert(router)) == (width, c)
 
 
 @pytest.mark.parametrize(("m", "n", "heads"), [(3, 8, 16), (8, 8, 15), (0, 8, 16), (20, 8, 16)])
 def test_impossible_numbers_name_those_that_work(m: int, n: int, heads: int) -> None:
     asked = f"--num-experts {n}, and as many routers" if m == n else f"--num-routers {m}"
     with pytest.raises(UserError, match=f"^{asked}: does not fit {heads} attention heads") as error:
-        router_shape(heads, 64, m, n)
+        RouterConfig(num_experts=n, num_routers=m).shape(heads, 64)
     for near in map(int, str(error.value).rsplit("work: ", 1)[1].split(", ")):
-        router_shape(heads, 64, near, n)
+        RouterConfig(num_experts=n, num_routers=near).shape(heads, 64)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 9}, {"top_k": 0}, {"router": "x"}, {"num_experts": 0}])

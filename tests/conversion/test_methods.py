@@ -13,6 +13,7 @@ from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.routers.config import RouterConfig
+from megatron_router_upcycling.routers.kinds import keys_per_expert
 from tests import dense_checkpoint
 from tests.dense_checkpoint import make_stats
 from tests.router_kinds import KINDS
@@ -77,9 +78,10 @@ TABLE_2 = {
 def test_shapes_of_table_2(name: str) -> None:
     given = read_method(CONFIGS / f"ablations/{name}.yaml").router
     m, n, c, width = TABLE_2[name]
+    assert keys_per_expert(RouterConfig(**given)) == c
     for num_heads, head_dim in ((16, 64), (8, 16)):  # the paper's model, the demonstration's
         shape = RouterConfig(**given).shape(num_heads, head_dim)
-        assert (shape.num_routers, shape.num_experts, shape.keys_per_expert) == (m, n, c)
+        assert (shape.num_routers, shape.num_experts) == (m, n)
         assert shape.router_width == num_heads * head_dim // m
     assert RouterConfig(**given).shape(16, 64).router_width == width
 

@@ -12,6 +12,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.heads import cosine_similarity, group_heads, init_mixture
 from megatron_router_upcycling.routers.config import POOLINGS, RouterConfig
 from megatron_router_upcycling.routers.fold import fold, pool_logits
+from megatron_router_upcycling.routers.kinds import keys_per_expert
 
 HIDDEN = 12
 
@@ -114,15 +115,15 @@ def reference_scores(
     x: torch.Tensor, weight: torch.Tensor, key: torch.Tensor, num_experts: int, pooling: str
 ) -> torch.Tensor:
     """Eq. 6-8 as the paper writes them: S_i^j = (W^j x) . K_i / sqrt(d'), pooled over j, then over keys."""
-    keys_per_expert = len(key) // num_experts
+    keys = len(key) // num_experts
     experts = []
     for i in range(num_experts):
         scores_of_keys = []
-        for c in range(keys_per_expert):
+        for c in range(keys):
             scores = []
             for router in weight:
                 query = x @ router.T
-                scores.append(query @ key[i * keys_per_expert + c] / math.sqrt(key.shape[1]))
+                scores.append(query @ key[i * keys + c] / math.sqrt(key.shape[1]))
             pooled = scores[0]
             for score in scores[1:]:
                 pooled = pooled + score if pooling == "sum" else torch.maximum(pooled, score)
@@ -143,7 +144,7 @@ def test_mixture_equals_the_reference_bit_for_bit(heads: int, head_dim: int, m: 
         weight, key = reference_mixture(queries, keys, m, n)
         shape = config.shape(heads, head_dim)
         assert query_weight.shape == (m, shape.router_width, HIDDEN)
-        assert expert_key.shape == (n * shape.keys_per_expert, shape.router_width)
+        assert expert_key.shape == (n * keys_per_expert(config), shape.router_width)
         assert torch.equal(query_weight, torch.tensor(weight))
         assert torch.equal(expert_key, torch.tensor(key))
 
@@ -250,13 +251,12 @@ def test_folded_scores_and_gradients_equal_the_direct_form(
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randn(3, 7, HIDDEN, generator=generator, dtype=dtype)
     grad_scores = torch.randn(3, 7, n, generator=generator, dtype=dtype)
-    keys_per_expert = config.shape(heads, head_dim).keys_per_expert
 
     def run(folded: bool) -> list[torch.Tensor]:
         x, weight, key = (t.detach().to(dtype).requires_grad_() for t in (tokens, *start))
         if folded:
             gate = fold(weight, key, pooling, dtype)
-            scores = pool_logits(x @ gate.T, n, keys_per_expert)
+            scores = pool_logits(x @ gate.T, n, keys_per_expert(config))
         else:
             scores = reference_scores(x, weight, key, n, pooling)
         return [scores.detach(), *torch.autograd.grad(scores, (x, weight, key), grad_scores)]
