@@ -11,25 +11,12 @@ from megatron_router_upcycling.routers.baselines import LocMoERouter, locality_l
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import LOCAL
 from megatron_router_upcycling.training.patches.moe_metrics import report_also
-from tests.routers.test_mixture import EXPERTS, HIDDEN, build, megatron, on_cpu, tokens, transformer_config
+from tests.routers.conftest import EXPERTS, build, tokens, transformer_config
 
-__all__ = ["megatron", "on_cpu"]  # fixtures that every test of this file uses
-
-
-def kind(router: str) -> RouterConfig:
-    return RouterConfig(router=router, num_experts=EXPERTS, top_k=1 if router == "switch" else 2)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
-def test_locmoe_logits_are_means_of_slices_and_teach_the_layers_below() -> None:
-    router = build(kind("locmoe"), transformer_config())
-    x = tokens()
-    probs, _ = router(x)
-    logits, width = router.gating(x), HIDDEN // EXPERTS
-    for expert in range(EXPERTS):
-        expected = sum(x[..., expert * width + i] for i in range(width)) / width
-        torch.testing.assert_close(logits[..., expert], expected)
-    probs.square().sum().backward()
-    assert x.grad is not None and x.grad.abs().sum() > 0
+SWITCH = RouterConfig(router="switch", num_experts=EXPERTS, top_k=1)
 
 
 def test_locality_loss_is_the_log_of_the_mass_that_stays() -> None:
@@ -48,8 +35,8 @@ def test_no_expert_parallelism_no_locality_loss() -> None:
         router = RouterConfig(router="locmoe", num_experts=EXPERTS, top_k=2, locality_loss_coeff=coefficient)
         x = tokens()
         made = build(router, transformer_config())
-        assert isinstance(made, LocMoERouter)
         made(x)[0].square().sum().backward()
+        assert isinstance(made, LocMoERouter) and x.grad.any()
         grads.append(x.grad)
     assert torch.equal(*grads)
 
@@ -62,7 +49,7 @@ def test_switch_counts_what_it_drops(pad: bool) -> None:
         moe_token_dispatcher_type="alltoall",
         moe_pad_expert_input_to_capacity=pad,
     )
-    router = build(kind("switch"), config)
+    router = build(SWITCH, config)
     x = tokens()
     probs, _ = router(x)
     chosen = router.gating(x).flatten(0, 1).argmax(dim=-1)
@@ -77,7 +64,7 @@ def test_switch_counts_what_it_drops(pad: bool) -> None:
 
 def test_switch_jitter_is_for_training() -> None:
     config = transformer_config(moe_router_topk=1, moe_input_jitter_eps=0.1)
-    router = build(kind("switch"), config)
+    router = build(SWITCH, config)
     x = tokens()
     jittered = router.apply_input_jitter(x) / x
     assert 0.85 < jittered.min() < 0.95 and 1.05 < jittered.max() < 1.15

@@ -14,9 +14,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_router_upcycling.layers.kernels import routing
 from megatron_router_upcycling.routers.config import RouterConfig
-from tests.routers.test_mixture import BATCH, EXPERTS, SEQUENCE, build, megatron, on_cpu, transformer_config
+from tests.routers.conftest import BATCH, EXPERTS, SEQUENCE, build, transformer_config
 
-__all__ = ["megatron", "on_cpu"]  # fixtures that every test of this file uses
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 ROUTER = RouterConfig(num_experts=EXPERTS, top_k=2)
 SCALE = 0.25  # of the auxiliary losses' gradients
@@ -122,8 +122,8 @@ def test_the_losses_gradients_are_felt(fused: list[tuple[Any, ...]]) -> None:
         {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False},
         {
             "moe_router_score_function": "sigmoid",
-            "moe_router_pre_softmax": False,
             "moe_router_enable_expert_bias": True,
+            "moe_router_pre_softmax": False,
         },
         {"moe_router_topk_scaling_factor": 2.5},
         {"moe_router_num_groups": 4, "moe_router_group_topk": 2},

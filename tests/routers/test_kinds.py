@@ -5,23 +5,20 @@ import pathlib
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
-from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.routers import kinds
-from megatron_router_upcycling.routers.base import builder
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import Sizes
 from tests import dense_checkpoint, hf_models
 from tests.dense_checkpoint import HEAD_DIM, HEADS
 from tests.hf.folders import make_moe, refused, run
 from tests.router_kinds import EXPERTS, KINDS, D, Values
-from tests.routers.test_mixture import build, megatron, on_cpu, transformer_config
+from tests.routers.conftest import build, transformer_config
 
-__all__ = ["megatron", "on_cpu"]  # fixtures that every test of this file uses
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 SIZES = {"hidden_size": D, "num_attention_heads": HEADS, "kv_channels": HEAD_DIM}
 all_kinds = pytest.mark.parametrize("kind", kinds.KINDS)
@@ -65,6 +62,7 @@ def test_parameters_are_megatrons_and_the_plans(kind: str, bias: bool) -> None:
     config = transformer_config(**SIZES, add_bias_linear=bias, moe_router_topk=KINDS[kind].top_k)
     made = build(options(kind), config)
     assert {name: tuple(p.shape) for name, p in made.named_parameters()} == expected
+    assert {name for name in made.state_dict() if not name.endswith("_extra_state")} == set(expected)
     setup = Setup(num_layers=1, **SIZES, add_bias_linear=bias)
     count = sum(p.numel() for p in made.parameters())
     assert figures.router_parameters(options(kind), setup) == count
@@ -121,17 +119,3 @@ def test_transformers_has_the_logits(
         torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
         shares = expected.softmax(dim=1).gather(1, chosen)
         torch.testing.assert_close(scores.double(), shares, rtol=1e-5, atol=1e-6)
-
-
-def test_a_class_is_built_with_megatrons_arguments() -> None:
-    config = transformer_config(**SIZES)
-    for kind in ("mixture", "mlp", "locmoe"):
-        made = builder(options(kind))(config=config, pg_collection=get_default_pg_collection())
-        assert made.weight is None and "weight" not in made.state_dict()
-
-
-def test_an_unknown_kind_is_refused_by_name() -> None:
-    expected = "--router cosine: choose one of mixture, linear, mlp, switch, locmoe"
-    for ask in (lambda: kinds.get("cosine"), lambda: RouterConfig(router="cosine")):
-        with pytest.raises(UserError, match=f"^{expected}$"):
-            ask()

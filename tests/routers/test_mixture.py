@@ -1,73 +1,20 @@
-"""MixtureRouter in a real single-process Megatron, beside the stock TopKRouter."""
+"""MixtureRouter beside the stock TopKRouter."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
 
-from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.routers.base import builder
 from megatron_router_upcycling.routers.config import POOLINGS, RouterConfig
 from megatron_router_upcycling.routers.fold import fold
 from megatron_router_upcycling.routers.mixture import MixtureRouter
+from tests.routers.conftest import BATCH, EXPERTS, HIDDEN, SEQUENCE, build, tokens, transformer_config
 
-HIDDEN, HEADS, HEAD_DIM, EXPERTS = 32, 8, 4, 8
-SEQUENCE, BATCH = 24, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def megatron() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Megatron's router asks CUDA for its device, and compiles a small function."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    with torch._dynamo.config.patch(disable=True):
-        yield
-
-
-def transformer_config(**changes: Any) -> TransformerConfig:
-    values: dict[str, Any] = dict(
-        num_layers=2,
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
-        kv_channels=HEAD_DIM,
-        ffn_hidden_size=4 * HIDDEN,
-        num_moe_experts=EXPERTS,
-        moe_router_topk=2,
-        moe_router_pre_softmax=True,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="aux_loss",
-        moe_aux_loss_coeff=0.02,
-        moe_z_loss_coeff=0.001,
-        add_bias_linear=False,
-    )
-    return TransformerConfig(**(values | changes))
-
-
-def build(router: RouterConfig | None, config: TransformerConfig, seed: int = 0) -> TopKRouter:
-    """A router in training mode, with weights large enough to route by; the stock one for None."""
-    torch.manual_seed(seed)
-    make = TopKRouter if router is None else builder(router)
-    made = make(config=config, pg_collection=get_default_pg_collection(), is_mtp_layer=False)
-    made.set_layer_number(1)
-    for parameter in made.parameters():
-        parameter.data.mul_(20)
-    return made
+pytestmark = pytest.mark.usefixtures("on_cpu")
+MIXTURE = RouterConfig(num_experts=EXPERTS)
 
 
 def stock_twin(mixture: MixtureRouter) -> TopKRouter:
@@ -77,11 +24,6 @@ def stock_twin(mixture: MixtureRouter) -> TopKRouter:
     if mixture.bias is not None:
         stock.bias.data.copy_(mixture.bias)
     return stock
-
-
-def tokens(dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator).to(dtype).requires_grad_()
 
 
 def direct_logits(
@@ -94,60 +36,24 @@ def direct_logits(
     return pooled.unflatten(-1, (num_experts, -1)).max(dim=-1).values
 
 
-def backward(router: TopKRouter, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward, then backward with fixed gradients of the probabilities."""
-    probs, routing_map = router(x)
-    grad = torch.randn(probs.shape, generator=torch.Generator().manual_seed(2))
-    probs.backward(grad.to(probs.dtype))
-    return probs, routing_map
-
-
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_the_stock_gate_is_gone_and_ours_are_marked(sequence_parallel: bool) -> None:
-    config = transformer_config(params_dtype=torch.bfloat16, bf16=True)
-    config.sequence_parallel = sequence_parallel
-    router = build(RouterConfig(num_experts=EXPERTS, num_routers=4), config)
-    parameters = dict(router.named_parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    assert shapes == {"query_weight": (4, 8, HIDDEN), "expert_key": (EXPERTS, 8)}
-    assert set(router.state_dict()) == set(parameters) and router.weight is None
-    for parameter in parameters.values():
-        assert parameter.dtype == torch.bfloat16
-        assert parameter.sequence_parallel is sequence_parallel
-
-
 def test_from_scratch_the_parameters_have_the_models_initialisation() -> None:
     config = transformer_config(hidden_size=512, kv_channels=64, num_attention_heads=8, init_method_std=0.05)
-    torch.manual_seed(0)
-    router = builder(RouterConfig())(config=config, pg_collection=get_default_pg_collection())
+    router = build(RouterConfig(), config, scale=1)
     assert router.query_weight.std().item() == pytest.approx(0.05, rel=0.02)
     assert router.expert_key.std().item() == pytest.approx(0.05, rel=0.15)
 
 
-def test_heads_that_do_not_fit_are_the_users_error() -> None:
-    with pytest.raises(UserError, match="--num-routers 3"):
-        build(RouterConfig(num_experts=EXPERTS, num_routers=3), transformer_config())
-
-
 def test_sharded_state_dict_is_replicated_with_the_layers_in_front() -> None:
-    router = build(RouterConfig(num_experts=EXPERTS), transformer_config())
+    router = build(RouterConfig(num_experts=EXPERTS, num_routers=4), transformer_config())
     prefix = "decoder.layers.mlp.router."
     sharded = router.sharded_state_dict(prefix, sharded_offsets=((0, 1, 4),))
-    assert set(sharded) == {prefix + "query_weight", prefix + "expert_key"}
+    shapes = {name.removeprefix(prefix): entry.global_shape for name, entry in sharded.items()}
+    assert shapes == {"query_weight": (4, 4, 8, HIDDEN), "expert_key": (4, EXPERTS, 8)}
     for name, parameter in router.named_parameters():
         entry = sharded[prefix + name]
-        assert entry.key == prefix + name
-        assert entry.global_shape == (4, *parameter.shape) and entry.global_offset[0] == 1
+        assert entry.key == prefix + name and entry.global_offset[0] == 1
         assert entry.axis_fragmentations == (4, *[1] * parameter.dim())
         assert entry.replica_id == (0, 0, 0) and entry.data.data_ptr() == parameter.data_ptr()
-
-
-def test_state_dict_round_trip() -> None:
-    config, options = transformer_config(), RouterConfig(num_experts=EXPERTS, num_routers=4)
-    first, second = build(options, config, seed=0), build(options, config, seed=1)
-    second.load_state_dict(first.state_dict())
-    x = tokens()
-    assert torch.equal(first.gating(x), second.gating(x))
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -172,10 +78,7 @@ def test_logits_and_gradients_equal_the_direct_form(num_routers: int, experts: i
 @pytest.mark.parametrize("router_dtype", ["fp32", "fp64", None])
 @pytest.mark.parametrize("params_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_dtype_of_logits_and_of_gradients(router_dtype: str | None, params_dtype: torch.dtype) -> None:
-    router = build(
-        RouterConfig(num_experts=EXPERTS),
-        transformer_config(moe_router_dtype=router_dtype, params_dtype=params_dtype),
-    )
+    router = build(MIXTURE, transformer_config(moe_router_dtype=router_dtype, params_dtype=params_dtype))
     x = tokens(params_dtype)
     logits = router.gating(x)
     assert logits.dtype == {"fp32": torch.float32, "fp64": torch.float64, None: params_dtype}[router_dtype]
@@ -185,33 +88,16 @@ def test_the_dtype_of_logits_and_of_gradients(router_dtype: str | None, params_d
 
 def test_a_bfloat16_model_routes_in_float32() -> None:
     """The gate is not rounded to bfloat16: the logits are a float32 computation on the stored values."""
-    router = build(RouterConfig(num_experts=EXPERTS), transformer_config(params_dtype=torch.bfloat16))
-    x = tokens(torch.bfloat16)
-    exact = direct_logits(
-        x.double(), router.query_weight.double(), router.expert_key.double(), EXPERTS, "sum"
-    )
-    logits = router.gating(x)
-    assert (logits - exact).abs().max() <= 2e-6 * exact.abs().max()
-    rounded = x.float() @ fold(router.query_weight, router.expert_key, "sum").bfloat16().float().T
+    router = build(MIXTURE, transformer_config(params_dtype=torch.bfloat16))
+    x, parts = tokens(torch.bfloat16), (router.query_weight, router.expert_key)
+    exact = direct_logits(x.double(), *(part.double() for part in parts), EXPERTS, "sum")
+    assert (router.gating(x) - exact).abs().max() <= 2e-6 * exact.abs().max()
+    rounded = x.float() @ fold(*parts, "sum").bfloat16().float().T
     assert (rounded - exact).abs().max() > 1e-3 * exact.abs().max()
 
 
-def test_gradients_add_up_over_micro_batches() -> None:
-    router = build(RouterConfig(num_experts=EXPERTS), transformer_config())
-    separate = []
-    for seed in (1, 2):
-        router.zero_grad()
-        backward(router, tokens(seed=seed))
-        separate.append([parameter.grad.clone() for parameter in router.parameters()])
-    router.zero_grad()
-    for seed in (1, 2):
-        backward(router, tokens(seed=seed))
-    for parameter, first, second in zip(router.parameters(), *separate, strict=True):
-        assert torch.equal(parameter.grad, first + second)
-
-
 def test_activation_recompute_gives_the_same_gradients() -> None:
-    router = build(RouterConfig(num_experts=EXPERTS), transformer_config())
+    router = build(MIXTURE, transformer_config())
     grads = []
     for recompute in (False, True):
         router.zero_grad()
@@ -236,16 +122,20 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
 def test_routing_is_the_stock_routers_bit_for_bit(changes: dict[str, Any]) -> None:
-    mixture = build(RouterConfig(num_experts=EXPERTS), transformer_config(**changes))
+    mixture = build(MIXTURE, transformer_config(**changes))
     stock = stock_twin(mixture)
-    if mixture.expert_bias is not None:
-        for router in (mixture, stock):
+    found = []
+    for router in (mixture, stock):
+        if router.expert_bias is not None:
             router.expert_bias.copy_(torch.linspace(-1, 1, EXPERTS))
-    x, y = tokens(), tokens()
-    probs, routing_map = backward(mixture, x)
-    expected_probs, expected_map = backward(stock, y)
+        x = tokens()
+        probs, routing_map = router(x)
+        grad = torch.randn(probs.shape, generator=torch.Generator().manual_seed(2))
+        probs.backward(grad.to(probs.dtype))
+        found.append((probs, routing_map, x.grad))
+    (probs, routing_map, grad), (expected_probs, expected_map, expected_grad) = found
     assert torch.equal(probs, expected_probs) and torch.equal(routing_map, expected_map)
-    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
     if mixture.expert_bias is not None:
         assert torch.equal(mixture.local_tokens_per_expert, stock.local_tokens_per_expert)
         assert mixture.local_tokens_per_expert.sum() == 2 * SEQUENCE * BATCH
@@ -257,28 +147,3 @@ def test_routing_is_the_stock_routers_bit_for_bit(changes: dict[str, Any]) -> No
     torch.testing.assert_close(
         mixture.expert_key.grad, grad_gate @ mixture.query_weight.sum(0).T, rtol=1e-5, atol=1e-5
     )
-
-
-def test_the_auxiliary_losses_reach_both_parameters() -> None:
-    grads = []
-    for coefficient in (0.0, 0.5):
-        router = build(RouterConfig(num_experts=EXPERTS), transformer_config(moe_aux_loss_coeff=coefficient))
-        backward(router, tokens())
-        grads.append([parameter.grad for parameter in router.parameters()])
-    assert all((a - b).abs().max() > 0 for a, b in zip(*grads, strict=True))
-
-
-def test_replay_uses_the_recorded_experts() -> None:
-    RouterReplay.clear_global_router_replay_instances()
-    try:
-        router = build(RouterConfig(num_experts=EXPERTS), transformer_config(moe_enable_routing_replay=True))
-        RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
-        _, recorded = router(tokens(seed=1))
-        RouterReplay.set_replay_data(RouterReplay.get_recorded_data())
-        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
-        _, replayed = router(tokens(seed=2))
-        RouterReplay.clear_global_router_replay_action()
-        _, own = router(tokens(seed=2))
-    finally:
-        RouterReplay.clear_global_router_replay_instances()
-    assert torch.equal(recorded, replayed) and not torch.equal(replayed, own)

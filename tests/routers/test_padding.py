@@ -11,29 +11,18 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_router_upcycling.routers.baselines import LocMoERouter, SwitchRouter
 from megatron_router_upcycling.routers.config import RouterConfig
 from tests.router_kinds import KINDS
-from tests.routers.test_mixture import (
-    BATCH,
-    EXPERTS,
-    SEQUENCE,
-    build,
-    megatron,
-    on_cpu,
-    tokens,
-    transformer_config,
-)
+from tests.routers.conftest import BATCH, EXPERTS, SEQUENCE, build, tokens, transformer_config
 
-__all__ = ["megatron", "on_cpu"]  # fixtures that every test of this file uses
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 PADDED = 10  # positions at the end of each sequence
 
 
 @pytest.fixture(autouse=True)
 def loss_scale() -> Iterator[None]:
-    """Of the auxiliary losses, which others may have left."""
-    before, MoEAuxLossAutoScaler.main_loss_backward_scale = (
-        MoEAuxLossAutoScaler.main_loss_backward_scale,
-        None,
-    )
+    """Of the auxiliary losses, which other tests may have left."""
+    before = MoEAuxLossAutoScaler.main_loss_backward_scale
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     yield
     MoEAuxLossAutoScaler.main_loss_backward_scale = before
 
