@@ -5,6 +5,8 @@ import functools
 import subprocess
 from pathlib import Path
 
+import networkx  # type: ignore[import-untyped]
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_router_upcycling"
 
@@ -49,28 +51,7 @@ def import_graph(*folders: str) -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Sets of nodes that reach each other, each sorted (Tarjan's strongly connected components)."""
-    number: dict[str, int] = {}
-    low: dict[str, int] = {}
-    path: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(node: str) -> None:
-        number[node] = low[node] = len(number)
-        path.append(node)
-        for other in sorted(graph[node]):
-            if other not in number:
-                visit(other)
-                low[node] = min(low[node], low[other])
-            elif other in path:
-                low[node] = min(low[node], number[other])
-        if low[node] == number[node]:
-            members = path[path.index(node) :]
-            del path[path.index(node) :]
-            if len(members) > 1 or node in graph[node]:
-                found.append(sorted(members))
-
-    for node in sorted(graph):
-        if node not in number:
-            visit(node)
-    return found
+    """Sets of nodes that reach each other, each sorted."""
+    edges = networkx.DiGraph(graph)
+    components = (sorted(nodes) for nodes in networkx.strongly_connected_components(edges))
+    return sorted(nodes for nodes in components if len(nodes) > 1 or edges.has_edge(nodes[0], nodes[0]))

@@ -35,13 +35,15 @@ def on_cpu(megatron: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def transformer_config(**changes: Any) -> TransformerConfig:
-    values: dict[str, Any] = {
-        "num_layers": 2, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "kv_channels": HEAD_DIM,
-        "ffn_hidden_size": 4 * HIDDEN, "num_moe_experts": EXPERTS, "moe_router_topk": 2,
-        "moe_router_pre_softmax": True, "moe_router_dtype": "fp32", "add_bias_linear": False,
-        "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.02, "moe_z_loss_coeff": 0.001,
-    }  # fmt: skip
-    return TransformerConfig(**(values | changes))
+    sizes = {"num_layers": 2, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "kv_channels": HEAD_DIM}
+    experts = {"ffn_hidden_size": 4 * HIDDEN, "num_moe_experts": EXPERTS, "moe_router_topk": 2}
+    routing = {"moe_router_pre_softmax": True, "moe_router_dtype": "fp32", "add_bias_linear": False}
+    losses = {
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.02,
+        "moe_z_loss_coeff": 1e-3,
+    }
+    return TransformerConfig(**(sizes | experts | routing | losses | changes))
 
 
 def build(
