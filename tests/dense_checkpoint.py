@@ -109,19 +109,16 @@ def tensors(
         shapes[f"{MLP}.linear_fc1.bias"] = (LAYERS, (1 + gated) * FFN)
         shapes[f"{MLP}.linear_fc2.bias"] = (LAYERS, HIDDEN)
         shapes[f"{ATTENTION}.linear_proj.bias"] = (LAYERS, HIDDEN)
-        shapes[f"{ATTENTION}.linear_proj.bias"] = (LAYERS, HIDDEN)
     return {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in shapes.items()}
 
 
 def _pieces(key: str, value: torch.Tensor, tensor_parallel: int) -> tuple[tuple[int, ...], int | None]:
     """Chunks along each axis as Megatron divides the tensor over layers and tensor-parallel ranks."""
     layers = (LAYERS,) if key.startswith("decoder.layers.") else ()
-    rows, columns = (
-        ("linear_qkv.", "linear_fc1.", "embeddings.", "output_layer."),
-        ("_proj.weight", "_fc2.weight"),
-    )
+    rows = ("linear_qkv.", "linear_fc1.", "embeddings.", "output_layer.")
     rest = [1] * (value.dim() - len(layers))
-    axis = 0 if any(name in key for name in rows) else 1 if key.endswith(columns) else None
+    by_column = key.endswith(("_proj.weight", "_fc2.weight"))
+    axis = 0 if any(name in key for name in rows) else 1 if by_column else None
     if axis is None or "layer_norm" in key:
         return layers + tuple(rest), None
     gate_and_up = 2 if "linear_fc1." in key and value.shape[1] == 2 * FFN else 1

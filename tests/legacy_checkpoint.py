@@ -55,34 +55,26 @@ def write(
     values = values or dense_checkpoint.tensors()
     args = args or dense_checkpoint.arguments()
     pipeline = len(stages) // virtual
-    args = Namespace(
-        **vars(args)
-        | {"tensor_model_parallel_size": tensor_parallel, "pipeline_model_parallel_size": pipeline}
-    )
+    layout = {"tensor_model_parallel_size": tensor_parallel, "pipeline_model_parallel_size": pipeline}
+    args = Namespace(**vars(args) | layout)
     for pp in range(pipeline):
         for tp in range(tensor_parallel):
             models = []
-            for part in range(virtual):
-                index = part * pipeline + pp
+            for index in range(pp, len(stages), pipeline):
                 model: dict[str, Any] = {}
-                for local, layer in enumerate(stages[index]):
-                    for key, value in values.items():
-                        if not key.startswith(LAYERS):
-                            continue
-                        name = key.removeprefix(LAYERS)
-                        piece = shard(key, value[layer], tp, tensor_parallel, args.swiglu)
-                        for fused, apart in APART.items():
-                            if not transformer_engine:
-                                name = name.replace(fused, apart)
-                        model[f"{LAYERS}{local}.{name}"] = piece
-                        if name.endswith((".linear_qkv.weight", ".linear_fc1.weight", ".linear_fc2.weight")):
-                            extra = torch.arange(9, dtype=torch.uint8) if transformer_engine else None
-                            model[f"{LAYERS}{local}.{name.removesuffix('weight')}_extra_state"] = extra
                 for key, value in values.items():
                     first = key.startswith("embedding.") and index == 0
                     last = key.startswith(("decoder.final", "output_layer.")) and index == len(stages) - 1
                     if first or last:
                         model[key] = shard(key, value, tp, tensor_parallel, args.swiglu)
+                    for local, layer in enumerate(stages[index] if key.startswith(LAYERS) else ()):
+                        name = f"{LAYERS}{local}.{key.removeprefix(LAYERS)}"
+                        for fused, apart in () if transformer_engine else APART.items():
+                            name = name.replace(fused, apart)
+                        model[name] = shard(key, value[layer], tp, tensor_parallel, args.swiglu)
+                        if name.endswith((".linear_qkv.weight", ".linear_fc1.weight", ".linear_fc2.weight")):
+                            extra = torch.arange(9, dtype=torch.uint8) if transformer_engine else None
+                            model[f"{name.removesuffix('weight')}_extra_state"] = extra
                 models.append(in_one_buffer(model) if one_buffer else detached(model))
             names = ["model"] if virtual == 1 else [f"model{part}" for part in range(virtual)]
             folder = root / "iter_0000008" / (f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if pipeline > 1 else ""))

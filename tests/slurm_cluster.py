@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tests import launch
 from tests.launch import ENVIRONMENT, Output, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -53,12 +54,8 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.environment = ENVIRONMENT | {"PATH": SEARCH, "SLURM_CONF": str(folder / "slurm.conf")}
 
-    def run(self, *command: object, **environment: str) -> Output:
-        done = subprocess.run(
-            [str(part) for part in command], env=self.environment | environment, timeout=60,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        return Output(done.returncode, done.stdout)
+    def run(self, *command: object) -> Output:
+        return launch.run(*command, timeout=60, **self.environment)
 
     def jobs(self) -> list[str]:
         return self.run("squeue", "--noheader", "--format=%i %T %r").ok().text.splitlines()
@@ -90,20 +87,12 @@ def cluster() -> Iterator[Cluster]:
 
         def start(*command: str) -> None:
             with (folder / f"{command[0]}.log").open("a") as log:
-                process = subprocess.Popen(
-                    command, env=here.environment, stdout=log, stderr=subprocess.STDOUT
-                )
+                process = subprocess.Popen(command, env=here.environment, stdout=log, stderr=log)
             ends.callback(process.wait, 30)
             ends.callback(process.terminate)
 
-        files = {
-            "key-file": "key",
-            "socket": "socket",
-            "pid-file": "pid",
-            "log-file": "log",
-            "seed-file": "seed",
-        }
-        start("munged", "--foreground", *(f"--{flag}={munge / name}" for flag, name in files.items()))
+        files = (f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed"))
+        start("munged", "--foreground", f"--socket={munge / 'socket'}", *files)
         wait_until((munge / "socket").exists, lambda: (folder / "munged.log").read_text(), 10)
         start("slurmctld", "-D")
         start("slurmd", "-D", "-N", "node1")
@@ -112,9 +101,8 @@ def cluster() -> Iterator[Cluster]:
         def log() -> str:
             return "".join(path.read_text()[-2000:] for path in sorted(folder.glob("slurm*.log")))
 
-        wait_until(
-            lambda: here.run("sinfo", "-h", "-t", "idle", "-o", "%D").text.strip() == "2", log, seconds=30
-        )
+        idle = ("sinfo", "-h", "-t", "idle", "-o", "%D")
+        wait_until(lambda: here.run(*idle).text.strip() == "2", log, seconds=30)
         ends.callback(lambda: wait_until(lambda: not here.jobs(), log, seconds=60))
         ends.callback(here.run, "scancel", "--state=RUNNING", "--user=root")
         ends.callback(here.run, "scancel", "--state=PENDING", "--user=root")
