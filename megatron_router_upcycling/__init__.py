@@ -24,15 +24,8 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.2.0"
-__all__ = [
-    "Router",
-    "RouterConfig",
-    "UserError",
-    "convert_checkpoint",
-    "inspect_checkpoint",
-    "load_router",
-    "verify_checkpoint",
-]
+__all__ = ["Router", "RouterConfig", "UserError", "convert_checkpoint"]
+__all__ += ["inspect_checkpoint", "load_router", "verify_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,9 +4,9 @@
         --load DENSE --output key_stats.safetensors [--collect-iters 10] [--key-source pre_rope|post_rope] \\
         [--overwrite] [--quiet] [any Megatron flag]
 
-Paper, section 3.2. The model runs in evaluation mode at any tensor, pipeline, context and data parallelism,
-over the first --collect-iters global batches of the training data; no optimizer is built. The statistics
-cover every token of every rank; --router-samples of the tokens leave their hidden states in the file as well.
+Paper, section 3.2. The model runs in evaluation mode, without an optimizer, at any tensor, pipeline, context
+and data parallel size, over the first --collect-iters global batches of the training data. The statistics
+cover every token of every rank; the hidden states of --router-samples tokens are kept as well.
 """
 
 import sys
@@ -14,19 +14,16 @@ import sys
 from megatron_router_upcycling.training import launch
 
 
-def collect_keys(argv: list[str]) -> None:
+def main() -> None:
     import torch
 
     from megatron_router_upcycling.key_statistics import collect
 
+    argv = sys.argv[1:]
     collect.check_flags(launch.parse(argv).flags)
     collect.collect(launch.prepare(argv, needs_checkpoint=True))
     torch.distributed.destroy_process_group()
 
 
-def main() -> None:
-    launch.exit_on_user_error(lambda: collect_keys(sys.argv[1:]))
-
-
 if __name__ == "__main__":
-    main()
+    launch.exit_on_user_error(main)

@@ -28,8 +28,9 @@ def layer_frequency(value: Any, source: str = "--moe-layer-freq") -> int | list[
     found = value
     if isinstance(value, str):
         try:
-            found = _read(value)
-        except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):  # or nested too deep
+            readable = len(value) <= LONGEST_TEXT and TEXT.fullmatch(value)
+            found = _value(ast.parse(value.strip(), mode="eval").body) if readable else None
+        except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):  # the last two: too deep
             found = None
     listed = isinstance(found, list) and all(type(one) is int and one in (0, 1) for one in found)
     if not listed and not (type(found) is int and found >= 1):
@@ -56,14 +57,8 @@ def as_flag(frequency: list[int]) -> str:
     return str(frequency).replace(" ", "")
 
 
-def _read(text: str) -> Any:
-    if len(text) > LONGEST_TEXT or not TEXT.fullmatch(text):
-        raise ValueError
-    return _value(ast.parse(text.strip(), mode="eval").body)
-
-
 def _value(node: ast.expr) -> Any:
-    """The value of numbers, lists, sums and products; raises ValueError or TypeError for anything else."""
+    """The value of numbers, lists, sums and products; ValueError or TypeError for all else."""
     value: Any
     match node:
         case ast.Constant(value=int(number)):
@@ -74,18 +69,13 @@ def _value(node: ast.expr) -> Any:
             value = _value(left) + _value(right)
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             first, second = _value(left), _value(right)
-            _check_size(_size(first) * _size(second))
-            value = first * second
+            value = first * second if _size(first) * _size(second) <= MOST_LAYERS else None
         case _:
-            raise ValueError
-    _check_size(_size(value))
+            value = None
+    if value is None or _size(value) > MOST_LAYERS:
+        raise ValueError
     return value
 
 
 def _size(value: Any) -> int:
     return len(value) if isinstance(value, list) else value
-
-
-def _check_size(size: int) -> None:
-    if size > MOST_LAYERS:
-        raise ValueError

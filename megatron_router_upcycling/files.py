@@ -14,9 +14,13 @@ def existing(folder: Path) -> Path:
 
 
 def blocked_by(path: Path) -> Path | None:
-    """The read-only folder or the file that keeps ``path`` from being made; None if nothing does."""
+    """The read-only folder or the file that keeps ``path`` from being made, or None."""
     place = existing(path.absolute())
     return None if place.is_dir() and os.access(place, os.W_OK) else place
+
+
+def on_one_disk(source: Path, out: Path) -> bool:
+    return os.stat(source).st_dev == os.stat(existing(out.absolute().parent)).st_dev
 
 
 def format_bytes(count: int) -> str:
@@ -33,10 +37,9 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write ``path`` whole or not at all, in a folder that is there; text as UTF-8.
+    """Write ``path`` whole or not at all, in a folder that exists; text as UTF-8.
 
-    The content goes to a hidden file beside it, to the disk, and then takes the place of ``path``. A write
-    that fails leaves nothing.
+    The content goes to a hidden file beside it, which is flushed and renamed. A failed write leaves nothing.
 
     Raises:
         OSError: it cannot be written.
@@ -59,7 +62,7 @@ def sha256(path: Path) -> str:
 
 @functools.cache
 def versions(*packages: str) -> dict[str, str]:
-    """Python's version and those of ``packages``: if none are named, of this one and of what it stands on."""
+    """Versions of Python and of ``packages``; by default of this one, Megatron and PyTorch."""
     found = {"python": platform.python_version()}
     for name in packages or ("megatron-router-upcycling", "megatron-core", "torch"):
         try:
@@ -67,7 +70,3 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def on_one_disk(source: Path, out: Path) -> bool:
-    return os.stat(source).st_dev == os.stat(existing(out.absolute().parent)).st_dev

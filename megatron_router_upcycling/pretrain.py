@@ -3,9 +3,8 @@
     torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config configs/demo/moe.yaml \\
         --load MOE --save OUT [any Megatron flag]
 
-An upcycled checkpoint brings its router's options and architecture with it (router_upcycling.json). Where
---save holds a checkpoint already, the run resumes there, so that a run that was stopped is continued by
-the same command.
+An upcycled checkpoint records its router and architecture (router_upcycling.json): no flags are needed for
+them. To resume a stopped run, run the same command again: it starts from the last checkpoint in --save.
 
 Examples:
     # another learning rate than the file's, and checkpoints every 500 steps
@@ -16,7 +15,7 @@ Examples:
         --router linear
     # only the loss on held-out data
     torchrun ... -m megatron_router_upcycling.pretrain --config moe.yaml --load OUT --skip-train
-    # before GPUs are reserved: one rank of 64 on this machine (as megatron_router_upcycling.rehearse)
+    # before reserving GPUs: one rank of 64 on this machine (as megatron_router_upcycling.rehearse)
     python -m megatron_router_upcycling.pretrain --config moe.yaml --load MOE --rehearse 64
 """
 
@@ -42,7 +41,7 @@ def pretrain(argv: list[str]) -> None:
 
 
 def warn_of_ties(run: launch.Run) -> None:
-    """Say which experts of a converted checkpoint would stay equal, on rank 0."""
+    """Print which experts of a converted checkpoint would stay equal, on rank 0."""
     from megatron_router_upcycling.diagnostics import ties
 
     if run.load and run.router and run.args.rank == 0 and (warning := ties.warn(run.load)):

@@ -1,9 +1,9 @@
-"""Run one real rank of a run of any size on this machine, for one step, beside what the plan says of it.
+"""Run one rank of a run of any size on this machine for one step, and compare it with the plan.
 
     python -m megatron_router_upcycling.rehearse --config moe.yaml --load MOE --gpus 64 [any flag of pretrain]
 
-The rank builds its own shard of the model, its gradient buffers and its share of the optimizer; the other
-ranks are not there, and neither data nor tokenizer need be. Sizes are real; the loss is not.
+The rank builds its own shard of the model, its gradient buffers and its share of the optimizer. The other
+ranks do not exist, and no data or tokenizer is needed. Sizes are real; the loss is not.
 
 Examples:
     # the last of 64 ranks, with figures as JSON
@@ -19,15 +19,11 @@ import sys
 from megatron_router_upcycling.training import launch
 
 
-def rehearse(argv: list[str]) -> None:
+def main() -> None:
     from megatron_router_upcycling.planning.rehearsal import run
 
-    run.rehearse(argv)
-
-
-def main() -> None:
-    launch.exit_on_user_error(lambda: rehearse(sys.argv[1:]))
+    run.rehearse(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    main()
+    launch.exit_on_user_error(main)

@@ -20,40 +20,18 @@ from tests import launch
 VOCABULARY = 256
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN = 4, 64, 8, 4, 8, 96
 
-MODEL = {
-    "num_layers": LAYERS,
-    "hidden_size": HIDDEN,
-    "ffn_hidden_size": FFN,
-    "num_attention_heads": HEADS,
-    "group_query_attention": True,
-    "num_query_groups": GROUPS,
-    "kv_channels": HEAD_DIM,
-    "add_qkv_bias": True,
-    "disable_bias_linear": True,
-    "normalization": "RMSNorm",
-    "swiglu": True,
-    "position_embedding_type": "rope",
-    "untie_embeddings_and_output_weights": True,
-    "max_position_embeddings": 32,
-    "make_vocab_size_divisible_by": 4,
-}
-TRAINING = {
-    "seq_length": 32,
-    "micro_batch_size": 4,
-    "global_batch_size": 8,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "train_iters": 8,
-    "lr": 5e-3,
-    "lr_decay_style": "constant",
-    "eval_iters": 4,
-    "eval_interval": 100,
-    "log_interval": 1,
-    "save_interval": 4,
-    "tokenizer_type": "NullTokenizer",
-    "vocab_size": VOCABULARY,
-    "split": "90,10,0",
-}
+SIZES = {"num_layers": LAYERS, "hidden_size": HIDDEN, "ffn_hidden_size": FFN, "num_attention_heads": HEADS}
+GROUPED = {"group_query_attention": True, "num_query_groups": GROUPS, "kv_channels": HEAD_DIM}
+LAYER = {"add_qkv_bias": True, "disable_bias_linear": True, "normalization": "RMSNorm", "swiglu": True}
+POSITIONS = {"position_embedding_type": "rope", "max_position_embeddings": 32}
+EMBEDDING = {"untie_embeddings_and_output_weights": True, "make_vocab_size_divisible_by": 4}
+MODEL = SIZES | GROUPED | LAYER | POSITIONS | EMBEDDING
+
+BATCH = {"seq_length": 32, "micro_batch_size": 4, "global_batch_size": 8}
+STEPS = {"train_iters": 8, "lr": 5e-3, "lr_decay_style": "constant", "save_interval": 4}
+EVALUATION = {"eval_iters": 4, "eval_interval": 100, "log_interval": 1, "split": "90,10,0"}
+DATA = {"tokenizer_type": "NullTokenizer", "vocab_size": VOCABULARY}
+TRAINING = BATCH | STEPS | EVALUATION | DATA | {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 EVALUATE = ("--skip-train", "--eval-iters", 4)
 
 # They take longest: none of them should be what one process is left with at the end.
@@ -74,12 +52,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def once(path: Path, make: Callable[[], Any]) -> Any:
-    """What ``make`` returns (as JSON), made by the first process that asks; ``path`` is what it makes."""
+    """What ``make`` returns, if that is JSON, made by the first process that asks for ``path``."""
     record = path.with_name(f"{path.name}.made")
     with path.with_name(f"{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.exists():
-            record.write_text(json.dumps(make()))
+            record.write_text(json.dumps(make(), default=lambda _: None))
         return json.loads(record.read_text())
 
 
@@ -132,11 +110,7 @@ def moe_config(dense_config: Path) -> Path:
 def dense(folder: Path, dense_config: Path) -> Path:
     """Root of a dense checkpoint after eight steps, float32, saved by one rank."""
     root = folder / "dense"
-
-    def train() -> None:
-        launch.ranks(1, "pretrain", "--config", dense_config, "--save", root).ok()
-
-    once(root, train)
+    once(root, lambda: launch.ranks(1, "pretrain", "--config", dense_config, "--save", root).ok())
     return root
 
 
@@ -156,11 +130,7 @@ def dense_validation(folder: Path, dense: Path, dense_config: Path) -> float:
 def key_stats_file(folder: Path, dense: Path, dense_config: Path) -> Path:
     path = folder / "key_stats.safetensors"
     flags = ("--config", dense_config, "--load", dense, "--output", path, "--collect-iters", 2)
-
-    def collect() -> None:
-        launch.torchrun(1, "collect_keys", *flags).ok()
-
-    once(path, collect)
+    once(path, lambda: launch.torchrun(1, "collect_keys", *flags).ok())
     return path
 
 
@@ -169,11 +139,7 @@ def moe(folder: Path, dense: Path, key_stats_file: Path) -> Path:
     """Root of the upcycled checkpoint: 8 routers, 8 experts, top 2; top-k then softmax."""
     root = folder / "moe"
     options = ("--num-experts", 8, "--top-k", 2, "--no-moe-router-pre-softmax")
-
-    def convert() -> None:
-        launch.cli("convert", dense, root, "--key-stats", key_stats_file, *options).ok()
-
-    once(root, convert)
+    once(root, lambda: launch.cli("convert", dense, root, "--key-stats", key_stats_file, *options).ok())
     return root
 
 

@@ -19,9 +19,7 @@ ROOT = Path(__file__).parents[1]
 # The work tree of a Megatron-LM checkout, to be tested in place of the installed wheel.
 MEGATRON_LM = os.environ.get("MEGATRON_LM")
 if MEGATRON_LM:
-    assert (Path(MEGATRON_LM) / "megatron/core").is_dir(), (
-        f"MEGATRON_LM={MEGATRON_LM}: no megatron/core there"
-    )
+    assert (Path(MEGATRON_LM) / "megatron/core").is_dir(), f"MEGATRON_LM={MEGATRON_LM}: no Megatron there"
     sys.path.insert(0, MEGATRON_LM)
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
@@ -45,9 +43,8 @@ class Output:
     @property
     def validation(self) -> float:
         """The last validation LM loss."""
-        found = re.findall(
-            r"validation loss at iteration \d+(?: on validation set)? \| lm loss value: (\S+)", self.text
-        )
+        where = r"validation loss at iteration \d+(?: on validation set)? \| lm loss value: (\S+)"
+        found = re.findall(where, self.text)
         assert found, self.text[-4000:]
         return float(found[-1])
 
@@ -114,28 +111,17 @@ def _warm(number: int | None, arguments: list[str], environment: dict[str, str])
         return Output(status, log.read_text())
 
 
-def run(*command: object, timeout: float = TIMEOUT, **environment: str) -> Output:
-    done = subprocess.run(
-        [str(part) for part in command],
-        env=ENVIRONMENT | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
+def run(*command: object, timeout: float = TIMEOUT, cwd: Path | None = None, **environment: str) -> Output:
+    words, pipe = [str(part) for part in command], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(words, env=ENVIRONMENT | environment, text=True, timeout=timeout, cwd=cwd, **pipe)
     return Output(done.returncode, done.stdout)
 
 
 def torchrun_killed(ranks: int, module: str, *args: object, when: str, log: Path) -> None:
     """Start a run and end every process of it by SIGKILL as soon as its output matches ``when``."""
     with log.open("w") as file:
-        process = subprocess.Popen(
-            _torchrun(ranks, module, args),
-            env=ENVIRONMENT,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        command = _torchrun(ranks, module, args)
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file, start_new_session=True)
         deadline = time.monotonic() + TIMEOUT
         try:
             while not re.search(when, log.read_text()):

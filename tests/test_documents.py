@@ -26,10 +26,8 @@ MADE = ("demo/", "compare/", "bench/", "evaluation/NAME", "ckpt/", "runs/", "DEN
 def mentioning() -> list[Path]:
     """The text files that speak of others, tests aside (they make files up)."""
     suffixes = (".md", ".py", ".sh", ".sbatch", ".yaml", ".yml", ".toml")
-    found = [
-        file for file in repository_files() if file.suffix in suffixes or file.name in ("Makefile", "run")
-    ]
-    return [file for file in found if file.parts[0] != "tests"]
+    files = [file for file in repository_files() if file.parts[0] != "tests"]
+    return [file for file in files if file.suffix in suffixes or file.name in ("Makefile", "run")]
 
 
 def exists(mention: str, file: Path) -> bool:
@@ -42,30 +40,27 @@ def exists(mention: str, file: Path) -> bool:
     return Path(mention).name.isupper() and (ROOT / mention).parent.is_dir()
 
 
-def paths(text: str, file: Path) -> Iterator[str]:
-    yield from FROM_ROOT.findall(text)
-    if file.suffix == ".md":
-        yield from SHORT.findall(text)
-
-
-def wrong_mentions(file: Path) -> Iterator[str]:
-    text = (ROOT / file).read_text(encoding="utf-8")
-    for mention in paths(text, file):
+def wrong_mentions(file: Path, text: str) -> Iterator[str]:
+    is_document = file.suffix == ".md"
+    for mention in FROM_ROOT.findall(text) + (SHORT.findall(text) if is_document else []):
         if not (mention in ELSEWHERE or mention.startswith(MADE) or exists(mention, file)):
-            yield f"{file} names {mention}"
+            yield mention
     for module in MODULE.findall(text):
         path = ROOT / module.replace(".", "/")
         if not (path.with_suffix(".py").is_file() or path.is_dir()):
-            yield f"{file} names -m {module}"
-    for name in BARE.findall(text) if file.suffix == ".md" else ():
-        if name not in ELSEWHERE and not any(other.name == name for other in repository_files()):
-            yield f"{file} names {name}"
+            yield f"-m {module}"
+    names = {other.name for other in repository_files()} | ELSEWHERE
+    yield from (name for name in BARE.findall(text) if is_document and name not in names)
 
 
 def test_paths_and_modules_exist() -> None:
     files = mentioning()
     assert {"README.md", "CONTRIBUTING.md", "Makefile", "setup.sh"} <= {file.name for file in files}
-    assert not [wrong for file in files for wrong in wrong_mentions(file)]
+    for file in files:
+        wrong = list(wrong_mentions(file, (ROOT / file).read_text(encoding="utf-8")))
+        assert not wrong, f"{file} names {wrong}"
+    invented = "see `checkpoint/shard.py`, `tools/nothing.py` and tools/experiments/demo.py"
+    assert set(wrong_mentions(Path("README.md"), invented)) == {"checkpoint/shard.py", "tools/nothing.py"}
 
 
 DOCUMENTS = [file for file in mentioning() if file.suffix == ".md"]
@@ -76,6 +71,10 @@ def headings(page: str) -> set[str]:
     text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_headings() -> None:
+    assert headings("# A b: c\n```\n# not one\n```\n") == {"a-b-c"}
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=str)
@@ -104,35 +103,15 @@ def test_commands_and_their_flags_exist(file: Path) -> None:
     assert named <= targets, f"{file} names make {named - targets}"
 
 
-def test_a_mention_of_nothing_is_seen() -> None:
-    file = Path("README.md")
-    found = list(paths("see `checkpoint/shard.py`, `tools/nothing.py` and tools/experiments/demo.py", file))
-    assert [mention for mention in sorted(set(found)) if not exists(mention, file)] == [
-        "checkpoint/shard.py",
-        "tools/nothing.py",
-    ]
-    assert headings("# A b: c\n```\n# not one\n```\n") == {"a-b-c"}
-
-
-def tree_entries(page: str) -> Iterator[str]:
-    """The paths of the tree in "What is where"; an entry that is indented lies in the folder above it."""
+def test_the_tree_in_contributing_is_there() -> None:
+    """Of "What is where"; what is indented lies in the package."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = re.search(r"## What is where\n+```\n(.*?)```", page, re.DOTALL)
     assert block
-    folder = ""
+    entries = set()
     for line in block[1].splitlines():
-        names = re.split(r"  +", line.strip())[0].split(", ")
-        if not line.startswith(" "):
-            folder = names[0] if len(names) == 1 and not re.search(r"\S  +\S", line) else ""
-            yield from names
-        else:
-            yield from (folder + name for name in names)
-
-
-def test_the_tree_in_the_readme_is_there() -> None:
-    entries = list(tree_entries((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
-    for entry in entries:
-        assert (ROOT / entry).exists(), f"CONTRIBUTING.md's tree names {entry}"
+        folder = f"{PACKAGE}/" if line.startswith(" ") else ""
+        entries |= {folder + name for name in re.split(r"  +", line.strip())[0].split(", ")}
+    assert not [entry for entry in entries if not (ROOT / entry).exists()]
     rooms = {f"{PACKAGE}/{path.parent.name}/" for path in (ROOT / PACKAGE).glob("*/__init__.py")}
-    assert rooms <= set(entries), f"CONTRIBUTING.md's tree leaves out {rooms - set(entries)}"
-    folders = {f"{name}/" for name in ROOTS}
-    assert folders <= set(entries), f"CONTRIBUTING.md's tree leaves out {folders - set(entries)}"
+    assert not (rooms | {f"{name}/" for name in ROOTS}) - entries

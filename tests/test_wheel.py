@@ -1,7 +1,6 @@
 """The wheel that ``pip install .`` and ``python -m build`` make: whole, and enough to run the commands."""
 
 import json
-import os
 import subprocess
 import sys
 import tomllib
@@ -12,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_router_upcycling import __version__
-from tests import dense_checkpoint
+from tests import dense_checkpoint, launch
 from tests.repository import PACKAGE, ROOT, repository_files
 
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
@@ -45,17 +44,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(installed: Path, *command: object, cwd: Path) -> str:
     """What a command prints that takes this package from ``installed``, and nothing from this checkout."""
-    ended = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(installed), "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    assert ended.returncode == 0, ended.stdout
-    return ended.stdout
+    return launch.run(*command, timeout=120, cwd=cwd, PYTHONPATH=str(installed)).ok().text
 
 
 def test_holds_every_file_of_the_package_and_no_other(wheel: Path) -> None:

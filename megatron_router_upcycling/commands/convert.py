@@ -54,7 +54,6 @@ from megatron_router_upcycling.commands.shared import progress_bar
 from megatron_router_upcycling.config.flags import add_output, add_router
 from megatron_router_upcycling.config.start import HEAD_KEYS, InitConfig
 from megatron_router_upcycling.conversion.options import Method, read_method
-from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
 
@@ -147,10 +146,8 @@ def method(args: argparse.Namespace) -> tuple[Method, RouterConfig, InitConfig]:
     flags = _given(args, ("router", "num_routers", "pooling", "grouping", "pre_softmax"))
     flags |= {name: n * args.granularity for name, n in _given(args, ("num_experts", "top_k")).items()}
     kind = kinds.get(flags.get("router") or file.router.get("router", "mixture"))
-    for name in ("num_routers", "pooling", "grouping"):
-        if name in flags and name not in kind.options:
-            flag, suits = f"--{name.replace('_', '-')}", " or ".join(kinds.names_with(name))
-            raise UserError(f"{flag} {flags[name]}: is for --router {suits}; leave it out for {kind.name}")
+    for name, value in flags.items():
+        kind.check_has(name, f"--{name.replace('_', '-')} {value}")
     defaults = {"num_experts": 8 * args.granularity, "top_k": kind.top_k * args.granularity}
     router = RouterConfig(**(defaults | file.router | flags), granularity=args.granularity)
     init = dataclasses.replace(file.init, **_given(args, ("head_key", "target_entropy")))

@@ -25,9 +25,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
     command.add_argument("--dtype", choices=DTYPES, help="of the checkpoint (default: as in HF_DIR)")
     command.add_argument(
-        "--make-vocab-size-divisible-by", metavar="N", type=int, default=128,
-        help="pad the embedding with zeros to a multiple of N",
-    )  # fmt: skip
+        "--make-vocab-size-divisible-by", metavar="N", type=int, default=128, help="of the padded embedding"
+    )
     add_output(command)
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 def add_flags(report: argparse.ArgumentParser) -> None:
     report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a folder that pretrain saves to")
     report.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path("report"),
-        help="for report.html and its pictures; an earlier report there is replaced",
-    )  # fmt: skip
+        "--output", metavar="DIR", type=Path, default=Path("report"), help="replaces an earlier report there"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

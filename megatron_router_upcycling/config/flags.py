@@ -70,9 +70,12 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     router.add_argument("--locality-loss-coeff", type=float, help="of --router locmoe (default: 0.01)")
     router.add_argument(
-        "--no-moe-router-pre-softmax", dest="moe_router_pre_softmax", action="store_false", default=False,
+        "--no-moe-router-pre-softmax",
+        dest="moe_router_pre_softmax",
+        action="store_false",
+        default=False,
         help="top-k first, then the softmax over the chosen experts",
-    )  # fmt: skip
+    )
 
     keys = parser.add_argument_group("key statistics (collect_keys)")
     keys.add_argument("--collect-iters", metavar="N", type=int, default=10, help="batches to average over")

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import Recorded, RouterConfig
 
 # Options of earlier versions that manifests still hold; one with another value is refused.
@@ -85,13 +84,10 @@ class InitConfig(Recorded):
 
     def check(self, router: RouterConfig) -> None:
         """Raise UserError for what ``router`` cannot start with."""
-        kind, default = router.kind, InitConfig()
-        for name in NAMES:
-            suits = kinds.names_with(name)
-            if suits and getattr(self, name) != getattr(default, name) and name not in kind.starts:
-                raise UserError(
-                    f"{name} {getattr(self, name)}: is for --router {' or '.join(suits)}, not for {kind.name}"
-                )
+        default = InitConfig().to_dict()
+        for name, value in self.to_dict().items():
+            if value != default[name]:
+                router.kind.check_has(name, f"{name} {value}")
         if self.target_entropy is not None and self.logit_scale != 1:
             raise UserError("--target-entropy sets the logits' scale; leave logit_scale out")
         if self.target_entropy is not None and not 0 < self.target_entropy < math.log(router.num_experts):

@@ -1,4 +1,4 @@
-"""YAML files: ``base:`` files under the entries that build on them, and nothing but plain values."""
+"""YAML files with inheritance (``base:``) and nothing but plain values."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ from megatron_router_upcycling.errors import UserError, reason
 
 
 def read_yaml(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The entries of a configuration, with the ``base:`` files (a name or a list, later ones win) beneath it.
+    """The entries of a configuration, over those of its ``base:`` files (a name or a list, later ones win).
 
     Raises:
-        UserError: a file that is missing or is not a YAML mapping, or one that builds on itself.
+        UserError: a file that is missing or is not a YAML mapping, or one that is its own base.
     """
     current = Path(path)
     try:
@@ -27,16 +27,16 @@ def read_yaml(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]
         raise UserError(f"{current}: must be a mapping of argument names to values")
     # As attributes: a name may be written with hyphens, as the flag is.
     entries = {str(name).replace("-", "_"): value for name, value in (entries or {}).items()}
-    tokenizer = entries.get("tokenizer_model")  # as import-hf writes it: where the file goes, it goes
+    tokenizer = entries.get("tokenizer_model")  # relative to the file, as import-hf writes it
     if isinstance(tokenizer, str) and (current.parent / tokenizer).exists():
         entries["tokenizer_model"] = str(current.parent / tokenizer)
     base = entries.pop("base", None) or []
     section = entries.pop("upcycling", None) or {}
-    if not isinstance(section, dict):
-        raise UserError(f"{current}: 'upcycling:' must be a mapping")
-    bases = [base] if isinstance(base, str) else base
-    if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
-        raise UserError(f"{current}: 'base:' must be the name of a file, or a list of names")
+    bases = base if isinstance(base, list) else [base]
+    if not isinstance(section, dict) or not all(isinstance(name, str) for name in bases):
+        raise UserError(
+            f"{current}: 'upcycling:' must be a mapping, and 'base:' a file name or a list of them"
+        )
     merged: dict[str, Any] = {"upcycling": {}}
     for name in bases:
         below = read_yaml(current.parent / name, (*_above, current))

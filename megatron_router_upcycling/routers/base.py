@@ -1,7 +1,7 @@
-"""A router trained from its row in ``kinds.KINDS``, in place of Megatron's linear gate.
+"""A Megatron router that computes its logits as its row in ``kinds.KINDS`` says.
 
-A ``TopKRouter`` with other parameters and logits: all that Megatron does after the logits (z-loss, softmax,
-top-k, auxiliary losses, token dropping, expert bias, replay) is inherited.
+A ``TopKRouter`` with other parameters and logits: all that follows the logits (z-loss, softmax, top-k,
+auxiliary losses, token dropping, expert bias, replay) is inherited.
 """
 
 import importlib
@@ -24,7 +24,7 @@ class OwnParametersRouter(FusedRoutingRouter):
     """The parameters of ``router.kind``, in ``config.params_dtype``, and its logits.
 
     Replicated over all parallel groups, as the stock router's ``weight`` is. From scratch they are drawn with
-    ``config.init_method``, but for those that the row gives a constant.
+    ``config.init_method``, except those for which the row has a constant.
     """
 
     # Megatron-FSDP knows the stock router as replicated by its class name, any other module by this.
@@ -41,7 +41,7 @@ class OwnParametersRouter(FusedRoutingRouter):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         assert router.num_experts == config.num_moe_experts
         self.options = router
-        # The stock gate goes, so that no state dict, DDP buffer or optimizer ever sees it.
+        # Without the stock gate, which would be a dead parameter in state dicts, DDP and the optimizer.
         self.register_parameter("weight", None)
         if not router.kind.has_bias:
             self.bias = None  # a parameter where linear layers have biases, else None already
@@ -60,7 +60,7 @@ class OwnParametersRouter(FusedRoutingRouter):
     def reset_parameters(self) -> None:
         """Draw the parameters and mark them for Megatron, as ``Router.reset_parameters`` does its own."""
         if not hasattr(self, "own"):
-            return  # Router.__init__ calls this for the gate that goes at once
+            return  # called by Router.__init__, for the stock gate
         constants = {parameter.name: parameter.constant for parameter in self.own}
         for name, parameter in self.named_parameters():
             if (constant := constants.get(name)) is not None:
@@ -93,7 +93,7 @@ def router_dtype(config: TransformerConfig, input: Tensor) -> torch.dtype:
 
 
 def builder(router: RouterConfig) -> Callable[..., TopKRouter]:
-    """What ``MoESubmodules.router`` calls with (config, pg_collection, is_mtp_layer) to build a router."""
+    """The value of ``MoESubmodules.router``: builds a router of (config, pg_collection, is_mtp_layer)."""
     if router.kind.module is None:
         return TopKRouter
     module, name = router.kind.module.split(":")

@@ -1,8 +1,8 @@
 """The paper's baselines in Megatron's MoE layer (arXiv 2509.00679, section 4.3).
 
-Each is a ``TopKRouter`` with something added to the routing; aux loss, z-loss, top-k and token dropping are
-inherited. Vanilla upcycling and training from scratch use ``TopKRouter`` as it is, and the MLP router is what
-its row in ``kinds.KINDS`` says.
+Each is a ``TopKRouter`` that adds something to the routing; aux loss, z-loss, top-k and token dropping are
+inherited. Vanilla upcycling and training from scratch use ``TopKRouter`` itself, the MLP router
+``base.OwnParametersRouter``.
 
 Symbols: n experts, D hidden size.
 """
@@ -26,16 +26,11 @@ class SwitchRouter(TopKRouter):
     """Switch Transformer (arXiv 2101.03961): top-1 by softmax, expert capacity, input jitter.
 
     Capacity and jitter are Megatron's, by ``moe_expert_capacity_factor`` and ``moe_input_jitter_eps``; as in
-    the original, jitter is for training alone. What is dropped is counted: ``dropped_tokens`` and
-    ``routed_tokens`` are running sums (int64 scalars) over this rank's training micro-batches, for whoever
-    reads and zeroes them, and the share of dropped tokens is in Megatron's log.
+    the original, jitter is for training only. The share of dropped tokens is in Megatron's log.
     """
 
     def __init__(self, *args: Any, router: RouterConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        self.dropped_tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self.routed_tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     def apply_input_jitter(self, input: Tensor) -> Tensor:
         return super().apply_input_jitter(input) if self.training else input
@@ -48,8 +43,6 @@ class SwitchRouter(TopKRouter):
                 weights = without_padding(probs, padding_mask)
                 routed = len(weights) * self.topk
                 dropped = routed - (weights > 0).sum()
-                self.dropped_tokens += dropped
-                self.routed_tokens += routed
                 record(self, DROPPED, dropped / max(routed, 1), avg_group=self.tp_dp_cp_group)
         return probs, routing_map
 
@@ -79,7 +72,7 @@ class LocMoERouter(OwnParametersRouter):
         self.expert_parallel = ranks > 1
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits [..., n] of tokens [..., D]: what the row's constant matrix gives, with less arithmetic."""
+        """Logits [..., n] of tokens [..., D], as by the row's constant matrix, with less arithmetic."""
         tokens = input.to(router_dtype(self.config, input))
         return tokens.unflatten(-1, (self.config.num_moe_experts, -1)).mean(dim=-1)
 
@@ -108,7 +101,7 @@ class LocMoERouter(OwnParametersRouter):
 def locality_loss(logits: Tensor, local_experts: slice, padding_mask: Tensor | None = None) -> Tensor:
     """-log of the mean probability mass on ``local_experts``, of logits [..., n]; a scalar.
 
-    Tokens that ``padding_mask``, of the logits' leading axes, marks do not count; 0 where it marks all.
+    Tokens marked in ``padding_mask`` (of the logits' leading axes) do not count; 0 where all are marked.
     """
     logits = without_padding(logits.float().flatten(0, -2), padding_mask)
     if not len(logits):

@@ -101,9 +101,8 @@ class RouterConfig(Recorded):
                 f"--granularity {self.granularity}: must divide the numbers of experts {self.num_experts}"
                 f" and of experts a token {self.top_k}"
             )
-        if self.locality_loss_coeff is not None and "locality_loss_coeff" not in kind.options:
-            have = " and ".join(kinds.names_with("locality_loss_coeff"))
-            raise UserError(f"locality_loss_coeff: --router {self.router} has no such loss; {have} has")
+        if self.locality_loss_coeff is not None:
+            kind.check_has("locality_loss_coeff", f"locality_loss_coeff {self.locality_loss_coeff}")
         for name, value in kind.fill_in(self).items():
             object.__setattr__(self, name, value)
 

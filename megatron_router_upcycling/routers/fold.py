@@ -17,7 +17,7 @@ def fold(
     """The linear gates that a mixture of routers amounts to (eq. 6-8, rearranged).
 
     S_i^j = (W^j x) . K_i / sqrt(d') = ((K_i W^j) / sqrt(d')) . x is linear in x for every router j and key
-    i, and so is its sum over j. ``pool_logits`` does what is left: the maximum over routers and keys.
+    i, and so is its sum over j. ``pool_logits`` takes the maximum over routers and keys afterwards.
 
     Args:
         query_weight: [m, d', D].

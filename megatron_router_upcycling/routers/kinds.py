@@ -107,6 +107,12 @@ class Kind:
         """Fields of InitConfig that only some kinds have, this one among them."""
         return self.own_starts + (("logit_scale", "target_entropy") if self.scaled else ())
 
+    def check_has(self, field: str, given: str) -> None:
+        """Raise UserError, which begins with ``given``, where only other kinds have ``field``."""
+        having = names_with(field)
+        if having and self.name not in having:
+            raise UserError(f"{given}: is for --router {' or '.join(having)}, not for {self.name}")
+
 
 def _linear_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
     return (Parameter("weight", (options.num_experts, sizes.hidden_size), per_expert=True),)

@@ -1,4 +1,4 @@
-"""How much the routers of a mixture say the same (pure torch).
+"""How similar the routers of a mixture are (pure torch).
 
 Symbols: T tokens, n experts, m routers, c keys an expert, d' router width, D hidden size.
 """
@@ -12,9 +12,9 @@ from megatron_router_upcycling.routers.fold import fold
 
 
 def tied_experts(logits: Tensor, granularity: int = 1) -> tuple[tuple[int, int], ...]:
-    """Pairs of experts that no token tells apart: whose ``logits`` [T, n] are equal up to rounding.
+    """Pairs of experts whose ``logits`` [T, n] are equal up to rounding for every token.
 
-    Shards of one copy (``granularity``) are meant to be equal; of each copy the first stands in a pair.
+    Shards of one copy (``granularity``) are equal by design: only the first of each copy is compared.
     """
     copies = logits.t()[::granularity]
     limit = 1e-6 * float(copies.abs().max())
@@ -31,7 +31,7 @@ def router_agreement(
 ) -> float:
     """How often a single router's first choice is the mixture's, the mean over routers.
 
-    1/n when routers have nothing in common, 1 when any of them could stand for all.
+    1/n when routers have nothing in common, 1 when all choose alike.
 
     Args:
         tokens: [T, D], router inputs.
@@ -48,7 +48,7 @@ def router_agreement(
 def gate_cosine(query_weight: Tensor, expert_key: Tensor) -> float:
     """Mean cosine between every two routers' folded gates.
 
-    What all experts of a router have in common is taken off first: it cannot change the routing.
+    The mean over a router's experts is subtracted first: it cannot change the routing.
     """
     gates = fold(query_weight, expert_key, "max").unflatten(0, (len(query_weight), -1))  # [m, n*c, D]
     gates = gates - gates.mean(dim=1, keepdim=True)

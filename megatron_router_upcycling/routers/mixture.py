@@ -49,7 +49,7 @@ class MixtureRouter(OwnParametersRouter):
         return logits if self.bias is None else logits + self.bias.to(dtype)
 
     def own_measures(self, tokens: Tensor | None) -> dict[str, float]:
-        """How much the routers say the same; ``tokens`` [T, D] are a sample of what they see."""
+        """How similar the routers are; ``tokens`` [T, D] are a sample of their inputs."""
         if len(self.query_weight) == 1:
             return {}
         parts = self.query_weight, self.expert_key
@@ -61,7 +61,7 @@ class MixtureRouter(OwnParametersRouter):
 
 
 class _GateProduct(torch.autograd.Function):
-    """input [..., D] times gate [rows, D], in the router's dtype; only the input as it came is kept.
+    """input [..., D] times gate [rows, D], in the router's dtype; saves the input in its own dtype.
 
     The arithmetic of Megatron's ``router_gating_linear`` without Transformer Engine. With it, that
     function's GEMM refuses a float32 gate beside a bfloat16 input, and rounds float32 to TF32.

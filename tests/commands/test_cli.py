@@ -1,10 +1,11 @@
 """``router-upcycle`` itself: help, and how a command ends."""
 
+import re
 import shlex
 import subprocess
 import sys
 from argparse import Namespace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -12,11 +13,8 @@ from megatron_router_upcycling import cli
 from megatron_router_upcycling.errors import Terminated, UserError
 from tests.launch import ENVIRONMENT
 
-COMMANDS = (
-    *("prepare-data", "import-hf", "convert", "export-hf"),
-    *("verify", "inspect", "report", "evaluate", "plan"),
-)
-
+COMMANDS = ("prepare-data", "import-hf", "convert", "export-hf")
+COMMANDS += ("verify", "inspect", "report", "evaluate", "plan")
 SLOW = {"torch", "numpy", "matplotlib", "jinja2", "transformers", "megatron", "safetensors", "tqdm"}
 
 
@@ -34,8 +32,7 @@ def help_of(*command: str) -> str:
 
 def test_help_lists_the_commands() -> None:
     said = help_of()
-    assert all(f"\n    {command}" in said for command in COMMANDS)
-    assert len(cli.COMMANDS) == len(COMMANDS)
+    assert re.findall(r"^    ([a-z]\S+)", said, re.MULTILINE) == list(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -59,11 +56,7 @@ def test_help_of_a_command_teaches_and_imports_nothing_slow(command: str) -> Non
     ],
 )
 def test_how_a_command_ends(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    raised: BaseException,
-    status: int,
-    said: str,
+    monkeypatch: Any, capsys: Any, raised: BaseException, status: int, said: str
 ) -> None:
     def run(args: Namespace) -> NoReturn:
         raise raised

@@ -33,10 +33,8 @@ def plain_parameters(made: Any = llama_cpp.llama_model_default_params) -> Any:
 def main(file: str, quantisation: str, tokens: str, out: str) -> None:
     path = Path(file) if quantisation == "none" else quantise(Path(file), quantisation)
     llama_cpp.llama_cpp.llama_model_default_params = plain_parameters
-    # Type 0: keys and values are kept in float32.
-    model = llama_cpp.Llama(
-        str(path), n_ctx=64, logits_all=True, n_threads=2, verbose=False, type_k=0, type_v=0
-    )
+    options = {"logits_all": True, "verbose": False, "type_k": 0, "type_v": 0}  # 0: keys, values in float32
+    model = llama_cpp.Llama(str(path), n_ctx=64, n_threads=2, **options)
     found = []
     for prompt in json.loads(Path(tokens).read_text()):
         model.reset()

@@ -18,16 +18,9 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # noqa:
 
 
 def logprobs(folder: str, dtype: str, tensor_parallel: int, prompts: list[list[int]]) -> Any:
-    model = vllm.LLM(
-        folder,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        max_model_len=64,
-        max_num_seqs=4,
-        enable_prefix_caching=False,
-    )
+    options = {"skip_tokenizer_init": True, "enforce_eager": True, "enable_prefix_caching": False}
+    sizes = {"tensor_parallel_size": tensor_parallel, "max_model_len": 64, "max_num_seqs": 4}
+    model = vllm.LLM(folder, dtype=dtype, **options, **sizes)
     asked = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=0.0)
     answers = model.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
     del model

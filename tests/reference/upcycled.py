@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +20,18 @@ NORMS = ("decoder.layers.mlp.linear_fc1.layer_norm_", "decoder.layers.pre_mlp_la
 Tensors = dict[str, Tensor]
 
 
+class Job(NamedTuple):
+    args: Namespace  # Megatron's
+    router: RouterConfig
+    init: InitConfig
+    seed: int
+
+
 def upcycle(
     dense: Tensors,
-    args: Namespace,
-    router: RouterConfig,
-    init: InitConfig,
+    job: Job,
     head_keys: Tensor,
     router_input: Tensor,
-    seed: int,
     shared_expert: bool = False,
     layers: Sequence[int] | None = None,
 ) -> Tensors:
@@ -34,17 +39,17 @@ def upcycle(
 
     Args:
         dense: the dense model's, stacked over layers [L, ...].
-        args: Megatron's arguments.
         head_keys: each query head's key [L, H, d].
         router_input: [L, S, D].
         layers: those that get experts, each layer having names of its own; None: all, stacked.
     """
-    moe = with_experts(dense, args, router, init, seed, shared_expert)
-    made = routers(dense, args, router, init, head_keys, router_input, seed, layers or range(args.num_layers))
+    num_layers = job.args.num_layers
+    moe = with_experts(dense, job, shared_expert)
+    made = routers(dense, job, head_keys, router_input, layers or range(num_layers))
     if layers is None:
         return moe | {ROUTER + name: torch.stack(list(values.values())) for name, values in made.items()}
     apart = {key: value for key, value in dense.items() if not key.startswith(LAYERS)}
-    for layer in range(args.num_layers):
+    for layer in range(num_layers):
         for key, value in (moe if layer in layers else dense).items():
             if key.startswith(LAYERS):
                 apart[key.replace(LAYERS, f"{LAYERS}{layer}.")] = value[layer]
@@ -54,22 +59,18 @@ def upcycle(
     return apart
 
 
-def with_experts(
-    dense: Tensors, args: Namespace, router: RouterConfig, init: InitConfig, seed: int, shared_expert: bool
-) -> Tensors:
+def with_experts(dense: Tensors, job: Job, shared_expert: bool) -> Tensors:
     """All but the routers, where every layer has experts (eq. 3)."""
     made: Tensors = {}
     for key, value in dense.items():
         if key.startswith((FC1, FC2)) and "layer_norm" not in key:
             linear, parameter = key.split(".")[-2:]
-
-            def of_layer(layer: int, key: str = key, weights: Tensor = value) -> Tensor:
-                numbers = range(router.num_experts)
-                made = [expert(key, weights[layer], args, router, init, seed, layer, i) for i in numbers]
-                return torch.stack(made)
-
-            experts = torch.stack([of_layer(layer) for layer in range(args.num_layers)])
-            made[f"decoder.layers.mlp.experts.experts.{linear}.{parameter}"] = experts
+            numbers = range(job.router.num_experts)
+            experts = [
+                torch.stack([expert(key, weight, job, layer, number) for number in numbers])
+                for layer, weight in enumerate(value)
+            ]
+            made[f"decoder.layers.mlp.experts.experts.{linear}.{parameter}"] = torch.stack(experts)
             if shared_expert:
                 half = value * 0.5 if linear == "linear_fc2" else value
                 made[f"decoder.layers.mlp.shared_experts.{linear}.{parameter}"] = half
@@ -81,17 +82,9 @@ def with_experts(
     return made
 
 
-def expert(
-    key: str,
-    weight: Tensor,
-    args: Namespace,
-    router: RouterConfig,
-    init: InitConfig,
-    seed: int,
-    layer: int,
-    number: int,
-) -> Tensor:
+def expert(key: str, weight: Tensor, job: Job, layer: int, number: int) -> Tensor:
     """FC1 [F or 2F (gate, up), D] or FC2 [D, F] of one expert: a copy, a shard of it, or a changed one."""
+    args, router, init, seed = job
     linear, parameter = key.split(".")[-2:]
     if parameter == "weight" and (init.expert_noise or init.drop_upcycling):
         return ablations.expert(weight, linear, bool(args.swiglu), init, seed, layer, number)
@@ -105,34 +98,27 @@ def expert(
 
 
 def routers(
-    dense: Tensors,
-    args: Namespace,
-    router: RouterConfig,
-    init: InitConfig,
-    head_keys: Tensor,
-    router_input: Tensor,
-    seed: int,
-    layers: Sequence[int],
+    dense: Tensors, job: Job, head_keys: Tensor, router_input: Tensor, layers: Sequence[int]
 ) -> dict[str, dict[int, Tensor]]:
     """Parameter -> layer -> values."""
+    args, router, init, seed = job
     dtype, D, n = dense[QKV].dtype, args.hidden_size, router.num_experts
+    copies, std = n // router.granularity, args.init_method_std
     made: dict[str, dict[int, Tensor]] = {}
     random = torch.Generator().manual_seed(seed)
-    copies = n // router.granularity
     for layer in layers:
         values: Tensors = {}
         match router.router:
             case "mixture":
                 groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-                values["query_weight"], keys = mixture.of_heads(
-                    dense[QKV][layer], head_keys[layer].numpy(), groups, router
-                )
-                values["expert_key"] = keys.to(dtype)
+                keys = head_keys[layer].numpy()
+                parts = mixture.of_heads(dense[QKV][layer], keys, groups, router)
+                values["query_weight"], values["expert_key"] = parts[0], parts[1].to(dtype)
             case "linear" | "switch":
-                values["weight"] = drawn.normal((copies, D), random, args.init_method_std).to(dtype)
+                values["weight"] = drawn.normal((copies, D), random, std).to(dtype)
             case "mlp":
-                values["fc1.weight"] = drawn.normal((D, D), random, args.init_method_std).to(dtype)
-                values["fc2.weight"] = drawn.normal((copies, D), random, args.init_method_std).to(dtype)
+                values["fc1.weight"] = drawn.normal((D, D), random, std).to(dtype)
+                values["fc2.weight"] = drawn.normal((copies, D), random, std).to(dtype)
         for name in ("weight", "fc2.weight"):  # a row for each copy: its shards begin alike
             if name in values:
                 values[name] = torch.stack([values[name][i // router.granularity] for i in range(n)])

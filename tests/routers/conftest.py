@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -57,6 +58,11 @@ def build(
     for parameter in made.parameters():
         parameter.data.mul_(scale)
     return made
+
+
+def recorded(metric: str) -> float:
+    """What layer 1 has recorded among Megatron's metrics."""
+    return float(get_moe_metrics_tracker().metrics[metric].values[0])
 
 
 def tokens(dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:

@@ -115,17 +115,13 @@ def test_in_slurm_the_text_comes_first(model: Path, tmp_path: Path) -> None:
     ("options", "said"),
     [
         (("--text", "/nowhere"), "--text /nowhere: no such file or folder"),
-        (("--text",), "--text: name files or folders of text"),
         (("--text", TEXTS[0], "--data", "x"), "--text: not with --data"),
         (("--text", TEXTS[0], "--nproc", "two"), "--nproc two: must be a number from 1"),
         (("--text", TEXTS[0], "--container", "image"), "--local: not with --container"),
         ((), "--data or --text: name the training data"),
         (("--text", launch.ROOT / "configs" / "one_machine" / "dense.yaml"), "--text: gives at most"),
         (("--text", TEXTS[0], "--nproc", 3), "--global-batch-size 32: is not divisible by"),
-        (
-            ("--text", TEXTS[0], "--convert-flags", "--num-routers 5"),
-            "--num-routers 5: does not fit 14",
-        ),
+        (("--text", TEXTS[0], "--convert-flags", "--num-routers 5"), "--num-routers 5: does not fit 14"),
         (("--text", TEXTS[0], "--convert-flags", "--top-k 1 --no-moe-router-pre-softmax"), "--top-k 1 with"),
         (("--text", TEXTS[0], "--evaluate-flags", "--tasks stdlb"), "--tasks: no task 'stdlb'"),
         (("--text", TEXTS[0], "--data-flags", "'x"), "--data-flags 'x: a quote is missing in it"),

@@ -40,19 +40,19 @@ def model(tmp_path: Path) -> Path:
     return hf_models.make("qwen1.5", tmp_path / "hf", vocab_size=300)
 
 
+def _submit(model: Path, data: Path, *options: object) -> list[object]:
+    folder = model.parent
+    named = {"work": folder / "work", "hf": model, "config": folder / "moe.yaml", "data": data}
+    flags = [part for name, value in named.items() for part in (f"--{name}", value)]
+    return [SCRIPTS / "submit.sh", *flags, "--nodes", 2, "--gpus-per-node", 0, *options]
+
+
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     if reason := slurm_cluster.missing():
         pytest.skip(reason)
     with slurm_cluster.cluster() as running:
         yield running
-
-
-def _submit(model: Path, data: Path, *options: object) -> list[object]:
-    folder = model.parent
-    named = {"work": folder / "work", "hf": model, "config": folder / "moe.yaml", "data": data}
-    flags = [part for name, value in named.items() for part in (f"--{name}", value)]
-    return [SCRIPTS / "submit.sh", *flags, "--nodes", 2, "--gpus-per-node", 0, *options]
 
 
 @pytest.mark.slow
@@ -86,11 +86,8 @@ def test_chain_with_a_requeue_ends_as_an_unbroken_run(cluster: Cluster, model: P
 
     text = log.read_text()
     stopped = int(re.findall(r"train: stopped at iteration (\d+)", text)[0])
-    assert max(first) == stopped < 45
-    assert (
-        re.search(r"train: running at iteration [46]0\b", text)
-        and text.count("train: back into the queue") == 2
-    )
+    assert max(first) == stopped < 45 and text.count("train: back into the queue") == 2
+    assert re.search(r"train: running at iteration [46]0\b", text)
     assert f"train: finished at iteration {ITERATIONS}" in text
     assert (work / "run" / "run_state").read_text() == "finished\n"
     assert list((work / "run" / "tensorboard").glob("events.out.tfevents.*"))
@@ -172,12 +169,9 @@ def test_jobs_find_what_was_named_from_another_folder_in_a_container_too(model: 
     path = f"{queue.parent}:{os.environ['PATH']}"
     subprocess.run(command, cwd=folder, env=launch.ENVIRONMENT | {"PATH": path}, check=True)
     job = dict(entry.split("=", 1) for entry in (folder / "environment").read_text().split("\0") if entry)
-    assert job["DATA"].split() == ["0.3", str(data), "0.7", str(data)] and job["CONTAINER_IMAGE"] == str(
-        folder / "image.sqsh"
-    )
+    assert job["DATA"].split() == ["0.3", str(data), "0.7", str(data)]
+    assert job["CONTAINER_IMAGE"] == str(folder / "image.sqsh")
     mounts = f"source {SCRIPTS}/slurm/common.sh; CONTAINER_MOUNTS=/more:/there mounts"
-    found = subprocess.run(
-        ["bash", "-euc", mounts], env=job, capture_output=True, text=True, check=True
-    ).stdout
+    found = subprocess.check_output(["bash", "-euc", mounts], env=job, text=True)
     expected = [launch.ROOT, folder / "work", folder, data.parent]
     assert found.strip().split(",") == [*(f"{place}:{place}" for place in expected), "/more:/there"]

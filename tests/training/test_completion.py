@@ -79,7 +79,7 @@ REFUSED: list[tuple[str, str, str, str]] = [
     ("", f"{MOE} --top-k 5", "--top-k 5: must be between 1 and --num-experts 4", "--num-experts 5"),
     ("", "--num-experts 4 --router switch", "--router switch: sends a token to one expert",
      "--top-k 1 --moe-router-pre-softmax"),
-    ("", f"{MOE} --locality-loss-coeff 1", "locality_loss_coeff: --router linear has no such loss",
+    ("", f"{MOE} --locality-loss-coeff 1", "locality_loss_coeff 1.0: is for --router locmoe, not for linear",
      "--router locmoe"),
     ("", "--device cuda", "--device cuda: no GPU is visible here; use --device cpu or", "--device cpu"),
     ("", "--device cuda", "--device cuda: no GPU is visible here; use --device cpu or", "--device auto"),
