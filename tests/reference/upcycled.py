@@ -29,9 +29,12 @@ class Job(NamedTuple):
 
 def upcycle(
     dense: Tensors,
-    job: Job,
+    args: Namespace,
+    router: RouterConfig,
+    init: InitConfig,
     head_keys: Tensor,
     router_input: Tensor,
+    seed: int,
     shared_expert: bool = False,
     layers: Sequence[int] | None = None,
 ) -> Tensors:
@@ -39,11 +42,12 @@ def upcycle(
 
     Args:
         dense: the dense model's, stacked over layers [L, ...].
+        args: Megatron's arguments.
         head_keys: each query head's key [L, H, d].
         router_input: [L, S, D].
         layers: those that get experts, each layer having names of its own; None: all, stacked.
     """
-    num_layers = job.args.num_layers
+    job, num_layers = Job(args, router, init, seed), args.num_layers
     moe = with_experts(dense, job, shared_expert)
     made = routers(dense, job, head_keys, router_input, layers or range(num_layers))
     if layers is None:

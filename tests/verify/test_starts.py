@@ -21,7 +21,7 @@ from megatron_router_upcycling.verify.sources import DataFiles, Sources
 from megatron_router_upcycling.verify.values import blocks
 from tests import dense_checkpoint
 from tests.dense_checkpoint import ATTENTION, GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP
-from tests.reference.upcycled import Job, upcycle
+from tests.reference.upcycled import upcycle
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STARTS = [
@@ -185,9 +185,12 @@ def test_converter_verify_and_reference_agree(dense: Dense, tmp_path: Path, conf
     head_key = asked or ("attended" if dense.args.group_query_attention else "mean")
     reference = upcycle(
         dense.tensors,
-        Job(dense.args, manifest.router_config(record, "moe"), manifest.init_config(record, "moe"), SEED),
+        dense.args,
+        manifest.router_config(record, "moe"),
+        manifest.init_config(record, "moe"),
         dense.keys[head_key],
         dense.router_input,
+        SEED,
         options.get("shared_expert", False),
         options.get("layers"),
     )
