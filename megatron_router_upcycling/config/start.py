@@ -27,7 +27,7 @@ class InitConfig(Recorded):
     """Options of the start.
 
     - ``queries``, ``keys``: ``random`` draws the mixture's query maps or expert keys from a normal
-      distribution, each with the norm that the one made of heads has.
+      distribution, each with the norm of the one from attention heads.
     - ``head_key``: which key of an attention head equation 4 takes: the ``mean`` key of its query group, or
       the head's ``attended`` key (``key_statistics.capture``); None: ``mean``, and ``attended`` where a model
       has fewer query groups than heads, whose heads would otherwise share their keys.

@@ -7,9 +7,9 @@ auxiliary losses, token dropping, expert bias, replay) is inherited.
 import importlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -30,15 +30,8 @@ class OwnParametersRouter(FusedRoutingRouter):
     # Megatron-FSDP knows the stock router as replicated by its class name, any other module by this.
     tensor_model_parallel = False
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
-        is_mtp_layer: bool = False,
-        *,
-        router: RouterConfig,
-    ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+    def __init__(self, config: TransformerConfig, *args: Any, router: RouterConfig, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
         assert router.num_experts == config.num_moe_experts
         self.options = router
         # Without the stock gate, which would be a dead parameter in state dicts, DDP and the optimizer.

@@ -14,7 +14,6 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_router_upcycling.routers.base import OwnParametersRouter, router_dtype
@@ -56,18 +55,13 @@ class LocMoERouter(OwnParametersRouter):
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
-        is_mtp_layer: bool = False,
-        *,
-        router: RouterConfig,
+        self, *args: Any, pg_collection: ProcessGroupCollection, router: RouterConfig, **kwargs: Any
     ) -> None:
-        super().__init__(config, pg_collection, is_mtp_layer, router=router)
-        assert router.locality_loss_coeff is not None and pg_collection is not None
+        super().__init__(*args, pg_collection=pg_collection, router=router, **kwargs)
+        assert router.locality_loss_coeff is not None
         self.locality_loss_coeff = router.locality_loss_coeff
         ranks, rank = pg_collection.ep.size(), pg_collection.ep.rank()
-        local = config.num_moe_experts // ranks
+        local = router.num_experts // ranks
         self.local_experts = slice(rank * local, (rank + 1) * local)
         self.expert_parallel = ranks > 1
 

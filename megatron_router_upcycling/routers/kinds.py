@@ -219,7 +219,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind(
             "mixture",
-            words="a router made of attention heads, in {router.num_routers} groups",
+            words="a mixture of {router.num_routers} routers from attention heads",
             card="a mixture of {router.num_routers} routers, {router.pooling} pooling, made from a dense"
             " model's attention heads (Router Upcycling, [arXiv 2509.00679](https://arxiv.org/abs/2509.00679))",
             parameters=_mixture_parameters,

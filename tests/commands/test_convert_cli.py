@@ -39,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_convert_says_what_was_made_and_what_comes_next(tmp_path: Path, dense: Path, capsys: Any) -> None:
     assert convert(tmp_path, "--key-stats", tmp_path / "ks", "--num-experts", 4) == 0
     said = capsys.readouterr().out
-    assert "4 experts and a router made of attention heads, in 4 groups" in said
+    assert "4 experts and a mixture of 4 routers from attention heads" in said
     assert "softmax, then top-k (--moe-router-pre-softmax)" in said and "less than the whole weight" in said
     assert f"--load {tmp_path / 'moe'}" in said
     assert (tmp_path / "moe/latest_checkpointed_iteration.txt").read_text() == "release"
