@@ -9,6 +9,17 @@ from pathlib import Path
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from ``least`` on."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return int(text)
+
+    return number
+
+
 def add_output_flags(command: argparse.ArgumentParser) -> None:
     """The flags of a command that makes OUT."""
     command.add_argument("--overwrite", action="store_true", help="replace OUT once its successor is whole")

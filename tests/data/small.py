@@ -1,14 +1,17 @@
 """Small texts and tokenizers of Qwen's kind, and what a prepared prefix holds."""
 
+import dataclasses
 import functools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_router_upcycling import cli
+from megatron_router_upcycling.data.options import Options
 
 # Qwen2's own, from its tokenizer.json.
 PATTERN = (
@@ -17,23 +20,8 @@ PATTERN = (
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = [
-    "def",
-    "class",
-    "return",
-    "if",
-    "else",
-    "for",
-    "import",
-    "yield",
-    "lambda",
-    "not",
-    "is",
-    "None",
-    "naïve",
-    "日本語",
-    "don't",
-    "1234",
-    "x86_64",
+    *("def", "class", "return", "if", "else", "for", "import", "yield", "lambda", "not", "is", "None"),
+    *("naïve", "日本語", "don't", "1234", "x86_64"),
 ]
 # What tokenizers stumble over: composed and decomposed accents, special tokens in the text, spaces, ends.
 ODD = [
@@ -100,6 +88,12 @@ def hugging_face(folder: Path, tokenizer_class: str = "Qwen2Tokenizer") -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def options(**changes: Any) -> Options:
+    """What the command's defaults ask for."""
+    args = vars(cli.parse(["prepare-data", "--output", "data"])) | {"slurm": {}} | changes
+    return Options(**{field.name: args[field.name] for field in dataclasses.fields(Options)})
 
 
 def run(*words: object) -> int:

@@ -11,6 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.data import agreement, record
+from megatron_router_upcycling.data.writer import HEADER
 from megatron_router_upcycling.errors import UserError
 from tests import launch
 from tests.hf.folders import write_tokenizer
@@ -66,32 +67,20 @@ def test_other_tokenizer_is_named_with_the_way_out(prepared: Path, tmp_path: Pat
     agreement.check([str(prepared)], other, 28)
 
 
-def test_records_of_earlier_versions_are_held_against_files(prepared: Path, tmp_path: Path) -> None:
-    """Their digest is of the tokenizer's files; other forms of it are taken while these are there."""
-    place = tmp_path / "tokenizer"
-    entries = json.loads(record.path_of(prepared).read_text())
-    entries |= {"format": 1, "tokenizer_sha256": agreement.files_sha256(place)}
+def test_records_of_format_1_say_nothing_of_the_tokenizer(prepared: Path, tmp_path: Path) -> None:
+    entries = json.loads(record.path_of(prepared).read_text()) | {"format": 1, "tokenizer_sha256": "of files"}
     record.path_of(prepared).write_text(json.dumps(entries))
-    other = tmp_path / "other"
-    write_tokenizer(other)
-    agreement.check([str(prepared)], other, 28)
-    text = (other / "tokenizer.json").read_text()
-    form = json.loads(text)
-    form["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [form["pre_tokenizer"]]}
-    (other / "tokenizer.json").write_text(json.dumps(form))
-    agreement.check([str(prepared)], other, 28)
-    place.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="another tokenizer"):
-        agreement.check([str(prepared)], other, 28)
-    (other / "tokenizer.json").write_text(text.replace('"z"', '"Z"'))
-    (tmp_path / "moved").rename(place)
-    with pytest.raises(UserError, match="another tokenizer"):
-        agreement.check([str(prepared)], other, 28)
+    agreement.check([str(prepared)], tmp_path / "tokenizer", 28)
+    with pytest.raises(UserError, match="made with a vocabulary of 28"):
+        agreement.check([str(prepared)], tmp_path / "tokenizer", 27)
 
 
 def test_damaged_index_is_named(tmp_path: Path) -> None:
     prefix = write(tmp_path / "data", [1, 2])
-    for content in (b"", b"other", b"MMIDIDX\x00\x00" + bytes(8) + b"\x63"):
+    version_2, dtype_99 = (
+        b"MMIDIDX\0\0" + entries for entries in (b"\2" + bytes(7), b"\1" + bytes(7) + b"\x63")
+    )
+    for content in (b"", b"other", version_2 + b"\4" + bytes(50), dtype_99 + bytes(50)):
         Path(f"{prefix}.idx").write_bytes(content)
         with pytest.raises(UserError, match=r"data\.idx: is no index of Megatron data"):
             agreement.check([prefix], None, 300)
@@ -100,14 +89,11 @@ def test_damaged_index_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            "bin cut",
-            "data.idx counts 20 bytes of tokens, and data.bin has 12: one was cut short, or they are",
-        ),
-        ("bin longer", "data.idx counts 20 bytes of tokens, and data.bin has 24"),
-        ("idx cut", "data.idx: is cut short; copy it again"),
-        ("idx of other data", "data.idx counts 12 bytes of tokens, and data.bin has 20"),
-        ("middle of the idx lost", "data.idx counts 8 bytes of tokens, and data.bin has 20"),
+        ("bin cut", ".idx counts 20 bytes of tokens, and data.bin has 12: one was cut short, or they are"),
+        ("bin longer", ".idx counts 20 bytes of tokens, and data.bin has 24"),
+        ("idx cut", "data.idx: is no index of Megatron data, or cut short"),
+        ("idx of other data", ".idx counts 12 bytes of tokens, and data.bin has 20"),
+        ("middle of the idx lost", ".idx counts 8 bytes of tokens, and data.bin has 20"),
     ],
 )
 def test_index_and_tokens_that_do_not_belong_together_are_named(
@@ -130,7 +116,7 @@ def test_index_and_tokens_that_do_not_belong_together_are_named(
         index.write_bytes(Path(f"{write(tmp_path / 'other', [1, 2, 3])}.idx").read_bytes())
     else:
         content = index.read_bytes()
-        lengths = agreement.HEADER.size + 4
+        lengths = HEADER.size + 4
         index.write_bytes(content[:lengths] + bytes(4) + content[lengths + 4 :])
     with pytest.raises(UserError, match=message):
         agreement.check([prefix], None, 6)
@@ -138,9 +124,7 @@ def test_index_and_tokens_that_do_not_belong_together_are_named(
 
 def test_a_pair_beside_the_record_of_other_data_is_named(prepared: Path, tmp_path: Path) -> None:
     write(prepared, [1, 2, 3], np.uint16)
-    with pytest.raises(
-        UserError, match=r"data\.idx has 1 documents of 3 tokens, and data\.json was written for"
-    ):
+    with pytest.raises(UserError, match=r"\.idx has 1 documents of 3 tokens, and data\.json was written for"):
         agreement.check([str(prepared)], None, 28)
 
 

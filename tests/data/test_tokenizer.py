@@ -13,14 +13,7 @@ from megatron_router_upcycling.data.tokenizer import load
 from tests.data import small
 
 Entries = dict[str, Any]
-CLASSES = (
-    "PreTrainedTokenizerFast",
-    "TokenizersBackend",
-    "Qwen2Tokenizer",
-    "LlamaTokenizerFast",
-    "GPT2Tokenizer",
-    None,
-)
+CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer", "LlamaTokenizerFast", None)
 MODEL_TYPES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", None)
 
 
@@ -58,7 +51,7 @@ def test_tokenizer_json_is_read_by_its_own_rules_whatever_stands_beside_it(folde
             if kind:
                 (folder / "config.json").write_text(json.dumps({"model_type": kind}))
             loaded = load(folder)
-            assert loaded.encoder().encode(texts) == expected, (name, kind)
+            assert list(map(loaded.encoder(), texts)) == expected, (name, kind)
             digests.add(loaded.sha256)
     assert len(digests) == 1
 
@@ -79,12 +72,8 @@ def without_tokenizer_json(folder: Path) -> Path:
 
 def other_places(entries: Entries) -> None:
     entries["pre_tokenizer"]["pretokenizers"][1]["trim_offsets"] ^= True
-    entries["post_processor"] = {
-        "type": "ByteLevel",
-        "add_prefix_space": True,
-        "trim_offsets": False,
-        "use_regex": True,
-    }
+    places = {"add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    entries["post_processor"] = {"type": "ByteLevel", **places}
     entries["truncation"] = {"max_length": 5, "direction": "Right", "strategy": "LongestFirst", "stride": 0}
     entries["decoder"] = None
 

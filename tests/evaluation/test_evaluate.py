@@ -34,16 +34,17 @@ OTHERWISE = {("reasoning", "mlp"): "48.66", ("average", "switch"): "26.16"}
 def test_averages_are_those_that_the_paper_prints(group: str, method: str) -> None:
     printed = PRINTED[group][paper.METHODS.index(method)]
     average = paper.averages(paper.figures(method, paper.TASKS))[group]
-    assert average.complete
-    assert report.percent(average.score) == OTHERWISE.get((group, method), printed)
+    assert average["complete"]
+    assert report.percent(average["score"]) == OTHERWISE.get((group, method), printed)
 
 
 def test_some_scores_give_averages_that_say_so() -> None:
     found = paper.averages({"copa": 60.0, "openbookqa": 20.0, "openbookqa_fact": 41.0, "stdlib": 99.0})
     assert set(found) == {"understanding", "knowledge", "average"}
-    assert found["understanding"] == paper.Average(30.5, ("openbookqa", "openbookqa_fact"), 2)
-    assert found["understanding"].complete and not found["knowledge"].complete
-    assert found["average"] == paper.Average(121 / 3, ("openbookqa", "openbookqa_fact", "copa"), 10)
+    tasks = ["openbookqa", "openbookqa_fact"]
+    assert found["understanding"] == {"score": 30.5, "tasks": tasks, "of": 2, "complete": True}
+    assert found["average"] == {"score": 121 / 3, "tasks": [*tasks, "copa"], "of": 10, "complete": False}
+    assert not found["knowledge"]["complete"]
 
 
 @pytest.fixture(scope="module")
@@ -72,45 +73,31 @@ CHOICES = {"text": ["a stone", "the light of the sun", "iron", "three sheep"], "
 OPENBOOK = {"question_stem": "Plants live on", "choices": CHOICES, "answerKey": "B"}
 FACT = {"fact1": "plants make food of light", **OPENBOOK}
 ARC = {"question": "What warms the sea?", "choices": CHOICES, "answerKey": "B"}
+ENDINGS = ["opens the oven.", "flies away.", "is a fish.", "sinks."]
 HELLASWAG = {
-    "activity_label": "Baking",
-    "ctx_a": "[header] How to bake",
-    "ctx_b": "a man",
-    "endings": ["opens the oven.", "flies away.", "is a fish.", "sinks."],
+    "activity_label": "Baking", "ctx_a": "[header] How to bake", "ctx_b": "a man", "endings": ENDINGS,
     "label": "0",
-}
+}  # fmt: skip
+CUP = "The cup fell off the shelf as"
 WINOGRANDE = {
-    "sentence": "The cup fell off the shelf as _ was loose.",
-    "option1": "the cup",
-    "option2": "the shelf",
-    "answer": "2",
-}
+    "sentence": f"{CUP} _ was loose.", "option1": "the cup", "option2": "the shelf", "answer": "2",
+}  # fmt: skip
 BOOLQ = {"passage": "Sheep eat grass.", "question": "do sheep eat grass", "label": 1}
 COPA = {
-    "premise": "The glass broke.",
-    "question": "cause",
-    "choice1": "It fell.",
-    "choice2": "It was red.",
+    "premise": "The glass broke.", "question": "cause", "choice1": "It fell.", "choice2": "It was red.",
     "label": 0,
-}
+}  # fmt: skip
 NQ = {"question": "who built the bridge", "answer": ["the Romans", "Romans"]}
 TRIVIA = {"question": "Who built the bridge?", "answer": {"aliases": ["the Romans", "Rome"]}}
 # Task: a record, and the context and continuations with which the model is asked.
+FOUR = [f" {text}" for text in CHOICES["text"]]
 ASKED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
-    "openbookqa": (OPENBOOK, "Plants live on", [f" {text}" for text in CHOICES["text"]]),
-    "openbookqa_fact": (
-        FACT,
-        "plants make food of light. Plants live on",
-        [f" {text}" for text in CHOICES["text"]],
-    ),
-    "arc_challenge": (
-        ARC,
-        "Question: What warms the sea?\nAnswer:",
-        [f" {text}" for text in CHOICES["text"]],
-    ),
-    "arc_easy": (ARC, "Question: What warms the sea?\nAnswer:", [f" {text}" for text in CHOICES["text"]]),
-    "hellaswag": (HELLASWAG, "Baking: How to bake A man", [f" {text}" for text in HELLASWAG["endings"]]),
-    "winogrande": (WINOGRANDE, "The cup fell off the shelf as the cup", [" was loose."]),
+    "openbookqa": (OPENBOOK, "Plants live on", FOUR),
+    "openbookqa_fact": (FACT, "plants make food of light. Plants live on", FOUR),
+    "arc_challenge": (ARC, "Question: What warms the sea?\nAnswer:", FOUR),
+    "arc_easy": (ARC, "Question: What warms the sea?\nAnswer:", FOUR),
+    "hellaswag": (HELLASWAG, "Baking: How to bake A man", [f" {text}" for text in ENDINGS]),
+    "winogrande": (WINOGRANDE, f"{CUP} the cup", [" was loose."]),
     "boolq": (BOOLQ, "Sheep eat grass.\nQuestion: do sheep eat grass?\nAnswer:", [" no", " yes"]),
     "copa": (COPA, "The glass broke because", ["  it fell.", "  it was red."]),
     "nq_open": (NQ, "Answer these questions:\n\nQ: who built the bridge?\nA:", []),
@@ -158,22 +145,14 @@ def models(tmp_path_factory: pytest.TempPathFactory, stdlib_records: dict[str, l
     )
     bpe.train_from_iterator([record["context"] for record in stdlib_records["test"]], trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
-    size: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.5,  # wide, so that the model has opinions
-    }
-    experts: dict[str, Any] = {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-    }
+    size: dict[str, Any] = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        initializer_range=0.5,  # wide, so that the model has opinions
+    )  # fmt: skip
+    experts: dict[str, Any] = dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32
+    )
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     for name, model in (
@@ -472,11 +451,11 @@ def test_data_that_is_not_there_is_one_line_before_the_model_is_loaded(
 
     save(folder / "boolq", "validation", [COPA], "parquet")
     said = refused(capsys, model, *flags, "boolq")
-    assert "boolq/validation.parquet, record 1: has no passage; boolq needs records of aps/" in said
+    assert "boolq/validation.parquet: cannot be used (KeyError: 'passage'); put the data of boolq" in said
     (folder / "boolq" / "validation.parquet").write_bytes(b"cut short")
-    assert "boolq/validation.parquet: cannot be read" in refused(capsys, model, *flags, "boolq")
+    assert "boolq/validation.parquet: cannot be used" in refused(capsys, model, *flags, "boolq")
     (folder / "copa" / "validation.jsonl").write_text('{"premise":\n')
-    assert "copa/validation.jsonl: cannot be read" in refused(capsys, model, *flags, "copa")
+    assert "copa/validation.jsonl: cannot be used" in refused(capsys, model, *flags, "copa")
     (folder / "copa" / "validation.jsonl").write_text("\n")
     assert "has no records" in refused(capsys, model, *flags, "copa")
     assert not (tmp_path / "out").exists()
@@ -501,37 +480,35 @@ def test_a_failed_download_is_one_line(tmp_path: Path) -> None:
 
 @needs_harness
 def test_models_that_cannot_be_measured(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import torch
     from safetensors.torch import load_file, save_file
 
     flags = ("--tasks", "stdlib", "--limit", 1, "--output", tmp_path / "out")
     assert "no model in Hugging Face format" in refused(capsys, tmp_path / "nowhere", *flags)
 
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "--device cuda: PyTorch sees no GPU" in refused(
-        capsys, models / "dense", *flags, "--device", "cuda"
-    )
+    if not torch.cuda.is_available():
+        said = refused(capsys, models / "dense", *flags, "--device", "cuda")
+        assert "dense: cannot be loaded on cuda" in said
 
     broken = shutil.copytree(models / "dense", tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     said = refused(capsys, broken, *flags)
-    assert "not those of a Qwen2ForCausalLM: 1 are missing, model.layers.1.mlp.up_proj.weight first" in said
+    assert "not the weights of a Qwen2ForCausalLM: 1 missing_keys, model.layers.1.mlp.up_proj.weight" in said
     tensors = load_file(models / "dense" / "model.safetensors")
     save_file(tensors | {"model.router": tensors["model.norm.weight"].clone()}, broken / "model.safetensors")
-    assert "1 are unexpected, model.router first" in refused(capsys, broken, *flags)
+    assert "1 unexpected_keys, model.router" in refused(capsys, broken, *flags)
     (broken / "model.safetensors").write_bytes(b"cut short")
-    assert "broken: cannot be loaded" in refused(capsys, broken, *flags)
+    assert "broken: cannot be loaded on cpu" in refused(capsys, broken, *flags)
 
     (broken / "boom.py").write_text("raise RuntimeError('code of the folder has run')")
-    (broken / "config.json").write_text(
-        json.dumps(
-            {"model_type": "boom", "auto_map": {"AutoConfig": "boom.Boom", "AutoModelForCausalLM": "boom.B"}}
-        )
-    )
-    assert "pass --trust-remote-code to run it" in refused(capsys, broken, *flags)
+    code = {"AutoConfig": "boom.Boom", "AutoModelForCausalLM": "boom.B"}
+    (broken / "config.json").write_text(json.dumps({"model_type": "boom", "auto_map": code}))
+    said = refused(capsys, broken, *flags)
+    assert "code that it brings is run with --trust-remote-code only" in said and "has run" not in said
     assert not (tmp_path / "out").exists()
 
 
@@ -552,14 +529,14 @@ def test_answers_are_cut_for_a_model_that_takes_few_tokens(
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2}))
     arguments = ["evaluate", model, "--device", "cpu", "--output", tmp_path / "none", "--tasks", "stdlib"]
     assert cli.main([str(argument) for argument in arguments]) == 2
-    assert "error: --tasks stdlib: no answer fits the 2 tokens" in capsys.readouterr().err
+    assert "error: --tasks stdlib: has answers that do not fit the 2 tokens" in capsys.readouterr().err
 
 
 def test_flags_that_make_no_sense(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = models / "dense"
     assert "no task 'arc_eas'; did you mean arc_easy?" in refused(capsys, model, "--tasks", "copa,arc_eas")
     assert "names no task" in refused(capsys, model, "--tasks", ",")
-    assert "--limit 0: must be at least 1" in refused(capsys, model, "--limit", 0)
+    assert "--limit: 0: must be at least 1" in refused(capsys, model, "--limit", 0)
     assert "--data-dir" in refused(capsys, model, "--data-dir", tmp_path / "nowhere")
     (tmp_path / report.JSON_NAME).write_text("{}")
     assert "pass --overwrite" in refused(capsys, model, "--output", tmp_path)
