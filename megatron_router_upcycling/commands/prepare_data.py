@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.commands.shared import at_least, tokens_bar
+from megatron_router_upcycling.commands.shared import at_least, progress_bar
 from megatron_router_upcycling.errors import UserError
 
 EXAMPLES = """\
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     if not found:
         raise UserError("SOURCE: name files or folders of text, or give --source-packages")
     prepare.check(found, options)
-    with tokens_bar("prepare-data", sum(source.size for source in found), args.quiet) as progress:
+    with progress_bar("prepare-data", sum(source.size for source in found), args.quiet) as progress:
         records, slow = prepare.run(found, left_out, options, progress)
     if args.quiet:
         return

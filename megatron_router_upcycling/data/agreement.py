@@ -9,16 +9,15 @@ from megatron_router_upcycling.data import record
 from megatron_router_upcycling.data.tokenizer import load
 from megatron_router_upcycling.errors import UserError, reason
 
-LOOKED_AT = 64  # pieces of a .bin file, from its first to its last token,
-PIECE = 1 << 20  # of as many bytes each
+LOOKED_AT = 1 << 26  # bytes of a .bin file
 
 
 def check(prefixes: Iterable[str], tokenizer: Path | None, vocabulary: int) -> None:
     """Refuse data whose tokens are not those of the model.
 
     An index must be that of the tokens beside it. Where ``prepare-data`` has left its record, that is asked;
-    records of format 1 do not say which tokenizer gives their tokens. Of data that other tools made up to
-    64 MiB of tokens are looked at, evenly; the rest is, batch by batch, as training reads it.
+    records of format 1 do not say which tokenizer gives their tokens. Of data that other tools made the
+    first 64 MiB of tokens are looked at; the rest is, batch by batch, as training reads it.
 
     Args:
         prefixes: of .bin and .idx files that are there.
@@ -90,13 +89,6 @@ def _read_index(prefix: str, made: record.Record | None) -> type[np.number]:
 
 
 def _largest(path: Path, dtype: type[np.number]) -> int:
-    """The largest token among those that are looked at."""
-    count = path.stat().st_size // np.dtype(dtype).itemsize
-    if not count:
-        return -1
-    tokens: np.ndarray = np.memmap(path, dtype, "r", shape=(count,))
-    step = PIECE // np.dtype(dtype).itemsize
-    starts = range(0, count, step)
-    if len(starts) > LOOKED_AT:
-        starts = np.linspace(0, count - step, LOOKED_AT).astype(int).tolist()
-    return max(int(tokens[start : start + step].max()) for start in starts)
+    """The largest token in the beginning of a .bin file."""
+    count = min(path.stat().st_size, LOOKED_AT) // np.dtype(dtype).itemsize
+    return int(np.memmap(path, dtype, "r", shape=(count,)).max()) if count else -1

@@ -8,28 +8,24 @@ workers there are and however often the run was killed.
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from megatron_router_upcycling.checkpoint.publish import lock
 from megatron_router_upcycling.data import executors, parts, publish, readers, tokenizer
 from megatron_router_upcycling.data.options import Options
+from megatron_router_upcycling.data.publish import Output
 from megatron_router_upcycling.data.record import Record
 from megatron_router_upcycling.data.sources import Source
 from megatron_router_upcycling.data.tokenizer import Tokenizer
-from megatron_router_upcycling.data.writer import Output, fitting
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions, write_whole
 
 FORMAT = 3  # of the parts
-# Called after each task: bytes of the files, tokens, and whether an earlier run had done it.
-Progress = Callable[[int, int, bool], None]
+Progress = Callable[[int], None]  # called after each task with the bytes of its files
 
 
 def check(sources: list[Source], options: Options) -> None:
@@ -87,12 +83,15 @@ def run(
 def _make(
     sources: list[Source], left_out: Counter[str], options: Options, progress: Progress
 ) -> tuple[list[Record], str]:
-    made, slow = _given(options.tokenizer, options.end_of_document) if options.tokenizer else (None, "")
+    given = tokenizer.load(options.tokenizer) if options.tokenizer else None
     tasks = readers.tasks(sources)
-    _open(sources, options, made)
-    made = made or _trained(options, tasks)
-    out = options.work / "out"
-    outputs = [Output(out / prefix.name, made.dtype, n > 0) for n, prefix in enumerate(options.prefixes)]
+    _open(sources, options, given)
+    made = given or tokenizer.load(_trained(options, tasks))
+    if options.end_of_document and made.end_of_document is None:
+        raise UserError(f"--tokenizer {made.place}: has no end-of-document token; pass --no-end-of-document")
+    slow = made.why_slow()
+    prefixes = [options.work / "out" / prefix.name for prefix in options.prefixes]
+    outputs = [Output(prefix, made.dtype, n > 0) for n, prefix in enumerate(prefixes)]
     counts = _join(parts.Tokenise(tasks, options, made, not slow), outputs, progress)
     for output in outputs:
         if not output.documents:
@@ -103,20 +102,10 @@ def _make(
             )
         output.write_index()
     records = [_record(sources, left_out, options, made, counts, output) for output in outputs]
-    publish.publish(options, [output.prefix for output in outputs], records)
+    publish.publish(options, outputs, records)
     if counts.tiktoken_differs:
         slow = f"in {counts.tiktoken_differs} of {len(tasks)} parts tiktoken gives other tokens"
     return records, slow
-
-
-def _given(place: Path, end_of_document: bool) -> tuple[Tokenizer, str]:
-    """The tokenizer that was named, and why tiktoken cannot give its tokens, if it cannot."""
-    ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; this one answers
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signal.signal, ignored) as pool:
-        loaded, slow = pool.submit(tokenizer.load_apart, place).result()
-    if end_of_document and loaded.end_of_document is None:
-        raise UserError(f"--tokenizer {place}: has no end-of-document token; pass --no-end-of-document")
-    return loaded, slow
 
 
 def _open(sources: list[Source], options: Options, given: Tokenizer | None) -> None:
@@ -138,13 +127,13 @@ def _open(sources: list[Source], options: Options, given: Tokenizer | None) -> N
     (work / "out").mkdir()
 
 
-def _trained(options: Options, tasks: list[readers.Task]) -> Tokenizer:
-    """A tokenizer trained on the documents that are not held out."""
+def _trained(options: Options, tasks: list[readers.Task]) -> Path:
+    """The file of a tokenizer trained on the documents that are not held out."""
     assert options.train_tokenizer
     file = options.work / publish.TOKENIZER
     if not file.is_file():
         write_whole(file, tokenizer.train(_training_texts(options, tasks), options.train_tokenizer))
-    return tokenizer.load(file)
+    return file
 
 
 def _training_texts(options: Options, tasks: list[readers.Task]) -> Iterator[str]:
@@ -171,18 +160,17 @@ def _join(step: parts.Tokenise, outputs: list[Output], progress: Progress) -> pa
         workers = options.workers or len(os.sched_getaffinity(0))
         executor = executors.Local([step], count, min(workers, count), str(logs))
     todo = executor.get_incomplete_ranks()
-    earlier = set(range(count)).difference(todo)
-    counts, done = parts.Counts(), set(earlier)
+    counts, done = parts.Counts(), set(range(count)).difference(todo)
     with contextlib.closing(executor.finished(todo)) as finished:
         for rank, task in enumerate(step.tasks):
             while rank not in done:
                 done.add(next(finished))
             tokens, table, part = parts.load(options.work, rank, step.tokenizer.dtype)
             counts.add(part, options.max_bad)
-            fit = fitting(table, outputs, options.max_tokens, options.max_bytes)
+            fit = publish.fitting(table, outputs, options.max_tokens, options.max_bytes)
             for output in outputs:
                 output.append(tokens, table[:fit])
-            progress(sum(piece.size for piece in task), len(tokens), rank in earlier)
+            progress(sum(piece.size for piece in task))
             if fit < len(table):
                 break
     return counts

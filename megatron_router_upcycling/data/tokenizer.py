@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -41,6 +39,14 @@ class Tokenizer:
     def encoder(self, tiktoken: bool = False) -> encoders.Encoder:
         return encoders.of(self.definition, self.encode_special_tokens, tiktoken)
 
+    def why_slow(self) -> str:
+        """Why tiktoken cannot give its tokens; "" if it can."""
+        try:
+            self.encoder(tiktoken=True)
+        except encoders.Unsuited as why:
+            return str(why)
+        return ""
+
 
 def check(place: Path, flag: str = "--tokenizer") -> None:
     """Refuse a place without a tokenizer. ``flag`` is named in errors."""
@@ -54,24 +60,6 @@ def load(place: Path, flag: str = "--tokenizer") -> Tokenizer:
     """The tokenizer in ``place``: a Hugging Face folder, or a file of sentencepiece."""
     check(place, flag)
     return _load_sentencepiece(place, flag) if place.is_file() else _load_hugging_face(place, flag)
-
-
-def load_apart(place: Path) -> tuple[Tokenizer, str]:
-    """``load`` in a process of its own, without PyTorch: most of the time that transformers takes to import.
-
-    It would stay without it there, and so not load models any more.
-
-    Returns:
-        The tokenizer, and why tiktoken cannot give its tokens; nothing if it can.
-    """
-    sys.modules["torch"] = None  # type: ignore[assignment]  # not to be imported
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not there
-    loaded = load(place)
-    try:
-        loaded.encoder(tiktoken=True)
-    except encoders.Unsuited as why:
-        return loaded, str(why)
-    return loaded, ""
 
 
 def of_folder(place: Path, trust_remote_code: bool = False) -> Any:

@@ -39,21 +39,16 @@ def load(tasks: Sequence[Task], data_dir: Path | None, num_fewshot: int) -> dict
         data_dir: where given, all data is read from there and nothing is downloaded.
         num_fewshot: examples before each question; none needs no ``train`` split.
     """
-    splits = {task: [task.split] + [EXAMPLES_SPLIT] * (num_fewshot > 0) for task in tasks}
-    if data_dir is not None:
-        _check_all_there(splits, data_dir)
     records = {}
     for task in tasks:
+        splits = [task.split] + [EXAMPLES_SPLIT] * (num_fewshot > 0)
         if task.repository is None:
             made = stdlib_task.records()
-            rows, origin = (
-                {split: made[split] for split in splits[task]},
-                "made of the Python standard library",
-            )
+            rows, origin = {split: made[split] for split in splits}, "made of the Python standard library"
         elif data_dir is not None:
-            rows, origin = {split: _read(data_dir, task, split) for split in splits[task]}, "local"
+            rows, origin = {split: _read(data_dir, task, split) for split in splits}, "local"
         else:
-            rows, origin = _download(task, splits[task]), "Hugging Face Hub"
+            rows, origin = _download(task, splits), "Hugging Face Hub"
         records[task.name] = Records(rows, origin)
         examples = len(rows.get(EXAMPLES_SPLIT, ()))
         if examples < num_fewshot:
@@ -67,19 +62,6 @@ def _needs(task: Task, splits: Iterable[str]) -> str:
     return f"{task.name} ({data_set}: {', '.join(splits)})"
 
 
-def _check_all_there(wanted: dict[Task, list[str]], data_dir: Path) -> None:
-    missing = {
-        task: [split for split in splits if not _files(data_dir / task.name, split)]
-        for task, splits in wanted.items()
-        if task.repository
-    }
-    if lacking := [_needs(task, splits) for task, splits in missing.items() if splits]:
-        raise UserError(
-            f"--data-dir {data_dir}: no data for {'; '.join(lacking)}: put each data set's split at"
-            f" {data_dir}/TASK/SPLIT.jsonl or SPLIT.parquet, or leave the task out of --tasks"
-        )
-
-
 def _files(folder: Path, split: str) -> list[Path]:
     """A split's files: one of JSON lines, one of Parquet, the Hub's numbered ones, or a saved data set."""
     for pattern in ("{}.jsonl", "{}.parquet", "{}-*-of-*.parquet", "{}/dataset_info.json"):
@@ -89,8 +71,14 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 
 def _read(data_dir: Path, task: Task, split: str) -> list[dict[str, Any]]:
+    files = _files(data_dir / task.name, split)
+    if not files:
+        raise UserError(
+            f"--data-dir {data_dir}: no data for {_needs(task, [split])}: put it at {data_dir}/{task.name}/"
+            f"{split}.jsonl or .parquet, or leave the task out of --tasks"
+        )
     rows: list[dict[str, Any]] = []
-    for path in _files(data_dir / task.name, split):
+    for path in files:
         try:
             rows += [{field: row[field] for field in task.fields} for row in _read_file(path)]
             if not rows:

@@ -48,7 +48,7 @@ def write(output: Path, result: Mapping[str, Any]) -> None:
     """Write ``results.json`` and ``results.md`` into ``output``, each whole or not at all."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / JSON_NAME, json.dumps(result, indent=2) + "\n")
+        write_whole(output / JSON_NAME, json.dumps(result, indent=2, default=str) + "\n")
         write_whole(output / MARKDOWN_NAME, markdown(result))
     except OSError as error:
         why = f"cannot be written ({error.strerror}); name another folder"

@@ -78,7 +78,14 @@ def evaluate(model_dir: Path, options: Options, done: Callable[[dict[str, Any]],
     records = data.load(options.tasks, options.data_dir, options.num_fewshot)
     _quiet()
     language_model = _load_model(model_dir, options)
-    result = _header(model_dir, language_model, options) | {"tasks": {}}
+    asked_of = {"tasks": [task.name for task in options.tasks], "device": str(language_model.device)}
+    result: dict[str, Any] = {
+        "format": report.FORMAT,
+        "model": _described(model_dir, language_model),
+        "options": asdict(options) | asked_of | {"seed": SEED},
+        "versions": versions("megatron-router-upcycling", "lm_eval", "transformers", "torch", "datasets"),
+        "tasks": {},
+    }
     models = [(language_model, result)]
     if options.dense:
         dense_model = _load_model(options.dense, options)
@@ -102,23 +109,6 @@ def _described(model_dir: Path, language_model: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "log_likelihoods": str(language_model.softmax_dtype).removeprefix("torch."),
         "config_sha256": sha256(model_dir / "config.json"),
-    }
-
-
-def _header(model_dir: Path, language_model: Any, options: Options) -> dict[str, Any]:
-    """What a result says beside its tasks: the model, how it was asked, and with what."""
-    return {
-        "format": report.FORMAT,
-        "model": _described(model_dir, language_model),
-        "options": asdict(options)
-        | {
-            "tasks": [task.name for task in options.tasks],
-            "data_dir": str(options.data_dir) if options.data_dir else None,
-            "dense": str(options.dense) if options.dense else None,
-            "device": str(language_model.device),
-            "seed": SEED,
-        },
-        "versions": versions("megatron-router-upcycling", "lm_eval", "transformers", "torch", "datasets"),
     }
 
 

@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.data import agreement, record
-from megatron_router_upcycling.data.writer import HEADER
+from megatron_router_upcycling.data.publish import HEADER
 from megatron_router_upcycling.errors import UserError
 from tests import launch
 from tests.hf.folders import write_tokenizer
@@ -43,13 +43,11 @@ def test_token_beyond_the_vocabulary_is_named(tmp_path: Path, dtype: type) -> No
         agreement.check([prefix], None, 300)
 
 
-def test_large_files_are_looked_at_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "PIECE", 16)
-    for place in (0, 9999):
-        tokens = [1] * 10_000
-        tokens[place] = 99
-        with pytest.raises(UserError, match="holds token 99"):
-            agreement.check([write(tmp_path / f"data{place}", tokens)], None, 50)
+def test_of_large_files_the_beginning_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "LOOKED_AT", 16)
+    agreement.check([write(tmp_path / "fifth", [1, 1, 1, 1, 99])], None, 50)
+    with pytest.raises(UserError, match="holds token 99"):
+        agreement.check([write(tmp_path / "fourth", [1, 1, 1, 99, 1])], None, 50)
 
 
 def test_other_tokenizer_is_named_with_the_way_out(prepared: Path, tmp_path: Path) -> None:
