@@ -88,10 +88,10 @@ class Slurm(SlurmPipelineExecutor):
             if name not in options:
                 raise UserError(f"--executor slurm: needs --slurm {name}=..., as sbatch's --{name}")
         python = f"export PATH={Path(sys.executable).parent}:$PATH"
+        name = f"{options.get('job-name', 'prepare-data')}-{secrets.token_hex(4)}"  # what squeue is asked for
         super().__init__(
-            pipeline, tasks, options["time"], options["partition"], workers=workers or -1,
-            logging_dir=str(logs), job_name=f"prepare-data-{secrets.token_hex(4)}", qos="",
-            env_command=python, sbatch_args=options,
+            pipeline, tasks, options["time"], options["partition"], workers=workers or -1, job_name=name,
+            logging_dir=str(logs), qos="", env_command=python, sbatch_args=options | {"job-name": name},
         )  # fmt: skip
         self.failed = logs / "failed"  # a file with the reason
 
@@ -110,14 +110,14 @@ class Slurm(SlurmPipelineExecutor):
                 time.sleep(POLL_SECONDS)
                 queued = self._ask("squeue", "-h")  # before the files, so that what ended in between is seen
                 left = set(self.get_incomplete_ranks(sorted(waiting)))
-                yield from sorted(waiting - left)
-                waiting = left
-                if left and not queued:
+                done, waiting = waiting - left, left
+                yield from sorted(done)
+                if waiting and not queued:
                     with contextlib.suppress(OSError):
                         raise UserError(self.failed.read_text(encoding="utf-8"))
                     raise WorkerLost(
-                        f"--executor slurm: job {self.job_id} has ended without {len(left)} of its tasks; see"
-                        f" {self.slurm_logs_folder};"
+                        f"--executor slurm: job {self.job_id} has ended without {len(waiting)} of its tasks;"
+                        f" see {self.slurm_logs_folder};"
                     )
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError(f"--executor slurm: Slurm cannot be used ({reason(error)})") from None
@@ -125,10 +125,11 @@ class Slurm(SlurmPipelineExecutor):
             if waiting and self.job_id:
                 self._ask("scancel")
 
-    def _ask(self, *command: str) -> str:
-        """What one of Slurm's commands says of the job, which may be several arrays of one name."""
+    def _ask(self, *command: str) -> bool:
+        """Whether one of Slurm's commands names the job (it may be several arrays), or fails for once."""
         words = [*command, f"--name={self.job_name}"]
-        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        asked = subprocess.run(words, capture_output=True, text=True)
+        return bool(asked.returncode or asked.stdout.strip())
 
     def launch_merge_stats(self) -> None:
         """No job for the library's statistics."""

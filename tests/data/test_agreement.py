@@ -1,7 +1,6 @@
 """Data and model are held against each other before the first step."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +36,8 @@ def prepared(tmp_path: Path) -> Path:
 def test_token_beyond_the_vocabulary_is_named(tmp_path: Path, dtype: type) -> None:
     prefix = write(tmp_path / "data", [5, 300, 7], dtype)
     agreement.check([prefix], None, 301)
-    with pytest.raises(
-        UserError, match=r"data: holds token 300, and the model's vocabulary has 300 \(0 to 299"
-    ):
+    named = r"data: holds token 300, and the model's vocabulary has 300 \(0 to 299"
+    with pytest.raises(UserError, match=named):
         agreement.check([prefix], None, 300)
 
 
@@ -84,40 +82,29 @@ def test_damaged_index_is_named(tmp_path: Path) -> None:
             agreement.check([prefix], None, 300)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ("bin cut", ".idx counts 20 bytes of tokens, and data.bin has 12: one was cut short, or they are"),
-        ("bin longer", ".idx counts 20 bytes of tokens, and data.bin has 24"),
-        ("idx cut", "data.idx: is no index of Megatron data, or cut short"),
-        ("idx of other data", ".idx counts 12 bytes of tokens, and data.bin has 20"),
-        ("middle of the idx lost", ".idx counts 8 bytes of tokens, and data.bin has 20"),
-    ],
-)
-def test_index_and_tokens_that_do_not_belong_together_are_named(
-    tmp_path: Path, damage: str, message: str
-) -> None:
+def without_a_length(index: bytes) -> bytes:
+    return index[: HEADER.size + 4] + bytes(4) + index[HEADER.size + 8 :]
+
+
+def test_index_and_tokens_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(f"{tmp_path / 'data'}.bin", dtype=np.int32)
     for document in ([1, 2], [3, 4, 5]):
         builder.add_document(torch.tensor(document), [len(document)])
     builder.finalize(f"{tmp_path / 'data'}.idx")
-    prefix = str(tmp_path / "data")
-    tokens, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    agreement.check([prefix], None, 6)
-    if damage == "bin cut":
-        os.truncate(tokens, 12)
-    elif damage == "bin longer":
-        tokens.write_bytes(tokens.read_bytes() + bytes(4))
-    elif damage == "idx cut":
-        os.truncate(index, 50)
-    elif damage == "idx of other data":
-        index.write_bytes(Path(f"{write(tmp_path / 'other', [1, 2, 3])}.idx").read_bytes())
-    else:
-        content = index.read_bytes()
-        lengths = HEADER.size + 4
-        index.write_bytes(content[:lengths] + bytes(4) + content[lengths + 4 :])
-    with pytest.raises(UserError, match=message):
-        agreement.check([prefix], None, 6)
+    tokens, index = ((tmp_path / f"data{suffix}").read_bytes() for suffix in (".bin", ".idx"))
+    other = Path(f"{write(tmp_path / 'other', [1, 2, 3])}.idx").read_bytes()
+    agreement.check([str(tmp_path / "data")], None, 6)
+    for new_tokens, new_index, message in (
+        (tokens[:12], index, ".idx counts 20 bytes of tokens, and data.bin has 12: one was cut short, or"),
+        (tokens + bytes(4), index, ".idx counts 20 bytes of tokens, and data.bin has 24"),
+        (tokens, index[:50], "data.idx: is no index of Megatron data, or cut short"),
+        (tokens, other, ".idx counts 12 bytes of tokens, and data.bin has 20"),
+        (tokens, without_a_length(index), ".idx counts 8 bytes of tokens, and data.bin has 20"),
+    ):
+        (tmp_path / "data.bin").write_bytes(new_tokens)
+        (tmp_path / "data.idx").write_bytes(new_index)
+        with pytest.raises(UserError, match=message):
+            agreement.check([str(tmp_path / "data")], None, 6)
 
 
 def test_a_pair_beside_the_record_of_other_data_is_named(prepared: Path, tmp_path: Path) -> None:

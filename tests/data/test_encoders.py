@@ -21,12 +21,9 @@ def trained(kind: str) -> dict[str, Any]:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     own = json.loads(small.byte_pairs().to_str())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500,
-        special_tokens=list(small.SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = {"special_tokens": list(small.SPECIAL), "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=1500, show_progress=False, **special)
     tokenizer.train_from_iterator(Path(json.__file__).read_text().splitlines() + ODD, trainer)
     content = json.loads(tokenizer.to_str())
     if kind == "qwen":
@@ -58,21 +55,19 @@ def swapped(content: dict[str, Any]) -> None:
     merges[3], merges[4] = merges[4], merges[3]
 
 
+def prefixed(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)
+
+
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "normaliser": (lambda c: c.update(normalizer={"type": "NFKC"}), "its normaliser is not NFC"),
-    "prefix": (
-        lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
-        "pre-tokeniser",
-    ),
+    "prefix": (prefixed, "pre-tokeniser"),
     "order of merges": (swapped, "its merges are not in the order of its tokens"),
     "a merge less": (lambda c: c["model"]["merges"].pop(), "its merges do not give its token 1499"),
     "dropout": (lambda c: c["model"].update(dropout=0.1), "its model is not a plain BPE"),
     "white space": (lambda c: c["added_tokens"][0].update(lstrip=True), "is looked for otherwise"),
     "normalised": (lambda c: c["added_tokens"][0].update(normalized=True), "is looked for otherwise"),
-    "other kind": (
-        lambda c: c.update(pre_tokenizer={"type": "Whitespace"}),
-        "pre-tokeniser is not a regular",
-    ),
+    "other kind": (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokeniser is not a"),
 }
 
 

@@ -42,9 +42,8 @@ def as_array(path: Path, texts: list[str]) -> Path:
 
 
 def as_parquet(path: Path, texts: list, kind: object = None) -> Path:
-    table = pyarrow.table(
-        {"text": pyarrow.array(texts, kind or pyarrow.string()), "n": list(range(len(texts)))}
-    )
+    column = pyarrow.array(texts, kind or pyarrow.string())
+    table = pyarrow.table({"text": column, "n": list(range(len(texts)))})
     pyarrow.parquet.write_table(table, path, row_group_size=7)
     return path
 
@@ -79,9 +78,8 @@ def test_every_kind_gives_its_texts_in_order(name, size, tmp_path):
 
 
 def test_a_large_file_of_lines_and_a_large_table_are_cut_the_same_way_each_time(tmp_path):
-    found, _ = sources.find(
-        [small.lines(tmp_path / "a.jsonl", TEXTS * 600), as_parquet(tmp_path / "b.parquet", TEXTS)]
-    )
+    lines, table = small.lines(tmp_path / "a.jsonl", TEXTS * 600), as_parquet(tmp_path / "b.parquet", TEXTS)
+    found, _ = sources.find([lines, table])
     tasks, smallest = readers.tasks(found), readers.SMALLEST_TASK
     assert found[0].size > 2 * smallest and len(tasks) == found[0].size // smallest + 1
     assert tasks == readers.tasks(found) and [piece.source for piece in tasks[-1]] == found

@@ -1,6 +1,5 @@
 """``router-upcycle evaluate``: the averages against the paper's own, and whole evaluations of tiny models."""
 
-import importlib.util
 import itertools
 import json
 import math
@@ -16,7 +15,10 @@ import pytest
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.evaluation import data, paper, report, runner, stdlib_task
+from tests.data import small
 from tests.launch import ENVIRONMENT
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install -e '.[eval]')")
 
 # Table 1's averages as printed, in the order of paper.METHODS.
 PRINTED = {
@@ -31,14 +33,14 @@ OTHERWISE = {("reasoning", "mlp"): "48.66", ("average", "switch"): "26.16"}
 
 @pytest.mark.parametrize("method", paper.METHODS)
 @pytest.mark.parametrize("group", PRINTED)
-def test_averages_are_those_that_the_paper_prints(group: str, method: str) -> None:
+def test_averages_are_those_that_the_paper_prints(group, method):
     printed = PRINTED[group][paper.METHODS.index(method)]
     average = paper.averages(paper.figures(method, paper.TASKS))[group]
     assert average["complete"]
     assert report.percent(average["score"]) == OTHERWISE.get((group, method), printed)
 
 
-def test_some_scores_give_averages_that_say_so() -> None:
+def test_some_scores_give_averages_that_say_so():
     found = paper.averages({"copa": 60.0, "openbookqa": 20.0, "openbookqa_fact": 41.0, "stdlib": 99.0})
     assert set(found) == {"understanding", "knowledge", "average"}
     tasks = ["openbookqa", "openbookqa_fact"]
@@ -52,7 +54,7 @@ def stdlib_records() -> dict[str, list[dict[str, Any]]]:
     return stdlib_task.records()
 
 
-def test_stdlib_records_are_sound_and_the_same_each_time(stdlib_records: dict[str, list[Any]]) -> None:
+def test_stdlib_records_are_sound_and_the_same_each_time(stdlib_records):
     made = stdlib_records
     stdlib_task._passages.cache_clear()
     assert made == stdlib_task.records()
@@ -65,10 +67,6 @@ def test_stdlib_records_are_sound_and_the_same_each_time(stdlib_records: dict[st
     assert not {json.dumps(r) for r in made["test"]} & {json.dumps(r) for r in made["train"]}
 
 
-needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None,
-    reason="lm-evaluation-harness is not installed (pip install -e '.[eval]')",
-)
 CHOICES = {"text": ["a stone", "the light of the sun", "iron", "three sheep"], "label": list("ABCD")}
 OPENBOOK = {"question_stem": "Plants live on", "choices": CHOICES, "answerKey": "B"}
 FACT = {"fact1": "plants make food of light", **OPENBOOK}
@@ -127,24 +125,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, stdlib_records: dict[str, list[Any]]) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random Qwen2 and Qwen2-MoE models, folders ``dense`` and ``moe``, with a tokenizer made here."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-    from tokenizers.models import BPE
 
-    bpe = Tokenizer(BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=small.byte_pairs(), eos_token="<|endoftext|>"
     )
-    bpe.train_from_iterator([record["context"] for record in stdlib_records["test"]], trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
     size: dict[str, Any] = dict(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
@@ -218,15 +206,8 @@ class Reference:
         return text.strip()
 
 
-@needs_harness
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_stdlib_scores_are_those_of_a_loop_over_log_likelihoods(
-    models: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    stdlib_records: dict[str, list[Any]],
-    kind: str,
-) -> None:
+def test_stdlib_scores_are_those_of_a_loop(models, tmp_path, capsys, stdlib_records, kind):
     count = 40
     result = evaluate(models / kind, tmp_path, "--tasks", "stdlib", "--limit", count, "--batch-size", 3)
     reference = Reference(models / kind)
@@ -249,8 +230,7 @@ def test_stdlib_scores_are_those_of_a_loop_over_log_likelihoods(
     assert f"{task['score']:.2f} ± {task['stderr']:.2f}" in shown and "no measurement" in shown
 
 
-@needs_harness
-def test_log_likelihoods_of_a_bfloat16_model_are_added_up_in_float32(models: Path, tmp_path: Path) -> None:
+def test_log_likelihoods_of_a_bfloat16_model_are_added_up_in_float32(models, tmp_path):
     import torch
     import transformers
     from lm_eval.api.instance import Instance
@@ -270,10 +250,7 @@ def test_log_likelihoods_of_a_bfloat16_model_are_added_up_in_float32(models: Pat
         assert value == pytest.approx(reference.log_likelihood(*pair), abs=0.5)
 
 
-@needs_harness
-def test_a_tokenizer_without_an_end_of_text_token(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tokenizer_without_an_end_of_text_token(models, tmp_path, capsys):
     flags = ("--tasks", "stdlib", "--limit", 6)
     expected = evaluate(models / "moe", tmp_path / "with", *flags)["tasks"]["stdlib"]
     model = shutil.copytree(models / "moe", tmp_path / "model")
@@ -290,10 +267,7 @@ def test_a_tokenizer_without_an_end_of_text_token(
     assert "--tasks nq_open: generated answers end with an end-of-text token, and " in said
 
 
-@needs_harness
-def test_the_dense_model_is_shown_beside(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_dense_model_is_shown_beside(models, tmp_path, capsys):
     """Asked the same; no column stays empty, and the report names the models."""
     flags = ("--tasks", "stdlib", "--limit", 6)
     alone = evaluate(models / "dense", tmp_path / "dense", *flags)["tasks"]["stdlib"]
@@ -320,9 +294,8 @@ def test_the_dense_model_is_shown_beside(
     assert "holds an adapter (adapter_config.json), which transformers applies only where peft" in said
 
 
-@needs_harness
 @pytest.mark.parametrize("task", paper.PAPER_TASKS, ids=lambda task: task.name)
-def test_each_task_asks_what_the_harness_asks_of_the_data_it_names(task: paper.Task) -> None:
+def test_each_task_asks_what_the_harness_asks_of_the_data_it_names(task):
     from lm_eval.tasks import TaskManager
 
     record, context, continuations = ASKED[task.name]
@@ -349,8 +322,7 @@ def test_each_task_asks_what_the_harness_asks_of_the_data_it_names(task: paper.T
         assert task.split == (entry.cfg.get("test_split") or entry.cfg["validation_split"])
 
 
-@needs_harness
-def test_few_shot_examples_come_from_the_train_split() -> None:
+def test_few_shot_examples_come_from_the_train_split():
     shown = {**BOOLQ, "passage": "Fish swim.", "question": "do fish swim"}
     records = data.Records({"validation": [BOOLQ], "train": [shown]}, "made here")
     asked = runner.harness_task(paper.TASKS["boolq"], records, 1)
@@ -378,10 +350,7 @@ def save(folder: Path, split: str, rows: list[dict[str, Any]], form: str) -> Non
         datasets.DatasetDict({split: held}).save_to_disk(folder)
 
 
-@needs_harness
-def test_the_ten_tasks_from_local_data(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_ten_tasks_from_local_data(models, tmp_path, capsys):
     reference = Reference(models / "dense")
     own = {name: reference.generate(ASKED[name][1], "\n.,") for name in ("nq_open", "triviaqa")}
     forms = itertools.cycle(("jsonl", "parquet", "hub", "saved"))
@@ -418,10 +387,7 @@ def test_the_ten_tasks_from_local_data(
     assert result["versions"]["lm_eval"] and result["model"]["architecture"] == "Qwen2ForCausalLM"
 
 
-@needs_harness
-def test_a_part_of_the_tasks_is_marked_as_such(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_part_of_the_tasks_is_marked_as_such(models, tmp_path, capsys):
     save(tmp_path / "copa", "validation", [COPA] * 2, "jsonl")
     result = evaluate(models / "dense", tmp_path / "out", "--tasks", "copa", "--data-dir", tmp_path)
     assert result["averages"]["knowledge"] == result["averages"]["average"] | {"of": 4}
@@ -431,10 +397,7 @@ def test_a_part_of_the_tasks_is_marked_as_such(
     assert "no measurement" not in shown
 
 
-@needs_harness
-def test_data_that_is_not_there_is_one_line_before_the_model_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_that_is_not_there_is_one_line_before_the_model_is_loaded(tmp_path, capsys):
     model, folder = tmp_path / "model", tmp_path / "data"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "qwen2"}')  # no weights: loading would fail
@@ -460,8 +423,7 @@ def test_data_that_is_not_there_is_one_line_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-@needs_harness
-def test_a_failed_download_is_one_line(tmp_path: Path) -> None:
+def test_a_failed_download_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     ended = subprocess.run(
         [sys.executable, "-m", "megatron_router_upcycling.cli", "evaluate", ".", "--tasks", "copa"],
@@ -477,10 +439,7 @@ def test_a_failed_download_is_one_line(tmp_path: Path) -> None:
     assert "FOLDER/copa/validation.jsonl or .parquet and pass --data-dir FOLDER" in ended.stderr
 
 
-@needs_harness
-def test_models_that_cannot_be_measured(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_models_that_cannot_be_measured(models, tmp_path, capsys):
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -511,10 +470,7 @@ def test_models_that_cannot_be_measured(
     assert not (tmp_path / "out").exists()
 
 
-@needs_harness
-def test_answers_are_cut_for_a_model_that_takes_few_tokens(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_are_cut_for_a_model_that_takes_few_tokens(models, tmp_path, capsys):
     model = tmp_path / "short"
     shutil.copytree(models / "dense", model)
     config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 48}
@@ -531,7 +487,7 @@ def test_answers_are_cut_for_a_model_that_takes_few_tokens(
     assert "error: --tasks stdlib: has answers that do not fit the 2 tokens" in capsys.readouterr().err
 
 
-def test_flags_that_make_no_sense(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_make_no_sense(models, tmp_path, capsys):
     model = models / "dense"
     assert "no task 'arc_eas'; did you mean arc_easy?" in refused(capsys, model, "--tasks", "copa,arc_eas")
     assert "names no task" in refused(capsys, model, "--tasks", ",")
@@ -543,17 +499,14 @@ def test_flags_that_make_no_sense(models: Path, tmp_path: Path, capsys: pytest.C
     assert result["tasks"]["stdlib"]["stderr"] is None  # of one question
 
 
-def test_groups_name_their_tasks_once() -> None:
+def test_groups_name_their_tasks_once():
     assert [task.name for task in runner.parse_tasks("arc_easy,reasoning,stdlib")] == [
         *("arc_easy", "arc_challenge", "hellaswag", "winogrande", "stdlib")
     ]
     assert runner.parse_tasks(None) == paper.PAPER_TASKS
 
 
-@needs_harness
-def test_what_was_measured_survives_an_interruption(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_measured_survives_an_interruption(models, tmp_path, capsys, monkeypatch):
     save(tmp_path / "data" / "copa", "validation", [COPA], "jsonl")
     save(tmp_path / "data" / "boolq", "validation", [BOOLQ], "jsonl")
     build, built = runner.harness_task, []
