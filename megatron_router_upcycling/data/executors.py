@@ -1,4 +1,4 @@
-"""datatrove's executors for one machine and for Slurm, which skip finished tasks, told one by one."""
+"""datatrove's executors for one machine and for Slurm: they skip finished tasks and yield each new one."""
 
 import contextlib
 import ctypes
@@ -26,18 +26,14 @@ POLL_SECONDS = 2
 
 
 class WorkerLost(UserError):
-    """A worker was killed, or a job of Slurm has ended; finished tasks stay."""
+    """A worker was killed, or a job of Slurm has ended. Finished tasks are kept."""
 
 
 class Local(LocalPipelineExecutor):
     """Runs tasks in ``workers`` processes. The library's own ``run`` waits for ever where one is killed."""
 
     def finished(self, ranks: list[int]) -> Generator[int]:
-        """Run the tasks ``ranks``, begun in order; yield each when it is done. Closed, it ends the others.
-
-        Raises:
-            UserError: what a task has raised, or that a worker was killed.
-        """
+        """Run the tasks ``ranks``, begun in order; yield each when it is done. Closing it ends the others."""
         # Forked: this process has imported what they need, and has no threads yet.
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(self.workers, context, _begin, (self,)) as pool:
@@ -61,7 +57,7 @@ _executor: Local | None = None  # of a worker
 
 
 def _begin(executor: Local) -> None:
-    """Of a worker: leave Ctrl-C and the terminal to the process that has started it, and end with that."""
+    """A worker leaves Ctrl-C and the terminal to the process that has started it, and ends with that."""
     global _executor
     _executor = executor
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -96,11 +92,7 @@ class Slurm(SlurmPipelineExecutor):
         self.failed = logs / "failed"  # a file with the reason
 
     def finished(self, ranks: list[int]) -> Generator[int]:
-        """As ``Local.finished``.
-
-        Raises:
-            UserError: Slurm refuses or ends the job, or what a task has raised.
-        """
+        """As ``Local.finished``."""
         logger.remove()
         self.failed.unlink(missing_ok=True)
         waiting = set(ranks)

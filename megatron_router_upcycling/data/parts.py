@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy
 from datatrove.pipeline.base import PipelineStep
@@ -35,7 +35,7 @@ class Counts:
     rows: Counter[str] = field(default_factory=Counter)  # of each file, bad and empty ones too
     tiktoken_differs: int = 0  # parts
 
-    def add(self, part: "Counts", allowed: int) -> None:
+    def add(self, part: Self, allowed: int) -> None:
         """Count a part. More bad documents than ``allowed`` are a UserError, which names the first."""
         for bad in part.bad[: LISTED - len(self.bad)]:
             for unit in {"line", "row"} & bad.keys():
@@ -98,7 +98,7 @@ class Tokenise(PipelineStep):
             if compared < SAMPLED:
                 compared += len(text)
                 if list(ids) != list(slow(text)):
-                    counts.tiktoken_differs, compared = True, SAMPLED
+                    counts.tiktoken_differs, compared = 1, SAMPLED
                     encode, ids = slow, slow(text)
             if not len(ids):
                 counts.empty += 1

@@ -151,7 +151,7 @@ def _training_texts(options: Options, tasks: list[readers.Task]) -> Iterator[str
 
 
 def _join(step: parts.Tokenise, outputs: list[Output], progress: Progress) -> parts.Counts:
-    """Have the tasks done, and write their parts in order."""
+    """Run the tasks and write their parts in order."""
     options, logs, count = step.options, step.options.work / "tasks", len(step.tasks)
     executor: executors.Local | executors.Slurm
     if options.executor == "slurm":
