@@ -1,8 +1,11 @@
 """The paper's ten tasks, asked of a Hugging Face model."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
+
+from megatron_router_upcycling.commands.shared import at_least
 
 EXAMPLES = """\
 tasks, by the paper's groups:
@@ -30,53 +33,32 @@ def add(commands: Any) -> None:
         " beside the paper's. Needs the eval extra.",
         epilog=EXAMPLES,
     )
-    evaluate.add_argument("model", metavar="HF_DIR", type=Path, help="the model's folder, tokenizer included")
-    evaluate.add_argument(
-        "--tasks", metavar="LIST", help="names of tasks or groups, comma between (default: the paper's ten)"
-    )
-    evaluate.add_argument("--limit", metavar="N", type=int, help="the first N questions of each task only")
-    evaluate.add_argument(
-        "--num-fewshot", metavar="N", type=int, default=0, help="examples before each question (default: 0)"
-    )
-    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    evaluate.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: 8)")
-    evaluate.add_argument(
-        "--dense",
-        metavar="HF_DIR",
-        type=Path,
-        help="ask this model the same and show its scores beside: the dense one that HF_DIR was made from",
-    )
-    evaluate.add_argument(
-        "--data-dir", metavar="FOLDER", type=Path, help="read the tasks' data from here and download nothing"
-    )
-    evaluate.add_argument(
-        "--output", metavar="DIR", type=Path, help="for the results (default: evaluation/NAME of HF_DIR)"
-    )
-    evaluate.add_argument("--overwrite", action="store_true", help="replace results that --output holds")
-    evaluate.add_argument(
-        "--trust-remote-code", action="store_true", help="run modelling code that HF_DIR brings with it"
-    )
+    flag = evaluate.add_argument
+    flag("model", metavar="HF_DIR", type=Path, help="the model's folder, tokenizer included")
+    flag("--tasks", metavar="LIST", help="tasks or groups, comma between (default: the paper's ten)")
+    flag("--limit", metavar="N", type=at_least(1), help="the first N questions of each task only")
+    shots = "examples before each question (default: 0)"
+    flag("--num-fewshot", metavar="N", type=at_least(0), default=0, help=shots)
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    flag("--batch-size", type=at_least(1), default=8, help="questions at a time (default: 8)")
+    dense = "ask this model the same and show its scores beside: the dense one that HF_DIR was made from"
+    flag("--dense", metavar="HF_DIR", type=Path, help=dense)
+    data = "read the tasks' data from here and download nothing"
+    flag("--data-dir", metavar="FOLDER", type=Path, help=data)
+    output = "for the results (default: evaluation/NAME of HF_DIR)"
+    flag("--output", metavar="DIR", type=Path, help=output)
+    flag("--overwrite", action="store_true", help="replace results that --output holds")
+    flag("--trust-remote-code", action="store_true", help="run modelling code that HF_DIR brings with it")
     evaluate.set_defaults(run=run)
 
 
 def options(args: argparse.Namespace) -> Any:
-    """What the flags ask for, as ``runner.Options``.
-
-    Raises:
-        UserError: a task is not known.
-    """
+    """What the flags ask for, as ``runner.Options``."""
     from megatron_router_upcycling.evaluation import runner
 
-    return runner.Options(
-        runner.parse_tasks(args.tasks),
-        args.limit,
-        args.num_fewshot,
-        args.device,
-        args.batch_size,
-        args.data_dir,
-        args.trust_remote_code,
-        args.dense,
-    )
+    names = (field.name for field in dataclasses.fields(runner.Options))
+    asked = {name: getattr(args, name) for name in names}
+    return runner.Options(**asked | {"tasks": runner.parse_tasks(args.tasks)})
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,11 +2,21 @@
 
 import argparse
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from ``least`` on."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return int(text)
+
+    return number
 
 
 def add_output_flags(command: argparse.ArgumentParser) -> None:
@@ -35,27 +45,5 @@ def progress_bar(name: str, total: int, quiet: bool) -> Iterator[Callable[[int],
         def advance(count: int) -> None:
             # What surrounds the values in a file is written too, and is not in the total.
             bar.update(min(count, bar.total - bar.n))
-
-        yield advance
-
-
-@contextlib.contextmanager
-def tokens_bar(name: str, total: int, quiet: bool) -> Iterator[Callable[[int, int, bool], None]]:
-    """A progress bar over bytes of text with MB/s, tokens/s and the time left, as the function to call with
-    bytes, tokens and whether an earlier run had done them."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc=name, leave=False, disable=quiet or None) as bar:
-        tokens, start = 0, time.monotonic()
-
-        def advance(count: int, new_tokens: int, before: bool) -> None:
-            nonlocal tokens
-            if before and not bar.disable:
-                bar.initial += count
-            else:
-                tokens += new_tokens
-                rate = tokens / max(time.monotonic() - start, 1e-3)
-                bar.set_postfix_str(f"{rate / 1e6:.2f} M tokens/s", refresh=False)
-            bar.update(count)
 
         yield advance

@@ -143,7 +143,7 @@ def test_the_export_gives_the_tokens_of_the_data(
     assert transformers.AutoTokenizer.from_pretrained(source).encode(TEXT) != own
     assert run("import-hf", source, tmp_path / "dense") == 0
     assert run("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear") == 0
-    assert tokens_of(tmp_path / "dense/tokenizer").encoder().encode([TEXT]) == [own]
+    assert tokens_of(tmp_path / "dense/tokenizer").encoder()(TEXT) == own
 
     capsys.readouterr()
     assert cli.main(["export-hf", str(tmp_path / "moe"), str(tmp_path / "back")]) == 0
@@ -257,7 +257,7 @@ def test_a_sentencepiece_tokenizer_is_exported_as_transformers_loads_it(
     assert run("convert", dense, moe, "--router", "linear") == 0
     texts = [path.read_text("utf-8") for path in sorted(Path(argparse.__file__).parent.glob("a*.py"))]
     model = tmp_path / "text.tokenizer.model"
-    train(texts, 400, model)
+    model.write_bytes(train(texts, 400))
     for root in (dense, moe):
         beside.hand_on(model, root)
     capsys.readouterr()
