@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.checkpoint.publish import lock
+from megatron_router_upcycling.checkpoint.publish.folder import held
 from megatron_router_upcycling.data import executors, parts, publish, readers, sources, tokenizer
 from megatron_router_upcycling.data.record import Record
 from megatron_router_upcycling.data.writer import Output, Writer
@@ -153,7 +153,7 @@ def run(job: Job, progress: Progress) -> tuple[list[Record], str]:
         UserError: the text cannot be used, or the disk not be written; nothing is left then.
         KeyboardInterrupt: or its subclass for SIGTERM, with a text that says what was left.
     """
-    with publish.parents_of(job.output), lock.held(job.output, "--output"):
+    with publish.parents_of(job.output), held(job.output, "--output"):
         given, slow = _given(job)
         try:
             tasks = readers.tasks(job.sources, job.options.text_key)
