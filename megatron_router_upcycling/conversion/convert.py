@@ -12,7 +12,7 @@ from megatron_router_upcycling.checkpoint.format.files import TRACKER, iteration
 from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.publish import completeness
 from megatron_router_upcycling.checkpoint.publish import folder as publish
-from megatron_router_upcycling.checkpoint.publish.source_check import IntactCheck, Stamps
+from megatron_router_upcycling.checkpoint.publish.source_check import Stamps, intact_check
 from megatron_router_upcycling.checkpoint.read_model import query_key_digest, read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
@@ -107,12 +107,12 @@ def _write(conversion: Conversion, folder: Path, progress: Callable[[int], None]
     """Fill the iteration's folder, look at all that lies there, and return the digests of its data files."""
     plan = conversion.plan
     with (
-        IntactCheck(plan.source, plan.values_taken_over()) as intact,
+        intact_check(plan.source, plan.values_taken_over()) as intact,
         CheckpointWriter(folder, DATA_FILES, progress) as writer,
     ):
         plan.run(conversion.stats, writer)
         tensors = writer.finish()
-        intact.wait()
+        intact.result()
     completeness.check_whole(tensors, writer.objects, plan.makes())
     return completeness.content_digests(completeness.examine_all(folder, tensors, writer.objects))
 

@@ -113,8 +113,8 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     Raises:
         UserError: it holds an entry that has no place in an MoE checkpoint, or sizes do not fit.
     """
-    router = options.router
-    fine_grained.check(dense, model, router.granularity, options.shared_expert)
+    router, with_shared = options.router, options.shared_expert
+    fine_grained.check(dense, model, router.granularity, with_shared)
     layers = None if options.layers is None else parse_layers(options.layers, model.num_layers)
     source = dense if layers is None else split_layers(dense)
     entries = _sort(source, layers)
@@ -122,7 +122,7 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     shared = [_shared(key) for key in entries.ffn] if options.shared_expert else []
     steps: list[Step] = [Keep(entries.kept), *_norms(entries.kept, layers), *experts, *shared]
     routers = MakeRouters(router_parameters(model, router), layers, model.dtype)
-    states = model.extra_states(router.num_experts, options.shared_expert, layers)
+    states = names.extra_states(model.num_layers, router.num_experts, model.qk_norm, with_shared, layers)
     kept = set(entries.kept)
     steps += [
         routers,

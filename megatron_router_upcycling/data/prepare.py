@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_router_upcycling.checkpoint.publish import lock
+from megatron_router_upcycling.checkpoint.publish.folder import held
 from megatron_router_upcycling.data import executors, parts, publish, readers, tokenizer
 from megatron_router_upcycling.data.options import Options
 from megatron_router_upcycling.data.publish import Output
@@ -56,7 +56,7 @@ def run(
     created = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with lock.held(output, "--output"):
+        with held(output, "--output"):
             keep = False
             try:
                 return _make(sources, left_out, options, progress)

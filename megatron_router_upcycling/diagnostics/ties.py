@@ -10,7 +10,7 @@ from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.diagnostics.stored_router import read_router, router_layers
 from megatron_router_upcycling.routers.likeness import tied_experts
-from megatron_router_upcycling.verify.verification import FRESH_ITERATION
+from megatron_router_upcycling.verify.findings import FRESH_ITERATION
 
 Ties = dict[int, tuple[tuple[int, int], ...]]  # layer -> pairs of experts
 

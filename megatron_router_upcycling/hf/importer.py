@@ -22,7 +22,7 @@ from megatron_router_upcycling.checkpoint import beside, read_config_json
 from megatron_router_upcycling.checkpoint.dense_model import megatron_arguments
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
-from megatron_router_upcycling.checkpoint.names import dense_extra_states
+from megatron_router_upcycling.checkpoint.names import extra_states
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.torch_dist import tensor_in
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
@@ -148,7 +148,7 @@ def _write(job: Import, writer: CheckpointWriter) -> None:
     for block in ahead(_tasks(job)):
         writer.write_chunk(block.name, block.shape, block.values, [block.offset], checksum=block.checksum)
     empty = writer.write_object(torch_save_file.dump([None]))
-    for name in dense_extra_states(job.model.num_layers, qk_layernorm=job.model.qk_norm):
+    for name in extra_states(job.model.num_layers, 0, qk_layernorm=job.model.qk_norm):
         writer.add_object(name, empty)
     of_run = {
         "params_dtype": job.dtype,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_router_upcycling.checkpoint.format.finite import WORDS, all_finite
+from megatron_router_upcycling.checkpoint.publish.source_check import all_finite
 from megatron_router_upcycling.errors import UserError, reason
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
@@ -134,7 +134,7 @@ def as_bytes(values: torch.Tensor) -> memoryview:
 
 def check_finite(values: torch.Tensor, where: str) -> None:
     """Refuse NaN and infinity; ``where`` names the file and the tensor."""
-    if not _finite(values):
+    if not all_finite(values):
         raise UserError(f"{where}: holds NaN or infinite values; use another copy of the model")
 
 
@@ -147,10 +147,6 @@ def cast(values: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
     if values.dtype == dtype:
         return values
     converted = values.to(dtype)
-    if not _finite(converted):
+    if not all_finite(converted):
         raise UserError(f"{where}: holds values too large for {dtype_name(dtype)}; choose another --dtype")
     return converted
-
-
-def _finite(values: torch.Tensor) -> bool:
-    return all_finite(values.flatten().view(torch.uint8).numpy().view(WORDS[values.itemsize]), values.dtype)

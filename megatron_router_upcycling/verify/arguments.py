@@ -12,8 +12,7 @@ from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.conversion.moe_arguments import model_flags, moe_arguments, moe_common_state
 from megatron_router_upcycling.conversion.plan import Plan
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.verify.findings import Findings
-from megatron_router_upcycling.verify.verification import Verification
+from megatron_router_upcycling.verify.findings import Findings, Verification
 
 VERSIONS = ("args", "checkpoint_version", "content_metadata")
 
@@ -21,9 +20,10 @@ VERSIONS = ("args", "checkpoint_version", "content_metadata")
 def check_arguments(verification: Verification) -> None:
     """Compare the common state with the one that convert writes; after training, the architecture in it."""
     moe, plan, findings = verification.moe, verification.plan, verification.findings
+    options = plan.options
     try:
         args = vars(moe.args)
-        fresh = _common(plan)
+        fresh = moe_common_state(plan.dense, plan.model, options.router, options.shared_expert, plan.layers)
         wanted = _architecture(plan) if verification.trained else vars(fresh["args"])
     except UserError as error:
         findings.add("arguments", COMMON_STATE, str(error))
@@ -53,11 +53,6 @@ def _compare(findings: Findings, found: dict[str, Any], wanted: dict[str, Any]) 
         elif repr(found[name]) != repr(wanted[name]):
             what = f"is {found[name]!r:.60} where {wanted[name]!r:.60} is expected"
             findings.add("arguments", name, what)
-
-
-def _common(plan: Plan) -> dict[str, Any]:
-    options = plan.options
-    return moe_common_state(plan.dense, plan.model, options.router, options.shared_expert, plan.layers)
 
 
 def _architecture(plan: Plan) -> dict[str, Any]:

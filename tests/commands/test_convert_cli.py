@@ -140,7 +140,7 @@ def test_out_that_cannot_be_made(
     [
         (
             lambda out: (out / "thesis.tex").write_text("x"),
-            "not a checkpoint, so --overwrite leaves it alone",
+            "holds no latest_checkpointed_iteration.txt, so --overwrite leaves it alone",
         ),
         (
             lambda out: shutil.copytree(out.parent / "dense", out, dirs_exist_ok=True),
@@ -283,4 +283,4 @@ def test_inspect(tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]
     assert "decoder.layers.mlp.experts.experts.linear_fc1.weight" in said and "[3, 4, 48, 32]" in said
     assert "router_upcycling.json" in said and '"shared_storage": true' in said
     assert cli.main(["inspect", str(tmp_path / "nowhere")]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert "no checkpoint there" in capsys.readouterr().err

@@ -216,13 +216,13 @@ def test_a_gate_that_training_gave_the_shared_expert(tmp_path: Path) -> None:
 SPOILT: dict[str, tuple[Callable[[Any, dict[str, torch.Tensor]], object], str]] = {
     "other layers": (
         lambda args, tensors: setattr(args, "moe_layer_freq", [0, 1, 1]),
-        "mlp.linear_fc1.weight is in layers 1, where the training arguments give 0",
+        "mlp.linear_fc1.weight is in layers 1 and should be in layers 0",
     ),
     "a layer too few": (lambda args, tensors: setattr(args, "moe_layer_freq", [0, 1]), "[0, 1] for 3 layers"),
     "no expert at all": (lambda args, tensors: setattr(args, "moe_layer_freq", [0] * 3), "[0, 0, 0] for 3"),
     "shared expert lost": (
         lambda args, tensors: tensors.pop("decoder.layers.2.mlp.shared_experts.linear_fc1.weight"),
-        "shared_experts.linear_fc1.weight is in layers 0, where the training arguments give 0, 2",
+        "shared_experts.linear_fc1.weight is in layers 0 and should be in layers 0, 2",
     ),
     "shared expert not known of": (
         lambda args, tensors: setattr(args, "moe_shared_expert_intermediate_size", None),
