@@ -18,10 +18,10 @@ def test_equal_to_megatrons_forward_and_backward() -> None:
 
 
 def compare() -> None:
-    from megatron_router_upcycling.training.patches import cpu_backend, without_te
+    from megatron_router_upcycling.training.patches import cpu_backend, layers
 
     cpu_backend.install()
-    without_te.install()
+    layers.install_without_te()
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.transformer.dot_product_attention import DotProductAttention

@@ -39,9 +39,6 @@ def main() -> None:
     from megatron.training import get_timers, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_router_upcycling.training.patches import reshard_optimizer
-
-    reshard_optimizer.install()
     run = launch.Run(args, None)
     training.initialize_megatron()
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_router_upcycling.training import attention_choice
-from megatron_router_upcycling.training.attention_choice import ENGINE, MEGATRON, SDPA
+from megatron_router_upcycling.training import device
+from megatron_router_upcycling.training.device import ENGINE, MEGATRON, SDPA
 from tests import launch
 
 ARGS: dict[str, Any] = {
@@ -37,15 +37,15 @@ ARGS: dict[str, Any] = {
 )
 def test_the_users_word_decides(backend: str, without_te: str, with_te: str) -> None:
     args = Namespace(**ARGS, attention_backend=AttnBackend[backend])
-    found = [attention_choice.choose(args, te) for te in (False, True)]
+    found = [device.choose_attention(args, te) for te in (False, True)]
     assert found == [without_te, with_te]
     for chosen in found:
-        line = attention_choice.cost(args, chosen)
+        line = device.cost_of_attention(args, chosen)
         assert (line is not None) == (backend in ("unfused", "local"))
         # 4 x 16 heads x 4096 x 4096 scores of two bytes.
         assert line is None or "2.0 GiB of scores a layer, 48.0 GiB in 24 layers" in line
         args.seq_length = 1024
-        assert attention_choice.cost(args, chosen) is None
+        assert device.cost_of_attention(args, chosen) is None
         args.seq_length = 4096
 
 
@@ -54,7 +54,7 @@ def test_the_users_word_decides(backend: str, without_te: str, with_te: str) -> 
 )
 def test_what_pytorchs_attention_cannot_do_is_transformer_engines(change: dict[str, Any]) -> None:
     args = Namespace(**ARGS | change, attention_backend=AttnBackend.auto)
-    assert attention_choice.choose(args, True) == ENGINE
+    assert device.choose_attention(args, True) == ENGINE
 
 
 def test_transformer_engines_specs_take_pytorchs_products() -> None:
@@ -63,7 +63,7 @@ def test_transformer_engines_specs_take_pytorchs_products() -> None:
 
 
 def check_specs() -> None:
-    from megatron_router_upcycling.training.patches import cpu_backend, gpu_kernels
+    from megatron_router_upcycling.training.patches import cpu_backend, layers
 
     cpu_backend.install()
     import torch
@@ -80,8 +80,8 @@ def check_specs() -> None:
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    gpu_kernels.replace_attention(SdpaAttention)
-    gpu_kernels.group_experts_with_te()
+    layers.replace_attention(SdpaAttention)
+    layers.group_experts_with_te()
     provider = TESpecProvider()
     assert provider.core_attention() is SdpaAttention
 

@@ -44,7 +44,7 @@ def install():
 def mend():
     cpu_backend.install()
     delattr(DistributedOptimizer, symbol)
-    without_te.install()
+    optimizer.install(False)
 cases = [(install, "cpu_backend", owner, symbol) for owner, symbol in (
     ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state"),
     ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state"),
@@ -52,7 +52,7 @@ cases = [(install, "cpu_backend", owner, symbol) for owner, symbol in (
     ("megatron.core.dist_checkpointing.strategies.filesystem_async", "get_write_results_queue"),
     ("megatron.training.training", "initialize_megatron"))]
 cases.append((install, "device", "megatron.core.datasets.utils", "compile_helpers"))
-cases += [(mend, "without_te", "DistributedOptimizer", symbol) for symbol in (
+cases += [(mend, "optimizer", "DistributedOptimizer", symbol) for symbol in (
     "state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")]
 failed = False
 for act, room, owner, symbol in cases:
@@ -61,7 +61,7 @@ for act, room, owner, symbol in cases:
         if act is install:
             delattr(importlib.import_module(owner), symbol)
         else:
-            from megatron_router_upcycling.training.patches import without_te
+            from megatron_router_upcycling.training.patches import optimizer
             from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
         try:
             act()

@@ -19,7 +19,7 @@ def check() -> None:
     cpu_backend.install()
     from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 
-    from megatron_router_upcycling.training.patches.gpu_kernels import _add_gradients_faster
+    from megatron_router_upcycling.training.patches.layers import _add_gradients_faster
 
     for dtype in (torch.bfloat16, torch.float32):
         param: Any = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype))

@@ -77,11 +77,11 @@ def flags_of(root: Path, **changes: Any) -> Namespace:
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
-        ({"use_distributed_optimizer": True}, "--use-distributed-optimizer: "),
-        ({"bf16": True}, "--bf16 (or --fp16): "),
-        ({"decoupled_lr": 0.1}, "--decoupled-lr: "),
-        ({"apply_wd_to_qk_layernorm": True}, "--apply-wd-to-qk-layernorm: "),
-        ({"use_layer_wise_distributed_optimizer": True}, "--use-distributed-optimizer: "),
+        ({"use_distributed_optimizer": True}, "--use-distributed-optimizer True: "),
+        ({"bf16": True}, "--bf16 (or --fp16) True: "),
+        ({"decoupled_lr": 0.1}, "--decoupled-lr True: "),
+        ({"apply_wd_to_qk_layernorm": True}, "--apply-wd-to-qk-layernorm True: "),
+        ({"use_layer_wise_distributed_optimizer": True}, "--use-distributed-optimizer True: "),
         ({"optimizer": "sgd"}, "--optimizer sgd: "),
     ],
 )
@@ -147,14 +147,14 @@ def test_switching_the_distributed_optimizer_needs_a_fresh_one(
 ) -> None:
     """In both directions, and the flags that the messages advise."""
     for load, config, flags, how in (
-        (dense, dense_config, ("--use-distributed-optimizer",), "without it, .*; leave it out, or pass"),
-        (unbroken[0], moe_config, (), "with it, .*; give it, in the flags or the YAML file, or pass"),
+        (dense, dense_config, ("--use-distributed-optimizer",), "True: .* was saved with False"),
+        (unbroken[0], moe_config, (), "False: .* was saved with True"),
     ):
         command = ("pretrain", "--config", config, "--load", load, "--train-iters", 9, *flags)
         refused = launch.ranks(1, *command)
         assert refused.returncode == 2 and "Traceback" not in refused.text
         (line,) = refused.errors
-        assert re.match(f"error: --use-distributed-optimizer: .* was saved {how} {FRESH}", line), line
+        assert re.match(f"error: --use-distributed-optimizer {how}, .* or pass {FRESH}", line), line
         assert list(launch.ranks(1, *command, FRESH).ok().losses) == [9]
 
 

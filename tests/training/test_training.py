@@ -109,7 +109,7 @@ def test_bf16_trains(moe_config: Path, moe: Path) -> None:
         (("--load", "/nowhere"), "--load /nowhere: no checkpoint there"),
         (("--device", "cuda"), "--device cuda: no GPU is visible here"),
         (("--num-layerz", 3), "unrecognized arguments: --num-layerz 3"),
-        (("--config", "configs/demo/moe.yaml"), "--num-layers: is missing; give the architecture"),
+        (("--config", "configs/demo/moe.yaml"), "--num-layers: is missing; give it in flags"),
         (
             ("--config", "configs/demo/dense.yaml", "--mock-data", "--tokenizer-model", "/nowhere"),
             "--tokenizer-model /nowhere: --tokenizer-type SentencePieceTokenizer finds no tokenizer",
