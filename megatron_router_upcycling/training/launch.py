@@ -152,9 +152,8 @@ def find_origin(request: Request, save: str | None) -> Origin:
     flags, load = request.flags, request.flags.load
     if save and holds_checkpoint(save):
         load = save
-    elif load and not holds_checkpoint(load):
-        if not save or Path(load).resolve() != Path(save).resolve():  # else it is the first start
-            raise UserError(f"--load {load}: no checkpoint there (no {TRACKER}); name its root folder")
+    elif load and not holds_checkpoint(load) and (not save or Path(load).resolve() != Path(save).resolve()):
+        raise UserError(f"--load {load}: no checkpoint there (no {TRACKER}); name its root folder")
     roots = [root for root in (load, flags.pretrained_checkpoint) if root]
     recorded, source = agreement.find_manifest(roots)
     agreement.check_start(request.start, recorded, source)
