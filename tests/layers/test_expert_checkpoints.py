@@ -1,5 +1,6 @@
 """Experts as a loop and as stacked parameters: what either saves, the other resumes."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,30 +49,15 @@ def train(config: Path, load: Path, experts: str, layout: Layout, *flags: object
     return output.losses
 
 
-@pytest.fixture(scope="module")
-def runs() -> dict[tuple[str, Layout], tuple[Path, dict[int, float]]]:
-    return {}
-
-
+@functools.cache
 def unbroken_run(
-    runs: dict, folder: Path, config: Path, moe: Path, experts: str, layout: Layout
+    folder: Path, config: Path, moe: Path, experts: str, layout: Layout
 ) -> tuple[Path, dict[int, float]]:
     """From the converted checkpoint: the folder with the run's checkpoints, and its losses."""
-    if (experts, layout) not in runs:
-        save = folder / f"{experts}, {layout}"
-        losses = train(config, moe, experts, layout, "--save", save)
-        assert list(losses) == list(range(1, LAST + 1))
-        runs[experts, layout] = save, losses
-    return runs[experts, layout]
-
-
-def at_the_middle(save: Path, folder: Path) -> Path:
-    """The root of a checkpoint that has only the run's first one."""
-    folder.mkdir()
-    for name in (f"iter_{SAVED:07}", "router_upcycling.json"):
-        (folder / name).symlink_to(save / name)
-    (folder / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
-    return folder
+    save = folder / f"{experts}, {layout}"
+    losses = train(config, moe, experts, layout, "--save", save)
+    assert list(losses) == list(range(1, LAST + 1))
+    return save, losses
 
 
 CASES = [
@@ -100,16 +86,16 @@ def test_a_run_goes_on_with_the_other_experts(
     tmp_path_factory: pytest.TempPathFactory,
     moe_config: Path,
     moe: Path,
-    runs: dict,
     saving: str,
     loading: str,
     before: Layout,
     after: Layout,
 ) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    save, losses = unbroken_run(runs, folder, moe_config, moe, saving, before)
-    middle = at_the_middle(save, tmp_path / "middle")
-    found = train(moe_config, middle, loading, after)
+    save, losses = unbroken_run(tmp_path_factory.getbasetemp(), moe_config, moe, saving, before)
+    for name in (f"iter_{SAVED:07}", "router_upcycling.json"):
+        (tmp_path / name).symlink_to(save / name)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
+    found = train(moe_config, tmp_path, loading, after)
     expected = {iteration: losses[iteration] for iteration in range(SAVED + 1, LAST + 1)}
     same = (saving, before) == (loading, after)
     # Elsewhere the order of float32 sums differs; one step later so do the weights, by as little.
@@ -121,11 +107,9 @@ def test_a_converted_checkpoint_starts_both_alike(
     moe_config: Path,
     moe: Path,
     unbroken: tuple[Path, dict[int, float]],
-    runs: dict,
 ) -> None:
     """Beside the session's run with the loop: the same losses, diagnostics and tensors in the checkpoints."""
-    folder = tmp_path_factory.getbasetemp()
-    save, losses = unbroken_run(runs, folder, moe_config, moe, "grouped", TWO)
+    save, losses = unbroken_run(tmp_path_factory.getbasetemp(), moe_config, moe, "grouped", TWO)
     assert losses == pytest.approx(unbroken[1], rel=1e-4)
     logged, expected = (files.read(root / files.ROUTING)[-1]["rare"] for root in (save, unbroken[0]))
     assert logged["expert_distance"] == pytest.approx(expected["expert_distance"], rel=1e-2)

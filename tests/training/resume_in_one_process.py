@@ -15,20 +15,16 @@ from megatron_router_upcycling.training.train import model_config
 
 RATE, OTHER = 5e-3, 1e-3
 OVERRIDE, USE_CHECKPOINT = "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"
+DECAY = {"start_weight_decay": 0.3, "end_weight_decay": 0.3}
 WAYS: dict[str, dict[str, Any]] = {
     "as before": {},
     "lr": {"lr": OTHER},
     "lr, override": {"lr": OTHER, OVERRIDE: True},
     "lr, use checkpoint": {"lr": OTHER, USE_CHECKPOINT: True},
     "min-lr": {"min_lr": OTHER / 10},
-    "min-lr, override": {"min_lr": OTHER / 10, OVERRIDE: True},
-    "weight-decay": {"start_weight_decay": 0.3, "end_weight_decay": 0.3},
-    "weight-decay, override": {"start_weight_decay": 0.3, "end_weight_decay": 0.3, OVERRIDE: True},
-    "weight-decay, use checkpoint": {
-        "start_weight_decay": 0.3,
-        "end_weight_decay": 0.3,
-        USE_CHECKPOINT: True,
-    },
+    "weight-decay": DECAY,
+    "weight-decay, override": {OVERRIDE: True} | DECAY,
+    "weight-decay, use checkpoint": {USE_CHECKPOINT: True} | DECAY,
 }
 
 

@@ -1,14 +1,17 @@
 """Which attention and experts a run takes: decided from its arguments, and built into Megatron's specs."""
 
 from argparse import Namespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.device import ENGINE, MEGATRON, SDPA
 from tests import launch
+from tests.layers import one_rank
 
 ARGS: dict[str, Any] = {
     "context_parallel_size": 1,
@@ -62,23 +65,21 @@ def test_transformer_engines_specs_take_pytorchs_products() -> None:
     launch.python("-c", "from tests.training import test_choices_on_a_gpu as t; t.check_specs()").ok()
 
 
-def check_specs() -> None:
-    from megatron_router_upcycling.training.patches import cpu_backend, layers
+def test_a_gradient_is_added_once_and_leaves_no_mark() -> None:
+    """A mark that stayed would make a CUDA graph that is captured later leave out the gradient."""
+    launch.python("-c", "from tests.training import test_choices_on_a_gpu as t; t.check_addition()").ok()
 
-    cpu_backend.install()
-    import torch
-    from megatron.core import parallel_state, tensor_parallel
+
+def check_specs() -> None:
+    one_rank.start()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.experts import SequentialMLP
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_router_upcycling.layers.attention import SdpaAttention
     from megatron_router_upcycling.layers.experts import GroupedExperts
+    from megatron_router_upcycling.training.patches import layers
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     layers.replace_attention(SdpaAttention)
     layers.group_experts_with_te()
@@ -86,19 +87,7 @@ def check_specs() -> None:
     assert provider.core_attention() is SdpaAttention
 
     def build(grouped: bool, **changes: Any) -> Any:
-        values: dict[str, Any] = {
-            "gated_linear_unit": True,
-            "activation_func": torch.nn.functional.silu,
-            "add_bias_linear": False,
-        }
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=32,
-            ffn_hidden_size=64,
-            num_attention_heads=4,
-            num_moe_experts=4,
-            **values | changes,
-        )
+        config = one_rank.config(num_moe_experts=4, **changes)
         return provider.grouped_mlp_modules(grouped)(4, config, pg_collection=groups, name=None)
 
     ours, loop = build(True), build(False)
@@ -115,3 +104,30 @@ def check_specs() -> None:
         return {entry.key for entry in nested_values(state)}
 
     assert keys(ours) == keys(loop) and keys(ours)
+
+
+def check_addition() -> None:
+    from megatron_router_upcycling.training.patches import cpu_backend
+
+    cpu_backend.install()
+    from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+
+    from megatron_router_upcycling.training.patches.layers import _add_gradients_faster
+
+    for dtype in (torch.bfloat16, torch.float32):
+        param: Any = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype))
+        param.main_grad = torch.ones(3, 5)
+        param.grad_added_to_main_grad = False
+        ddp = SimpleNamespace(
+            param_to_bucket_group={param: None}, ddp_config=SimpleNamespace(overlap_grad_reduce=False)
+        )
+        hook = _add_gradients_faster(DistributedDataParallel._make_backward_post_hook)(ddp, param)
+        for micro_batch in range(1, 3):
+            param.grad = torch.full((3, 5), 0.5, dtype=dtype)
+            hook()
+            assert param.grad is None and param.grad_added_to_main_grad is False
+            assert torch.equal(param.main_grad, torch.full((3, 5), 1 + 0.5 * micro_batch))
+        # What a layer has added itself is not added again.
+        param.grad, param.grad_added_to_main_grad = torch.ones(3, 5, dtype=dtype), True
+        hook()
+        assert torch.equal(param.main_grad, torch.full((3, 5), 2.0)) and param.grad_added_to_main_grad

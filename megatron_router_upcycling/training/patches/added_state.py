@@ -15,7 +15,6 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
-from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_router_upcycling.checkpoint import names
@@ -66,7 +65,7 @@ def _of_what_is_there(load: Callable[..., Any]) -> Callable[..., Any]:
             if not all(shapes) or (found := shapes[0]) is None:
                 raise
             raise UserError(
-                f"{shaped_by(found['key'])}: {path.parent} has {found['key']} in the shape {found['saved']},"
+                f"--load: {path.parent} has {found['key']} in the shape {found['saved']},"
                 f" and these flags make it {found['asked']}; {WAY_OUT}"
             ) from None
         return merge(loaded, _own_values(added))
@@ -95,13 +94,6 @@ def added_by(key: str, saved: Container[str]) -> str:
     if re.sub(r"\.layers\.\d+\.", ".layers.", key) in saved:
         return "--moe-layer-freq"
     return next((flag for pattern, flag in names.ADDED_BY.items() if re.search(pattern, key)), "--load")
-
-
-def shaped_by(key: str) -> str:
-    """The flag that gives the tensor ``key`` another shape, for a message."""
-    if names.LINEAR_QKV in key:
-        return "--attention-output-gate" if get_args().attention_output_gate else "--num-attention-heads"
-    return "--moe-ffn-hidden-size" if "experts" in key else "--load"
 
 
 def _flag_from_zero(key: str) -> str | None:

@@ -8,7 +8,6 @@ that talk over Gloo. Where there is a GPU, ``install()`` refuses and nothing is 
 
 import contextlib
 import functools
-import importlib
 import os
 import queue
 import time
@@ -195,15 +194,11 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 def _bridge_megatron() -> None:
     """Replace what Megatron binds to CUDA by value, or does only with a GPU's libraries."""
-    random, dispatcher, saving, training = (
-        importlib.import_module(f"megatron.{name}")
-        for name in (
-            "core.tensor_parallel.random",
-            "core.transformer.moe.token_dispatcher",
-            "core.dist_checkpointing.strategies.filesystem_async",
-            "training.training",
-        )
-    )
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.training import training
+
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", _set_rng_state)
 
@@ -212,9 +207,9 @@ def _bridge_megatron() -> None:
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return _SplitSizes(tensor.tolist()) if as_numpy and torch.is_tensor(tensor) else tensor
 
-    _replace(dispatcher, "maybe_move_tensor_to_cpu", to_host)
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)
     device.use_built_dataset_helper()
     # What a save wrote is passed on through a queue. Megatron's is in a process that each rank starts for it
     # and that imports PyTorch; where no save is asynchronous (device.ON_CPU), one process does it all.
-    _replace(saving, "get_write_results_queue", _always(queue.Queue()))
+    _replace(filesystem_async, "get_write_results_queue", _always(queue.Queue()))
     _wrap(training, "initialize_megatron", lambda original: functools.partial(original, allow_no_cuda=True))
