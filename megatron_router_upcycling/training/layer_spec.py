@@ -100,7 +100,9 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
         return spec
     for flag, field, found in _shared(model_config.transformer):
         if found != (expected := getattr(router, field)):
-            raise UserError(f"{flag} {found}: the router is made for {expected}; give {flag} {expected}")
+            raise UserError(
+                f"{flag} {found}: the router is made for {expected}; give the flag as it was then"
+            )
     muon.install()
     for name in router.kind.metrics:
         report_also(name)  # here, where every rank comes: a pipeline stage without experts reports as well
@@ -116,14 +118,13 @@ def report_also(name: str) -> None:
         _reported.append(name)
 
 
-def _with_more_names(report: Callable[..., str]) -> Callable[..., str]:
-    def call(self: MoEMetricsTracker, *args: Any, track_names: Any = None, **kwargs: Any) -> str:
-        if track_names is not None:
-            given = [track_names] if isinstance(track_names, str) else track_names
-            track_names = [*given, *(name for name in _reported if name not in given)]
-        return report(self, *args, track_names=track_names, **kwargs)
-
-    return call
+def _with_more_names(
+    report: Callable[..., str], self: MoEMetricsTracker, *args: Any, track_names: Any = None, **kwargs: Any
+) -> str:
+    if track_names is not None:
+        given = [track_names] if isinstance(track_names, str) else track_names
+        track_names = [*given, *(name for name in _reported if name not in given)]
+    return report(self, *args, track_names=track_names, **kwargs)
 
 
 def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:

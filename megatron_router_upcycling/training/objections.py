@@ -113,51 +113,39 @@ def install(args: Namespace) -> None:
         patching.wrap("objections", training, name, functools.partial(_naming_the_disk, args))
 
 
-def _objecting(args: Namespace, original: Callable[..., Any]) -> Callable[..., Any]:
+def _objecting(args: Namespace, original: Callable[..., Any], *positional: Any, **options: Any) -> Any:
     is_step = original.__name__ == "train_step"
-    # Routers and optimizers say what they cannot do when they are first called, on some ranks alone.
-    kind = OneRankError if is_step else UserError
-
-    def call(*positional: Any, **options: Any) -> Any:
-        if is_step and args.curr_iteration > args.iteration:
+    if is_step and args.curr_iteration > args.iteration:
+        return original(*positional, **options)
+    try:
+        with megatrons_objection(args, raised_by_megatron=True):
             return original(*positional, **options)
+    except UserError as error:  # also one of ours, which went through Megatron's building of modules
+        # Routers and optimizers say what they cannot do when they are first called, on some ranks alone.
+        kind = OneRankError if is_step else UserError
+        raise kind(BUILDING.sub("", str(error))) from None
+
+
+def _naming_the_disk(args: Namespace, save: Callable[..., Any], *positional: Any, **options: Any) -> Any:
+    with _errors_logged() as logged:
         try:
-            with megatrons_objection(args, raised_by_megatron=True):
-                return original(*positional, **options)
-        except UserError as error:  # also one of ours, which went through Megatron's building of modules
-            raise kind(BUILDING.sub("", str(error))) from None
-
-    return call
-
-
-def _naming_the_disk(args: Namespace, save: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*positional: Any, **options: Any) -> Any:
-        with _errors_logged() as logged:
-            try:
-                return save(*positional, **options)
-            except UserError:
+            return save(*positional, **options)
+        except UserError:
+            raise
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            if (why := _disk_error(error, logged, Path(args.save))) is None:
                 raise
-            except (Exception, CheckpointException) as error:  # the latter is no Exception
-                if (why := _disk_error(error, logged, Path(args.save))) is None:
-                    raise
-        try:
-            last = (Path(args.save) / TRACKER).read_text().strip()
-            way_out = f"make room, and the same command resumes from iteration {last}"
-        except OSError:
-            way_out = "there is no earlier one"
-        raise OneRankError(f"--save {args.save}: a checkpoint could not be written ({why}); {way_out}")
-
-    return call
+    try:
+        last = (Path(args.save) / TRACKER).read_text().strip()
+        way_out = f"make room, and the same command resumes from iteration {last}"
+    except OSError:
+        way_out = "there is no earlier one"
+    raise OneRankError(f"--save {args.save}: a checkpoint could not be written ({why}); {way_out}")
 
 
 def _disk_error(error: BaseException, logged: list[str], folder: Path) -> str | None:
     """What the system said of the disk, in ``error`` or in what was ``logged``, if that is why it failed."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    for text in (*logged, str(error)):
+    for text in (*traceback.format_exception(error), *logged):
         if found := SYSTEM_ERROR.search(text):
             return os.strerror(int(found[1]))
     try:

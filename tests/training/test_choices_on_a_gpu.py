@@ -13,19 +13,9 @@ from megatron_router_upcycling.training.device import ENGINE, MEGATRON, SDPA
 from tests import launch
 from tests.layers import one_rank
 
-ARGS: dict[str, Any] = {
-    "context_parallel_size": 1,
-    "multi_latent_attention": False,
-    "fp8": None,
-    "seq_length": 4096,
-    "micro_batch_size": 4,
-    "num_attention_heads": 16,
-    "num_layers": 24,
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "bf16": True,
-    "fp16": False,
-}
+ARGS: dict[str, Any] = {"context_parallel_size": 1, "multi_latent_attention": False, "fp8": None}
+ARGS |= {"seq_length": 4096, "micro_batch_size": 4, "num_attention_heads": 16, "num_layers": 24}
+ARGS |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "bf16": True, "fp16": False}
 
 
 @pytest.mark.parametrize(
@@ -75,12 +65,20 @@ def check_specs() -> None:
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+    from megatron_router_upcycling.layers import kernels
     from megatron_router_upcycling.layers.attention import SdpaAttention
     from megatron_router_upcycling.layers.experts import GroupedExperts
     from megatron_router_upcycling.training.patches import layers
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    flags = {"apply_rope_fusion": False, "num_experts": None, "attention_backend": AttnBackend.auto}
+    layers.install_on_gpu(Namespace(**flags), False, SDPA)
+    # The norm is mended and, where there are kernels, made faster.
+    config = one_rank.config(sequence_parallel=True, tensor_model_parallel_size=2, normalization="RMSNorm")
+    norm = WrappedTorchNorm(config, 32)
+    assert norm.weight.sequence_parallel and (type(norm) is layers.RMSNorm) == kernels.WANTED
     layers.replace_attention(SdpaAttention)
     layers.group_experts_with_te()
     provider = TESpecProvider()
@@ -121,7 +119,7 @@ def check_addition() -> None:
         ddp = SimpleNamespace(
             param_to_bucket_group={param: None}, ddp_config=SimpleNamespace(overlap_grad_reduce=False)
         )
-        hook = _add_gradients_faster(DistributedDataParallel._make_backward_post_hook)(ddp, param)
+        hook = _add_gradients_faster(DistributedDataParallel._make_backward_post_hook, ddp, param)
         for micro_batch in range(1, 3):
             param.grad = torch.full((3, 5), 0.5, dtype=dtype)
             hook()

@@ -16,24 +16,13 @@ from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.run_log.listener import routers_in_cuda_graphs
 
 # Arguments of a run on a GPU, as far as they are read.
-ARGS: dict[str, Any] = {
-    "cuda_graph_impl": "none",
-    "cuda_graph_modules": [],
-    "te_rng_tracker": False,
-    "num_experts": 8,
-    "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": None,
-    "tensor_model_parallel_size": 1,
-    "moe_token_dispatcher_type": "alltoall",
-    "moe_expert_capacity_factor": None,
-    "moe_router_padding_for_quantization": False,
-    "moe_shared_expert_overlap": False,
-    "moe_latent_size": None,
-    "moe_grouped_gemm": True,
-    "distributed_backend": "nccl",
-    "ddp_average_in_collective": True,
-    "gradient_accumulation_fusion": False,
-}
+ARGS: dict[str, Any] = {"cuda_graph_impl": "none", "cuda_graph_modules": [], "te_rng_tracker": False}
+ARGS |= {"num_experts": 8, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}
+ARGS |= {"tensor_model_parallel_size": 1, "moe_token_dispatcher_type": "alltoall"}
+ARGS |= {"moe_expert_capacity_factor": None, "moe_router_padding_for_quantization": False}
+ARGS |= {"moe_shared_expert_overlap": False, "moe_latent_size": None, "moe_grouped_gemm": True}
+ARGS |= {"distributed_backend": "nccl", "ddp_average_in_collective": True}
+ARGS |= {"gradient_accumulation_fusion": False}
 GRAPHS = {"cuda_graph_impl": "local"}
 
 

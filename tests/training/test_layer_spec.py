@@ -2,7 +2,7 @@
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,24 +41,13 @@ def megatron() -> Iterator[None]:
 
 
 def model_config(**changes: Any) -> GPTModelConfig:
-    values: dict[str, Any] = dict(
-        num_layers=LAYERS,
-        hidden_size=16,
-        ffn_hidden_size=32,
-        num_attention_heads=4,
-        num_moe_experts=4,
-        moe_router_topk=2,
-        moe_router_pre_softmax=True,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        normalization="RMSNorm",
-        transformer_impl="local",
-        use_cpu_initialization=True,
-    )
-    transformer = TransformerConfig(**(values | changes))
-    return GPTModelConfig(
-        transformer=transformer, vocab_size=64, seq_length=8, position_embedding_type="rope"
-    )
+    values: dict[str, Any] = {"num_layers": LAYERS, "hidden_size": 16, "ffn_hidden_size": 32}
+    values |= {"num_attention_heads": 4, "num_moe_experts": 4, "moe_router_topk": 2}
+    values |= {"moe_router_pre_softmax": True, "add_bias_linear": False, "gated_linear_unit": True}
+    values |= {"normalization": "RMSNorm", "transformer_impl": "local", "use_cpu_initialization": True}
+    sizes = {"vocab_size": 64, "seq_length": 8}
+    transformer = TransformerConfig(**values | changes)
+    return GPTModelConfig(transformer=transformer, **sizes, position_embedding_type="rope")
 
 
 def routers_of(spec: Any) -> list[Any]:
@@ -108,8 +97,8 @@ def test_a_dense_model_and_a_linear_router_get_megatrons_own_spec(arguments: Nam
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_moe_experts": 8}, "--num-experts 8: .* give --num-experts 4"),
-        ({"moe_router_topk": 1}, "--moe-router-topk 1: .* give --moe-router-topk 2"),
+        ({"num_moe_experts": 8}, "--num-experts 8: .* made for 4"),
+        ({"moe_router_topk": 1}, "--moe-router-topk 1: .* made for 2"),
         ({"moe_router_pre_softmax": False}, "--moe-router-pre-softmax False: .* made for True"),
         ({"transformer_impl": "inference_optimized"}, "--transformer-impl inference_optimized: .* or local"),
     ],
@@ -122,24 +111,21 @@ def test_flags_that_contradict_the_router_are_the_users_error(changes: dict[str,
         layer_spec_for(ROUTER)(config)
 
 
-@pytest.mark.parametrize("where", ["layer", "mlp", "experts"])
-def test_a_spec_of_another_shape_is_refused_loudly(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "symbol"),
+    [
+        (lambda layer: setattr(layer, "submodules", None), "ModuleSpec.submodules"),
+        (lambda layer: setattr(layer.submodules, "mlp", MoELayer), "TransformerLayerSubmodules.mlp"),
+        (lambda layer: layer.submodules.mlp.keywords.clear(), "TransformerLayerSubmodules.mlp"),
+    ],
+)
+def test_a_spec_of_another_shape_is_refused_loudly(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], symbol: str
+) -> None:
     """As a later Megatron might build it."""
-    default = gpt.default_layer_spec
-
-    def changed(config: GPTModelConfig, vp_stage: int | None) -> Any:
-        spec = default(config, vp_stage)
-        layer = spec.layer_specs[0]
-        if where == "layer":
-            layer.submodules = None
-        elif where == "mlp":
-            layer.submodules.mlp = layer.submodules.mlp.func
-        else:
-            layer.submodules.mlp.keywords["submodules"] = object()
-        return spec
-
-    monkeypatch.setattr(layer_spec, "default_layer_spec", changed)
-    symbol = "ModuleSpec.submodules" if where == "layer" else "TransformerLayerSubmodules.mlp"
+    spec = gpt.default_layer_spec(model_config(), None)
+    change(spec.layer_specs[0])
+    monkeypatch.setattr(layer_spec, "default_layer_spec", lambda config, vp_stage: spec)
     with pytest.raises(RuntimeError, match=f"Megatron's {symbol} "):
         layer_spec_for(ROUTER)(model_config())
 

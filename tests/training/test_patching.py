@@ -1,6 +1,7 @@
 """Wrapping upstream symbols: once, with the original kept, and with one error where something has gone."""
 
 import types
+from collections.abc import Callable
 
 import pytest
 
@@ -11,8 +12,8 @@ def upstream(value: int, scale: int = 1) -> int:
     return value * scale
 
 
-def plus_one(original: patching.Function) -> patching.Function:
-    return lambda *args, **kwargs: original(*args, **kwargs) + 1
+def plus_one(original: Callable[..., int], *args: int, **kwargs: int) -> int:
+    return original(*args, **kwargs) + 1
 
 
 def test_a_second_wrap_changes_nothing_and_the_original_stays() -> None:

@@ -41,36 +41,35 @@ def install() -> None:
     patching.wrap("added_state", dist_checkpointing, "load", _of_what_is_there)
 
 
-def _of_what_is_there(load: Callable[..., Any]) -> Callable[..., Any]:
-    def call(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        path = Path(str(checkpoint_dir)) / METADATA
-        if not path.is_file():
-            return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        saved, objects = parse_metadata(read_record(path), path)
-        asked = _everywhere(set(_keys(sharded_state_dict)))
-        missing = asked - set(saved)
-        if others := sorted(key for key in missing if _flag_from_zero(key) is None):
-            raise UserError(f"{added_by(others[0], saved)}: {path.parent} has no {others[0]}; {WAY_OUT}")
-        _tell({_flag_from_zero(key) for key in missing}, "the checkpoint has no such bias; it begins at zero")
-        left_out = {_flag_from_zero(key) for key in set(saved) - asked if not key.startswith("optimizer.")}
-        _tell(left_out, "is not given, and the checkpoint has such a bias; it is left out")
-        added, wanted = extract_matching_values(
-            without_missing_states(sharded_state_dict, objects),
-            lambda value: isinstance(value, ShardedTensor) and value.key in missing,
-        )
-        try:
-            loaded = load(wanted, checkpoint_dir, *args, **kwargs)
-        except CheckpointException as error:  # what went wrong on each rank
-            shapes = [SHAPES.search(str(failure)) for failure, _ in error.failures.values()]
-            if not all(shapes) or (found := shapes[0]) is None:
-                raise
-            raise UserError(
-                f"--load: {path.parent} has {found['key']} in the shape {found['saved']},"
-                f" and these flags make it {found['asked']}; {WAY_OUT}"
-            ) from None
-        return merge(loaded, _own_values(added))
-
-    return call
+def _of_what_is_there(
+    load: Callable[..., Any], sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any
+) -> Any:
+    path = Path(str(checkpoint_dir)) / METADATA
+    if not path.is_file():
+        return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+    saved, objects = parse_metadata(read_record(path), path)
+    asked = _everywhere(set(_keys(sharded_state_dict)))
+    missing = asked - set(saved)
+    if others := sorted(key for key in missing if _flag_from_zero(key) is None):
+        raise UserError(f"{added_by(others[0], saved)}: {path.parent} has no {others[0]}; {WAY_OUT}")
+    _tell({_flag_from_zero(key) for key in missing}, "the checkpoint has no such bias; it begins at zero")
+    left_out = {_flag_from_zero(key) for key in set(saved) - asked if not key.startswith("optimizer.")}
+    _tell(left_out, "is not given, and the checkpoint has such a bias; it is left out")
+    added, wanted = extract_matching_values(
+        without_missing_states(sharded_state_dict, objects),
+        lambda value: isinstance(value, ShardedTensor) and value.key in missing,
+    )
+    try:
+        loaded = load(wanted, checkpoint_dir, *args, **kwargs)
+    except CheckpointException as error:  # what went wrong on each rank
+        shapes = [SHAPES.search(str(failure)) for failure, _ in error.failures.values()]
+        if not all(shapes) or (found := shapes[0]) is None:
+            raise
+        raise UserError(
+            f"--load: {path.parent} has {found['key']} in the shape {found['saved']},"
+            f" and these flags make it {found['asked']}; {WAY_OUT}"
+        ) from None
+    return merge(loaded, _own_values(added))
 
 
 def without_missing_states(sharded_state_dict: Any, saved: Container[str]) -> Any:

@@ -66,32 +66,27 @@ def _on_cpu(device: Any) -> Any:
     return CPU if isinstance(device, int) and not isinstance(device, bool) else device
 
 
-def _with_device_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("device") is not None:
-            kwargs["device"] = _on_cpu(kwargs["device"])
-        return original(*args, **kwargs)
-
-    return call
+def _with_device_on_cpu(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("device") is not None:
+        kwargs["device"] = _on_cpu(kwargs["device"])
+    return original(*args, **kwargs)
 
 
-def _move_to_cpu(tensor_to: Callable[..., Any]) -> Callable[..., Any]:
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and isinstance(args[0], str | int | torch.device):
-            args = (_on_cpu(args[0]), *args[1:])
-        return tensor_to(self, *args, **kwargs)
+def _move_to_cpu(
+    tensor_to: Callable[..., Any], self: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    if args and isinstance(args[0], str | int | torch.device):
+        args = (_on_cpu(args[0]), *args[1:])
+    return _with_device_on_cpu(tensor_to, self, *args, **kwargs)
 
-    return _with_device_on_cpu(to)
 
-
-def _named_as_on_cuda(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
-    def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if dtype is not None:
-            return tensor_type(self, dtype, *args, **kwargs)
-        # Megatron's optimizers and gradient clipping accept 'torch.cuda.FloatTensor' and its kin only.
-        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
-
-    return type_
+def _named_as_on_cuda(
+    tensor_type: Callable[..., Any], self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    if dtype is not None:
+        return tensor_type(self, dtype, *args, **kwargs)
+    # Megatron's optimizers and gradient clipping accept 'torch.cuda.FloatTensor' and its kin only.
+    return tensor_type(self).replace("torch.", "torch.cuda.", 1)
 
 
 def _bridge_devices() -> None:
@@ -173,8 +168,9 @@ def _bridge_torch_cuda() -> None:
         _replace(owner, "set_rng_state", _set_rng_state)
 
 
-def _without(argument: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: original(*args, **{k: v for k, v in kwargs.items() if k != argument})
+def _without(argument: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    kwargs.pop(argument, None)
+    return original(*args, **kwargs)
 
 
 class _SplitSizes(list):
@@ -190,6 +186,10 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
     else:
         torch.manual_seed(state.view(torch.int64)[0].item())
+
+
+def _allow_no_cuda(initialize: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return initialize(*args, **kwargs | {"allow_no_cuda": True})
 
 
 def _bridge_megatron() -> None:
@@ -212,4 +212,4 @@ def _bridge_megatron() -> None:
     # What a save wrote is passed on through a queue. Megatron's is in a process that each rank starts for it
     # and that imports PyTorch; where no save is asynchronous (device.ON_CPU), one process does it all.
     _replace(filesystem_async, "get_write_results_queue", _always(queue.Queue()))
-    _wrap(training, "initialize_megatron", lambda original: functools.partial(original, allow_no_cuda=True))
+    _wrap(training, "initialize_megatron", _allow_no_cuda)

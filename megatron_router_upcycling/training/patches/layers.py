@@ -26,7 +26,9 @@ from megatron_router_upcycling.layers.kernels import accumulate, cross_entropy, 
 from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.patches import patching
 
+# Two names: the norm is wrapped by both.
 _wrap = functools.partial(patching.wrap, "layers")
+_wrap_on_gpu = functools.partial(patching.wrap, "layers on a GPU")
 
 
 def install_without_te(attention: str = device.SDPA) -> None:
@@ -37,7 +39,7 @@ def install_without_te(attention: str = device.SDPA) -> None:
     """
     _wrap(torch_norm.WrappedTorchNorm, "__new__", _allow_sequence_parallel)
     if attention != device.MEGATRON:
-        _wrap(LocalSpecProvider, "core_attention", lambda original: lambda self: SdpaAttention)
+        _wrap(LocalSpecProvider, "core_attention", lambda original, self: SdpaAttention)
     _wrap(LocalSpecProvider, "grouped_mlp_modules", _group_experts)
 
 
@@ -48,15 +50,15 @@ def install_on_gpu(args: Namespace, with_te: bool, attention: str) -> list[str]:
         used.append(
             "Triton kernels for router, experts, permutation, norms, rotary embedding and cross entropy"
         )
-        _wrap(language_module, "fused_vocab_parallel_cross_entropy", _read_logits_once)
+        _wrap_on_gpu(language_module, "fused_vocab_parallel_cross_entropy", _read_logits_once)
         if not (with_te and args.apply_rope_fusion):
-            _wrap(rope_utils, "_apply_rotary_pos_emb_bshd", _rotate_in_one_kernel)
+            _wrap_on_gpu(rope_utils, "_apply_rotary_pos_emb_bshd", _rotate_in_one_kernel)
         product = "linear_with_grad_accumulation_and_async_allreduce"
-        _wrap(tensor_parallel_layers, product, _add_bias_in_product)
+        _wrap_on_gpu(tensor_parallel_layers, product, _add_bias_in_product)
         if not with_te:
-            _wrap(torch_norm.WrappedTorchNorm, "__new__", _norm_in_one_kernel)
+            _wrap_on_gpu(torch_norm.WrappedTorchNorm, "__new__", _norm_in_one_kernel)
         ddp = distributed_data_parallel.DistributedDataParallel
-        _wrap(ddp, "_make_backward_post_hook", _add_gradients_faster)
+        _wrap_on_gpu(ddp, "_make_backward_post_hook", _add_gradients_faster)
     if with_te and attention != device.ENGINE:
         replace_attention(SdpaAttention if attention == device.SDPA else DotProductAttention)
     backend = f" ({args.attention_backend.name})" if attention == device.ENGINE else ""
@@ -75,7 +77,7 @@ def replace_attention(module: type) -> None:
     """``module``, which has no parameters, for Transformer Engine's attention."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-    _wrap(TESpecProvider, "core_attention", lambda original: lambda self: module)
+    _wrap(TESpecProvider, "core_attention", lambda original, self: module)
 
 
 def group_experts_with_te() -> None:
@@ -85,26 +87,25 @@ def group_experts_with_te() -> None:
     _wrap(TESpecProvider, "grouped_mlp_modules", _group_experts)
 
 
-def _group_experts(original: Callable[..., Any]) -> Callable[..., Any]:
+def _group_experts(original: Callable[..., Any], self: Any, moe_use_grouped_gemm: bool) -> Any:
     """For ``--moe-grouped-gemm``, which ``device.adapt`` leaves set where it works."""
 
-    def modules(self: Any, moe_use_grouped_gemm: bool) -> Any:
-        theirs = original(self, moe_use_grouped_gemm)
-        if not moe_use_grouped_gemm:
-            return theirs
-        linears = LocalSpecProvider().grouped_mlp_modules(False).keywords["submodules"]
+    theirs = original(self, moe_use_grouped_gemm)
+    if not moe_use_grouped_gemm:
+        return theirs
+    linears = LocalSpecProvider().grouped_mlp_modules(False).keywords["submodules"]
 
-        def build(num_local_experts: int, config: Any, pg_collection: Any = None, name: Any = None) -> Any:
-            if experts.covers(config, pg_collection.expt_tp.size()):
-                return experts.GroupedExperts(num_local_experts, config, linears, pg_collection, name)
-            return theirs(num_local_experts, config, pg_collection=pg_collection, name=name)
+    def build(num_local_experts: int, config: Any, pg_collection: Any = None, name: Any = None) -> Any:
+        if experts.covers(config, pg_collection.expt_tp.size()):
+            return experts.GroupedExperts(num_local_experts, config, linears, pg_collection, name)
+        return theirs(num_local_experts, config, pg_collection=pg_collection, name=name)
 
-        return build
-
-    return modules
+    return build
 
 
-def _allow_sequence_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
+def _allow_sequence_parallel(
+    original: Callable[..., Any], cls: type, config: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Let PyTorch's norm run under sequence parallelism.
 
     ``WrappedTorchNorm`` refuses it, and MoE with tensor parallelism needs it. The norm acts on each token
@@ -112,101 +113,88 @@ def _allow_sequence_parallel(original: Callable[..., Any]) -> Callable[..., Any]
     Megatron sum their gradients over the tensor-parallel ranks (``finalize_model_grads``).
     """
 
-    def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
-        sequence_parallel = config.sequence_parallel
-        config.sequence_parallel = False
-        try:
-            norm = original(cls, config, *args, **kwargs)
-        finally:
-            config.sequence_parallel = sequence_parallel
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = sequence_parallel
-        return norm
-
-    return build
+    sequence_parallel = config.sequence_parallel
+    config.sequence_parallel = False
+    try:
+        norm = original(cls, config, *args, **kwargs)
+    finally:
+        config.sequence_parallel = sequence_parallel
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = sequence_parallel
+    return norm
 
 
-def _norm_in_one_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
+class RMSNorm(torch.nn.RMSNorm):
     """The same module, named and saved as before, with another forward pass."""
 
-    class RMSNorm(torch.nn.RMSNorm):
-        def forward(self, x: Tensor) -> Tensor:
-            return norm.rms_norm(x, self.weight, self.eps)
-
-    def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
-        built = original(cls, config, *args, **kwargs)
-        if type(built) is torch.nn.RMSNorm:
-            built.__class__ = RMSNorm
-        return built
-
-    return build
+    def forward(self, x: Tensor) -> Tensor:
+        return norm.rms_norm(x, self.weight, self.eps)
 
 
-def _add_bias_in_product(original: Callable[..., Any]) -> Callable[..., Any]:
+def _norm_in_one_kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    built = original(*args, **kwargs)
+    if type(built) is torch.nn.RMSNorm:
+        built.__class__ = RMSNorm
+    return built
+
+
+def _add_bias_in_product(
+    original: Callable[..., Any],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gradient_accumulation_fusion: bool,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    grad_output_buffer: Any = None,
+    **others: Any,
+) -> Tensor:
     """A linear layer with a bias (Qwen's queries, keys and values) as one product, if nothing overlaps it."""
 
-    def linear(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gradient_accumulation_fusion: bool,
-        allreduce_dgrad: bool,
-        sequence_parallel: bool,
-        grad_output_buffer: Any = None,
-        **others: Any,
-    ) -> Tensor:
-        flags = gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel
-        if bias is None or any(flags) or grad_output_buffer is not None:
-            return original(input, weight, bias, *flags, grad_output_buffer, **others)
-        return torch.nn.functional.linear(input, weight, bias)
-
-    return linear
+    flags = gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel
+    if bias is None or any(flags) or grad_output_buffer is not None:
+        return original(input, weight, bias, *flags, grad_output_buffer, **others)
+    return torch.nn.functional.linear(input, weight, bias)
 
 
-def _read_logits_once(original: Callable[..., Any]) -> Callable[..., Any]:
-    def loss(logits: Tensor, target: Tensor, tp_group: Any) -> Tensor:
-        if tp_group.size() > 1 or not kernels.usable(logits, target):
-            return original(logits, target, tp_group)
-        flat = logits.reshape(-1, logits.shape[-1])
-        return cross_entropy.cross_entropy(flat, target.reshape(-1)).view(target.shape)
-
-    return loss
+def _read_logits_once(original: Callable[..., Any], logits: Tensor, target: Tensor, tp_group: Any) -> Tensor:
+    if tp_group.size() > 1 or not kernels.usable(logits, target):
+        return original(logits, target, tp_group)
+    flat = logits.reshape(-1, logits.shape[-1])
+    return cross_entropy.cross_entropy(flat, target.reshape(-1)).view(target.shape)
 
 
-def _rotate_in_one_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(
-        t: Tensor,
-        freqs: Tensor,
-        rotary_interleaved: bool = False,
-        *args: Any,
-        mscale: float = 1.0,
-        **kwargs: Any,
-    ) -> Tensor:
-        plain = not rotary_interleaved and not args and mscale == 1.0 and not any(kwargs.values())
-        if not plain or t.dim() != 4 or freqs.numel() != t.shape[0] * freqs.shape[-1]:
-            return original(t, freqs, rotary_interleaved, *args, mscale=mscale, **kwargs)
-        return rotary.rotate(t, freqs)
-
-    return apply
+def _rotate_in_one_kernel(
+    original: Callable[..., Any],
+    t: Tensor,
+    freqs: Tensor,
+    rotary_interleaved: bool = False,
+    *args: Any,
+    mscale: float = 1.0,
+    **kwargs: Any,
+) -> Tensor:
+    plain = not rotary_interleaved and not args and mscale == 1.0 and not any(kwargs.values())
+    if not plain or t.dim() != 4 or freqs.numel() != t.shape[0] * freqs.shape[-1]:
+        return original(t, freqs, rotary_interleaved, *args, mscale=mscale, **kwargs)
+    return rotary.rotate(t, freqs)
 
 
-def _add_gradients_faster(original: Callable[..., Any]) -> Callable[..., Any]:
+def _add_gradients_faster(
+    original: Callable[..., Any], self: Any, param: torch.nn.Parameter
+) -> Callable[..., Any]:
     """The hook that adds a parameter's gradient to its buffer, with our addition for PyTorch's."""
 
-    def make(self: Any, param: torch.nn.Parameter) -> Callable[..., Any]:
-        hook = original(self, param)
+    hook = original(self, param)
 
-        def call(*unused: Any) -> None:
-            mixed = param.grad is not None and param.grad.dtype is torch.bfloat16
-            ours = mixed and not param.grad_added_to_main_grad and param.main_grad.dtype is torch.float32
-            if distributed_data_parallel.is_graph_capturing() or not ours:
-                return hook(*unused)
-            accumulate.add_(param.main_grad, param.grad.data)
-            param.grad_added_to_main_grad = True  # the hook adds nothing then
-            hook(*unused)
-            # Left set, a CUDA graph captured later would take it that its own layer adds the gradient.
-            param.grad_added_to_main_grad = False
+    def call(*unused: Any) -> None:
+        mixed = param.grad is not None and param.grad.dtype is torch.bfloat16
+        ours = mixed and not param.grad_added_to_main_grad and param.main_grad.dtype is torch.float32
+        if distributed_data_parallel.is_graph_capturing() or not ours:
+            return hook(*unused)
+        accumulate.add_(param.main_grad, param.grad.data)
+        param.grad_added_to_main_grad = True  # the hook adds nothing then
+        hook(*unused)
+        # Left set, a CUDA graph captured later would take it that its own layer adds the gradient.
+        param.grad_added_to_main_grad = False
 
-        return call
-
-    return make
+    return call

@@ -35,10 +35,9 @@ def is_matrix(param: torch.Tensor) -> bool:
     return param.dim() == axes and not getattr(param, "is_embedding_or_output_parameter", False)
 
 
-def _each_alone(orthogonalize: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def call(self: Any, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if grad.dim() == 2:
-            return orthogonalize(self, p, grad, **kwargs)
-        return torch.stack([orthogonalize(self, p, matrix, **kwargs) for matrix in grad])
-
-    return call
+def _each_alone(
+    orthogonalize: Callable[..., torch.Tensor], self: Any, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    if grad.dim() == 2:
+        return orthogonalize(self, p, grad, **kwargs)
+    return torch.stack([orthogonalize(self, p, matrix, **kwargs) for matrix in grad])

@@ -47,29 +47,23 @@ def install(has_te: bool) -> None:
         wrap(distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", _allow_no_step)
 
 
-def _frames_apart(load: Callable[..., Any]) -> Callable[..., Any]:
-    def call(sharded_state_dict: Frame, *args: Any, **kwargs: Any) -> Any:
-        asked = sharded_state_dict.get("optimizer")
-        if isinstance(asked, dict) and ASKED not in asked:
-            sharded_state_dict = sharded_state_dict | {"optimizer": {ASKED: asked}}
-        return load(sharded_state_dict, *args, **kwargs)
-
-    return call
+def _frames_apart(load: Callable[..., Any], sharded_state_dict: Frame, *args: Any, **kwargs: Any) -> Any:
+    asked = sharded_state_dict.get("optimizer")
+    if isinstance(asked, dict) and ASKED not in asked:
+        sharded_state_dict = sharded_state_dict | {"optimizer": {ASKED: asked}}
+    return load(sharded_state_dict, *args, **kwargs)
 
 
-def _fitting(load_state_dict: Callable[..., None]) -> Callable[..., None]:
+def _fitting(load_state_dict: Callable[..., None], self: Any, state_dict: Any) -> None:
     """Take a state of another number of optimizers, or rate."""
 
-    def call(self: Any, state_dict: Any) -> None:
-        args, fitted = get_args(), fit(state_dict, self.chained_optimizers)
-        saved = _groups(frames(fitted))
-        if saved:  # none in a form that this package does not know (Megatron-FSDP's)
-            follow = "checkpoint" if args.use_checkpoint_opt_param_scheduler else None
-            current = [group for optimizer in self.chained_optimizers for group in optimizer.param_groups]
-            schedule.settle(current, saved, "run" if args.override_opt_param_scheduler else follow)
-        load_state_dict(self, fitted)
-
-    return call
+    args, fitted = get_args(), fit(state_dict, self.chained_optimizers)
+    saved = _groups(frames(fitted))
+    if saved:  # none in a form that this package does not know (Megatron-FSDP's)
+        follow = "checkpoint" if args.use_checkpoint_opt_param_scheduler else None
+        current = [group for optimizer in self.chained_optimizers for group in optimizer.param_groups]
+        schedule.settle(current, saved, "run" if args.override_opt_param_scheduler else follow)
+    load_state_dict(self, fitted)
 
 
 def fit(state_dict: Any, optimizers: list[Any]) -> Any:
@@ -132,49 +126,42 @@ def _torch_state(frame: Frame) -> Frame:
     return inner if isinstance(inner, dict) else frame
 
 
-def _with_own_defaults(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+def _with_own_defaults(load_state_dict: Callable[..., Any], self: Any, state_dict: dict[str, Any]) -> Any:
     """Transformer Engine's Adam has settings that PyTorch's has not, and counts its steps in integers."""
 
-    def call(self: Any, state_dict: dict[str, Any]) -> Any:
-        groups = [self.defaults | group for group in state_dict["param_groups"]]
-        for group in groups:
-            step = group.get("step")
-            if isinstance(step, float) or (isinstance(step, torch.Tensor) and step.is_floating_point()):
-                group["step"] = int(step)
-        return load_state_dict(self, state_dict | {"param_groups": groups})
-
-    return call
+    groups = [self.defaults | group for group in state_dict["param_groups"]]
+    for group in groups:
+        step = group.get("step")
+        if isinstance(step, float) or (isinstance(step, torch.Tensor) and step.is_floating_point()):
+            group["step"] = int(step)
+    return load_state_dict(self, state_dict | {"param_groups": groups})
 
 
-def _give_first_step(state_dict: Callable[..., Any]) -> Callable[..., Any]:
+def _give_first_step(state_dict: Callable[..., Any], self: Any) -> Any:
     """``state_dict()``, called to load, expects a step; Adam has none before its first one."""
 
-    def call(self: Any) -> Any:
-        inner = self.optimizer
-        parameters = [p for group in inner.param_groups for p in group["params"]]
-        if any(inner.state.values()) or not parameters:
-            return state_dict(self)
-        inner.state[parameters[0]] = {"step": torch.zeros(())}
-        try:
-            return state_dict(self)
-        finally:
-            inner.state.clear()
-
-    return call
+    inner = self.optimizer
+    parameters = [p for group in inner.param_groups for p in group["params"]]
+    if any(inner.state.values()) or not parameters:
+        return state_dict(self)
+    inner.state[parameters[0]] = {"step": torch.zeros(())}
+    try:
+        return state_dict(self)
+    finally:
+        inner.state.clear()
 
 
-def _give_each_its_step(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+@torch.no_grad()  # in float32 the optimizer's shard is a view of the parameter itself
+def _give_each_its_step(load_state_dict: Callable[..., Any], self: Any, state_dict: Any) -> None:
     """Megatron hands one tensor to all parameters: Adam would count it up once for each."""
 
-    @torch.no_grad()  # in float32 the optimizer's shard is a view of the parameter itself
-    def call(self: Any, state_dict: Any) -> None:
-        load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-    return call
+    load_state_dict(self, state_dict)
+    for state in self.optimizer.state.values():
+        state["step"] = state["step"].clone()
 
 
-def _allow_no_step(set_states: Callable[..., Any]) -> Callable[..., Any]:
+def _allow_no_step(
+    set_states: Callable[..., Any], self: Any, model_param: Any, tensors: dict[str, Any]
+) -> None:
     """The fully reshardable form keeps the step apart from the tensors that it hands over."""
-    return lambda self, model_param, tensors: set_states(self, model_param, {"step": None} | tensors)
+    set_states(self, model_param, {"step": None} | tensors)

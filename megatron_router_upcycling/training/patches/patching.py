@@ -42,18 +42,18 @@ def replace(by: str, owner: Any, name: str, new: Any) -> None:
     setattr(owner, name, new)
 
 
-Function = Callable[..., Any]
-
-
-def wrap(
-    by: str, owner: Any, name: str, wrapper: Callable[[Function], Function], reads: Iterable[str] = ()
-) -> None:
-    """Let ``owner.name`` be ``wrapper`` of it for the life of the process; a second call changes nothing.
+def wrap(by: str, owner: Any, name: str, outer: Callable[..., Any], reads: Iterable[str] = ()) -> None:
+    """Let ``owner.name(...)`` be ``outer(original, ...)`` from now on; a second call changes nothing.
 
     The original stays at ``__wrapped__``.
     """
     original = find(by, owner, name, reads=reads)
-    if getattr(original, "wrapped_by", None) != by:
-        new = functools.wraps(original)(wrapper(original))
-        new.wrapped_by = by  # type: ignore[attr-defined]
-        setattr(owner, name, new)
+    if getattr(original, "wrapped_by", None) == by:
+        return
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return outer(original, *args, **kwargs)
+
+    call.wrapped_by = by  # type: ignore[attr-defined]
+    setattr(owner, name, call)

@@ -5,6 +5,7 @@ by name when it calls it: ``setup_model_and_optimizer`` (the model is there), ``
 is over), ``evaluate_and_print_results`` and ``evaluate`` (held-out losses).
 """
 
+import functools
 import inspect
 import logging
 import time
@@ -28,6 +29,10 @@ QUIET = {
 }
 
 
+def _says_more(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)
+
+
 class RunLog:
     """One run's listener; ``install`` once, before ``megatron.training.pretrain``."""
 
@@ -42,9 +47,7 @@ class RunLog:
     def install(self) -> None:
         """Wrap Megatron's functions, and write its arguments to ``--save``."""
         for logger, beginning in QUIET.items():
-            logging.getLogger(logger).addFilter(
-                lambda record, beginning=beginning: not record.getMessage().startswith(beginning)  # type: ignore[misc]
-            )
+            logging.getLogger(logger).addFilter(functools.partial(_says_more, beginning))
         if self.save and self.args.rank == 0:
             try:
                 files.write_arguments(self.save / files.ARGUMENTS, vars(self.args))
@@ -228,14 +231,9 @@ def _wrap(name: str, outer: Callable[[Callable[[], Any], dict[str, Any]], Any], 
     """
     from megatron.training import training
 
-    def wrapper(function: Callable[..., Any]) -> Callable[..., Any]:
-        parameters = inspect.signature(function)
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return outer(lambda: function(*bound.args, **bound.kwargs), bound.arguments)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            bound = parameters.bind(*args, **kwargs)
-            bound.apply_defaults()
-            return outer(lambda: function(*bound.args, **bound.kwargs), bound.arguments)
-
-        return call
-
-    patching.wrap("run_log", training, name, wrapper, reads)
+    patching.wrap("run_log", training, name, call, reads)
