@@ -44,8 +44,7 @@ class OneRankDispatcher(MoETokenDispatcher):
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         return hidden_states
 
-    def token_combine(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
+    token_combine = combine_preprocess
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """The sum of each token's rows, in the shape that the tokens came in."""

@@ -1,9 +1,8 @@
 """Megatron's arguments before it checks them: what is refused by name, and what is filled in.
 
-Megatron-LM's programs share one parser. What other programs read (its retrievers, vision models and
-reinforcement learning), and what its ``pretrain_gpt.py`` does outside the loop that this package runs, would
-change nothing here, without a word. Other arguments its parser lets pass, and its loop stumbles over None, 0
-or an assertion without a message.
+Megatron-LM's programs share one parser. What only others read (retrievers, vision models, reinforcement
+learning), and what ``pretrain_gpt.py`` does outside the loop that this package runs, would change nothing
+here, without a word. Over other arguments the loop stumbles: None, 0, an assertion without a message.
 """
 
 from argparse import ArgumentParser, Namespace

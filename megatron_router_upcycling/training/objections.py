@@ -1,8 +1,7 @@
 """What Megatron raises about a run's arguments, its tokenizer or a full disk, in one line that names flags.
 
-Its checks are assertions, many without a message: of the arguments, of the model's configuration, and where
-processes, model and optimizer are set up. Its writers report a broken disk in the middle of their logs and
-raise something else.
+Its checks are assertions, many without a message. Its writers report a broken disk in the middle of their
+logs and raise something else.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Experts as a loop and as stacked parameters: what either saves, the other resumes."""
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -14,29 +14,29 @@ EXPERT_CLASSES = {"loop": "SequentialMLP", "grouped": "GroupedExperts"}
 SAVED, LAST = 4, 8  # iterations
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where experts lie and who keeps the optimizer's state."""
+class Layout(NamedTuple):
+    """Where experts lie, and whether the optimizer is the distributed one, in its fully reshardable form."""
 
     ranks: int
     expert_parallel: int
-    distributed: bool  # the distributed optimizer, which saves in its fully reshardable form
-
-    def __str__(self) -> str:
-        optimizer = "distributed" if self.distributed else "plain"
-        return f"{self.ranks} ranks, EP {self.expert_parallel}, {optimizer} optimizer"
+    distributed: bool
 
 
-ONE = Layout(1, 1, distributed=False)
-TWO = Layout(2, 2, distributed=True)
-REPLICAS = Layout(2, 1, distributed=True)  # each expert on both ranks, which share its optimizer's state
-LAYOUTS = (ONE, TWO, REPLICAS, Layout(1, 1, True), Layout(2, 2, False), Layout(2, 1, False))
-BY_DEFAULT = {
+ONE, TWO = Layout(1, 1, False), Layout(2, 2, True)
+REPLICAS = Layout(2, 1, True)  # each expert on both ranks, which share its optimizer's state
+CASES = [
     ("loop", "grouped", TWO, TWO),
     ("grouped", "loop", TWO, TWO),
     ("grouped", "loop", ONE, ONE),
     ("grouped", "grouped", TWO, REPLICAS),
-}
+]
+SLOW_CASES = [
+    *(("grouped", "grouped", layout, layout) for layout in (ONE, TWO, Layout(2, 2, False))),
+    *(("loop", "grouped", layout, layout) for layout in (ONE, REPLICAS, Layout(1, 1, True))),
+    ("grouped", "loop", REPLICAS, TWO),
+    ("loop", "grouped", TWO, Layout(1, 1, True)),
+    ("grouped", "loop", Layout(2, 2, False), ONE),
+]
 
 
 def train(config: Path, load: Path, experts: str, layout: Layout, *flags: object) -> dict[int, float]:
@@ -60,26 +60,10 @@ def unbroken_run(
     return save, losses
 
 
-CASES = [
-    (saving, loading, before, after)
-    for saving in EXPERT_CLASSES
-    for loading in EXPERT_CLASSES
-    for before, after in [(layout, layout) for layout in LAYOUTS]
-    + [(TWO, REPLICAS), (REPLICAS, TWO), (TWO, LAYOUTS[3]), (LAYOUTS[4], ONE)]
-    if "grouped" in (saving, loading)
-]
-
-
 @pytest.mark.parametrize(
     ("saving", "loading", "before", "after"),
-    [
-        pytest.param(
-            *case,
-            marks=() if case in BY_DEFAULT else pytest.mark.slow,
-            id=f"{case[0]} to {case[1]}: {case[2]} to {case[3]}",
-        )
-        for case in CASES
-    ],
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
+    ids=str,
 )
 def test_a_run_goes_on_with_the_other_experts(
     tmp_path: Path,

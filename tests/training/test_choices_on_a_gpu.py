@@ -67,21 +67,24 @@ def check_specs() -> None:
     from megatron.core.transformer.moe.experts import SequentialMLP
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from megatron_router_upcycling.layers import kernels
+    from megatron_router_upcycling.layers import experts, kernels
     from megatron_router_upcycling.layers.attention import SdpaAttention
     from megatron_router_upcycling.layers.experts import GroupedExperts
     from megatron_router_upcycling.training.patches import layers
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    flags = {"apply_rope_fusion": False, "num_experts": None, "attention_backend": AttnBackend.auto}
-    layers.install_on_gpu(Namespace(**flags), False, SDPA)
+    flags = {"apply_rope_fusion": False, "num_experts": 4, "moe_grouped_gemm": True}
+    args = Namespace(**flags, attention_backend=AttnBackend.auto)
+    assert "experts: PyTorch's grouped products" in layers.install_on_gpu(args, False, SDPA)[-1]
     # The norm is mended and, where there are kernels, made faster.
     config = one_rank.config(sequence_parallel=True, tensor_model_parallel_size=2, normalization="RMSNorm")
     norm = WrappedTorchNorm(config, 32)
     assert norm.weight.sequence_parallel and (type(norm) is layers.RMSNorm) == kernels.WANTED
-    layers.replace_attention(SdpaAttention)
-    layers.group_experts_with_te()
+    assert "older than Hopper" in layers.install_on_gpu(args, True, ENGINE)[-1]  # and nothing is replaced
     provider = TESpecProvider()
+    assert provider.core_attention() is not SdpaAttention
+    experts.usable = lambda device: None
+    layers.install_on_gpu(args, True, SDPA)
     assert provider.core_attention() is SdpaAttention
 
     def build(grouped: bool, **changes: Any) -> Any:

@@ -170,7 +170,11 @@ def test_another_schedule_than_the_checkpoints_is_one_line() -> None:
         followed.load_state_dict(saved | {"lr_decay_style": "WSD"})
     with pytest.raises(UserError, match="64 for total number .* pass --override-opt-param-scheduler"):
         scheduler(96).load_state_dict(saved)
-    scheduler(64).load_state_dict(saved)
+    followed = scheduler(64, start_wd=0.3, end_wd=0.3, use_checkpoint_opt_param_scheduler=True)
+    followed.load_state_dict(saved)
+    assert followed.optimizer.param_groups[0]["weight_decay"] == 0.1  # in this step already
+    with pytest.raises(UserError, match="value 0.3 and checkpoint value 0.1 for start weight decay"):
+        scheduler(64, start_wd=0.3, end_wd=0.3).load_state_dict(saved)
     longer = scheduler(96, override_opt_param_scheduler=True)
     longer.load_state_dict(saved)
     assert longer.lr_decay_steps == 96

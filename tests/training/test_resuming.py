@@ -16,7 +16,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training import resuming
 from megatron_router_upcycling.training.patches.added_state import added_by
 from tests import launch
-from tests.conftest import LAYERS
+from tests.conftest import LAYERS, expert_parallel
 
 FRESH = "--no-load-optim"
 BIAS = "--moe-router-enable-expert-bias"
@@ -35,29 +35,21 @@ OF_TORCH_2_15 = r"""
 OTHER_MODEL = "leave out the flags that make it another model than the checkpoint's"
 
 
-@pytest.mark.parametrize("optimizer", [(), ("--use-distributed-optimizer",)], ids=["plain", "distributed"])
+@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
 def test_the_flags_of_the_schedule_decide_on_the_learning_rate(
-    tmp_path: Path, moe_config: Path, optimizer: tuple[str, ...]
+    dense: Path, dense_config: Path, moe_config: Path, unbroken: tuple[Path, Any], distributed: bool
 ) -> None:
-    """At EP 2, where dense parameters and experts have optimizers of their own."""
-    program = str(Path(__file__).with_name("resume_in_one_process.py"))
-    text = launch.ranks(
-        2, program, "--config", moe_config, "--num-experts", 4, "--expert-model-parallel-size", 2, *optimizer,
-        "--router", "linear", "--save", tmp_path / "save",
-    ).ok().text  # fmt: skip
-
-    said = dict(re.findall(r"^([a-z, -]+): (.*)$", text, re.M))
-    kept = "lr {0.005}, weight decay {0.01}, 2 optimizers"
-    assert said["as before"] == said["lr, use checkpoint"] == said["weight-decay, use checkpoint"] == kept
-    assert said["lr, override"] == kept.replace("0.005", "0.001")
-    assert said["weight-decay, override"] == kept.replace("0.01", "0.3")
-    for way, difference in (
-        ("lr", "(--lr 0.001, and the checkpoint has 0.005;"),
-        ("min-lr", "(--min-lr 0.0001, and the checkpoint has 0.0;"),
-        ("weight-decay", "value 0.3 and checkpoint value 0.01 for start weight decay"),
-    ):
-        advice = "pass --override-opt-param-scheduler to .* or --use-checkpoint-opt-param-scheduler"
-        assert difference in said[way] and re.search(advice, said[way])
+    """At EP 2 dense parameters and experts have optimizers of their own."""
+    command: tuple[object, ...] = (1, "pretrain", "--config", dense_config, "--load", dense)
+    if distributed:
+        command = (2, "pretrain", *expert_parallel(moe_config, unbroken[0]))
+    flags = ("--ckpt-step", 4, "--lr", 1e-3, "--eval-iters", 0)
+    (line,) = launch.ranks(*command, *flags).errors
+    assert "(--lr 0.001, and the checkpoint has 0.005;" in line
+    for way, rate in (("--override", "1.000000E-03"), ("--use-checkpoint", "5.000000E-03")):
+        flag = f"{way}-opt-param-scheduler"
+        text = launch.ranks(*command, *flags, flag).ok().text
+        assert flag in line and text.count(f"learning rate: {rate}") == 4
 
 
 def flags_of(root: Path, **changes: Any) -> Namespace:

@@ -1,9 +1,8 @@
 """Load a checkpoint into a model whose flags, or Transformer Engine, add something to its layers.
 
-Some of Megatron's flags give layers a state that the checkpoint of another model has not. Two of those states
-are corrections that training starts from zero, and so they do here. What else is missing would have to be
-invented: the flag that adds it is named instead, as is a tensor of another shape. Transformer Engine's
-modules ask for an extra state each (fp8 scales; empty without fp8), and do without where there is none.
+Two of those states are corrections that training starts from zero, and so they do here. Transformer Engine's
+extra states (fp8 scales; empty without fp8) are left out where there are none. What else is missing would
+have to be invented: the flag that adds it is named instead, as is a tensor of another shape.
 """
 
 import re

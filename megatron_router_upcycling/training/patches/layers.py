@@ -1,8 +1,7 @@
 """What Megatron builds its layers and its loss of: plain PyTorch mended, and faster kernels on a GPU.
 
-What this project's layers bring themselves (experts, dispatcher, router) is not here: these are the parts
-that Megatron builds. Without Transformer Engine megatron-core 0.19 falls back to plain PyTorch, whose norm
-refuses sequence parallelism and whose attention materialises its scores.
+Without Transformer Engine megatron-core 0.19 falls back to plain PyTorch, whose norm refuses sequence
+parallelism and whose attention materialises its scores.
 """
 
 import functools
@@ -59,36 +58,27 @@ def install_on_gpu(args: Namespace, with_te: bool, attention: str) -> list[str]:
             _wrap_on_gpu(torch_norm.WrappedTorchNorm, "__new__", _norm_in_one_kernel)
         ddp = distributed_data_parallel.DistributedDataParallel
         _wrap_on_gpu(ddp, "_make_backward_post_hook", _add_gradients_faster)
-    if with_te and attention != device.ENGINE:
-        replace_attention(SdpaAttention if attention == device.SDPA else DotProductAttention)
+    grouped = args.num_experts and args.moe_grouped_gemm
+    why_not = experts.usable("cuda") if grouped and with_te else None
+    if with_te:
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        if attention != device.ENGINE:
+            module = SdpaAttention if attention == device.SDPA else DotProductAttention
+            _wrap_on_gpu(TESpecProvider, "core_attention", lambda original, self: module)
+        if grouped and why_not is None:
+            _wrap_on_gpu(TESpecProvider, "grouped_mlp_modules", _group_experts)
     backend = f" ({args.attention_backend.name})" if attention == device.ENGINE else ""
     used.append(f"attention: {attention}{backend}")
-    if args.num_experts and args.moe_grouped_gemm:
-        why_not = experts.usable("cuda") if with_te else None
-        if with_te and why_not is None:
-            group_experts_with_te()
+    if grouped:
         theirs = "Transformer Engine's grouped linears" if with_te else "one by one"
         ours = f"PyTorch's grouped products, {theirs} where these do not cover the model"
         used.append(f"experts: {theirs} ({why_not})" if why_not else f"experts: {ours}")
     return used
 
 
-def replace_attention(module: type) -> None:
-    """``module``, which has no parameters, for Transformer Engine's attention."""
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-    _wrap(TESpecProvider, "core_attention", lambda original, self: module)
-
-
-def group_experts_with_te() -> None:
-    """PyTorch's grouped products where they cover the model, else Transformer Engine's grouped linears."""
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-    _wrap(TESpecProvider, "grouped_mlp_modules", _group_experts)
-
-
 def _group_experts(original: Callable[..., Any], self: Any, moe_use_grouped_gemm: bool) -> Any:
-    """For ``--moe-grouped-gemm``, which ``device.adapt`` leaves set where it works."""
+    """PyTorch's grouped products where they cover the model, else what Megatron has."""
 
     theirs = original(self, moe_use_grouped_gemm)
     if not moe_use_grouped_gemm:

@@ -1,12 +1,10 @@
 """Resume an optimizer at another layout, at another learning rate, or with another library's Adam.
 
 At EP 1 Megatron keeps experts and dense parameters in one optimizer; at EP > 1 the experts have one of their
-own, and with Muon each of them is two. The tensors carry the names of the model's parameters (those of the
-distributed optimizer in its fully reshardable form), so that all read each other's. Only the frame around
-them differs, the nesting by optimizer with its step and settings, which Megatron merges by position and
-refuses where it is another. ``install`` keeps the frames that were saved apart, fills this run's from them by
-what their groups hold (``schedule``), and lets PyTorch's Adam and Transformer Engine's read each
-other's state.
+own, and with Muon each of them is two. The tensors carry the names of the model's parameters, so that all
+read each other's. Only the frame around them differs (the nesting by optimizer, with its step and settings),
+which Megatron merges by position. Here the saved frames are kept apart, and this run's are filled from them
+by what their groups hold (``schedule.counterparts``).
 """
 
 from collections.abc import Callable, Iterator

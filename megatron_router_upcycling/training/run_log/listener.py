@@ -1,8 +1,7 @@
 """Megatron's training loop, listened to: losses and routing statistics into files and Megatron's loggers.
 
-``install`` wraps four functions of ``megatron.training.training``, each of which the loop looks up
-by name when it calls it: ``setup_model_and_optimizer`` (the model is there), ``training_log`` (an iteration
-is over), ``evaluate_and_print_results`` and ``evaluate`` (held-out losses).
+``install`` wraps four functions of ``megatron.training.training``: ``setup_model_and_optimizer`` (the model
+is there), ``training_log`` (an iteration is over), ``evaluate_and_print_results`` and ``evaluate``.
 """
 
 import functools
