@@ -136,6 +136,10 @@ OF_ROUTER = ("router", "num_routers", "pooling", "grouping", "locality_loss_coef
 SECTION = (*OF_ROUTER, "collect_iters", "key_source", "router_samples", *start.NAMES)
 
 
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def options(parser: ArgumentParser) -> dict[str, tuple[str, argparse.Action]]:
     """The parser's flags by their names in a YAML file: ``num_layers`` -> (``--num-layers``, its action)."""
     return {

@@ -108,7 +108,7 @@ def check_flags(flags: Namespace) -> None:
 
 def check(run: launch.Run) -> None:
     """Refuse what does not fit the checkpoint or the data, before anything is built and on every rank."""
-    from megatron_router_upcycling.training.language_model import check_data, check_tokens
+    from megatron_router_upcycling.training.data import check_data, check_tokens
 
     args = run.args
     dense = open_dense(args.load)

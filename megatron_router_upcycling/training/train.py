@@ -34,17 +34,14 @@ def train(run: Run) -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_router_upcycling.training import language_model, objections, saving
-    from megatron_router_upcycling.training.patches import reshard_optimizer
+    from megatron_router_upcycling.training import language_model, objections
     from megatron_router_upcycling.training.run_log.listener import RunLog
 
     model = model_config(run)
     with objections.megatrons_objection(run.args, raised_by_megatron=True):
         container = pretrain_cfg_container_from_args(run.args, model)
     RunLog(run.args).install()
-    reshard_optimizer.install()
     objections.install(run.args)
-    saving.install(run.args)
     _write_state(run.args, "running")
     try:
         pretrain(

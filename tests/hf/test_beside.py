@@ -17,7 +17,7 @@ from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.config import yaml_files
 from megatron_router_upcycling.data.tokenizer import load as tokens_of
 from megatron_router_upcycling.data.tokenizer import train
-from megatron_router_upcycling.training import tokenizer
+from megatron_router_upcycling.training import data as run_data
 from tests import dense_checkpoint
 from tests.hf.folders import copy, edit, refused, run, write_tokenizer
 
@@ -211,7 +211,7 @@ def test_run_takes_the_checkpoints_tokenizer_and_hands_it_on(tmp_path: Path) -> 
 
     def choose(kind: str | None, model: object, *argv: str) -> tuple[Namespace, str | None]:
         args = Namespace(tokenizer_type=kind, tokenizer_model=model and str(model))
-        return args, tokenizer.choose(args, list(argv), str(load))
+        return args, run_data.choose_tokenizer(args, list(argv), str(load))
 
     for kind, model in ((None, None), ("HuggingFaceTokenizer", None), (None, tmp_path / "moved")):
         args, line = choose(kind, model)
@@ -226,11 +226,11 @@ def test_run_takes_the_checkpoints_tokenizer_and_hands_it_on(tmp_path: Path) -> 
         args, line = choose(kind, model, *argv)
         assert (args.tokenizer_type, args.tokenizer_model, line) == (kind, model and str(model), None)
 
-    tokenizer.hand_on(choose("NullTokenizer", None)[0], str(load), str(save))
+    run_data.hand_on_tokenizer(choose("NullTokenizer", None)[0], str(load), str(save))
     assert (save / "tokenizer/additional/x.jinja").read_text() == "tokenizer"
     assert (save / "tokenizer/tokenizer.json").samefile(load / "tokenizer/tokenizer.json")
     for _ in range(2):  # as a run that is started again
-        tokenizer.hand_on(choose(None, other)[0], str(load), str(save))
+        run_data.hand_on_tokenizer(choose(None, other)[0], str(load), str(save))
         assert (save / "tokenizer/additional/x.jinja").read_text() == "other"
     assert (load / "tokenizer/additional/x.jinja").read_text() == "tokenizer"
     (tmp_path / "sp").mkdir()
@@ -238,7 +238,7 @@ def test_run_takes_the_checkpoints_tokenizer_and_hands_it_on(tmp_path: Path) -> 
     args = Namespace(
         tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "sp/tokenizer.model")
     )
-    tokenizer.hand_on(args, None, str(tmp_path / "second"))
+    run_data.hand_on_tokenizer(args, None, str(tmp_path / "second"))
     assert beside.tokenizer_in(tmp_path / "second") == (
         "SentencePieceTokenizer",
         tmp_path / "second/tokenizer/tokenizer.model",

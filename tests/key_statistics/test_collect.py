@@ -383,15 +383,15 @@ def test_a_mistake_ends_the_run(
 def test_a_model_without_grouped_query_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron saves its number of heads as num_query_groups, which the flags of the same run leave at 1."""
     from megatron_router_upcycling.key_statistics import collect
-    from megatron_router_upcycling.training import language_model, launch
+    from megatron_router_upcycling.training import data, launch
 
     sizes = {"num_attention_heads": HEADS, "group_query_attention": False, "kv_channels": HEAD_DIM}
     sizes |= {"num_layers": LAYERS, "hidden_size": HIDDEN}
     trained = Namespace(num_query_groups=HEADS, num_experts=None, **sizes)
     opened = Namespace(args=trained, tensors={}, common={"args": trained})
     monkeypatch.setattr(collect, "open_dense", lambda root: opened)
-    monkeypatch.setattr(language_model, "check_data", lambda args: None)
-    monkeypatch.setattr(language_model, "check_tokens", lambda args, load: None)
+    monkeypatch.setattr(data, "check_data", lambda args: None)
+    monkeypatch.setattr(data, "check_tokens", lambda args, load: None)
     paths = {"output": str(tmp_path / "stats"), "overwrite": False, "load": "dense", "config": "config.yaml"}
     counts = {"num_query_groups": 1, "collect_iters": 1, "router_samples": 0}
     flags = Namespace(tensor_model_parallel_size=4, **counts, **sizes, **paths)

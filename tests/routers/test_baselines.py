@@ -10,7 +10,7 @@ from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.baselines import LocMoERouter, locality_loss
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import LOCAL
-from megatron_router_upcycling.training.patches.moe_metrics import report_also
+from megatron_router_upcycling.training.layer_spec import report_also
 from tests.routers.test_mixture import EXPERTS, HIDDEN, build, megatron, on_cpu, tokens, transformer_config
 
 __all__ = ["megatron", "on_cpu"]  # fixtures that every test of this file uses
