@@ -84,7 +84,6 @@ def _experts_and_rest(setup: Setup, stage: int) -> tuple[int, int]:
 def total_and_active(setup: Setup) -> tuple[int, int]:
     """Parameters of the whole model, and of those what one token passes: k of n experts in each layer."""
     alone: dict[str, Any] = dict.fromkeys(PARALLEL, 1) | {"expert_tensor_parallel_size": 1}
-    alone |= {"num_virtual_stages_per_pipeline_rank": 1}
     alone |= {"decoder_first_pipeline_num_layers": 0, "decoder_last_pipeline_num_layers": 0}
     experts, others = _experts_and_rest(replace(setup, **alone), 0)
     idle = experts * (setup.num_experts - setup.moe_router_topk) // setup.num_experts if experts else 0

@@ -32,7 +32,7 @@ NOT_COVERED = (
 )
 # A name so like one that is read here is taken for a misspelt one, but for these of Megatron's own.
 SIMILAR, OTHERS = 0.89, {"pad_vocab_size"}
-IN_WORDS = {bool: "true or false", int: "a whole number", str: "a name"}
+IN_WORDS = {bool: "true or false", int: "a whole number, not negative", str: "a name"}
 
 
 class NotCovered(UserError):
@@ -107,7 +107,7 @@ def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
         return layer_frequency(value, flag)
     if name == "recompute_modules":
         return tuple(map(str, value if isinstance(value, list) else [value]))
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is int and value < 0):
         raise UserError(f"{flag} {value}: must be {IN_WORDS[kind]}")
     return value
 

@@ -147,9 +147,10 @@ class Setup:
         return [layer for start in starts for layer in range(start, start + each[stage])]
 
 
-# What a plan cannot do without, and what is 1 unless it is given.
+# What a plan cannot do without, and what is 1 on a single GPU.
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size")
 PARALLEL = [f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context", "expert_model")]
+PARALLEL.append("num_virtual_stages_per_pipeline_rank")
 
 
 def complete(setup: Setup, gpus: str = "--gpus") -> Setup:
@@ -161,7 +162,8 @@ def complete(setup: Setup, gpus: str = "--gpus") -> Setup:
     Raises:
         UserError: the first thing that cannot work; it names a flag and what would work.
     """
-    needed = {gpus: setup.world_size} | {flag_of(name): getattr(setup, name) for name in (*NEEDED, *PARALLEL)}
+    names = (*NEEDED, *PARALLEL, "num_query_groups", "make_vocab_size_divisible_by")
+    needed = {gpus: setup.world_size} | {flag_of(name): getattr(setup, name) for name in names}
     needed["--vocab-size"] = setup.vocab_size or setup.padded_vocab_size
     for flag, value in needed.items():
         if value < 1:

@@ -128,6 +128,8 @@ def test_a_checkpoints_manifest_brings_model_and_router(tmp_path: Path, paper: P
         ("--num-routers 3", "--num-routers 3: does not fit"),
         ("--micro-batch-size 16", "--gpu-memory-gib 80: .* --micro-batch-size 8"),
         ("--micro-batch-size four", "--micro-batch-size four: must be a whole number"),
+        ("--num-query-groups 0 --group-query-attention", "--num-query-groups 0: must be at least 1"),
+        ("--global-batch-size -4", "--global-batch-size -4: must be a whole number, not negative"),
         ("--seq-length", "--seq-length True: must be a whole number"),
         ("--seq-lenght 8192", "did you mean 'seq_length'"),
         ("--multi-latent-attention", "--multi-latent-attention is not covered"),

@@ -31,7 +31,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.rehearsal import run as rehearsal
 from megatron_router_upcycling.planning.setup import Setup
-from megatron_router_upcycling.training import launch
+from megatron_router_upcycling.training import launch, train
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = ["--config", str(ROOT / "configs/qwen1.5-0.5b-8x/moe.yaml")]
@@ -90,7 +90,7 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     """Seconds of a step with each router, of its routers, and bytes at the peak."""
     run, planned = prepare(options, flags)
     args = run.args
-    model, optimizer, scheduler = rehearsal.build(run)
+    model, optimizer, scheduler = train.build(args, train.model_config(run))
     layers = moe_layers(model)
     kinds = {"mixture": [layer.router for layer in layers]}
     if "stock" in options.routers:

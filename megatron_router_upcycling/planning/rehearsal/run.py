@@ -107,25 +107,6 @@ def _cut_down(args: Namespace, planned: Setup, place: str) -> None:
         args.seq_length = min(planned.seq_length, args.rehearse_seq_length or few)
 
 
-def build(run: launch.Run) -> tuple[list[Any], Any, Any]:
-    """This rank's model chunks in Megatron's DDP, its optimizer and its schedule."""
-    from megatron.core.enums import ModelType
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training import training
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
-    from megatron_router_upcycling.training.train import model_config
-
-    training.initialize_megatron()
-    container = pretrain_cfg_container_from_args(run.args, model_config(run))
-    return training.setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        cfg_container=container,
-        checkpointing_context={},
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
-
-
 @torch.no_grad()
 def load_shard(model: Sequence[Any], root: str) -> None:
     """Fill the parameters of ``model`` (chunks in DDP) from the checkpoint, without a word to other ranks.
@@ -198,10 +179,10 @@ def measure(run: launch.Run, planned: Setup) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-    from megatron_router_upcycling.training import language_model
+    from megatron_router_upcycling.training import language_model, train
 
     args, on_gpu, start = run.args, torch.cuda.is_available(), time.monotonic()
-    model, optimizer, scheduler = build(run)
+    model, optimizer, scheduler = train.build(args, train.model_config(run))
     if run.load:
         load_shard(model, run.load)
         optimizer.reload_model_params()
