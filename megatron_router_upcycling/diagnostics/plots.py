@@ -9,20 +9,11 @@ from statistics import mean
 from typing import Any
 
 COLOURS = ("#c8401e", "#2867b2", "#3a9a4b", "#8a4fb0", "#c79a00", "#444444", "#00999c", "#d2679a")
-GREY = "#8a8a8a"
+GREY, STYLE = "#8a8a8a", "seaborn-v0_8-whitegrid"
 EVEN_RANGE = 2  # load maps show shares from 1/4 to 4 times the even one, in powers of two
 MOST_LABELS = 16  # of layers beside a load map
 COLUMNS, MOST_NAMES = 3, 4  # of small multiples, and of a legend
 SETS = (None, "validation")  # whose losses are drawn: training's lines name no set
-LOOK = {
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "figure.dpi": 110,
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,7 @@ def draw_all(runs: Sequence[RunData], folder: Path) -> dict[str, list[Path]]:
     if any(_series(run, name) for _, run in routed for name in SPECIALISATION):
         pictures["specialisation"] = partial(_grid, routed, SPECIALISATION)
     drawn: dict[str, list[Path]] = {}
-    with pyplot.rc_context(LOOK):
+    with pyplot.style.context(STYLE):
         for key, draw in pictures.items():
             figure = draw()
             for axes in figure.axes:

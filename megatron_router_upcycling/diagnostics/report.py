@@ -19,8 +19,6 @@ from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files
 
-PAGE = "report.html"
-TEMPLATE = "report.html.j2"
 # Section -> (title, what its picture shows).
 SECTIONS = {
     "loss": (
@@ -92,7 +90,7 @@ def write(runs: Sequence[RunData], output: Path) -> Path:
         for stale in output.glob("load_map_*.png"):  # an earlier report may have had more runs
             stale.unlink()
         drawn = plots.draw_all(runs, output)
-        page = output / PAGE
+        page = output / "report.html"
         page.write_text(render(runs, drawn), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
@@ -103,13 +101,8 @@ def render(runs: Sequence[RunData], drawn: dict[str, list[Path]]) -> str:
     """The page, with the pictures in it."""
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(TEMPLATE).render(
+    templates = jinja2.Environment(loader=jinja2.PackageLoader(__package__), autoescape=True)
+    return templates.get_template("report.html.j2").render(
         runs=[row | {"colour": plots.colour(index)} for index, row in enumerate(summary(runs))],
         over_time={name: title for name, (title, _) in OVER_TIME.items()},
         sections=[

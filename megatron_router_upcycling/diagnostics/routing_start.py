@@ -119,11 +119,10 @@ def _samples(checkpoint: Checkpoint, record: dict[str, Any], asked: Path | None)
 def _describe_inputs(source: Path | None, stats: Path | None) -> str:
     if source is not None:
         return f"hidden states of the dense model, sampled in {source}"
-    reason = f"{stats} holds no samples; " if stats else ""
+    none = f"{stats} holds no samples; " if stats else ""
     return (
-        f"{RANDOM_TOKENS} random tokens, normal and scaled by the norm's gain, which route more evenly"
-        f" than real ones ({reason}name key statistics that were collected with --router-samples as"
-        " --key-stats)"
+        f"{RANDOM_TOKENS} random tokens, scaled by the norm's gain, which route more evenly than real ones"
+        f" ({none}name key statistics that were collected with --router-samples as --key-stats)"
     )
 
 
@@ -133,16 +132,11 @@ def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
         return key_stats_file.read_router_input(source, layer)
     generator = torch.Generator().manual_seed(layer)
     tokens = torch.randn(RANDOM_TOKENS, checkpoint.args.hidden_size, generator=generator)
-    return tokens * _norm_gain(checkpoint, layer)
-
-
-def _norm_gain(checkpoint: Checkpoint, layer: int) -> Tensor:
-    """What the norm before the router multiplies by, [D] in float32."""
-    fused, separate = names.NORMS[1]
+    fused, separate = names.NORMS[1]  # the norm before the router
     is_fused = {fused, names.at_layer(fused, layer)} & checkpoint.tensors.keys()
-    weight = read_layer(checkpoint, fused if is_fused else separate, layer)
+    gain = read_layer(checkpoint, fused if is_fused else separate, layer)
     # With --apply-layernorm-1p the checkpoint holds the gain's distance from 1.
-    return weight + bool(getattr(checkpoint.args, ARCHITECTURE["apply_layernorm_1p"], False))
+    return tokens * (gain + bool(getattr(checkpoint.args, ARCHITECTURE["apply_layernorm_1p"], False)))
 
 
 def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> dict[str, Any]:
@@ -233,11 +227,9 @@ def _hints(
         return
     where = [f"very sure of themselves in {named(sure)}"] * bool(sure)
     where += [f"next to even in {named(spread)}"] * bool(spread)
-    said = " to ".join(
-        dict.fromkeys(f"{pick(entropies[layer] for layer in sure + spread):.2f}" for pick in (min, max))
-    )
+    lowest, highest = (pick(entropies[layer] for layer in sure + spread) for pick in (min, max))
     yield (
-        f"hint: routers would start {' and '.join(where)} (entropies of {said} nats, even routing has"
-        f" {even:.2f}). In comparisons of a small model such starts ended behind calibrated ones: convert"
-        f" again with --target-entropy {CALIBRATED * even:.1f} (docs/comparison.md)"
+        f"hint: routers would start {' and '.join(where)} (entropies of {lowest:.2f} to {highest:.2f} nats,"
+        f" even routing has {even:.2f}). In comparisons of a small model such starts ended behind calibrated"
+        f" ones: convert again with --target-entropy {CALIBRATED * even:.1f} (docs/comparison.md)"
     )

@@ -86,10 +86,8 @@ def check_flags(flags: Namespace) -> None:
         raise UserError("--output: name the file to write, such as key_stats.safetensors")
     key_stats_file.check_output(flags.output, flags.overwrite)
     if flags.router_samples < 0 or flags.collect_iters < 1:
-        raise UserError(
-            f"--collect-iters {flags.collect_iters}: must be at least 1 (and --router-samples"
-            f" {flags.router_samples} 0 or more)"
-        )
+        given = f"--collect-iters {flags.collect_iters}, --router-samples {flags.router_samples}"
+        raise UserError(f"{given}: must be at least 1 and 0")
 
 
 def check(run: launch.Run) -> None:
@@ -101,8 +99,8 @@ def check(run: launch.Run) -> None:
     saved_args = dense.common.get("args")
     if run.router or holds_experts(dense.tensors) or getattr(saved_args, "num_experts", None):
         raise UserError(
-            f"--load {args.load}: keys are collected from a dense model, and the checkpoint or --num-experts"
-            f" {args.num_experts} is a Mixture-of-Experts; name the dense checkpoint and its configuration"
+            f"--load {args.load}, --num-experts {args.num_experts}: keys are collected from a dense model;"
+            " name the checkpoint that the Mixture-of-Experts is made from, and its configuration"
         )
     if not described.gives_architecture(saved_args):
         dense = open_dense(args.load, args.config and Path(args.config))
@@ -179,7 +177,6 @@ def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.T
         float64 [2] on this rank: the sum of the token losses and their number; zeros on ranks that do
         not hold the last pipeline stage.
     """
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_router_upcycling.training.language_model import forward_step
@@ -189,7 +186,7 @@ def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.T
             forward_step_func=forward_step,
             data_iterator=data,
             model=model,
-            num_microbatches=get_num_microbatches(),
+            num_microbatches=args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
             seq_length=args.seq_length,
             micro_batch_size=args.micro_batch_size,
             decoder_seq_length=args.decoder_seq_length,

@@ -44,10 +44,8 @@ class KeyStats:
 def check_output(path: str | Path, overwrite: bool = False) -> None:
     """Raise UserError where ``save`` could not put statistics at ``path``; touches nothing."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"--output {path}: is a folder; name a file in it, such as key_stats.safetensors")
-    if path.exists() and not overwrite:
-        raise UserError(f"--output {path}: exists; pass --overwrite to replace it or name another file")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise UserError(f"--output {path}: exists; pass --overwrite to replace a file, or name another one")
     if folder := blocked_by(path.absolute().parent):
         raise UserError(f"--output {path}: cannot write in {folder}; name a file in a writable folder")
 
@@ -104,7 +102,8 @@ def read_router_input(path: str | Path, layer: int) -> torch.Tensor:
     """What ``layer``'s router would see, [S, D] in float32, from a file that ``load`` has read."""
     with safetensors.safe_open(path, framework="pt") as file:
         if "router_input" not in set(file.keys()):
-            raise UserError(f"--key-stats {path}: holds no hidden states; {AGAIN} with --router-samples 512")
+            missing = "holds no hidden states (router_input)"
+            raise UserError(f"--key-stats {path}: {missing}; {AGAIN} with --router-samples 512")
         values = file.get_slice("router_input")[layer].float()
     if not values.isfinite().all():
         raise UserError(f"--key-stats {path}: router_input holds NaN or infinite values; {AGAIN}")

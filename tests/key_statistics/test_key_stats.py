@@ -201,8 +201,8 @@ def test_existing_output_is_replaced_with_overwrite_and_whole_only(tmp_path, mon
 
 def test_output_that_cannot_be_written_is_refused_early(tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a folder"):
-        key_stats_file.check_output(tmp_path)
+    with pytest.raises(UserError, match="exists; .* a file, or name another"):
+        key_stats_file.check_output(tmp_path, overwrite=True)
     with pytest.raises(UserError, match="cannot write in"):
         key_stats_file.check_output(tmp_path / "file" / "stats.safetensors")
     key_stats_file.check_output(tmp_path / "new" / "stats.safetensors")
