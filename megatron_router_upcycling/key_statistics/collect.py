@@ -85,9 +85,10 @@ def check_flags(flags: Namespace) -> None:
     if flags.output is None:
         raise UserError("--output: name the file to write, such as key_stats.safetensors")
     key_stats_file.check_output(flags.output, flags.overwrite)
-    if flags.router_samples < 0 or flags.collect_iters < 1:
-        given = f"--collect-iters {flags.collect_iters}, --router-samples {flags.router_samples}"
-        raise UserError(f"{given}: must be at least 1 and 0")
+    if flags.router_samples < 0:
+        raise UserError(f"--router-samples {flags.router_samples}: must be 0 (none) or more")
+    if flags.collect_iters < 1:
+        raise UserError(f"--collect-iters {flags.collect_iters}: must be at least 1")
 
 
 def check(run: launch.Run) -> None:

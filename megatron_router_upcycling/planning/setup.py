@@ -235,6 +235,8 @@ def _check(s: Setup, gpus: str) -> None:
     c = s.context_parallel_size
     parts = (2 * c if c > 1 else 1) * s.sequence_shards
     _check_multiple("--seq-length", s.seq_length, "its parts under context and sequence parallelism", parts)
+    if 0 < s.max_position_embeddings < s.seq_length:
+        raise UserError(f"--seq-length: is more than --max-position-embeddings {s.max_position_embeddings}")
     if len(s.has_experts()) != s.num_layers:
         raise UserError(
             f"--moe-layer-freq: lists {len(s.has_experts())} layers; the model has {s.num_layers}"
