@@ -140,8 +140,7 @@ def summary(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
 
 def _last_loss(run: RunData, kind: str) -> float | None:
-    lines = run.lines(kind)
-    return lines[-1]["lm_loss"] if lines else None
+    return next((line["lm_loss"] for line in reversed(run.lines(kind))), None)
 
 
 def _over_time(run: RunData, measure: str) -> str:

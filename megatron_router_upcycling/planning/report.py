@@ -141,7 +141,7 @@ def _stage(
     parts = ", ".join(f"{part} {_size(count)}" for part, count in parameters.items() if count)
     need = memory.pop("total")
     yield f"per GPU{where}  {sum(parameters.values())} parameters: {parts}"
-    yield f"memory     {_gib(memory)} (the last two estimated): ~{need / GIB:.2f} GiB of {available:g}"
+    yield f"memory     {_gib(memory)}: ~{need / GIB:.2f} GiB of {available:g}"
     yield f"sent a step  ~{_gib(communication) or 'nothing'}"
 
 

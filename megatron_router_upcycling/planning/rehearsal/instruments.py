@@ -38,30 +38,27 @@ def parameters_by_part(model: Model) -> dict[str, int]:
     return counts
 
 
-def weight_bytes(model: Model) -> int:
-    return sum(parameter.nbytes for chunk in model for parameter in chunk.parameters())
+def held_bytes(model: Model, optimizer: Any, copies: bool) -> dict[str, float]:
+    """Of weights, of the buffers in which gradients are reduced, padding included, and of Adam's states.
 
-
-def gradient_bytes(model: Model) -> int:
-    """Of the buffers that data parallelism reduces, padding included."""
-    return sum(
-        buffer.grad_data.nbytes
-        for chunk in model
-        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)  # type: ignore[misc]
-    )
-
-
-def optimizer_bytes(optimizer: Any, copies: bool) -> int:
-    """Of Adam's states and, with ``copies``, of the float32 copies of 16-bit weights, on this rank."""
-    total = 0
+    Args:
+        copies: the optimizer keeps float32 copies of 16-bit weights, which count.
+    """
+    buffers: list[Any] = []
+    for chunk in model:
+        buffers += [*chunk.buffers, *chunk.expert_parallel_buffers]  # type: ignore[misc]
+    states = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        for group in inner.param_groups:
+        for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                total += parameter.nbytes if copies else 0
-                states = inner.state.get(parameter, {}).values()
-                total += sum(state.nbytes for state in states if torch.is_tensor(state) and state.dim())
-    return total
+                kept = part.optimizer.state.get(parameter, {}).values()
+                states += parameter.nbytes if copies else 0
+                states += sum(value.nbytes for value in kept if torch.is_tensor(value) and value.dim())
+    return {
+        "weights": sum(parameter.nbytes for chunk in model for parameter in chunk.parameters()),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+        "optimizer": states,
+    }
 
 
 def counting_saved(

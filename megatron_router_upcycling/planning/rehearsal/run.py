@@ -206,12 +206,8 @@ def measure(run: launch.Run, planned: Setup) -> dict[str, Any]:
     # full recomputation what is measured leaves out the layers at work.
     scale = figures.tokens_on_gpu(planned) / (tokens / args.context_parallel_size)
     scale *= figures.in_flight(planned, stage) * planned.num_virtual_stages_per_pipeline_rank
-    held = {
-        "weights": instruments.weight_bytes(model),
-        "gradients": instruments.gradient_bytes(model),
-        "optimizer": instruments.optimizer_bytes(optimizer, copies=args.bf16 or args.fp16),
-        "activations": sum(saved.values()) * scale,
-    }
+    held = instruments.held_bytes(model, optimizer, copies=args.bf16 or args.fp16)
+    held["activations"] = sum(saved.values()) * scale
     # What PyTorch's separate operators keep on the CPU is more than what a GPU's fused kernels keep.
     plan["activations"] = figures.activations(planned, stage, fused=on_gpu)
     return {
