@@ -25,13 +25,8 @@ for config in sys.argv[2:]:
 
 @pytest.fixture(scope="module")
 def parsed() -> dict[str, dict]:
-    rank = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "64",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",
-    }
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "64"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     said = launch.python("-c", PARSE, launch.ROOT, *CONFIGS, **rank).ok().text
     lines = [line for line in said.splitlines() if line.startswith("parsed ")]
     return {args["config"]: args for args in (json.loads(line.removeprefix("parsed ")) for line in lines)}
