@@ -16,13 +16,8 @@ Examples:
 
 import sys
 
+from megatron_router_upcycling.planning.rehearsal.run import rehearse
 from megatron_router_upcycling.training import launch
-
-
-def rehearse(argv: list[str]) -> None:
-    from megatron_router_upcycling.planning.rehearsal import run
-
-    run.rehearse(argv)
 
 
 def main() -> None:

@@ -36,12 +36,7 @@ def warn(root: str | Path) -> str | None:
 
 
 def describe(found: Ties, record: dict[str, Any]) -> str | None:
-    """Which experts are tied and what would part them, in one line; None where none are.
-
-    Args:
-        found: the layers with experts of equal gates.
-        record: the manifest.
-    """
+    """Which experts are tied, and what would part them by the manifest ``record``; None where none are."""
     router, init = manifest.router_config(record, manifest.NAME), manifest.init_config(record, manifest.NAME)
     if not found or init.alters_experts:
         return None

@@ -30,9 +30,8 @@ from megatron_router_upcycling import files
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.rehearsal import run as rehearsal
-from megatron_router_upcycling.planning.rehearsal.prepare import Rehearsal
-from megatron_router_upcycling.planning.rehearsal.prepare import prepare as prepare_rehearsal
-from megatron_router_upcycling.training import launch
+from megatron_router_upcycling.planning.setup import Setup
+from megatron_router_upcycling.training import launch, train
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = ["--config", str(ROOT / "configs/qwen1.5-0.5b-8x/moe.yaml")]
@@ -57,15 +56,16 @@ COLUMNS = {
 WARM_UP = 2  # steps of each kind before the first that counts
 
 
-def prepare(options: Namespace, flags: list[str]) -> Rehearsal:
+def prepare(options: Namespace, flags: list[str]) -> tuple[launch.Run, Setup]:
     on_gpu = torch.cuda.is_available()
     chosen = ["--config", options.config] if options.config else ON_GPU if on_gpu else ON_CPU
-    prepared = prepare_rehearsal([*chosen, "--gpus", str(options.gpus), "--router", "mixture", *flags])
-    if prepared.run.router is None:
+    argv = [*chosen, "--gpus", str(options.gpus), "--router", "mixture", *flags]
+    run, planned = rehearsal.prepare(argv)
+    if run.router is None:
         raise UserError("--num-experts: is not given; a dense model has no router to compare")
     # A router that is exchanged has no gradient; Megatron's overlapped reduction waits for all of them.
-    prepared.run.args.overlap_grad_reduce = prepared.run.args.overlap_param_gather = False
-    return prepared
+    run.args.overlap_grad_reduce = run.args.overlap_param_gather = False
+    return run, planned
 
 
 def moe_layers(model: list[Any]) -> list[Any]:
@@ -88,14 +88,14 @@ def stock_routers(layers: list[Any]) -> list[torch.nn.Module]:
 
 def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     """Seconds of a step with each router, of its routers, and bytes at the peak."""
-    prepared = prepare(options, flags)
-    args, planned = prepared.run.args, prepared.planned
-    model, optimizer, scheduler = rehearsal.build(prepared.run)
+    run, planned = prepare(options, flags)
+    args = run.args
+    model, optimizer, scheduler = train.build(args, train.model_config(run))
     layers = moe_layers(model)
     kinds = {"mixture": [layer.router for layer in layers]}
     if "stock" in options.routers:
         kinds["stock"] = stock_routers(layers)
-    data = rehearsal.random_batches(args, planned.vocabulary)
+    data = rehearsal.random_batches(args, planned.padded_vocab_size)
     peaks: dict[str, int] = {}
 
     def seconds(kind: str) -> float:
@@ -105,21 +105,21 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = measuring.now()
-        rehearsal.step(args, model, optimizer, scheduler, data)
+        rehearsal.step(model, optimizer, scheduler, data)
         taken = measuring.now() - start
         peaks[kind] = max(peaks.get(kind, 0), peak_bytes())
         return taken
 
     times = measuring.take_turns(seconds, tuple(kinds), options.rounds, WARM_UP)
     medians = {kind: statistics.median(values) for kind, values in times.items()}
-    tokens = args.micro_batch_size * args.seq_length * rehearsal.microbatches(args)
+    tokens = args.global_batch_size * args.seq_length // args.data_parallel_size
     flops = tokens * figures.flops_per_token(planned) / planned.model_parallel_size
     profiles = {}
     for kind, routers in kinds.items():
         for layer, router in zip(layers, routers, strict=True):
             layer.router = router
         profiles[kind] = step_parts.measure(
-            lambda: rehearsal.step(args, model, optimizer, scheduler, data),
+            lambda: rehearsal.step(model, optimizer, scheduler, data),
             model,
             labelled=args.cuda_graph_impl == "none",  # a captured layer runs no hooks
         )
