@@ -140,24 +140,18 @@ def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> K
 
 def _check_key_stats(stats: KeyStats, path: Path, dense: Checkpoint, model: DenseModel) -> None:
     """Refuse statistics of another model."""
-    expected = (model.num_layers, model.num_query_groups, model.kv_channels)
-    if tuple(stats.mean.shape) != expected:
-        raise UserError(
-            f"--key-stats {path}: of another model: keys {list(stats.mean.shape)} (layers, query groups,"
-            f" head size) where {dense.root} has {list(expected)}; collect them from this checkpoint"
-        )
-    for name in ("num_attention_heads", "hidden_size"):
-        recorded = stats.metadata.get(name)
-        if recorded is not None and recorded != getattr(model, name):
+    names = ("num_layers", "num_query_groups", "kv_channels", "num_attention_heads", "hidden_size")
+    for name in names:
+        recorded, wanted = stats.metadata.get(name), getattr(model, name)
+        if recorded not in (None, wanted):
             raise UserError(
-                f"--key-stats {path}: of another model: {name} {recorded} where {dense.root} has"
-                f" {getattr(model, name)}; collect them from this checkpoint"
+                f"--key-stats {path}: of another model: {name} {recorded} where {dense.root} has {wanted};"
+                " collect them from this checkpoint"
             )
     # Files of older versions have one of the digests or none.
     digests = {"checkpoint_digest": dense.digest, "query_key_digest": lambda: query_key_digest(dense)}
     for name, digest in digests.items():
-        recorded = stats.metadata.get(name)
-        if recorded is not None and recorded != digest():
+        if stats.metadata.get(name) is not None and stats.metadata[name] != digest():
             raise UserError(
                 f"--key-stats {path}: collected from another checkpoint ({stats.metadata.get('checkpoint')});"
                 f" collect them from {dense.root}"

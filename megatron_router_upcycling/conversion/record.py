@@ -8,7 +8,6 @@ from megatron_router_upcycling.checkpoint.names import LEFT_OUT, TRAINING_STATE
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion.moe_arguments import model_flags
 from megatron_router_upcycling.conversion.plan import Plan
-from megatron_router_upcycling.conversion.steps import LeaveOut
 from megatron_router_upcycling.files import sha256, versions
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
@@ -21,18 +20,19 @@ def make_manifest(
 ) -> dict[str, Any]:
     """The record of a conversion; ``contents`` are the digests of the data files' chunks."""
     dense, model, options = plan.dense, plan.model, plan.options
-    left_out = Counter(
-        found["kind"]
-        for step in plan.steps
-        for key in (step.keys if isinstance(step, LeaveOut) else ())
-        if (found := TRAINING_STATE.match(key))
-    )
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    left_out = Counter(found["kind"] for found in map(TRAINING_STATE.match, plan.left_out) if found)
+    files: dict[bool, dict[str, Any]] = {
+        False: {},
+        True: {},
+    }  # by whether they are the dense checkpoint's too
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files[path.stat().st_nlink > 1][str(path.relative_to(folder))] = _file_record(path, contents)
     record = {
         "format": manifest.FORMAT,
         "router": options.router.to_dict(),
         "init": options.init.to_dict(),
-        "model": model.flags | model_flags(model, options.router, options.shared_expert, plan.layers),
+        "model": model.flags | model_flags(model, options, plan.layers),
         "seed": options.seed,
         "shared_storage": not options.materialize,
         "source": {
@@ -41,8 +41,8 @@ def make_manifest(
             "digest": dense.digest(),
         },
         "key_stats": None,
-        "files": {name: _file_record(path, contents) for name, path in files.items() if not _is_linked(path)},
-        "linked": {name: _linked_record(path, contents) for name, path in files.items() if _is_linked(path)},
+        "files": files[False],
+        "linked": files[True],
         "left_out": {kind: {"entries": left_out[kind], "reason": LEFT_OUT[kind]} for kind in left_out},
         "versions": versions(),
     }
@@ -55,16 +55,10 @@ def make_manifest(
     return record
 
 
-def _is_linked(path: Path) -> bool:
-    """Whether the file is the dense checkpoint's as well."""
-    return path.stat().st_nlink > 1
-
-
 def _file_record(path: Path, contents: dict[str, str]) -> dict[str, Any]:
-    """Size and SHA-256; for the experts, whose values keep the checksums they had, a digest of those."""
-    digest = {"content": contents[path.name]} if path.name == EXPERT_FILE else {"sha256": sha256(path)}
+    """Size and SHA-256; of linked files and the experts', whose values keep checksums, a digest of these."""
+    if path.stat().st_nlink > 1 or path.name == EXPERT_FILE:
+        digest = {"content": contents[path.name]}
+    else:
+        digest = {"sha256": sha256(path)}
     return {"bytes": path.stat().st_size} | digest
-
-
-def _linked_record(path: Path, contents: dict[str, str]) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "content": contents[path.name]}

@@ -32,6 +32,7 @@ class KeyStats:
     - ``metadata``: JSON values: what the keys are, which model they come from and what made them.
     - ``router_input``: [L, S, D], a sample of what routers see, for ``save``; ``load`` leaves it in the file,
       from which ``read_router_input`` takes a layer's.
+    - ``path``: of the file that ``load`` has read.
     """
 
     mean: torch.Tensor
@@ -39,6 +40,7 @@ class KeyStats:
     attended: torch.Tensor | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     router_input: torch.Tensor | None = None
+    path: Path | None = None
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> None:
@@ -104,7 +106,9 @@ def load(path: str | Path) -> KeyStats:
         problem = f"router_input is {sample}, where layers, tokens and hidden size are expected"
     if problem:
         raise UserError(f"--key-stats {path}: {problem}; collect the statistics again")
-    return KeyStats(tensors["key_mean"], tensors["key_count"], tensors.get("key_attended"), metadata)
+    return KeyStats(
+        tensors["key_mean"], tensors["key_count"], tensors.get("key_attended"), metadata, path=path
+    )
 
 
 def read_router_input(path: str | Path, layer: int) -> torch.Tensor:

@@ -249,14 +249,14 @@ def test_arguments_that_contradict_the_tensors(
 def test_a_width_for_a_model_that_has_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moe = make_moe(tmp_path, 15, *LINEAR, "--shared-expert")
     said = refused(capsys, "export-hf", moe, tmp_path / "hf", "--shared-expert-width", 16)
-    assert f"--shared-expert-width 16: the model has a shared expert of its own, of width {FFN}" in said
+    assert f"--shared-expert-width 16: is given by the model's own shared expert: {FFN}; leave it out" in said
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"normalization": "LayerNorm"}, "normalization 'LayerNorm'"),
-        ({"add_qkv_bias": False}, "neither QKV bias nor query/key norms"),
+        ({"add_qkv_bias": False}, "neither of QKV bias and query/key norms"),
     ],
 )
 def test_convert_says_that_no_qwen_has_no_class(

@@ -649,7 +649,7 @@ def test_chunks_of_another_grid_are_compared(
         sources = Sources(source, DataFiles(source.iteration_dir))
         read: list[int] = []
         comparison = values.Comparison(target, DataFiles(target.iteration_dir), sources, found, read.append)
-        comparison.compare("w", copy_of("w", "untouched"))
+        comparison.compare("w", copy_of(source, "w", "untouched"))
         assert sum(read) == tensor.nbytes
         return list(found.found)
 
