@@ -75,12 +75,8 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
     On any exception there is no checkpoint, and nothing else is left. What a killed process leaves in a
     hidden folder beside ``out``, the next conversion to ``out`` removes (``publish.folder``).
 
-    Args:
-        progress: called with the number of bytes after each write.
-
-    Raises:
-        UserError: it cannot be written; a chunk of the dense checkpoint cannot be read, is not what was
-            saved or holds NaN; or a file that was read has changed meanwhile.
+    ``progress`` is called with the number of bytes after each write. Refused is also a dense checkpoint of
+    which a chunk is not what was saved or holds NaN, or that has changed while it was read.
     """
     plan, out, sources = conversion.plan, conversion.out, conversion.sources
     try:

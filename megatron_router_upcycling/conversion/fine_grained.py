@@ -59,11 +59,7 @@ class Cut:
                 yield shard, part * block + shard * width, part * width, width
 
     def sources(self, box: Box, shard: int, shape: tuple[int, ...]) -> Iterator[tuple[Box, Box]]:
-        """The parts of ``box`` of a shard, each with the box of the dense parameter that it is cut from.
-
-        Args:
-            shape: of the dense parameter.
-        """
+        """The parts of ``box`` of a shard, each with its box in the dense parameter, of ``shape``."""
         for number, dense, place, width in self._pieces(shape[self.axis]):
             low = max(box.offsets[self.axis], place)
             size = min(box.ends[self.axis], place + width) - low
@@ -79,11 +75,7 @@ class Cut:
     def shards(
         self, tensor: torch.Tensor, offsets: tuple[int, ...], stored: StoredTensor
     ) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
-        """What each shard takes of a chunk: shard, values, and their place in the shard.
-
-        Args:
-            tensor: the chunk's values, at ``offsets`` of ``stored``.
-        """
+        """What each shard takes of a chunk, ``tensor`` at ``offsets``: shard, values, place in the shard."""
         axis = self.axis
         begin, end = offsets[axis], offsets[axis] + tensor.shape[axis]
         for shard, dense, place, width in self._pieces(stored.shape[axis]):

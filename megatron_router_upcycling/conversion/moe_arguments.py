@@ -37,11 +37,7 @@ SIZES = (
 
 
 def moe_arguments(model: DenseModel, options: Options, layers: tuple[int, ...] | None) -> dict[str, Any]:
-    """Megatron's arguments of the MoE's architecture, beside the dense model's.
-
-    Args:
-        layers: those with experts; None: all.
-    """
+    """Megatron's arguments of the MoE's architecture, beside the dense model's; ``layers`` have experts."""
     F, router = model.ffn_hidden_size, options.router
     scale = router.granularity * (1 - SHARE if options.shared_expert else 1)
     return {

@@ -88,11 +88,7 @@ class Plan(Work):
 
 
 def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
-    """Decide what becomes of every entry of ``dense``.
-
-    Raises:
-        UserError: it holds an entry that has no place in an MoE checkpoint, or sizes do not fit.
-    """
+    """Decide what becomes of every entry of ``dense``."""
     router = options.router
     fine_grained.check(dense, model, router.granularity, options.shared_expert)
     layers = None if options.layers is None else parse_layers(options.layers, model.num_layers)

@@ -94,12 +94,7 @@ def from_flags(flags: dict[str, Any]) -> QwenModel:
 
 
 def from_megatron(args: Namespace, root: Path, embedding_rows: int) -> QwenModel:
-    """The model that a checkpoint's training arguments describe.
-
-    Args:
-        root: the checkpoint, named in errors.
-        embedding_rows: rows of its embedding, which is padded.
-    """
+    """The model that the training arguments of the checkpoint ``root`` describe; its embedding is padded."""
     try:
         model = _from_arguments(args, embedding_rows)
     except (AttributeError, TypeError, ValueError) as error:
@@ -153,11 +148,7 @@ def _from_arguments(args: Namespace, embedding_rows: int) -> QwenModel:
 
 
 def _of_experts(args: Namespace) -> dict[str, Any]:
-    """The fields of QwenModel that only a Mixture-of-Experts has.
-
-    Raises:
-        UserError, TypeError, ValueError: an argument is none of Megatron's.
-    """
+    """The fields of QwenModel that only a Mixture-of-Experts has."""
     num_layers = int(args.num_layers)
     layers: Sequence[int] = range(num_layers)
     frequency = layer_frequency(getattr(args, "moe_layer_freq", 1), "moe_layer_freq")

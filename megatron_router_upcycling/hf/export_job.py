@@ -176,12 +176,11 @@ def _read_rows(
     """Rows of a part, gathered from where they are in Megatron's tensor."""
     name, columns = stored_name(job.checkpoint, tensor.name), tensor.part_shapes[part][1:]
     values = tensor_in(scratch, job.checkpoint.tensors[name].dtype, (stop - start, *columns))
-    ones, zeros, position = (1,) * len(place), (0,) * len(columns), 0
-    for _, first, last in name_table.cut(tensor.runs(part), start, stop):
+    ones, zeros = (1,) * len(place), (0,) * len(columns)
+    for _, first, last, begin in name_table.cut(tensor.runs(part), start, stop):
         box = Box((*place, first, *zeros), (*ones, last - first, *columns))
-        target = values[position : position + last - first]
+        target = values[begin : begin + last - first]
         job.checkpoint.read_box(name, box, target.view(box.sizes))
-        position += last - first
     if (scale := _scale(tensor, job.model)) != 1.0:
         values = values.float() * scale  # rounded once, where the dtype cannot hold the product
     return cast(values, job.dtype, f"{job.checkpoint.root}: {name}")

@@ -38,11 +38,8 @@ VALUE_BYTES = 4  # of a stored value, at most
 def check_conversion(conversion: Conversion) -> str | None:
     """Ask of the arguments that a new checkpoint will have what ``prepare`` asks, before it is made.
 
-    Returns:
-        A line for the user where the dense model is no Qwen, so that nothing of it has a class; else None.
-
-    Raises:
-        UserError: options take a Qwen where no class follows; says which flag converts it all the same.
+    Options that take a Qwen where no class follows are refused. Where the dense model is no Qwen, so that
+    nothing of it has a class, a line that says so is returned.
     """
     plan = conversion.plan
     try:
@@ -60,11 +57,7 @@ def check_conversion(conversion: Conversion) -> str | None:
 
 
 def prepare(root: Path, out: Path, options: Options) -> Export:
-    """Read and check everything but the values; write nothing.
-
-    Raises:
-        UserError: whatever would make the export fail and can be known beforehand.
-    """
+    """Read and check everything but the values; write nothing."""
     checkpoint = open_checkpoint(root)
     root = checkpoint.root
     publish.check_target(out, root, options.overwrite, source_name="MOE", made_by=RECORD)
@@ -143,8 +136,7 @@ def _check_tensors(checkpoint: Checkpoint, model: QwenModel, router: RouterConfi
 def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
     """Make the folder and return its record. On any exception nothing is left behind.
 
-    Args:
-        progress: called with the number of bytes after each write.
+    ``progress`` is called with the number of bytes after each write.
     """
     try:
         with (

@@ -80,11 +80,7 @@ class Import:
 
 
 def prepare(folder: Path, out: Path, options: Options) -> Import:
-    """Read and check everything but the values; write nothing.
-
-    Raises:
-        UserError: whatever would make the import fail and can be known beforehand.
-    """
+    """Read and check everything but the values; write nothing."""
     refuse_other_folders(folder)
     publish.check_target(out, folder, options.overwrite, source_name="HF_DIR", made_by=RECORD)
     path = folder / CONFIG
@@ -101,8 +97,7 @@ def prepare(folder: Path, out: Path, options: Options) -> Import:
 def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
     """Make the checkpoint and return its record. On any exception nothing is left behind.
 
-    Args:
-        progress: called with the number of bytes after each write.
+    ``progress`` is called with the number of bytes after each write.
     """
     try:
         with publish.new_folder(job.out, job.options.overwrite) as folder:
@@ -184,12 +179,10 @@ def _read_block(
     where = f"{parts[0].path}: {' and '.join(part.name for part in parts)}"
     columns = tensor.shape[len(index) + 1 :]
     values = tensor_in(scratch, job.dtype, (stop - start, *columns))
-    position = 0
     ranges = [(segment.start, segment.stop) for segment in tensor.segments]
-    for number, first, last in name_table.cut(ranges, start, stop):
+    for number, first, last, place in name_table.cut(ranges, start, stop):
         part = tensor.segments[number].part
-        target = values[position : position + last - first]
-        position += last - first
+        target = values[place : place + last - first]
         if part is None:
             target.zero_()
         else:

@@ -51,53 +51,40 @@ def _part(name: str, *shape: str) -> Part:
     return Part(f"{LAYER}.{name}", shape)
 
 
+def _qkv(kind: str, *columns: str) -> tuple[Part, ...]:
+    """Query, key and value projection of a layer."""
+    rows = (("q", "Q"), ("k", "K"), ("v", "K"))
+    return tuple(_part(f"self_attn.{name}_proj.{kind}", symbol, *columns) for name, symbol in rows)
+
+
+def _ffn(place: str, width: str) -> tuple[Part, Part, Part]:
+    """Gate, up and down projection of an FFN."""
+    return (
+        _part(f"{place}.gate_proj.weight", width, "D"),
+        _part(f"{place}.up_proj.weight", width, "D"),
+        _part(f"{place}.down_proj.weight", "D", width),
+    )
+
+
+DENSE, ROUTED = _ffn("mlp", "F"), _ffn(EXPERT, "E")
 # What Qwen2-MoE has beside the routed experts, of a model's own or all zeros.
-SHARED_EXPERT = (
-    _part("mlp.shared_expert.gate_proj.weight", "S", "D"),
-    _part("mlp.shared_expert.up_proj.weight", "S", "D"),
-    _part("mlp.shared_expert.down_proj.weight", "D", "S"),
-)
+SHARED_EXPERT = _ffn("mlp.shared_expert", "S")
 SHARED_EXPERT_GATE = _part("mlp.shared_expert_gate.weight", "1", "D")
 EXPERTS_DOWN, SHARED_DOWN = f"{names.EXPERTS}.linear_fc2.weight", f"{names.SHARED_EXPERT}.linear_fc2.weight"
 
 TABLE = (
     Row(names.EMBEDDING, (Part(EMBED_TOKENS, ("V", "D")),), PADDED),
     Row(names.NORMS[0][0], (_part("input_layernorm.weight", "D"),)),
-    Row(
-        names.QKV,
-        (
-            _part("self_attn.q_proj.weight", "Q", "D"),
-            _part("self_attn.k_proj.weight", "K", "D"),
-            _part("self_attn.v_proj.weight", "K", "D"),
-        ),
-        GROUPED,
-    ),
-    Row(
-        f"{names.QKV_LINEAR}.bias",
-        (
-            _part("self_attn.q_proj.bias", "Q"),
-            _part("self_attn.k_proj.bias", "K"),
-            _part("self_attn.v_proj.bias", "K"),
-        ),
-        GROUPED,
-        only="qkv_bias",
-    ),
+    Row(names.QKV, _qkv("weight", "D"), GROUPED),
+    Row(f"{names.QKV_LINEAR}.bias", _qkv("bias"), GROUPED, only="qkv_bias"),
     Row(f"{names.QUERY_NORM}.weight", (_part("self_attn.q_norm.weight", "d"),), only="qk_norm"),
     Row(f"{names.KEY_NORM}.weight", (_part("self_attn.k_norm.weight", "d"),), only="qk_norm"),
     Row(PROJECTION, (_part("self_attn.o_proj.weight", "D", "Q"),)),
     Row(NORM_BEFORE_FFN, (_part("post_attention_layernorm.weight", "D"),)),
-    Row(
-        f"{names.FC1}.weight",
-        (_part("mlp.gate_proj.weight", "F", "D"), _part("mlp.up_proj.weight", "F", "D")),
-        only="dense",
-    ),
-    Row(f"{names.FC2}.weight", (_part("mlp.down_proj.weight", "D", "F"),), only="dense"),
-    Row(
-        f"{names.EXPERTS}.linear_fc1.weight",
-        (_part(f"{EXPERT}.gate_proj.weight", "E", "D"), _part(f"{EXPERT}.up_proj.weight", "E", "D")),
-        only="moe",
-    ),
-    Row(EXPERTS_DOWN, (_part(f"{EXPERT}.down_proj.weight", "D", "E"),), only="moe"),
+    Row(f"{names.FC1}.weight", DENSE[:2], only="dense"),
+    Row(f"{names.FC2}.weight", DENSE[2:], only="dense"),
+    Row(f"{names.EXPERTS}.linear_fc1.weight", ROUTED[:2], only="moe"),
+    Row(EXPERTS_DOWN, ROUTED[2:], only="moe"),
     Row(f"{names.SHARED_EXPERT}.linear_fc1.weight", SHARED_EXPERT[:2], only="shared"),
     Row(SHARED_DOWN, SHARED_EXPERT[2:], only="shared"),
     Row(f"{names.SHARED_EXPERT}.gate_weight", (SHARED_EXPERT_GATE,), only="shared gate"),
@@ -215,17 +202,13 @@ def _segments(row: Row, model: QwenModel) -> Iterator[Segment]:
         yield Segment(None, model.vocab_size, model.padded_vocab_size)
 
 
-def cut(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """What of ``ranges``, laid end to end, makes up the rows ``start`` .. ``stop``.
-
-    Yields:
-        The number of a range, and its rows (first, last).
-    """
+def cut(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """What of ``ranges``, laid end to end, is ``start`` .. ``stop``: range, first, last, and place there."""
     position = 0
     for number, (first, last) in enumerate(ranges):
         low, high = max(start - position, 0), min(stop - position, last - first)
         if low < high:
-            yield number, first + low, first + high
+            yield number, first + low, first + high, position + low - start
         position += last - first
 
 

@@ -47,9 +47,6 @@ def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -
         query_weight [m, d', D] in the dtype of ``query_heads``, and expert_key [n*c, d'] in float32, of
         which expert i owns rows i*c .. i*c + c-1. With granularity G, each of n copies' keys stand G
         times, and there are n*G*c rows.
-
-    Raises:
-        UserError: a key is not finite, or m, n and H do not fit (``RouterConfig.shape``).
     """
     num_heads, head_dim, hidden = query_heads.shape
     assert key_heads.shape == (num_heads, head_dim)
@@ -109,11 +106,7 @@ def group_heads(keys: Tensor, num_sets: int, grouping: str) -> Sets:
     - ``optimal``: the pairs with the largest sum of similarities; an odd prime factor is merged greedily.
     - ``consecutive``: neighbours in index order, whatever their keys.
 
-    Args:
-        keys: [H, d].
-
-    Returns:
-        ``num_sets`` sets of head indices; heads within a set in index order, sets by their first head.
+    Of keys [H, d], ``num_sets`` sets of head indices; heads within a set in index order, sets by their first.
     """
     num_heads = len(keys)
     assert num_heads % num_sets == 0
@@ -137,14 +130,8 @@ def overlapping_sets(keys: Tensor, num_sets: int, size: int, grouping: str) -> S
     have been in the fewest sets together come first, and the most similar ones among these. So no two sets
     are equal.
 
-    Args:
-        keys: [H, d]; ``size`` divides H and is less.
-
-    Returns:
-        ``num_sets`` different sets, round after round: a multiple of H / size.
-
-    Raises:
-        UserError: a key is not finite, or there are not so many different sets.
+    Of keys [H, d], of which ``size`` divides H and is less: ``num_sets`` different sets, round after round, a
+    multiple of H / size.
     """
     sets = made = group_heads(keys, len(keys) // size, grouping)
     heads = range(len(keys))

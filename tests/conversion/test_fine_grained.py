@@ -138,29 +138,16 @@ def test_values_and_places(tmp_path: Path, gated: bool, dtype: torch.dtype, mate
     assert set(states) < set(checkpoint.objects)
 
 
-@pytest.mark.parametrize("num_routers", [None, 2, 8])
-def test_keys_of_shards_are_their_copys(tmp_path: Path, num_routers: int | None) -> None:
-    """The mixture's sizes follow from the copies; each copy's keys stand once for each of its shards."""
-    dense_checkpoint.write(tmp_path / "dense")
-    n, G = 4, 2
-    whole = convert(tmp_path, "whole", num_experts=n, num_routers=num_routers)
-    cut = convert(tmp_path, "cut", num_experts=n * G, granularity=G, num_routers=num_routers)
-    assert torch.equal(cut[f"{ROUTER}.query_weight"], whole[f"{ROUTER}.query_weight"])
-    keys = whole[f"{ROUTER}.expert_key"].unflatten(1, (n, -1))
-    found = cut[f"{ROUTER}.expert_key"].unflatten(1, (n * G, -1))
-    for expert in range(n * G):
-        assert torch.equal(found[:, expert], keys[:, expert // G])
-    record = manifest.read(tmp_path / "cut")
-    assert record is not None and manifest.router_config(record, "manifest").granularity == G
-    assert record["model"]["moe_ffn_hidden_size"] == FFN // G
-    assert record["model"]["moe_router_topk_scaling_factor"] == G
-
-
 def test_without_either_the_model_is_as_before(tmp_path: Path) -> None:
     dense_checkpoint.write(tmp_path / "dense")
     convert(tmp_path, num_experts=4)
     record = manifest.read(tmp_path / "moe")
     assert record is not None and not [flag for flag in record["model"] if flag.startswith("moe_")]
+    convert(tmp_path, "cut", num_experts=8, granularity=2)
+    record = manifest.read(tmp_path / "cut")
+    assert record is not None and manifest.router_config(record, "manifest").granularity == 2
+    assert record["model"]["moe_ffn_hidden_size"] == FFN // 2
+    assert record["model"]["moe_router_topk_scaling_factor"] == 2
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[str, ...]]] = {
     "shared expert": (QWEN2, (*LINEAR, "--shared-expert"), ()),
     "shared expert, top-k first": (QWEN2 | TIED, (*LINEAR, "--shared-expert", TOP_K_FIRST), ()),
     "all three": (QWEN2, (*LINEAR, "--granularity", 2, "--shared-expert", "--layers", "0-1"), ()),
+    "a mixture": (QWEN2, ("--num-experts", 4), ()),
+    "two keys": (QWEN2, ("--num-experts", 2, "--num-routers", 4), ("--modelling-code",)),
     "all three, max pooling": (
         QWEN2,
         ("--num-experts", 4, "--pooling", "max", "--granularity", 2, "--shared-expert", "--layers", "1-2"),
@@ -117,19 +119,6 @@ def test_an_export_computes_what_megatron_does(tmp_path: Path, case: str) -> Non
     assert_as_megatron(moe, tmp_path / "hf", pooling, trust_remote_code=bool(code))
 
 
-def test_the_arithmetic_held_against_sees_each_factor(tmp_path: Path) -> None:
-    """Without the scaling factor, or without the shared expert's whole output, the comparison would fail."""
-    moe = make_moe(tmp_path, 8, *LINEAR, "--granularity", 2, "--shared-expert", "--top-k", 1)
-    assert run("export-hf", moe, tmp_path / "hf") == 0
-    assert_as_megatron(moe, tmp_path / "hf")
-    checkpoint = open_checkpoint(moe)
-    tensors = dense_checkpoint.read_back(checkpoint.iteration_dir)
-    checkpoint.args.moe_router_topk_scaling_factor = 2.0
-    write_moe(tmp_path / "other", tensors, checkpoint.args)
-    with pytest.raises(AssertionError):
-        assert_as_megatron(tmp_path / "other", tmp_path / "hf")
-
-
 def test_tensors_and_entries_of_an_export(tmp_path: Path) -> None:
     """A scale of a power of two leaves every digit; layers without experts are plain FFNs."""
     moe = make_moe(tmp_path, 9, *LINEAR, "--granularity", 4, "--shared-expert", "--layers", "0,2")
@@ -140,15 +129,16 @@ def test_tensors_and_entries_of_an_export(tmp_path: Path) -> None:
     assert (config["mlp_only_layers"], config["decoder_sparse_step"]) == ([1], 1)
     assert (config["intermediate_size"], config["moe_intermediate_size"]) == (FFN, FFN // 4)
     assert (config["num_experts"], config["num_experts_per_tok"]) == (16, 8)
+    assert config["norm_topk_prob"] is False
     assert config["shared_expert_intermediate_size"] == FFN
     for layer in (0, 2):
         own, prefix = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
         experts = source[f"{own}.experts.experts.linear_fc2.weight"]
         for expert in range(16):
             name = f"{prefix}.experts.{expert}.down_proj.weight"
-            assert torch.equal(
-                found[name], 2 * experts[expert]
-            )  # 4 for the shards, one half beside the shared
+            assert torch.equal(found[name], 2 * experts[expert])  # 4 for shards, half beside the shared
+            both = [found[name.replace("down", part)] for part in ("gate", "up")]
+            assert torch.equal(torch.cat(both), source[f"{own}.experts.experts.linear_fc1.weight"][expert])
         shared = source[f"{own}.shared_experts.linear_fc2.weight"]
         assert torch.equal(found[f"{prefix}.shared_expert.down_proj.weight"], 2 * shared)
         gate = found[f"{prefix}.shared_expert_gate.weight"]
@@ -159,6 +149,7 @@ def test_tensors_and_entries_of_an_export(tmp_path: Path) -> None:
     assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], up)
     assert not [name for name in found if name.startswith("model.layers.1.mlp.") and "proj" not in name]
     card = (tmp_path / "hf/README.md").read_text()
+    assert "softmax, then top-k" in card
     assert "Layers without experts (`mlp_only_layers`): 1." in card
     assert "scaled by 2 in training; the factor is in their `down_proj`, exactly." in card
 
@@ -252,22 +243,13 @@ def test_a_width_for_a_model_that_has_its_own(tmp_path: Path, capsys: pytest.Cap
     assert f"--shared-expert-width 16: is given by the model's own shared expert: {FFN}; leave it out" in said
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"normalization": "LayerNorm"}, "normalization 'LayerNorm'"),
-        ({"add_qkv_bias": False}, "neither of QKV bias and query/key norms"),
-    ],
-)
-def test_convert_says_that_no_qwen_has_no_class(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
-) -> None:
-    args = dense_checkpoint.arguments(**changes)
+def test_convert_says_that_no_qwen_has_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = dense_checkpoint.arguments(normalization="LayerNorm")
     dense_checkpoint.write(tmp_path / "dense", dense_tensors(args), args=args)
     command = ("convert", tmp_path / "dense", tmp_path / "moe", *LINEAR, "--shared-expert")
     assert cli.main([str(part) for part in command]) == 0
     first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("not for Hugging Face: ") and message in first
+    assert first.startswith("not for Hugging Face: ") and "normalization 'LayerNorm'" in first
 
 
 def test_convert_refuses_options_that_could_not_be_exported(
