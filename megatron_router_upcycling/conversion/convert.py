@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,33 +123,24 @@ def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> K
         what = f"--router {kind.name}" if kind.of_heads else "this --config"
         raise UserError(f"--key-stats: {what} needs the file that collect_keys wrote")
     stats = key_stats_file.load(path)
-    _check_key_stats(stats, path, dense, model)
-    found = stats.metadata["key_source"]
-    if options.key_source not in (None, found):
-        raise UserError(
-            f"--key-stats {path}: holds {found} keys, and --config asks for key_source"
-            f" {options.key_source}; collect them with --key-source {options.key_source}"
-        )
+    _check_key_stats(stats, options, dense, model)
     if options.init.needs_router_input:
         key_stats_file.read_router_input(path, 0)
     return stats
 
 
-def _check_key_stats(stats: KeyStats, path: Path, dense: Checkpoint, model: DenseModel) -> None:
-    """Refuse statistics of another model."""
-    names = ("num_layers", "num_query_groups", "kv_channels", "num_attention_heads", "hidden_size")
-    for name in names:
-        recorded, wanted = stats.metadata.get(name), getattr(model, name)
-        if recorded not in (None, wanted):
+def _check_key_stats(stats: KeyStats, options: Options, dense: Checkpoint, model: DenseModel) -> None:
+    """Refuse statistics of another model, or of other keys than --config asks for."""
+    sizes = ("num_layers", "num_query_groups", "kv_channels", "num_attention_heads", "hidden_size")
+    wanted: dict[str, Callable[[], Any]] = {size: partial(getattr, model, size) for size in sizes}
+    wanted["key_source"] = lambda: options.key_source
+    wanted["checkpoint_digest"] = dense.digest
+    wanted["query_key_digest"] = lambda: query_key_digest(dense)
+    for name, value in wanted.items():
+        recorded = stats.metadata.get(name)  # files of older versions lack some
+        if recorded is not None and (needed := value()) not in (None, recorded):
+            source = f" with --key-source {needed}" if name == "key_source" else ""
             raise UserError(
-                f"--key-stats {path}: of another model: {name} {recorded} where {dense.root} has {wanted};"
-                " collect them from this checkpoint"
-            )
-    # Files of older versions have one of the digests or none.
-    digests = {"checkpoint_digest": dense.digest, "query_key_digest": lambda: query_key_digest(dense)}
-    for name, digest in digests.items():
-        if stats.metadata.get(name) is not None and stats.metadata[name] != digest():
-            raise UserError(
-                f"--key-stats {path}: collected from another checkpoint ({stats.metadata.get('checkpoint')});"
-                f" collect them from {dense.root}"
+                f"--key-stats {stats.path}: of another model or other keys: its {name} is {recorded}, and"
+                f" {needed} is needed; collect them{source} from {dense.root}"
             )

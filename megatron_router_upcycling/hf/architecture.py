@@ -64,6 +64,8 @@ class QwenModel(Architecture):
     @property
     def dense_layers(self) -> Sequence[int]:
         """The layers without experts."""
+        if len(self.expert_layers) == self.num_layers:
+            return ()
         every = range(self.num_layers)
         return [layer for layer in every if layer not in self.expert_layers] if self.num_experts else every
 

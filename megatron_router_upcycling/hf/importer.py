@@ -40,7 +40,7 @@ from megatron_router_upcycling.hf.safetensors_file import (
     dtype_name,
     sample_digest,
 )
-from megatron_router_upcycling.hf.weights import Weights
+from megatron_router_upcycling.hf.weights import Weights, choose_dtype, read_weights
 
 RECORD = "import_hf.json"
 MODEL_YAML = "model.yaml"
@@ -86,8 +86,8 @@ def prepare(folder: Path, out: Path, options: Options) -> Import:
     path = folder / CONFIG
     flags = read_config_json.to_flags(read_json(path), path, options.vocabulary_multiple)
     model = from_flags(flags)
-    weights = Weights.open(folder)
-    dtype = weights.choose_dtype(model, options.dtype)
+    weights = read_weights(folder, model)
+    dtype = choose_dtype(weights, options.dtype)
     found = beside.look(folder, [*weights.paths, folder / INDEX])
     job = Import(folder, out, flags, model, weights, found, dtype, options)
     publish.check_space(out, job.bytes_to_write)
@@ -102,7 +102,6 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
     try:
         with publish.new_folder(job.out, job.options.overwrite) as folder:
             record = _record(job)
-            job.weights.check_tied(job.model)
             with CheckpointWriter(folder / "release", "__0_", progress) as writer:
                 _write(job, writer)
             beside.copy(job.folder, job.beside.carried, folder / beside.FOLDER)
@@ -175,7 +174,7 @@ def _read_block(
     job: Import, tensor: Tensor, index: Index, start: int, stop: int, scratch: bytearray
 ) -> Block:
     """The rows ``start`` .. ``stop`` of what ``tensor`` has at ``index``, each read to where it belongs."""
-    parts = [job.weights.find(name_table.name(part, index), job.model) for part in tensor.parts]
+    parts = [job.weights.tensors[name_table.name(part, index)] for part in tensor.parts]
     where = f"{parts[0].path}: {' and '.join(part.name for part in parts)}"
     columns = tensor.shape[len(index) + 1 :]
     values = tensor_in(scratch, job.dtype, (stop - start, *columns))

@@ -221,8 +221,8 @@ def test_what_is_not_a_dense_gpt_model_is_refused(
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"hidden_size": 16}, "of another model: hidden_size 16 where"),
-        ({"checkpoint_digest": "0" * 64, "checkpoint": "elsewhere"}, "from another checkpoint (elsewhere)"),
+        ({"hidden_size": 16}, "of another model or other keys: its hidden_size is 16"),
+        ({"checkpoint_digest": "0" * 64}, f"its checkpoint_digest is {'0' * 64}, and"),
     ],
 )
 def test_key_statistics_of_another_model_are_refused(
@@ -248,7 +248,7 @@ def test_key_statistics_of_this_checkpoint_are_taken_and_of_one_with_other_value
     values[dense_checkpoint.ATTENTION + ".linear_qkv.weight"][2, 0, 0] += 1e-3
     dense_checkpoint.write(tmp_path / "dense", values)
     assert open_checkpoint(tmp_path / "dense").digest() == dense.digest()
-    with pytest.raises(UserError, match="collected from another checkpoint"):
+    with pytest.raises(UserError, match="its query_key_digest is"):
         conversion.prepare(tmp_path / "dense", tmp_path / "moe", options)
 
 

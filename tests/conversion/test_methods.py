@@ -88,7 +88,7 @@ def test_keys_of_another_source_are_refused(
     command = ["convert", folder / "dense", tmp_path / "moe", "--key-stats", folder / "ks"]
     command += ["--config", CONFIGS / "ablations/post_rope_keys.yaml"]
     assert cli.main([str(part) for part in command]) == 2
-    assert "holds pre_rope keys, and --config asks for key_source post_rope" in capsys.readouterr().err
+    assert "collect them with --key-source post_rope from" in capsys.readouterr().err
 
 
 def inputs(path: Path, key_source: str) -> torch.Tensor:
