@@ -14,6 +14,7 @@ from megatron_router_upcycling.checkpoint.names import ROUTER, other_norm
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, tensor_in
 from megatron_router_upcycling.hf import config_json, name_table, other_tools
 from megatron_router_upcycling.hf.architecture import QwenModel
+from megatron_router_upcycling.hf.files import SINGLE_FILE, numbered
 from megatron_router_upcycling.hf.name_table import Index, Tensor
 from megatron_router_upcycling.hf.safetensors_file import cast
 from megatron_router_upcycling.routers import kinds
@@ -64,8 +65,8 @@ class Export:
         return kinds.gate_shapes(self.router, kinds.Sizes.of(self.model)) if self.router else {}
 
     @functools.cached_property
-    def shards(self) -> list[list[Output]]:
-        """The files: each of at most ``max_shard_bytes``, or of one tensor that is larger."""
+    def shards(self) -> dict[str, list[Output]]:
+        """The files of weights: each of at most ``max_shard_bytes``, or of one tensor that is larger."""
         shards: list[list[Output]] = [[]]
         size = 0
         for output in outputs(self):
@@ -75,11 +76,13 @@ class Export:
                 shards.append([])
                 size = count
             shards[-1].append(output)
-        return shards
+        count = len(shards)
+        names = [numbered(number, count) for number in range(1, count + 1)] if count > 1 else [SINGLE_FILE]
+        return dict(zip(names, shards, strict=True))
 
     @property
     def bytes_to_write(self) -> int:
-        shapes = [output.shape for shard in self.shards for output in shard]
+        shapes = [output.shape for shard in self.shards.values() for output in shard]
         return sum(map(math.prod, shapes)) * self.dtype.itemsize
 
     def read_gate(self, layer: int) -> Gate:
@@ -152,7 +155,8 @@ def outputs(job: Export) -> Iterator[Output]:
                 yield from _moved(job, tensor, layer)
         if layer in model.expert_layers:
             for name, shape in job.gate.items():
-                yield _folded(job, layer, name, shape, read_gate)
+                make = functools.partial(_part_of_gate, read_gate, layer, name)
+                yield _made(job, f"{name_table.GATE.format(layer=layer)}.{name}", shape, make)
             if model.family == "qwen2":
                 yield from _shared_expert(job, layer)
     for tensor in others:
@@ -195,40 +199,34 @@ def _scale(tensor: Tensor, model: QwenModel) -> float:
     return 1.0
 
 
-def _folded(
-    job: Export, layer: int, name: str, shape: tuple[int, ...], read_gate: Callable[[int], Gate]
-) -> Output:
-    """A tensor of a layer's gate."""
-    where = f"{job.checkpoint.root}: the router of layer {layer}"
+def _made(job: Export, name: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> Output:
+    """A tensor that is computed."""
 
     def read(start: int, stop: int, scratch: bytearray) -> torch.Tensor:
-        return cast(read_gate(layer)[name][start:stop], job.dtype, where)
+        return cast(make()[start:stop], job.dtype, f"{job.checkpoint.root}: {name}")
 
-    return Output(f"{name_table.GATE.format(layer=layer)}.{name}", shape, read)
+    return Output(name, shape, read)
+
+
+def _part_of_gate(read_gate: Callable[[int], Gate], layer: int, name: str) -> torch.Tensor:
+    return read_gate(layer)[name]
 
 
 def _shared_expert(job: Export, layer: int) -> Iterator[Output]:
-    """What Qwen2-MoE wants and the checkpoint lacks: a shared expert, of zeros, and its gate.
-
-    The gate is drawn from N(0, size), for llama.cpp computes the sigmoid of x as silu(x) / x: NaN at 0.
-    """
-    model, limits = job.model, torch.finfo(job.dtype)
-    size = SIZE_OF_HALF if model.shared_expert_size else SIZE_BESIDE_ZEROS
-    size = max(size, 16 * limits.smallest_normal * limits.eps)  # float16 holds little below that
-
-    def gate(start: int, stop: int, scratch: bytearray) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(layer)
-        return (torch.randn(1, model.hidden_size, generator=generator) * size).to(job.dtype)
-
+    """What Qwen2-MoE wants and the checkpoint lacks: a shared expert, of zeros, and its gate."""
+    model = job.model
     if job.shared_expert_width and not model.shared_expert_size:
         for part in name_table.SHARED_EXPERT:
             shape = name_table.shape(part, model, job.shared_expert_width)
-            zeros = functools.partial(_zeros, job.dtype, shape[1])
-            yield Output(name_table.name(part, (layer,)), shape, zeros)
+            yield _made(job, name_table.name(part, (layer,)), shape, functools.partial(torch.zeros, shape))
     if not model.shared_expert_gated:
-        part = name_table.SHARED_EXPERT_GATE
-        yield Output(name_table.name(part, (layer,)), name_table.shape(part, model), gate)
+        name = name_table.name(name_table.SHARED_EXPERT_GATE, (layer,))
+        yield _made(job, name, (1, model.hidden_size), functools.partial(_drawn_gate, job, layer))
 
 
-def _zeros(dtype: torch.dtype, columns: int, start: int, stop: int, scratch: bytearray) -> torch.Tensor:
-    return torch.zeros(stop - start, columns, dtype=dtype)
+def _drawn_gate(job: Export, layer: int) -> torch.Tensor:
+    """A gate of N(0, size), not of 0: llama.cpp computes the sigmoid of x as silu(x) / x, there NaN."""
+    limits, size = torch.finfo(job.dtype), SIZE_OF_HALF if job.model.shared_expert_size else SIZE_BESIDE_ZEROS
+    size = max(size, 16 * limits.smallest_normal * limits.eps)  # float16 holds little below that
+    generator = torch.Generator().manual_seed(layer)
+    return torch.randn(1, job.model.hidden_size, generator=generator) * size

@@ -26,7 +26,7 @@ from megatron_router_upcycling.hf import name_table, rounding
 from megatron_router_upcycling.hf.architecture import QwenModel, check_exportable, from_megatron
 from megatron_router_upcycling.hf.export_job import Export, Options, Output, stored_name
 from megatron_router_upcycling.hf.files import CARD
-from megatron_router_upcycling.hf.folder import RECORD, find_beside, shard_name, write_folder
+from megatron_router_upcycling.hf.folder import RECORD, find_beside, write_folder
 from megatron_router_upcycling.hf.safetensors_file import ahead, as_bytes, blocks, dtype_name, format_header
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
@@ -144,10 +144,9 @@ def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> di
             ThreadPoolExecutor(1) as aside,
         ):
             flushed = []
-            for number, shard in enumerate(job.shards, start=1):
-                path = folder / shard_name(number, len(job.shards))
-                _write_shard(job, shard, path, progress)
-                flushed.append(aside.submit(sync, path))
+            for file, shard in job.shards.items():
+                _write_shard(job, shard, folder / file, progress)
+                flushed.append(aside.submit(sync, folder / file))
             record = _record(job)
             write_folder(job, folder, record)
             for flush in flushed:

@@ -16,8 +16,6 @@ from megatron_router_upcycling.hf.files import (
     GENERATION_CONFIG,
     INDEX,
     MODELLING_FILE,
-    SINGLE_FILE,
-    numbered,
     read_json,
 )
 from megatron_router_upcycling.hf.model_card import model_card
@@ -26,11 +24,6 @@ from megatron_router_upcycling.routers.kinds import Kind
 
 RECORD = "export_hf.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-def shard_name(number: int, count: int) -> str:
-    """The name of a file of weights, counted from 1."""
-    return SINGLE_FILE if count == 1 else numbered(number, count)
 
 
 def find_beside(asked: Path | None, checkpoint: Checkpoint) -> Path | None:
@@ -65,11 +58,7 @@ def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     if not (folder / GENERATION_CONFIG).exists():
         _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True} | special)
     if len(job.shards) > 1:
-        places = {
-            output.name: shard_name(number, len(job.shards))
-            for number, shard in enumerate(job.shards, start=1)
-            for output in shard
-        }
+        places = {output.name: file for file, shard in job.shards.items() for output in shard}
         _write_json(folder / INDEX, {"metadata": {"total_size": job.bytes_to_write}, "weight_map": places})
     if job.router is not None and not job.is_stock:
         (folder / MODELLING_FILE).write_text(_modelling_file(job.router.kind), encoding="utf-8")
