@@ -1,6 +1,7 @@
 """One conversion from end to end: check everything, write aside, publish, keep a record."""
 
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import TRACKER, iteration_dir
+from megatron_router_upcycling.checkpoint.names import LEFT_OUT, TRAINING_STATE
 from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.publish import completeness
 from megatron_router_upcycling.checkpoint.publish import folder as publish
@@ -18,14 +20,17 @@ from megatron_router_upcycling.checkpoint.read_model import query_key_digest, re
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.conversion.moe_arguments import model_flags
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.conversion.plan import Plan, plan
-from megatron_router_upcycling.conversion.record import DATA_FILES, make_manifest
 from megatron_router_upcycling.errors import UserError, reason
-from megatron_router_upcycling.files import on_one_disk
+from megatron_router_upcycling.files import on_one_disk, sha256, versions
 from megatron_router_upcycling.initialisation.first_routers import choose_head_key, router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
+
+DATA_FILES = "__upcycled_"  # begins the new data files' names, beside the dense checkpoint's own
+EXPERT_FILE = f"{DATA_FILES}0.distcp"
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
     try:
         with publish.new_folder(out, plan.options.overwrite) as folder:
             contents = _write(conversion, folder / "release", progress)
-            record = make_manifest(plan, conversion.stats, folder, contents)
+            record = _manifest(plan, conversion.stats, folder, contents)
             manifest.write(folder, record)
             if (beside_dense := plan.dense.root / beside.FOLDER).is_dir():
                 beside.hand_on(beside_dense, folder)
@@ -112,6 +117,41 @@ def _write(conversion: Conversion, folder: Path, progress: Callable[[int], None]
         intact.wait()
     completeness.check_whole(tensors, writer.objects, plan.makes())
     return completeness.content_digests(completeness.examine_all(folder, tensors, writer.objects))
+
+
+def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[str, str]) -> dict[str, Any]:
+    """The record of a conversion; ``contents`` are the digests of the data files' chunks."""
+    dense, model, options = plan.dense, plan.model, plan.options
+    left_out = Counter(found["kind"] for found in map(TRAINING_STATE.match, plan.left_out) if found)
+    files: dict[str, dict[str, Any]] = {"files": {}, "linked": {}}  # the latter are the dense one's as well
+    for path in filter(Path.is_file, sorted(folder.rglob("*"))):
+        is_linked = path.stat().st_nlink > 1
+        # Linked and experts' values keep the checksums that they had: a digest of those.
+        known = is_linked or path.name == EXPERT_FILE
+        digest = {"content": contents[path.name]} if known else {"sha256": sha256(path)}
+        entry = {"bytes": path.stat().st_size} | digest
+        files["linked" if is_linked else "files"][str(path.relative_to(folder))] = entry
+    key_stats = None
+    if stats is not None and options.key_stats is not None:
+        path = options.key_stats
+        key_stats = {"path": str(path.absolute()), "sha256": sha256(path), "metadata": stats.metadata}
+    return {
+        "format": manifest.FORMAT,
+        "router": options.router.to_dict(),
+        "init": options.init.to_dict(),
+        "model": model.flags | model_flags(model, options, plan.layers),
+        "seed": options.seed,
+        "shared_storage": not options.materialize,
+        "source": {
+            "path": str(dense.root.absolute()),
+            "iteration": dense.iteration_dir.name,
+            "digest": dense.digest(),
+        },
+        "key_stats": key_stats,
+        **files,
+        "left_out": {kind: {"entries": left_out[kind], "reason": LEFT_OUT[kind]} for kind in left_out},
+        "versions": versions(),
+    }
 
 
 def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> KeyStats | None:

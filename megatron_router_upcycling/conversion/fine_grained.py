@@ -50,8 +50,7 @@ class Cut:
         return (*shape[: self.axis], shape[self.axis] // self.granularity, *shape[self.axis + 1 :])
 
     def _pieces(self, size: int) -> Iterator[tuple[int, int, int, int]]:
-        """Every piece of ``size`` = parts x F: its shard, where it begins in the dense parameter and in the
-        shard, and its width."""
+        """The pieces of ``size`` = parts x F: shard, begin in the dense parameter and in the shard, width."""
         block = size // self.parts
         width = block // self.granularity
         for part in range(self.parts):

@@ -26,7 +26,6 @@ FRESH = {
 # Which experts to build is the business of the machine that trains: --use-checkpoint-args must not say.
 DECIDED_LATER = ("moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias")
 
-
 # Of the architecture, what the manifest records beside the dense model's flags.
 SIZES = (
     "moe_ffn_hidden_size",

@@ -9,8 +9,8 @@ import torch
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion import convert as conversion
+from megatron_router_upcycling.conversion.convert import EXPERT_FILE
 from megatron_router_upcycling.conversion.options import Options, parse_layers
-from megatron_router_upcycling.conversion.record import EXPERT_FILE
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import proof

@@ -12,8 +12,8 @@ from megatron_router_upcycling.checkpoint.read_model import query_key_digest
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.conversion import convert as conversion
+from megatron_router_upcycling.conversion.convert import EXPERT_FILE
 from megatron_router_upcycling.conversion.options import Options
-from megatron_router_upcycling.conversion.record import EXPERT_FILE
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.routers.config import RouterConfig

@@ -1,7 +1,7 @@
 """Some layers with experts, finer experts, a shared expert: stock classes compute what Megatron computes.
 
-Megatron's Mixture-of-Experts is written here once more, from the tensors as the checkpoint has them, and
-takes the place of the exported model's FFNs. ``test_megatron`` holds exports against Megatron itself.
+Megatron's arithmetic (``tests/reference/megatron_ffn``) takes the place of the exported model's FFNs.
+``test_megatron`` holds exports against Megatron itself.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import silu
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from tests import dense_checkpoint, hf_models
 from tests.dense_checkpoint import FFN, HIDDEN, LAYERS
 from tests.hf.folders import dense_tensors, make_moe, refused, run, write_moe
+from tests.reference.megatron_ffn import MegatronFFN
 
 TOKENS = torch.arange(2 * 12).reshape(2, 12) * 7 % dense_checkpoint.VOCABULARY
 QWEN2: dict[str, Any] = {}
@@ -41,57 +41,6 @@ CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[str, ...]]] = {
         ("--modelling-code",),
     ),
 }
-
-
-class MegatronFFN(torch.nn.Module):
-    """What Megatron computes of a layer's FFN or experts, token by token."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], layer: int, args: Any) -> None:
-        super().__init__()
-        self.args = args
-        self.values = {}
-        for key, value in tensors.items():
-            own = f"decoder.layers.{layer}.mlp."
-            if key.startswith(own):
-                self.values[key.removeprefix(own)] = value
-            elif key.startswith("decoder.layers.mlp."):
-                self.values[key.removeprefix("decoder.layers.mlp.")] = value[layer]
-
-    def ffn(self, x: torch.Tensor, name: str, expert: int | None = None) -> torch.Tensor:
-        fc1, fc2 = (self.values[f"{name}linear_fc{number}.weight"] for number in (1, 2))
-        if expert is not None:
-            fc1, fc2 = fc1[expert], fc2[expert]
-        gate, up = (x @ fc1.t()).chunk(2, -1)
-        return (silu(gate) * up) @ fc2.t()
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        if "router.weight" in self.values:
-            return x @ self.values["router.weight"].t()
-        query, key = self.values["router.query_weight"], self.values["router.expert_key"]
-        scores = torch.einsum("mrd,d,er->me", query, x, key) / query.shape[1] ** 0.5
-        pooled = scores.amax(0) if len(query) == 4 and self.args.pooling == "max" else scores.sum(0)
-        return pooled.unflatten(0, (self.args.num_experts, -1)).amax(-1)
-
-    def token(self, x: torch.Tensor) -> torch.Tensor:
-        if "linear_fc1.weight" in self.values:
-            return self.ffn(x, "")
-        logits, k = self.logits(x), self.args.moe_router_topk
-        chosen = logits.topk(k).indices
-        weights = logits.softmax(0)[chosen] if self.args.moe_router_pre_softmax else logits[chosen].softmax(0)
-        weights = weights * (self.args.moe_router_topk_scaling_factor or 1)
-        output = sum(
-            weight * self.ffn(x, "experts.experts.", int(expert))
-            for weight, expert in zip(weights, chosen, strict=True)
-        )
-        if self.args.moe_shared_expert_intermediate_size:
-            shared = self.ffn(x, "shared_experts.")
-            if getattr(self.args, "moe_shared_expert_gate", False):
-                shared = shared * (x @ self.values["shared_experts.gate_weight"][0]).sigmoid()
-            output = output + shared
-        return output
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.stack([self.token(x) for x in hidden.flatten(0, 1)]).view(hidden.shape)
 
 
 def assert_as_megatron(moe: Path, exported: Path, pooling: str = "sum", **options: Any) -> torch.Tensor:
