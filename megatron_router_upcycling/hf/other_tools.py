@@ -4,16 +4,12 @@ llama.cpp and mbridge do not read every entry of config.json: as of the versions
 whether the chosen experts' weights are renormalised depends on the class alone, and every layer must have
 experts.
 
-transformers trains the export with the load balancing loss that config.json gives. Of one layer, n experts, k
-a token, T tokens: f_i tokens chose expert i, P_i is the sum of their softmax.
-
-- Megatron adds c n / (k T^2) sum_i f_i P_i for every layer.
-- transformers adds r n / (L T)^2 sum_i F_i Q_i once, where F and Q are sums of f and P over all L layers, and
-  only with ``output_router_logits``.
-
-Counts have no gradient, so that the gradients by one layer's P_i are c n f_i / (k T^2) and r n F_i / (L T)^2.
-With r = c L / k they are equal where the layers' counts are (F_i = L f_i), as in a single layer; elsewhere
-transformers' is Megatron's with each layer's counts replaced by their mean over the layers.
+transformers trains the export with the load balancing loss of config.json. Of one layer, n experts, k a
+token, T tokens: f_i tokens chose expert i, P_i is the sum of their softmax. Megatron adds
+c n / (k T^2) sum_i f_i P_i for every layer; transformers, only with ``output_router_logits``,
+r n / (L T)^2 sum_i F_i Q_i once, where F and Q are sums of f and P over all L layers. With r = c L / k the
+gradients by P_i, c n f_i / (k T^2) and r n F_i / (L T)^2, are equal where the layers' counts are
+(F_i = L f_i), as in a single layer; elsewhere each layer's counts are replaced by their mean over the layers.
 
 Pure: no torch.
 """
