@@ -79,7 +79,7 @@ BAD_FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "wider than config": (
         "qwen1.5",
         lambda f: edit(f / "config.json", intermediate_size=95),
-        r"down_proj.weight is \[64, 96\] where config.json gives \[64, 95\]",
+        r"gate_proj.weight is \[96, 64\] where config.json gives \[95, 64\]",
     ),
     "more layers in config": (
         "qwen1.5",
@@ -163,27 +163,20 @@ def test_a_folder_that_was_not_made_here_is_not_replaced(
     assert_equal(hf_models.tensors(back), hf_models.tensors(source))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--max-shard-size", "5"), "argument --max-shard-size: '5' is no size; write it as 5GB"),
-        (("--max-shard-size", "0MB"), "'0MB' is no size"),
-        (("--shared-expert-width", "-1"), "--shared-expert-width -1: must be 0 or more"),
-        (("--tokenizer", "."), "--tokenizer .: holds none of tokenizer.json"),
-        (("--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
-    ],
-)
 def test_bad_flags_of_export(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    flags: tuple[str, ...],
-    message: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     dense_checkpoint.write(tmp_path / "dense", args=dense_checkpoint.arguments(max_position_embeddings=16))
-    assert message in refused(capsys, "export-hf", "dense", "hf", *flags)
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    for flag, value, message in (
+        ("--max-shard-size", "5", "argument --max-shard-size: '5' is no size; write it as 5GB"),
+        ("--max-shard-size", "0MB", "'0MB' is no size"),
+        ("--shared-expert-width", "-1", "--shared-expert-width -1: must be 0 or more"),
+        ("--tokenizer", ".", "--tokenizer .: holds none of tokenizer.json"),
+        ("--dtype", "int8", "argument --dtype: invalid choice: 'int8'"),
+    ):
+        assert message in refused(capsys, "export-hf", "dense", "hf", flag, value)
+        assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +204,6 @@ def test_a_bad_checkpoint_is_not_exported(
     spoil: Callable[[dict[str, torch.Tensor]], Any],
     message: str,
 ) -> None:
-
     tensors = dense_checkpoint.tensors()
     spoil(tensors)
     args = dense_checkpoint.arguments(max_position_embeddings=16)
