@@ -12,7 +12,6 @@ import transformers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 
-from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import yaml_files
@@ -20,7 +19,7 @@ from megatron_router_upcycling.data.tokenizer import load as tokens_of
 from megatron_router_upcycling.data.tokenizer import train
 from megatron_router_upcycling.training import tokenizer
 from tests import dense_checkpoint
-from tests.hf.folders import copy, edit, refused, run, write_tokenizer
+from tests.hf.folders import copy, edit, output, refused, run, write_tokenizer
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # What trainers, quantisers and other tools leave beside a model, and would change what the folder is.
@@ -50,8 +49,7 @@ def test_all_that_is_not_weights_goes_along_or_is_named(
     write_tokenizer(source)
     put(source, *CARRIED, "README.md", *ADAPTER, *LEFTOVERS)
     before = (source / "tokenizer_config.json").read_bytes()
-    assert cli.main(["import-hf", str(source), str(tmp_path / "dense")]) == 0
-    said = capsys.readouterr().out
+    said = output(capsys, "import-hf", source, tmp_path / "dense")
     assert (
         "left out: adapter_config.json and adapter_model.safetensors (of an adapter, which is no part" in said
     )
@@ -70,8 +68,9 @@ def test_all_that_is_not_weights_goes_along_or_is_named(
 
     assert run("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear") == 0
     put(tmp_path / "moe/tokenizer", *ADAPTER)  # as an earlier version has left it
-    assert cli.main(["export-hf", str(tmp_path / "moe"), str(tmp_path / "back")]) == 0
-    assert "left out: README.md (the export has its own)" in capsys.readouterr().out
+    assert "left out: README.md (the export has its own)" in output(
+        capsys, "export-hf", tmp_path / "moe", tmp_path / "back"
+    )
     made = {"README.md", "export_hf.json", "model.safetensors"}
     assert files_in(tmp_path / "back") == kept | made
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back")("b a").input_ids == [3, 2]
@@ -85,8 +84,7 @@ def test_all_that_is_not_weights_goes_along_or_is_named(
     assert "holds an adapter (adapter_config.json) and no model; merge it" in said
     of_another_kind(tmp_path / "third")
     words = ("export-hf", tmp_path / "dense", tmp_path / "third-export", "--tokenizer", tmp_path / "third")
-    assert cli.main([*map(str, words)]) == 0
-    assert "asked for gives other tokens than the one beside the checkpoint" in capsys.readouterr().out
+    assert "asked for gives other tokens than the one beside the checkpoint" in output(capsys, *words)
 
 
 def of_another_kind(folder: Path) -> None:
@@ -128,16 +126,14 @@ def test_the_export_gives_the_tokens_of_the_data(
     assert run("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear") == 0
     assert tokens_of(tmp_path / "dense/tokenizer").encoder().encode([TEXT]) == [own]
 
-    capsys.readouterr()
-    assert cli.main(["export-hf", str(tmp_path / "moe"), str(tmp_path / "back")]) == 0
-    assert "tokenizer" not in capsys.readouterr().out
+    assert "tokenizer" not in output(capsys, "export-hf", tmp_path / "moe", tmp_path / "back")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").encode(TEXT) == own
     entries = json.loads((tmp_path / "back/tokenizer_config.json").read_text())
     assert entries["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 knows too
     assert entries["additional_special_tokens"] == ["<call>"] and "extra_special_tokens" not in entries
 
-    assert cli.main(["export-hf", str(tmp_path / "dense"), str(tmp_path / "again")]) == 0
-    said, card = capsys.readouterr().out, (tmp_path / "again/README.md").read_text()
+    said = output(capsys, "export-hf", tmp_path / "dense", tmp_path / "again")
+    card = (tmp_path / "again/README.md").read_text()
     for text in (said, card):
         assert (
             "AutoTokenizer gives other tokens than those of training (it takes Qwen2Tokenizer here)" in text
@@ -152,9 +148,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(
     assert run("import-hf", models / "qwen3", tmp_path / "dense") == 0
     put(tmp_path / "broken", "tokenizer.json")
     words = ("export-hf", tmp_path / "dense", tmp_path / "back", "--tokenizer", tmp_path / "broken")
-    capsys.readouterr()
-    assert cli.main([*map(str, words)]) == 0
-    assert "tokenizer: transformers cannot load it, and it was copied as it is (" in capsys.readouterr().out
+    assert "tokenizer: transformers cannot load it, and it was copied as it is (" in output(capsys, *words)
     assert str(tmp_path) not in (tmp_path / "back/README.md").read_text()
 
 
@@ -246,8 +240,7 @@ def test_a_sentencepiece_tokenizer_is_exported_as_transformers_loads_it(
         beside.hand_on(model, root)
     capsys.readouterr()
 
-    assert cli.main(["export-hf", str(moe), str(tmp_path / "hf")]) == 0
-    assert "no tokenizer" not in capsys.readouterr().out
+    assert "no tokenizer" not in output(capsys, "export-hf", moe, tmp_path / "hf")
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
     own = SentencePieceProcessor(model_file=str(model))
     for text in (*texts, " ünïcode \n\n\t x", ""):
@@ -257,14 +250,14 @@ def test_a_sentencepiece_tokenizer_is_exported_as_transformers_loads_it(
     names = [f"{name}_token_id" for name in ("bos", "eos", "pad")]
     assert [config[name] for name in names] == [getattr(loaded, name) for name in names] == [1, 2, 3]
 
-    assert cli.main(["export-hf", str(dense), str(tmp_path / "qwen2")]) == 0
-    said = capsys.readouterr().out
+    said = output(capsys, "export-hf", dense, tmp_path / "qwen2")
     assert (
         "no tokenizer was written: for text.tokenizer.model transformers would load a Qwen2Tokenizer" in said
     )
     # Under the name that transformers looks for, too.
     (moe / beside.FOLDER / model.name).unlink()
     (moe / beside.FOLDER / "tokenizer.model").write_bytes(b"none")
-    assert cli.main(["export-hf", str(moe), str(tmp_path / "named")]) == 0
-    assert "no tokenizer was written: tokenizer.model cannot be converted (" in capsys.readouterr().out
+    assert "no tokenizer was written: tokenizer.model cannot be converted (" in output(
+        capsys, "export-hf", moe, tmp_path / "named"
+    )
     assert not any((tmp_path / f"{name}/tokenizer.json").exists() for name in ("qwen2", "named"))

@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_router_upcycling import cli
 from tests import dense_checkpoint, hf_models
-from tests.hf.folders import make_moe, run
+from tests.hf.folders import make_moe, output, run
 
 TOKENS = torch.arange(2 * 12).reshape(2, 12) * 7 % dense_checkpoint.VOCABULARY
 QWEN3 = {"add_qkv_bias": False, "qk_layernorm": True}
@@ -98,9 +97,8 @@ def test_what_llama_cpp_would_make_of_it_is_said(
 ) -> None:
     family, options, asked, line = LINES[what]
     moe = make_moe(tmp_path, 23, "--num-experts", 4, *options, **family)
-    capsys.readouterr()
-    assert cli.main([*map(str, ("export-hf", moe, tmp_path / "hf", *asked))]) == 0
-    said, card = capsys.readouterr().out, (tmp_path / "hf/README.md").read_text()
+    said = output(capsys, "export-hf", moe, tmp_path / "hf", *asked)
+    card = (tmp_path / "hf/README.md").read_text()
     assert ("mbridge" in card) == (line is not None and not asked)
     if line is None:
         assert "llama.cpp" not in said + card

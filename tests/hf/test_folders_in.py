@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_router_upcycling import cli
 from tests import hf_models
-from tests.hf.folders import TOKENS, assert_equal, copy, edit, refused, run
+from tests.hf.folders import TOKENS, assert_equal, copy, edit, output, refused, run
 
 
 def drop(path: Path, *entries: str, **changes: object) -> None:
@@ -113,7 +112,6 @@ def test_folders_that_hold_no_model_are_named_rightly(
 def test_import_says_what_training_needs(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["import-hf", str(models / "qwen3"), str(tmp_path / "dense")]) == 0
-    said = capsys.readouterr().out
+    said = output(capsys, "import-hf", models / "qwen3", tmp_path / "dense")
     assert "qwen3 dense, 2 layers" in said and f"--config {tmp_path / 'dense/model.yaml'}" in said
     assert "--tokenizer-model TOKENIZER" in said
