@@ -12,7 +12,7 @@ from megatron_router_upcycling.diagnostics import checkpoint as description
 from megatron_router_upcycling.diagnostics import routing_start
 from megatron_router_upcycling.diagnostics.stored_router import Router, load_router
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.hf import exportable
+from megatron_router_upcycling.hf import exporter
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import proof
 from megatron_router_upcycling.verify.findings import Findings
@@ -61,7 +61,7 @@ def convert_checkpoint(
     asked = Options(router=router or RouterConfig(), key_stats=file, **options)
     ready = convert.prepare(dense, out, asked)
     if not allow_no_export:
-        exportable.check(ready)
+        exporter.check_conversion(ready)
     return convert.convert(ready)
 
 

@@ -31,6 +31,7 @@ class KeyStats:
     - ``metadata``: JSON values: what the keys are, which model they come from and what made them.
     - ``router_input``: [L, S, D], a sample of what routers see, for ``save``; ``load`` leaves it in the file,
       from which ``read_router_input`` takes a layer's, and gives its shape as ``sample_shape``.
+    - ``path``: of the file that ``load`` has read.
     """
 
     mean: torch.Tensor
@@ -39,6 +40,7 @@ class KeyStats:
     metadata: dict[str, Any] = field(default_factory=dict)
     router_input: torch.Tensor | None = None
     sample_shape: list[int] | None = None
+    path: Path | None = None
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> None:
@@ -95,7 +97,7 @@ def load(path: str | Path) -> KeyStats:
         raise UserError(f"--key-stats {path}: {problem}; {AGAIN}")
     mean, count, attended = (tensors.get(f"key_{name}") for name in ("mean", "count", "attended"))
     assert mean is not None and count is not None
-    return KeyStats(mean, count, attended, metadata, sample_shape=sample)
+    return KeyStats(mean, count, attended, metadata, sample_shape=sample, path=path)
 
 
 def read_router_input(path: str | Path, layer: int) -> torch.Tensor:

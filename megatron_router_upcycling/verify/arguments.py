@@ -20,10 +20,9 @@ VERSIONS = ("args", "checkpoint_version", "content_metadata")
 def check_arguments(verification: Verification) -> None:
     """Compare the common state with the one that convert writes; after training, the architecture in it."""
     moe, plan, findings = verification.moe, verification.plan, verification.findings
-    options = plan.options
     try:
         args = vars(moe.args)
-        fresh = moe_common_state(plan.dense, plan.model, options.router, options.shared_expert, plan.layers)
+        fresh = moe_common_state(plan.dense, plan.model, plan.options, plan.layers)
         wanted = _architecture(plan) if verification.trained else vars(fresh["args"])
     except UserError as error:
         findings.add("arguments", COMMON_STATE, str(error))
@@ -60,14 +59,14 @@ def _architecture(plan: Plan) -> dict[str, Any]:
     dense = vars(plan.dense.args)
     names = (*(ARCHITECTURE | NEGATED).values(), "num_query_groups")
     kept = {name: dense[name] for name in names if dense.get(name) is not None}
-    return kept | moe_arguments(plan.model, plan.options.router, plan.options.shared_expert, plan.layers)
+    return kept | moe_arguments(plan.model, plan.options, plan.layers)
 
 
 def check_manifest(verification: Verification) -> None:
     """Compare the manifest's architecture and digest with the dense checkpoint."""
     plan, findings = verification.plan, verification.findings
-    options, recorded = plan.options, verification.section("model")
-    flags = plan.model.flags | model_flags(plan.model, options.router, options.shared_expert, plan.layers)
+    recorded = verification.section("model")
+    flags = plan.model.flags | model_flags(plan.model, plan.options, plan.layers)
     for flag in sorted({*recorded, *flags}):
         if recorded.get(flag) != flags.get(flag):
             what = f"manifest says {recorded.get(flag)!r:.60}, DENSE {flags.get(flag)!r:.60}"

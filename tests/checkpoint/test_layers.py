@@ -8,8 +8,8 @@ import torch
 
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.conversion.convert import EXPERT_FILE
 from megatron_router_upcycling.conversion.options import parse_layers
-from megatron_router_upcycling.conversion.record import EXPERT_FILE
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.verify import proof
 from tests import dense_checkpoint, launch, legacy_checkpoint

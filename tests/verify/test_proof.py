@@ -570,7 +570,8 @@ def test_chunks_of_another_grid_are_compared(
     for one, other in itertools.permutations(stored, 2):
         source, target = (open_checkpoint(tmp_path / name / "iter_0000008") for name in (one, other))
         found, read = Findings(), list[int]()
-        values.Comparison(target, Sources(source), found, read.append).compare("w", copy_of("w", "untouched"))
+        comparison = values.Comparison(target, Sources(source), found, read.append)
+        comparison.compare("w", copy_of(source, "w", "untouched"))
         assert sum(read) == tensor.nbytes
         said = [finding.what for finding in found.found]
         assert said == ["1 values differ, the first at [2, 3, 5]"] * ("cells" in (one, other))
