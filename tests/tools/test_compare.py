@@ -1,5 +1,6 @@
 """compare.py: what a file may say, how claims are judged, and a comparison that is killed half-way."""
 
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +21,10 @@ from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files
-from tools.experiments import claims, compare, foundation, intervals, pictures, report, results
-from tools.experiments.comparison import Claim, read
+from tools.experiments import claims, compare, foundation, pictures, report, results
+from tools.experiments.comparison import Claim, Comparison, read
 from tools.experiments.plan import Plan
-from tools.experiments.results import RunResult, differences
+from tools.experiments.results import RunResult, differences, interval
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs/compare").glob("*.yaml"))
@@ -36,6 +38,13 @@ def runs(**losses: list[float]) -> list[RunResult]:
         for name, found in losses.items()
         for seed, loss in enumerate(found, start=1)
     ]
+
+
+def comparison_of(*names: str, **changes: Any) -> Comparison:
+    """A comparison with runs of these names; the second is the reference."""
+    paths = {name: Path(name) for name in names}
+    plain = {"runs": paths, "reference": names[1], "paper": {}, "claims": (), "seeds": (1, 2)}
+    return replace(read(FILES[0]), **plain | changes)
 
 
 @pytest.mark.parametrize(
@@ -55,33 +64,26 @@ def test_verdict(a: list[float], b: list[float], word: str) -> None:
     assert (claim, source, said.strip("*"), of_all) == ("a < b", "somebody", word, "")
     if word != "not judged":
         losses = list(zip(a, b, strict=True))
-        assert difference == str(intervals.interval([x - y for x, y in losses]))
+        assert difference == str(interval([x - y for x, y in losses]))
         assert lower == f"{sum(x < y for x, y in losses)} of {len(a)}"
 
 
-def test_intervals_are_those_of_the_tables() -> None:
-    """The quantiles printed in any table of Student's t."""
-    for degrees, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (30, 2.042)):
-        assert intervals.student_t(0.95, degrees) == pytest.approx(expected, abs=6e-4)
-    assert intervals.student_t(0.99, 2) == pytest.approx(9.925, abs=6e-4)
-    assert str(intervals.interval([1.0, 2.0, 3.0])) == "+2.0000 [-0.4841, +4.4841]"
-    assert str(intervals.interval([1.0])) == "+1.0000"
-
-
-def test_many_claims_are_allowed_for() -> None:
-    """At 95% it is shown; at the 99.5% that ten claims ask for it is not."""
+def test_intervals_and_claims_in_numbers() -> None:
+    """By the quantiles of any table of Student's t: 12.706, 4.303 and (at 99%) 9.925."""
+    assert str(interval([1.0, 2.0, 3.0])) == "+2.0000 [-0.4841, +4.4841]"
+    assert interval([0.0, 2.0]).ends == pytest.approx((1 - 12.706, 1 + 12.706), abs=1e-3)
+    wide = interval([1.0, 2.0, 3.0], 0.99).ends
+    assert wide == pytest.approx((2 - 9.925 / 3**0.5, 2 + 9.925 / 3**0.5), abs=1e-3)
+    assert str(interval([1.0])) == "+1.0000" and not interval([1.0]).excludes_zero
+    # At 95% this claim is shown; at the 99.5% that ten claims ask for it is not.
     found = runs(a=[4.0, 5.0, 6.0], b=[4.1, 5.12, 6.15])
     assert [report.verdict(CLAIM, found, judged=judged)[-1] for judged in (1, 2, 10)] == ["", "yes", "no"]
 
 
-def test_crossings_lie_between_two_points() -> None:
+def test_differences_are_of_one_seed_and_cross_between_two_points() -> None:
+    assert results.differences(runs(a=[4.0, 5.0, 6.0], b=[4.5, 5.25]), "a", "b") == [-0.5, -0.25]
     assert results.crossings([10, 20, 30, 40], [[1.0], [-1.0], [-1.0, -3.0], [2.0]]) == [15.0, 35.0]
     assert results.crossings([10, 20], [[1.0], [2.0]]) == []
-
-
-def test_differences_are_of_one_seed() -> None:
-    found = runs(a=[4.0, 5.0, 6.0], b=[4.5, 5.25])
-    assert results.differences(found, "a", "b") == [-0.5, -0.25]
 
 
 def test_answers_are_compared_question_by_question() -> None:
@@ -94,16 +96,15 @@ def test_answers_are_compared_question_by_question() -> None:
     ]
     assert results.answer_differences(found, "stdlib", "a", "b") == [0.5, 0.5, 0.0]
     assert results.answer_differences(found, "other", "a", "b") == []
-    comparison = replace(read(FILES[0]), runs={"a": Path("a"), "b": Path("b")}, reference="b", paper={})
-    header, a, b = tables(report.table(comparison, found))[0]
+    header, a, b = tables(report.table(comparison_of("a", "b"), found))[0]
     assert header[-2:] == ["stdlib (%)", "minus b [95%]"]
     assert (a[-2:], b[-2:]) == (["83.3", "+33.3 [-38.4, +105.0]"], ["50.0", ""])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_files_in_the_repository_plan(path: Path) -> None:
-    comparison = read(path)
-    plan = Plan(comparison, Path("somewhere"))
+def test_files_in_the_repository_plan(path: Path, tmp_path: Path) -> None:
+    comparison = read(path, tmp_path)
+    plan = Plan(comparison)
     stages = plan.stages()
     trained = [stage for stage in stages if stage.name.startswith("train-")]
     assert len(trained) == len(comparison.runs) * len(comparison.seeds)
@@ -128,11 +129,26 @@ def test_an_existing_checkpoint_is_the_start(tmp_path: Path) -> None:
         "checkpoint: dense\nkey_stats: keys\nseeds: [7]\nlauncher: srun launch.sh\n"
         "flags: {train_iters: 5, bf16: true}\nruns: {one: run.yaml}\n"
     )
-    plan = Plan(read(tmp_path / "c.yaml"), tmp_path / "out")
+    plan = Plan(read(tmp_path / "c.yaml", tmp_path / "out"))
     convert, train = (" ".join(stage.command) for stage in plan.stages())
     assert f"convert {tmp_path / 'dense'}" in convert and f"--key-stats {tmp_path / 'keys'}" in convert
     assert train.startswith("srun launch.sh -m megatron_router_upcycling.pretrain")
     assert "--train-iters 5 --bf16 --seed 7" in train
+
+
+def test_entries_in_place_of_a_file_are_written_to_one(tmp_path: Path) -> None:
+    """They build on files beside the comparison's, whatever folder it works in."""
+    (tmp_path / "below.yaml").write_text("num_experts: 4\nlr: 1\nupcycling: {router: mlp}\n")
+    one = "{base: below.yaml, lr: 2, upcycling: {target_entropy: 1.5}}"
+    (tmp_path / "c.yaml").write_text(f"dense: {{lr: 3}}\nruns: {{'one, a': {one}, two: below.yaml}}\n")
+    comparison = read(tmp_path / "c.yaml", tmp_path / "deep/out")
+    file = tmp_path / "deep/out/configs/one-a.yaml"
+    assert comparison.runs == {"one, a": file, "two": tmp_path / "below.yaml"} and comparison.dense
+    upcycling = {"router": "mlp", "target_entropy": 1.5}
+    assert read_yaml(file) == {"num_experts": 4, "lr": 2, "upcycling": upcycling}
+    assert read_yaml(comparison.dense) == {"lr": 3, "upcycling": {}}
+    train = Plan(comparison).train("one, a", 1234)
+    assert str(file) in train.command and train.files == (file,)
 
 
 @pytest.mark.parametrize(
@@ -145,11 +161,9 @@ def test_an_existing_checkpoint_is_the_start(tmp_path: Path) -> None:
         ("checkpoint: d\nruns: {a: r.yaml}", "needs 'key_stats:' beside it"),
         ("dense: d.yaml\nruns: {a: r.yaml}\nreference: b", "'b' is none of the runs"),
         ("dense: d.yaml\nruns: {a: missing.yaml}", "no such file"),
+        ("dense: d.yaml\nruns: {a: {base: missing.yaml}}", "no such file"),
         ("dense: d.yaml\nruns: {a: r.yaml}\nclaims: [{better: a}]", "claims"),
-        (
-            "dense: d.yaml\nruns: {a: r.yaml}\ntasks: stdlob",
-            "'tasks:' is evaluate's --tasks: no task 'stdlob'",
-        ),
+        ("dense: d.yaml\nruns: {a: r.yaml}\ntasks: nope", "'tasks:' is evaluate's --tasks: no task 'nope'"),
         ("dense: d.yaml\nruns: {a: r.yaml}\nranks: 0", "'ranks:' must be a whole number"),
         ("dense: d.yaml\nruns: {a: r.yaml}\nflags: [a]", "'flags:' must be a mapping"),
         ("checkpoint: d\nkey_stats: k\nruns: {a: r.yaml}\ncorpus: {}", "'corpus:' is for a dense model"),
@@ -162,7 +176,7 @@ def test_mistakes_are_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text("num_experts: 4\n")
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        read(tmp_path / "c.yaml")
+        read(tmp_path / "c.yaml", tmp_path / "out")
     assert "\n" not in str(error.value)
 
 
@@ -185,18 +199,17 @@ def test_mistakes_on_the_command_line(argv: list[str], capsys: pytest.CaptureFix
 def test_some_runs_and_seeds_are_chosen() -> None:
     """Names may have commas in them."""
     ablations = read(ROOT / "configs/compare/ablations.yaml")
-    assert compare.choose_runs("m=16, n=16,m=16, router upcycling", ablations) == [
-        *("m=16, n=16", "m=16", "router upcycling")
-    ]
+    chosen = ["m=16, n=16", "m=16", "router upcycling"]
+    assert compare.choose_runs("m=16, n=16,m=16, router upcycling", ablations) == chosen
     assert compare.choose_runs(None, ablations) == list(ablations.runs)
     assert compare.choose_seeds("3,1", ablations) == [3, 1]
 
 
-def test_quick_runs_are_short_whatever_the_file_says() -> None:
+def test_quick_runs_are_short_whatever_the_file_says(tmp_path: Path) -> None:
     """As are those of one_gpu.yaml, on one rank."""
-    comparison = read(ROOT / "configs/compare/one_gpu.yaml")
+    comparison = read(ROOT / "configs/compare/one_gpu.yaml", tmp_path)
     for quick, words in ((True, ["6", "256", "16"]), (False, ["320", "512", "64"])):
-        plan = Plan(comparison, Path("somewhere"), quick)
+        plan = Plan(comparison, quick)
         command = plan.train("calibrated", 1).command
         names = ("--train-iters", "--seq-length", "--global-batch-size", "--nproc-per-node", "--lr")
         last = {name: command[len(command) - command[::-1].index(name)] for name in names}
@@ -206,9 +219,9 @@ def test_quick_runs_are_short_whatever_the_file_says() -> None:
         assert "--source-packages" in corpus and ("--max-bytes" in corpus) == quick
 
 
-def test_the_two_kinds_of_router_are_compared_at_equal_entropy() -> None:
+def test_the_two_kinds_of_router_are_compared_at_equal_entropy(tmp_path: Path) -> None:
     """What sharpness.yaml is for: pairs that differ in the kind of router alone."""
-    comparison = read(ROOT / "configs/compare/sharpness.yaml")
+    comparison = read(ROOT / "configs/compare/sharpness.yaml", tmp_path)
     for entropy in (0.4, 0.8, 1.2, 1.5, 1.8, 2.0):
         heads, random = (read_yaml(comparison.runs[f"{kind} {entropy}"]) for kind in ("heads", "random"))
         methods = [read_method(comparison.runs[f"{kind} {entropy}"]) for kind in ("heads", "random")]
@@ -240,8 +253,8 @@ def test_runs_side_by_side_share_the_gpus(
 
 def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
     """Before any run; with a run of one side; with both; with its sides swapped, or its run changed."""
-    for name in "abc":
-        (tmp_path / f"{name}.yaml").write_text("num_experts: 4\n")
+    for experts, name in enumerate("abc", start=4):
+        (tmp_path / f"{name}.yaml").write_text(f"num_experts: {experts}\n")
     file, output = tmp_path / "c.yaml", tmp_path / "out"
 
     def marks(*pairs: str) -> list[str]:
@@ -249,8 +262,9 @@ def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
         file.write_text(
             "checkpoint: d\nkey_stats: k\nruns: {a: a.yaml, b: b.yaml, c: c.yaml}\n" + f"claims: [{said}]\n"
         )
-        seen = claims.see(read(file), output)
-        return [seen[claim].describe(claim) for claim in read(file).claims]
+        comparison = read(file, output)
+        seen = claims.see(comparison)
+        return [seen[claim].describe(claim) for claim in comparison.claims]
 
     def begin(name: str, config: str) -> None:
         (output / "stages").mkdir(exist_ok=True)
@@ -270,7 +284,7 @@ def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
     assert "added after looking" in renamed
     (tmp_path / "b.yaml").write_text("num_experts: 8\n")
     assert "added after looking" in marks("ab")[0]
-    (tmp_path / "b.yaml").write_text("num_experts: 4\n")
+    (tmp_path / "b.yaml").write_text("num_experts: 5\n")
     assert marks("ab") == [""]
     (output / "c/claims.json").unlink()
     assert "added after looking" in marks("ab")[0]
@@ -305,42 +319,63 @@ def test_a_run_is_read_from_what_it_wrote(tmp_path: Path) -> None:
 
 
 def test_report_names_every_run(tmp_path: Path) -> None:
-    comparison = replace(read(FILES[0]), seeds=(1, 2), claims=(), paper={}, reference="b")
-    comparison = replace(comparison, runs={"a": Path("a"), "b": Path("b"), "not begun": Path("c")})
     found = runs(a=[4.0, 5.0], b=[4.5, 5.25])
     found = [replace(run, training={4096: 5.0, 8192: 4.0 - (run.name == "a") / 8}) for run in found]
-    failures = ["c, seed 1: no luck"]
+    failures, comparison = ["c, seed 1: no luck"], comparison_of("a", "b", "not begun")
     text = report.write(comparison, found, tmp_path / "out", "command", failures=failures, dense=4.75)
     assert "Failed:\n\n- c, seed 1: no luck" in text
-    cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
-    assert ["", "a", "4.5000 ± 0.7071", "-0.3750 [-1.9633, +1.2133]"] in [row[:4] for row in cells]
+    assert ["a", "4.5000 ± 0.7071", "-0.3750 [-1.9633, +1.2133]"] in [row[:3] for row in tables(text)[0]]
     assert "4 of 6 runs have ended" in text
-    assert all(
-        (tmp_path / f"out/{name}.png").stat().st_size > 10_000 for name in ("loss_curves", "differences")
-    )
+    for name in ("loss_curves", "differences"):
+        assert (tmp_path / f"out/{name}.png").stat().st_size > 10_000
     assert "- The dense model that was upcycled has a held-out loss of 4.75000, over" in text
     assert "a: never crosses it and ends 0.1250 below it" in text
     assert len(json.loads((tmp_path / "out/results.json").read_text())["runs"]) == 4
 
 
+def drawn(axes: Any) -> dict[str, list[float]]:
+    return {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+
+
+def shifted(**off: float) -> list[RunResult]:
+    """Two seeds of each run, whose training losses fall alike, so far off."""
+    curve = {4096 * step: 5.0 - step / 10 for step in range(1, 7)}
+    return [
+        replace(run, training={at: loss + off[run.name] for at, loss in curve.items()})
+        for run in runs(**{name: [4.0 + by, 5.0 + by] for name, by in off.items()})
+    ]
+
+
 def test_differences_are_drawn_to_the_scale_of_what_is_near() -> None:
     """b and c are 0.01 and 0.02 from a; far, which is 2 off, would flatten them and is named instead."""
-    comparison = replace(
-        read(FILES[0]), runs={name: Path(name) for name in ("a", "b", "c", "far")}, reference="a"
-    )
-    off = {"a": 0.0, "b": 0.01, "c": -0.02, "far": 2.0}
-    curves = {at: 5.0 - at / 10 for at in range(1, 7)}
-    found = [
-        replace(run, training={4096 * at: loss + off[run.name] for at, loss in curves.items()})
-        for run in runs(a=[4.0, 5.0], b=[4.0, 5.0], c=[4.0, 5.0], far=[6.0, 7.0])
-    ]
-    (axes,) = pictures.differences_over_tokens(comparison, found).axes
+    found = shifted(b=0.01, a=0.0, c=-0.02, far=2.0)
+    (axes,) = pictures.differences_over_tokens(comparison_of("b", "a", "c", "far"), found).axes
     assert axes.get_ylim() == pytest.approx((-0.025, 0.025))
-    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-    assert drawn["b"] == pytest.approx([0.01] * 6) and drawn["c"] == pytest.approx([-0.02] * 6)
-    assert (
-        not {"a", "far"} & drawn.keys() and "out of the picture: far (+2.00 at the end)" in axes.get_title()
-    )
+    lines = drawn(axes)
+    assert lines["b"] == pytest.approx([0.01] * 6) and lines["c"] == pytest.approx([-0.02] * 6)
+    assert not {"a", "far"} & lines.keys()
+    assert "out of the picture: far (+2.00 at the end)" in axes.get_title()
+
+
+def test_of_many_curves_a_few_are_named_and_the_rest_are_grey() -> None:
+    """The first, the reference, and those that end lowest and highest; names stand at the edge, apart."""
+    names = [f"run {number}" for number in range(20)]
+    found = shifted(**{name: number / 1e4 for number, name in enumerate(names)})
+    comparison = comparison_of("run 9", "run 7", *(name for name in names if name not in ("run 9", "run 7")))
+    left, right = pictures.curves(comparison, found).axes
+    assert drawn(left).keys() >= set(names)
+    grey = {line.get_label() for line in left.lines if line.get_color() == pictures.GREY}
+    places = {text.get_text(): text.get_position()[1] for text in left.texts}
+    assert places.pop("grey: 12 others") and places.keys() == set(names) - grey
+    assert places.keys() == {f"run {number}" for number in (0, 1, 2, 7, 9, 17, 18, 19)}
+    low, high = left.get_ylim()
+    at = sorted(places.values())
+    assert low <= at[0] and at[-1] <= high
+    assert min(b - a for a, b in itertools.pairwise(at)) > 0.02 * (high - low)
+    assert [label.get_text() for label in right.get_yticklabels()] == list(comparison.runs)
+    # Of losses alone, as a report has them, the held-out differences are drawn.
+    (only,) = pictures.curves(comparison, [replace(run, training={}) for run in found]).axes
+    assert [label.get_text() for label in only.get_yticklabels()] == list(comparison.runs)
 
 
 @pytest.mark.slow
@@ -413,9 +448,9 @@ def numbers(cell: str) -> list[float]:
 
 
 @pytest.mark.parametrize("page", REPORTS, ids=lambda path: path.parent.name)
-def test_reports_in_the_documents_follow_from_the_losses_in_them(page: Path) -> None:
+def test_reports_in_the_documents_follow_from_the_losses_in_them(page: Path, tmp_path: Path) -> None:
     """Means, intervals and verdicts, computed again from the losses of every seed; claims as they stand."""
-    comparison = read(ROOT / f"configs/compare/{page.parent.name}.yaml")
+    comparison = read(ROOT / f"configs/compare/{page.parent.name}.yaml", tmp_path)
     text = page.read_text(encoding="utf-8")
     found, claimed, (seeds, *losses) = tables(text)
     results = [
@@ -426,10 +461,10 @@ def test_reports_in_the_documents_follow_from_the_losses_in_them(page: Path) -> 
     ]
     assert [row[0] for row in found[1:]] == [name for name, *_ in losses]
     for name, loss, apart, *_ in found[1:]:
-        mean_and_deviation = report.Spread.of([run.held_out for run in results if run.name == name])
-        assert numbers(loss)[:2] == pytest.approx(numbers(str(mean_and_deviation)), abs=1.5e-4)
+        spread = report.spread([run.held_out for run in results if run.name == name])
+        assert numbers(loss)[:2] == pytest.approx(numbers(spread), abs=1.5e-4)
         if name != comparison.reference:
-            again = str(intervals.interval(differences(results, name, comparison.reference)))
+            again = str(interval(differences(results, name, comparison.reference)))
             assert numbers(apart) == pytest.approx(numbers(again), abs=2e-4)
     assert claimed[0] == list(report.VERDICTS)
     judged = sum(len(differences(results, *claim.runs)) > 1 for claim in comparison.claims)

@@ -59,11 +59,9 @@ def exported_loss(model: torch.nn.Module, batches: list[Batch]) -> float:
     """Mean loss of a transformers model over ``batches``, in nats a token."""
     total, count = 0.0, 0.0
     for batch in batches:
-        logits = model(batch["tokens"]).logits.float()  # [batch, sequence, vocabulary]
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch["labels"].flatten(), reduction="none"
-        )
-        total += float((losses.double() * batch["loss_mask"].flatten()).sum())
+        logits = model(batch["tokens"]).logits.float().transpose(1, 2)  # [batch, vocabulary, sequence]
+        losses = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+        total += float((losses.double() * batch["loss_mask"]).sum())
         count += float(batch["loss_mask"].sum())
     return total / count
 
@@ -91,9 +89,7 @@ def continuations(model: Any, batches: list[Batch], tokenizer_model: str | None)
     return written
 
 
-def in_fresh_process(
-    folder: str, batches: list[Batch], tokenizer_model: str | None
-) -> tuple[float, list[dict[str, str]]]:
+def in_fresh_process(folder: str, batches: list[Batch], tokenizer_model: str | None) -> tuple[float, Any]:
     """Loss and continuations of the model in ``folder``, as transformers loads it."""
     from transformers import AutoModelForCausalLM
 

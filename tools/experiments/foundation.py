@@ -21,15 +21,11 @@ NUM_RANKS = 2  # but one on a machine with a single GPU
 CORPUS = {"source_library": True, "train_tokenizer": 4000, "held_out": 0.05}
 QUICK_CORPUS = {"train_tokenizer": 500, "held_out": 0.1, "max_bytes": 800_000}
 QUICK_MODEL = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 176, "kv_channels": 8}
-QUICK_RUN = {"train_iters": 6, "save_interval": 4, "eval_iters": 2, "log_interval": 2}
 QUICK_QUESTIONS = 20
-# And what it leaves as it is in the demonstration, where a comparison's file says otherwise.
-QUICK_SIZE = {
-    "micro_batch_size": 8,
-    "global_batch_size": 16,
-    "seq_length": 256,
-    "max_position_embeddings": 256,
-}
+QUICK_RUN = {"train_iters": 6, "save_interval": 4, "eval_iters": 2, "log_interval": 2}
+# The demonstration's sizes, whatever a comparison's file says.
+QUICK_RUN |= {"micro_batch_size": 8, "global_batch_size": 16}
+QUICK_RUN |= {"seq_length": 256, "max_position_embeddings": 256}
 
 
 def flags(**entries: Any) -> tuple[str, ...]:
@@ -77,13 +73,8 @@ def num_ranks() -> int:
 
 
 def torchrun(module: str, ranks: int) -> tuple[str, ...]:
-    """Run ``module`` on so many ranks of this machine."""
-    return (program("torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", module)
-
-
-def on_ranks(ranks: int) -> tuple[str, ...]:
-    """What a model with experts needs beside its file, which spreads them over two ranks."""
-    return flags(expert_model_parallel_size=1) if ranks == 1 else ()
+    """Run a module of the package on so many ranks of this machine."""
+    return (program("torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", PACKAGE + module)
 
 
 def environment() -> dict[str, str]:
@@ -140,7 +131,7 @@ class Foundation:
         return Stage(
             "dense",
             "train the dense model",
-            (*torchrun(PACKAGE + "pretrain", self.ranks), *self.dense_flags, *flags(save=folder)),
+            (*torchrun("pretrain", self.ranks), *self.dense_flags, *flags(save=folder)),
             folder,
             (self.dense_config,),
             (self.corpus,),
@@ -158,7 +149,7 @@ class Foundation:
             train_data_path=self.data,
             valid_data_path=f"{self.data}_held_out",
         )
-        return (*flags(**(QUICK_RUN | QUICK_SIZE if self.quick else {})), *data)
+        return (*flags(**(QUICK_RUN if self.quick else {})), *data)
 
     @property
     def dense_flags(self) -> tuple[str, ...]:
@@ -170,17 +161,12 @@ class Foundation:
         is_default = source == "pre_rope"
         name = "key_stats" if is_default else f"key_stats_{source}"
         file = self.output / f"{name}.safetensors"
-        options = flags(
-            key_source=None if is_default else source,
-            load=self.dense.output,
-            output=file,
-            overwrite=True,
-            quiet=True,
-        )
+        given = flags(key_source=None if is_default else source, load=self.dense.output, output=file)
+        options = (*given, *flags(overwrite=True, quiet=True))
         return Stage(
             name,
             "collect the key statistics of the dense model" + ("" if is_default else f", {source}"),
-            (*torchrun(PACKAGE + "collect_keys", self.ranks), *self.dense_flags, *options),
+            (*torchrun("collect_keys", self.ranks), *self.dense_flags, *options),
             file,
             (self.dense_config,),
             (self.dense,),

@@ -1,24 +1,21 @@
 """The commands of a comparison: a few stages for each run, over those that make what all runs start from."""
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.config.yaml_files import read_yaml
-from tools.experiments.comparison import Comparison
+from tools.experiments.comparison import Comparison, run_name
 from tools.experiments.foundation import (
     CORPUS,
     PACKAGE,
     QUICK_MODEL,
     QUICK_QUESTIONS,
     QUICK_RUN,
-    QUICK_SIZE,
     Foundation,
     flags,
     num_ranks,
-    on_ranks,
     program,
     torchrun,
 )
@@ -27,11 +24,14 @@ from tools.experiments.stages import Stage, in_order
 
 @dataclass(frozen=True)
 class Plan:
-    """The commands of a comparison in ``output``; runs nothing."""
+    """The commands of a comparison; runs nothing."""
 
     comparison: Comparison
-    output: Path
     quick: bool = False
+
+    @property
+    def output(self) -> Path:
+        return self.comparison.output
 
     @property
     def foundation(self) -> Foundation | None:
@@ -58,7 +58,11 @@ class Plan:
 
     def convert(self, name: str, seed: int) -> Stage:
         config, run = self.comparison.runs[name], _folder_name(name, seed)
-        dense, key_stats, after = self._start(config)
+        dense, key_stats = self.comparison.checkpoint, self.comparison.key_stats
+        after: tuple[Stage, ...] = ()
+        if base := self.foundation:
+            keys = base.keys(read_yaml(config)["upcycling"].get("key_source", "pre_rope"))
+            dense, key_stats, after = base.dense.output, keys.output, (base.dense, keys)
         folder = self.output / "converted" / run
         options = flags(config=config, key_stats=key_stats, seed=seed, quiet=True)
         return Stage(
@@ -86,13 +90,9 @@ class Plan:
         """The tasks of ``evaluate``, asked of the trained model."""
         run, exported = _folder_name(name, seed), self.export(name, seed)
         folder = self.output / "asked" / run
-        options = flags(
-            tasks=self.comparison.tasks,
-            limit=QUICK_QUESTIONS if self.quick else None,
-            batch_size=64,
-            trust_remote_code=True,  # the folder is our own, of a moment ago
-            output=folder,
-        )
+        limit = QUICK_QUESTIONS if self.quick else None
+        options = flags(tasks=self.comparison.tasks, limit=limit, batch_size=64, output=folder)
+        options += flags(trust_remote_code=True)  # the folder is our own, of a moment ago
         return Stage(
             f"ask-{run}",
             f"{name}, seed {seed}: evaluate",
@@ -108,33 +108,22 @@ class Plan:
         scratch, base = name in self.comparison.from_scratch, self.foundation
         converted = None if scratch else self.convert(name, seed)
         after = (converted,) if converted else (base.corpus,) if base else ()
-        folder, module = self.output / save / run, PACKAGE + "pretrain"
-        launcher = self.comparison.launcher
+        folder, launcher = self.output / save / run, self.comparison.launcher
         own = {"seed": seed, "load": converted and converted.output, "save": folder, **more}
         own |= QUICK_MODEL if scratch and self.quick else {}
         cache = {} if base else {"data_cache_path": self.output / "data_cache" / run}
-        given = {
-            name: value
-            for name, value in self.comparison.flags.items()
-            if not (base and self.quick and name in QUICK_RUN | QUICK_SIZE)
-        }
+        shortened = QUICK_RUN if base and self.quick else {}
+        given = {flag: value for flag, value in self.comparison.flags.items() if flag not in shortened}
+        # The methods' files spread the experts over two ranks.
+        alone = {"expert_model_parallel_size": 1} if self.ranks == 1 and not launcher else {}
         command = (
-            *((*launcher, "-m", module) if launcher else torchrun(module, self.ranks)),
+            *((*launcher, "-m", f"{PACKAGE}pretrain") if launcher else torchrun("pretrain", self.ranks)),
             *flags(config=config),
             *(base.run_flags(run) if base else ()),
-            *(() if launcher else on_ranks(self.ranks)),
-            *flags(**cache | given | own),
+            *flags(**alone | cache | given | own),
         )
         title = f"{name}, seed {seed}: {verb}"
         return Stage(f"{verb}-{run}", title, command, folder, (config,), after, resumes)
-
-    def _start(self, config: Path) -> tuple[Path | None, Path | None, tuple[Stage, ...]]:
-        """The dense checkpoint and key statistics that a run starts from, and the stages that make them."""
-        base = self.foundation
-        if base is None:
-            return self.comparison.checkpoint, self.comparison.key_stats, ()
-        keys = base.keys(read_yaml(config)["upcycling"].get("key_source", "pre_rope"))
-        return base.dense.output, keys.output, (base.dense, keys)
 
 
 def export(name: str, title: str, trained: Stage, folder: Path, *more: str) -> Stage:
@@ -142,11 +131,6 @@ def export(name: str, title: str, trained: Stage, folder: Path, *more: str) -> S
     options = (*flags(dtype="float32", quiet=True), *more)
     command = (program("router-upcycle"), "export-hf", str(trained.output), str(folder), *options)
     return Stage(name, title, command, folder, after=(trained,))
-
-
-def run_name(name: str) -> str:
-    """A run's name as part of a file's."""
-    return re.sub(r"[^A-Za-z0-9.=]+", "-", name).strip("-")
 
 
 def _folder_name(name: str, seed: int) -> str:

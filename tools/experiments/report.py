@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -10,12 +10,13 @@ from megatron_router_upcycling.files import versions
 from tools.experiments import pictures
 from tools.experiments.claims import Seen
 from tools.experiments.comparison import Claim, Comparison
-from tools.experiments.intervals import CONFIDENCE, interval
 from tools.experiments.results import (
+    CONFIDENCE,
     RunResult,
     answer_differences,
     crossings,
     differences,
+    interval,
     training_differences,
 )
 
@@ -37,20 +38,9 @@ VERDICTS = (
 NAMED = 3  # crossings of two curves; where there are more, they are noise
 
 
-@dataclass(frozen=True)
-class Spread:
+def spread(values: Sequence[float]) -> str:
     """Mean and sample standard deviation over seeds; of one seed the latter is unknown."""
-
-    mean: float
-    deviation: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def verdict(
@@ -63,17 +53,16 @@ def verdict(
         seen: what was known when the claim was first seen.
     """
     found = differences(results, claim.better, claim.than)
-    word, difference, lower, of_all = "not judged", None, "", ""
+    word, difference, lower, of_all = "not judged", "", "", ""
     if len(found) > 1:
-        difference = interval(found)
-        sure = difference.excludes_zero
-        word = "not shown" if not sure else "**shown**" if difference.mean < 0 else "**contradicted**"
+        apart = interval(found)
+        difference, sure = str(apart), apart.excludes_zero
+        word = "not shown" if not sure else "**shown**" if apart.mean < 0 else "**contradicted**"
         lower = f"{sum(d < 0 for d in found)} of {len(found)}"
         if sure and judged > 1:
             of_all = "yes" if interval(found, 1 - (1 - CONFIDENCE) / judged).excludes_zero else "no"
     mark = seen.describe(claim) if seen else ""
-    cells = [f"{claim.better} < {claim.than}", claim.source, word + mark]
-    return [*cells, "" if difference is None else str(difference), lower, of_all]
+    return [f"{claim.better} < {claim.than}", claim.source, word + mark, difference, lower, of_all]
 
 
 def crossing(results: Sequence[RunResult], name: str, reference: str) -> str:
@@ -108,7 +97,7 @@ def table(comparison: Comparison, results: Sequence[RunResult]) -> str:
         against = differences(results, name, comparison.reference)
         first = [run.training[min(run.training)] for run in runs if run.training]
         count = f" ({len(runs)} of {len(comparison.seeds)} seeds)" * (len(runs) < len(comparison.seeds))
-        row = [name, str(Spread.of([run.held_out for run in runs])) + count]
+        row = [name, spread([run.held_out for run in runs]) + count]
         row.append("" if name == comparison.reference or not against else str(interval(against)))
         row.append(f"{mean(first):.4f}" if first else "")
         for key, (_, form) in COLUMNS.items():
@@ -162,8 +151,8 @@ def write(
         dense: the held-out loss of the dense model that was upcycled, where it is known.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures.curves(comparison, results, folder / "loss_curves.png")
-    pictures.differences_over_tokens(comparison, results).savefig(folder / "differences.png", dpi=120)
+    pictures.save(pictures.curves(comparison, results), folder / "loss_curves.png")
+    pictures.save(pictures.differences_over_tokens(comparison, results), folder / "differences.png")
     seen = seen or {}
     judged = sum(len(differences(results, *claim.runs)) > 1 for claim in comparison.claims)
     verdicts = [verdict(claim, results, max(1, judged), seen.get(claim)) for claim in comparison.claims]
@@ -182,8 +171,10 @@ def write(
     ]
     text = "\n\n".join(filter(None, parts))
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
+    commits = sorted({result.commit for result in results})  # of this project, at which the runs began
+    made += f", commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     (folder / "report.md").write_text(
-        f"# {comparison.title}\n\nMade by `{command}` with {made}, {_commits(results)}.\n\n"
+        f"# {comparison.title}\n\nMade by `{command}` with {made}.\n\n"
         "![Differences over tokens](differences.png)\n\n"
         f"{text}\n\n![Loss curves](loss_curves.png)\n",
         encoding="utf-8",
@@ -200,12 +191,6 @@ def write(
     }
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return text
-
-
-def _commits(results: Sequence[RunResult]) -> str:
-    """At which commits of this project the runs began."""
-    found = sorted({result.commit for result in results})
-    return f"commit{'s' * (len(found) > 1)} {', '.join(found)}"
 
 
 def _notes(
