@@ -23,7 +23,7 @@ from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files
 from tools.experiments import claims, compare, foundation, pictures, report, results
 from tools.experiments.comparison import Claim, Comparison, read
-from tools.experiments.plan import Plan
+from tools.experiments.plan import QUICK_QUESTIONS, Plan
 from tools.experiments.results import RunResult, differences, interval
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,8 +246,7 @@ def test_the_two_kinds_of_router_are_compared_at_equal_entropy(tmp_path: Path) -
 def test_runs_side_by_side_share_the_gpus(
     gpus: int, ranks: int, seen: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foundation, "num_gpus", lambda: gpus)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,8,9")
+    monkeypatch.setattr(foundation, "gpus", lambda: ["5", "7", "8", "9"][:gpus])
     assert [share.get("CUDA_VISIBLE_DEVICES") for share in foundation.shares(3, ranks)] == seen
 
 
@@ -423,7 +422,7 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
     assert any(log.count("iteration        4/") == 1 for log in logs)  # it went on from there
     assert [run["name"] for run in found] == list(methods)
     assert all(run["held_out"] > 0 and run["routing"]["load_max_over_mean"] >= 1 for run in found)
-    assert all(len(run["answers"]["stdlib"]) == foundation.QUICK_QUESTIONS for run in found)
+    assert all(len(run["answers"]["stdlib"]) == QUICK_QUESTIONS for run in found)
 
     shutil.rmtree(output / "trained")
     file.write_text(file.read_text().replace("tasks: stdlib\n", ""))

@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from matplotlib import pyplot
 
 from megatron_router_upcycling.training.run_log import files
-from tools.experiments import demo, foundation, pictures
+from tools.experiments import demo, foundation
 from tools.experiments.comparison import read
 from tools.experiments.demo import Model
 from tools.experiments.foundation import environment
@@ -29,7 +28,7 @@ def plan_in(output: Path) -> demo.Demonstration:
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
 def test_a_single_gpu_is_used_by_one_rank(gpus: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foundation, "num_gpus", lambda: gpus)
+    monkeypatch.setattr(foundation, "gpus", lambda: [str(number) for number in range(gpus)])
     stages = plan_in(Path("somewhere")).stages()
     verbs = ("convert", "evaluate", "train")
     names = [stage.name.split("-")[0] for stage in stages]
@@ -43,9 +42,9 @@ def test_a_single_gpu_is_used_by_one_rank(gpus: int, ranks: int, monkeypatch: py
     assert environment().get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-@pytest.mark.parametrize(("visible", "found"), [(None, 2), ("", 0), ("1", 1), ("0,1", 2)])
+@pytest.mark.parametrize(("visible", "found"), [(None, "01"), ("", ""), ("1", "1"), ("1,0", "10")])
 def test_gpus_that_are_hidden_do_not_count(
-    tmp_path: Path, visible: str | None, found: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, visible: str | None, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'GPU 0: one'\necho 'GPU 1: another'\n")
@@ -54,7 +53,7 @@ def test_gpus_that_are_hidden_do_not_count(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert foundation.num_gpus.__wrapped__() == found
+    assert foundation.gpus.__wrapped__() == list(found)
 
 
 def test_disk_use_does_not_count_what_is_linked(tmp_path):
@@ -94,10 +93,8 @@ def test_table_and_results_have_a_row_for_each_model(models):
     assert found["curves"]["router upcycling"]["training"]["20"] == 4.7
 
 
-def test_picture_shows_every_run_where_it_belongs(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "save", lambda figure, path: None)
-    demo.picture(models, tmp_path / "curves.png")
-    axes = pyplot.gcf().axes[0]
+def test_picture_shows_every_run_where_it_belongs(models):
+    axes = demo.picture(models).axes[0]
     names = [model.name for model in models]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == names
     points = [line for line in axes.lines if line.get_marker() == "o"]
@@ -112,7 +109,6 @@ def test_picture_shows_every_run_where_it_belongs(models, tmp_path, monkeypatch)
         ([30, 40], [4.9, 4.7]),
         ([30, 40], [4.95, 4.75]),
     ]
-    pyplot.close("all")
 
 
 def run(output: Path) -> str:

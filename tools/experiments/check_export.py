@@ -47,10 +47,7 @@ def megatron_loss(argv: list[str]) -> tuple[float, list[Batch], Any]:
         return loss, num_tokens, report
 
     language_model.get_batch, language_model.loss_func = keep_batch, add_loss
-    try:
-        train.train(run)
-    finally:
-        language_model.get_batch, language_model.loss_func = get_batch, loss_func
+    train.train(run)
     return float(sums[0] / sums[1]), batches, run.args
 
 

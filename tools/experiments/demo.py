@@ -19,12 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from megatron_router_upcycling.data import record
 from megatron_router_upcycling.errors import Parser
 from tools.experiments import pictures, report
 from tools.experiments.comparison import read
 from tools.experiments.foundation import Foundation, environment, flags, program
-from tools.experiments.plan import Plan, export
+from tools.experiments.plan import Plan, export_command
 from tools.experiments.results import RunResult, read_run
 from tools.experiments.stages import Pipeline, Stage, command_line, in_order
 
@@ -56,7 +58,9 @@ class Demonstration(Plan):
         return self.train(self.comparison.reference, self.comparison.seeds[0])
 
     def export_one(self) -> Stage:
-        return export("export", "export to Hugging Face format", self.exported(), self.output / "hf")
+        trained, folder = self.exported(), self.output / "hf"
+        command = export_command(trained, folder)
+        return Stage("export", "export to Hugging Face format", command, folder, after=(trained,))
 
     def check(self) -> Stage:
         exported, trained, found = self.export_one(), self.exported(), self.output / "check.json"
@@ -138,8 +142,8 @@ def table(models: list[Model]) -> str:
     return report.markdown(rows)
 
 
-def picture(models: list[Model], path: Path) -> None:
-    """Draw the loss curves on one time line: the dense model's first, the others' from its end on."""
+def picture(models: list[Model]) -> Figure:
+    """The loss curves on one time line: the dense model's first, the others' from its end on."""
     converted_at, last = models[0].run.steps, max(model.run.steps for model in models[1:])
     figure, (left, right) = pictures.panels(2, 4.6)
     shown: list[float] = []  # on the right: losses from the conversion on
@@ -164,7 +168,7 @@ def picture(models: list[Model], path: Path) -> None:
     right.set_xlim(converted_at * 0.9, (converted_at + last) * 1.02)
     right.set_ylim(min(shown) - margin, max(shown) + margin)
     right.set_title("from the conversion on", fontsize=10)
-    pictures.save(figure, path)
+    return figure
 
 
 def as_json(models: list[Model]) -> dict[str, Any]:
@@ -203,8 +207,9 @@ def write(pipeline: Pipeline, plan: Demonstration) -> str:
     assert corpus, "the corpus was prepared by the first stage"
     check = json.loads(plan.check().output.read_text(encoding="utf-8"))
     text = describe(models, check, corpus.vocab_size)
-    picture(models, output / "loss_curves.png")
-    (output / "report.md").write_text(f"# Demonstration\n\n{text}\n\n![Loss curves](loss_curves.png)\n")
+    pictures.save(picture(models), output / "loss_curves.png")
+    page = f"# Demonstration\n\n{text}\n\n![Loss curves](loss_curves.png)\n"
+    (output / "report.md").write_text(page, encoding="utf-8")
     measured = as_json(models) | {"exported": check}
     (output / "results.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     return text

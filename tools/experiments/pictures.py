@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from tools.experiments.comparison import Comparison
 from tools.experiments.results import RunResult, differences, interval, training_differences
 
@@ -18,28 +20,20 @@ type Curve = tuple[list[int], list[list[float]]]  # numbers of tokens, and the l
 FAR = 12.0  # typical differences; what is further off would flatten the picture
 
 
-def panels(count: int, height: float) -> tuple[Any, list[Any]]:
+def panels(count: int, height: float) -> tuple[Figure, list[Any]]:
     """A figure of so many panels, the first the widest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, count, figsize=(13, height), width_ratios=(3, 2)[:count], squeeze=False)
-    for panel in axes[0]:
+    figure = Figure(figsize=(13, height), layout="tight")
+    axes = figure.subplots(1, count, width_ratios=(3, 2)[:count], squeeze=False)[0]
+    for panel in axes:
         panel.grid(alpha=0.25)
-    return figure, list(axes[0])
+    return figure, list(axes)
 
 
-def save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.tight_layout()
+def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
-    pyplot.close(figure)
 
 
-def curves(comparison: Comparison, results: Sequence[RunResult]) -> Any:
+def curves(comparison: Comparison, results: Sequence[RunResult]) -> Figure:
     """Training loss against tokens in the manner of the paper's figure 3; beside it the differences of
     held-out losses at the end, which stand alone where no training losses are known."""
     names = [name for name in comparison.runs if any(result.name == name for result in results)]
@@ -136,7 +130,7 @@ def _draw_differences(axes: Any, found: dict[str, list[float]], colours: dict[st
     axes.set_ylim(len(found) - 0.5, -0.5)
 
 
-def differences_over_tokens(comparison: Comparison, results: Sequence[RunResult]) -> Any:
+def differences_over_tokens(comparison: Comparison, results: Sequence[RunResult]) -> Figure:
     """Training loss minus the reference's over tokens, over the seeds that both have. The scale is that of
     the runs that are near the reference; others are named."""
     reference = comparison.reference

@@ -46,12 +46,7 @@ def spread(values: Sequence[float]) -> str:
 def verdict(
     claim: Claim, results: Sequence[RunResult], judged: int = 1, seen: Seen | None = None
 ) -> list[str]:
-    """A row of ``VERDICTS``: a claim is shown, not shown or contradicted at this scale, or not judged.
-
-    Args:
-        judged: the number of claims that are judged beside each other.
-        seen: what was known when the claim was first seen.
-    """
+    """A row of ``VERDICTS`` for a claim, one of so many that are judged."""
     found = differences(results, claim.better, claim.than)
     word, difference, lower, of_all = "not judged", "", "", ""
     if len(found) > 1:
@@ -145,10 +140,7 @@ def write(
 ) -> str:
     """Write report.md, results.json and the pictures to ``folder``; return what report.md says.
 
-    Args:
-        seen: what was known when each claim was first seen.
-        failures: a sentence for each run that failed.
-        dense: the held-out loss of the dense model that was upcycled, where it is known.
+    ``failures``: a sentence for each run that failed. ``dense``: the dense model's held-out loss.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures.save(pictures.curves(comparison, results), folder / "loss_curves.png")
@@ -197,41 +189,33 @@ def _notes(
     comparison: Comparison, results: Sequence[RunResult], judged: int, late: int, dense: float | None
 ) -> str:
     """What the table's columns are and how claims are judged, as a list in Markdown."""
-    tokens = sorted({result.tokens for result in results})
+    after = " or ".join(f"{tokens:,}" for tokens in sorted({result.tokens for result in results}))
+    seeds, planned = ", ".join(map(str, comparison.seeds)), len(comparison.runs) * len(comparison.seeds)
     minutes = sum(result.seconds for result in results) / 60
-    after, seeds = (" or ".join(f"{n:,}" for n in tokens), ", ".join(map(str, comparison.seeds)))
     names = {result.name for result in results} - {comparison.reference}
     shown = sum(len(differences(results, name, comparison.reference)) > 1 for name in names)
     counts = {task: len(found) for result in results for task, found in result.answers.items()}
     notes = [
         f"Held-out loss: nats a token after {after} tokens, mean and standard deviation over seeds {seeds}."
-        f" {len(results)} of {len(comparison.runs) * len(comparison.seeds)} runs have ended; training took"
-        f" {minutes:.0f} minutes in all.",
+        f" {len(results)} of {planned} runs have ended; training took {minutes:.0f} minutes in all.",
+        dense is not None
+        and f"The dense model that was upcycled has a held-out loss of {dense:.5f}, over batches drawn by its"
+        " own seed; those of a run are drawn by the run's.",
         "Differences are taken seed by seed, and stand with their 95% interval (Student's t; two seeds or"
         " more), which reaches 2.5 standard deviations to each side with three seeds, and 9.0 with two.",
         "Busiest expert: its tokens over the mean. Like dead experts, dropped choices and the sum of a"
         " token's weights it is the mean over layers and seeds, at the end.",
-    ]
-    if dense is not None:
-        notes.insert(
-            1,
-            f"The dense model that was upcycled has a held-out loss of {dense:.5f}, over batches drawn by its"
-            " own seed; those of a run are drawn by the run's.",
-        )
-    for task, count in counts.items():
-        notes.append(
+        *(
             f"{task}: right answers to {count:,} questions, mean over seeds. The interval of its difference"
             " is over questions, each with its mean over seeds."
-        )
-    if comparison.claims:
-        notes.append(
-            "A claim is shown or contradicted if the 95% interval leaves out 0; the last column says whether"
-            " a wider interval does so too, which allows for the number of claims (Bonferroni)."
-            f" {judged} of {len(comparison.claims)} claims could be judged; {late} were added when something"
-            " of their runs was known, and are marked."
-        )
-    notes.append(
+            for task, count in counts.items()
+        ),
+        comparison.claims
+        and "A claim is shown or contradicted if the 95% interval leaves out 0; the last column says whether"
+        " a wider interval does so too, which allows for the number of claims (Bonferroni)."
+        f" {judged} of {len(comparison.claims)} claims could be judged; {late} were added when something"
+        " of their runs was known, and are marked.",
         f"Comparisons made: {shown} intervals in the table and {judged} of claims; of 20 such intervals one"
-        " is expected to miss."
-    )
-    return "\n".join(f"- {note}" for note in notes)
+        " is expected to miss.",
+    ]
+    return "\n".join(f"- {note}" for note in notes if note)

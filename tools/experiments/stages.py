@@ -39,10 +39,7 @@ PROGRESS = re.compile(r"\] iteration +(\d+)/ *(\d+) \|(?:.*?\| lm loss: (\S+) )?
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the pipeline.
-
-    ``resumes``: the command itself resumes from what its ``output`` folder holds.
-    """
+    """One command of the pipeline; ``resumes``: from what its ``output`` folder holds. ``files`` are YAML."""
 
     name: str
     title: str
@@ -80,8 +77,8 @@ class Pipeline:
     """Runs stages in ``folder``: their records under ``stages/``, what they print under ``logs/``."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.folder = folder
-        self.environment = environment
+        self.folder, self.environment = folder, environment
+        self.jobs: list[Job] = []
         for name in ("stages", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -90,21 +87,14 @@ class Pipeline:
 
     def digest(self, stage: Stage) -> str:
         """Changes whenever the stage would do something else than before."""
-        digest = hashlib.sha256(json.dumps([__version__, *stage.command]).encode())
-        for path in stage.files:
-            digest.update(_content(path) + b"\0")
-        for earlier in stage.after:
-            record = self.record(earlier)
-            digest.update(f"{record['digest']} {record['finished']}\0".encode())
-        return digest.hexdigest()
+        configurations = [read_yaml(path) for path in stage.files]
+        earlier = [(record["digest"], record["finished"]) for record in map(self.record, stage.after)]
+        what = json.dumps([__version__, stage.command, configurations, earlier], sort_keys=True, default=str)
+        return hashlib.sha256(what.encode()).hexdigest()
 
     def record(self, stage: Stage) -> dict:
-        """The last run of the stage: its ``digest``, ``command``, ``seconds``, the ``commit`` of this project
-        that it began with, and when it ``finished``.
-
-        Empty before the first run; ``finished`` is None until the command has ended well. ``failed`` says why
-        it ended badly.
-        """
+        """Its last run: ``digest``, ``command``, ``seconds``, the ``commit`` that it began with, when it
+        ``finished`` (None unless well), and why it ``failed``. Empty before the first run."""
         try:
             return json.loads(self._record_file(stage).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
@@ -125,40 +115,31 @@ class Pipeline:
     def run(
         self, stages: list[Stage], shares: Sequence[dict[str, str]] = ({},), keep_going: bool = False
     ) -> None:
-        """Run what is not done yet, in order, as many stages at once as there are ``shares``.
-
-        A stage begins when all that it comes after, which is among ``stages``, has ended well.
+        """Run what is not done yet, each stage when all that it comes after has ended well.
 
         Args:
+            stages: with all that they come after.
             shares: what to add to the environment of the commands, for each of those side by side.
             keep_going: a command that fails ends no other; what comes after it is left out.
-
-        Raises:
-            UserError: a command failed, after the end of its log; or another process uses the folder.
         """
-        jobs: list[Job] = []
         with self._alone() as lock:
             try:
-                self._run(stages, shares, keep_going, lock, jobs)
+                self._run(stages, shares, keep_going, lock)
             finally:
-                for job in jobs:
+                for job in self.jobs:
                     job.process.send_signal(signal.SIGTERM)
-                for job in jobs:
+                while self.jobs:
+                    job = self.jobs.pop()
                     job.process.wait()
                     job.bar.close()
 
     def _run(
-        self,
-        stages: list[Stage],
-        shares: Sequence[dict[str, str]],
-        keep_going: bool,
-        lock: int,
-        jobs: list[Job],
+        self, stages: list[Stage], shares: Sequence[dict[str, str]], keep_going: bool, lock: int
     ) -> None:
         waiting = list(enumerate(stages, start=1))
         free = list(range(len(shares)))
         went_well: dict[str, bool] = {}  # stages that have ended, and False for those behind a failed one
-        while waiting or jobs:
+        while waiting or self.jobs:
             for number, stage in list(waiting):
                 before = [went_well.get(earlier.name) for earlier in stage.after]
                 label = f"[{number}/{len(stages)}] {stage.title}"
@@ -171,13 +152,13 @@ class Pipeline:
                     went_well[stage.name] = True
                 else:
                     place = free.pop(0)
-                    jobs.append(self._start(stage, label, place, shares[place], lock))
+                    self.jobs.append(self._start(stage, label, place, shares[place], lock))
                 waiting.remove((number, stage))
-            time.sleep(0.3 if jobs else 0)
-            for job in list(jobs):
+            time.sleep(0.3 if self.jobs else 0)
+            for job in list(self.jobs):
                 job.show(*self._progress(job.stage))
                 if job.process.poll() is not None:
-                    jobs.remove(job)
+                    self.jobs.remove(job)
                     free = sorted([*free, job.place])
                     went_well[job.stage.name] = self._end(job, keep_going)
 
@@ -248,13 +229,6 @@ class Pipeline:
                 message = f"--output {self.folder}: another run is at work there; wait for it or end it"
                 raise UserError(message) from None
             yield file.fileno()
-
-
-def _content(path: Path) -> bytes:
-    """What a file says: of a configuration, its entries with those it builds on."""
-    if path.suffix == ".yaml":
-        return json.dumps(read_yaml(path), sort_keys=True, default=str).encode()
-    return path.read_bytes()
 
 
 def command_line(work: Callable[[], tuple[str, int]]) -> int:
