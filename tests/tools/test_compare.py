@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.errors import UserError
@@ -68,7 +67,7 @@ def test_verdict(a: list[float], b: list[float], word: str) -> None:
         assert lower == f"{sum(x < y for x, y in losses)} of {len(a)}"
 
 
-def test_intervals_and_claims_in_numbers() -> None:
+def test_intervals_differences_and_crossings() -> None:
     """By the quantiles of any table of Student's t: 12.706, 4.303 and (at 99%) 9.925."""
     assert str(interval([1.0, 2.0, 3.0])) == "+2.0000 [-0.4841, +4.4841]"
     assert interval([0.0, 2.0]).ends == pytest.approx((1 - 12.706, 1 + 12.706), abs=1e-3)
@@ -78,9 +77,7 @@ def test_intervals_and_claims_in_numbers() -> None:
     # At 95% this claim is shown; at the 99.5% that ten claims ask for it is not.
     found = runs(a=[4.0, 5.0, 6.0], b=[4.1, 5.12, 6.15])
     assert [report.verdict(CLAIM, found, judged=judged)[-1] for judged in (1, 2, 10)] == ["", "yes", "no"]
-
-
-def test_differences_are_of_one_seed_and_cross_between_two_points() -> None:
+    # Differences are of one seed; a crossing lies between two points.
     assert results.differences(runs(a=[4.0, 5.0, 6.0], b=[4.5, 5.25]), "a", "b") == [-0.5, -0.25]
     assert results.crossings([10, 20, 30, 40], [[1.0], [-1.0], [-1.0, -3.0], [2.0]]) == [15.0, 35.0]
     assert results.crossings([10, 20], [[1.0], [2.0]]) == []
@@ -154,46 +151,40 @@ def test_entries_in_place_of_a_file_are_written_to_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("runs: {}", "needs 'runs:'"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\nseed: [1]", "unknown entry 'seed'"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\nseeds: [1, 1]", "different whole numbers"),
-        ("runs: {a: r.yaml}", "either 'dense:'"),
-        ("checkpoint: d\nruns: {a: r.yaml}", "needs 'key_stats:' beside it"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\nreference: b", "'b' is none of the runs"),
-        ("dense: d.yaml\nruns: {a: missing.yaml}", "no such file"),
-        ("dense: d.yaml\nruns: {a: {base: missing.yaml}}", "no such file"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\nclaims: [{better: a}]", "claims"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\ntasks: nope", "'tasks:' is evaluate's --tasks: no task 'nope'"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\nranks: 0", "'ranks:' must be a whole number"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\nflags: [a]", "'flags:' must be a mapping"),
-        ("checkpoint: d\nkey_stats: k\nruns: {a: r.yaml}\ncorpus: {}", "'corpus:' is for a dense model"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\ncorpus: {held_out: 0.1}", "'corpus:' needs 'train_tokenizer:'"),
         ("- x", "needs 'runs:'"),
         ("{", "cannot be read"),
+        ("runs: {}", "needs 'runs:'"),
+        ("seed: [1]\ndense: d.yaml", "unknown entry 'seed'"),
+        ("seeds: [1, 1]\ndense: d.yaml", "different whole numbers"),
+        ("title: t", "either 'dense:'"),
+        ("checkpoint: d", "needs 'key_stats:' beside it"),
+        ("reference: b\ndense: d.yaml", "'b' is none of the runs"),
+        ("dense: d.yaml\nruns: {a: missing.yaml}", "no such file"),
+        ("dense: d.yaml\nruns: {a: {base: missing.yaml}}", "no such file"),
+        ("claims: [{better: a}]\ndense: d.yaml", "claims"),
+        ("tasks: nope\ndense: d.yaml", "'tasks:' is evaluate's --tasks: no task 'nope'"),
+        ("ranks: 0\ndense: d.yaml", "'ranks:' must be a whole number"),
+        ("flags: [a]\ndense: d.yaml", "'flags:' must be a mapping"),
+        ("checkpoint: d\nkey_stats: k\ncorpus: {}", "'corpus:' is for a dense model"),
+        ("corpus: {held_out: 0.1}\ndense: d.yaml", "'corpus:' needs 'train_tokenizer:'"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text("num_experts: 4\n")
-    (tmp_path / "c.yaml").write_text(text)
+    (tmp_path / "c.yaml").write_text(text if "needs 'runs:'" in message else f"runs: {{a: r.yaml}}\n{text}")
     with pytest.raises(UserError, match=message) as error:
         read(tmp_path / "c.yaml", tmp_path / "out")
     assert "\n" not in str(error.value)
 
 
-METHODS_FILE = str(ROOT / "configs/compare/methods.yaml")
-
-
 @pytest.mark.parametrize(
-    "argv",
-    [
-        *([], ["--bogus"], ["nowhere.yaml"]),
-        *([METHODS_FILE, *more] for more in (["--jobs", "0"], ["--runs", "mlp,no"], ["--seeds", "1,9"])),
-    ],
+    "more", [["--bogus"], ["--jobs", "0"], ["--runs", "m=2,no"], ["--seeds", "1,9"], ["--output"]]
 )
-def test_mistakes_on_the_command_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare.main(argv) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
+def test_mistakes_on_the_command_line(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for file in ("nowhere.yaml", str(FILES[0])):
+        assert compare.main([file, *more]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_some_runs_and_seeds_are_chosen() -> None:
@@ -208,46 +199,25 @@ def test_some_runs_and_seeds_are_chosen() -> None:
 def test_quick_runs_are_short_whatever_the_file_says(tmp_path: Path) -> None:
     """As are those of one_gpu.yaml, on one rank."""
     comparison = read(ROOT / "configs/compare/one_gpu.yaml", tmp_path)
-    for quick, words in ((True, ["6", "256", "16"]), (False, ["320", "512", "64"])):
+    for quick, words in ((True, ("6", "256", "16")), (False, ("320", "512", "64"))):
         plan = Plan(comparison, quick)
         command = plan.train("calibrated", 1).command
-        names = ("--train-iters", "--seq-length", "--global-batch-size", "--nproc-per-node", "--lr")
-        last = {name: command[len(command) - command[::-1].index(name)] for name in names}
-        assert list(last.values()) == [*words, "1", "0.0005"]
+        given = dict(itertools.pairwise(command))
+        assert (given["--train-iters"], given["--seq-length"], given["--global-batch-size"]) == words
+        assert (given["--nproc-per-node"], given["--lr"]) == ("1", "0.0005")
         assert "--bf16" in command and command.count("--train-iters") == 1
         corpus = plan.stages()[0].command
         assert "--source-packages" in corpus and ("--max-bytes" in corpus) == quick
 
 
-def test_the_two_kinds_of_router_are_compared_at_equal_entropy(tmp_path: Path) -> None:
-    """What sharpness.yaml is for: pairs that differ in the kind of router alone."""
-    comparison = read(ROOT / "configs/compare/sharpness.yaml", tmp_path)
-    for entropy in (0.4, 0.8, 1.2, 1.5, 1.8, 2.0):
-        heads, random = (read_yaml(comparison.runs[f"{kind} {entropy}"]) for kind in ("heads", "random"))
-        methods = [read_method(comparison.runs[f"{kind} {entropy}"]) for kind in ("heads", "random")]
-        assert [method.init for method in methods] == [InitConfig(target_entropy=entropy)] * 2
-        assert [method.router["router"] for method in methods] == ["mixture", "linear"]
-        assert heads | {"upcycling": {}} == random | {"upcycling": {}}
-        assert Claim(f"heads {entropy}", f"random {entropy}", "if heads matter at equal entropy") in (
-            comparison.claims
-        )
-
-
-@pytest.mark.parametrize(
-    ("gpus", "ranks", "seen"),
-    [
-        (0, 2, [None, None, None]),
-        (1, 1, [None, None, None]),
-        (2, 2, [None, None, None]),
-        (2, 1, ["5", "7", "5"]),
-        (4, 2, ["5,7", "8,9", "5,7"]),
-    ],
-)
-def test_runs_side_by_side_share_the_gpus(
-    gpus: int, ranks: int, seen: list[str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(foundation, "gpus", lambda: ["5", "7", "8", "9"][:gpus])
-    assert [share.get("CUDA_VISIBLE_DEVICES") for share in foundation.shares(3, ranks)] == seen
+def test_runs_side_by_side_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = [None, None, None]
+    for number, ranks, seen in (
+        *((0, 2, alike), (1, 1, alike), (2, 2, alike)),
+        *((2, 1, ["5", "7", "5"]), (4, 2, ["5,7", "8,9", "5,7"])),
+    ):
+        monkeypatch.setattr(foundation, "gpus", lambda number=number: ["5", "7", "8", "9"][:number])
+        assert [share.get("CUDA_VISIBLE_DEVICES") for share in foundation.shares(3, ranks)] == seen
 
 
 def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
@@ -258,9 +228,8 @@ def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
 
     def marks(*pairs: str) -> list[str]:
         said = ", ".join(f"{{better: {better}, than: {than}, source: s}}" for better, than in pairs)
-        file.write_text(
-            "checkpoint: d\nkey_stats: k\nruns: {a: a.yaml, b: b.yaml, c: c.yaml}\n" + f"claims: [{said}]\n"
-        )
+        known = "checkpoint: d\nkey_stats: k\nruns: {a: a.yaml, b: b.yaml, c: c.yaml}\n"
+        file.write_text(f"{known}claims: [{said}]\n")
         comparison = read(file, output)
         seen = claims.see(comparison)
         return [seen[claim].describe(claim) for claim in comparison.claims]
@@ -276,11 +245,9 @@ def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
     assert "added when one side was known" in one_side and "1 run of a and no runs of c" in one_side
     begin("b", "b")
     assert marks("ab", "ac") == ["", one_side]  # what was there before stays as it was
-    (swapped,) = marks("ba")
-    assert "added after looking" in swapped
+    assert "added after looking" in marks("ba")[0]
     begin("an older name of c", "c")
-    (renamed,) = marks("bc")
-    assert "added after looking" in renamed
+    assert "added after looking" in marks("bc")[0]
     (tmp_path / "b.yaml").write_text("num_experts: 8\n")
     assert "added after looking" in marks("ab")[0]
     (tmp_path / "b.yaml").write_text("num_experts: 5\n")
@@ -293,20 +260,15 @@ def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
 
 
 def test_a_run_is_read_from_what_it_wrote(tmp_path: Path) -> None:
-    def line(iteration: int, **entries: object) -> dict:
-        return {"iteration": iteration, "tokens": 4096 * iteration, **entries}
-
-    for found in (
-        line(1, kind="train", lm_loss=8.0),
-        line(2, kind="train", lm_loss=7.0),
-        line(2, kind="held_out", set="test", lm_loss=9.0),
-        line(2, kind="train", lm_loss=6.0),  # once more, after a crash
-        line(2, kind="held_out", set="validation", lm_loss=6.5),
+    train, held_out = {"kind": "train"}, {"kind": "held_out"}
+    for step, loss, kind in (
+        *((1, 8.0, train), (2, 7.0, train), (2, 9.0, held_out | {"set": "test"})),
+        *((2, 6.0, train), (2, 6.5, held_out | {"set": "validation"})),  # step 2 again, after a crash
     ):
-        files.append(tmp_path / files.RUN, found)
-    record = {"seconds": 60.0, "command": "command", "commit": "1234abc"}
+        files.append(tmp_path / files.RUN, {"iteration": step, "tokens": 4096 * step, "lm_loss": loss} | kind)
     for loads in ([3.0, 2.0], [2.0, 1.0], [1.0, 1.5]):
-        files.append(tmp_path / files.ROUTING, line(1, layers=[0, 1], load_max_over_mean=loads))
+        files.append(tmp_path / files.ROUTING, {"iteration": 1, "load_max_over_mean": loads})
+    record = {"seconds": 60.0, "command": "command", "commit": "1234abc"}
     found = results.read_run("a", 1, tmp_path, record)
     assert (found.held_out, found.tokens, found.steps) == (6.5, 8192, 2)
     assert found.training == {4096: 8.0, 8192: 6.0}
@@ -332,10 +294,6 @@ def test_report_names_every_run(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "out/results.json").read_text())["runs"]) == 4
 
 
-def drawn(axes: Any) -> dict[str, list[float]]:
-    return {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-
-
 def shifted(**off: float) -> list[RunResult]:
     """Two seeds of each run, whose training losses fall alike, so far off."""
     curve = {4096 * step: 5.0 - step / 10 for step in range(1, 7)}
@@ -350,7 +308,7 @@ def test_differences_are_drawn_to_the_scale_of_what_is_near() -> None:
     found = shifted(b=0.01, a=0.0, c=-0.02, far=2.0)
     (axes,) = pictures.differences_over_tokens(comparison_of("b", "a", "c", "far"), found).axes
     assert axes.get_ylim() == pytest.approx((-0.025, 0.025))
-    lines = drawn(axes)
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert lines["b"] == pytest.approx([0.01] * 6) and lines["c"] == pytest.approx([-0.02] * 6)
     assert not {"a", "far"} & lines.keys()
     assert "out of the picture: far (+2.00 at the end)" in axes.get_title()
@@ -362,7 +320,6 @@ def test_of_many_curves_a_few_are_named_and_the_rest_are_grey() -> None:
     found = shifted(**{name: number / 1e4 for number, name in enumerate(names)})
     comparison = comparison_of("run 9", "run 7", *(name for name in names if name not in ("run 9", "run 7")))
     left, right = pictures.curves(comparison, found).axes
-    assert drawn(left).keys() >= set(names)
     grey = {line.get_label() for line in left.lines if line.get_color() == pictures.GREY}
     places = {text.get_text(): text.get_position()[1] for text in left.texts}
     assert places.pop("grey: 12 others") and places.keys() == set(names) - grey
@@ -383,11 +340,9 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
     last digit what runs one after the other find. A third cannot be converted, which ends none of them."""
     file, output = tmp_path / "three.yaml", tmp_path / "out"
     methods = {name: f"{ROOT}/configs/methods/{name}.yaml" for name in ("locmoe", "mlp")}
-    file.write_text(
-        f"dense: {ROOT}/configs/demo/dense.yaml\nseeds: [1]\nranks: 1\ntasks: stdlib\n"
-        f"runs: {json.dumps({'broken': 'broken.yaml'} | methods)}\n"
-    )
-    (tmp_path / "broken.yaml").write_text(f"base: {methods['mlp']}\nupcycling: {{target_entropy: 9}}\n")
+    broken = {"base": methods["mlp"], "upcycling": {"target_entropy": 9}}
+    given = {"dense": f"{ROOT}/configs/demo/dense.yaml", "seeds": [1], "ranks": 1, "tasks": "stdlib"}
+    file.write_text(json.dumps(given | {"runs": {"broken": broken} | methods}))
     command = [sys.executable, "-m", "tools.experiments.compare", str(file), "--output", str(output)]
     command += ["--quick", "--jobs", "2"]
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
@@ -425,7 +380,7 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
     assert all(len(run["answers"]["stdlib"]) == QUICK_QUESTIONS for run in found)
 
     shutil.rmtree(output / "trained")
-    file.write_text(file.read_text().replace("tasks: stdlib\n", ""))
+    file.write_text(file.read_text().replace("stdlib", ""))
     command[-1] = "1"
     assert run_again()[1] == [run | {"answers": {}} for run in found]
 
@@ -449,8 +404,7 @@ def numbers(cell: str) -> list[float]:
 @pytest.mark.parametrize("page", REPORTS, ids=lambda path: path.parent.name)
 def test_reports_in_the_documents_follow_from_the_losses_in_them(page: Path, tmp_path: Path) -> None:
     """Means, intervals and verdicts, computed again from the losses of every seed; claims as they stand."""
-    comparison = read(ROOT / f"configs/compare/{page.parent.name}.yaml", tmp_path)
-    text = page.read_text(encoding="utf-8")
+    comparison, text = read(ROOT / f"configs/compare/{page.parent.name}.yaml", tmp_path), page.read_text()
     found, claimed, (seeds, *losses) = tables(text)
     results = [
         RunResult(name, int(seed.removeprefix("seed ")), float(loss), {}, 0, 0, {}, {}, 0.0, "", "")
