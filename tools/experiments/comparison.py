@@ -76,36 +76,8 @@ def read(path: Path, output: Path | None = None, quick: bool = False) -> Compari
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
 
-    def need(good: Any, what: str) -> None:
-        if not good:
-            raise UserError(f"{path}: {what}")
-
-    need(
-        isinstance(entries, dict) and isinstance(entries.get("runs"), dict) and entries["runs"],
-        "needs 'runs:', a mapping of names to YAML files or their entries",
-    )
-    known = [entry.name for entry in fields(Comparison) if entry.name != "path"]
-    for name in entries:
-        need(name in known, f"unknown entry {name!r}; known: {', '.join(known)}")
-    seeds, ranks, tasks = entries.get("seeds", [1234]), entries.get("ranks", 1), str(entries.get("tasks", ""))
-    need(
-        seeds and all(type(seed) is int for seed in seeds) and len(set(seeds)) == len(seeds),
-        "'seeds:' must be a list of different whole numbers",
-    )
-    need(type(ranks) is int and ranks > 0, "'ranks:' must be a whole number of processes, as 1")
-    need(
-        ("dense" in entries) != ("checkpoint" in entries),
-        "needs either 'dense:', the YAML of a model to train first, or 'checkpoint:'",
-    )
-    need("dense" in entries or "key_stats" in entries, "'checkpoint:' needs 'key_stats:' beside it")
-    for name in ("flags", "corpus"):
-        need(isinstance(entries.get(name, {}), dict), f"'{name}:' must be a mapping of names to values")
-    if "corpus" in entries:
-        need("dense" in entries, "'corpus:' is for a dense model that is trained first; leave it out")
-        need(
-            {"train_tokenizer", "held_out"} <= entries["corpus"].keys(),
-            "'corpus:' needs 'train_tokenizer:' and 'held_out:', as prepare-data has them",
-        )
+    _check(entries, path)
+    tasks = str(entries.get("tasks") or "")
     try:
         parse_tasks(tasks or None)
         claims = tuple(Claim(**claim) for claim in entries.get("claims", ()))
@@ -117,7 +89,8 @@ def read(path: Path, output: Path | None = None, quick: bool = False) -> Compari
     reference, from_scratch = entries.get("reference", next(iter(runs))), entries.get("from_scratch", ())
     named = [reference, *from_scratch, *entries.get("paper", {}), *(run for c in claims for run in c.runs)]
     for name in named:
-        need(name in runs, f"{name!r} is none of the runs ({', '.join(runs)})")
+        if name not in runs:
+            raise UserError(f"{path}: {name!r} is none of the runs ({', '.join(runs)})")
     output = output or Path(str(entries.get("output", "compare"))) / ("quick" if quick else "")
 
     def file(config: Any, name: str) -> Path:
@@ -134,7 +107,7 @@ def read(path: Path, output: Path | None = None, quick: bool = False) -> Compari
         "path": path,
         "title": entries.get("title", path.stem),
         "runs": runs,
-        "seeds": tuple(seeds),
+        "seeds": tuple(entries.get("seeds", (1234,))),
         "reference": reference,
         "output": output,
         "from_scratch": tuple(from_scratch),
@@ -143,6 +116,31 @@ def read(path: Path, output: Path | None = None, quick: bool = False) -> Compari
         "claims": claims,
     }
     return Comparison(**entries | paths | worked_out)
+
+
+def _check(entries: Any, path: Path) -> None:
+    def need(good: Any, what: str) -> None:
+        if not good:
+            raise UserError(f"{path}: {what}")
+
+    runs = isinstance(entries, dict) and entries.get("runs")
+    need(runs and isinstance(runs, dict), "needs 'runs:', a mapping of names to YAML files or their entries")
+    known = [entry.name for entry in fields(Comparison) if entry.name != "path"]
+    for name in entries:
+        need(name in known, f"unknown entry {name!r}; known: {', '.join(known)}")
+    seeds, ranks = entries.get("seeds", [1234]), entries.get("ranks", 1)
+    whole = isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)
+    need(whole and len(set(seeds)) == len(seeds), "'seeds:' must be a list of different whole numbers")
+    need(type(ranks) is int and ranks > 0, "'ranks:' must be a whole number of processes, as 1")
+    one_start = ("dense" in entries) != ("checkpoint" in entries)
+    need(one_start, "needs either 'dense:', the YAML of a model to train first, or 'checkpoint:'")
+    need("dense" in entries or "key_stats" in entries, "'checkpoint:' needs 'key_stats:' beside it")
+    for name in ("flags", "corpus"):
+        need(isinstance(entries.get(name, {}), dict), f"'{name}:' must be a mapping of names to values")
+    if "corpus" in entries:
+        need("dense" in entries, "'corpus:' is for a dense model that is trained first; leave it out")
+        prepared = {"train_tokenizer", "held_out"} <= entries["corpus"].keys()
+        need(prepared, "'corpus:' needs 'train_tokenizer:' and 'held_out:', as prepare-data has them")
 
 
 def _write_config(entries: dict[str, Any], folder: Path, file: Path) -> Path:
