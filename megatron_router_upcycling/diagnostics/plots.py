@@ -96,7 +96,7 @@ def _loss(runs: Sequence[RunData]) -> Any:
 type Ideal = Callable[[int], float] | None
 type Panels = dict[str, tuple[str, Ideal]]
 LOAD: Panels = {
-    "load_cv": ("spread of the load (standard deviation over mean)", lambda n: 0.0),
+    "load_cv": ("spread of the load (std / mean)", lambda n: 0.0),
     "load_max_over_mean": ("busiest expert over the mean", lambda n: 1.0),
     "dead_experts": ("dead experts a layer", lambda n: 0.0),
 }

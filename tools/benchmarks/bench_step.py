@@ -22,8 +22,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import measuring  # type: ignore[import-not-found]  # beside this file
-import step_parts  # type: ignore[import-not-found]
+import measuring
+import step_parts
 import torch
 
 from megatron_router_upcycling import files
@@ -44,15 +44,7 @@ ON_CPU = shlex.split(
     " --moe-z-loss-coeff 0.001 --moe-token-dispatcher-type alltoall --use-distributed-optimizer --lr 1e-4"
     " --train-iters 100 --rehearse-seq-length 256"
 )
-COLUMNS = {
-    "router": 8,
-    "step ms": 10,
-    "tokens/s": 12,
-    "TFLOP/s": 10,
-    "of peak": 9,
-    "routers": 9,
-    "peak GiB": 10,
-}
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "megatron-router-upcycling")
 WARM_UP = 2  # steps of each kind before the first that counts
 
 
@@ -124,8 +116,8 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
             labelled=args.cuda_graph_impl == "none",  # a captured layer runs no hooks
         )
     return {
-        "hardware": hardware(),
-        "versions": versions(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else measuring.processor(),
+        "versions": {"cuda": torch.version.cuda} | files.versions(*PACKAGES),
         "model": {"parameters": figures.total_and_active(planned), "gpus": planned.world_size},
         "micro_batch": [args.micro_batch_size, args.seq_length],
         "transformer_impl": args.transformer_impl,
@@ -159,19 +151,6 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{name}, {torch.get_num_threads()} threads (no GPU)"
-
-
-def versions() -> dict[str, str | None]:
-    packages = ("torch", "megatron-core", "transformer-engine", "megatron-router-upcycling")
-    return {"cuda": torch.version.cuda} | files.versions(*packages)
-
-
 def report(found: dict[str, Any]) -> str:
     engine = found["transformer_impl"] + (", grouped experts" if found["grouped_experts"] else "")
     total, active = found["model"]["parameters"]
@@ -179,20 +158,15 @@ def report(found: dict[str, Any]) -> str:
         f"{found['hardware']}; torch {found['versions']['torch']}, {engine}",
         f"one rank of {found['model']['gpus']}: {total / 1e9:.3f} B parameters, {active / 1e9:.3f} B active,"
         f" micro-batch {found['micro_batch'][0]} x {found['micro_batch'][1]}, {found['rounds']} rounds",
-        "".join(name.rjust(width) for name, width in COLUMNS.items()),
+        "  router   step ms    tokens/s   TFLOP/s  of peak  routers  peak GiB",
     ]
     for kind, value in found["step_seconds"].items():
         of_peak, routers = found["utilisation"][kind], found["router_share"][kind]
-        cells = (
-            kind,
-            f"{value * 1e3:.1f}",
-            f"{found['tokens_per_second'][kind]:.0f}",
-            f"{found['tflops'][kind]:.3f}",
-            "-" if of_peak is None else f"{of_peak:.1%}",
-            "-" if routers is None else f"{routers:.2%}",
-            f"{found['peak_bytes'][kind] / 2**30:.2f}",
-        )
-        lines.append("".join(cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True)))
+        used = "-" if of_peak is None else f"{of_peak:.1%}"
+        share = "-" if routers is None else f"{routers:.2%}"
+        rate, flops, peak = (found[name][kind] for name in ("tokens_per_second", "tflops", "peak_bytes"))
+        cells = f"{kind:>8}{value * 1e3:10.1f}{rate:12.0f}{flops:10.3f}{used:>9}{share:>9}"
+        lines.append(f"{cells}{peak / 2**30:10.2f}")
     for kind, profile in found["profiles"].items():
         lines += [f"{kind}:", step_parts.report(profile)]
     if found["throughput_ratio"] is not None:
@@ -201,23 +175,18 @@ def report(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = measuring.parser(__doc__, allow_abbrev=False)
+    parser = measuring.Parser(__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="YAML", help="the run (default: see above)")
     parser.add_argument("--gpus", type=int, default=64, help="of the run that one rank is of (default: 64)")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of steps (default: 10)")
-    parser.add_argument(
-        "--routers",
-        nargs="+",
-        choices=("mixture", "stock"),
-        default=("mixture", "stock"),
-        help="which to measure (default: both; a CUDA graph of a layer holds one: mixture)",
-    )
+    kinds, which = ("mixture", "stock"), "default: both; a CUDA graph of a layer holds one: mixture"
+    parser.add_argument("--routers", nargs="+", choices=kinds, default=kinds, help=which)
     parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
     options, flags = parser.parse_known_args()
-    command = list(sys.argv)
+    command = shlex.join(["python", *sys.argv])  # before launch takes its own flags from it
     if options.output and not options.output.absolute().parent.is_dir():
         raise UserError(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
-    found = measure(options, flags) | {"command": shlex.join(["python", *command])}
+    found = measure(options, flags) | {"command": command}
     print(report(found))
     measuring.write_json(options.output, found)
 
