@@ -13,7 +13,7 @@ from megatron_router_upcycling.diagnostics import routing_start
 from megatron_router_upcycling.diagnostics.stored_router import Router as Router
 from megatron_router_upcycling.diagnostics.stored_router import load_router as load_router
 from megatron_router_upcycling.errors import UserError as UserError
-from megatron_router_upcycling.hf import exportable
+from megatron_router_upcycling.hf import exporter
 from megatron_router_upcycling.routers.config import RouterConfig as RouterConfig
 from megatron_router_upcycling.verify import proof
 from megatron_router_upcycling.verify.findings import Findings
@@ -51,7 +51,7 @@ def convert_checkpoint(
     asked = Options(router=router or RouterConfig(), key_stats=_path(key_stats), **options)
     ready = convert.prepare(dense, out, asked)
     if not allow_no_export:
-        exportable.check(ready)
+        exporter.check_conversion(ready)
     return convert.convert(ready)
 
 

@@ -16,14 +16,8 @@ Examples:
 
 import sys
 
+from megatron_router_upcycling.planning.rehearsal.run import rehearse
 from megatron_router_upcycling.training import launch
 
-
-def main() -> None:
-    from megatron_router_upcycling.planning.rehearsal import run
-
-    run.rehearse(sys.argv[1:])
-
-
 if __name__ == "__main__":
-    launch.exit_on_user_error(main)
+    launch.exit_on_user_error(lambda: rehearse(sys.argv[1:]))

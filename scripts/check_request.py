@@ -80,7 +80,7 @@ def main(stages: str, nodes: str, gpus: str, dry_run: str, *flags: str) -> None:
     processes, run = _processes(runs, int(nodes), int(gpus))
     if run and found and not TEXT_DATA.is_file() and not any(map(_is_packed, found)):
         most = sum(one.size for one in found) + len(found)  # a token has a byte or more, or ends a document
-        one_pass.check_length("--text", most, run.sequence, run.batch if OWN_LENGTH else 1)
+        one_pass.check_length("--text", most, run.seq_length, run.global_batch_size if OWN_LENGTH else 1)
     if "evaluate" in asked and HAS_HF:
         if not TEXT:
             tokenizer.check(HF, "--hf")
@@ -171,10 +171,10 @@ def _processes(
             # The vocabulary may be known with the tokenizer only; here it is of no consequence.
             known = {"vocab_size": 128} | values | {"world_size": world}
             try:
-                found.append(reading.from_values(known, router, source))
+                gpus = "--nproc" if LOCAL else "--nodes, --gpus-per-node"
+                found.append(reading.from_values(known, router, source, gpus))
             except reading.NotCovered:
                 return None
-            setup.check(found[-1], "--nproc" if LOCAL else "--nodes, --gpus-per-node")
         return found[0]
 
     def works(processes: int) -> bool:

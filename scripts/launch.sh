@@ -83,12 +83,6 @@ elif ! given nnodes && ! given standalone; then
 fi
 
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-# Tensor and context parallelism overlap what they send with products by the order in which both are launched,
-# which takes one hardware queue. Elsewhere one queue would only keep apart what can run side by side.
-if [[ -z ${CUDA_DEVICE_MAX_CONNECTIONS:-} ]] &&
-    "$PYTHON" -m megatron_router_upcycling.training.launch_order "$config" "$@"; then
-    export CUDA_DEVICE_MAX_CONNECTIONS=1
-fi
 # Segments that grow waste less memory.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 # Of Megatron and PyTorch, about themselves. What concerns the run is said by lines of its own, or is an error.

@@ -17,8 +17,8 @@ them here, one after another:
   convert   -> DIR/moe, then verify                                 1 node, no GPU
   train     -> DIR/run; queues itself again until it is finished    --nodes, whole
   evaluate  -> DIR/hf, DIR/evaluation                               1 node, 1 GPU
-What DIR holds already is not made again: after a failure, mend its cause and give the same command. What is
-asked is judged first, by the stages' own rules, and DIR/request.yaml holds it: another model, text, size or
+Finished stages are skipped: after a failure, fix its cause and run the same command again. The request is checked
+before the first stage, by the stages' own rules, and kept in DIR/request.yaml: another model, text, size or
 configuration needs another DIR.
 
 example (this machine: its GPUs, or two processes on the CPU with --nproc 2):
@@ -46,7 +46,7 @@ options:
   --time LIMIT         of one run of train, as sbatch takes it (default: the partition's)
   --stages LIST        of data,import,keys,convert,train,evaluate (default: all)
   --local              run on this machine. Ctrl-C ends it (in training: after a step that is saved), and the same
-                       command goes on. --nodes, --gpus-per-node, --time and --container do not apply
+                       command resumes. --nodes, --gpus-per-node, --time and --container do not apply
   --nproc N            with --local: processes (default: one a GPU, as far as the batches can be divided by them; 1
                        on the CPU)
   --container IMAGE    run in this image (pyxis and enroot), with the folders of all that is named here mounted;
@@ -236,7 +236,7 @@ run_here() {
     fi
     printf 'ended after %d s\n' $((SECONDS - start))
     if [[ $interrupts -gt 0 ]]; then
-        echo "          the same command goes on from there"
+        echo "          run the same command again to resume"
         exit 130
     fi
     tail -n "+$first" "$log" | grep -a '^error: ' | tail -n 1 >&2 ||

@@ -72,6 +72,8 @@ class Folder:
         (self.path / "metadata.json").write_text(
             json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
         )
+        tracker = self.path.parent / "latest_checkpointed_iteration.txt"
+        tracker.write_text(self.path.name.removeprefix("iter_").lstrip("0"))
 
 
 def arguments(**changes: Any) -> Namespace:
@@ -110,6 +112,11 @@ def tensors(
         shapes[f"{MLP}.linear_fc2.bias"] = (LAYERS, HIDDEN)
         shapes[f"{ATTENTION}.linear_proj.bias"] = (LAYERS, HIDDEN)
     return {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in shapes.items()}
+
+
+# Models of other kinds, for ``write``.
+WITH_BIAS: dict[str, Any] = {"values": tensors(bias=True), "args": arguments(add_bias_linear=True)}
+NOT_GATED: dict[str, Any] = {"values": tensors(gated=False), "args": arguments(swiglu=False)}
 
 
 def _pieces(key: str, value: torch.Tensor, tensor_parallel: int) -> tuple[tuple[int, ...], int | None]:
@@ -159,7 +166,6 @@ def write(
     else:
         folder.add_object("common_state/shard_0_1", state | common)
     folder.finish()
-    (root / "latest_checkpointed_iteration.txt").write_text("8")
     return values
 
 

@@ -99,7 +99,7 @@ for module in (router, patches):
 def test_pure_rooms_need_neither_megatron_nor_cuda() -> None:
     for name in PURE:
         assert [module for module in PURE_MODULES if within(module, (name,))], f"{name} is not there"
-    impure = (f"{PACKAGE}.routers.mixture", f"{PACKAGE}.training.patches.without_te")
+    impure = (f"{PACKAGE}.routers.mixture", f"{PACKAGE}.training.patches.layers")
     command = [sys.executable, "-c", IMPORT_BLOCKED, *PURE_MODULES, *impure]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr

@@ -40,9 +40,9 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text
         axes.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.08, text, ha="center", fontsize=9)
 
 
-def title(axes: Axes, x: float, y: float, head: str, below: str) -> None:
-    axes.text(x, y, head, ha="center", fontsize=11, fontweight="bold", color=INK)
-    axes.text(x, y - 0.26, below, ha="center", va="top", fontsize=9, color=INK, linespacing=1.35)
+def title(axes: Axes, x: float, head: str, *below: str) -> None:
+    axes.text(x, 4.0, head, ha="center", fontsize=11, fontweight="bold", color=INK)
+    axes.text(x, 3.74, "\n".join(below), ha="center", va="top", fontsize=9, color=INK, linespacing=1.35)
 
 
 def method() -> None:
@@ -63,24 +63,12 @@ def method() -> None:
         box(axes, 6.45, y, 1.2, 0.42, f"key $K_{number + 1}$", colour, fontsize=9)
         arrow(axes, (7.7, y + 0.21), (8.45, 1.65 + (1.5 - number) * 0.22))
     box(axes, 8.5, 1.1, 2.2, 1.1, "one gate\n$A = K\\,(W_1+\\dots+W_4)\\,/\\sqrt{d'}$", fontsize=9.5)
-    title(
-        axes, 0.95, 4.0, "1  attention heads", "of the dense layer, with the\nmean key of each over some text"
-    )
-    title(axes, 3.55, 4.0, "2  groups", "heads whose keys\nare most alike")
-    title(
-        axes,
-        6.38,
-        4.0,
-        "3  routers and keys",
-        "a group's query projections, stacked;\nits keys, joined: the key of one expert",
-    )
-    title(
-        axes,
-        9.6,
-        4.0,
-        "4  a linear gate",
-        "trained as routers and keys, computed\nas the gate of any Mixture-of-Experts",
-    )
+    title(axes, 0.95, "1  attention heads", "of the dense layer, with the", "mean key of each over some text")
+    title(axes, 3.55, "2  groups", "heads whose keys", "are most alike")
+    joined = "its keys, joined: the key of one expert"
+    title(axes, 6.38, "3  routers and keys", "a group's query projections, stacked;", joined)
+    computed = "as the gate of any Mixture-of-Experts"
+    title(axes, 9.6, "4  a linear gate", "trained as routers and keys, computed", computed)
     save("method")
 
 

@@ -4,6 +4,7 @@ Each checkpoint keeps these files in a folder of its own, ``ROOT/tokenizer``, li
 before it. So nothing is lost when an earlier one is moved or removed. Pure: no torch.
 """
 
+import contextlib
 import fnmatch
 import os
 import shutil
@@ -14,7 +15,6 @@ from pathlib import Path
 FOLDER = "tokenizer"  # of a checkpoint's root
 # A folder with one of these holds a tokenizer that transformers loads.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-SENTENCEPIECE = ".model"
 
 # What is copied, by name without regard to case. Other files may change what a folder is to whoever loads it:
 # those of an adapter, a quantisation, a trainer, another model.
@@ -28,26 +28,26 @@ COPIED = (
 # Folders are copied whole or not at all: those of chat templates, and of sentence-transformers (1_Pooling).
 COPIED_FOLDERS = ("*/*.jinja", "[0-9]_*/config.json")
 ADAPTER = "adapter_config.json"
-NOT_COPIED = {
-    "of an adapter, which is no part of the model until it is merged": ("adapter_*",),
-    "other weights": (
-        *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth"),
-        "*.ckpt",
-        *("*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.npz", "*.tflite"),
-    ),
-    "code": ("*.py", "*.pyc", "*.so"),
-}
-OTHER = "neither tokenizer, settings nor licence"
+NOT_COPIED = (
+    "adapter_*",
+    "*.py",
+    "*.pyc",
+    "*.so",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.safetensors",
+)  # whatever else it is
 LARGEST = 256 << 20  # bytes; the largest tokenizers have 35 million
-NAMED = 5  # of what is left out for one reason
+NAMED = 20  # of what is left out
 
 
 @dataclass(frozen=True)
 class Found:
-    """The files of a folder but for its weights, by their paths in it, and what else there is."""
+    """The files of a folder but for its weights, by their paths in it, and names of what else there is."""
 
     carried: tuple[Path, ...]
-    left_out: tuple[str, ...]  # as a sentence of what was left out has it: "NAME (why)"
+    left_out: tuple[str, ...]
 
 
 def look(folder: Path, weights: Iterable[Path] = ()) -> Found:
@@ -57,41 +57,30 @@ def look(folder: Path, weights: Iterable[Path] = ()) -> Found:
         weights: files of the model's own weights, which are not named.
     """
     carried: list[Path] = []
-    left_out: dict[str, list[str]] = {}
+    left_out: list[str] = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path in weights:
             continue
-        if path.is_dir():
-            files = sorted(file.relative_to(folder) for file in path.iterdir())
-            whole = all((folder / file).is_file() and _matches(file, COPIED_FOLDERS) for file in files)
-            why, name = ("" if whole else OTHER), f"{path.name}/"
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        if all(_goes_along(file, folder) for file in files):
+            carried += [file.relative_to(folder) for file in files]
         else:
-            files, why, name = [Path(path.name)], _why_not(path), path.name
-        if why:
-            left_out.setdefault(why, []).append(name)
-        else:
-            carried += files
-    return Found(tuple(carried), tuple(_sentence(names, why) for why, names in left_out.items()))
+            left_out.append(f"{path.name}{'/' * path.is_dir()}")
+    if (more := len(left_out) - NAMED) > 0:
+        left_out[NAMED:] = [f"{more} more"]
+    return Found(tuple(carried), tuple(left_out))
 
 
-def _matches(path: Path, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(str(path).lower(), pattern) for pattern in patterns)
+def _goes_along(path: Path, folder: Path) -> bool:
+    """Whether a file in ``folder``, or in a folder there, is copied."""
+    name = str(path.relative_to(folder)).lower()
 
+    def matches(patterns: Iterable[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
-def _why_not(path: Path) -> str:
-    """Why a file is left out; empty where it is not."""
-    name = Path(path.name)
-    for why, patterns in NOT_COPIED.items():
-        if _matches(name, patterns):
-            return why
-    if not path.is_file() or not _matches(name, COPIED):
-        return OTHER
-    return "over 256 MiB" if path.stat().st_size > LARGEST else ""
-
-
-def _sentence(names: list[str], why: str) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{' and '.join(names[:NAMED])}{more} ({why})"
+    if not path.is_file() or path.stat().st_size > LARGEST:
+        return False
+    return matches(COPIED_FOLDERS) if path.parent != folder else matches(COPIED) and not matches(NOT_COPIED)
 
 
 def is_tokenizer(folder: Path) -> bool:
@@ -107,16 +96,11 @@ def copy(source: Path, files: tuple[Path, ...], target: Path, *, link: bool = Fa
     """
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        if not (link and _linked((source / file).resolve(), target / file)):
-            shutil.copyfile(source / file, target / file)
-
-
-def _linked(source: Path, target: Path) -> bool:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without links
-        return False
-    return True
+        if link:
+            with contextlib.suppress(OSError):  # another disk, or one without links
+                os.link((source / file).resolve(), target / file)
+                continue
+        shutil.copyfile(source / file, target / file)
 
 
 def hand_on(place: Path, root: Path) -> None:
@@ -146,7 +130,7 @@ def tokenizer_of(folder: Path) -> tuple[str, Path] | None:
     """The same for a folder of a tokenizer's files."""
     if any((folder / file).is_file() for file in TOKENIZER_FILES[:2]):
         return "HuggingFaceTokenizer", folder
-    models = sorted(folder.glob(f"*{SENTENCEPIECE}")) if folder.is_dir() else []
+    models = sorted(folder.glob("*.model")) if folder.is_dir() else []
     if len(models) == 1 and not (folder / "tokenizer_config.json").is_file():
         return "SentencePieceTokenizer", models[0]
     return ("HuggingFaceTokenizer", folder) if models else None

@@ -9,20 +9,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from megatron_router_upcycling.checkpoint.names import (
-    EMBEDDING,
-    FC1,
-    FC2,
-    FINAL_NORM,
-    KEY_NORM,
-    NORM_BEFORE_ATTENTION,
-    NORM_BEFORE_FFN,
-    OUTPUT_LAYER,
-    PROJECTION,
-    QKV_LINEAR,
-    QUERY_NORM,
-    extra_states,
-)
+from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.errors import shown
 
 if TYPE_CHECKING:
@@ -46,82 +33,54 @@ ARCHITECTURE = {
 NEGATED = {"disable_bias_linear": "add_bias_linear"}
 # Where these arguments are set, the layers are not what the converter knows.
 UNKNOWN_LAYERS = (
-    "multi_latent_attention",
-    "attention_output_gate",
-    "experimental_attention_variant",
-    "linear_attention_freq",
-    "mtp_num_layers",
-    "heterogeneous_layers_config_path",
-    "heterogeneous_layers_config_encoded_json",
-    "hybrid_layer_pattern",
-    "hybrid_override_pattern",
+    *("multi_latent_attention", "attention_output_gate", "experimental_attention_variant"),
+    *("linear_attention_freq", "mtp_num_layers", "heterogeneous_layers_config_path"),
+    *("heterogeneous_layers_config_encoded_json", "hybrid_layer_pattern", "hybrid_override_pattern"),
     "is_hybrid_model",
+)
+_OFF = (
+    *("multi_latent_attention", "attention_output_gate", "is_hybrid_model"),
+    *("group_query_attention", "qk_layernorm", "qk_l2_norm", "add_qkv_bias"),
+    *("swiglu", "squared_relu", "openai_gelu", "quick_geglu"),
+    *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm"),
+    *("apply_query_key_layer_scaling", "rotary_interleaved", "use_rope_scaling", "use_mup"),
+    "untie_embeddings_and_output_weights",
+)
+_NONE = (
+    *("num_experts", "activation_func_clamp_value", "rotary_seq_len_interpolation_factor"),
+    *("no_rope_freq", "window_size"),
 )
 # Megatron's defaults of the arguments that decide what a dense model computes, but for its sizes.
 MODEL_DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(UNKNOWN_LAYERS),
-    "multi_latent_attention": False,
-    "attention_output_gate": False,
-    "is_hybrid_model": False,
-    "num_experts": None,
-    "group_query_attention": False,
-    "qk_layernorm": False,
-    "qk_l2_norm": False,
+    **dict.fromkeys((*UNKNOWN_LAYERS, *_NONE)),
+    **dict.fromkeys(_OFF, False),
     "add_bias_linear": True,
-    "add_qkv_bias": False,
-    "swiglu": False,
-    "squared_relu": False,
-    "openai_gelu": False,
-    "quick_geglu": False,
-    "activation_func_clamp_value": None,
     "glu_linear_offset": 0.0,
     "normalization": "LayerNorm",
     "layernorm_epsilon": 1e-5,
-    "layernorm_zero_centered_gamma": False,
-    "apply_residual_connection_post_layernorm": False,
-    "apply_query_key_layer_scaling": False,
     "add_position_embedding": True,
     "position_embedding_type": "learned_absolute",
     "rotary_base": 10000,
     "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "rotary_seq_len_interpolation_factor": None,
-    "use_rope_scaling": False,
     "rope_scaling_factor": 8.0,
-    "no_rope_freq": None,
-    "window_size": None,
     "softmax_type": "vanilla",
-    "use_mup": False,
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,
     "init_method_std": 0.02,
-    "untie_embeddings_and_output_weights": False,
 }
 # As above, for what its ``gpt_config_from_args``, and Megatron-Bridge's counterpart, ask for as well.
 BUILD_DEFAULTS: dict[str, Any] = {
-    "bias_gelu_fusion": True,
-    "bias_swiglu_fusion": True,
+    **dict.fromkeys(("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")),
+    **dict.fromkeys(("moe_latent_size", "rope_type", "spec", "te_precision_config_file", "yaml_cfg")),
+    **dict.fromkeys(("fp16_lm_cross_entropy", "fp4_param_gather", "fp8_param_gather"), False),
+    **dict.fromkeys(("moe_grouped_gemm", "init_method_xavier_uniform", "no_persist_layer_norm"), False),
+    **dict.fromkeys(("bias_gelu_fusion", "bias_swiglu_fusion", "overlap_p2p_comm"), True),
+    **dict.fromkeys(("pipeline_model_parallel_size", "tensor_model_parallel_size"), 1),
     "config_logger_dir": "",
     "cp_comm_type": ["p2p"],
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "fp16_lm_cross_entropy": False,
-    "fp4_param_gather": False,
-    "fp8_param_gather": False,
-    "init_method_xavier_uniform": False,
     "make_vocab_size_divisible_by": 128,
-    "moe_grouped_gemm": False,
-    "moe_latent_size": None,
-    "no_persist_layer_norm": False,
-    "overlap_p2p_comm": True,
-    "pipeline_model_parallel_size": 1,
-    "rope_type": None,
     "seed": 1234,
-    "spec": None,
-    "te_precision_config_file": None,
-    "tensor_model_parallel_size": 1,
     "transformer_impl": "transformer_engine",
-    "yaml_cfg": None,
 }
 
 
@@ -144,22 +103,16 @@ class Architecture:
 
     @classmethod
     def from_arguments(cls, args: Namespace, **more: Any) -> Self:
-        """The architecture that Megatron's training arguments describe.
-
-        Args:
-            more: values of the fields that a subclass adds.
+        """The architecture that Megatron's training arguments describe; ``more``: a subclass's own fields.
 
         Raises:
             AttributeError, TypeError, ValueError, OverflowError: they do not give the architecture.
         """
-        heads = int(args.num_attention_heads)
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
+        groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         return cls(
-            num_layers=int(args.num_layers),
-            hidden_size=int(args.hidden_size),
-            ffn_hidden_size=int(args.ffn_hidden_size),
-            num_attention_heads=heads,
-            num_query_groups=int(args.num_query_groups) if args.group_query_attention else heads,
-            kv_channels=int(args.kv_channels),
+            **{name: int(getattr(args, name)) for name in sizes},
+            num_query_groups=int(groups),
             init_method_std=float(args.init_method_std),
             flags=flags_of(args),
             **more,
@@ -202,37 +155,35 @@ class Architecture:
             f" {self.kv_channels} in {self.num_query_groups} groups"
         )
 
-    def parameters(self) -> list[tuple[str, ...]]:
-        """The names of all its parameters, stacked over layers; where Megatron has two for one, both."""
-        norms = ("weight", "bias") if self.flags.get("normalization") == "LayerNorm" else ("weight",)
-        linears = (QKV_LINEAR, PROJECTION, FC1, FC2)
-        found: list[tuple[str, ...]] = [(EMBEDDING,), *((f"{linear}.weight",) for linear in linears)]
-        if not self.tied:
-            found.append((OUTPUT_LAYER,))
-        if self.linear_bias:
-            found += [(f"{linear}.bias",) for linear in (PROJECTION, FC1, FC2)]
-        if self.qkv_bias:
-            found.append((f"{QKV_LINEAR}.bias",))
-        for part in norms:
-            found.append((f"{FINAL_NORM}.{part}",))
-            found += [
-                tuple(f"{name}{part}" for name in names) for names in (NORM_BEFORE_ATTENTION, NORM_BEFORE_FFN)
-            ]
-            if self.qk_norm:
-                found += [(f"{norm}.{part}",) for norm in (QUERY_NORM, KEY_NORM)]
-        return found
+    def parameters(self, rows: int) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """The shapes of all parameters, stacked over layers, by name, or by both names that a norm may have.
 
-    def extra_states(
-        self, num_experts: int, shared_expert: bool = False, layers: tuple[int, ...] | None = None
-    ) -> list[str]:
-        """Names of the extra states that an MoE made of this model looks for; see ``names.extra_states``."""
-        return extra_states(
-            self.num_layers,
-            num_experts,
-            qk_layernorm=self.qk_norm,
-            shared_expert=shared_expert,
-            layers=layers,
-        )
+        ``rows``: of the embedding, which may be padded.
+        """
+        L, D, d = self.num_layers, self.hidden_size, self.kv_channels
+        H, G, F = self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size
+        qkv, projection, fc1, fc2 = linears = (names.QKV_LINEAR, names.PROJECTION, names.FC1, names.FC2)
+        shapes = {
+            qkv: ((H + 2 * G) * d, D),
+            projection: (D, H * d),
+            fc1: (F + F * self.gated, D),
+            fc2: (D, F),
+        }
+        has_bias = {linear: self.linear_bias for linear in linears} | {qkv: self.qkv_bias}
+        found: dict[tuple[str, ...], tuple[int, ...]] = {}
+        for linear, shape in shapes.items():
+            found[f"{linear}.weight",] = (L, *shape)
+            if has_bias[linear]:
+                found[f"{linear}.bias",] = (L, shape[0])
+        for name in (names.EMBEDDING,) if self.tied else (names.EMBEDDING, names.OUTPUT_LAYER):
+            found[name,] = (rows, D)
+        for part in ("weight", "bias") if self.flags.get("normalization") == "LayerNorm" else ("weight",):
+            found[f"{names.FINAL_NORM}.{part}",] = (D,)
+            for norm in (names.NORM_BEFORE_ATTENTION, names.NORM_BEFORE_FFN):
+                found[tuple(f"{name}{part}" for name in norm)] = (L, D)
+            for name in (names.QUERY_NORM, names.KEY_NORM) if self.qk_norm else ():
+                found[f"{name}.{part}",] = (L, d)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from megatron_router_upcycling.checkpoint.dense_model import (
     megatron_arguments,
 )
 from megatron_router_upcycling.config.yaml_files import read_yaml
-from megatron_router_upcycling.errors import UserError, reason, shown
+from megatron_router_upcycling.errors import UserError, described, reason, shown
 
 RUN_CONFIG, CONFIG_JSON = "run_config.yaml", "config.json"
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")
@@ -48,7 +48,7 @@ def gives_architecture(args: Any) -> TypeGuard[Namespace]:
     return isinstance(args, Namespace) and all(getattr(args, name, None) is not None for name in SIZES)
 
 
-def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str] | None:
+def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str]:
     """Megatron's arguments of the model in ``folder``, an iteration of ``root``, and what they are from."""
     if config and (flags := of_yaml(config)):
         return megatron_arguments(flags), f"--config {config}"
@@ -61,7 +61,9 @@ def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str]
             except UNREADABLE as error:
                 raise UserError(f"{path}: cannot be read ({reason(error)}); {WAY_OUT}") from None
             return megatron_arguments(flags), str(path)
-    return None
+    raise UserError(
+        f"{folder}: holds no training arguments of Megatron's, no {RUN_CONFIG}, no {CONFIG_JSON}; {WAY_OUT}"
+    )
 
 
 def of_yaml(config: Path) -> dict[str, Any] | None:
@@ -73,16 +75,13 @@ def of_yaml(config: Path) -> dict[str, Any] | None:
 
 def check(config: Path, args: Namespace, root: Path) -> None:
     """Refuse a YAML file that differs from the training arguments in the checkpoint ``root``."""
-    flags = of_yaml(config)
-    if not flags:
-        return
+    flags = of_yaml(config) or {}
     given = megatron_arguments(flags)
     for flag, name in (ARCHITECTURE | NEGATED).items():
-        asked, found = getattr(given, name, None), getattr(args, name, None)
-        if flag in flags and name in args and asked != found:
+        if flag in flags and name in args and getattr(given, name) != getattr(args, name):
             raise UserError(
-                f"--config {config}: {name} {shown(asked)}, but the checkpoint {root} was trained with"
-                f" {shown(found)}"
+                f"--config {config}: {name} {shown(getattr(given, name))}, but the checkpoint {root} was"
+                f" trained with {shown(getattr(args, name))}"
             )
 
 
@@ -104,24 +103,23 @@ def _of_run_config(path: Path) -> Namespace:
         if isinstance(activation, dict):
             activation = activation["_target_"]
         activation = str(activation).rpartition(".")[2]
+        sizes = {name: values[name] for name in SIZES}
+        positions = values.get("position_embedding_type", "learned_absolute")
+        if not all(isinstance(size, int) for size in sizes.values()):
+            raise TypeError(f"{', '.join(SIZES)} are no numbers")
+        if (gated, activation) not in ACTIVATIONS or positions not in POSITIONS:
+            what = f"{'gated ' * gated}{shown(activation)} and position embedding {shown(positions)}"
+            raise ValueError(f"{what}, which together are not covered")
     except UNREADABLE as error:
-        raise UserError(f"{path}: holds no model that can be read ({reason(error)}); {WAY_OUT}") from None
-    if missing := [name for name in SIZES if not isinstance(values.get(name), int)]:
-        raise UserError(f"{path}: gives no {missing[0]} of the model; {WAY_OUT}")
-    positions = values.get("position_embedding_type", "learned_absolute")
-    if (gated, activation) not in ACTIVATIONS or positions not in POSITIONS:
-        raise UserError(
-            f"{path}: {'gated ' * gated}{shown(activation)} and position embedding {shown(positions)}, which"
-            " together are not covered"
-        )
+        raise UserError(f"{path}: holds no model that can be read ({described(error)}); {WAY_OUT}") from None
     names = {*MODEL_DEFAULTS, *(ARCHITECTURE | NEGATED).values(), "vocab_size", "max_position_embeddings"}
     flags = {name: values[name] for name in names & values.keys() if values[name] is not None}
     flags |= {
-        "num_query_groups": values.get("num_query_groups") or flags["num_attention_heads"],
+        "num_query_groups": values.get("num_query_groups") or sizes["num_attention_heads"],
         "group_query_attention": True,
         "untie_embeddings_and_output_weights": not values.get("share_embeddings_and_output_weights", True),
     }
     if switch := ACTIVATIONS[gated, activation]:
         flags[switch] = True
-    sizes = {name: flags[name] for name in SIZES} | {"ffn_hidden_size": 4 * flags["hidden_size"]}
-    return Namespace(**vars(megatron_arguments(sizes)) | flags)
+    default = megatron_arguments(sizes | {"ffn_hidden_size": 4 * sizes["hidden_size"]})
+    return Namespace(**vars(default) | flags)

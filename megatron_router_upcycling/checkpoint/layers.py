@@ -8,27 +8,14 @@ and ``weight_v`` (up).
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
+from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.checkpoint.format.metadata import Chunk, StoredTensor
-from megatron_router_upcycling.checkpoint.names import (
-    FC1,
-    LAYER,
-    LAYERS,
-    NORM_BEFORE_FFN,
-    SHARED_EXPERT,
-    at_layer,
-    holds_experts,
-    is_ffn,
-    is_of_layers,
-    own_state,
-    stacked_state,
-    within_layer,
-)
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 
-HALVES = re.compile(rf"({re.escape(within_layer(FC1))}\.(?:weight|bias))_[wv]")
+HALVES = re.compile(rf"({re.escape(names.within_layer(names.FC1))}\.(?:weight|bias))_[wv]")
 
 
 def stack_layers(checkpoint: Checkpoint, with_experts: Collection[int] | None = None) -> Checkpoint:
@@ -43,52 +30,42 @@ def stack_layers(checkpoint: Checkpoint, with_experts: Collection[int] | None = 
     tensors: dict[str, StoredTensor] = {}
     layers: dict[str, dict[int, StoredTensor]] = {}
     for key, tensor in checkpoint.tensors.items():
-        if match := LAYER.fullmatch(key):
+        if match := names.LAYER.fullmatch(key):
             layers.setdefault(match[2], {})[int(match[1])] = tensor
         else:
             tensors[key] = tensor
     count = max((max(found) + 1 for found in layers.values()), default=0)
-    if with_experts is not None:
-        _join_norms(layers)
+    fused, separate = (f"{names.within_layer(name)}weight" for name in names.NORM_BEFORE_FFN)
+    if with_experts is not None and fused in layers and separate in layers:  # with Transformer Engine
+        layers[fused] = layers.pop(separate) | layers[fused]
     for key, found in _join_halves(layers).items():
         where = f"{checkpoint.root}: {key}"
-        expected = _layers_of(f"{LAYERS}.{key}", count, with_experts)
+        expected = _layers_of(f"{names.LAYERS}.{key}", count, with_experts)
         if sorted(found) != expected:
-            if with_experts is None:
-                wanted = f"{len(found)} of {count} layers; convert takes layers that are alike"
-            else:
-                given, asked = (", ".join(map(str, sorted(some))) or "none" for some in (found, expected))
-                wanted = f"layers {given}, where the training arguments give {asked}"
-            raise UserError(f"{where} is in {wanted}")
-        tensors[f"{LAYERS}.{key}"] = _stack([found[layer] for layer in expected], where)
-    states = {key: name for key in checkpoint.objects if (name := stacked_state(key, count))}
-    objects = {key: blob for key, blob in checkpoint.objects.items() if key not in states}
-    objects |= {name: checkpoint.objects[key] for key, name in states.items()}
+            there, asked = (", ".join(map(str, sorted(some))) or "none" for some in (found, expected))
+            raise UserError(f"{where} is in layers {there} and should be in layers {asked}")
+        tensors[f"{names.LAYERS}.{key}"] = _stack([found[layer] for layer in expected], where)
+    objects = {names.stacked_state(key, count) or key: blob for key, blob in checkpoint.objects.items()}
     return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
 
 
 def _layers_of(key: str, count: int, with_experts: Collection[int] | None) -> list[int]:
     """The layers that have ``key``."""
-    if with_experts is None or not (is_ffn(key) or holds_experts([key]) or key.startswith(SHARED_EXPERT)):
+    if with_experts is None or not (
+        names.is_ffn(key) or names.holds_experts([key]) or key.startswith(names.SHARED_EXPERT)
+    ):
         return list(range(count))
-    return [layer for layer in range(count) if (layer in with_experts) != is_ffn(key)]
-
-
-def _join_norms(layers: dict[str, dict[int, StoredTensor]]) -> None:
-    """Give the norm before the FFN one name in all layers: with Transformer Engine it has two."""
-    fused, separate = (f"{within_layer(name)}weight" for name in NORM_BEFORE_FFN)
-    if fused in layers and separate in layers:
-        layers[fused] = layers.pop(separate) | layers[fused]
+    return [layer for layer in range(count) if (layer in with_experts) != names.is_ffn(key)]
 
 
 def split_layers(checkpoint: Checkpoint) -> Checkpoint:
     """The inverse: ``checkpoint``, stacked, each layer under its own keys; no chunk may be of several."""
     tensors: dict[str, StoredTensor] = {}
     for key, stored in checkpoint.tensors.items():
-        if not is_of_layers(key):
+        if not names.is_of_layers(key):
             tensors[key] = stored
             continue
-        layers: dict[int, list[Chunk]] = {layer: [] for layer in range(stored.shape[0])}
+        layers: list[list[Chunk]] = [[] for _ in range(stored.shape[0])]
         for chunk in stored.chunks:
             if chunk.sizes[0] != 1:
                 raise UserError(
@@ -96,9 +73,9 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
                 )
             apart = Chunk(chunk.offsets[1:], chunk.sizes[1:], chunk.blob, chunk.stored_sizes)
             layers[chunk.offsets[0]].append(apart)
-        for layer, chunks in layers.items():
-            tensors[at_layer(key, layer)] = StoredTensor(stored.shape[1:], stored.dtype, tuple(chunks))
-    objects = {own_state(key) or key: blob for key, blob in checkpoint.objects.items()}
+        for layer, chunks in enumerate(layers):
+            tensors[names.at_layer(key, layer)] = StoredTensor(stored.shape[1:], stored.dtype, tuple(chunks))
+    objects = {names.own_state(key) or key: blob for key, blob in checkpoint.objects.items()}
     return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
 
 
@@ -127,8 +104,8 @@ def _join_halves(layers: dict[str, dict[int, StoredTensor]]) -> dict[str, dict[i
 
 def _concatenate(gate: StoredTensor, up: StoredTensor) -> StoredTensor:
     rows = gate.shape[0]
-    moved: Iterable[Chunk] = (
+    moved = [
         dataclasses.replace(chunk, offsets=(rows + chunk.offsets[0], *chunk.offsets[1:]))
         for chunk in up.chunks
-    )
+    ]
     return StoredTensor((rows + up.shape[0], *gate.shape[1:]), gate.dtype, (*gate.chunks, *moved))

@@ -1,8 +1,7 @@
 """The names of Megatron's tensors and objects in a checkpoint: each here and nowhere else. Pure: no torch.
 
 A name is stacked over layers (``decoder.layers.mlp.linear_fc2.weight`` [L, D, F]) where all layers are alike,
-or a layer's own (``decoder.layers.0.mlp.linear_fc2.weight`` [D, F]). The constants are of the stacked kind;
-``split_key`` and ``at_layer`` go from one to the other.
+or a layer's own (``decoder.layers.0.mlp.linear_fc2.weight`` [D, F]). The constants are stacked.
 """
 
 import re
@@ -116,11 +115,7 @@ def other_norm(key: str) -> str | None:
 
 
 def extra_state(module: str, *places: tuple[int, int]) -> str:
-    """The name of a module's extra state.
-
-    Args:
-        places: along each axis that the module is stacked on (layers, experts), which it is, and of how many.
-    """
+    """The name of a module's extra state; ``places``: which it is on each stacked axis, and of how many."""
     numbers, sizes = zip(*(places or ((0, 1),)), strict=True)
     return f"{module}{EXTRA_STATE}/shard_{'.'.join(map(str, numbers))}_{'.'.join(map(str, sizes))}"
 
@@ -137,36 +132,29 @@ def own_state(key: str) -> str | None:
     return match and extra_state(f"{LAYERS}.{match[2]}.{match[1]}")
 
 
-def dense_extra_states(num_layers: int, *, qk_layernorm: bool) -> list[str]:
-    """Names of the extra states that a dense model with Transformer Engine looks for, stacked over layers."""
-    modules = (*_attention(qk_layernorm), FC1, FC2)
-    layers = range(num_layers)
-    states = [extra_state(module, (layer, num_layers)) for layer in layers for module in modules]
-    return [extra_state(FINAL_NORM), *states]
-
-
 def extra_states(
     num_layers: int,
     num_experts: int,
-    *,
     qk_layernorm: bool,
     shared_expert: bool = False,
     layers: tuple[int, ...] | None = None,
 ) -> list[str]:
-    """Names of the extra states that an MoE with or without Transformer Engine looks for.
+    """Names of the extra states that a model with or without Transformer Engine looks for.
 
     Megatron stops where one is missing, and ignores those that it does not look for.
 
     Args:
+        num_experts: 0 for a dense model.
         layers: those with experts, where every layer has names of its own; None: all, stacked.
     """
-    modules = (SEPARATE_NORM.removesuffix("."), *_attention(qk_layernorm))
+    modules = [SEPARATE_NORM.removesuffix(".")] if num_experts else []
+    modules += [CORE_ATTENTION, QKV_LINEAR, PROJECTION, *((QUERY_NORM, KEY_NORM) if qk_layernorm else ())]
     states = [extra_state(FINAL_NORM)]
     for layer in range(num_layers):
         own, place = (None, [(layer, num_layers)]) if layers is None else (layer, [])
         states += [extra_state(at_layer(module, own), *place) for module in modules]
         for linear in (FC1, FC2):
-            if layers is not None and layer not in layers:
+            if not num_experts or (layers is not None and layer not in layers):
                 states.append(extra_state(at_layer(linear, own), *place))
                 continue
             part = linear.removeprefix(MLP)
@@ -175,8 +163,3 @@ def extra_states(
             experts = at_layer(EXPERTS + part, own)
             states += [extra_state(experts, *place, (number, num_experts)) for number in range(num_experts)]
     return states
-
-
-def _attention(qk_layernorm: bool) -> tuple[str, ...]:
-    """The modules of a layer's attention that have extra states."""
-    return (CORE_ATTENTION, QKV_LINEAR, PROJECTION, *((QUERY_NORM, KEY_NORM) if qk_layernorm else ()))

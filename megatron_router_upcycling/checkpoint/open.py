@@ -14,7 +14,7 @@ from megatron_router_upcycling.checkpoint.format.files import (
 )
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, Report, parse_metadata
 from megatron_router_upcycling.checkpoint.layers import stack_layers
-from megatron_router_upcycling.checkpoint.legacy.checkpoint import LegacyCheckpoint
+from megatron_router_upcycling.checkpoint.legacy import LegacyCheckpoint
 from megatron_router_upcycling.checkpoint.names import holds_experts
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError, shown
@@ -37,13 +37,10 @@ def open_checkpoint(root: str | Path, report: Report | None = None) -> Checkpoin
         root: or the folder of one of its iterations, which chooses that.
         report: called with tensor or file and fault, instead of raising, where the checkpoint is not
             whole or not self-consistent.
-
-    Raises:
-        UserError: nothing there, another format, half-written, or not safe to read.
     """
     root, folder = locate(Path(root))
     if _is_legacy(folder):
-        return LegacyCheckpoint.open_folder(root, folder)
+        return LegacyCheckpoint.open(root, folder)
     if (backend := _backend(folder)) != BACKEND:
         raise UserError(
             f"{folder / CONFIG}: format {shown(backend)!r}; save the checkpoint with --ckpt-format {BACKEND}"
@@ -59,21 +56,22 @@ def check_whole(root: str | Path, step: int | None = None) -> None:
     Args:
         step: the iteration (default: that of the tracker).
     """
-    root = Path(root)
-    folder = iteration_dir(root) if step is None else root / f"iter_{step:07d}"
+    folder = _folder(root, step)
     if not _is_legacy(folder) and _backend(folder) == BACKEND:
-        metadata = folder / METADATA
-        Checkpoint(
-            root, folder, *parse_metadata(read_record(metadata), metadata, to_train=True), {}
-        ).check_files(None)
+        tensors, objects = parse_metadata(read_record(folder / METADATA), folder / METADATA, to_train=True)
+        Checkpoint(folder.parent, folder, tensors, objects, {}).check_files(None)
 
 
 def format_of(root: str | Path, step: int | None = None) -> str | None:
     """The ``--ckpt-format`` of a checkpoint, by its files: torch_dist, torch, or None for another."""
-    folder = iteration_dir(Path(root)) if step is None else Path(root) / f"iter_{step:07d}"
+    folder = _folder(root, step)
     if _is_legacy(folder):
         return "torch"
     return BACKEND if (folder / CONFIG).exists() and _backend(folder) == BACKEND else None
+
+
+def _folder(root: str | Path, step: int | None) -> Path:
+    return iteration_dir(Path(root)) if step is None else Path(root) / f"iter_{step:07d}"
 
 
 def _is_legacy(folder: Path) -> bool:

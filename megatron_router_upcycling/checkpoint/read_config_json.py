@@ -47,75 +47,71 @@ def to_flags(config: dict[str, Any], path: Path, vocabulary_multiple: int) -> di
     if vocabulary_multiple < 1:
         raise UserError(f"--make-vocab-size-divisible-by {vocabulary_multiple}: must be at least 1")
     try:
-        family = _family(config, path)
-        _refuse_features(config, family, path)
-        values = _values(config, path)
-        groups, head_size = _attention_sizes(config, values, family, path)
-        return FIXED_FLAGS | {
-            "num_layers": values["num_layers"],
-            "hidden_size": values["hidden_size"],
-            "ffn_hidden_size": values["ffn_hidden_size"],
-            "num_attention_heads": values["num_attention_heads"],
-            "num_query_groups": groups,
-            "kv_channels": head_size,
-            "add_qkv_bias": family == "qwen2",
-            "qk_layernorm": family == "qwen3",
-            "norm_epsilon": values["norm_epsilon"],
-            "rotary_base": _rotary_base(config, path),
-            "untie_embeddings_and_output_weights": not values["tied"],
-            "max_position_embeddings": values["max_position_embeddings"],
-            "init_method_std": values["init_method_std"],
-            "vocab_size": values["vocab_size"],
-            "padded_vocab_size": math.ceil(values["vocab_size"] / vocabulary_multiple) * vocabulary_multiple,
-        }
-    except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:
+        family = _family(config)
+        _refuse_features(config, family)
+        values = _values(config)
+        groups, head_size = _attention_sizes(config, values, family)
+        theta = _rope(config, "rope_theta", ROPE_THETA)
+        if isinstance(theta, bool) or theta != int(theta):
+            raise ValueError(f"rope_theta {theta!r} is no whole number, which Megatron's --rotary-base needs")
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (AttributeError, TypeError, LookupError, OverflowError) as error:
         raise UserError(f"{path}: an entry of the wrong kind ({error}); download it again") from None
+    tied, vocabulary = values.pop("tied"), values["vocab_size"]
+    return FIXED_FLAGS | {
+        **values,
+        "num_query_groups": groups,
+        "kv_channels": head_size,
+        "add_qkv_bias": family == "qwen2",
+        "qk_layernorm": family == "qwen3",
+        "rotary_base": int(theta),
+        "untie_embeddings_and_output_weights": not tied,
+        "padded_vocab_size": math.ceil(vocabulary / vocabulary_multiple) * vocabulary_multiple,
+    }
 
 
-def _family(config: dict[str, Any], path: Path) -> str:
+def _family(config: dict[str, Any]) -> str:
     family = config.get("model_type")
     name = str((config.get("architectures") or [DENSE_CLASSES.get(str(family), family)])[0])
-    covered = "Qwen2ForCausalLM (Qwen1.5, Qwen2, Qwen2.5) or Qwen3ForCausalLM (Qwen3)"
-    if config.get("num_experts") or config.get("num_local_experts") or "Moe" in str(name):
-        raise UserError(f"{path}: {name} is a Mixture-of-Experts; import-hf takes a dense {covered}")
+    covered = "import-hf takes a dense Qwen2ForCausalLM (Qwen1.5, Qwen2, Qwen2.5) or Qwen3ForCausalLM (Qwen3)"
+    if config.get("num_experts") or config.get("num_local_experts") or "Moe" in name:
+        raise ValueError(f"{name} is a Mixture-of-Experts; {covered}")
     body = DENSE_CLASSES.get(str(family), "").replace("ForCausalLM", "Model")
     if family not in DENSE_CLASSES or name not in (DENSE_CLASSES[family], body):
-        of = f" (model_type {family})" * bool(family)
-        raise UserError(f"{path}: {name}{of} is not covered; import-hf takes a dense {covered}")
+        raise ValueError(f"{name}{f' (model_type {family})' * bool(family)} is not covered; {covered}")
     return str(family)
 
 
-def _refuse_features(config: dict[str, Any], family: str, path: Path) -> None:
+def _refuse_features(config: dict[str, Any], family: str) -> None:
     for entry in ("quantization_config", "quantization"):  # the second is MLX's
-        quantization = config.get(entry)
-        if not quantization:
-            continue
-        method = quantization.get("quant_method", entry) if isinstance(quantization, dict) else quantization
-        raise UserError(f"{path}: quantised weights ({method}); name the folder of the unquantised model")
+        if quantization := config.get(entry):
+            method = (
+                quantization.get("quant_method", entry) if isinstance(quantization, dict) else quantization
+            )
+            raise ValueError(f"quantised weights ({method}); name the folder of the unquantised model")
     if chunks := config.get("dual_chunk_attention_config"):
-        raise UserError(
-            f"{path}: dual_chunk_attention_config is not covered; without it the model holds for"
+        raise ValueError(
+            "dual_chunk_attention_config is not covered; without it the model holds for"
             f" {chunks.get('original_max_position_embeddings')} positions: take the entry out and set"
             " max_position_embeddings to that"
         )
-    layers = config.get("layer_types") or []
-    if not layers and _uses_window(config):
-        layers = ["sliding_attention"]
+    layers = config.get("layer_types") or ["sliding_attention" * _uses_window(config) or "full_attention"]
     if other := [kind for kind in layers if kind != "full_attention"]:
-        raise UserError(f"{path}: layers of {other[0]} are not covered; full attention in every layer is")
+        raise ValueError(f"layers of {other[0]} are not covered; full attention in every layer is")
     for entry in ROPE_ENTRIES:
         rope = config.get(entry) or {}
         if any(isinstance(value, dict) for value in rope.values()):
-            raise UserError(f"{path}: {entry} that differ by kind of layer are not covered; one for all is")
+            raise ValueError(f"{entry} that differ by kind of layer are not covered; one for all is")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise UserError(f"{path}: {entry} of type {kind!r} is not covered; plain rotary embedding is")
+            raise ValueError(f"{entry} of type {kind!r} is not covered; plain rotary embedding is")
     if _rope(config, "partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: partial_rotary_factor is not covered")
+        raise ValueError("partial_rotary_factor is not covered")
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act {config['hidden_act']!r} is not covered; 'silu' is")
+        raise ValueError(f"hidden_act {config['hidden_act']!r} is not covered; 'silu' is")
     if family == "qwen3" and config.get("attention_bias"):
-        raise UserError(f"{path}: attention_bias is not covered for Qwen3")
+        raise ValueError("attention_bias is not covered for Qwen3")
 
 
 def _uses_window(config: dict[str, Any]) -> bool:
@@ -125,7 +121,7 @@ def _uses_window(config: dict[str, Any]) -> bool:
     return bool(config.get("max_window_layers", 28) < config.get("num_hidden_layers", 0))
 
 
-def _values(config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _values(config: dict[str, Any]) -> dict[str, Any]:
     """Attribute of QwenModel -> value, of ``ENTRIES``."""
     values: dict[str, Any] = {}
     for entry, (attribute, default) in ENTRIES.items():
@@ -133,48 +129,34 @@ def _values(config: dict[str, Any], path: Path) -> dict[str, Any]:
         if value is None and isinstance(default, bool):
             value = default  # as a switch, null is off
         if value is None:
-            raise UserError(f"{path}: has no {entry}; not the config.json of a whole model")
+            raise ValueError(f"has no {entry}; not the config.json of a whole model")
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, bool | int | float):
-            raise UserError(f"{path}: {entry} is {value!r}, which is no size")
-        if default is None:
-            _check_size(entry, value, path)
-        values[attribute] = value
+            raise ValueError(f"{entry} is {value!r}, which is no size")
+        values[attribute] = _size(entry, value) if default is None else value
     return values
 
 
-def _attention_sizes(
-    config: dict[str, Any], values: dict[str, Any], family: str, path: Path
-) -> tuple[int, int]:
+def _attention_sizes(config: dict[str, Any], values: dict[str, Any], family: str) -> tuple[int, int]:
     """The number of query groups, and the size of a head."""
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
-    groups = config.get("num_key_value_heads") or heads
-    _check_size("num_key_value_heads", groups, path)
+    groups = _size("num_key_value_heads", config.get("num_key_value_heads") or heads)
     if heads % groups:
-        raise UserError(f"{path}: num_key_value_heads {groups} does not divide num_attention_heads {heads}")
+        raise ValueError(f"num_key_value_heads {groups} does not divide num_attention_heads {heads}")
     head_size = config.get("head_dim") or (QWEN3_HEAD_DIM if family == "qwen3" else None)
     if head_size is None:
         if hidden % heads:
-            raise UserError(f"{path}: num_attention_heads {heads} does not divide hidden_size {hidden}")
+            raise ValueError(f"num_attention_heads {heads} does not divide hidden_size {hidden}")
         head_size = hidden // heads
-    _check_size("head_dim", head_size, path)
-    return groups, head_size
+    return groups, _size("head_dim", head_size)
 
 
-def _check_size(entry: str, value: Any, path: Path) -> None:
+def _size(entry: str, value: Any) -> int:
     if not isinstance(value, int) or value < 1:
-        raise UserError(f"{path}: {entry} is {value!r}, which is no size")
+        raise ValueError(f"{entry} is {value!r}, which is no size")
+    return value
 
 
 def _rope(config: dict[str, Any], entry: str, default: float) -> Any:
     """A value of the rotary embedding, from the first place where it stands, as in transformers 5."""
     rope: dict[str, Any] = next(filter(None, map(config.get, ROPE_ENTRIES)), {})
     return rope.get(entry, config.get(entry, default))
-
-
-def _rotary_base(config: dict[str, Any], path: Path) -> int:
-    theta = _rope(config, "rope_theta", ROPE_THETA)
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta != int(theta):
-        raise UserError(
-            f"{path}: rope_theta {theta!r} is no whole number, which Megatron's --rotary-base needs"
-        )
-    return int(theta)

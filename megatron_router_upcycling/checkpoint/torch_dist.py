@@ -4,41 +4,24 @@ A checkpoint root holds ``latest_checkpointed_iteration.txt`` and the folder tha
 is a torch.distributed.checkpoint folder with global tensors; its ``.metadata`` says where they are stored.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
 import math
 import os
 from argparse import Namespace
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import mul, sub
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from megatron_router_upcycling.checkpoint import described
-from megatron_router_upcycling.checkpoint.format import torch_save_file
+from megatron_router_upcycling.checkpoint.format import files, metadata, torch_save_file
 from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
-from megatron_router_upcycling.checkpoint.format.files import (
-    COMMON_FILE,
-    COMMON_STATE,
-    LARGEST_RECORD,
-    FileRange,
-    read_exactly,
-    read_record,
-)
-from megatron_router_upcycling.checkpoint.format.metadata import (
-    METADATA,
-    Blob,
-    Chunk,
-    Report,
-    StoredTensor,
-    parse_metadata,
-)
-from megatron_router_upcycling.checkpoint.format.torch_save_file import Values, find_values
+from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
+from megatron_router_upcycling.checkpoint.format.metadata import METADATA, Blob, Chunk, Report, StoredTensor
 from megatron_router_upcycling.checkpoint.names import EMBEDDING
 from megatron_router_upcycling.errors import UserError, reason
 
@@ -57,15 +40,15 @@ class Checkpoint:
     objects: dict[str, Blob]
     common: dict[str, Any]
     config: Path | None = field(default=None, kw_only=True)
-    # Where the values of the chunks that were read lie.
-    _values: dict[tuple[Blob, Shape], Values | None] = field(default_factory=dict, init=False, repr=False)
+    _found: dict[tuple[Blob, Shape, torch.dtype], torch_save_file.Values | None] = field(
+        default_factory=dict, init=False, repr=False
+    )  # what ``find_values`` has found
 
     @classmethod
     def open_folder(cls, root: Path, folder: Path, report: Report | None = None) -> "Checkpoint":
         """Open one iteration's torch_dist folder and check that it is whole; see ``open_checkpoint``."""
-        metadata = folder / METADATA
-        tensors, objects = parse_metadata(read_record(metadata), metadata, report)
-        checkpoint = cls(root, folder, tensors, objects, {})
+        content = files.read_record(folder / METADATA)
+        checkpoint = cls(root, folder, *metadata.parse_metadata(content, folder / METADATA, report), {})
         checkpoint.check_files(report)
         try:
             checkpoint.common.update(checkpoint._read_common())
@@ -82,26 +65,22 @@ class Checkpoint:
 
     @property
     def described_by(self) -> str:
-        """What ``args`` are from, for messages."""
         return self._description[1]
 
     @functools.cached_property
     def _description(self) -> tuple[Namespace, str]:
-        args = self.common.get("args")
+        args, folder = self.common.get("args"), self.iteration_dir
         if isinstance(args, Namespace) and not all(isinstance(name, str) for name in vars(args)):
             args = None
         if described.gives_architecture(args):
             if self.config:
                 described.check(self.config, args, self.root)
-            return args, f"the training arguments in {self.iteration_dir}"
-        if found := described.find(self.root, self.iteration_dir, self.config):
-            if EMBEDDING in self.tensors:
-                stored = self.tensors[EMBEDDING]
-                found[0].padded_vocab_size, found[0].params_dtype = stored.shape[0], stored.dtype
-            return found
-        what = "training arguments that are not Megatron's" if args else "no training arguments"
-        files = f"no {described.RUN_CONFIG} and no {described.CONFIG_JSON}"
-        raise UserError(f"{self.iteration_dir}: holds {what}, {files}; {described.WAY_OUT}")
+            return args, f"the training arguments in {folder}"
+        found, source = described.find(self.root, folder, self.config)
+        if EMBEDDING in self.tensors:
+            stored = self.tensors[EMBEDDING]
+            found.padded_vocab_size, found.params_dtype = stored.shape[0], stored.dtype
+        return found, source
 
     def blobs(self, key: str) -> list[Blob]:
         """Where the values of a tensor or an object are stored."""
@@ -110,34 +89,43 @@ class Checkpoint:
         return [chunk.blob for chunk in self.tensors[key].chunks]
 
     def stored_bytes(self, key: str) -> int:
-        """Bytes on disk of a tensor or an object."""
         return sum(blob.length for blob in self.blobs(key))
 
     def is_verbatim(self, key: str) -> bool:
         """Whether a torch_dist checkpoint can take over the bytes of a tensor or an object."""
-        return key in self.objects or all(chunk.verbatim for chunk in self.tensors[key].chunks)
+        return key in self.objects or all(chunk.stored is None for chunk in self.tensors[key].chunks)
 
     def largest_chunk(self, key: str) -> int:
-        """Bytes of a tensor's largest chunk."""
         stored = self.tensors[key]
         return max(math.prod(chunk.sizes) for chunk in stored.chunks) * stored.dtype.itemsize
 
     def digest(self) -> str:
         """SHA-256 over ``.metadata`` and the common state: a checkpoint's identity, cheap to compute."""
-        digest = hashlib.sha256(read_record(self.iteration_dir / METADATA))
-        digest.update(self._common_bytes())
-        return digest.hexdigest()
+        content = files.read_record(self.iteration_dir / METADATA)
+        return hashlib.sha256(content + self._common_bytes()).hexdigest()
 
     def read_blob(self, blob: Blob) -> bytes:
         with open(self.iteration_dir / blob.file, "rb") as file:
             file.seek(blob.offset)
             return file.read(blob.length)
 
-    def find_values(self, chunk: Chunk, dtype: torch.dtype) -> Values | None:
-        """Where a chunk's values lie in its data file, or None where they are not plainly there."""
-        with self._open_blob(chunk.blob) as content:
-            found = find_values(content, chunk.stored_sizes, dtype)
-        return found and replace(found, offset=chunk.blob.offset + found.offset)
+    def find_values(self, chunk: Chunk, dtype: torch.dtype) -> torch_save_file.Values | None:
+        """Where a chunk's values lie in its data file, or None where they do not lie row after row."""
+        place = chunk.blob, chunk.sizes, dtype
+        if place not in self._found:
+            self._found[place] = self._find_values(chunk, dtype)
+        return self._found[place]
+
+    def _find_values(self, chunk: Chunk, dtype: torch.dtype) -> torch_save_file.Values | None:
+        try:
+            promised = chunk.stored_sizes, dtype
+            return torch_save_file.examine(self.iteration_dir, chunk.blob, promised).values
+        except torch_save_file.Damaged as error:
+            raise self._damaged(chunk, error) from None
+
+    def _damaged(self, chunk: Chunk, error: Exception) -> UserError:
+        where = f"{self.iteration_dir / chunk.blob.file}: damaged at byte {chunk.blob.offset}"
+        return UserError(f"{where} ({reason(error)}); use another copy")
 
     def read_chunk(self, chunk: Chunk, dtype: torch.dtype, scratch: bytearray) -> torch.Tensor:
         """A chunk's values, in ``scratch`` where they fit (until it is used again)."""
@@ -172,10 +160,7 @@ class Checkpoint:
         """
         if not out.numel():
             return
-        place = chunk.blob, chunk.sizes
-        if place not in self._values:
-            self._values[place] = self.find_values(chunk, out.dtype)
-        values = self._values[place]
+        values = self.find_values(chunk, out.dtype)
         if values is None:
             out.copy_(self._load(chunk, out.dtype)[part.within(chunk.offsets)])
             return
@@ -188,7 +173,7 @@ class Checkpoint:
         try:
             with open(path, "rb", buffering=0) as file:
                 file.seek(values.offset + begin * out.itemsize)
-                read_exactly(file, memoryview(read.view(torch.uint8).numpy()))
+                files.read_exactly(file, memoryview(read.view(torch.uint8).numpy()))
         except (OSError, EOFError) as error:
             raise UserError(f"{path}: cannot be read ({reason(error)})") from None
         if not straight:
@@ -196,33 +181,16 @@ class Checkpoint:
 
     def _load(self, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
         """The values of a chunk that do not lie row after row in its file."""
-        with self._open_blob(chunk.blob) as content:
-            tensor = torch.load(content, map_location="cpu", weights_only=True)
-            if (
-                not isinstance(tensor, torch.Tensor)
-                or tuple(tensor.shape) != chunk.stored_sizes
-                or tensor.dtype != dtype
-                or tensor.layout != torch.strided
-                or tensor.device.type != "cpu"
-            ):
-                raise ValueError(f"not the {dtype} {list(chunk.stored_sizes)} that {METADATA} promises")
-        return tensor.detach().reshape(chunk.sizes)
-
-    @contextlib.contextmanager
-    def _open_blob(self, blob: Blob) -> Iterator[BinaryIO]:
-        """A blob as a file of its own; whatever fails on its content is the user's damaged file."""
-        path = self.iteration_dir / blob.file
         try:
-            file = open(path, "rb", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        with file:
-            try:
-                yield io.BufferedReader(FileRange(file, blob))
-            except Exception as error:
-                raise UserError(
-                    f"{path}: damaged at byte {blob.offset} ({reason(error)}); use another copy"
-                ) from None
+            with open(self.iteration_dir / chunk.blob.file, "rb", buffering=0) as file:
+                content = io.BufferedReader(files.FileRange(file, chunk.blob))
+                tensor = torch.load(content, map_location="cpu", weights_only=True)
+            found = tuple(tensor.shape), tensor.dtype, tensor.layout, tensor.device.type
+            if found != (chunk.stored_sizes, dtype, torch.strided, "cpu"):
+                raise ValueError(f"not the {dtype} {list(chunk.stored_sizes)} that {METADATA} promises")
+        except Exception as error:  # whatever torch.load raises on damaged bytes
+            raise self._damaged(chunk, error) from None
+        return tensor.detach().reshape(chunk.sizes)
 
     def check_files(self, report: Report | None) -> None:
         """Whether each data file is there and as long as the metadata says; faults go to ``report``."""
@@ -233,31 +201,27 @@ class Checkpoint:
         for name, end in sorted(needed.items()):
             path = self.iteration_dir / name
             if not os.path.isfile(path):  # False for a name that cannot be one, too
-                fault = "missing; the checkpoint is incomplete, use one that was saved whole"
+                fault = "missing"
             elif path.stat().st_size < end:
-                fault = (
-                    f"half-written ({path.stat().st_size} bytes of at least {end});"
-                    " use a checkpoint that was saved whole"
-                )
+                fault = f"half-written ({path.stat().st_size} bytes of at least {end})"
             else:
                 continue
             if report is None:
-                raise UserError(f"{path}: {fault}")
-            report(name, fault.split(";")[0])
+                raise UserError(f"{path}: {fault}; use a checkpoint that was saved whole")
+            report(name, fault)
 
     def _common_bytes(self) -> bytes:
-        if COMMON_STATE in self.objects:
-            blob = self.objects[COMMON_STATE]
-            if blob.length > LARGEST_RECORD:
-                raise UserError(f"{self.iteration_dir}: common state of {blob.length} bytes")
-            return self.read_blob(blob)
-        return read_record(self.iteration_dir / COMMON_FILE)
+        if COMMON_STATE not in self.objects:
+            return files.read_record(self.iteration_dir / COMMON_FILE)
+        blob = self.objects[COMMON_STATE]
+        if blob.length > files.LARGEST_RECORD:
+            raise UserError(f"{self.iteration_dir}: common state of {blob.length} bytes")
+        return self.read_blob(blob)
 
     def _read_common(self) -> dict[str, Any]:
-        is_object = COMMON_STATE in self.objects
-        source = f"{self.iteration_dir}: common state" if is_object else str(self.iteration_dir / COMMON_FILE)
+        source = f"{self.iteration_dir}: common state"
         common = torch_save_file.load(self._common_bytes(), source)
-        if is_object:
+        if COMMON_STATE in self.objects:
             common = common[0] if isinstance(common, list) and len(common) == 1 else None
         if not isinstance(common, dict):
             raise UserError(f"{source}: not a dictionary; use a checkpoint that Megatron's training saved")

@@ -12,10 +12,11 @@ import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 
+from megatron_router_upcycling.checkpoint.format.boxes import Shape
 from megatron_router_upcycling.checkpoint.format.files import BACKEND, CONFIG
 from megatron_router_upcycling.checkpoint.format.metadata import (
     METADATA,
@@ -24,12 +25,7 @@ from megatron_router_upcycling.checkpoint.format.metadata import (
     StoredTensor,
     format_metadata,
 )
-from megatron_router_upcycling.checkpoint.format.torch_save_file import (
-    STORAGES,
-    ZIP32_LIMIT,
-    Values,
-    wrap_values,
-)
+from megatron_router_upcycling.checkpoint.format.torch_save_file import ZIP32_LIMIT, Values, wrap_values
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sync
@@ -41,21 +37,29 @@ CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTS
 Progress = Callable[[int], None]
 
 
+class InFile(NamedTuple):
+    """Values that lie in a file, seen as of ``shape``; they go from file to file in the kernel."""
+
+    path: Path
+    place: Values
+    shape: Shape
+    dtype: torch.dtype
+
+
 class CheckpointWriter:
     """Fills one iteration's folder; ``finish`` makes it a checkpoint.
 
-    New values go to files of its own, named ``prefix`` and a number, which no file taken over may have.
-    ``progress`` is called with the number of bytes after each write.
+    New values go to files of its own, named ``prefix`` and a number; ``progress`` is told of bytes written.
     """
 
     def __init__(self, folder: Path, prefix: str = "__0_", progress: Progress = lambda count: None) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, self.prefix, self.progress = folder, prefix, progress
-        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype, list[Chunk]]] = {}
+        self.tensors: dict[str, tuple[Shape, torch.dtype, list[Chunk]]] = {}
         self.objects: dict[str, Blob] = {}
         self._linked: dict[str, bool] = {}
         self._copied: dict[Blob, Blob] = {}
-        self._flushing: dict[str, Future[None]] = {}
+        self._flushing: list[Future[None]] = []
         self._aside = ThreadPoolExecutor(1)
         self._file = self._open()
 
@@ -77,8 +81,7 @@ class CheckpointWriter:
 
     def _close(self) -> None:
         self._file.close()
-        path = Path(self._file.name)
-        self._flushing[path.name] = self._aside.submit(sync, path)
+        self._flushing.append(self._aside.submit(sync, Path(self._file.name)))
 
     def take_over(self, source: Checkpoint, key: str, name: str, copy: bool = False) -> None:
         """Let ``name`` stand for what ``key`` is in ``source``, its bytes unchanged.
@@ -90,29 +93,22 @@ class CheckpointWriter:
             self.objects[name] = self._take_blob(source, source.objects[key], copy)
             return
         stored = source.tensors[key]
-        self.tensors[name] = (stored.shape, stored.dtype, [])
+        _, _, chunks = self.tensors[name] = (stored.shape, stored.dtype, [])
         for chunk in stored.chunks:
-            if chunk.verbatim:
+            if chunk.stored is None:
                 blob = self._take_blob(source, chunk.blob, copy)
-                self.tensors[name][2].append(Chunk(chunk.offsets, chunk.sizes, blob))
+                chunks.append(Chunk(chunk.offsets, chunk.sizes, blob))
             else:
-                self.store_chunk(
-                    source, chunk, stored.dtype, name, stored.shape, chunk.sizes, [chunk.offsets]
-                )
+                place = [chunk.offsets]
+                self.store_chunk(source, chunk, stored.dtype, name, stored.shape, chunk.sizes, place)
 
     def _take_blob(self, source: Checkpoint, blob: Blob, copy: bool) -> Blob:
-        if not copy and self._is_linked(source.iteration_dir / blob.file):
+        path = source.iteration_dir / blob.file
+        if not copy and self._is_linked(path):
             return blob
         if blob not in self._copied:
-            start = self._file.tell()
-            self._copy_range(source.iteration_dir / blob.file, blob.offset, blob.length)
-            self._copied[blob] = self._written(start)
+            self._copied[blob] = self._written(lambda: self._copy_range(path, blob.offset, blob.length))
         return self._copied[blob]
-
-    def _written(self, start: int) -> Blob:
-        length = self._file.tell() - start
-        self.progress(length)
-        return Blob(Path(self._file.name).name, start, length)
 
     def _is_linked(self, path: Path) -> bool:
         if path.name not in self._linked:
@@ -125,21 +121,27 @@ class CheckpointWriter:
                 self._linked[path.name] = False
         return self._linked[path.name]
 
+    def _written(self, write: Callable[[], object]) -> Blob:
+        """What ``write`` writes to the file."""
+        start = self._file.tell()
+        write()
+        length = self._file.tell() - start
+        self.progress(length)
+        return Blob(Path(self._file.name).name, start, length)
+
     def add_object(self, key: str, blob: Blob) -> None:
         self.objects[key] = blob
 
     def write_object(self, archive: bytes) -> Blob:
         """Write a ``torch.save`` file's bytes and return where they are."""
-        start = self._file.tell()
-        self._file.write(archive)
-        return self._written(start)
+        return self._written(lambda: self._file.write(archive))
 
     def write_chunk(
         self,
         key: str,
-        shape: tuple[int, ...],
-        values: torch.Tensor,
-        offsets: Iterable[tuple[int, ...]],
+        shape: Shape,
+        values: torch.Tensor | InFile,
+        offsets: Iterable[Shape],
         copies: bool = False,
         checksum: int | None = None,
     ) -> None:
@@ -150,28 +152,32 @@ class CheckpointWriter:
         Args:
             checksum: CRC-32 of the values, where it is known.
         """
+        sizes = tuple(values.shape)
         _, dtype, chunks = self.tensors.setdefault(key, (shape, values.dtype, []))
         assert dtype == values.dtype
-        sizes = tuple(values.shape)
-        parts: tuple[Any, ...] = ()
-        if dtype in STORAGES.values() and 0 < values.nbytes < ZIP32_LIMIT:
-            # What torch.save would write, with less copying.
-            content = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
-            known = zlib.crc32(content) if checksum is None else checksum
-            head, tail = wrap_values(Values(0, values.nbytes, known), sizes, dtype)
-            parts = head, content, tail
-        elif values.untyped_storage().nbytes() != values.nbytes:
-            values = values.clone()  # a part of something larger, which torch.save would write whole
         blob = None
         for offset in offsets:
             if blob is None or copies:
-                start = self._file.tell()
-                if parts:
-                    self._file.writelines(parts)
-                else:
-                    torch.save(values, self._file)
-                blob = self._written(start)
+                blob = self._written(lambda: self._write_values(values, sizes, checksum))
             chunks.append(Chunk(offset, sizes, blob))
+
+    def _write_values(self, values: torch.Tensor | InFile, sizes: Shape, checksum: int | None) -> None:
+        if isinstance(values, InFile):
+            head, tail = wrap_values(values.place, sizes, values.dtype)
+            self._file.write(head)
+            self._copy_range(values.path, values.place.offset, values.place.length)
+            self._file.write(tail)
+        elif 0 < values.nbytes < ZIP32_LIMIT:
+            # What torch.save would write, with less copying.
+            content = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+            known = zlib.crc32(content) if checksum is None else checksum
+            head, tail = wrap_values(Values(0, values.nbytes, known), sizes, values.dtype)
+            self._file.writelines((head, content, tail))
+        else:
+            part = (
+                values.untyped_storage().nbytes() != values.nbytes
+            )  # of something larger, which would go along
+            torch.save(values.clone() if part else values, self._file)
 
     def store_chunk(
         self,
@@ -179,43 +185,19 @@ class CheckpointWriter:
         chunk: Chunk,
         dtype: torch.dtype,
         key: str,
-        shape: tuple[int, ...],
-        sizes: tuple[int, ...],
-        offsets: Iterable[tuple[int, ...]],
+        shape: Shape,
+        sizes: Shape,
+        offsets: Iterable[Shape],
         copies: bool = False,
     ) -> None:
         """``write_chunk`` with a chunk of another checkpoint, seen as of ``sizes``."""
-        values = source.find_values(chunk, dtype)
-        if values and values.length < ZIP32_LIMIT:
-            file = source.iteration_dir / chunk.blob.file
-            self.copy_chunk(key, shape, sizes, dtype, file, values, offsets, copies)
+        place = source.find_values(chunk, dtype)
+        values: torch.Tensor | InFile
+        if place and place.length < ZIP32_LIMIT:
+            values = InFile(source.iteration_dir / chunk.blob.file, place, sizes, dtype)
         else:
-            tensor = source.read_chunk(chunk, dtype, bytearray())
-            self.write_chunk(key, shape, tensor.view(sizes), offsets, copies)
-
-    def copy_chunk(
-        self,
-        key: str,
-        shape: tuple[int, ...],
-        sizes: tuple[int, ...],
-        dtype: torch.dtype,
-        source: Path,
-        values: Values,
-        offsets: Iterable[tuple[int, ...]],
-        copies: bool = False,
-    ) -> None:
-        """``write_chunk`` with values that lie in a file; they go from file to file in the kernel."""
-        head, tail = wrap_values(values, sizes, dtype)
-        _, _, chunks = self.tensors.setdefault(key, (shape, dtype, []))
-        blob = None
-        for offset in offsets:
-            if blob is None or copies:
-                start = self._file.tell()
-                self._file.write(head)
-                self._copy_range(source, values.offset, values.length)
-                self._file.write(tail)
-                blob = self._written(start)
-            chunks.append(Chunk(offset, sizes, blob))
+            values = source.read_chunk(chunk, dtype, bytearray()).view(sizes)
+        self.write_chunk(key, shape, values, offsets, copies)
 
     def _copy_range(self, source: Path, offset: int, length: int) -> None:
         self._file.flush()
@@ -232,7 +214,6 @@ class CheckpointWriter:
         self._file.seek(0, os.SEEK_END)
 
     def write_file(self, name: str, content: bytes) -> None:
-        """Write a small file of its own."""
         (self.folder / name).write_bytes(content)
         sync(self.folder / name)
 
@@ -246,7 +227,7 @@ class CheckpointWriter:
         self.write_file(METADATA, format_metadata(tensors, self.objects))
         config = {"sharded_backend": BACKEND, "sharded_backend_version": 1}
         self.write_file(CONFIG, json.dumps(config).encode())
-        for flushed in self._flushing.values():
+        for flushed in self._flushing:
             flushed.result()
         sync(self.folder)
         return tensors

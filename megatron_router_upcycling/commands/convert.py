@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_router_upcycling.conversion import convert, describe
     from megatron_router_upcycling.conversion.options import Options
     from megatron_router_upcycling.diagnostics import ties
-    from megatron_router_upcycling.hf import exportable
+    from megatron_router_upcycling.hf import exporter
 
     torch.set_num_threads(1)  # the work is moving bytes; more threads only wait for each other
     start = time.monotonic()
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
         megatron=file.megatron,
     )
     ready = convert.prepare(args.dense, args.out, options)
-    note = None if args.allow_no_export else exportable.check(ready)
+    note = None if args.allow_no_export else exporter.check_conversion(ready)
     if note and not args.quiet:
         print(note)
     if args.dry_run:

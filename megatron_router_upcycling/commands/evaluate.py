@@ -20,19 +20,24 @@ that was saved with save_to_disk. Without --data-dir, data comes from the Huggin
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
+
+from megatron_router_upcycling.commands.shared import at_least
 
 
 def add_flags(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("model", metavar="HF_DIR", type=Path, help="the model's folder, with its tokenizer")
     evaluate.add_argument("--tasks", metavar="LIST", help="tasks or groups, by commas (default: the ten)")
-    evaluate.add_argument("--limit", metavar="N", type=int, help="only the first N questions of each task")
     evaluate.add_argument(
-        "--num-fewshot", metavar="N", type=int, default=0, help="examples before each question"
+        "--limit", metavar="N", type=at_least(1), help="only the first N questions of each task"
+    )
+    evaluate.add_argument(
+        "--num-fewshot", metavar="N", type=at_least(0), default=0, help="examples before each question"
     )
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    evaluate.add_argument("--batch-size", type=int, default=8, help="questions at a time")
+    evaluate.add_argument("--batch-size", type=at_least(1), default=8, help="questions at a time")
     evaluate.add_argument(
         "--dense", metavar="HF_DIR", type=Path, help="score the original dense model too, for comparison"
     )
@@ -49,23 +54,12 @@ def add_flags(evaluate: argparse.ArgumentParser) -> None:
 
 
 def options(args: argparse.Namespace) -> Any:
-    """What the flags ask for, as ``runner.Options``.
-
-    Raises:
-        UserError: a task is not known.
-    """
+    """What the flags ask for, as ``runner.Options``."""
     from megatron_router_upcycling.evaluation import runner
 
-    return runner.Options(
-        runner.parse_tasks(args.tasks),
-        args.limit,
-        args.num_fewshot,
-        args.device,
-        args.batch_size,
-        args.data_dir,
-        args.trust_remote_code,
-        args.dense,
-    )
+    names = (field.name for field in dataclasses.fields(runner.Options))
+    asked = {name: getattr(args, name) for name in names}
+    return runner.Options(**asked | {"tasks": runner.parse_tasks(args.tasks)})
 
 
 def run(args: argparse.Namespace) -> None:

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from megatron_router_upcycling.config.flags import add_gpu
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.planning import reading, report, setup
-from megatron_router_upcycling.planning.figures import Plan
+from megatron_router_upcycling.planning import reading, report
 
 
 def add_flags(plan: argparse.ArgumentParser) -> None:
@@ -42,12 +41,10 @@ def run(args: argparse.Namespace) -> None:
     flags, config = args.megatron_flags, args.config
     if config is None and flags and not flags[0].startswith("-"):
         config = Path(flags.pop(0))
-    described = reading.read(config, args.load, flags, args.gpus)
-    setup.check(described)
-    plan = Plan(described)
-    if problem := report.too_large(plan, args.gpu_memory_gib):
+    setup = reading.read(config, args.load, flags, args.gpus)
+    if problem := report.too_large(setup, args.gpu_memory_gib):
         raise UserError(problem)
     if args.json:
-        print(json.dumps(report.as_json(plan, args.gpu_memory_gib, args.peak_tflops), indent=2))
+        print(json.dumps(report.as_json(setup, args.gpu_memory_gib, args.peak_tflops), indent=2))
     else:
-        print(report.describe(plan, args.gpu_memory_gib, args.peak_tflops))
+        print(report.describe(setup, args.gpu_memory_gib, args.peak_tflops))

@@ -23,17 +23,17 @@ same, whatever --workers is.
 """
 
 import argparse
+import dataclasses
 import time
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
-from megatron_router_upcycling.commands.shared import tokens_bar
+from megatron_router_upcycling.commands.shared import at_least, progress_bar
 from megatron_router_upcycling.config.flags import add_output
 from megatron_router_upcycling.errors import UserError
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
+    positive = at_least(1)
     command.add_argument(
         "sources", metavar="SOURCE", nargs="*", help="a file of text, a folder, a saved data set, an address"
     )
@@ -42,10 +42,13 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="PLACE", type=Path, help="a Hugging Face folder or sentencepiece .model file"
     )
     command.add_argument(
-        "--train-tokenizer", metavar="N", type=int, help="train a sentencepiece one with N pieces on the text"
+        "--train-tokenizer",
+        metavar="N",
+        type=positive,
+        help="train a sentencepiece one with N pieces on the text",
     )
     command.add_argument("--text-key", metavar="NAME", default="text", help="entry or column of the text")
-    command.add_argument("--workers", metavar="N", type=int, help="tasks at a time (default: all cores)")
+    command.add_argument("--workers", metavar="N", type=positive, help="tasks at a time (default: all cores)")
     command.add_argument("--executor", choices=("local", "slurm"), default="local", help="where tasks run")
     command.add_argument(
         "--slurm", metavar="KEY=VALUE", action="append", default=[], help="option of sbatch: partition=cpu"
@@ -60,67 +63,51 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         default=True,
         help="end each document with the tokenizer's end-of-document token (default)",
     )
-    command.add_argument("--max-tokens", metavar="N", type=int, help="stop before more than N tokens")
-    command.add_argument("--max-bytes", metavar="N", type=int, help="stop before more than N bytes of text")
+    command.add_argument("--max-tokens", metavar="N", type=positive, help="stop before more than N tokens")
     command.add_argument(
-        "--max-document-bytes", metavar="N", type=int, default=1 << 24, help="a longer document is bad"
+        "--max-bytes", metavar="N", type=positive, help="stop before more than N bytes of text"
     )
-    command.add_argument("--max-bad", metavar="N", type=int, default=0, help="skip up to N bad documents")
+    command.add_argument(
+        "--max-document-bytes", metavar="N", type=positive, default=1 << 24, help="a longer document is bad"
+    )
+    command.add_argument(
+        "--max-bad", metavar="N", type=at_least(0), default=0, help="skip up to N bad documents"
+    )
     command.add_argument("--source-library", action="store_true", help="add Python's standard library")
     command.add_argument("--source-packages", action="store_true", help="add the installed Python packages")
     add_output(command)
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_router_upcycling.data import prepare
+    from megatron_router_upcycling.data import prepare, sources
+    from megatron_router_upcycling.data.options import Options
 
     start = time.monotonic()
     if (args.tokenizer is None) == (args.train_tokenizer is None):
         raise UserError("--tokenizer: name one, or train one with --train-tokenizer N, not both")
-    options = prepare.Options(
-        text_key=args.text_key,
-        train_tokenizer=args.train_tokenizer,
-        held_out=args.held_out,
-        seed=args.seed,
-        end_of_document=args.end_of_document,
-        max_tokens=args.max_tokens,
-        max_bytes=args.max_bytes,
-        max_document_bytes=args.max_document_bytes,
-        max_bad=args.max_bad,
-        workers=args.workers,
-        executor=args.executor,
-        slurm=_sbatch_options(args),
-        overwrite=args.overwrite,
-    )
-    job = prepare.prepare(_sources(args), args.output, args.tokenizer, options)
-    with tokens_bar("prepare-data", job.bytes_to_read, args.quiet) as progress:
-        records, slow = prepare.run(job, progress)
+    args.output, args.slurm = args.output.absolute(), _sbatch_options(args)
+    options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
+    found, left_out = sources.find(args.sources)
+    found += sources.python_library() if args.source_library else []
+    found += sources.python_packages() if args.source_packages else []
+    if not found:
+        raise UserError("SOURCE: name files or folders of text, or give --source-packages")
+    prepare.check(found, options)
+    with progress_bar("prepare-data", sum(source.size for source in found), args.quiet) as progress:
+        records, slow = prepare.run(found, left_out, options, progress)
     if args.quiet:
         return
     if slow:
         print(f"tokens by tokenizers, which is slower than tiktoken: {slow}")
-    for prefix, made in zip(job.prefixes, records, strict=True):
+    for prefix, made in zip(options.prefixes, records, strict=True):
         print(
             f"{prefix}: {made.documents:,} documents, {made.tokens:,} tokens ({made.dtype}) of {made.bytes:,}"
             f" bytes, {made.bytes_per_token:.2f} bytes a token, the longest {made.longest_document:,} tokens"
         )
-    first, seconds = records[0], time.monotonic() - start
-    skipped = f"; {first.skipped_count} bad documents skipped" if first.skipped_count else ""
-    others = f"; left out: {_listed(first.left_out)}" if first.left_out else ""
-    print(f"{seconds:.1f} s{skipped}{others}; see {prefix.parent}/{job.output.name}.json")
-
-
-def _sources(args: argparse.Namespace) -> Any:
-    from megatron_router_upcycling.data import sources
-
-    found, left_out = sources.find(args.sources) if args.sources else ([], Counter[str]())
-    if args.source_library:
-        found += sources.python_library()
-    if args.source_packages:
-        found += sources.python_packages()
-    if not found:
-        raise UserError("SOURCE: name files or folders of text, or give --source-packages")
-    return found, left_out
+    skipped = f"; {made.skipped_count} bad documents skipped" if made.skipped_count else ""
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(5))
+    others = f"; left out: {kinds}" if kinds else ""
+    print(f"{time.monotonic() - start:.1f} s{skipped}{others}; see {options.output}.json")
 
 
 def _sbatch_options(args: argparse.Namespace) -> dict[str, str]:
@@ -130,8 +117,3 @@ def _sbatch_options(args: argparse.Namespace) -> dict[str, str]:
         if "=" not in option:
             raise UserError(f"--slurm {option}: is not of the form KEY=VALUE, as partition=cpu")
     return dict(option.removeprefix("--").split("=", 1) for option in args.slurm)
-
-
-def _listed(left_out: dict[str, int]) -> str:
-    """The commonest kinds of files that were left out."""
-    return ", ".join(f"{count} {suffix}" for suffix, count in list(left_out.items())[:5])

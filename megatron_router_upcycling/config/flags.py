@@ -124,6 +124,10 @@ def positive(text: str) -> float:
     return number
 
 
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def options(parser: ArgumentParser) -> dict[str, tuple[str, argparse.Action]]:
     """The parser's flags by their names in a YAML file: ``num_layers`` -> (``--num-layers``, its action)."""
     return {

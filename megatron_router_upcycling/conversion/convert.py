@@ -1,30 +1,36 @@
 """One conversion from end to end: check everything, write aside, publish, keep a record."""
 
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import TRACKER, iteration_dir
+from megatron_router_upcycling.checkpoint.names import LEFT_OUT, TRAINING_STATE
 from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.publish import completeness
 from megatron_router_upcycling.checkpoint.publish import folder as publish
-from megatron_router_upcycling.checkpoint.publish.source_check import IntactCheck, Stamps
+from megatron_router_upcycling.checkpoint.publish.source_check import Stamps, intact_check
 from megatron_router_upcycling.checkpoint.read_model import query_key_digest, read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.conversion.moe_arguments import model_flags
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.conversion.plan import Plan, plan
-from megatron_router_upcycling.conversion.record import DATA_FILES, make_manifest
 from megatron_router_upcycling.errors import UserError, reason
-from megatron_router_upcycling.files import on_one_disk
+from megatron_router_upcycling.files import on_one_disk, sha256, versions
 from megatron_router_upcycling.initialisation.first_routers import choose_head_key, router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
+
+DATA_FILES = "__upcycled_"  # begins the new data files' names, beside the dense checkpoint's own
+EXPERT_FILE = f"{DATA_FILES}0.distcp"
 
 
 @dataclass(frozen=True)
@@ -75,18 +81,14 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
     On any exception there is no checkpoint, and nothing else is left. What a killed process leaves in a
     hidden folder beside ``out``, the next conversion to ``out`` removes (``publish.folder``).
 
-    Args:
-        progress: called with the number of bytes after each write.
-
-    Raises:
-        UserError: it cannot be written; a chunk of the dense checkpoint cannot be read, is not what was
-            saved or holds NaN; or a file that was read has changed meanwhile.
+    ``progress`` is called with the number of bytes after each write. Refused is also a dense checkpoint of
+    which a chunk is not what was saved or holds NaN, or that has changed while it was read.
     """
     plan, out, sources = conversion.plan, conversion.out, conversion.sources
     try:
         with publish.new_folder(out, plan.options.overwrite) as folder:
             contents = _write(conversion, folder / "release", progress)
-            record = make_manifest(plan, conversion.stats, folder, contents)
+            record = _manifest(plan, conversion.stats, folder, contents)
             manifest.write(folder, record)
             if (beside_dense := plan.dense.root / beside.FOLDER).is_dir():
                 beside.hand_on(beside_dense, folder)
@@ -107,14 +109,49 @@ def _write(conversion: Conversion, folder: Path, progress: Callable[[int], None]
     """Fill the iteration's folder, look at all that lies there, and return the digests of its data files."""
     plan = conversion.plan
     with (
-        IntactCheck(plan.source, plan.values_taken_over()) as intact,
+        intact_check(plan.source, plan.values_taken_over()) as intact,
         CheckpointWriter(folder, DATA_FILES, progress) as writer,
     ):
         plan.run(conversion.stats, writer)
         tensors = writer.finish()
-        intact.wait()
+        intact.result()
     completeness.check_whole(tensors, writer.objects, plan.makes())
     return completeness.content_digests(completeness.examine_all(folder, tensors, writer.objects))
+
+
+def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[str, str]) -> dict[str, Any]:
+    """The record of a conversion; ``contents`` are the digests of the data files' chunks."""
+    dense, model, options = plan.dense, plan.model, plan.options
+    left_out = Counter(found["kind"] for found in map(TRAINING_STATE.match, plan.left_out) if found)
+    files: dict[str, dict[str, Any]] = {"files": {}, "linked": {}}  # the latter are the dense one's as well
+    for path in filter(Path.is_file, sorted(folder.rglob("*"))):
+        is_linked = path.stat().st_nlink > 1
+        # Linked and experts' values keep the checksums that they had: a digest of those.
+        known = is_linked or path.name == EXPERT_FILE
+        digest = {"content": contents[path.name]} if known else {"sha256": sha256(path)}
+        entry = {"bytes": path.stat().st_size} | digest
+        files["linked" if is_linked else "files"][str(path.relative_to(folder))] = entry
+    key_stats = None
+    if stats is not None and options.key_stats is not None:
+        path = options.key_stats
+        key_stats = {"path": str(path.absolute()), "sha256": sha256(path), "metadata": stats.metadata}
+    return {
+        "format": manifest.FORMAT,
+        "router": options.router.to_dict(),
+        "init": options.init.to_dict(),
+        "model": model.flags | model_flags(model, options, plan.layers),
+        "seed": options.seed,
+        "shared_storage": not options.materialize,
+        "source": {
+            "path": str(dense.root.absolute()),
+            "iteration": dense.iteration_dir.name,
+            "digest": dense.digest(),
+        },
+        "key_stats": key_stats,
+        **files,
+        "left_out": {kind: {"entries": left_out[kind], "reason": LEFT_OUT[kind]} for kind in left_out},
+        "versions": versions(),
+    }
 
 
 def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> KeyStats | None:
@@ -126,39 +163,24 @@ def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> K
         what = f"--router {kind.name}" if kind.of_heads else "this --config"
         raise UserError(f"--key-stats: {what} needs the file that collect_keys wrote")
     stats = key_stats_file.load(path)
-    _check_key_stats(stats, path, dense, model)
-    found = stats.metadata["key_source"]
-    if options.key_source not in (None, found):
-        raise UserError(
-            f"--key-stats {path}: holds {found} keys, and --config asks for key_source"
-            f" {options.key_source}; collect them with --key-source {options.key_source}"
-        )
+    _check_key_stats(stats, options, dense, model)
     if options.init.needs_router_input:
         key_stats_file.read_router_input(path, 0)
     return stats
 
 
-def _check_key_stats(stats: KeyStats, path: Path, dense: Checkpoint, model: DenseModel) -> None:
-    """Refuse statistics of another model."""
-    expected = (model.num_layers, model.num_query_groups, model.kv_channels)
-    if tuple(stats.mean.shape) != expected:
-        raise UserError(
-            f"--key-stats {path}: of another model: keys {list(stats.mean.shape)} (layers, query groups,"
-            f" head size) where {dense.root} has {list(expected)}; collect them from this checkpoint"
-        )
-    for name in ("num_attention_heads", "hidden_size"):
-        recorded = stats.metadata.get(name)
-        if recorded is not None and recorded != getattr(model, name):
+def _check_key_stats(stats: KeyStats, options: Options, dense: Checkpoint, model: DenseModel) -> None:
+    """Refuse statistics of another model, or of other keys than --config asks for."""
+    sizes = ("num_layers", "num_query_groups", "kv_channels", "num_attention_heads", "hidden_size")
+    wanted: dict[str, Callable[[], Any]] = {size: partial(getattr, model, size) for size in sizes}
+    wanted["key_source"] = lambda: options.key_source
+    wanted["checkpoint_digest"] = dense.digest
+    wanted["query_key_digest"] = lambda: query_key_digest(dense)
+    for name, value in wanted.items():
+        recorded = stats.metadata.get(name)  # files of older versions lack some
+        if recorded is not None and (needed := value()) not in (None, recorded):
+            source = f" with --key-source {needed}" if name == "key_source" else ""
             raise UserError(
-                f"--key-stats {path}: of another model: {name} {recorded} where {dense.root} has"
-                f" {getattr(model, name)}; collect them from this checkpoint"
-            )
-    # Files of older versions have one of the digests or none.
-    digests = {"checkpoint_digest": dense.digest, "query_key_digest": lambda: query_key_digest(dense)}
-    for name, digest in digests.items():
-        recorded = stats.metadata.get(name)
-        if recorded is not None and recorded != digest():
-            raise UserError(
-                f"--key-stats {path}: collected from another checkpoint ({stats.metadata.get('checkpoint')});"
-                f" collect them from {dense.root}"
+                f"--key-stats {stats.path}: of another model or other keys: its {name} is {recorded}, and"
+                f" {needed} is needed; collect them{source} from {dense.root}"
             )

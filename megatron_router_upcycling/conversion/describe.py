@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_router_upcycling.conversion.convert import Conversion
-from megatron_router_upcycling.conversion.steps import Keep, LeaveOut, MakeExperts
+from megatron_router_upcycling.conversion.steps import CopyExperts
 from megatron_router_upcycling.files import format_bytes
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 
@@ -12,8 +12,7 @@ def describe_plan(conversion: Conversion) -> str:
     """What would be done, in a few lines."""
     plan = conversion.plan
     model, options = plan.model, plan.options
-    entries = {type(step): step.accounts_for() for step in plan.steps}
-    experts = sum(isinstance(step, MakeExperts) for step in plan.steps)
+    experts = sum(isinstance(step, CopyExperts) for step in plan.steps)
     how = "linked, not written" if conversion.links else "copied"
     apart = options.materialize or options.init.alters_experts
     copies = f"{options.router.num_experts} times" if apart else "once"
@@ -21,10 +20,10 @@ def describe_plan(conversion: Conversion) -> str:
     return "\n".join(
         [
             f"{plan.dense.iteration_dir}: {model.describe()}",
-            f"  take over  {format_bytes(plan.kept_bytes)} in {len(entries[Keep])} entries, {how}",
+            f"  take over  {format_bytes(plan.kept_bytes)} in {len(plan.kept)} entries, {how}",
             f"  experts    {format_bytes(plan.expert_bytes)} of {experts} tensors, each written {copies}",
             f"  routers    {format_bytes(plan.router_bytes)}: {routers}",
-            f"  leave out  {len(entries[LeaveOut])} entries of training state",
+            f"  leave out  {len(plan.left_out)} entries of training state",
             f"would write {format_bytes(conversion.bytes_to_write)} to {conversion.out},"
             f" with at most {format_bytes(plan.memory_bytes)} of the model in memory",
         ]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +29,9 @@ class Computed:
         """The values of one of the ``boxes``."""
         return self.compute(*box.offsets[: self.num_axes])
 
-    def expected(self, check: str) -> "Expected":
+    def expected(self, check: str, dtype: torch.dtype) -> "Expected":
         """A tensor of these values."""
-        return Expected(check, lambda box: [Origin(box, self, box)])
+        return Expected(check, self.shape, dtype, lambda box: [Origin(box, self, box)])
 
 
 class Origin(NamedTuple):
@@ -45,15 +46,21 @@ class Origin(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """Where the values of a box of a new tensor come from; ``check``: the kind of finding."""
+    """A tensor of the new checkpoint, and where the values of a box of it come from.
+
+    ``check``: the kind of finding that ``verify`` makes of a difference.
+    """
 
     check: str
+    shape: Shape
+    dtype: torch.dtype
     origins: Callable[[Box], Iterable[Origin]]
 
 
-def copy_of(key: str, check: str) -> Expected:
+def copy_of(source: Checkpoint, key: str, check: str) -> Expected:
     """A tensor that is ``key`` of the dense checkpoint."""
-    return Expected(check, lambda box: [Origin(box, key, box)])
+    stored = source.tensors[key]
+    return Expected(check, stored.shape, stored.dtype, lambda box: [Origin(box, key, box)])
 
 
 class InTurn:

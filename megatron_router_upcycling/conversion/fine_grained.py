@@ -49,20 +49,21 @@ class Cut:
         """The shape of a shard, of the dense parameter's."""
         return (*shape[: self.axis], shape[self.axis] // self.granularity, *shape[self.axis + 1 :])
 
-    def sources(self, box: Box, shard: int, shape: tuple[int, ...]) -> Iterator[tuple[Box, Box]]:
-        """The parts of ``box`` of a shard, each with the box of the dense parameter that it is cut from.
-
-        Args:
-            shape: of the dense parameter.
-        """
-        block = shape[self.axis] // self.parts
+    def _pieces(self, size: int) -> Iterator[tuple[int, int, int, int]]:
+        """The pieces of ``size`` = parts x F: shard, begin in the dense parameter and in the shard, width."""
+        block = size // self.parts
         width = block // self.granularity
         for part in range(self.parts):
-            low = max(box.offsets[self.axis], part * width)
-            high = min(box.ends[self.axis], (part + 1) * width)
-            if low < high:
-                first = part * (block - width) + shard * width + low
-                yield self._along(box, low, high - low), self._along(box, first, high - low)
+            for shard in range(self.granularity):
+                yield shard, part * block + shard * width, part * width, width
+
+    def sources(self, box: Box, shard: int, shape: tuple[int, ...]) -> Iterator[tuple[Box, Box]]:
+        """The parts of ``box`` of a shard, each with its box in the dense parameter, of ``shape``."""
+        for number, dense, place, width in self._pieces(shape[self.axis]):
+            low = max(box.offsets[self.axis], place)
+            size = min(box.ends[self.axis], place + width) - low
+            if number == shard and size > 0:
+                yield self._along(box, low, size), self._along(box, dense + low - place, size)
 
     def _along(self, box: Box, offset: int, size: int) -> Box:
         """``box`` with another extent along ``axis``."""
@@ -73,22 +74,14 @@ class Cut:
     def shards(
         self, tensor: torch.Tensor, offsets: tuple[int, ...], stored: StoredTensor
     ) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
-        """What each shard takes of a chunk: shard, values, and their place in the shard.
-
-        Args:
-            tensor: the chunk's values, at ``offsets`` of ``stored``.
-        """
-        block = stored.shape[self.axis] // self.parts
-        width = block // self.granularity
-        begin, end = offsets[self.axis], offsets[self.axis] + tensor.shape[self.axis]
-        for part in range(self.parts):
-            for shard in range(self.granularity):
-                first = part * block + shard * width
-                low, high = max(first, begin), min(first + width, end)
-                if low < high:
-                    place = list(offsets)
-                    place[self.axis] = part * width + low - first
-                    yield shard, tensor.narrow(self.axis, low - begin, high - low), tuple(place)
+        """What each shard takes of a chunk, ``tensor`` at ``offsets``: shard, values, place in the shard."""
+        axis = self.axis
+        begin, end = offsets[axis], offsets[axis] + tensor.shape[axis]
+        for shard, dense, place, width in self._pieces(stored.shape[axis]):
+            low, high = max(dense, begin), min(dense + width, end)
+            if low < high:
+                at = (*offsets[:axis], place + low - dense, *offsets[axis + 1 :])
+                yield shard, tensor.narrow(axis, low - begin, high - low), at
 
 
 def check(dense: Checkpoint, model: DenseModel, granularity: int, shared_expert: bool) -> None:

@@ -8,7 +8,7 @@ from megatron_router_upcycling.checkpoint.format import safe_pickle
 from megatron_router_upcycling.checkpoint.format.files import BACKEND
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.fine_grained import SHARE
-from megatron_router_upcycling.routers.config import RouterConfig
+from megatron_router_upcycling.conversion.options import Options
 
 # Megatron's arguments of a fresh MoE run, beside those that the router gives.
 FRESH = {
@@ -26,36 +26,23 @@ FRESH = {
 # Which experts to build is the business of the machine that trains: --use-checkpoint-args must not say.
 DECIDED_LATER = ("moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias")
 
+# Of the architecture, what the manifest records beside the dense model's flags.
+SIZES = (
+    "moe_ffn_hidden_size",
+    "moe_router_topk_scaling_factor",
+    "moe_shared_expert_intermediate_size",
+    "moe_layer_freq",
+)
 
-def _expert_sizes(model: DenseModel, granularity: int, shared_expert: bool) -> dict[str, Any]:
-    """How wide the experts are and how their outputs are scaled."""
-    F = model.ffn_hidden_size
-    scale = granularity * (1 - SHARE if shared_expert else 1)
+
+def moe_arguments(model: DenseModel, options: Options, layers: tuple[int, ...] | None) -> dict[str, Any]:
+    """Megatron's arguments of the MoE's architecture, beside the dense model's; ``layers`` have experts."""
+    F, router = model.ffn_hidden_size, options.router
+    scale = router.granularity * (1 - SHARE if options.shared_expert else 1)
     return {
-        "moe_ffn_hidden_size": F // granularity,
+        "moe_ffn_hidden_size": F // router.granularity,
         "moe_router_topk_scaling_factor": None if scale == 1 else float(scale),
-        "moe_shared_expert_intermediate_size": F if shared_expert else None,
-    }
-
-
-def model_flags(
-    model: DenseModel, router: RouterConfig, shared_expert: bool, layers: tuple[int, ...] | None
-) -> dict[str, Any]:
-    """Megatron flags of the MoE's architecture, beside the dense model's and what the router gives."""
-    flags = _expert_sizes(model, router.granularity, shared_expert)
-    if router.granularity == 1:
-        del flags["moe_ffn_hidden_size"]  # Megatron's own default
-    if layers is not None:
-        frequency = expert_layers.frequency_of(layers, model.num_layers)
-        flags["moe_layer_freq"] = expert_layers.as_flag(frequency)
-    return {flag: value for flag, value in flags.items() if value is not None}
-
-
-def moe_arguments(
-    model: DenseModel, router: RouterConfig, shared_expert: bool, layers: tuple[int, ...] | None
-) -> dict[str, Any]:
-    """Megatron's arguments of the MoE's architecture, beside the dense model's."""
-    return _expert_sizes(model, router.granularity, shared_expert) | {
+        "moe_shared_expert_intermediate_size": F if options.shared_expert else None,
         "moe_layer_freq": 1 if layers is None else expert_layers.frequency_of(layers, model.num_layers),
         "num_experts": router.num_experts,
         "moe_router_topk": router.top_k,
@@ -63,12 +50,21 @@ def moe_arguments(
     }
 
 
+def model_flags(model: DenseModel, options: Options, layers: tuple[int, ...] | None) -> dict[str, Any]:
+    """Those of them that are neither Megatron's defaults nor the router's, as flags."""
+    arguments = moe_arguments(model, options, layers)
+    flags = {name: arguments[name] for name in SIZES if arguments[name] is not None}
+    if options.router.granularity == 1:
+        del flags["moe_ffn_hidden_size"]
+    if layers is None:
+        del flags["moe_layer_freq"]
+    else:
+        flags["moe_layer_freq"] = expert_layers.as_flag(flags["moe_layer_freq"])
+    return flags
+
+
 def moe_common_state(
-    dense: Checkpoint,
-    model: DenseModel,
-    router: RouterConfig,
-    shared_expert: bool,
-    layers: tuple[int, ...] | None,
+    dense: Checkpoint, model: DenseModel, options: Options, layers: tuple[int, ...] | None
 ) -> dict[str, Any]:
     """The common state of an MoE that has not trained yet.
 
@@ -76,7 +72,7 @@ def moe_common_state(
     in it; optimizer, schedule and random state start anew.
     """
     values = MODEL_DEFAULTS | BUILD_DEFAULTS | vars(dense.args) | FRESH
-    values |= moe_arguments(model, router, shared_expert, layers)
+    values |= moe_arguments(model, options, layers)
     kept: dict[str, Any] = {"checkpoint_version": dense.common.get("checkpoint_version", 3.0)}
     kept["content_metadata"] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     args = safe_pickle.namespace({name: value for name, value in values.items() if name not in DECIDED_LATER})

@@ -43,11 +43,7 @@ class Method:
 
 
 def read_method(path: str | Path | None) -> Method:
-    """What ``convert --config`` takes from the file that ``pretrain --config`` will be given.
-
-    Raises:
-        UserError: an entry of the ``upcycling:`` section that does not exist or cannot have its value.
-    """
+    """What ``convert --config`` takes from the file that ``pretrain --config`` will be given."""
     entries = read_yaml(path) if path else {"upcycling": {}}
     flags, start = split_section(entries.pop("upcycling"), str(path))
     router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}
@@ -63,9 +59,6 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...] | None:
     """The layers that ``--layers`` names, None for all: numbers and ranges with an optional step.
 
     ``1,3,5-7`` are the layers 1, 3, 5, 6, 7, counted from 0; ``1-23:2`` is every other layer from 1 on.
-
-    Raises:
-        UserError: not of this form, or a layer that the model does not have.
     """
     chosen: set[int] = set()
     for part in text.split(","):

@@ -1,14 +1,14 @@
-"""The steps of a conversion: what becomes of each entry of the dense checkpoint, and how it is done.
+"""The steps of a conversion: what the new checkpoint has, and how it is made.
 
-``plan`` chooses the steps. Each says which entries of the dense checkpoint it accounts for, which entries of
-the new one it makes (``makes``) and what their values must be (``expects``, which ``verify`` compares with);
-``run`` does it, with one chunk in memory at a time.
+``plan`` chooses the steps. Each says which entries of the new checkpoint it makes and what they must hold
+(``expects``, which ``verify`` compares with); ``run`` makes them, with one chunk in memory at a time.
 
 Symbols of shapes: L layers, n experts.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -17,7 +17,6 @@ from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
 from megatron_router_upcycling.checkpoint.names import at_layer, split_key
-from megatron_router_upcycling.checkpoint.publish.completeness import Target
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.conversion.expected import Computed, Expected, InTurn, Origin, copy_of
@@ -26,11 +25,11 @@ from megatron_router_upcycling.conversion.moe_arguments import moe_common_state
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.ablations import alter_expert
-from megatron_router_upcycling.initialisation.first_routers import router_values
+from megatron_router_upcycling.initialisation.first_routers import router_parameters, router_values
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What the steps read."""
 
@@ -39,37 +38,30 @@ class Work:
     model: DenseModel
     options: Options
     layers: tuple[int, ...] | None  # those that get experts; None: all
-    stats: KeyStats | None
-    scratch: bytearray  # for the largest chunk that something is made from
+    stats: KeyStats | None = None
+    scratch: bytearray = field(default_factory=bytearray)  # for the largest chunk that something is made from
 
     @property
     def moe_layers(self) -> Sequence[int]:
         return self.layers or range(self.model.num_layers)
 
 
+type Made = dict[str, Expected | None]
+
+
 class Step:
     """One step of a plan."""
 
-    def accounts_for(self) -> tuple[str, ...]:
-        """The entries of the dense checkpoint that are dealt with here and nowhere else."""
-        return ()
+    def expects(self, work: Work) -> Made:
+        """The entries that it makes: what a tensor must be, None for an object.
 
-    def makes(self, source: Checkpoint) -> dict[str, Target]:
-        """The entries of the new checkpoint: shape and dtype of a tensor, None for an object."""
-        return {}
-
-    def expects(self, work: Work) -> dict[str, Expected]:
-        """What the tensors that it makes must hold. Nothing is computed before a value is asked for."""
-        return {}
+        Nothing is computed before a value is asked for.
+        """
+        raise NotImplementedError
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
         """Do it."""
-
-
-def like(source: Checkpoint, key: str) -> Target:
-    """What ``key`` of the dense checkpoint is."""
-    stored = source.tensors.get(key)
-    return (stored.shape, stored.dtype) if stored else None
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -78,14 +70,9 @@ class Keep(Step):
 
     keys: tuple[str, ...]
 
-    def accounts_for(self) -> tuple[str, ...]:
-        return self.keys
-
-    def makes(self, source: Checkpoint) -> dict[str, Target]:
-        return {key: like(source, key) for key in self.keys}
-
-    def expects(self, work: Work) -> dict[str, Expected]:
-        return {key: copy_of(key, "untouched") for key in self.keys if key in work.source.tensors}
+    def expects(self, work: Work) -> Made:
+        tensors = work.source.tensors
+        return {key: copy_of(work.source, key, "untouched") if key in tensors else None for key in self.keys}
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
         for key in self.keys:
@@ -93,42 +80,61 @@ class Keep(Step):
 
 
 @dataclass(frozen=True)
-class CopyNorm(Step):
-    """Give a norm before the FFN its other name as well."""
+class Repeat(Step):
+    """Take a tensor over under another name: a norm before the FFN, FC1 of the shared expert."""
 
     key: str
-    other: str
+    target: str
+    check: str
 
-    def makes(self, source: Checkpoint) -> dict[str, Target]:
-        return {self.other: like(source, self.key)}
-
-    def expects(self, work: Work) -> dict[str, Expected]:
-        return {self.other: copy_of(self.key, "norms")}
+    def expects(self, work: Work) -> Made:
+        return {self.target: copy_of(work.source, self.key, self.check)}
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
-        writer.take_over(work.source, self.key, self.other, copy=work.options.materialize)
+        writer.take_over(work.source, self.key, self.target, copy=work.options.materialize)
 
 
 @dataclass(frozen=True)
-class MakeExperts(Step):
-    """Make ``target`` [L, n, ...] of ``key`` [L, ...].
+class ShareOutput(Step):
+    """Make FC2 of the shared expert: the dense FFN's, scaled by its share of the output."""
 
-    ``front`` is 1, or 0 for a layer under a key of its own, without the axis of layers.
+    key: str
+    target: str
+
+    def expects(self, work: Work) -> Made:
+        (name, own), stored = split_key(self.key), work.source.tensors[self.key]
+
+        def share(*index: int) -> torch.Tensor:
+            return work.dense.read_layer(name, index[0] if own is None else own, bytearray()) * SHARE
+
+        computed = Computed(share, stored.shape, int(own is None))
+        return {self.target: computed.expected("experts", stored.dtype)}
+
+    def run(self, work: Work, writer: CheckpointWriter) -> None:
+        stored = work.source.tensors[self.key]
+        for chunk in stored.chunks:
+            values = work.source.read_chunk(chunk, stored.dtype, work.scratch) * SHARE
+            writer.write_chunk(self.target, stored.shape, values, [chunk.offsets])
+
+
+@dataclass(frozen=True)
+class CopyExperts(Step):
+    """Make ``target`` [L, n, ...] of ``key`` [L, ...], or [n, ...] of a layer's own [...]: n copies.
+
+    The bytes are written once, or once an expert with ``--materialize``.
     """
 
     key: str
     target: str
     num_experts: int
-    front: int
 
-    def accounts_for(self) -> tuple[str, ...]:
-        return (self.key,)
+    @property
+    def front(self) -> int:
+        """The number of axes before that of experts: 1, or 0 for a layer's own."""
+        return int(split_key(self.key)[1] is None)
 
-    def makes(self, source: Checkpoint) -> dict[str, Target]:
-        return {self.target: (self.shape(source), source.tensors[self.key].dtype)}
-
-    def shape(self, source: Checkpoint) -> Shape:
-        return self._at_experts(source.tensors[self.key].shape, self.num_experts)
+    def shape(self, work: Work) -> Shape:
+        return self._at_experts(work.source.tensors[self.key].shape, self.num_experts)
 
     def _at_experts(self, place: Shape, experts: int) -> Shape:
         """A place or shape of the dense parameter's with its part along the axis of experts."""
@@ -141,24 +147,23 @@ class MakeExperts(Step):
         for expert in range(box.offsets[front], box.ends[front]):
             yield expert, Box(offsets, sizes)
 
-    def _together(self, expert: int, box: Box) -> Box:
-        """The inverse: a box of one expert as a box of ``target``."""
-        return Box(self._at_experts(box.offsets, expert), self._at_experts(box.sizes, 1))
+    def _origins(self, work: Work, expert: int, box: Box) -> Iterator[tuple[Box, Box]]:
+        """The parts of a box of one expert, each with the box of ``key`` that it is."""
+        yield box, box
 
-
-@dataclass(frozen=True)
-class CopyExperts(MakeExperts):
-    """Make experts that are copies: the bytes are written once, or once an expert with ``--materialize``."""
-
-    def expects(self, work: Work) -> dict[str, Expected]:
+    def expects(self, work: Work) -> Made:
         def origins(box: Box) -> Iterator[Origin]:
-            for expert, part in self._apart(box):
-                yield Origin(self._together(expert, part), self.key, part)
+            for expert, own in self._apart(box):
+                for part, place in self._origins(work, expert, own):
+                    whole = Box(self._at_experts(part.offsets, expert), self._at_experts(part.sizes, 1))
+                    yield Origin(whole, self.key, place)
 
-        return {self.target: Expected("experts", origins)}
+        return {
+            self.target: Expected("experts", self.shape(work), work.source.tensors[self.key].dtype, origins)
+        }
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
-        stored, shape = work.source.tensors[self.key], self.shape(work.source)
+        stored, shape = work.source.tensors[self.key], self.shape(work)
         for chunk in stored.chunks:
             sizes = self._at_experts(chunk.sizes, 1)
             offsets = [self._at_experts(chunk.offsets, expert) for expert in range(self.num_experts)]
@@ -167,26 +172,19 @@ class CopyExperts(MakeExperts):
 
 
 @dataclass(frozen=True)
-class CutExperts(MakeExperts):
+class CutExperts(CopyExperts):
     """Make experts that are shards of copies (``--granularity``); a shard's bytes serve all copies."""
 
     cut: Cut
 
-    def shape(self, source: Checkpoint) -> Shape:
-        return self._at_experts(self.cut.shape(source.tensors[self.key].shape), self.num_experts)
+    def shape(self, work: Work) -> Shape:
+        return self._at_experts(self.cut.shape(work.source.tensors[self.key].shape), self.num_experts)
 
-    def expects(self, work: Work) -> dict[str, Expected]:
-        shape = work.source.tensors[self.key].shape
-
-        def origins(box: Box) -> Iterator[Origin]:
-            for expert, shard in self._apart(box):
-                for part, place in self.cut.sources(shard, expert % self.cut.granularity, shape):
-                    yield Origin(self._together(expert, part), self.key, place)
-
-        return {self.target: Expected("experts", origins)}
+    def _origins(self, work: Work, expert: int, box: Box) -> Iterator[tuple[Box, Box]]:
+        return self.cut.sources(box, expert % self.cut.granularity, work.source.tensors[self.key].shape)
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
-        stored, shape = work.source.tensors[self.key], self.shape(work.source)
+        stored, shape = work.source.tensors[self.key], self.shape(work)
         for chunk in stored.chunks:
             tensor = work.source.read_chunk(chunk, stored.dtype, work.scratch)
             for shard, values, place in self.cut.shards(tensor, chunk.offsets, stored):
@@ -197,20 +195,21 @@ class CutExperts(MakeExperts):
 
 
 @dataclass(frozen=True)
-class AlterExperts(MakeExperts):
+class AlterExperts(CopyExperts):
     """Make experts that differ from each other, each stored."""
 
-    def expects(self, work: Work) -> dict[str, Expected]:
+    def expects(self, work: Work) -> Made:
         name, own = split_key(self.key)
 
         def expert(*index: int) -> torch.Tensor:
             layer = index[0] if own is None else own
             return self._alter(work, work.dense.read_layer(name, layer, bytearray()), layer, index[-1])
 
-        return {self.target: Computed(expert, self.shape(work.source), self.front + 1).expected("experts")}
+        computed = Computed(expert, self.shape(work), self.front + 1)
+        return {self.target: computed.expected("experts", work.source.tensors[self.key].dtype)}
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
-        (name, own), shape = split_key(self.key), self.shape(work.source)
+        (name, own), shape = split_key(self.key), self.shape(work)
         for layer in range(work.model.num_layers) if own is None else (own,):
             weight = work.dense.read_layer(name, layer, work.scratch)
             for expert in range(self.num_experts):
@@ -223,88 +222,40 @@ class AlterExperts(MakeExperts):
         return alter_expert(weight, linear, work.model.gated, options.init, options.seed, layer, expert)
 
 
-@dataclass(frozen=True)
-class CopyShared(Step):
-    """Make a parameter of the shared expert, FC1 as it is and FC2 ``scaled`` by its share."""
-
-    key: str
-    target: str
-    scaled: bool
-
-    def makes(self, source: Checkpoint) -> dict[str, Target]:
-        return {self.target: like(source, self.key)}
-
-    def expects(self, work: Work) -> dict[str, Expected]:
-        if not self.scaled:
-            return {self.target: copy_of(self.key, "experts")}
-        name, own = split_key(self.key)
-
-        def share(*index: int) -> torch.Tensor:
-            return work.dense.read_layer(name, index[0] if own is None else own, bytearray()) * SHARE
-
-        shape = work.source.tensors[self.key].shape
-        return {self.target: Computed(share, shape, int(own is None)).expected("experts")}
-
-    def run(self, work: Work, writer: CheckpointWriter) -> None:
-        if not self.scaled:
-            writer.take_over(work.source, self.key, self.target, copy=work.options.materialize)
-            return
-        stored = work.source.tensors[self.key]
-        for chunk in stored.chunks:
-            values = work.source.read_chunk(chunk, stored.dtype, work.scratch) * SHARE
-            writer.write_chunk(self.target, stored.shape, values, [chunk.offsets])
-
-
-@dataclass(frozen=True)
 class MakeRouters(Step):
-    """Make the routers' ``parameters``: key and shape over all layers.
+    """Make the routers, stacked over layers; where only some layers have one, each under keys of its own."""
 
-    ``layers``: only for these, each under a key of its own.
-    """
+    def expects(self, work: Work) -> Made:
+        routers, dtype = InTurn(lambda: self._values(work)), work.model.dtype
+        expected: Made = {}
+        for number, (key, shape) in enumerate(router_parameters(work.model, work.options.router)):
 
-    parameters: tuple[tuple[str, Shape], ...]
-    layers: tuple[int, ...] | None
-    dtype: torch.dtype
+            def value(layer: int, number: int = number) -> torch.Tensor:
+                return routers[work.moe_layers.index(layer)][number]
 
-    def shapes(self) -> dict[str, Shape]:
-        if self.layers is None:
-            return dict(self.parameters)
-        return {at_layer(key, layer): shape[1:] for layer in self.layers for key, shape in self.parameters}
-
-    def makes(self, source: Checkpoint) -> dict[str, Target]:
-        return {key: (shape, self.dtype) for key, shape in self.shapes().items()}
-
-    def expects(self, work: Work) -> dict[str, Expected]:
-        routers = InTurn(lambda: self._values(work))
-        expected = {}
-        for place, (key, shape) in enumerate(self.parameters):
-
-            def value(layer: int, place: int = place) -> torch.Tensor:
-                return routers[work.moe_layers.index(layer)][place]
-
-            if self.layers is None:
-                expected[key] = Computed(value, shape, 1).expected("routers")
-            for layer in self.layers or ():
-                own = Computed(lambda value=value, layer=layer: value(layer), shape[1:], 0)  # type: ignore[misc]
-                expected[at_layer(key, layer)] = own.expected("routers")
+            if work.layers is None:
+                expected[key] = Computed(value, shape, 1).expected("routers", dtype)
+            for layer in work.layers or ():
+                own = Computed(partial(value, layer), shape[1:], 0)
+                expected[at_layer(key, layer)] = own.expected("routers", dtype)
         return expected
 
     def _values(self, work: Work) -> Iterator[tuple[torch.Tensor, ...]]:
         """The parameters of one layer's router after the other."""
-        options, layers = work.options, work.moe_layers
-        file = (work.stats, options.key_stats) if work.stats and options.key_stats else None
+        options = work.options
         return router_values(
-            work.dense, work.model, options.router, options.init, file, options.seed, work.scratch, layers
+            work.dense, work.model, options.router, options.init, work.stats, options.seed, work.moe_layers
         )
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
         writer.next_file()
+        parameters = router_parameters(work.model, work.options.router)
         for layer, values in zip(work.moe_layers, self._values(work), strict=True):
-            for (key, shape), value in zip(self.parameters, values, strict=True):
+            for (key, shape), value in zip(parameters, values, strict=True):
                 if not value.isfinite().all():
-                    raise UserError(f"--key-stats: too large for {self.dtype} in layer {layer} ({key})")
+                    raise UserError(f"--key-stats: too large for {value.dtype} in layer {layer} ({key})")
                 nowhere = (0,) * value.dim()
-                if self.layers is None:
+                if work.layers is None:
                     writer.write_chunk(key, shape, value[None], [(layer, *nowhere)])
                 else:
                     writer.write_chunk(at_layer(key, layer), shape[1:], value, [nowhere])
@@ -312,18 +263,11 @@ class MakeRouters(Step):
 
 @dataclass(frozen=True)
 class AddExtraStates(Step):
-    """Write the empty entries that modules of an MoE layer look for, ``added``.
+    """Write the empty entries that modules of an MoE layer look for."""
 
-    ``keys`` go: those of the dense FFN, and those that only a torch_dist checkpoint can hold.
-    """
-
-    keys: tuple[str, ...]
     added: tuple[str, ...]
 
-    def accounts_for(self) -> tuple[str, ...]:
-        return self.keys
-
-    def makes(self, source: Checkpoint) -> dict[str, Target]:
+    def expects(self, work: Work) -> Made:
         return dict.fromkeys(self.added)
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
@@ -334,31 +278,16 @@ class AddExtraStates(Step):
 
 @dataclass(frozen=True)
 class WriteCommonState(Step):
-    """Write the common state of a fresh MoE run, as an object or as a file; the dense run's goes."""
+    """Write the common state of a fresh MoE run, as an object or as a file."""
 
-    keys: tuple[str, ...]
     as_file: bool
 
-    def accounts_for(self) -> tuple[str, ...]:
-        return self.keys
-
-    def makes(self, source: Checkpoint) -> dict[str, Target]:
+    def expects(self, work: Work) -> Made:
         return {} if self.as_file else {COMMON_STATE: None}
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
-        options = work.options
-        common = moe_common_state(work.dense, work.model, options.router, options.shared_expert, work.layers)
+        common = moe_common_state(work.dense, work.model, work.options, work.layers)
         if self.as_file:
             writer.write_file(COMMON_FILE, torch_save_file.dump(common))
         else:
             writer.add_object(COMMON_STATE, writer.write_object(torch_save_file.dump([common])))
-
-
-@dataclass(frozen=True)
-class LeaveOut(Step):
-    """Training state of the dense run, which the MoE run does not need."""
-
-    keys: tuple[str, ...]
-
-    def accounts_for(self) -> tuple[str, ...]:
-        return self.keys

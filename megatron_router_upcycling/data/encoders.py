@@ -4,8 +4,8 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import numpy
 
@@ -27,36 +27,7 @@ SAMPLE = [
 ]
 
 
-class Encoder(Protocol):
-    """Texts into tokens, in a worker."""
-
-    def encode(self, texts: list[str]) -> Sequence[Any]: ...
-
-
-class Tokenizers:
-    """The library that tokenizer.json is made for."""
-
-    def __init__(self, definition: str, encode_special_tokens: bool) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers says how many processes there are
-        import tokenizers
-
-        self.tokenizer = tokenizers.Tokenizer.from_str(definition)
-        self.tokenizer.encode_special_tokens = encode_special_tokens
-        # Without the characters' places, which nobody asks for; older versions always find them.
-        self._encode = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [encoded.ids for encoded in self._encode(texts)]
-
-
-class SentencePiece:
-    def __init__(self, definition: bytes) -> None:
-        import sentencepiece
-
-        self._model = sentencepiece.SentencePieceProcessor(model_proto=definition)
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return self._model.encode(texts, num_threads=1)
+Encoder = Callable[[str], Any]  # a text into its tokens [N]
 
 
 def of(definition: str | bytes, encode_special_tokens: bool, tiktoken: bool) -> Encoder:
@@ -66,8 +37,19 @@ def of(definition: str | bytes, encode_special_tokens: bool, tiktoken: bool) -> 
         Unsuited: tiktoken shall give the tokens of tokenizer.json, and cannot.
     """
     if isinstance(definition, bytes):
-        return SentencePiece(definition)
-    return (TikToken if tiktoken else Tokenizers)(definition, encode_special_tokens)
+        import sentencepiece
+
+        return sentencepiece.SentencePieceProcessor(model_proto=definition).encode
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers says how many processes there are
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_str(definition)
+    tokenizer.encode_special_tokens = encode_special_tokens
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode_batch_fast([text])[0].ids  # without the places of characters
+
+    return TikToken(json.loads(definition), tokenizer, encode) if tiktoken else encode
 
 
 class Unsuited(Exception):
@@ -85,32 +67,26 @@ class TikToken:
         Unsuited: the tokenizer is of another kind, or gives other tokens for ``SAMPLE``.
     """
 
-    def __init__(self, definition: str, encode_special_tokens: bool) -> None:
+    def __init__(self, content: dict[str, Any], tokenizer: Any, slow: Encoder) -> None:
         import tiktoken
 
-        self._slow = Tokenizers(definition, encode_special_tokens)
-        content = json.loads(definition)
+        self._slow, self._normalizer = slow, tokenizer.normalizer
         if (content["normalizer"] or {}).get("type", "NFC") != "NFC":
             raise Unsuited("its normaliser is not NFC")
-        self._normalizer = self._slow.tokenizer.normalizer if content["normalizer"] else None
-        self._added = _added(content, encode_special_tokens)
+        if slow(""):
+            raise Unsuited("it puts tokens around a text")
+        self._added = _added(content, tokenizer.encode_special_tokens)
         longest_first = sorted(self._added, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
-        if self._slow.tokenizer.encode("").ids:
-            raise Unsuited("it puts tokens around a text")
-        rule = _rule(content["pre_tokenizer"])
-        ranks = _ranks(content, encode_special_tokens)
+        ranks = _ranks(content, tokenizer.encode_special_tokens)
         # With no special token at all, tiktoken would look for the empty one at every character.
-        self._tiktoken = tiktoken.Encoding(
-            "", pat_str=rule, mergeable_ranks=ranks, special_tokens={"\0\0none": max(ranks.values()) + 1}
-        )
-        if [list(ids) for ids in self.encode(SAMPLE)] != self._slow.encode(SAMPLE):
+        none = {"\0\0none": max(ranks.values()) + 1}
+        rule = _rule(content["pre_tokenizer"])
+        self._tiktoken = tiktoken.Encoding("", pat_str=rule, mergeable_ranks=ranks, special_tokens=none)
+        if any(list(self(text)) != slow(text) for text in SAMPLE):
             raise Unsuited("its tokens differ for a sample of text")
 
-    def encode(self, texts: list[str]) -> list[Any]:
-        return [self._of_text(text) for text in texts]
-
-    def _of_text(self, text: str) -> Any:
+    def __call__(self, text: str) -> Any:
         if not self._split or not self._split.search(text):
             return self._of_plain(text)
         parts = self._split.split(text)  # plain text and added tokens take turns
@@ -123,17 +99,16 @@ class TikToken:
         try:
             return self._tiktoken.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # a million spaces in a row are too many for its regular expressions
-            return self._slow.encode([text])[0]
+            return self._slow(text)
 
 
 def _added(content: dict[str, Any], encode_special_tokens: bool) -> dict[str, int]:
     """The tokens that are found in the text before anything else."""
     found = {}
     for token in content["added_tokens"]:
-        if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise Unsuited(f"its token {token['content']} takes white space or whole words")
-        if token["normalized"] and content["normalizer"]:
-            raise Unsuited(f"its token {token['content']} is looked for in normalised text")
+        normalized = token["normalized"] and content["normalizer"]
+        if token["lstrip"] or token["rstrip"] or token["single_word"] or normalized:
+            raise Unsuited(f"its token {token['content']} is looked for otherwise than as it stands")
         if not (token["special"] and encode_special_tokens):
             found[token["content"]] = token["id"]
     return found
@@ -161,14 +136,12 @@ def _ranks(content: dict[str, Any], encode_special_tokens: bool) -> dict[bytes, 
     odd = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if model["type"] != "BPE" or any(model.get(name) for name in odd):
         raise Unsuited("its model is not a plain BPE")
-    vocabulary, merges = model["vocab"], model["merges"]
-    pairs = (pair if isinstance(pair, list) else pair.split(" ") for pair in merges)
-    order = [vocabulary["".join(pair)] for pair in pairs]
+    vocabulary = model["vocab"]
+    merges = [tuple(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]]
+    order = [vocabulary["".join(pair)] for pair in merges]
     if order != sorted(order):
         raise Unsuited("its merges are not in the order of its tokens")
-    bare = {"model": {**model, "ignore_merges": False}, "version": "1.0", "added_tokens": []}
-    parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
-    merging = tokenizers.Tokenizer.from_str(json.dumps(bare | dict.fromkeys(parts)))
+    merging = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
     added = {token["content"] for token in content["added_tokens"]}
     ranks = {}
     tokens = list(vocabulary)

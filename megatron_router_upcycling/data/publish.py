@@ -1,20 +1,81 @@
-"""Where the data appears: files that begin with PREFIX, each pair of them whole or not there.
+"""What is written: files that begin with PREFIX, each pair of .bin and .idx whole or not there.
 
 An index (.idx) comes after its tokens (.bin) and the record after both; where old data is replaced, its
 record and index go first. So nobody reads half of one and half of another, whenever the machine stops.
 """
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import numpy
 
 from megatron_router_upcycling.data import record
+from megatron_router_upcycling.data.options import Options
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sync
 
+# The header of an .idx file (megatron.core.datasets.indexed_dataset): a mark, version, code of the dtype, and
+# how many sequences and document ends there are. Lengths (int32), places (int64) and ends (int64) follow.
+MARK, HEADER = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
+DTYPE_CODES = {"uint16": 8, "int32": 4}
+DOCUMENTS = 1 << 14  # that are copied at a time
 TOKENIZER = "tokenizer.model"
 PUBLISHING = "publishing"  # stands in the folder of parts once old data may be gone
+
+
+class Output:
+    """A prefix in the making: the documents of training, or those that are held out.
+
+    The bytes are those of Megatron's ``IndexedDatasetBuilder``. Importing Megatron for it would take longer
+    than all the rest for a small text.
+    """
+
+    def __init__(self, prefix: Path, dtype: Any, held_out: bool) -> None:
+        self.prefix, self.dtype, self.held_out = prefix, numpy.dtype(dtype), held_out
+        self.documents = self.tokens = self.bytes = self.longest_document = 0
+        self._lengths: list[Any] = [numpy.empty(0, numpy.int32)]
+        _file(prefix, ".bin").touch()
+
+    def append(self, tokens: Any, table: Any) -> None:
+        """Append its documents of a part: tokens [N] and table [D, 3] (see ``parts.load``)."""
+        ends = numpy.concatenate([[0], table[:, 0].cumsum()])
+        mine = table[:, 2] == self.held_out
+        with _file(self.prefix, ".bin").open("ab") as file:
+            for first in range(0, len(table), DOCUMENTS):
+                last = min(first + DOCUMENTS, len(table))
+                chosen: Any = numpy.repeat(mine[first:last], table[first:last, 0])
+                file.write(tokens[ends[first] : ends[last]][chosen])
+        lengths, sizes = table[mine, 0], table[mine, 1]
+        self._lengths.append(lengths.astype(numpy.int32))
+        self.documents += len(lengths)
+        self.tokens += int(lengths.sum())
+        self.bytes += int(sizes.sum())
+        self.longest_document = max(self.longest_document, int(lengths.max(initial=0)))
+
+    def write_index(self) -> None:
+        lengths = numpy.concatenate(self._lengths)
+        ends = lengths.cumsum(dtype=numpy.int64) * self.dtype.itemsize
+        with _file(self.prefix, ".idx").open("wb") as file:
+            code = DTYPE_CODES[self.dtype.name]
+            file.write(HEADER.pack(MARK, 1, code, self.documents, self.documents + 1))
+            file.write(lengths)
+            file.write(ends - lengths * numpy.int64(self.dtype.itemsize))
+            file.write(numpy.arange(self.documents + 1, dtype=numpy.int64))
+
+
+def fitting(table: Any, outputs: list[Output], max_tokens: int | None, max_bytes: int | None) -> int:
+    """How many of a part's documents come before the first that exceeds a limit, all outputs together."""
+    count = len(table)
+    for column, limit, before in (
+        (0, max_tokens, sum(output.tokens for output in outputs)),
+        (1, max_bytes, sum(output.bytes for output in outputs)),
+    ):
+        if limit is not None:
+            count = min(count, int((before + table[:, column].cumsum() <= limit).sum()))
+    return count
 
 
 def tokenizer_of(prefix: Path) -> Path:
@@ -22,89 +83,51 @@ def tokenizer_of(prefix: Path) -> Path:
     return prefix.with_name(f"{prefix.name}.{TOKENIZER}")
 
 
+def _file(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)
+
+
 def _files(prefix: Path) -> list[Path]:
     """The files of a prefix, in the order in which they go."""
-    return [record.path_of(prefix), *(prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))]
+    return [_file(prefix, suffix) for suffix in (".json", ".idx", ".bin")]
 
 
-def check(prefixes: Sequence[Path], sources: Sequence[Path], overwrite: bool) -> None:
-    """Refuse a place where something would be lost. Touches nothing.
-
-    Raises:
-        UserError: files are there and ``overwrite`` is not set, or they are not of ``prepare-data``, or they
-            are (or lie among) the text.
-    """
-    output = prefixes[0]
+def check(options: Options, sources: Iterable[Path]) -> None:
+    """Refuse a place where something would be lost. Touches nothing."""
+    output, texts = options.output, {path.resolve() for path in sources}
     if not output.name or output.is_dir():
         raise UserError(f"--output {output}: is a folder; add the name that the files shall begin with")
-    texts = {path.resolve() for path in sources}
-    wanted = [*(file for prefix in prefixes for file in _files(prefix)), tokenizer_of(output)]
-    if named := [path for path in wanted if path.resolve() in texts]:
-        raise UserError(f"--output {output}: {named[0]} is one of the sources; name another place")
-    if (output.with_name(f".{output.name}.parts") / PUBLISHING).exists():
-        return  # what is there is half of the data that will be made now
-    for prefix in prefixes:
+    for prefix in options.prefixes:
+        for path in (*_files(prefix), tokenizer_of(prefix)):
+            if path.resolve() in texts:
+                raise UserError(f"--output {output}: {path} is one of the sources; name another place")
         there = [path for path in _files(prefix) if path.exists()]
-        if there and not overwrite:
+        if not there or (options.work / PUBLISHING).exists():
+            continue  # what is there is half of the data that will be made now
+        if not options.overwrite or record.read(prefix) is None:
             raise UserError(
-                f"--output {output}: {there[0]} exists; pass --overwrite to replace it or name another"
-            )
-        if there and record.read(prefix) is None:
-            raise UserError(
-                f"--output {output}: {there[0]} has no record of prepare-data beside it, so --overwrite"
-                " leaves it alone; remove it or name another place"
+                f"--output {output}: {there[0]} exists; name another place, or pass --overwrite to replace"
+                f" what prepare-data has made, as {record.path_of(prefix).name} says"
             )
 
 
-def publish(work: Path, prefixes: Sequence[Path], records: Sequence[record.Record], trained: bool) -> None:
-    """Give the files in ``work``/out their names, held-out data first, and write the records.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    made = {prefix: work / "out" / prefix.name for prefix in prefixes}
-    for path in made.values():
-        for file in _files(path)[1:]:
+def publish(options: Options, outputs: list[Output], records: list[record.Record]) -> None:
+    """Give the files of the outputs their names, held-out data first, and write the records."""
+    target, work = options.output, options.work
+    for output in outputs:
+        for file in _files(output.prefix)[1:]:
             sync(file)
-    output = prefixes[0]
-    old = [output, output.with_name(output.name + "_held_out")] if _had_held_out(output) else prefixes
+    old = record.read(target)
+    held_out = old is not None and bool(old.options.get("held_out"))
     (work / PUBLISHING).touch()
-    for prefix in old:
+    for prefix in options.prefixes + [target.with_name(f"{target.name}_held_out")] * held_out:
         for file in _files(prefix):
             file.unlink(missing_ok=True)
-    tokenizer_of(output).unlink(missing_ok=True)
-    if trained:
-        os.replace(work / TOKENIZER, tokenizer_of(output))
-    for prefix, entries in reversed(list(zip(prefixes, records, strict=True))):
-        for source, target in reversed(list(zip(_files(made[prefix])[1:], _files(prefix)[1:], strict=True))):
-            os.replace(source, target)
+    tokenizer_of(target).unlink(missing_ok=True)
+    if (work / TOKENIZER).exists():
+        os.replace(work / TOKENIZER, tokenizer_of(target))
+    for output, prefix, entries in reversed(list(zip(outputs, options.prefixes, records, strict=True))):
+        for suffix in (".bin", ".idx"):
+            os.replace(_file(output.prefix, suffix), _file(prefix, suffix))
         entries.write(prefix)
-    sync(output.parent)
-
-
-def _had_held_out(prefix: Path) -> bool:
-    try:
-        old = record.read(prefix)
-    except UserError:
-        return False
-    return old is not None and bool(old.options.get("held_out"))
-
-
-@contextlib.contextmanager
-def parents_of(output: Path) -> Iterator[None]:
-    """Make the folders above ``output``; those that were made go again where the context fails.
-
-    Raises:
-        UserError: they cannot be made.
-    """
-    created = [parent for parent in output.parents if not parent.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException as error:
-        for parent in created:
-            with contextlib.suppress(OSError):  # a run that was stopped keeps its parts there
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
-        raise
+    sync(target.parent)

@@ -14,7 +14,7 @@ from megatron_router_upcycling.errors import UserError, reason, shown
 from megatron_router_upcycling.files import write_whole
 
 FORMAT = 2
-OF_FILES = 1  # where ``tokenizer_sha256`` is ``agreement.files_sha256``
+EARLIER = 1  # where ``tokenizer_sha256`` is of the tokenizer's files
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,7 @@ class Record:
     format: int = FORMAT
 
     def write(self, prefix: Path) -> None:
-        """Write ``prefix``.json whole or not at all.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write ``prefix``.json whole or not at all."""
         content = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
         write_whole(path_of(prefix), content + "\n")
 
@@ -54,28 +50,21 @@ def path_of(prefix: Path) -> Path:
 
 
 def read(prefix: Path) -> Record | None:
-    """The record beside the data ``prefix``; None where there is none, as beside data of other tools.
-
-    Raises:
-        UserError: the file is there and is no such record, or is one of a later format.
-    """
+    """The record beside the data ``prefix``; None where there is none, as beside data of other tools."""
     path = path_of(prefix)
     try:
         entries = json.loads(path.read_bytes())
+        kept = {field.name: entries[field.name] for field in dataclasses.fields(Record)}
+        for field in dataclasses.fields(Record):
+            if field.type in (int, str) and type(kept[field.name]) is not field.type:
+                raise ValueError(f"{field.name} is {shown(kept[field.name])}")
+        if kept["format"] not in (EARLIER, FORMAT):
+            raise ValueError(
+                f"it is of format {kept['format']}, and this version reads {EARLIER} and {FORMAT}"
+            )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as the record of prepare-data ({reason(error)})") from None
-    if not isinstance(entries, dict) or type(entries.get("format")) is not int:
-        raise UserError(f"{path}: is no record of prepare-data; it has no format number")
-    if entries["format"] not in (OF_FILES, FORMAT):
-        raise UserError(
-            f"{path}: is of format {entries['format']}, and this version reads {OF_FILES} and {FORMAT}"
-        )
-    kinds = {field.name: field.type for field in dataclasses.fields(Record)}
-    for name, kind in kinds.items():
-        if name not in entries:
-            raise UserError(f"{path}: the record has no {name}; run prepare-data again")
-        if kind in (int, str) and type(entries[name]) is not kind:
-            raise UserError(f"{path}: {name} is {shown(entries[name])} in the record; run prepare-data again")
-    return Record(**{name: entries[name] for name in kinds})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else reason(error)
+        raise UserError(f"{path}: is no record of prepare-data ({why}); run prepare-data again") from None
+    return Record(**kept)

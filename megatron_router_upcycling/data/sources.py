@@ -14,17 +14,18 @@ from typing import Any
 
 from megatron_router_upcycling.errors import UserError, described, reason
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-DATA = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-DATA |= {".warc": "warc", ".wet": "warc", ".arrow": "arrow"}
+# Of .json either lines or one array; .arrow is of a saved data set.
+KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+KINDS |= {".warc": "warc", ".wet": "warc", ".arrow": "arrow"}
 # A file of these is one document.
-TEXT = frozenset(
+KINDS |= dict.fromkeys(
     """
     .txt .text .md .rst .tex .org .adoc .html .htm .xml .css .yaml .yml .toml .ini .cfg .sql .proto .cmake
     .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cuh .java .js .jsx .ts .tsx .go .rs .rb .php .cs .scala .kt
     .swift .sh .bash .r .jl .lua .pl .hs .ml .clj .ex .erl .f .f90 .asm .s .v .vhd
-    """.split()  # noqa: SIM905 (a list would fill a screen)
+    """.split(),  # noqa: SIM905 (a list would fill a screen)
+    "text",
 )
 READ = ".jsonl, .json, .parquet, .csv, .warc, .txt or code"
 # In the standard library: tests, other people's packages, tables of characters, what a build wrote.
@@ -34,8 +35,7 @@ SKIPPED_PREFIX = "_sysconfigdata"
 
 @dataclass(frozen=True)
 class Source:
-    """A file: its path or address (s3://...), and what it holds: ``lines`` of JSON, an ``array`` of JSON, a
-    table (``parquet``, ``csv``, ``arrow`` of a saved data set), ``warc``, or ``text`` (one document)."""
+    """A file: its path or address (s3://...), and what it holds: a value of ``KINDS``."""
 
     path: str
     kind: str
@@ -49,20 +49,14 @@ class Source:
 
 @contextlib.contextmanager
 def blamed(path: str) -> Iterator[None]:
-    """Whatever the libraries raise within is the fault of the file or address ``path``.
-
-    Raises:
-        UserError: instead.
-    """
+    """Turn whatever the libraries raise within into a UserError that names ``path``."""
     try:
         yield
     except UserError:
         raise
-    except ImportError as error:
-        raise UserError(f"SOURCE {path}: {reason(error)}") from None
     except Exception as error:
-        what = getattr(error, "strerror", None) or described(error)
-        raise UserError(f"SOURCE {path}: cannot be read, or is cut short or damaged ({what})") from None
+        why = described(error)
+        raise UserError(f"SOURCE {path}: cannot be read, or is cut short or damaged ({why})") from None
 
 
 def zstd(file: Any, **_: Any) -> Any:
@@ -86,13 +80,10 @@ def find(places: Iterable[str | Path]) -> tuple[list[Source], Counter[str]]:
     """The files of ``places`` in the order given; those of a folder in an order fixed by their names' hashes,
     so that the first so many tokens are an even sample rather than the names that begin with "a".
 
-    Hidden files and folders are passed over.
+    Hidden files and folders are skipped.
 
     Returns:
         The files, and how many files of no known kind lie in the folders, by the end of their name.
-
-    Raises:
-        UserError: there is no such file or folder, or nothing usable in it, or a file is named twice.
     """
     found: dict[str, Source] = {}
     left_out: Counter[str] = Counter()
@@ -100,9 +91,9 @@ def find(places: Iterable[str | Path]) -> tuple[list[Source], Counter[str]]:
         if "://" in place:
             sources = _remote(place, left_out)
         elif os.path.isdir(place):
-            sources = _saved_data_set(Path(place)) or _in_folder(Path(place), left_out)
+            sources = _saved_data_set(Path(place)) or _in_folder(place, left_out)
         elif os.path.isfile(place):
-            sources = [_source(place)]
+            sources = [_local(place)]
         else:
             raise UserError(f"SOURCE {place}: there is no such file or folder")
         for source in sources:
@@ -113,41 +104,27 @@ def find(places: Iterable[str | Path]) -> tuple[list[Source], Counter[str]]:
 
 def python_library() -> list[Source]:
     """The Python standard library, without what of it is not worth learning from."""
-    library = Path(sysconfig.get_path("stdlib"))
+    library = sysconfig.get_path("stdlib")
+    paths = {source: Path(source.path).relative_to(library) for source in _python(library)}
     return [
         source
-        for source in _python(library)
-        if not set(Path(source.path).relative_to(library).parts) & SKIPPED_FOLDERS
-        and not Path(source.path).name.startswith(SKIPPED_PREFIX)
+        for source, path in paths.items()
+        if not SKIPPED_FOLDERS.intersection(path.parts) and not path.name.startswith(SKIPPED_PREFIX)
     ]
 
 
 def python_packages() -> list[Source]:
     """The Python source of the packages that are installed in this environment."""
-    folders = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
+    folders = {os.path.realpath(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
     return [source for folder in sorted(folders) for source in _python(folder)]
 
 
-def _python(folder: Path) -> list[Source]:
-    return [source for source in _in_folder(folder, Counter(), {".py"}) if _is_utf8(Path(source.path))]
-
-
-def _is_utf8(path: Path) -> bool:
-    """Whether Python's source is UTF-8, as all but a few old files and tests of encodings are."""
-    try:
-        return b"\0" not in (content := path.read_bytes()) and bool(content.decode() or True)
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def state_of(sources: Iterable[Source]) -> str:
-    """A digest that changes when a file is added, removed, moved or written (by size and time)."""
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(
-            f"{os.path.realpath(source.path)}\0{source.size}\0{source.state}\n".encode(errors="replace")
-        )
-    return digest.hexdigest()
+def _python(folder: str) -> Iterator[Source]:
+    """Python's source in UTF-8, as all but a few old files and tests of encodings are."""
+    for source in _in_folder(folder, Counter()):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if source.path.endswith(".py") and "\0" not in Path(source.path).read_bytes().decode():
+                yield source
 
 
 def _suffix(path: str) -> str:
@@ -157,31 +134,19 @@ def _suffix(path: str) -> str:
     return inner.suffix.lower()
 
 
-def _kind(path: str) -> str | None:
-    suffix = _suffix(path)
-    return "text" if suffix in TEXT else DATA.get(suffix)
-
-
-def _source(path: str, size: int | None = None, state: str | None = None) -> Source:
-    kind = _kind(path)
+def _source(path: str, size: int, state: Any) -> Source:
+    kind = KINDS.get(_suffix(path))
     if kind is None:
         raise UserError(
             f"SOURCE {path}: its name says no known kind; give {READ} (also as .gz, .bz2, .xz or .zst), a"
             " folder of these, or a data set saved to disk"
         )
-    if kind == "json":
-        files, name = file_system(path)
-        with blamed(path), files.open(name, "rb", compression="infer") as file:
-            kind = (
-                "array" if file.read(1 << 10).removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"[" else "lines"
-            )
-    if state is None:
-        stat = os.stat(path)
-        size, state = stat.st_size, str(stat.st_mtime_ns)
-    source = Source(path, kind, size or 0, state)
-    if source.compressed and kind in ("parquet", "arrow"):
-        raise UserError(f"SOURCE {path}: a .{kind} file is compressed within; unpack it first")
-    return source
+    return Source(path, kind, size, str(state))
+
+
+def _local(path: str) -> Source:
+    stat = os.stat(path)
+    return _source(path, stat.st_size, stat.st_mtime_ns)
 
 
 def _remote(place: str, left_out: Counter[str]) -> list[Source]:
@@ -190,45 +155,43 @@ def _remote(place: str, left_out: Counter[str]) -> list[Source]:
         found = {path: files.info(path)}
         if folder := found[path]["type"] == "directory":
             found = files.find(path, detail=True)
-    sources = []
-    for name, info in sorted(found.items(), key=lambda file: _hash(os.path.relpath(file[0], path))):
-        if folder and not _kind(name):
-            left_out[_suffix(name) or name] += 1
-        elif not any(
-            part.startswith((".", "__pycache__")) for part in PurePosixPath(os.path.relpath(name, path)).parts
-        ):
-            state = repr(sorted((key, str(value)) for key, value in info.items()))
-            sources.append(_source(files.unstrip_protocol(name), info.get("size"), state))
-    if not sources:
-        raise UserError(f"SOURCE {place}: holds no {READ}")
-    return sources
+    names = {os.path.relpath(name, path): name for name in found}
+    return [
+        _source(files.unstrip_protocol(name), found[name].get("size") or 0, found[name])
+        for name in (_known(place, names, left_out) if folder else found)
+    ]
 
 
-def _hash(name: str) -> bytes:
-    return hashlib.sha256(os.fsencode(name)).digest()
-
-
-def _in_folder(folder: Path, left_out: Counter[str], suffixes: set[str] | None = None) -> list[Source]:
-    paths = []
+def _in_folder(folder: str, left_out: Counter[str]) -> list[Source]:
+    names: dict[str, str] = {}
 
     def refuse(error: OSError) -> None:
         raise UserError(f"SOURCE {error.filename}: cannot be read ({reason(error)})") from None
 
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        for path in (Path(parent, name) for name in names if not name.startswith(".")):
-            if suffixes is not None and path.suffix not in suffixes or not path.is_file():
-                continue
-            if _kind(str(path)):
-                paths.append(path)
-            else:
-                left_out[_suffix(str(path)) or path.name] += 1
-    if not paths:
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        paths = (os.path.join(parent, name) for name in files)
+        names |= {os.path.relpath(path, folder): path for path in paths if os.path.isfile(path)}
+    return [_local(path) for path in _known(folder, names, left_out)]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
+
+
+def _known(folder: str, names: dict[str, str], left_out: Counter[str]) -> list[str]:
+    """The paths of a folder's files of known kinds in order. ``names``: all, by their names in the folder."""
+    known = []
+    for name in sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest()):
+        if any(map(_is_hidden, PurePosixPath(name).parts)):
+            continue
+        if _suffix(name) in KINDS:
+            known.append(names[name])
+        else:
+            left_out[_suffix(name) or PurePosixPath(name).name] += 1
+    if not known:
         raise UserError(f"SOURCE {folder}: holds no {READ}")
-    return [
-        _source(str(path))
-        for path in sorted(paths, key=lambda path: _hash(path.relative_to(folder).as_posix()))
-    ]
+    return known
 
 
 def _saved_data_set(folder: Path) -> list[Source]:
@@ -240,4 +203,4 @@ def _saved_data_set(folder: Path) -> list[Source]:
         return []
     with blamed(str(state)):
         names = [Path(entry["filename"]).name for entry in json.loads(state.read_bytes())["_data_files"]]
-        return [_source(str(folder / name)) for name in names]
+        return [_local(str(folder / name)) for name in names]

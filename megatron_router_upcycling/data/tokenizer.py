@@ -1,9 +1,8 @@
 """Tokenizers: what ``--tokenizer`` names, in the libraries that are fast, and one trained on the text."""
 
 import hashlib
+import io
 import json
-import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,9 +16,6 @@ from megatron_router_upcycling.data import encoders
 from megatron_router_upcycling.errors import UserError, reason
 
 TOKENIZER_JSON = "tokenizer.json"
-# Entries that give places of characters, and decide no token.
-PLACES = ("trim_offsets",)
-
 # Lines from which a tokenizer is trained, at most: sentencepiece holds them in memory.
 TRAINING_LINES = 2_000_000
 
@@ -35,16 +31,25 @@ class Tokenizer:
     definition: str | bytes  # tokenizer.json of the tokenizers library, or a sentencepiece model
     encode_special_tokens: bool = False  # whether "<|endoftext|>" in a text is plain text
 
+    @property
+    def dtype(self) -> Any:
+        """The smallest type that holds the vocabulary, as Megatron's ``DType.optimal_dtype`` chooses it."""
+        return numpy.uint16 if self.vocab_size < 65500 else numpy.int32
+
     def encoder(self, tiktoken: bool = False) -> encoders.Encoder:
         return encoders.of(self.definition, self.encode_special_tokens, tiktoken)
 
+    def why_slow(self) -> str:
+        """Why tiktoken cannot give its tokens; "" if it can."""
+        try:
+            self.encoder(tiktoken=True)
+        except encoders.Unsuited as why:
+            return str(why)
+        return ""
+
 
 def check(place: Path, flag: str = "--tokenizer") -> None:
-    """Whether ``load`` can begin. ``flag`` is named in errors.
-
-    Raises:
-        UserError: there is no tokenizer.
-    """
+    """Refuse a place without a tokenizer. ``flag`` is named in errors."""
     if not place.exists():
         raise UserError(f"{flag} {place}: there is no such folder or file")
     if place.is_dir() and not beside.is_tokenizer(place):
@@ -52,31 +57,9 @@ def check(place: Path, flag: str = "--tokenizer") -> None:
 
 
 def load(place: Path, flag: str = "--tokenizer") -> Tokenizer:
-    """The tokenizer in ``place``: a Hugging Face folder, or a file of sentencepiece.
-
-    Raises:
-        UserError: there is none, it cannot be loaded, or only by slow code.
-    """
+    """The tokenizer in ``place``: a Hugging Face folder, or a file of sentencepiece."""
     check(place, flag)
     return _load_sentencepiece(place, flag) if place.is_file() else _load_hugging_face(place, flag)
-
-
-def load_apart(place: Path) -> tuple[Tokenizer, str]:
-    """``load`` in a process of its own, without PyTorch: most of the time that transformers takes to import.
-
-    It would stay without it there, and so not load models any more.
-
-    Returns:
-        The tokenizer, and why tiktoken cannot give its tokens; nothing if it can.
-    """
-    sys.modules["torch"] = None  # type: ignore[assignment]  # not to be imported
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not there
-    loaded = load(place)
-    try:
-        loaded.encoder(tiktoken=True)
-    except encoders.Unsuited as why:
-        return loaded, str(why)
-    return loaded, ""
 
 
 def of_folder(place: Path, trust_remote_code: bool = False) -> Any:
@@ -87,9 +70,6 @@ def of_folder(place: Path, trust_remote_code: bool = False) -> Any:
     text by those of the class: the same file gives other tokens beside the config.json of another model, such
     as the exported one. The file's own rules are what the tokenizer was made and saved with, and what
     transformers 4 and the tokenizers library read. Only vocab.json and merges.txt need a class.
-
-    Raises:
-        Exception: whatever the many parts of transformers raise.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -131,7 +111,7 @@ def _decisive(part: Any) -> Any:
         return [_decisive(item) for item in part]
     if not isinstance(part, dict):
         return part
-    kept = {name: _decisive(value) for name, value in part.items() if name not in PLACES}
+    kept = {name: _decisive(value) for name, value in part.items() if name != "trim_offsets"}  # of characters
     kept = {name: value for name, value in kept.items() if value not in (None, "") and value is not False}
     items = kept.get("normalizers", kept.get("pretokenizers"))
     return items[0] if kept.get("type") == "Sequence" and items and len(items) == 1 else kept
@@ -140,25 +120,19 @@ def _decisive(part: Any) -> Any:
 def _load_hugging_face(place: Path, flag: str) -> Tokenizer:
     try:
         loaded = of_folder(place)
-        backend = getattr(loaded, "backend_tokenizer", None)
-        digest = sha256_of(loaded) if backend else ""
+        digest = sha256_of(loaded)
     except ImportError:
-        raise UserError(
-            f"{flag} {place}: needs transformers, as training with it does; pip install transformers"
-        ) from None
-    except Exception as error:  # whatever its many parts raise
-        raise UserError(f"{flag} {place}: transformers cannot load it ({reason(error)})") from None
-    if backend is None:
-        raise UserError(
-            f"{flag} {place}: transformers has slow code only for it; give one with tokenizer.json"
-        )
+        raise UserError(f"{flag} {place}: needs transformers; pip install transformers") from None
+    except Exception as error:  # whatever its many parts raise, or that it has slow code only
+        why = f"transformers cannot load it as a fast tokenizer ({reason(error)})"
+        raise UserError(f"{flag} {place}: {why}; give one with {TOKENIZER_JSON}") from None
     ends = (loaded.eos_token_id, loaded.sep_token_id)  # as Megatron's tokenizer chooses
     return Tokenizer(
         place,
         digest,
         max(len(loaded), *(token + 1 for token in loaded.get_vocab().values())),
         next((token for token in ends if token is not None), None),
-        backend.to_str(),
+        loaded.backend_tokenizer.to_str(),
         bool(getattr(loaded, "split_special_tokens", False)),
     )
 
@@ -176,13 +150,10 @@ def _load_sentencepiece(place: Path, flag: str) -> Tokenizer:
     return Tokenizer(place, digest, model.get_piece_size(), end if end >= 0 else None, definition)
 
 
-def train(documents: Iterable[str], vocab_size: int, model_file: Path) -> None:
-    """Train a byte-pair tokenizer that gives every text back exactly, indentation and line ends included.
+def train(documents: Iterable[str], vocab_size: int) -> bytes:
+    """Train a byte-pair model that gives every text back exactly, indentation and line ends included.
 
     The first ``TRAINING_LINES`` lines decide it. What ``documents`` raises comes through as it is.
-
-    Raises:
-        UserError: the text is too small for ``vocab_size`` pieces, or these are too few for its characters.
     """
     import sentencepiece
 
@@ -191,39 +162,33 @@ def train(documents: Iterable[str], vocab_size: int, model_file: Path) -> None:
     def lines() -> Iterator[str]:
         try:
             yield from (line for text in documents for line in text.split("\n") if line)
-        except GeneratorExit:  # closed, with lines left: the first ones are enough
-            raise
-        except BaseException as error:  # sentencepiece would hide it in an error of its own
+        except (Exception, KeyboardInterrupt) as error:  # sentencepiece would hide it in an error of its own
             raised.append(error)
 
+    model = io.BytesIO()
     try:
-        with model_file.open("wb") as file:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=islice(lines(), TRAINING_LINES),
-                model_writer=file,
-                model_type="bpe",
-                vocab_size=vocab_size,
-                byte_fallback=True,
-                character_coverage=0.9995,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                user_defined_symbols=["\n"],
-                pad_id=3,  # beside unk 0, bos 1 and eos 2; eos is Megatron's end of document
-                input_sentence_size=TRAINING_LINES,
-                shuffle_input_sentence=False,
-                num_threads=1,
-                minloglevel=2,
-            )
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=islice(lines(), TRAINING_LINES),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            pad_id=3,  # beside unk 0, bos 1 and eos 2; eos is Megatron's end of document
+            input_sentence_size=TRAINING_LINES,
+            shuffle_input_sentence=False,
+            num_threads=1,
+            minloglevel=2,
+        )
     except RuntimeError as error:
         if not raised:
             why = str(error).rsplit("] ", 1)[-1].strip() or "sentencepiece gives no reason"
             raise UserError(f"--train-tokenizer {vocab_size}: does not suit this text: {why}") from None
     if raised:
         raise raised[0]
-
-
-def optimal_dtype(vocab_size: int) -> Any:
-    """The smallest type that holds the vocabulary, as Megatron's ``DType.optimal_dtype`` chooses it."""
-    return numpy.uint16 if vocab_size < 65500 else numpy.int32
+    return model.getvalue()

@@ -4,6 +4,7 @@ What the page says is gathered here; how it looks is in ``templates/report.html.
 """
 
 import base64
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -15,17 +16,15 @@ from megatron_router_upcycling.diagnostics import plots
 from megatron_router_upcycling.diagnostics.plots import RunData
 from megatron_router_upcycling.errors import UserError, shown
 from megatron_router_upcycling.routers import kinds
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files
 
-PAGE = "report.html"
-TEMPLATE = "report.html.j2"
 # Section -> (title, what its picture shows).
 SECTIONS = {
     "loss": (
         "Loss",
         "LM loss in nats a token. Lines: training, each point the mean since the one before. Points: held-out"
-        " loss, each evaluation on the next samples of the held-out data. Runs with the same seed and data"
-        " saw the same tokens in the same order.",
+        " loss, each evaluation on the next samples of the held-out data.",
     ),
     "load": (
         "Load of the experts",
@@ -70,24 +69,18 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
         if folder.resolve() in seen:
             raise UserError(f"{folder}: is named twice")
         seen.add(folder.resolve())
+    common = os.path.commonpath([folder.parent for folder in seen])
     runs = []
-    for name, folder in zip(_names([folder.resolve() for folder in folders]), folders, strict=True):
-        routing = [line for line in files.read(folder / files.ROUTING) if line.get("load")]
+    for folder in folders:
+        lines = [line | (line.get("rare") or {}) for line in files.read(folder / files.ROUTING)]
+        routing = [line for line in lines if line.get("load")]
         alike = [line for line in routing if line["layers"] == routing[-1]["layers"]]
         losses = files.read(folder / files.RUN)
         if not any(line.get("lm_loss") is not None for line in losses):
             raise UserError(f"{folder / files.RUN}: no loss in it yet; wait for the run's first lines")
+        name = str(folder.resolve().relative_to(common))
         runs.append(RunData(name, losses, alike, manifest.read(folder) or {}))
     return runs
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    for length in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-length:]) for folder in folders]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
 
 
 def write(runs: Sequence[RunData], output: Path) -> Path:
@@ -97,56 +90,40 @@ def write(runs: Sequence[RunData], output: Path) -> Path:
         for stale in output.glob("load_map_*.png"):  # an earlier report may have had more runs
             stale.unlink()
         drawn = plots.draw_all(runs, output)
-        page = output / PAGE
+        page = output / "report.html"
         page.write_text(render(runs, drawn), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
     return page
 
 
-def render(runs: Sequence[RunData], drawn: dict[str, Path]) -> str:
+def render(runs: Sequence[RunData], drawn: dict[str, list[Path]]) -> str:
     """The page, with the pictures in it."""
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(TEMPLATE).render(
+    templates = jinja2.Environment(loader=jinja2.PackageLoader(__package__), autoescape=True)
+    return templates.get_template("report.html.j2").render(
         runs=[row | {"colour": plots.colour(index)} for index, row in enumerate(summary(runs))],
-        over_time=_columns_over_time(runs),
-        sections=_sections(drawn),
+        over_time={name: title for name, (title, _) in OVER_TIME.items()},
+        sections=[
+            {"title": title, "text": text, "images": [_image(title, path) for path in drawn[name]]}
+            for name, (title, text) in SECTIONS.items()
+            if name in drawn
+        ],
         conversion=conversion(runs),
         no_validation=NO_VALIDATION,
         nothing=NOTHING,
     )
 
 
-def _sections(drawn: dict[str, Path]) -> list[dict[str, Any]]:
-    """The sections that have pictures: one of the section's name, or one a run of its name and a number."""
-    sections = []
-    for name, (title, text) in SECTIONS.items():
-        images = [
-            {"alt": f"{title}: {path.stem}", "data": base64.b64encode(path.read_bytes()).decode("ascii")}
-            for key, path in drawn.items()
-            if key == name or key.rpartition("_")[0] == name
-        ]
-        if images:
-            sections.append({"title": title, "text": text, "images": images})
-    return sections
-
-
-def _columns_over_time(runs: Sequence[RunData]) -> dict[str, str]:
-    """Measure -> title. Most runs drop nothing: that column is there where one does."""
-    dropping = any(any(line["dropped_fraction"]) for run in runs for line in run.routing)
-    return {name: title for name, (title, _) in OVER_TIME.items() if dropping or name != "dropped_fraction"}
+def _image(title: str, path: Path) -> dict[str, str]:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return {"alt": f"{title}: {path.stem}", "data": data}
 
 
 def summary(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """A run's name, router, last losses and measures over time as text; ``best``: it has the lowest loss."""
-    held_out = [_last_loss(run, "held_out", set="validation") for run in runs]
+    held_out = [_last_loss(run, "held_out") for run in runs]
     compared = [loss for loss in held_out if loss is not None]
     rows = []
     for run, held in zip(runs, held_out, strict=True):
@@ -162,9 +139,8 @@ def summary(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     return rows
 
 
-def _last_loss(run: RunData, kind: str, **values: Any) -> float | None:
-    lines = run.lines(kind, **values)
-    return lines[-1]["lm_loss"] if lines else None
+def _last_loss(run: RunData, kind: str) -> float | None:
+    return next((line["lm_loss"] for line in reversed(run.lines(kind))), None)
 
 
 def _over_time(run: RunData, measure: str) -> str:
@@ -189,30 +165,19 @@ def _router(options: Any) -> str:
 
 
 def conversion(runs: Sequence[RunData]) -> dict[str, list[str]]:
-    """What the converter recorded of the runs' models: name -> a value a run."""
-    columns = [
-        {name: shown(value) for name, value in _recorded(run.manifest).items() if value is not None}
-        for run in runs
-    ]
-    names = dict.fromkeys(name for column in columns for name in column)
-    return {name.replace("_", " "): [column.get(name, NOTHING) for column in columns] for name in names}
-
-
-def _recorded(record: dict[str, Any]) -> dict[str, Any]:
-    """A manifest's options of router and start, without those of another kind and the start's defaults."""
-    parts = (record.get(name) for name in ("source", "router", "init"))
-    source, router, init = (part if isinstance(part, dict) else {} for part in parts)
-    usual = InitConfig().to_dict()
-    values = {name: value for name, value in router.items() if _concerns(name, router.get("router"))}
-    values |= {name: value for name, value in init.items() if value != usual.get(name)}
-    values |= {"seed": record.get("seed"), "dense checkpoint": source.get("path")}
-    return values | {"its iteration": source.get("iteration")}
-
-
-def _concerns(option: str, kind: Any) -> bool:
-    """Whether routers of ``kind`` have ``option``, or all kinds."""
-    having = kinds.names_with(option)
-    return not having or kind in having
+    """What the converter recorded of the runs' models, without defaults of all: name -> a value a run."""
+    usual = RouterConfig().to_dict() | InitConfig().to_dict()
+    columns = []
+    for run in runs:
+        parts = (run.manifest.get(name) for name in ("source", "router", "init"))
+        source, router, init = (part if isinstance(part, dict) else {} for part in parts)
+        made = {"seed": run.manifest.get("seed"), "dense checkpoint": source.get("path")}
+        column = router | init | made | {"its iteration": source.get("iteration")}
+        columns.append({name: value for name, value in column.items() if value is not None})
+    names = dict.fromkeys(name for column in columns for name in column if column[name] != usual.get(name))
+    return {
+        name.replace("_", " "): [shown(column.get(name, NOTHING)) for column in columns] for name in names
+    }
 
 
 def _number(value: float | None, form: str) -> str:

@@ -9,11 +9,9 @@ Symbols: S sampled tokens, n experts, k experts a token, D hidden size.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -38,30 +36,24 @@ SATURATED = 0.9  # mean largest probability from which softmax passes next to no
 # experts, starts at 0.38 to 0.87 ended lowest, of routers of heads and of random ones; 0.19 and 0.96 ended
 # behind them. The limits are the middles in between.
 SURE, EVEN, CALIBRATED = 0.29, 0.91, 0.72
-
-LEGEND = (
-    "keys alike, most alike: mean and largest cosine between experts' keys (1: one direction); ties: pairs",
-    "of experts that no token can tell apart; busiest/mean: the busiest expert's tokens over an even share;",
-    "idle: experts without a token; entropy, largest p: how sure the router is; k weights: the chosen ones'",
-    "sum",
-)
-
-
-@dataclass(frozen=True)
-class LayerStart:
-    """One layer's router before training. Cosines are of experts' keys, None for kinds without."""
-
-    layer: int
-    mean_cosine: float | None
-    max_cosine: float | None
-    ties: tuple[tuple[int, int], ...]  # experts of different copies that no token can tell apart
-    routing: dict[str, Any]  # measures.summarise, with the order of softmax and top-k that was recorded
-    softmax_first: float  # mean sum of the k weights where softmax comes before top-k
-
-    @property
-    def effective_experts(self) -> float:
-        """How many evenly loaded experts would be as uneven: exp of the entropy of the load."""
-        return math.exp(-sum(share * math.log(share) for share in self.routing["load"] if share))
+# Title in the table -> what ``_look`` finds of a layer, and its form.
+COLUMNS = {
+    "layer": ("layer", "d"),
+    "keys alike": ("mean_cosine", ".3f"),
+    "most alike": ("max_cosine", ".3f"),
+    "ties": ("num_ties", "d"),
+    "busiest/mean": ("load_max_over_mean", ".2f"),
+    "idle": ("dead_experts", "d"),
+    "entropy": ("entropy", ".3f"),
+    "largest p": ("top1_probability", ".3f"),
+    "k weights": ("softmax_first", ".3f"),
+}
+LEGEND = """\
+keys alike, most alike: mean and largest cosine between experts' keys (1: one direction); ties: pairs
+of experts that no token can tell apart; busiest/mean: the busiest expert's tokens over an even share;
+idle: experts without a token; entropy, largest p: how sure the router is; k weights: the chosen ones'
+sum
+"""
 
 
 def describe(root: Path, stats: Path | None) -> str:
@@ -83,11 +75,7 @@ def describe(root: Path, stats: Path | None) -> str:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "kv_channels"):
         if not isinstance(getattr(checkpoint.args, name, None), int):
             raise UserError(f"{root}: its arguments tell no {name}; convert the model again")
-    num_layers = int(checkpoint.args.num_layers)
-    if stats is None:
-        source = _recorded(record, num_layers)
-    else:
-        source = stats if _holds_samples(stats, num_layers) else None
+    source = _samples(checkpoint, record, stats)
     found = []
     for layer in router_layers(checkpoint):
         try:
@@ -97,198 +85,151 @@ def describe(root: Path, stats: Path | None) -> str:
                 f"{root}: layer {layer}'s router does not fit {manifest.NAME} ({reason(error)})"
             ) from None
     title = f"routing at the start, of {_describe_inputs(source, stats)}:"
+    said = [*_warnings(found, router, record), *_hints(found, router, record, source is not None)]
     return "\n".join(
-        [
-            title,
-            *_table(found),
-            *_expectation(found, router),
-            *_warnings(found, router, record, source is not None),
-        ]
+        [title, *_table(found), LEGEND, *_expectation(found, router), *([""] if said else []), *said]
     )
 
 
-def _holds_samples(stats: Path, num_layers: int) -> bool:
-    """Whether key statistics hold samples of the routers' inputs: of each layer, or none."""
-    key_stats_file.load(stats)  # says what is wrong with it
-    sampled = _num_layers_sampled(stats)
-    if sampled not in (0, num_layers):
-        raise UserError(
-            f"--key-stats {stats}: holds samples of router inputs (router_input) for {sampled} layers and"
-            f" the model has {num_layers}; collect its dense model's statistics with --router-samples 512"
-        )
-    return sampled > 0
+def _samples(checkpoint: Checkpoint, record: dict[str, Any], asked: Path | None) -> Path | None:
+    """The key statistics whose samples are routed; None where there are none.
+
+    Args:
+        asked: they must fit; None takes those that the manifest names, if they are still there and fit.
+    """
+    recorded = record.get("key_stats")
+    path = asked or (recorded.get("path") if isinstance(recorded, dict) else None)
+    if not isinstance(path, str | Path):
+        return None
+    layers, width = checkpoint.args.num_layers, checkpoint.args.hidden_size
+    try:
+        shape = key_stats_file.load(path).sample_shape
+        if shape and (shape[0], shape[2]) != (layers, width):
+            raise UserError(
+                f"--key-stats {path}: its router_input is {shape} and the model has {layers} layers of width"
+                f" {width}; name the statistics of the dense model that was converted"
+            )
+    except UserError:
+        if asked:
+            raise
+        return None
+    return Path(path) if shape else None
 
 
 def _describe_inputs(source: Path | None, stats: Path | None) -> str:
     if source is not None:
         return f"hidden states of the dense model, sampled in {source}"
-    reason = f"{stats} holds no samples; " if stats else ""
+    none = f"{stats} holds no samples; " if stats else ""
     return (
-        f"{RANDOM_TOKENS} random tokens, normal and scaled by the norm's gain, which route more evenly"
-        f" than real ones ({reason}name key statistics that were collected with --router-samples as"
-        " --key-stats)"
+        f"{RANDOM_TOKENS} random tokens, scaled by the norm's gain, which route more evenly than real ones"
+        f" ({none}name key statistics that were collected with --router-samples as --key-stats)"
     )
-
-
-def _recorded(record: dict[str, Any], num_layers: int) -> Path | None:
-    """The key statistics that the manifest names, where they are still there and hold samples."""
-    named = record.get("key_stats")
-    path = named.get("path") if isinstance(named, dict) else None
-    return Path(path) if isinstance(path, str) and _num_layers_sampled(path) == num_layers else None
-
-
-def _num_layers_sampled(path: str | Path) -> int:
-    """Layers that the key statistics in ``path`` hold ``router_input`` of; 0 where there is none."""
-    if not Path(path).is_file():
-        return 0
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return file.get_slice("router_input").get_shape()[0] if "router_input" in set(file.keys()) else 0
-    except (safetensors.SafetensorError, OSError, ValueError):
-        return 0
 
 
 def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
     """What the layer's router would see, [S, D] in float32."""
-    hidden = int(checkpoint.args.hidden_size)
     if source is not None:
-        tokens = key_stats_file.read_router_input(source, layer)
-        if tokens.shape[1] != hidden:
-            raise UserError(
-                f"--key-stats {source}: its router_input is {tokens.shape[1]} wide and the model {hidden};"
-                " name the statistics of the dense model that was converted"
-            )
-        return tokens
+        return key_stats_file.read_router_input(source, layer)
     generator = torch.Generator().manual_seed(layer)
-    return torch.randn(RANDOM_TOKENS, hidden, generator=generator) * _norm_gain(checkpoint, layer)
-
-
-def _norm_gain(checkpoint: Checkpoint, layer: int) -> Tensor:
-    """What the norm before the router multiplies by, [D] in float32."""
-    fused, separate = names.NORMS[1]
+    tokens = torch.randn(RANDOM_TOKENS, checkpoint.args.hidden_size, generator=generator)
+    fused, separate = names.NORMS[1]  # the norm before the router
     is_fused = {fused, names.at_layer(fused, layer)} & checkpoint.tensors.keys()
-    weight = read_layer(checkpoint, fused if is_fused else separate, layer)
+    gain = read_layer(checkpoint, fused if is_fused else separate, layer)
     # With --apply-layernorm-1p the checkpoint holds the gain's distance from 1.
-    return weight + bool(getattr(checkpoint.args, ARCHITECTURE["apply_layernorm_1p"], False))
+    return tokens * (gain + bool(getattr(checkpoint.args, ARCHITECTURE["apply_layernorm_1p"], False)))
 
 
-def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> LayerStart:
-    tokens, n = _inputs(checkpoint, layer, source), router.num_experts
+def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> dict[str, Any]:
+    """One layer's router before training: ``measures.summarise`` of its routing, and what COLUMNS has beside.
+
+    Cosines are of experts' keys, None for kinds without. ``softmax_first`` is the mean sum of the k weights
+    where softmax comes before top-k.
+    """
     stored = read_router(checkpoint, router, layer)
-    logits = stored.logits(tokens)
-    if logits.shape[1] != n:
-        raise UserError(f"{checkpoint.root}: layer {layer}'s router is no router of {n} experts")
-    cosines: tuple[float | None, float | None] = (None, None)
+    logits = stored.logits(_inputs(checkpoint, layer, source))
+    if logits.shape[1] != router.num_experts:
+        raise UserError(
+            f"{checkpoint.root}: layer {layer}'s router is no router of {router.num_experts} experts"
+        )
+    mean, most = None, None
     if router.kind.expert_keys:
-        cosines = _cosines(stored.parameters[router.kind.expert_keys])
+        key = stored.parameters[router.kind.expert_keys]
+        pairs = cosine_similarity(key)[tuple(torch.triu_indices(len(key), len(key), offset=1))]
+        mean, most = (float(pairs.mean()), float(pairs.max())) if len(pairs) else (math.nan, math.nan)
+    pairs_tied = tied_experts(logits, router.granularity)
     decided = {first: measures.choose(logits, router.top_k, first) for first in (True, router.pre_softmax)}
-    return LayerStart(
-        layer,
-        *cosines,
-        tied_experts(logits, router.granularity),
-        measures.summarise(measures.routing_sums(*decided[router.pre_softmax], top_k=router.top_k)),
-        float(decided[True][1].sum(dim=1).mean()),
-    )
+    sums = measures.routing_sums(*decided[router.pre_softmax], top_k=router.top_k)
+    return measures.summarise(sums) | {
+        "layer": layer,
+        "mean_cosine": mean,
+        "max_cosine": most,
+        "ties": pairs_tied,
+        "num_ties": len(pairs_tied),
+        "softmax_first": float(decided[True][1].sum(dim=1).mean()),
+    }
 
 
-def _cosines(key: Tensor) -> tuple[float, float]:
-    """Mean and largest cosine of every two keys."""
-    pairs = cosine_similarity(key)[tuple(torch.triu_indices(len(key), len(key), offset=1))]
-    return (float(pairs.mean()), float(pairs.max())) if len(pairs) else (math.nan, math.nan)
+def _table(found: list[dict[str, Any]]) -> Iterator[str]:
+    yield "".join(f"{title:>13}" for title in COLUMNS)
+    for row in found:
+        cells = ("–" if row[name] is None else f"{row[name]:{form}}" for name, form in COLUMNS.values())
+        yield "".join(f"{cell:>13}" for cell in cells)
 
 
-def _table(found: list[LayerStart]) -> list[str]:
-    titles = ["layer", "keys alike", "most alike", "ties"]
-    titles += ["busiest/mean", "idle", "entropy", "largest p", "k weights"]
-    rows = [titles, *map(_cells, found)]
-    return [*("".join(f"{cell:>13}" for cell in row) for row in rows), *LEGEND]
-
-
-def _cells(row: LayerStart) -> list[str]:
-    routing = row.routing
-    cells = [str(row.layer), _number(row.mean_cosine, ".3f"), _number(row.max_cosine, ".3f")]
-    cells += [str(len(row.ties)), f"{routing['load_max_over_mean']:.2f}", str(routing["dead_experts"])]
-    cells += [f"{routing['entropy']:.3f}", f"{routing['top1_probability']:.3f}"]
-    return [*cells, f"{row.softmax_first:.3f}"]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"
-
-
-def _expectation(found: list[LayerStart], router: RouterConfig) -> list[str]:
+def _expectation(found: list[dict[str, Any]], router: RouterConfig) -> list[str]:
     """What step 0 does to the FFN's output under both orders of softmax and top-k."""
-    sums = [row.softmax_first for row in found]
-    order = "before" if router.pre_softmax else "after"
-    mean = sum(sums) / len(sums)
+    sums = [row["softmax_first"] for row in found]
     return [
-        "",
-        f"prepared for softmax {order} top-k. While experts are equal, the output of a layer's experts is the"
-        " dense FFN's times the sum of the k weights:",
-        f"  softmax before top-k   x {mean:.3f} in the mean over layers, {min(sums):.3f} to {max(sums):.3f}:"
-        " the loss jumps at step 0",
+        f"prepared for softmax {'before' if router.pre_softmax else 'after'} top-k. While experts are equal,"
+        " the output of a layer's experts is about the dense FFN's times the sum of the k weights:",
+        f"  softmax before top-k   x {sum(sums) / len(sums):.3f} in the mean over layers, {min(sums):.3f} to"
+        f" {max(sums):.3f}: the loss jumps at step 0",
         "  softmax after top-k    x 1: no jump",
-        "(an estimate of the output's size; how far the loss jumps, an evaluation before training tells)",
     ]
 
 
-def _warnings(
-    found: list[LayerStart], router: RouterConfig, record: dict[str, Any], is_sampled: bool
-) -> list[str]:
-    warnings = [*_collapsed(found, router), *_saturated(found), *_tied(found, record)]
-    hints = _uncalibrated(found, router, record, is_sampled)
-    lines = [*(f"warning: {warning}" for warning in warnings), *hints]
-    return ["", *lines] if lines else []
+def _warnings(found: list[dict[str, Any]], router: RouterConfig, record: dict[str, Any]) -> Iterator[str]:
+    n = router.num_experts
+    # How many evenly loaded experts would be as uneven: exp of the entropy of the load.
+    loads = {row["layer"]: torch.tensor(row["load"]) for row in found}
+    effective = {layer: float(torch.special.entr(load).sum().exp()) for layer, load in loads.items()}
+    collapsed = [layer for layer, count in effective.items() if count < n / 2]
+    if collapsed and n > router.top_k:
+        worst = min(collapsed, key=effective.__getitem__)
+        yield (
+            f"warning: routing would start collapsed in {named(collapsed)}: at worst (layer {worst}) it is as"
+            f" uneven as if {effective[worst]:.1f} of {n} experts did all the work. Wide differences between"
+            " keys, such as biases give, do this"
+        )
+    if saturated := [row["layer"] for row in found if row["top1_probability"] > SATURATED]:
+        yield (
+            f"warning: routing would start saturated in {named(saturated)}: the largest probability is above"
+            f" {SATURATED} in the mean, and softmax passes little gradient"
+        )
+    if tied := ties.describe({row["layer"]: row["ties"] for row in found if row["ties"]}, record):
+        yield f"warning: {tied}"
 
 
-def _uncalibrated(
-    found: list[LayerStart], router: RouterConfig, record: dict[str, Any], is_sampled: bool
+def _hints(
+    found: list[dict[str, Any]], router: RouterConfig, record: dict[str, Any], is_sampled: bool
 ) -> Iterator[str]:
     """Where a calibrated start would help, and the flag that makes one.
 
     Random tokens route more evenly than real ones, so that without samples a layer is never called too even.
     """
     even = math.log(router.num_experts)
-    entropies = {row.layer: row.routing["entropy"] for row in found}
+    entropies = {row["layer"]: row["entropy"] for row in found}
     sure = [layer for layer, entropy in entropies.items() if entropy < SURE * even]
     spread = [layer for layer, entropy in entropies.items() if entropy > EVEN * even and is_sampled]
     suits = "target_entropy" in router.kind.starts
-    if not (sure or spread) or not suits:
-        return
-    if manifest.init_config(record, manifest.NAME).target_entropy is not None:
+    is_calibrated = suits and manifest.init_config(record, manifest.NAME).target_entropy is not None
+    if not (sure or spread) or not suits or is_calibrated:
         return
     where = [f"very sure of themselves in {named(sure)}"] * bool(sure)
     where += [f"next to even in {named(spread)}"] * bool(spread)
-    flagged = [entropies[layer] for layer in sure + spread]
-    lowest, highest = min(flagged), max(flagged)
-    said = f"{lowest:.2f}" if f"{lowest:.2f}" == f"{highest:.2f}" else f"{lowest:.2f} to {highest:.2f}"
+    lowest, highest = (pick(entropies[layer] for layer in sure + spread) for pick in (min, max))
     yield (
-        f"hint: routers would start {' and '.join(where)} (entropies of {said} nats, even routing has"
-        f" {even:.2f}). In comparisons of a small model such starts ended behind calibrated ones: convert"
-        f" again with --target-entropy {CALIBRATED * even:.1f} (docs/comparison.md)"
+        f"hint: routers would start {' and '.join(where)} (entropies of {lowest:.2f} to {highest:.2f} nats,"
+        f" even routing has {even:.2f}). In comparisons of a small model such starts ended behind calibrated"
+        f" ones: convert again with --target-entropy {CALIBRATED * even:.1f} (docs/comparison.md)"
     )
-
-
-def _collapsed(found: list[LayerStart], router: RouterConfig) -> Iterator[str]:
-    n = router.num_experts
-    collapsed = [row for row in found if row.effective_experts < n / 2]
-    if collapsed and n > router.top_k:
-        worst = min(collapsed, key=lambda row: row.effective_experts)
-        yield (
-            f"routing would start collapsed in {named([row.layer for row in collapsed])}: at worst (layer"
-            f" {worst.layer}) it is as uneven as if {worst.effective_experts:.1f} of {n} experts did all the"
-            " work. Wide differences between keys, such as biases give, do this"
-        )
-
-
-def _saturated(found: list[LayerStart]) -> Iterator[str]:
-    if saturated := [row.layer for row in found if row.routing["top1_probability"] > SATURATED]:
-        yield (
-            f"routing would start saturated in {named(saturated)}: the largest probability is above"
-            f" {SATURATED} in the mean, and softmax passes little gradient"
-        )
-
-
-def _tied(found: list[LayerStart], record: dict[str, Any]) -> Iterator[str]:
-    if warning := ties.describe({row.layer: row.ties for row in found if row.ties}, record):
-        yield warning

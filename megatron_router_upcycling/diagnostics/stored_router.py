@@ -22,11 +22,9 @@ BIAS = "bias"
 
 @dataclass(frozen=True)
 class Router:
-    """A layer's router, in float32.
+    """A layer's router: its options as the manifest records them, float32 parameters by name, and D.
 
-    - ``config``: its options, as the checkpoint's manifest records them.
-    - ``parameters``: name -> tensor. A mixture has ``query_weight`` [m, d', D] and ``expert_key`` [n*c, d'].
-    - ``hidden_size``: D.
+    A mixture has ``query_weight`` [m, d', D] and ``expert_key`` [n*c, d'].
     """
 
     config: RouterConfig
@@ -38,21 +36,14 @@ class Router:
         return self.config.kind.gate(self.parameters, self.config, self.hidden_size, torch.float32)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The experts' scores (eq. 6 to 8), [..., n] in float32.
-
-        Args:
-            hidden: [..., D], what the router sees: hidden states behind the norm before the FFN.
-        """
+        """The experts' scores (eq. 6 to 8), [..., n], of hidden states behind the FFN's norm, [..., D]."""
         logits = self.config.kind.logits(self.gate(), hidden.float(), self.config)
         return logits + self.parameters[BIAS] if BIAS in self.parameters else logits
 
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Where tokens go (eq. 9): weights and indices of the chosen experts, both [..., k].
+        """Where tokens [..., D] go (eq. 9): weights and indices of the chosen experts, both [..., k].
 
         Of capacity, expert bias and auxiliary losses, which Megatron adds in training, there is nothing.
-
-        Args:
-            hidden: [..., D].
         """
         logits = self.logits(hidden)
         top = logits.topk(self.config.top_k, dim=-1)
@@ -62,11 +53,7 @@ class Router:
 
 
 def load_router(checkpoint: str | Path, layer: int = 0) -> Router:
-    """Read the router of one layer of an upcycled checkpoint, before or after training.
-
-    Args:
-        checkpoint: a checkpoint's root folder, as ``convert`` or ``pretrain`` leaves it.
-        layer: counted from 0.
+    """Read the router of ``layer``, from 0, of an upcycled checkpoint's root, before or after training.
 
     Raises:
         UserError: no whole checkpoint there, no upcycled one, or ``layer`` has no router in it.
@@ -97,11 +84,7 @@ def read_router(checkpoint: Checkpoint, config: RouterConfig, layer: int) -> Rou
 
 
 def read_layer(checkpoint: Checkpoint, name: str, layer: int) -> Tensor:
-    """One layer's float32 values of a parameter, stored stacked over layers or layer by layer.
-
-    Args:
-        name: the stacked tensor's.
-    """
+    """One layer's float32 values of the parameter whose stacked tensor is ``name``, stored so or by layer."""
     own = names.at_layer(name, layer)
     if name not in checkpoint.tensors and own in checkpoint.tensors:
         return checkpoint.read_box(own).float()

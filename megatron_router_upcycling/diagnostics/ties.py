@@ -10,7 +10,7 @@ from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.diagnostics.stored_router import read_router, router_layers
 from megatron_router_upcycling.routers.likeness import tied_experts
-from megatron_router_upcycling.verify.verification import FRESH_ITERATION
+from megatron_router_upcycling.verify.findings import FRESH_ITERATION
 
 Ties = dict[int, tuple[tuple[int, int], ...]]  # layer -> pairs of experts
 
@@ -36,12 +36,7 @@ def warn(root: str | Path) -> str | None:
 
 
 def describe(found: Ties, record: dict[str, Any]) -> str | None:
-    """Which experts are tied and what would part them, in one line; None where none are.
-
-    Args:
-        found: the layers with experts of equal gates.
-        record: the manifest.
-    """
+    """Which experts are tied, and what would part them by the manifest ``record``; None where none are."""
     router, init = manifest.router_config(record, manifest.NAME), manifest.init_config(record, manifest.NAME)
     if not found or init.alters_experts:
         return None

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 METHODS = ("scratch", "vanilla", "switch", "locmoe", "mlp", "router upcycling")
 GROUPS = ("understanding", "reasoning", "knowledge")
@@ -81,39 +82,27 @@ STDLIB = Task("stdlib", "stdlib (not in the paper)", None, "acc_norm", None,
 TASKS = {task.name: task for task in (*PAPER_TASKS, STDLIB)}
 
 
-@dataclass(frozen=True)
-class Average:
-    """The plain mean over the tasks of a group, or over all ten, that have a score."""
-
-    score: float
-    tasks: tuple[str, ...]
-    of: int  # tasks that the whole average has
-
-    @property
-    def complete(self) -> bool:
-        return len(self.tasks) == self.of
-
-
 def members(group: str) -> tuple[str, ...]:
     """The names of a group's tasks; of all ten for ``average``."""
     return tuple(task.name for task in PAPER_TASKS if group in (task.group, "average"))
 
 
-def averages(scores: Mapping[str, float]) -> dict[str, Average]:
+def averages(scores: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """The paper's averages: each group's, then ``average``, in which tasks, not groups, weigh alike.
 
     Args:
         scores: by task name. Those that are no task of the paper are left out.
 
     Returns:
-        By group, and ``average``; what has no score at all is not there, and what has some of its scores
-        is not ``complete``.
+        By group, and ``average``, where a task has a score: the plain mean, these tasks, and of how many.
     """
     result = {}
     for group in (*GROUPS, "average"):
         names = members(group)
-        if there := tuple(name for name in names if name in scores):
-            result[group] = Average(mean(scores[name] for name in there), there, len(names))
+        if there := [name for name in names if name in scores]:
+            score = mean(scores[name] for name in there)
+            counts = {"of": len(names), "complete": len(there) == len(names)}
+            result[group] = {"score": score, "tasks": there, **counts}
     return result
 
 

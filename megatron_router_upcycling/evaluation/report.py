@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
@@ -35,17 +34,13 @@ def check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: exists and is not a folder; name another")
     if not overwrite and any((output / name).exists() for name in (JSON_NAME, MARKDOWN_NAME)):
-        raise UserError(
-            f"--output {output}: holds results; pass --overwrite to replace them or name another folder"
-        )
+        raise UserError(f"--output {output}: holds results; pass --overwrite to replace them or name another")
 
 
 def add_averages(result: dict[str, Any]) -> None:
     """Put the averages of the tasks so far into ``result``."""
     scores = {name: task["score"] for name, task in result["tasks"].items()}
-    result["averages"] = {
-        name: asdict(average) | {"complete": average.complete} for name, average in averages(scores).items()
-    }
+    result["averages"] = averages(scores)
     result["paper"] = {method: figures(method, scores) for method in METHODS}
 
 
@@ -53,15 +48,11 @@ def write(output: Path, result: Mapping[str, Any]) -> None:
     """Write ``results.json`` and ``results.md`` into ``output``, each whole or not at all."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for name, text in (
-            (JSON_NAME, json.dumps(result, indent=2) + "\n"),
-            (MARKDOWN_NAME, markdown(result)),
-        ):
-            write_whole(output / name, text)
+        write_whole(output / JSON_NAME, json.dumps(result, indent=2, default=str) + "\n")
+        write_whole(output / MARKDOWN_NAME, markdown(result))
     except OSError as error:
-        raise UserError(
-            f"--output {output}: cannot be written ({error.strerror}); name another folder"
-        ) from None
+        why = f"cannot be written ({error.strerror}); name another folder"
+        raise UserError(f"--output {output}: {why}") from None
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -134,7 +125,7 @@ def _average_row(group: str, found: list[Mapping[str, Any]]) -> list[str]:
     average = found[0]["averages"][group]
     partial = "" if average["complete"] else f" ({len(average['tasks'])} of {average['of']} tasks)"
     by_chance = averages({name: task["chance"] or 0.0 for name, task in found[0]["tasks"].items()})
-    paper = [averages(found[0]["paper"][method])[group].score for method in METHODS]
+    paper = [averages(found[0]["paper"][method])[group]["score"] for method in METHODS]
     title = "**average**" if group == "average" else f"*{group}*"
     scores = [model["averages"][group]["score"] for model in found]
-    return [title + partial, "", *map(percent, (*scores, by_chance[group].score, *paper))]
+    return [title + partial, "", *map(percent, (*scores, by_chance[group]["score"], *paper))]

@@ -6,7 +6,6 @@ and model ready made, so it downloads nothing and runs no code of a data set.
 
 import difflib
 import importlib.util
-import json
 import logging
 import statistics
 import time
@@ -58,55 +57,35 @@ def parse_tasks(text: str | None) -> tuple[Task, ...]:
 
 
 def check(model_dir: Path, options: Options) -> None:
-    """Find mistakes that need no library to be found.
-
-    Raises:
-        UserError: an option is out of range, the harness is not installed, or ``model_dir`` is no model.
-    """
-    for flag, value, least in (
-        ("--limit", options.limit, 1),
-        ("--num-fewshot", options.num_fewshot, 0),
-        ("--batch-size", options.batch_size, 1),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{flag} {value}: must be at least {least}")
+    """Find mistakes that need no library to be found."""
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise UserError(f"--data-dir {options.data_dir}: no such folder")
     for folder in filter(None, (model_dir, options.dense)):
-        _read_config(folder)
+        if (folder / beside.ADAPTER).is_file():
+            raise UserError(
+                f"{folder}: holds an adapter ({beside.ADAPTER}), which transformers applies only where peft"
+                " is installed; merge it into its model, or move its files away"
+            )
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no model in Hugging Face format; it has no config.json")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("evaluate needs lm-evaluation-harness: pip install 'megatron-router-upcycling[eval]'")
 
 
-def _read_config(model_dir: Path) -> dict[str, Any]:
-    """The model's config.json."""
-    if (model_dir / beside.ADAPTER).is_file():
-        raise UserError(
-            f"{model_dir}: holds an adapter ({beside.ADAPTER}), which transformers applies only where peft is"
-            " installed; merge it into its model, or move its files away"
-        )
-    try:
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{model_dir}: no model in Hugging Face format, config.json cannot be read ({error})"
-        ) from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f"{model_dir}/config.json: has no model_type; it is no model's configuration")
-    return config
-
-
 def evaluate(model_dir: Path, options: Options, done: Callable[[dict[str, Any]], None]) -> None:
-    """Evaluate the model in ``model_dir``; after each task, ``done`` gets the result so far (see report.py).
-
-    Raises:
-        UserError: what ``check`` finds, data that cannot be had, or a model that cannot be loaded.
-    """
+    """Evaluate the model in ``model_dir``; after each task ``done`` gets the result so far (report.py)."""
     check(model_dir, options)
     records = data.load(options.tasks, options.data_dir, options.num_fewshot)
     _quiet()
     language_model = _load_model(model_dir, options)
-    result = _header(model_dir, language_model, options) | {"tasks": {}}
+    asked_of = {"tasks": [task.name for task in options.tasks], "device": str(language_model.device)}
+    result: dict[str, Any] = {
+        "format": report.FORMAT,
+        "model": _described(model_dir, language_model),
+        "options": asdict(options) | asked_of | {"seed": SEED},
+        "versions": versions("megatron-router-upcycling", "lm_eval", "transformers", "torch", "datasets"),
+        "tasks": {},
+    }
     models = [(language_model, result)]
     if options.dense:
         dense_model = _load_model(options.dense, options)
@@ -133,23 +112,6 @@ def _described(model_dir: Path, language_model: Any) -> dict[str, Any]:
     }
 
 
-def _header(model_dir: Path, language_model: Any, options: Options) -> dict[str, Any]:
-    """What a result says beside its tasks: the model, how it was asked, and with what."""
-    return {
-        "format": report.FORMAT,
-        "model": _described(model_dir, language_model),
-        "options": asdict(options)
-        | {
-            "tasks": [task.name for task in options.tasks],
-            "data_dir": str(options.data_dir) if options.data_dir else None,
-            "dense": str(options.dense) if options.dense else None,
-            "device": str(language_model.device),
-            "seed": SEED,
-        },
-        "versions": versions("megatron-router-upcycling", "lm_eval", "transformers", "torch", "datasets"),
-    }
-
-
 def _quiet() -> None:
     """Keep away warnings that the user cannot act on; progress over the questions stays."""
     import datasets
@@ -163,39 +125,30 @@ def _quiet() -> None:
 
 def _load_model(model_dir: Path, options: Options) -> Any:
     """The harness's wrapper of the model and tokenizer in ``model_dir``."""
-    config = _read_config(model_dir)
     import torch
     from lm_eval.models.huggingface import HFLM
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    if config["model_type"] not in CONFIG_MAPPING and not options.trust_remote_code:
-        raise UserError(
-            f"{model_dir}: transformers has no {config['model_type']} of its own; if you trust the folder's"
-            " modelling code, pass --trust-remote-code to run it"
-        )
-    common = {"trust_remote_code": options.trust_remote_code, "local_files_only": True}
+    code = options.trust_remote_code
     try:
-        tokenizer = of_folder(model_dir, options.trust_remote_code)
+        tokenizer = of_folder(model_dir, code)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype="auto", output_loading_info=True, **common
+            model_dir, dtype="auto", output_loading_info=True, trust_remote_code=code, local_files_only=True
         )
+        model.to(device)
+        if not tokenizer.encode("a word", add_special_tokens=False):  # transformers makes up an empty one
+            raise ValueError("it holds no tokenizer; export again with --tokenizer DIR, or copy its files")
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if keys := sorted(map(str, loading[kind])):  # scores would mean nothing
+                raise ValueError(
+                    f"not the weights of a {type(model).__name__}: {len(keys)} {kind}, {keys[0]}"
+                )
     except Exception as error:  # of transformers, tokenizers, safetensors, or the folder's own code
-        raise UserError(f"{model_dir}: cannot be loaded ({described(error)})") from error
-    if not tokenizer.encode("a word", add_special_tokens=False):  # transformers makes up an empty one
-        raise UserError(
-            f"{model_dir}: holds no tokenizer; export again with --tokenizer DIR, or copy its files"
-        )
-    for kind in ("missing", "mismatched", "unexpected"):
-        if keys := sorted(map(str, loading[f"{kind}_keys"])):
-            raise UserError(
-                f"{model_dir}: its weights are not those of a {type(model).__name__}: {len(keys)} are {kind},"
-                f" {keys[0]} first; scores would mean nothing"
-            )
+        hint = "" if code else "; code that it brings is run with --trust-remote-code only"
+        raise UserError(f"{model_dir}: cannot be loaded on {device} ({described(error)}){hint}") from error
     without_end = tokenizer.eos_token_id is None
     generated = [task.name for task in options.tasks if task.metric == "exact_match"]
     if without_end and generated:
@@ -206,7 +159,7 @@ def _load_model(model_dir: Path, options: Options) -> Any:
     if without_end:
         tokenizer.pad_token_id = 0  # the harness would add a token that the model does not have
     asked = HFLM(
-        pretrained=model.to(device),
+        pretrained=model,
         tokenizer=tokenizer,
         batch_size=options.batch_size,
         prefix_token_id=0 if without_end else None,  # stands for an empty context, which no task has
@@ -226,16 +179,10 @@ def _measure(language_model: Any, task: Task, records: data.Records, options: Op
     asked.set_fewshot_seed(SEED)
     try:
         found = harness_evaluate(
-            language_model,
-            {"tasks": {task.name: asked}},
-            limit=options.limit,
-            log_samples=True,
+            language_model, {"tasks": {task.name: asked}}, limit=options.limit, log_samples=True
         )
     except AssertionError:  # of the harness, on an answer; a question it cuts at its beginning
-        raise UserError(
-            f"--tasks {task.name}: has an answer longer than the {language_model.max_length} tokens that the"
-            " model takes (max_position_embeddings); leave that task out"
-        ) from None
+        raise _too_few_tokens(task, language_model) from None
     metrics: dict[str, float] = {}
     for key, value in found["results"][task.name].items():
         name, comma, _ = key.partition(",")  # a metric and the filter of answers, as in acc_stderr,none
@@ -265,6 +212,13 @@ def _measure(language_model: Any, task: Task, records: data.Records, options: Op
     }
 
 
+def _too_few_tokens(task: Task, language_model: Any) -> UserError:
+    return UserError(
+        f"--tasks {task.name}: has answers that do not fit the {language_model.max_length} tokens that the"
+        " model takes (max_position_embeddings); leave that task out"
+    )
+
+
 def chance(samples: list[dict[str, Any]]) -> float:
     """What answers drawn at random score, in percent: each question's share of one of its choices."""
     return 100 * statistics.mean(1 / len(sample["resps"]) for sample in samples)
@@ -287,10 +241,7 @@ def fitting(records: data.Records, task: Task, language_model: Any) -> data.Reco
     kept = [row | {"choices": [answer[:cut] for answer in row["choices"]]} for row in rows]
     kept = [row for row in kept if len(set(row["choices"])) == len(row["choices"])]
     if not kept or cut < LEAST_CHARACTERS:
-        raise UserError(
-            f"--tasks {task.name}: no answer fits the {language_model.max_length} tokens that the model takes"
-            " (max_position_embeddings); leave that task out"
-        )
+        raise _too_few_tokens(task, language_model)
     print(
         f"{task.name}: answers cut to {cut} characters, {len(kept)} of {len(rows)} questions kept, for the"
         f" model takes {language_model.max_length} tokens",

@@ -22,26 +22,17 @@ from megatron_router_upcycling.expert_layers import MOST_LAYERS, has_experts, la
 # Megatron argument -> the value it must have had in training for a Qwen class to compute the same. An
 # argument that a checkpoint does not record counts as right.
 EXPECTED_ARGUMENTS: dict[str, Any] = {
-    "add_bias_linear": False,
     "normalization": "RMSNorm",
     "swiglu": True,
     "position_embedding_type": "rope",
-    "squared_relu": False,
-    "openai_gelu": False,
-    "quick_geglu": False,
-    "qk_l2_norm": False,
-    "layernorm_zero_centered_gamma": False,
-    "apply_residual_connection_post_layernorm": False,
     "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "rotary_seq_len_interpolation_factor": None,
-    "use_rope_scaling": False,
-    "no_rope_freq": None,
-    "window_size": None,
     "softmax_type": "vanilla",
-    "activation_func_clamp_value": None,
     "glu_linear_offset": 0.0,
-    "use_mup": False,
+    **dict.fromkeys(("add_bias_linear", "squared_relu", "openai_gelu", "quick_geglu", "qk_l2_norm"), False),
+    **dict.fromkeys(("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm"), False),
+    **dict.fromkeys(("rotary_interleaved", "use_rope_scaling", "use_mup"), False),
+    **dict.fromkeys(("rotary_seq_len_interpolation_factor", "no_rope_freq", "window_size")),
+    "activation_func_clamp_value": None,
 }
 # As above, for how an MoE routes.
 EXPECTED_ROUTING: dict[str, Any] = {
@@ -55,36 +46,28 @@ EXPECTED_ROUTING: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class QwenModel(Architecture):
-    """A Qwen model: an architecture, and what else a config.json says of it.
-
-    ``num_experts`` and what stands behind it is of the layers with experts.
-    """
+    """A Qwen model: an architecture, and what else a config.json says of it."""
 
     norm_epsilon: float
     rotary_base: int
     vocab_size: int
     padded_vocab_size: int  # rows of Megatron's embedding
     max_position_embeddings: int
+    # Of a Mixture-of-Experts.
     num_experts: int = 0
-    expert_ffn_size: int = 0  # 0: ``ffn_hidden_size``
-    layers_with_experts: tuple[int, ...] | None = None  # None: all
+    expert_layers: Sequence[int] = ()
+    expert_ffn_size: int = 0
     routed_scale: float = 1.0  # what the chosen experts' weights are multiplied by
     shared_expert_size: int = 0  # width of the FFN that every token passes as well; 0: there is none
     shared_expert_gated: bool = False  # whether the sigmoid of a gate weighs it
 
     @property
-    def expert_layers(self) -> Sequence[int]:
-        """The layers that have experts."""
-        if self.layers_with_experts is None:
-            return range(self.num_layers if self.num_experts else 0)
-        return self.layers_with_experts
-
-    @property
     def dense_layers(self) -> Sequence[int]:
-        """The layers that have none."""
-        if self.layers_with_experts is None:
-            return range(0 if self.num_experts else self.num_layers)
-        return [layer for layer in range(self.num_layers) if layer not in self.layers_with_experts]
+        """The layers without experts."""
+        if len(self.expert_layers) == self.num_layers:
+            return ()
+        every = range(self.num_layers)
+        return [layer for layer in every if layer not in self.expert_layers] if self.num_experts else every
 
     @property
     def family(self) -> str:
@@ -93,7 +76,7 @@ class QwenModel(Architecture):
     def describe(self) -> str:
         """The architecture in one line."""
         experts = f"{self.num_experts} experts" if self.num_experts else "dense"
-        if self.num_experts and self.expert_ffn_size not in (0, self.ffn_hidden_size):
+        if self.num_experts and self.expert_ffn_size != self.ffn_hidden_size:
             experts += f" of width {self.expert_ffn_size}"
         if self.shared_expert_size:
             experts += f" and a shared one of width {self.shared_expert_size}"
@@ -113,85 +96,17 @@ def from_flags(flags: dict[str, Any]) -> QwenModel:
 
 
 def from_megatron(args: Namespace, root: Path, embedding_rows: int) -> QwenModel:
-    """The model that a checkpoint's training arguments describe.
-
-    Args:
-        root: the checkpoint, named in errors.
-        embedding_rows: rows of its embedding, which is padded.
-    """
-    _refuse_arguments(args, root)
+    """The model that the training arguments of the checkpoint ``root`` describe; its embedding is padded."""
     try:
         model = _from_arguments(args, embedding_rows)
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{root}: its training arguments do not give the architecture ({error})") from None
-    _check_family(model, _shared_expert_size(args), root)
+    check_exportable(args, model, root)
     return model
 
 
 def check_exportable(args: Namespace, model: Architecture, root: Path) -> None:
-    """Refuse what ``from_megatron`` would, of arguments that need not be complete."""
-    _refuse_arguments(args, root)
-    _check_family(model, _shared_expert_size(args), root)
-
-
-def _check_family(model: Architecture, shared_expert_size: int, root: Path) -> None:
-    if model.qkv_bias == model.qk_norm:
-        both = (
-            "both QKV bias and query/key norms" if model.qkv_bias else "neither QKV bias nor query/key norms"
-        )
-        raise UserError(
-            f"{root}: has {both}; the Qwen classes have one of them (--add-qkv-bias or --qk-layernorm)"
-        )
-    if shared_expert_size and model.qk_norm:
-        raise UserError(
-            f"{root}: with query/key norms it is a Qwen3-MoE, which has no shared expert (--shared-expert);"
-            " it cannot be exported"
-        )
-
-
-def _shared_expert_size(args: Namespace) -> int:
-    routed = getattr(args, "num_experts", None)
-    return int((routed and getattr(args, "moe_shared_expert_intermediate_size", None)) or 0)
-
-
-def _of_experts(args: Namespace, num_layers: int) -> dict[str, Any]:
-    """The fields of QwenModel that only a Mixture-of-Experts has.
-
-    Raises:
-        UserError, TypeError, ValueError: an argument is none of Megatron's.
-    """
-    frequency = layer_frequency(getattr(args, "moe_layer_freq", 1), "moe_layer_freq")
-    layers = None
-    if frequency != 1:
-        found = has_experts(frequency, min(num_layers, MOST_LAYERS))
-        if len(found) != num_layers or not any(found):
-            raise ValueError(f"moe_layer_freq {frequency} for {num_layers} layers")
-        layers = None if all(found) else tuple(layer for layer in range(num_layers) if found[layer])
-    return {
-        "num_experts": int(args.num_experts),
-        "expert_ffn_size": int(getattr(args, "moe_ffn_hidden_size", None) or args.ffn_hidden_size),
-        "layers_with_experts": layers,
-        "routed_scale": float(getattr(args, "moe_router_topk_scaling_factor", None) or 1.0),
-        "shared_expert_size": _shared_expert_size(args),
-        "shared_expert_gated": bool(getattr(args, "moe_shared_expert_gate", False)),
-    }
-
-
-def _from_arguments(args: Namespace, embedding_rows: int) -> QwenModel:
-    experts = _of_experts(args, int(args.num_layers)) if getattr(args, "num_experts", None) else {}
-    arguments = EXPECTED_ARGUMENTS | vars(args)
-    return QwenModel.from_arguments(
-        Namespace(**arguments),
-        norm_epsilon=float(args.layernorm_epsilon),
-        rotary_base=int(args.rotary_base),
-        vocab_size=min(int(getattr(args, "vocab_size", None) or embedding_rows), embedding_rows),
-        padded_vocab_size=embedding_rows,
-        max_position_embeddings=int(args.max_position_embeddings),
-        **experts,
-    )
-
-
-def _refuse_arguments(args: Namespace, root: Path) -> None:
+    """Refuse a model that no Qwen class holds; ``args`` need not be complete."""
     for name in UNKNOWN_LAYERS:
         if value := getattr(args, name, None):
             flag = f"--{name.replace('_', '-')}"
@@ -204,3 +119,51 @@ def _refuse_arguments(args: Namespace, root: Path) -> None:
                 f"{root}: trained with {name} {found!r} where a Qwen class has {expected!r};"
                 " it cannot be exported"
             )
+    if model.qkv_bias == model.qk_norm:
+        both = "both" if model.qkv_bias else "neither"
+        raise UserError(
+            f"{root}: has {both} of QKV bias and query/key norms; the Qwen classes have one of them"
+            " (--add-qkv-bias or --qk-layernorm)"
+        )
+    if _shared_expert_size(args) and model.qk_norm:
+        raise UserError(
+            f"{root}: with query/key norms it is a Qwen3-MoE, which has no shared expert (--shared-expert);"
+            " it cannot be exported"
+        )
+
+
+def _shared_expert_size(args: Namespace) -> int:
+    routed = getattr(args, "num_experts", None)
+    return int((routed and getattr(args, "moe_shared_expert_intermediate_size", None)) or 0)
+
+
+def _from_arguments(args: Namespace, embedding_rows: int) -> QwenModel:
+    return QwenModel.from_arguments(
+        Namespace(**EXPECTED_ARGUMENTS | vars(args)),
+        norm_epsilon=float(args.layernorm_epsilon),
+        rotary_base=int(args.rotary_base),
+        vocab_size=min(int(getattr(args, "vocab_size", None) or embedding_rows), embedding_rows),
+        padded_vocab_size=embedding_rows,
+        max_position_embeddings=int(args.max_position_embeddings),
+        **(_of_experts(args) if getattr(args, "num_experts", None) else {}),
+    )
+
+
+def _of_experts(args: Namespace) -> dict[str, Any]:
+    """The fields of QwenModel that only a Mixture-of-Experts has."""
+    num_layers = int(args.num_layers)
+    layers: Sequence[int] = range(num_layers)
+    frequency = layer_frequency(getattr(args, "moe_layer_freq", 1), "moe_layer_freq")
+    if frequency != 1:
+        found = has_experts(frequency, min(num_layers, MOST_LAYERS))
+        if len(found) != num_layers or not any(found):
+            raise ValueError(f"moe_layer_freq {frequency} for {num_layers} layers")
+        layers = [layer for layer in layers if found[layer]]
+    return {
+        "num_experts": int(args.num_experts),
+        "expert_layers": layers,
+        "expert_ffn_size": int(getattr(args, "moe_ffn_hidden_size", None) or args.ffn_hidden_size),
+        "routed_scale": float(getattr(args, "moe_router_topk_scaling_factor", None) or 1.0),
+        "shared_expert_size": _shared_expert_size(args),
+        "shared_expert_gated": bool(getattr(args, "moe_shared_expert_gate", False)),
+    }

@@ -1,143 +1,38 @@
-"""An export that is ready to run: its tensors in their order, what each is made from, and in which file."""
+"""An export that is ready to run: its tensors in their order, how each is made, and in which file."""
 
+import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from megatron_router_upcycling.checkpoint import beside
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.checkpoint.format.boxes import Box
+from megatron_router_upcycling.checkpoint.names import ROUTER, other_norm
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, tensor_in
 from megatron_router_upcycling.hf import config_json, name_table, other_tools
 from megatron_router_upcycling.hf.architecture import QwenModel
-from megatron_router_upcycling.hf.files import CARD
-from megatron_router_upcycling.hf.name_table import Row
+from megatron_router_upcycling.hf.files import SINGLE_FILE, numbered
+from megatron_router_upcycling.hf.name_table import Index, Tensor
+from megatron_router_upcycling.hf.safetensors_file import cast
+from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
 
 CONVERTED = "release"  # the iteration of a checkpoint that convert made
 SIZE_BESIDE_ZEROS = 2.0**-6  # of a gate that weighs zeros: any size does
 SIZE_OF_HALF = 2.0**-40  # of a gate whose sigmoid is to be one half: it is, rounded to float32
 
-
-@dataclass(frozen=True)
-class Moved:
-    """Rows of a Megatron tensor: ``runs`` of them at a place of its stack, times ``scale``."""
-
-    tensor: str
-    index: tuple[int, ...]
-    runs: tuple[tuple[int, int], ...]
-    scale: float = 1.0
+type Gate = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Folded:
-    """A tensor of a layer's folded router (``Kind.gate``)."""
-
-    layer: int
-    name: str
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """A part of the shared expert that adds nothing."""
-
-
-@dataclass(frozen=True)
-class DrawnGate:
-    """A layer's gate of the shared expert where the model has none: N(0, size), so that it is not 0.
-
-    llama.cpp computes the sigmoid of x as silu(x) / x, which is NaN at 0.
-    """
-
-    layer: int
-    size: float
-
-
-@dataclass(frozen=True)
-class Output:
-    """A tensor of the Hugging Face folder."""
+class Output(NamedTuple):
+    """A tensor of the folder. ``read`` makes its rows start .. stop, in the memory given where they fit."""
 
     name: str
     shape: tuple[int, ...]
-    source: Moved | Folded | Zeros | DrawnGate
-
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        return math.prod(self.shape) * dtype.itemsize
-
-
-def outputs(
-    model: QwenModel, stored: dict[str, str], gate: dict[str, tuple[int, ...]], shared_expert_width: int
-) -> Iterator[Output]:
-    """Every tensor of the folder, in the order of the model.
-
-    Args:
-        stored: a row's tensor in ``name_table`` -> the name that the checkpoint has for it.
-        gate: the tensors of a layer's folded router, with their shapes; none in a dense model.
-        shared_expert_width: of the expert of zeros in Qwen2-MoE.
-    """
-    rows = name_table.rows(model)
-
-    def moved(row: Row, index: tuple[int, ...]) -> Iterator[Output]:
-        for number, part in enumerate(row.parts):
-            runs = tuple(name_table.runs(row, number, model))
-            name, shape = name_table.name(part, index), name_table.shape(part, model)
-            place = name_table.place(row, index, model)
-            yield Output(name, shape, Moved(stored[row.megatron], place, runs, _scale(row, model)))
-
-    embedding, *others = [row for row in rows if not name_table.stack(row, model)]
-    (first,) = moved(embedding, ())
-    yield first
-    for layer in range(model.num_layers):
-        for row in rows:
-            if name_table.stack(row, model):
-                for index in name_table.indices_in(layer, row, model):
-                    yield from moved(row, index)
-        if layer not in model.expert_layers:
-            continue
-        for name, shape in gate.items():
-            yield Output(f"{name_table.GATE.format(layer=layer)}.{name}", shape, Folded(layer, name))
-        if model.family == "qwen2":
-            yield from _shared_expert(model, layer, shared_expert_width)
-    for row in others:
-        yield from moved(row, ())
-    if model.num_experts and model.tied:
-        # SGLang ties nothing in a Mixture-of-Experts, llama.cpp nothing in Qwen2-MoE; others pass it over.
-        yield replace(first, name=name_table.LM_HEAD)
-
-
-def _scale(row: Row, model: QwenModel) -> float:
-    """What the values are multiplied by: classes of Qwen have no other place for these factors."""
-    if row.megatron == name_table.EXPERTS_DOWN:
-        return model.routed_scale
-    if row.megatron == name_table.SHARED_DOWN and not model.shared_expert_gated:
-        return 2.0  # ``SIZE_OF_HALF`` takes it back
-    return 1.0
-
-
-def _shared_expert(model: QwenModel, layer: int, width: int) -> Iterator[Output]:
-    """What the checkpoint does not have of the shared expert."""
-    if width and not model.shared_expert_size:
-        for part in name_table.SHARED_EXPERT:
-            yield Output(name_table.name(part, (layer,)), name_table.shape(part, model, width), Zeros())
-    if not model.shared_expert_gated:
-        part = name_table.SHARED_EXPERT_GATE
-        size = SIZE_OF_HALF if model.shared_expert_size else SIZE_BESIDE_ZEROS
-        yield Output(name_table.name(part, (layer,)), name_table.shape(part, model), DrawnGate(layer, size))
-
-
-def split(tensors: list[Output], dtype: torch.dtype, limit: int) -> list[list[Output]]:
-    """``tensors`` in files of at most ``limit`` bytes, or of one tensor that is larger."""
-    shards: list[list[Output]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.num_bytes(dtype) > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.num_bytes(dtype)
-    return shards
+    read: Callable[[int, int, bytearray], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -158,27 +53,48 @@ class Export:
     out: Path
     model: QwenModel
     router: RouterConfig | None
-    gate: dict[str, tuple[int, ...]]  # the tensors of a layer's folded router
     shared_expert_width: int  # the model's own, or that of one of zeros
     dtype: torch.dtype
     beside: Path | None  # what stands beside the weights: tokenizer and more
     options: Options
-    stored: dict[str, str]  # a row's tensor in name_table -> the name that the checkpoint has for it
-    shards: list[list[Output]]
     manifest: dict[str, Any] | None
+
+    @functools.cached_property
+    def gate(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of a layer's folded router, with their shapes; none in a dense model."""
+        return kinds.gate_shapes(self.router, kinds.Sizes.of(self.model)) if self.router else {}
+
+    @functools.cached_property
+    def shards(self) -> dict[str, list[Output]]:
+        """The files of weights: each of at most ``max_shard_bytes``, or of one tensor that is larger."""
+        shards: list[list[Output]] = [[]]
+        size = 0
+        for output in outputs(self):
+            count = math.prod(output.shape) * self.dtype.itemsize
+            size += count
+            if shards[-1] and size > self.options.max_shard_bytes:
+                shards.append([])
+                size = count
+            shards[-1].append(output)
+        count = len(shards)
+        names = [numbered(number, count) for number in range(1, count + 1)] if count > 1 else [SINGLE_FILE]
+        return dict(zip(names, shards, strict=True))
 
     @property
     def bytes_to_write(self) -> int:
-        return sum(output.num_bytes(self.dtype) for shard in self.shards for output in shard)
+        shapes = [output.shape for shard in self.shards.values() for output in shard]
+        return sum(map(math.prod, shapes)) * self.dtype.itemsize
 
-    @property
-    def left_out(self) -> list[str]:
-        """What stands beside the weights and does not go along."""
-        if self.beside is None:
-            return []
-        found = beside.look(self.beside)
-        own = [f"{CARD} (the export has its own)"] if Path(CARD) in found.carried else []
-        return [*own, *found.left_out]
+    def read_gate(self, layer: int) -> Gate:
+        """A layer's router as ``Kind.gate`` folds it, in float32."""
+        router, sizes = self.router, kinds.Sizes.of(self.model)
+        assert router is not None
+        place = self.model.expert_layers.index(layer)
+        values = {
+            parameter.name: self.checkpoint.read_layer(f"{ROUTER}.{parameter.name}", place, bytearray())
+            for parameter in router.kind.parameters(router, sizes)
+        }
+        return router.kind.gate(values, router, sizes.hidden_size, torch.float32)
 
     @property
     def is_stock(self) -> bool:
@@ -186,11 +102,17 @@ class Export:
         return self.router is None or self.router.kind.not_stock(self.router) is None
 
     @property
-    def llama_cpp_fault(self) -> str | None:
-        """Why llama.cpp does not compute what the stock classes do; None where it does."""
+    def class_name(self) -> str:
+        """The class that loads the folder."""
+        stock = config_json.class_name(self.model)
+        return stock if self.is_stock else f"Upcycled{stock}"
+
+    @property
+    def faults(self) -> list[str]:
+        """Which tools do not compute what the stock classes do, and why."""
         if self.router is None or not self.is_stock:
-            return None
-        return other_tools.llama_cpp_fault(self.model, self.router, self.shared_expert_width)
+            return []
+        return other_tools.faults(self.model, self.router, self.shared_expert_width)
 
     @property
     def is_untrained(self) -> bool:
@@ -202,15 +124,7 @@ class Export:
         """What balanced the experts' load in training, or is to balance it in the first."""
         if self.router is None:
             return {}
-        trained = other_tools.balanced_by(self.checkpoint.args)
-        return other_tools.UNTRAINED if self.is_untrained else trained
-
-    @property
-    def mbridge_fault(self) -> str | None:
-        """Why mbridge does not compute what the stock classes do; None where it does."""
-        if self.router is None or not self.is_stock:
-            return None
-        return other_tools.mbridge_fault(self.model, self.router)
+        return other_tools.UNTRAINED if self.is_untrained else other_tools.balanced_by(self.checkpoint.args)
 
     @property
     def aux_loss_coefficient(self) -> float:
@@ -219,8 +133,100 @@ class Export:
         layers = len(self.model.expert_layers)
         return other_tools.loss_coefficient(self.aux_losses, layers, self.router.top_k)
 
-    @property
-    def class_name(self) -> str:
-        """The class that loads the folder."""
-        stock = config_json.class_name(self.model)
-        return stock if self.is_stock else f"Upcycled{stock}"
+
+def stored_name(checkpoint: Checkpoint, name: str) -> str:
+    """The name that ``checkpoint`` has for the tensor ``name`` of ``name_table``.
+
+    A norm goes by two names. Where both are there, as convert leaves them, they are the same bytes.
+    """
+    return name if name in checkpoint.tensors else other_norm(name) or name
+
+
+def outputs(job: Export) -> Iterator[Output]:
+    """Every tensor of the folder, in the order of the model."""
+    model, tensors = job.model, name_table.tensors(job.model)
+    embedding, *others = [tensor for tensor in tensors if None in tensor.layers]
+    (first,) = _moved(job, embedding, None)
+    yield first
+    read_gate = functools.lru_cache(1)(job.read_gate)  # a layer's gate may be several tensors, and blocks
+    for layer in range(model.num_layers):
+        for tensor in tensors:
+            if layer in tensor.layers:
+                yield from _moved(job, tensor, layer)
+        if layer in model.expert_layers:
+            for name, shape in job.gate.items():
+                make = functools.partial(_part_of_gate, read_gate, layer, name)
+                yield _made(job, f"{name_table.GATE.format(layer=layer)}.{name}", shape, make)
+            if model.family == "qwen2":
+                yield from _shared_expert(job, layer)
+    for tensor in others:
+        yield from _moved(job, tensor, None)
+    if model.num_experts and model.tied:
+        # SGLang ties nothing in a Mixture-of-Experts, llama.cpp nothing in Qwen2-MoE; others pass it over.
+        yield first._replace(name=name_table.LM_HEAD)
+
+
+def _moved(job: Export, tensor: Tensor, layer: int | None) -> Iterator[Output]:
+    """What ``tensor`` has of a layer."""
+    for index, place in tensor.places(layer):
+        for number, part in enumerate(tensor.parts):
+            read = functools.partial(_read_rows, job, tensor, number, place)
+            yield Output(name_table.name(part, index), tensor.part_shapes[number], read)
+
+
+def _read_rows(
+    job: Export, tensor: Tensor, part: int, place: Index, start: int, stop: int, scratch: bytearray
+) -> torch.Tensor:
+    """Rows of a part, gathered from where they are in Megatron's tensor."""
+    name, columns = stored_name(job.checkpoint, tensor.name), tensor.part_shapes[part][1:]
+    values = tensor_in(scratch, job.checkpoint.tensors[name].dtype, (stop - start, *columns))
+    ones, zeros = (1,) * len(place), (0,) * len(columns)
+    for _, first, last, begin in name_table.cut(tensor.runs(part), start, stop):
+        box = Box((*place, first, *zeros), (*ones, last - first, *columns))
+        target = values[begin : begin + last - first]
+        job.checkpoint.read_box(name, box, target.view(box.sizes))
+    if (scale := _scale(tensor, job.model)) != 1.0:
+        values = values.float() * scale  # rounded once, where the dtype cannot hold the product
+    return cast(values, job.dtype, f"{job.checkpoint.root}: {name}")
+
+
+def _scale(tensor: Tensor, model: QwenModel) -> float:
+    """What the values are multiplied by: classes of Qwen have no other place for these factors."""
+    if tensor.name == name_table.EXPERTS_DOWN:
+        return model.routed_scale
+    if tensor.name == name_table.SHARED_DOWN and not model.shared_expert_gated:
+        return 2.0  # ``SIZE_OF_HALF`` takes it back
+    return 1.0
+
+
+def _made(job: Export, name: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> Output:
+    """A tensor that is computed."""
+
+    def read(start: int, stop: int, scratch: bytearray) -> torch.Tensor:
+        return cast(make()[start:stop], job.dtype, f"{job.checkpoint.root}: {name}")
+
+    return Output(name, shape, read)
+
+
+def _part_of_gate(read_gate: Callable[[int], Gate], layer: int, name: str) -> torch.Tensor:
+    return read_gate(layer)[name]
+
+
+def _shared_expert(job: Export, layer: int) -> Iterator[Output]:
+    """What Qwen2-MoE wants and the checkpoint lacks: a shared expert, of zeros, and its gate."""
+    model = job.model
+    if job.shared_expert_width and not model.shared_expert_size:
+        for part in name_table.SHARED_EXPERT:
+            shape = name_table.shape(part, model, job.shared_expert_width)
+            yield _made(job, name_table.name(part, (layer,)), shape, functools.partial(torch.zeros, shape))
+    if not model.shared_expert_gated:
+        name = name_table.name(name_table.SHARED_EXPERT_GATE, (layer,))
+        yield _made(job, name, (1, model.hidden_size), functools.partial(_drawn_gate, job, layer))
+
+
+def _drawn_gate(job: Export, layer: int) -> torch.Tensor:
+    """A gate of N(0, size), not of 0: llama.cpp computes the sigmoid of x as silu(x) / x, there NaN."""
+    limits, size = torch.finfo(job.dtype), SIZE_OF_HALF if job.model.shared_expert_size else SIZE_BESIDE_ZEROS
+    size = max(size, 16 * limits.smallest_normal * limits.eps)  # float16 holds little below that
+    generator = torch.Generator().manual_seed(layer)
+    return torch.randn(1, job.model.hidden_size, generator=generator) * size

@@ -35,6 +35,8 @@ def agree(source: Path, folder: Path, trained_with: Path | None) -> str:
         What the user must know, as a sentence; "" where ``AutoTokenizer`` gives the tokens of training.
     """
     try:
+        import transformers
+
         trained = tokenizer.of_folder(source)
         digest = tokenizer.sha256_of(trained)
         other = trained_with and tokenizer.load(trained_with).sha256 != digest
@@ -46,7 +48,8 @@ def agree(source: Path, folder: Path, trained_with: Path | None) -> str:
         del entries["extra_special_tokens"]
         entries.setdefault("additional_special_tokens", extra)
     found, kind = _given(folder)
-    if not (_knows_version_5() and entries.get("tokenizer_class") in QWEN and found == digest):
+    shows_version_5 = int(transformers.__version__.split(".")[0]) >= 5  # what that makes of a folder
+    if not (shows_version_5 and entries.get("tokenizer_class") in QWEN and found == digest):
         if not (folder / tokenizer.TOKENIZER_JSON).is_file():
             trained.backend_tokenizer.save(str(folder / tokenizer.TOKENIZER_JSON))
         entries.pop("auto_map", None)
@@ -63,13 +66,6 @@ def agree(source: Path, folder: Path, trained_with: Path | None) -> str:
         f"AutoTokenizer gives other tokens than those of training ({kind});"
         f" {BY_THE_FILE}.from_pretrained gives the right ones"
     )
-
-
-def _knows_version_5() -> bool:
-    """Whether what is installed shows what transformers 5 makes of a folder."""
-    import transformers
-
-    return int(transformers.__version__.split(".")[0]) >= 5
 
 
 def _entries(path: Path) -> dict[str, Any]:
@@ -112,12 +108,9 @@ def convert(model: Path, folder: Path) -> str:
         Why nothing was written; "" where all was.
     """
     try:
+        from sentencepiece import SentencePieceProcessor
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    except ImportError:
-        return f"transformers, which converts {model.name}, is not installed (the hf extra)"
-    from sentencepiece import SentencePieceProcessor
 
-    try:
         own = SentencePieceProcessor(model_file=str(model))
         with tempfile.TemporaryDirectory() as place:
             shutil.copyfile(model, Path(place) / "tokenizer.model")  # the name that transformers looks for
@@ -132,7 +125,7 @@ def convert(model: Path, folder: Path) -> str:
         if all(loaded.encode(text, add_special_tokens=False) == own.encode(text) for text in texts):
             return ""
         fault = f"for {model.name} transformers would load a {type(loaded).__name__} with other tokens"
-    except Exception as error:  # of sentencepiece, transformers, tokenizers or protobuf
+    except Exception as error:  # of one of these libraries, or that it is not installed
         fault = f"{model.name} cannot be converted ({described(error)})"
     for file in (tokenizer.TOKENIZER_JSON, CONFIG):
         (folder / file).unlink(missing_ok=True)

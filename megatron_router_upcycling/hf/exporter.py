@@ -7,7 +7,7 @@ vLLM and SGLang load without code of ours. Values are streamed, block by block.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,46 @@ from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.conversion.convert import Conversion
+from megatron_router_upcycling.conversion.moe_arguments import moe_common_state
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sync, versions
-from megatron_router_upcycling.hf import name_table
-from megatron_router_upcycling.hf.architecture import QwenModel, from_megatron
-from megatron_router_upcycling.hf.export_job import Export, Options, outputs, split
-from megatron_router_upcycling.hf.files import find_beside, shard_name
-from megatron_router_upcycling.hf.folder import RECORD, write_folder
-from megatron_router_upcycling.hf.safetensors_file import dtype_name
-from megatron_router_upcycling.hf.shard import Rounding, write_shard
+from megatron_router_upcycling.hf import name_table, rounding
+from megatron_router_upcycling.hf.architecture import QwenModel, check_exportable, from_megatron
+from megatron_router_upcycling.hf.export_job import Export, Options, Output, stored_name
+from megatron_router_upcycling.hf.files import CARD
+from megatron_router_upcycling.hf.folder import RECORD, find_beside, write_folder
+from megatron_router_upcycling.hf.safetensors_file import ahead, as_bytes, blocks, dtype_name, format_header
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
 
 WIDTH_OF_ZEROS = 128  # of the shared expert that adds nothing
+VALUE_BYTES = 4  # of a stored value, at most
+
+
+def check_conversion(conversion: Conversion) -> str | None:
+    """Ask of the arguments that a new checkpoint will have what ``prepare`` asks, before it is made.
+
+    Options that take a Qwen where no class follows are refused. Where the dense model is no Qwen, so that
+    nothing of it has a class, a line that says so is returned.
+    """
+    plan = conversion.plan
+    try:
+        check_exportable(plan.dense.args, plan.model, plan.dense.root)
+    except UserError as error:
+        return f"not for Hugging Face: {error}"
+    args = moe_common_state(plan.dense, plan.model, plan.options, plan.layers)["args"]
+    try:
+        check_exportable(args, plan.model, plan.dense.root)
+    except UserError as error:
+        raise UserError(
+            f"DENSE {error}; to train a model that stays in Megatron, pass --allow-no-export"
+        ) from None
+    return None
 
 
 def prepare(root: Path, out: Path, options: Options) -> Export:
-    """Read and check everything but the values; write nothing.
-
-    Raises:
-        UserError: whatever would make the export fail and can be known beforehand.
-    """
+    """Read and check everything but the values; write nothing."""
     checkpoint = open_checkpoint(root)
     root = checkpoint.root
     publish.check_target(out, root, options.overwrite, source_name="MOE", made_by=RECORD)
@@ -48,29 +67,21 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
     checkpoint = stack_layers(checkpoint, model.expert_layers)
     recorded = manifest.read(root)
     router = _router(checkpoint, recorded, model) if model.num_experts else None
-    gate = kinds.gate_shapes(router, kinds.Sizes.of(model)) if router else {}
-    width = _shared_expert_width(options.shared_expert_width, model)
     if router and not options.modelling_code and (why := router.kind.not_stock(router)):
         raise UserError(
             f"MOE {root}: its router {why}, which no stock class computes; pass --modelling-code to write a"
             " modelling file beside the weights, which is loaded with trust_remote_code"
         )
-    stored = _stored_names(checkpoint, model)
-    _check_tensors(checkpoint, model, router, stored)
-    dtype = options.dtype or checkpoint.tensors[stored[name_table.PROJECTION]].dtype
-    tensors = list(outputs(model, stored, gate, width))
+    _check_tensors(checkpoint, model, router)
     job = Export(
         checkpoint=checkpoint,
         out=out,
         model=model,
         router=router,
-        gate=gate,
-        shared_expert_width=width,
-        dtype=dtype,
+        shared_expert_width=_shared_expert_width(options.shared_expert_width, model),
+        dtype=options.dtype or checkpoint.tensors[name_table.PROJECTION].dtype,
         beside=find_beside(options.tokenizer, checkpoint),
         options=options,
-        stored=stored,
-        shards=split(tensors, dtype, options.max_shard_bytes),
         manifest=recorded,
     )
     publish.check_space(out, job.bytes_to_write)
@@ -79,14 +90,13 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
 
 def _shared_expert_width(asked: int | None, model: QwenModel) -> int:
     """The model's own; else that of the expert of zeros."""
-    if asked is not None and asked < 0:
-        raise UserError(f"--shared-expert-width {asked}: must be 0 or more")
-    if asked is not None and model.shared_expert_size:
-        raise UserError(
-            f"--shared-expert-width {asked}: the model has a shared expert of its own, of width"
-            f" {model.shared_expert_size}; leave it out"
+    own = model.shared_expert_size
+    if asked is not None and (asked < 0 or own):
+        must = (
+            f"is given by the model's own shared expert: {own}; leave it out" if own else "must be 0 or more"
         )
-    return model.shared_expert_size or (WIDTH_OF_ZEROS if asked is None else asked)
+        raise UserError(f"--shared-expert-width {asked}: {must}")
+    return own or (WIDTH_OF_ZEROS if asked is None else asked)
 
 
 def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: QwenModel) -> RouterConfig:
@@ -105,23 +115,12 @@ def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: Qwen
     return router
 
 
-def _stored_names(checkpoint: Checkpoint, model: QwenModel) -> dict[str, str]:
-    """The tensor of each row -> the name that the checkpoint has for it.
-
-    A norm goes by two names. Where both are there, as convert leaves them, they are the same bytes.
-    """
-    names = [row.megatron for row in name_table.rows(model)]
-    return {name: name if name in checkpoint.tensors else other_norm(name) or name for name in names}
-
-
-def _check_tensors(
-    checkpoint: Checkpoint, model: QwenModel, router: RouterConfig | None, stored: dict[str, str]
-) -> None:
+def _check_tensors(checkpoint: Checkpoint, model: QwenModel, router: RouterConfig | None) -> None:
     """Compare the checkpoint's tensors with the architecture."""
     root, tensors = checkpoint.root, checkpoint.tensors
-    expected = _router_shapes(router, model)
-    for row in name_table.rows(model):
-        expected[stored[row.megatron]] = name_table.megatron_shape(row, model)
+    expected = {stored_name(checkpoint, tensor.name): tensor.shape for tensor in name_table.tensors(model)}
+    for parameter in router.kind.parameters(router, kinds.Sizes.of(model)) if router else ():
+        expected[f"{ROUTER}.{parameter.name}"] = (len(model.expert_layers), *parameter.shape)
     for name, shape in expected.items():
         if name not in tensors:
             raise UserError(f"{root}: has no tensor {name}, which its training arguments ask for")
@@ -134,32 +133,21 @@ def _check_tensors(
             raise UserError(f"{root}: holds {name}, which has no place in a {model.family} model")
 
 
-def _router_shapes(router: RouterConfig | None, model: QwenModel) -> dict[str, tuple[int, ...]]:
-    """The routers' tensors over all layers that have one, by their names in Megatron."""
-    if router is None:
-        return {}
-    own = router.kind.parameters(router, kinds.Sizes.of(model))
-    return {f"{ROUTER}.{parameter.name}": (len(model.expert_layers), *parameter.shape) for parameter in own}
-
-
 def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
     """Make the folder and return its record. On any exception nothing is left behind.
 
-    Args:
-        progress: called with the number of bytes after each write.
+    ``progress`` is called with the number of bytes after each write.
     """
-    rounding = Rounding()
     try:
         with (
             publish.new_folder(job.out, job.options.overwrite) as folder,
             ThreadPoolExecutor(1) as aside,
         ):
             flushed = []
-            for number, shard in enumerate(job.shards, start=1):
-                path = folder / shard_name(number, len(job.shards))
-                write_shard(job, shard, path, rounding, progress)
-                flushed.append(aside.submit(sync, path))
-            record = _record(job, rounding)
+            for file, shard in job.shards.items():
+                _write_shard(job, shard, folder / file, progress)
+                flushed.append(aside.submit(sync, folder / file))
+            record = _record(job)
             write_folder(job, folder, record)
             for flush in flushed:
                 flush.result()
@@ -170,7 +158,17 @@ def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> di
     return record
 
 
-def _record(job: Export, rounding: Rounding) -> dict[str, Any]:
+def _write_shard(job: Export, shard: list[Output], path: Path, progress: Callable[[int], None]) -> None:
+    """Write one file of weights."""
+    tasks = (partial(output.read, *rows) for output in shard for rows in blocks(output.shape, VALUE_BYTES))
+    with open(path, "xb") as file:
+        file.write(format_header([(output.name, output.shape) for output in shard], job.dtype))
+        for values in ahead(tasks):
+            file.write(as_bytes(values))
+            progress(values.nbytes)
+
+
+def _record(job: Export) -> dict[str, Any]:
     """What made the folder."""
     upcycled = job.manifest or {}
     return {
@@ -183,7 +181,7 @@ def _record(job: Export, rounding: Rounding) -> dict[str, Any]:
         "architecture": job.model.describe(),
         "dtype": dtype_name(job.dtype),
         "router": job.router.to_dict() if job.router else None,
-        "rounding": asdict(rounding) if job.router else None,
+        "rounding": rounding.measure(job),
         "upcycled": {name: upcycled[name] for name in ("seed", "versions") if name in upcycled} or None,
         "versions": versions(),
     }
@@ -195,19 +193,20 @@ def describe_result(job: Export, record: dict[str, Any], seconds: float) -> str:
     what = f"{job.class_name}, {record['architecture']}, {record['dtype']}"
     lines = [f"{job.out}: {what}, {size} in {seconds:.1f} s"]
     if record["rounding"]:
-        lines.append(Rounding(**record["rounding"]).describe(record["dtype"]))
-    if job.llama_cpp_fault:
-        lines.append(job.llama_cpp_fault)
-    why = record.get("no_tokenizer")
-    if why or not beside.is_tokenizer(job.out):
-        found = f"written: {why}" if why else "found"
+        lines.append(rounding.describe(record))
+    lines += job.faults
+    if (why := record.get("no_tokenizer")) or not beside.is_tokenizer(job.out):
+        what = f"written: {why}" if why else "found"
         lines.append(
-            f"no tokenizer was {found}; name its folder with --tokenizer DIR, or copy its files there"
+            f"no tokenizer was {what}; name its folder with --tokenizer DIR, or copy its files there"
         )
     if record.get("tokenizer_fault"):
         lines.append(f"tokenizer: {record['tokenizer_fault']}")
-    if job.left_out:
-        lines.append(f"left out: {', '.join(job.left_out)}")
+    if job.beside:
+        found = beside.look(job.beside)
+        own = (f"{CARD} (the export has its own)",) * (Path(CARD) in found.carried)
+        if left_out := (*own, *found.left_out):
+            lines.append(f"left out: {', '.join(left_out)}")
     code = "" if job.is_stock else ", trust_remote_code=True"
     lines.append(f'next: AutoModelForCausalLM.from_pretrained("{job.out}"{code})')
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from megatron_router_upcycling.checkpoint import beside, read_config_json
 from megatron_router_upcycling.checkpoint.dense_model import megatron_arguments
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
-from megatron_router_upcycling.checkpoint.names import dense_extra_states
+from megatron_router_upcycling.checkpoint.names import extra_states
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.torch_dist import tensor_in
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
@@ -31,17 +31,16 @@ from megatron_router_upcycling.files import format_bytes, sha256, versions
 from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import QwenModel, from_flags
 from megatron_router_upcycling.hf.files import CONFIG, INDEX, read_json, refuse_other_folders
-from megatron_router_upcycling.hf.name_table import Row
+from megatron_router_upcycling.hf.name_table import Index, Tensor
 from megatron_router_upcycling.hf.safetensors_file import (
     ahead,
     as_bytes,
     blocks,
     cast,
-    check_finite,
     dtype_name,
     sample_digest,
 )
-from megatron_router_upcycling.hf.weights import Weights
+from megatron_router_upcycling.hf.weights import Weights, choose_dtype, read_weights
 
 RECORD = "import_hf.json"
 MODEL_YAML = "model.yaml"
@@ -77,24 +76,18 @@ class Import:
 
     @property
     def bytes_to_write(self) -> int:
-        return name_table.num_elements(self.model) * self.dtype.itemsize
+        return sum(math.prod(tensor.shape) for tensor in name_table.tensors(self.model)) * self.dtype.itemsize
 
 
 def prepare(folder: Path, out: Path, options: Options) -> Import:
-    """Read and check everything but the values; write nothing.
-
-    Raises:
-        UserError: whatever would make the import fail and can be known beforehand.
-    """
-    if not folder.is_dir():
-        raise UserError(f"HF_DIR {folder}: no such folder; name the folder of a model's {CONFIG}")
+    """Read and check everything but the values; write nothing."""
+    refuse_other_folders(folder)
     publish.check_target(out, folder, options.overwrite, source_name="HF_DIR", made_by=RECORD)
     path = folder / CONFIG
-    refuse_other_folders(folder, "HF_DIR")
     flags = read_config_json.to_flags(read_json(path), path, options.vocabulary_multiple)
     model = from_flags(flags)
-    weights = Weights.open(folder)
-    dtype = weights.choose_dtype(model, options.dtype)
+    weights = read_weights(folder, model)
+    dtype = choose_dtype(weights, options.dtype)
     found = beside.look(folder, [*weights.paths, folder / INDEX])
     job = Import(folder, out, flags, model, weights, found, dtype, options)
     publish.check_space(out, job.bytes_to_write)
@@ -104,17 +97,15 @@ def prepare(folder: Path, out: Path, options: Options) -> Import:
 def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
     """Make the checkpoint and return its record. On any exception nothing is left behind.
 
-    Args:
-        progress: called with the number of bytes after each write.
+    ``progress`` is called with the number of bytes after each write.
     """
     try:
         with publish.new_folder(job.out, job.options.overwrite) as folder:
             record = _record(job)
-            job.weights.check_tied(job.model)
             with CheckpointWriter(folder / "release", "__0_", progress) as writer:
                 _write(job, writer)
             beside.copy(job.folder, job.beside.carried, folder / beside.FOLDER)
-            _write_yaml(job, folder / MODEL_YAML)
+            (folder / MODEL_YAML).write_text(_model_yaml(job), encoding="utf-8")
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             (folder / TRACKER).write_text("release", encoding="utf-8")
     except OSError as error:
@@ -145,10 +136,10 @@ def _record(job: Import) -> dict[str, Any]:
 
 
 def _write(job: Import, writer: CheckpointWriter) -> None:
-    for block in ahead(_tasks(job)):
-        writer.write_chunk(block.name, block.shape, block.values, [block.offset], checksum=block.checksum)
+    for tensor, offset, values, checksum in ahead(_tasks(job)):
+        writer.write_chunk(tensor.name, tensor.shape, values, [offset], checksum=checksum)
     empty = writer.write_object(torch_save_file.dump([None]))
-    for name in dense_extra_states(job.model.num_layers, qk_layernorm=job.model.qk_norm):
+    for name in extra_states(job.model.num_layers, 0, qk_layernorm=job.model.qk_norm):
         writer.add_object(name, empty)
     of_run = {
         "params_dtype": job.dtype,
@@ -166,66 +157,50 @@ def _write(job: Import, writer: CheckpointWriter) -> None:
     writer.finish()
 
 
-@dataclass(frozen=True)
-class Block:
-    """Rows of a Megatron tensor, ready to be written."""
-
-    name: str
-    shape: tuple[int, ...]  # of the whole tensor
-    offset: tuple[int, ...]
-    values: torch.Tensor
-    checksum: int
+# A tensor of Megatron's, and rows of it with their offset and their CRC-32.
+type Block = tuple[Tensor, Index, torch.Tensor, int]
 
 
 def _tasks(job: Import) -> Iterator[Callable[[bytearray], Block]]:
     """What to call, in this order, for all blocks of the checkpoint."""
-    for row in name_table.rows(job.model):
-        shape = name_table.megatron_shape(row, job.model)
-        for index in name_table.indices(row, job.model):
-            width = math.prod(shape[len(index) + 1 :])
-            for rows in blocks(shape[len(index)], width * job.dtype.itemsize):
-                yield partial(_read_block, job, row, index, rows)
+    for tensor in name_table.tensors(job.model):
+        for layer in tensor.layers:
+            for index, _ in tensor.places(layer):
+                for rows in blocks(tensor.shape[len(index) :], job.dtype.itemsize):
+                    yield partial(_read_block, job, tensor, index, *rows)
 
 
 def _read_block(
-    job: Import, row: Row, index: tuple[int, ...], rows: tuple[int, int], scratch: bytearray
+    job: Import, tensor: Tensor, index: Index, start: int, stop: int, scratch: bytearray
 ) -> Block:
-    """Rows of Megatron's tensor at a place of its stack, each read to where it belongs."""
-    parts = [name_table.name(part, index) for part in row.parts]
-    tensors = [job.weights.find(part, job.model) for part in parts]
-    where = f"{tensors[0].file.path}: {' and '.join(tensor.name for tensor in tensors)}"
-    shape = name_table.megatron_shape(row, job.model)
-    columns = shape[len(index) + 1 :]
-    values = tensor_in(scratch, job.dtype, (rows[1] - rows[0], *columns))
-    segments = name_table.segments(row, job.model)
-    position = 0
-    for number, first, last in name_table.cut([(start, stop) for _, start, stop in segments], *rows):
-        part = segments[number].part
-        target = values[position : position + last - first]
-        position += last - first
+    """The rows ``start`` .. ``stop`` of what ``tensor`` has at ``index``, each read to where it belongs."""
+    parts = [job.weights.tensors[name_table.name(part, index)] for part in tensor.parts]
+    where = f"{parts[0].path}: {' and '.join(part.name for part in parts)}"
+    columns = tensor.shape[len(index) + 1 :]
+    values = tensor_in(scratch, job.dtype, (stop - start, *columns))
+    ranges = [(segment.start, segment.stop) for segment in tensor.segments]
+    for number, first, last, place in name_table.cut(ranges, start, stop):
+        part = tensor.segments[number].part
+        target = values[place : place + last - first]
         if part is None:
             target.zero_()
-            continue
-        stored = tensors[part].rows(first, last)
-        target.copy_(stored if stored.dtype == job.dtype else cast(stored, job.dtype, where))
-    check_finite(values, where)
-    offset = (*index, rows[0], *(0 for _ in columns))
-    stacked = values[(None,) * len(index)]
-    return Block(row.megatron, shape, offset, stacked, zlib.crc32(as_bytes(values)))
+        else:
+            target.copy_(cast(parts[part].rows(first, last), job.dtype, where))
+    offset = (*index, start, *(0 for _ in columns))
+    return tensor, offset, values[(None,) * len(index)], zlib.crc32(as_bytes(values))
 
 
-def _write_yaml(job: Import, path: Path) -> None:
+def _model_yaml(job: Import) -> str:
     entries = job.flags | job.tokenizer
     if job.tokenizer:
         entries["tokenizer_model"] = beside.FOLDER  # beside this file, wherever it is moved
     entries |= {"make_vocab_size_divisible_by": job.options.vocabulary_multiple}
     if job.dtype == torch.bfloat16:
         entries |= {"bf16": True}
-    path.write_text(
+    return (
         f"# {job.folder.absolute().name}, as Megatron's arguments. Build a configuration on it with\n"
         f"# base: {MODEL_YAML}, or give it as --config beside flags for data and training.\n"
-        + yaml.safe_dump(entries, sort_keys=False),
-        encoding="utf-8",
+        + yaml.safe_dump(entries, sort_keys=False)
     )
 
 
@@ -233,7 +208,6 @@ def describe_result(job: Import, record: dict[str, Any], seconds: float) -> str:
     """What was made, and what to run next."""
     size = format_bytes(job.bytes_to_write)
     left_out = f"left out: {', '.join(job.beside.left_out)}\n" if job.beside.left_out else ""
-    left_out += "".join(f"{line}\n" for line in _warnings(job))
     tokenizer = "" if job.tokenizer else " --tokenizer-type HuggingFaceTokenizer --tokenizer-model TOKENIZER"
     return (
         f"{job.out}: {record['architecture']}, {record['dtype']}, {size} in {seconds:.1f} s\n{left_out}"
@@ -241,22 +215,3 @@ def describe_result(job: Import, record: dict[str, Any], seconds: float) -> str:
         "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys"
         f" --config {job.out / MODEL_YAML} --load {job.out} --output KEY_STATS{tokenizer} [flags for data]"
     )
-
-
-def _warnings(job: Import) -> Iterator[str]:
-    """What the user should know of the model before training it."""
-    if job.dtype == torch.float16:
-        yield "float16 weights: training is in float32, or in bfloat16 with --bf16"
-    if not job.tokenizer:
-        yield f"no tokenizer in {job.folder}: name the model's with --tokenizer-model"
-    path = job.folder / "tokenizer.json"
-    if path.is_file():
-        content = read_json(path)
-        vocabulary = (content.get("model") or {}).get("vocab") or {}
-        ids = [token.get("id", 0) for token in content.get("added_tokens") or []]
-        ids += vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-        if (largest := max(ids, default=0)) >= job.model.vocab_size:
-            yield (
-                f"warning: the tokenizer has tokens up to {largest} and the model {job.model.vocab_size} of"
-                " them: data with tokens beyond will be refused"
-            )

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_router_upcycling.hf import rounding
 from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import MODELLING_FILE
-from megatron_router_upcycling.hf.shard import Rounding
 
 
 def model_card(job: Export, record: dict[str, Any]) -> str:
@@ -48,16 +48,14 @@ def _router_section(job: Export, record: dict[str, Any]) -> str:
         how = router.kind.exported.format(rows=job.gate["weight"][0])
         folded = f"It stands here {how}: see `{MODELLING_FILE}`, which needs transformers 5."
     notes = "".join(f"\n\n{note}" for note in _notes(job))
-    tools = "".join(f"- {sentence}.\n" for sentence in _elsewhere(job)) if job.is_stock else ""
-    elsewhere = f"\n## In other tools\n\n{tools}" if tools else ""
-    assert isinstance(record["rounding"], dict)
-    rounding = Rounding(**record["rounding"]).describe(record["dtype"])
+    tools = "".join(f"- {sentence}.\n" for sentence in _elsewhere(job))
+    elsewhere = f"\n## In other tools\n\n{tools}" if job.is_stock else ""
     return f"""
 ## Router
 
 {router.num_experts} experts, {router.top_k} a token; the router is {kind}; {order}. {folded}{notes}
 
-Precision: {rounding}
+Precision: {rounding.describe(record)}
 (random hidden states of unit variance, through each layer's norm).
 {elsewhere}"""
 
@@ -82,12 +80,24 @@ def _notes(job: Export) -> Iterator[str]:
             f" `down_proj`, {'exactly' if exact else 'rounded to the dtype of the weights'}."
         )
     if job.aux_losses:
-        yield _auxiliary_loss(job)
+        assert job.router is not None
+        given = " and ".join(f"`{kind}` {value:g}" for kind, value in job.aux_losses.items())
+        what = f"trained with Megatron's {given}"
+        if job.is_untrained:
+            what = f"the experts have not been trained yet; for their training the paper's {given}"
+        count, k = len(model.expert_layers), job.router.top_k
+        yield (
+            f"Load balancing: {what}, added up over {count} layers. transformers has one loss over all layers"
+            f" together, which counts each of a token's {k} choices, and adds it only with"
+            f" `output_router_logits=True`. `router_aux_loss_coef` {job.aux_loss_coefficient:g} (that times"
+            f" {count}/{k}) gives routers the same gradients where the layers load their experts alike, and"
+            " otherwise those of the mean load over layers."
+        )
 
 
 def _elsewhere(job: Export) -> Iterator[str]:
     """Where other tools take the folder for another model, or train other parts of it, without a word."""
-    yield from filter(None, (job.llama_cpp_fault, job.mbridge_fault))
+    yield from job.faults
     yield (
         "transformers 5 saves config.json without `rope_theta` (and Qwen3-MoE's without `num_experts`), and"
         " transformers 4 then takes its own defaults. Put them back before it, or a tool of its time, reads"
@@ -103,22 +113,4 @@ def _elsewhere(job: Export) -> Iterator[str]:
         "transformers' Trainer adds the load balancing loss whole in each micro-batch: divide"
         " `router_aux_loss_coef` by its accumulation steps. trl divides, and adds the loss whenever the"
         " coefficient is not 0"
-    )
-
-
-def _auxiliary_loss(job: Export) -> str:
-    assert job.router is not None
-    given = " and ".join(f"`{kind}` {value:g}" for kind, value in job.aux_losses.items())
-    layers, k = len(job.model.expert_layers), job.router.top_k
-    what = (
-        f"the experts have not been trained yet; for their training the paper's {given}"
-        if job.is_untrained
-        else f"trained with Megatron's {given}"
-    )
-    return (
-        f"Load balancing: {what}, added up over {layers} layers. transformers has"
-        f" one loss over all layers together, which counts each of a token's {k} choices, and adds it only"
-        f" with `output_router_logits=True`. `router_aux_loss_coef` {job.aux_loss_coefficient:g} (that times"
-        f" {layers}/{k}) gives routers the same gradients where the layers load their experts alike, and"
-        " otherwise those of the mean load over layers."
     )

@@ -1,19 +1,15 @@
 """What other tools make of an export.
 
 llama.cpp and mbridge do not read every entry of config.json: as of the versions in docs/hugging_face.md,
-whether the chosen experts' weights are renormalised depends on the class alone, and in llama.cpp every layer
-must have experts.
+whether the chosen experts' weights are renormalised depends on the class alone, and every layer must have
+experts.
 
-transformers trains the export with the load balancing loss that config.json gives. Of one layer, n experts, k
-a token, T tokens: f_i tokens chose expert i, P_i is the sum of their softmax.
-
-- Megatron adds c n / (k T^2) sum_i f_i P_i for every layer.
-- transformers adds r n / (L T)^2 sum_i F_i Q_i once, where F and Q are sums of f and P over all L layers, and
-  only with ``output_router_logits``.
-
-Counts have no gradient, so that the gradients by one layer's P_i are c n f_i / (k T^2) and r n F_i / (L T)^2.
-With r = c L / k they are equal where the layers' counts are (F_i = L f_i), as in a single layer; elsewhere
-transformers' is Megatron's with each layer's counts replaced by their mean over the layers.
+transformers trains the export with the load balancing loss of config.json. Of one layer, n experts, k a
+token, T tokens: f_i tokens chose expert i, P_i is the sum of their softmax. Megatron adds
+c n / (k T^2) sum_i f_i P_i for every layer; transformers, only with ``output_router_logits``,
+r n / (L T)^2 sum_i F_i Q_i once, where F and Q are sums of f and P over all L layers. With r = c L / k the
+gradients by P_i, c n f_i / (k T^2) and r n F_i / (L T)^2, are equal where the layers' counts are
+(F_i = L f_i), as in a single layer; elsewhere each layer's counts are replaced by their mean over the layers.
 
 Pure: no torch.
 """
@@ -24,7 +20,6 @@ from typing import Any
 from megatron_router_upcycling.hf.architecture import QwenModel
 from megatron_router_upcycling.routers.config import RouterConfig
 
-RENORMALISES = {"qwen2": False, "qwen3": True}
 # Of a model whose experts have not trained yet, so that whoever trains it first balances their load: the c of
 # the paper (section 4.1) and of configs/methods.
 UNTRAINED = {"aux_loss": 0.02}
@@ -52,31 +47,22 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def llama_cpp_fault(model: QwenModel, router: RouterConfig, shared_expert_width: int) -> str | None:
-    """Why llama.cpp does not compute this model, which stock classes hold; None where it does."""
-    name = f"{model.family.capitalize()}-MoE"
+def faults(model: QwenModel, router: RouterConfig, shared_expert_width: int) -> list[str]:
+    """Why llama.cpp and mbridge do not compute this model, which stock classes hold; none where they do."""
+    name, is_qwen2 = f"{model.family.capitalize()}-MoE", model.family == "qwen2"
+    order = None
+    if router.pre_softmax != is_qwen2 and router.top_k != router.num_experts:
+        order = (
+            f"computes another model: it {'never' if is_qwen2 else 'always'} renormalises the chosen experts'"
+            f" weights in {name}, and this one routes by"
+            f" {'softmax, then top-k' if router.pre_softmax else 'top-k, then softmax'}"
+        )
+    llama_cpp = mbridge = order
     if model.dense_layers:
-        return f"llama.cpp does not load this model: it wants experts in every layer of {name}"
-    if model.family == "qwen2" and not shared_expert_width:
-        return f"llama.cpp does not load this model: it wants a shared expert in {name}"
-    return _other_order("llama.cpp", model, router)
-
-
-def mbridge_fault(model: QwenModel, router: RouterConfig) -> str | None:
-    """The same for mbridge, which has no gate of the shared expert either."""
-    if model.family == "qwen2" and model.shared_expert_size:
-        return "mbridge computes another model: it leaves out the gate of Qwen2-MoE's shared expert"
-    if model.dense_layers:
-        return "mbridge does not load this model: it wants experts in every layer"
-    return _other_order("mbridge", model, router)
-
-
-def _other_order(tool: str, model: QwenModel, router: RouterConfig) -> str | None:
-    renormalises = RENORMALISES[model.family]
-    if renormalises != router.pre_softmax or router.top_k == router.num_experts:
-        return None
-    order = "softmax, then top-k" if router.pre_softmax else "top-k, then softmax"
-    return (
-        f"{tool} computes another model: it {'always' if renormalises else 'never'} renormalises the"
-        f" chosen experts' weights in {model.family.capitalize()}-MoE, and this one routes by {order}"
-    )
+        mbridge = "does not load this model: it wants experts in every layer"
+        llama_cpp = f"{mbridge} of {name}"
+    elif is_qwen2 and not shared_expert_width:
+        llama_cpp = f"does not load this model: it wants a shared expert in {name}"
+    if is_qwen2 and model.shared_expert_size:
+        mbridge = "computes another model: it leaves out the gate of Qwen2-MoE's shared expert"
+    return [f"{tool} {why}" for tool, why in (("llama.cpp", llama_cpp), ("mbridge", mbridge)) if why]

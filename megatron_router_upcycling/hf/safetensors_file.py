@@ -1,7 +1,7 @@
 """Safetensors files, read and written by blocks of rows, so that no tensor need be in memory whole.
 
-The safetensors library reads and checks them. It writes only what is in memory whole, so the header of a
-file to write is made here: eight bytes that give its length, then JSON: name -> dtype, shape, and where the
+The safetensors library checks a file before it is read. It writes only what is in memory whole, so the header
+of a new file is made here: eight bytes that give its length, then JSON: name -> dtype, shape, and where the
 values begin and end. https://huggingface.co/docs/safetensors
 """
 
@@ -12,14 +12,14 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_router_upcycling.checkpoint.format.finite import WORDS, all_finite
+from megatron_router_upcycling.checkpoint.publish.source_check import all_finite
 from megatron_router_upcycling.errors import UserError, reason
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
@@ -27,52 +27,45 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH = struct.Struct("<Q")
 ALIGNMENT = 8
 SAMPLES, SAMPLE_BYTES = 1024, 4096
-MAPPED_BYTES = 32 << 20
 BLOCK_BYTES = 8 << 20  # of a tensor in memory at a time: it is still in a cache when it is written
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What a file says of a tensor; ``dtype`` in the words of the format."""
+class Stored(NamedTuple):
+    """A tensor where it lies in a file; ``dtype`` in the words of the format."""
 
+    path: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int  # of its first byte
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Read the rows ``start`` .. ``stop``."""
+        dtype = DTYPES[self.dtype]
+        row_bytes = math.prod(self.shape[1:]) * dtype.itemsize
+        count, offset = (stop - start) * row_bytes, self.offset + start * row_bytes
+        found = torch.from_numpy(np.fromfile(self.path, np.uint8, count, offset=offset))
+        return found.view(dtype).view(stop - start, *self.shape[1:])
 
 
-class SafetensorsFile:
-    """A file open for reading; ``entries`` are by name.
-
-    The library maps the file into memory, and what was read counts as the process's own memory while it is
-    mapped. So the file is mapped anew after every ``MAPPED_BYTES``.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._map()
-        slices = {name: self._mapped.get_slice(name) for name in self._mapped.keys()}  # noqa: SIM118
-        self.entries = {
-            name: Entry(found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()
-        }
-
-    def _map(self) -> None:
-        try:
-            self._mapped = safe_open(self.path, framework="pt")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({reason(error)})") from None
-        except SafetensorError as error:
-            raise UserError(
-                f"{self.path}: cut short, damaged or not a safetensors file ({reason(error)});"
-                " download it again"
-            ) from None
-        self._bytes_read = 0
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """The rows ``start`` .. ``stop`` of a tensor, in the mapped file: to be copied, not kept."""
-        if self._bytes_read > MAPPED_BYTES:
-            self._map()
-        found: torch.Tensor = self._mapped.get_slice(name)[start:stop]
-        self._bytes_read += found.nbytes
-        return found
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a whole file, by name."""
+    try:
+        with safe_open(path, framework="pt"), open(path, "rb") as file:
+            (length,) = LENGTH.unpack(file.read(LENGTH.size))
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: cut short, damaged or not a safetensors file ({reason(error)}); download it again"
+        ) from None
+    values = LENGTH.size + length
+    return {
+        name: Stored(path, name, entry["dtype"], tuple(entry["shape"]), values + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def sample_digest(path: Path) -> str:
@@ -99,11 +92,11 @@ def format_header(tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.d
     return LENGTH.pack(len(encoded)) + encoded
 
 
-def blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows (start, stop) that follow one another, each of at most BLOCK_BYTES."""
-    step = max(1, BLOCK_BYTES // row_bytes)
-    for start in range(0, num_rows, step):
-        yield start, min(start + step, num_rows)
+def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+    """Ranges of a tensor's rows (start, stop) that follow one another, each of at most BLOCK_BYTES."""
+    step = max(1, BLOCK_BYTES // (math.prod(shape[1:]) * itemsize))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
 
 
 def ahead[T](tasks: Iterable[Callable[[bytearray], T]]) -> Iterator[T]:
@@ -132,25 +125,21 @@ def as_bytes(values: torch.Tensor) -> memoryview:
     return memoryview(values.view(torch.uint8).flatten().numpy())
 
 
-def check_finite(values: torch.Tensor, where: str) -> None:
-    """Refuse NaN and infinity; ``where`` names the file and the tensor."""
-    if not _finite(values):
-        raise UserError(f"{where}: holds NaN or infinite values; use another copy of the model")
-
-
 def cast(values: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
     """``values`` in ``dtype``; in ``dtype`` already, they are returned as they are.
 
-    A value that is NaN or infinite, or becomes so, is refused; ``where`` names the tensor.
+    A value that is NaN or infinite, or becomes so, is refused; ``where`` names the file and the tensor.
     """
-    check_finite(values, where)
+    _check_finite(values, f"{where}: holds NaN or infinite values; use another copy of the model")
     if values.dtype == dtype:
         return values
     converted = values.to(dtype)
-    if not _finite(converted):
-        raise UserError(f"{where}: holds values too large for {dtype_name(dtype)}; choose another --dtype")
+    _check_finite(
+        converted, f"{where}: holds values too large for {dtype_name(dtype)}; choose another --dtype"
+    )
     return converted
 
 
-def _finite(values: torch.Tensor) -> bool:
-    return all_finite(values.flatten().view(torch.uint8).numpy().view(WORDS[values.itemsize]), values.dtype)
+def _check_finite(values: torch.Tensor, fault: str) -> None:
+    if not all_finite(values):
+        raise UserError(fault)

@@ -9,7 +9,6 @@ Symbols: S tokens, D hidden size, F FFN size, n experts.
 
 import hashlib
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -88,13 +87,13 @@ def alter_router(
     init: InitConfig,
     seed: int,
     layer: int,
-    inputs: Callable[[], Tensor],
+    inputs: Tensor | None,
 ) -> dict[str, Tensor]:
     """One layer's router as ``init`` wants it.
 
     Args:
         values: the parameters by name, in the checkpoint's dtype.
-        inputs: gives a sample of the layer's router inputs [S, D].
+        inputs: where it is needed, a sample of the layer's router inputs [S, D].
     """
     dtype = next(iter(values.values())).dtype
     made = dict(values)
@@ -102,29 +101,26 @@ def alter_router(
         if option == "random":
             made[name] = with_norm_of(made[name], generator(seed, name, layer)).to(dtype)
     if init.gate == "centroid":
-        sample = inputs()
-        if len(sample) < router.num_copies:
+        assert inputs is not None
+        if len(inputs) < router.num_copies:
             raise UserError(
-                f"gate centroid: {len(sample)} tokens in --key-stats are too few for {router.num_copies}"
+                f"gate centroid: {len(inputs)} tokens in --key-stats are too few for {router.num_copies}"
                 " experts; collect more with --router-samples"
             )
-        centres = cluster_centres(sample, router.num_copies, generator(seed, "centroid", layer))
+        centres = cluster_centres(inputs, router.num_copies, generator(seed, "centroid", layer))
         norms = made["weight"][:: router.granularity].double().norm(dim=1, keepdim=True).float()
         made["weight"] = (centres * norms).repeat_interleave(router.granularity, dim=0).to(dtype)
     scale = init.logit_scale
     if init.target_entropy is not None:
-        scale = scale_to_entropy(logits(made, router, inputs()), init.target_entropy, f"in layer {layer}")
+        assert inputs is not None
+        gate = router.kind.gate(made, router, inputs.shape[1], torch.float64)
+        logits = router.kind.logits(gate, inputs.double(), router)
+        scale = scale_to_entropy(logits, init.target_entropy, f"in layer {layer}")
     if scale != 1:
         scaled = router.kind.scaled
         assert scaled is not None  # InitConfig.check refuses the others
         made[scaled] = (made[scaled].double() * scale).to(dtype)
     return made
-
-
-def logits(values: dict[str, Tensor], router: RouterConfig, inputs: Tensor) -> Tensor:
-    """Logits [S, n] in float64 of ``inputs`` [S, D]."""
-    gate = router.kind.gate(values, router, inputs.shape[1], torch.float64)
-    return router.kind.logits(gate, inputs.double(), router)
 
 
 def alter_expert(

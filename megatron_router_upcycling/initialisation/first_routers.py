@@ -1,12 +1,10 @@
 """The routers' first values: made from attention heads and key statistics, or drawn at random.
 
-Symbols: L layers, n experts, m routers, c keys an expert, d' router width, H query heads, G query groups,
-d head size, D hidden size.
+Symbols: L layers, H query heads, G query groups, d head size, D hidden size.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -16,8 +14,7 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.ablations import alter_router
-from megatron_router_upcycling.initialisation.heads import init_mixture
-from megatron_router_upcycling.initialisation.qkv import split_qkv
+from megatron_router_upcycling.initialisation.heads import init_mixture, query_heads
 from megatron_router_upcycling.key_statistics.file import KeyStats, read_router_input
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
@@ -38,9 +35,8 @@ def router_values(
     model: DenseModel,
     router: RouterConfig,
     init: InitConfig,
-    stats: tuple[KeyStats, Path] | None,
+    stats: KeyStats | None,
     seed: int,
-    scratch: bytearray,
     layers: Iterable[int],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield the routers' parameters of ``layers`` in the order of ``router_parameters``, the model's dtype.
@@ -52,16 +48,18 @@ def router_values(
     for layer in layers:
         if router.kind.of_heads:
             assert stats is not None
-            values = _of_heads(dense, model, router, init, stats[0], scratch, layer)
+            qkv = dense.read_layer(QKV, layer, bytearray())
+            queries = query_heads(qkv, model.num_attention_heads, model.num_query_groups)
+            query_weight, expert_key = init_mixture(queries, _head_keys(init, stats, model, layer), router)
+            values = {"query_weight": query_weight, "expert_key": expert_key}
         else:
             values = _drawn(model, router, generator)
         values = {name: value.to(model.dtype) for name, value in values.items()}
         if init.alters_router and values:
-
-            def inputs(layer: int = layer) -> torch.Tensor:
-                assert stats is not None
-                return read_router_input(stats[1], layer)
-
+            inputs = None
+            if init.needs_router_input:
+                assert stats is not None and stats.path is not None
+                inputs = read_router_input(stats.path, layer)
             values = alter_router(values, router, init, seed, layer, inputs)
         yield tuple(
             values[parameter.name]
@@ -88,24 +86,12 @@ def choose_head_key(init: InitConfig, stats: KeyStats, model: DenseModel) -> str
     return "attended" if shared and stats.attended is not None else "mean"
 
 
-def _of_heads(
-    dense: Checkpoint,
-    model: DenseModel,
-    router: RouterConfig,
-    init: InitConfig,
-    stats: KeyStats,
-    scratch: bytearray,
-    layer: int,
-) -> dict[str, torch.Tensor]:
-    H, G, d = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    query, _, _ = split_qkv(dense.read_layer(QKV, layer, scratch), H, G)
+def _head_keys(init: InitConfig, stats: KeyStats, model: DenseModel, layer: int) -> torch.Tensor:
+    """A layer's keys of heads, [H, d]."""
     if choose_head_key(init, stats, model) == "attended":
         assert stats.attended is not None
-        key_heads = stats.attended[layer]
-    else:
-        key_heads = stats.mean[layer].repeat_interleave(H // G, dim=0)  # [G, d] -> [H, d]
-    query_weight, expert_key = init_mixture(query.unflatten(0, (H, d)), key_heads, router)
-    return {"query_weight": query_weight, "expert_key": expert_key}
+        return stats.attended[layer]
+    return stats.mean[layer].repeat_interleave(model.num_attention_heads // model.num_query_groups, dim=0)
 
 
 def _drawn(model: DenseModel, router: RouterConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -1,8 +1,7 @@
 """From attention heads to a mixture of routers (arXiv 2509.00679, section 3.2 and 5.2).
 
-Pure torch: group a layer's heads by the likeness of their average keys, merge each set's query
-projections into a router's query map W^j and each set's keys into an expert's key K_i, and fold the two
-into linear gates.
+Pure torch: group a layer's heads by the likeness of their average keys, merge each set's query projections
+into a router's query map W^j and each set's keys into an expert's key K_i.
 
 Symbols: T tokens, D hidden size, H query heads, d head size, m routers, n experts, c keys an expert,
 d' router width. ``RouterConfig.shape`` holds the rules that give d' and c.
@@ -22,6 +21,16 @@ SIMILARITY_DECIMALS = 12
 Sets = list[list[int]]
 
 
+def query_heads(qkv: Tensor, num_heads: int, num_groups: int) -> Tensor:
+    """The query projection by head, [H, d, D], of Megatron's fused ``linear_qkv`` [(H + 2G) * d, D].
+
+    Of each of G query groups it holds H/G query heads, then the key, then the value.
+    """
+    queries = num_heads // num_groups
+    by_group = qkv.unflatten(0, (num_groups, queries + 2, -1))  # [G, H/G + 2, d, D]
+    return by_group[:, :queries].flatten(0, 1)
+
+
 def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor]:
     """Initial parameters of one layer's mixture of routers (paper, eq. 4 and 5).
 
@@ -38,9 +47,6 @@ def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -
         query_weight [m, d', D] in the dtype of ``query_heads``, and expert_key [n*c, d'] in float32, of
         which expert i owns rows i*c .. i*c + c-1. With granularity G, each of n copies' keys stand G
         times, and there are n*G*c rows.
-
-    Raises:
-        UserError: a key is not finite, or m, n and H do not fit (``RouterConfig.shape``).
     """
     num_heads, head_dim, hidden = query_heads.shape
     assert key_heads.shape == (num_heads, head_dim)
@@ -69,14 +75,7 @@ def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -
 
 
 def split_heads(heads: Tensor, parts: int) -> Tensor:
-    """Cut each head's d rows in ``parts``: head h, part p becomes head h*parts + p (section 5.2.1).
-
-    Args:
-        heads: [H, d, ...].
-
-    Returns:
-        [H*parts, d/parts, ...], a view.
-    """
+    """Cut each head's d rows, [H, d, ...] -> [H*parts, d/parts, ...]; a head's parts stand together."""
     num_heads, head_dim = heads.shape[:2]
     return heads.reshape(num_heads * parts, head_dim // parts, *heads.shape[2:])
 
@@ -84,10 +83,6 @@ def split_heads(heads: Tensor, parts: int) -> Tensor:
 def cosine_similarity(keys: Tensor) -> Tensor:
     """Cosine similarity of every two keys, [H, d] -> [H, H] in float64; 0 beside a key of zeros."""
     keys = keys.double()
-    finite = keys.isfinite().all(dim=1)
-    if not finite.all():
-        head = int((~finite).nonzero()[0])
-        raise UserError(f"--key-stats: the average key of head {head} is not finite; collect keys again")
     norm = keys.norm(dim=1, keepdim=True)
     unit = keys / norm.where(norm > 0, 1.0)
     # Each product is summed alone: equal keys then have equal similarities, which a matrix product's
@@ -107,11 +102,7 @@ def group_heads(keys: Tensor, num_sets: int, grouping: str) -> Sets:
     - ``optimal``: the pairs with the largest sum of similarities; an odd prime factor is merged greedily.
     - ``consecutive``: neighbours in index order, whatever their keys.
 
-    Args:
-        keys: [H, d].
-
-    Returns:
-        ``num_sets`` sets of head indices; heads within a set in index order, sets by their first head.
+    Of keys [H, d], ``num_sets`` sets of head indices; heads within a set in index order, sets by their first.
     """
     num_heads = len(keys)
     assert num_heads % num_sets == 0
@@ -122,10 +113,8 @@ def group_heads(keys: Tensor, num_sets: int, grouping: str) -> Sets:
     sets = [[head] for head in range(num_heads)]
     for prime in _prime_factors(size):
         means = torch.stack([keys[members].mean(dim=0) for members in sets])
-        if prime > 2:
-            merged = _greedy_merge(means, prime)
-        else:
-            merged = _optimal_pairs(means) if grouping == "optimal" else _greedy_pairs(means)
+        optimal = grouping == "optimal" and prime == 2
+        merged = _optimal_pairs(means) if optimal else _greedy_merge(means, prime)
         sets = sorted(sorted(head for i in chosen for head in sets[i]) for chosen in merged)
     return sets
 
@@ -137,14 +126,8 @@ def overlapping_sets(keys: Tensor, num_sets: int, size: int, grouping: str) -> S
     have been in the fewest sets together come first, and the most similar ones among these. So no two sets
     are equal.
 
-    Args:
-        keys: [H, d]; ``size`` divides H and is less.
-
-    Returns:
-        ``num_sets`` different sets, round after round: a multiple of H / size.
-
-    Raises:
-        UserError: a key is not finite, or there are not so many different sets.
+    Of keys [H, d], of which ``size`` divides H and is less: ``num_sets`` different sets, round after round, a
+    multiple of H / size.
     """
     sets = made = group_heads(keys, len(keys) // size, grouping)
     heads = range(len(keys))
@@ -211,28 +194,17 @@ def _prime_factors(number: int) -> list[int]:
     return factors
 
 
-def _pairs_by_similarity(keys: Tensor) -> list[tuple[int, int]]:
+def _ranked_pairs(similarity: list[list[float]]) -> list[tuple[int, int]]:
     """All pairs (i, j), i < j, by falling similarity, then by i, then by j."""
-    similarity = cosine_similarity(keys).tolist()
-    pairs = [(i, j) for i in range(len(keys)) for j in range(i + 1, len(keys))]
+    pairs = itertools.combinations(range(len(similarity)), 2)
     return sorted(pairs, key=lambda pair: -similarity[pair[0]][pair[1]])
 
 
-def _greedy_pairs(keys: Tensor) -> Sets:
-    free = set(range(len(keys)))
-    chosen = []
-    for i, j in _pairs_by_similarity(keys):
-        if i in free and j in free:
-            chosen.append([i, j])
-            free -= {i, j}
-    return chosen
-
-
 def _greedy_merge(keys: Tensor, count: int) -> Sets:
-    """Greedy sets of ``count`` > 2: a seed pair, then the best for the running mean, ties by index."""
+    """Greedy sets of ``count``: a seed pair, then the best for the running mean, ties by index."""
     free = set(range(len(keys)))
     chosen = []
-    for i, j in _pairs_by_similarity(keys):
+    for i, j in _ranked_pairs(cosine_similarity(keys).tolist()):
         if i not in free or j not in free:
             continue
         members = [i, j]
@@ -240,8 +212,8 @@ def _greedy_merge(keys: Tensor, count: int) -> Sets:
         while len(members) < count:
             candidates = sorted(free)
             mean = keys[members].mean(dim=0, keepdim=True)
-            similarity = cosine_similarity(torch.cat((mean, keys[candidates])))[0, 1:].tolist()
-            best = candidates[similarity.index(max(similarity))]
+            to_mean = cosine_similarity(torch.cat((mean, keys[candidates])))[0, 1:].tolist()
+            best = candidates[to_mean.index(max(to_mean))]
             members.append(best)
             free.remove(best)
         chosen.append(members)
@@ -254,7 +226,7 @@ def _optimal_pairs(keys: Tensor) -> Sets:
 
     graph = networkx.Graph()
     similarity = cosine_similarity(keys).tolist()
-    for i, j in _pairs_by_similarity(keys):
+    for i, j in _ranked_pairs(similarity):
         # Whole numbers: the matching is then exact, with no rounding in its dual variables.
         graph.add_edge(i, j, weight=round(similarity[i][j] * 10**SIMILARITY_DECIMALS))
     return [list(pair) for pair in networkx.max_weight_matching(graph, maxcardinality=True)]

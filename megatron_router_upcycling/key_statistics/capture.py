@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +26,10 @@ def capture_keys(model: Sequence[torch.nn.Module], sums: KeySums, key_source: st
         key_source: ``pre_rope``: the key as ``SelfAttention.get_query_key_value_tensors`` returns it,
             with its bias and its key norm. ``post_rope``: the key that core attention is called with.
     """
+    hook = _take_before_rotary if key_source == "pre_rope" else _take_after_rotary
     with contextlib.ExitStack() as stack:
         for attention in self_attentions(model):
-            take = _taker(attention, sums)
-            if key_source == "pre_rope":
-                stack.callback(_take_before_rotary(attention, take))
-            else:
-                stack.callback(_take_after_rotary(attention, take))
+            stack.callback(hook(attention, _taker(attention, sums)))
         yield
 
 
@@ -62,11 +60,7 @@ def _taker(attention: Any, sums: KeySums) -> Take:
     first_group = get_pg_rank(attention.pg_collection.tp) * num_groups
 
     def take(query: torch.Tensor, key: torch.Tensor) -> None:
-        if tuple(key.shape[-2:]) != (num_groups, size):
-            raise RuntimeError(
-                f"key statistics: layer {layer} gives keys {list(key.shape)} where [..., {num_groups},"
-                f" {size}] is expected from {SELF_ATTENTION}"
-            )
+        assert tuple(key.shape[-2:]) == (num_groups, size), f"{SELF_ATTENTION}: keys of {list(key.shape)}"
         with torch.no_grad():
             heads = attending_heads(query, key, attention.pg_collection.cp)
         sums.add(layer, first_group, key, heads)
@@ -101,10 +95,6 @@ def _take_after_rotary(attention: Any, take: Take) -> Callable[[], None]:
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("query", "key"), args, strict=False)) | kwargs
-        if "query" not in given or "key" not in given:
-            raise patching.changed(
-                "key statistics", f"{SELF_ATTENTION}.core_attention is called without a query or key"
-            )
         take(given["query"], given["key"])
 
     return core.register_forward_pre_hook(hook, with_kwargs=True).remove
@@ -119,14 +109,8 @@ def capture_router_input(model: Sequence[torch.nn.Module], sample: RouterInput) 
         for chunk in model:
             for layer in get_attr_wrapped_model(chunk, "decoder").layers:
                 norm = _norm_inside(layer.mlp, layer.config)
-                number = layer.layer_number - 1
-
-                def hook(
-                    module: torch.nn.Module, args: tuple[Any, ...], layer: int = number, norm: Any = norm
-                ) -> None:
-                    sample.take(layer, args[0], norm)
-
-                stack.callback(layer.mlp.register_forward_pre_hook(hook).remove)
+                take = partial(sample.take, layer.layer_number - 1, norm)
+                stack.callback(layer.mlp.register_forward_pre_hook(take).remove)
         yield
 
 
@@ -135,14 +119,13 @@ def _norm_inside(mlp: torch.nn.Module, config: Any) -> Any:
     weight = getattr(mlp.linear_fc1, "layer_norm_weight", None)
     if weight is None:
         return lambda hidden: hidden
-    bias = mlp.linear_fc1.layer_norm_bias if config.normalization == "LayerNorm" else None
 
     def norm(hidden: torch.Tensor) -> torch.Tensor:
         gain = weight.float() + config.layernorm_zero_centered_gamma
         size, epsilon = (hidden.shape[-1],), config.layernorm_epsilon
         if config.normalization == "RMSNorm":
             return torch.nn.functional.rms_norm(hidden.float(), size, gain, epsilon)
-        shift = None if bias is None else bias.float()
-        return torch.nn.functional.layer_norm(hidden.float(), size, gain, shift, epsilon)
+        bias = mlp.linear_fc1.layer_norm_bias
+        return torch.nn.functional.layer_norm(hidden.float(), size, gain, bias.float(), epsilon)
 
     return norm

@@ -1,6 +1,5 @@
 """Run the dense model over its training data and average its key vectors (section 3.2)."""
 
-import contextlib
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +20,7 @@ from megatron_router_upcycling.key_statistics import capture, router_sample
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.moments import KeySums
-from megatron_router_upcycling.training import launch
+from megatron_router_upcycling.training import launch, train
 
 
 def collect(run: launch.Run) -> None:
@@ -38,7 +37,18 @@ def collect(run: launch.Run) -> None:
         "tp": parallel_state.get_tensor_model_parallel_rank(),
     }
     sample = router_sample.RouterInput(args, args.router_samples, ranks)
-    losses = run_over_data(args, model, sums, sample)
+    data = train_iterators(args, len(model), args.collect_iters)
+    batches = tqdm(
+        range(args.collect_iters),
+        desc="collecting keys",
+        unit="token",
+        unit_scale=args.global_batch_size * args.seq_length,
+        disable=args.quiet or args.rank != 0 or None,
+    )
+    losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    with capture.capture_router_input(model, sample), capture.capture_keys(model, sums, args.key_source):
+        for _ in batches:
+            losses += forward(args, model, data)
     sums.all_reduce()
     inputs = sample.gather(args.num_layers) if sample.num_tokens else None
     torch.distributed.all_reduce(losses)
@@ -50,31 +60,6 @@ def new_sums(args: Namespace) -> KeySums:
     """Empty sums of the whole model's size, on this rank's device."""
     heads, groups, size = args.num_attention_heads, num_query_groups(args), args.kv_channels
     return KeySums(args.num_layers, heads, groups, size, torch.cuda.current_device())
-
-
-def run_over_data(
-    args: Namespace, model: list[torch.nn.Module], sums: KeySums, sample: router_sample.RouterInput
-) -> torch.Tensor:
-    """Fill ``sums`` and ``sample`` from the training data; what ``forward`` gives, summed."""
-    data = train_iterators(args, len(model), args.collect_iters)
-    tokens_per_batch = args.global_batch_size * args.seq_length
-    losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-    with (
-        capture.capture_router_input(model, sample) if sample.num_tokens else contextlib.nullcontext(),
-        capture.capture_keys(model, sums, args.key_source),
-        tqdm(
-            total=args.collect_iters * tokens_per_batch,
-            desc="collecting keys",
-            unit="token",
-            unit_scale=True,
-            disable=args.quiet or args.rank != 0 or None,
-        ) as progress,
-    ):
-        for _ in range(args.collect_iters):
-            losses += forward(args, model, data)
-            torch.cuda.synchronize()
-            progress.update(tokens_per_batch)
-    return losses
 
 
 def write(args: Namespace, sums: KeySums, inputs: torch.Tensor | None, losses: torch.Tensor) -> None:
@@ -108,28 +93,29 @@ def check_flags(flags: Namespace) -> None:
 
 def check(run: launch.Run) -> None:
     """Refuse what does not fit the checkpoint or the data, before anything is built and on every rank."""
-    from megatron_router_upcycling.training.language_model import check_data, check_tokens
+    from megatron_router_upcycling.training.data import check_data, check_tokens
 
     args = run.args
     dense = open_dense(args.load)
-    if holds_experts(dense.tensors) or getattr(dense.common.get("args"), "num_experts", None):
+    saved_args = dense.common.get("args")
+    if run.router or holds_experts(dense.tensors) or getattr(saved_args, "num_experts", None):
         raise UserError(
-            f"--load {args.load}: is a Mixture-of-Experts already; keys are collected from the dense"
-            " checkpoint that it was made from"
+            f"--load {args.load}, --num-experts {args.num_experts}: keys are collected from a dense model;"
+            " name the checkpoint that the Mixture-of-Experts is made from, and its configuration"
         )
-    if not described.gives_architecture(dense.common.get("args")):
+    if not described.gives_architecture(saved_args):
         dense = open_dense(args.load, args.config and Path(args.config))
         read_model(dense)
-    trained = dense.args
-    if run.router is not None:
-        raise UserError(
-            f"--num-experts {args.num_experts}: keys are collected from a dense model; use the"
-            " configuration that the dense checkpoint was trained with"
-        )
-    groups = num_query_groups(args)
+    check_architecture(args, dense.args)
+    check_data(args)
+    check_tokens(args, args.load)
+
+
+def check_architecture(args: Namespace, trained: Namespace) -> None:
+    """Refuse a model that is not the one that was ``trained``."""
+    groups, size = num_query_groups(args), args.tensor_model_parallel_size
     names = (ARCHITECTURE | NEGATED).values()
     compared = {name: (getattr(args, name, None), getattr(trained, name, None)) for name in names}
-    # Megatron's argument is 1 without grouped-query attention, until a run sets it to the number of heads.
     compared["num_query_groups"] = (groups, num_query_groups(trained))
     for name, (asked, found) in compared.items():
         if asked != found and hasattr(trained, name):
@@ -137,13 +123,8 @@ def check(run: launch.Run) -> None:
                 f"--config {args.config}: {name} {asked}, but the checkpoint {args.load} was trained with"
                 f" {found}; use the configuration of its training"
             )
-    if groups < args.tensor_model_parallel_size:
-        raise UserError(
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: is more than the model's"
-            f" {groups} query groups; use at most {groups}"
-        )
-    check_data(args)
-    check_tokens(args, args.load)
+    if groups < size:
+        raise UserError(f"--tensor-model-parallel-size {size}: use at most {groups}, the query groups")
 
 
 def num_query_groups(args: Namespace) -> int:
@@ -153,10 +134,7 @@ def num_query_groups(args: Namespace) -> int:
 
 def load_model(args: Namespace) -> list[torch.nn.Module]:
     """This rank's chunks of the dense model in ``--load``, in evaluation mode, without an optimizer."""
-    from megatron.core.enums import ModelType
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training import training
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import gpt_config_from_args
 
     args.skip_train = True  # neither an optimizer nor gradient buffers
     args.finetune = True  # weights alone, and the data from its beginning
@@ -164,14 +142,7 @@ def load_model(args: Namespace) -> list[torch.nn.Module]:
     args.exit_on_missing_checkpoint = True
     args.rerun_mode = "disabled"  # as in Megatron's own evaluation
     args.cuda_graph_impl = "none"  # a replayed graph would call no Python, and so capture no key
-    # By the module's attribute, which the CPU backend replaces.
-    training.initialize_megatron()
-    model, _, _ = training.setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        cfg_container=pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-        checkpointing_context={},
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
+    model, _, _ = train.build(args, gpt_config_from_args(args))
     for chunk in model:
         chunk.eval()
     return model
@@ -189,17 +160,15 @@ def train_iterators(args: Namespace, num_chunks: int, iterations: int) -> Any:
     args.skip_train = False  # Megatron reads no training data with it
     args.train_iters, args.train_samples = iterations, None
     args.eval_iters, args.eval_interval = 0, iterations
-    chunks: list[int | None] = (
-        [None] if args.virtual_pipeline_model_parallel_size is None else list(range(num_chunks))
-    )
+    is_virtual = args.virtual_pipeline_model_parallel_size is not None
     iterators: list[Iterator | None] = []
-    for vp_stage in chunks:
+    for vp_stage in range(num_chunks) if is_virtual else (None,):
         provider = partial(datasets_provider, vp_stage=vp_stage)
         provider.is_distributed = True  # type: ignore[attr-defined]
         iterators.append(build_train_valid_test_data_iterators(provider)[0])
     if not args.do_train:
         raise UserError(f"--split {args.split}: leaves no training data to run over")
-    return iterators[0] if chunks == [None] else iterators
+    return iterators if is_virtual else iterators[0]
 
 
 def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.Tensor:

@@ -1,8 +1,5 @@
 """Sums of a dense model's key vectors, by the attention head that they belong to (pure torch).
 
-Paper, section 3.2: the frozen dense model runs over a few batches and each head's key vectors are
-averaged; the averages become the experts' keys.
-
 Of the keys of a query group, which its heads share, two kinds of means are taken. The mean key is over all
 tokens (section 3.2 of the paper). The attended key of a head is over the tokens that it attends to more than
 the other heads of its group do (``attending_heads``). Where a group has one head the two are the same.
@@ -19,11 +16,10 @@ TOKENS_PER_BLOCK = 1024
 
 
 class KeySums:
-    """Running sums of keys and numbers of tokens for a whole model, [L, H, d] in float64 and [L, H].
+    """Running sums of keys and numbers of tokens for a whole model.
 
     Each token's key of a query group is added to one head of the group. Every rank holds sums of the model's
-    full size and adds to the layers and heads that are its own. Merging ranks is then one addition, whichever
-    of heads (tensor parallel), layers (pipeline parallel) and tokens (data and context parallel) they divide.
+    full size and adds to its own layers and heads, so that merging ranks is one addition.
     """
 
     def __init__(
@@ -67,9 +63,7 @@ class KeySums:
     def tokens(self) -> int:
         """Tokens whose keys were added, the same for every layer and query group.
 
-        Raises:
-            RuntimeError: some layer or group has seen none or fewer than others: a rank's sums were not
-                merged, or its layers were not captured.
+        RuntimeError where they differ: a rank's sums were not merged, or its layers were not captured.
         """
         seen = self.count.unflatten(1, (self.num_groups, -1)).sum(2)
         tokens = int(seen.max())

@@ -7,6 +7,7 @@ Shapes: L layers, S tokens of the sample, D hidden size.
 """
 
 from argparse import Namespace
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,9 @@ SEED = 0
 
 
 class RouterInput:
-    """This rank's part of the sample: it fills the rows and layers that are its own.
+    """This rank's part of a sample of the tokens in ``collect_iters`` global batches.
 
-    Args:
-        args: Megatron's arguments; the batches of ``collect_iters`` iterations are what is sampled.
-        ranks: this rank's place, by the names "dp", "cp" and "tp".
+    It fills the rows and layers that are its own. ``ranks`` is its place, by the names "dp", "cp" and "tp".
     """
 
     def __init__(self, args: Namespace, num_tokens: int, ranks: dict[str, int]) -> None:
@@ -29,25 +28,23 @@ class RouterInput:
         self.hidden_size, self.dtype = args.hidden_size, args.params_dtype
         self.calls: dict[int, int] = {}  # layer -> forward passes so far
         self.taken: dict[int, torch.Tensor] = {}  # layer -> [S, D], rows of other ranks being zero
-        self.rows: dict[int, tuple[list[int], list[int], list[int]]] = {}  # pass -> rows, positions, samples
+        self.places = defaultdict[int, list](list)  # forward pass -> (row, position, sample) of its tokens
         chosen = np.random.default_rng(SEED).choice(total, self.num_tokens, replace=False)
         for row, token in enumerate(sorted(chosen.tolist())):
-            call, position, sample = _place(args, token, ranks)
-            if position is not None:
-                for values, value in zip(
-                    self.rows.setdefault(call, ([], [], [])), (row, position, sample), strict=True
-                ):
-                    values.append(value)
+            call, position, sample, is_own = _place(args, token, ranks)
+            if is_own:
+                self.places[call].append((row, position, sample))
 
-    def take(self, layer: int, hidden: torch.Tensor, norm: Any) -> None:
-        """Take this forward pass's rows of ``hidden`` [sequence, batch, D], each through ``norm``."""
+    def take(self, layer: int, norm: Any, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """A hook before an FFN: take this forward pass's rows of its input, each through ``norm``."""
+        hidden = args[0]  # (sequence, batch, D)
         call = self.calls.get(layer, 0)
         self.calls[layer] = call + 1
         if layer not in self.taken:
             shape = (self.num_tokens, self.hidden_size)
             self.taken[layer] = torch.zeros(shape, dtype=self.dtype, device=hidden.device)
-        if call in self.rows:
-            rows, positions, samples = self.rows[call]
+        if call in self.places:
+            rows, positions, samples = map(list, zip(*self.places[call], strict=True))
             self.taken[layer][rows] = norm(hidden[positions, samples]).to(self.dtype)
 
     def gather(self, num_layers: int) -> torch.Tensor:
@@ -58,8 +55,8 @@ class RouterInput:
             values = torch.zeros((self.num_tokens, self.hidden_size + 1), device=device)
             if layer in self.taken:
                 values[:, :-1] = self.taken[layer]
-                seen = [row for call in range(self.calls[layer]) for row in self.rows.get(call, ([],))[0]]
-                values[seen, -1] = 1
+                calls = [call for call in self.places if call < self.calls[layer]]
+                values[[row for call in calls for row, _, _ in self.places[call]], -1] = 1
             torch.distributed.all_reduce(values)
             if not (values[:, -1] == 1).all():
                 raise RuntimeError(
@@ -70,8 +67,8 @@ class RouterInput:
         return merged
 
 
-def _place(args: Namespace, token: int, ranks: dict[str, int]) -> tuple[int, int | None, int]:
-    """Where ``token`` is: forward pass, position and sample in this rank's batch; None if not its own.
+def _place(args: Namespace, token: int, ranks: dict[str, int]) -> tuple[int, int, int, bool]:
+    """Where ``token`` is: forward pass, position and sample in the batch of a rank, and whether of this rank.
 
     Data parallel ranks take a global batch's samples in turns of micro-batches, context parallel ranks two
     of 2c parts of a sequence, one from each end, and sequence parallel ranks a slice of what is left.
@@ -81,16 +78,14 @@ def _place(args: Namespace, token: int, ranks: dict[str, int]) -> tuple[int, int
     micro_batch, sample = divmod(sample, args.micro_batch_size * args.data_parallel_size)
     data_rank, sample = divmod(sample, args.micro_batch_size)
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    context = args.context_parallel_size
-    context_rank = 0
+    context, context_rank, tensor_rank = args.context_parallel_size, 0, 0
     if context > 1:
-        part, position = divmod(position, args.seq_length // (2 * context))
+        length = args.seq_length // (2 * context)
+        part, position = divmod(position, length)
         context_rank = min(part, 2 * context - 1 - part)
-        position += (part >= context) * (args.seq_length // (2 * context))
-    tensor_rank = 0
+        position += (part >= context) * length
     if args.sequence_parallel:
-        tensor_rank, position = divmod(
-            position, args.seq_length // context // args.tensor_model_parallel_size
-        )
-    own = (data_rank, context_rank, tensor_rank) == (ranks["dp"], ranks["cp"], ranks["tp"])
-    return iteration * micro_batches + micro_batch, position if own else None, sample
+        slice_length = args.seq_length // context // args.tensor_model_parallel_size
+        tensor_rank, position = divmod(position, slice_length)
+    is_own = (data_rank, context_rank, tensor_rank) == (ranks["dp"], ranks["cp"], ranks["tp"])
+    return iteration * micro_batches + micro_batch, position, sample, is_own

@@ -1,5 +1,4 @@
-"""A token dispatcher for layers whose experts are all on one rank: nothing is sent, and nothing waits for the
-host.
+"""A token dispatcher for layers whose experts are all on one rank: nothing is sent or waits for the host.
 
 Megatron's dispatchers are made for tokens that travel. On one expert-parallel rank they still sort twice, add
 rows up with atomic operations and copy the experts' counts to the host. Here a token has exactly k rows, so
@@ -45,8 +44,7 @@ class OneRankDispatcher(MoETokenDispatcher):
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         return hidden_states
 
-    def token_combine(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
+    token_combine = combine_preprocess
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """The sum of each token's rows, in the shape that the tokens came in."""

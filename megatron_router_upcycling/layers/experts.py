@@ -8,7 +8,6 @@ Symbols: R rows (a token's copy for one expert), n local experts, D hidden size,
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +25,6 @@ from megatron_router_upcycling.checkpoint.names import EXTRA_STATE
 from megatron_router_upcycling.layers import STACK
 from megatron_router_upcycling.layers.kernels.swiglu import weighted_swiglu
 
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 HOPPER = (9, 0)  # compute capability from which PyTorch has grouped kernels for bfloat16
 LINEARS = ("linear_fc1", "linear_fc2")
 
@@ -40,18 +37,6 @@ def grouped_product(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """
     ends = counts.cumsum(0, dtype=torch.int32)
     return torch.nn.functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
-
-
-def build_experts(
-    num_local_experts: int,
-    config: TransformerConfig,
-    submodules: MLPSubmodules,
-    pg_collection: Any = None,
-    name: str | None = None,
-) -> MegatronModule:
-    """``GroupedExperts`` where they cover the configuration, else Megatron's loop over experts."""
-    kind = GroupedExperts if covers(config, pg_collection.expt_tp.size()) else SequentialMLP
-    return kind(num_local_experts, config, submodules, pg_collection, name)
 
 
 def covers(config: TransformerConfig, expert_tensor_size: int) -> bool:
@@ -75,8 +60,7 @@ def covers(config: TransformerConfig, expert_tensor_size: int) -> bool:
 
 
 class GroupedExperts(MegatronModule):
-    """Parameters ``linear_fc1_weight`` [n, 2F, D], the gate's half first, and ``linear_fc2_weight`` [n, D,
-    F].
+    """Parameters ``linear_fc1_weight`` [n, 2F, D], gate first, and ``linear_fc2_weight`` [n, D, F].
 
     They are drawn as those of ``SequentialMLP`` are.
     """
@@ -208,18 +192,15 @@ def usable(device: str) -> str | None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
     tokens, weights, grad = (
-        torch.randn(shape, generator=generator).to(device, dtype)
+        torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
         for shape in ((96, 64), (4, 32, 64), (96, 32))
     )
-    counts = [40, 0, 8, 48]
+    counts = torch.tensor([40, 0, 8, 48], device=device)
     try:
         results = []
-        products: tuple[Product, ...] = (grouped_product, _loop)
-        for product in products:
-            x, w = tokens.clone().requires_grad_(), weights.clone().requires_grad_()
-            output = product(x, w, torch.tensor(counts, device=device))
-            output.backward(grad)
-            results.append([output.detach(), x.grad, w.grad])
+        for product in (grouped_product, _loop):
+            output = product(tokens, weights, counts)
+            results.append([output, *torch.autograd.grad(output, (tokens, weights), grad)])
     except (RuntimeError, NotImplementedError) as error:
         return f"grouped_mm fails here: {str(error).splitlines()[0]}"
     tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-4

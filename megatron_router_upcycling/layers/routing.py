@@ -1,6 +1,4 @@
-"""What comes after a router's logits, in one kernel each way: softmax, top k, and the sums of both auxiliary
-losses.
-"""
+"""After a router's logits, in one kernel each way: softmax, top k, and the sums of both auxiliary losses."""
 
 import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -15,10 +13,7 @@ class FusedRoutingRouter(TopKRouter):
     """A ``TopKRouter`` whose ``routing`` is fused where that covers the configuration."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights [T, n] and the map of the chosen experts, bool [T, n], of logits [..., n].
-
-        One kernel each way where it covers the configuration; else Megatron's own steps.
-        """
+        """Weights [T, n] and the map of the chosen experts, bool [T, n], of logits [..., n]."""
         flat = logits.reshape(-1, self.config.num_moe_experts)
         if padding_mask is not None or not self._is_plain() or not routing.usable(flat):
             return super().routing(logits, padding_mask)
@@ -33,9 +28,7 @@ class FusedRoutingRouter(TopKRouter):
         return probs, found.routing_map
 
     def _is_plain(self) -> bool:
-        """Whether the configuration asks for softmax, top k, the z-loss and the load-balancing loss, and no
-        more.
-        """
+        """Whether it is softmax, top k, and at most the z-loss and the load-balancing loss."""
         config = self.config
         balancing = self.routing_type if isinstance(self.routing_type, list) else [self.routing_type]
         return (

@@ -16,34 +16,22 @@ from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config import manifest, yaml_files
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.expert_layers import layer_frequency
-from megatron_router_upcycling.planning.setup import Setup, flag_of
+from megatron_router_upcycling.planning.setup import Setup, complete, flag_of
 from megatron_router_upcycling.routers.config import RouterConfig
 
 # Where one of these is set, the model or its layout is not what a plan is for.
 NOT_COVERED = (
-    "multi_latent_attention",
-    "mtp_num_layers",
-    "moe_latent_size",
-    "hybrid_layer_pattern",
-    "attention_output_gate",
-    "heterogeneous_layers_config_path",
-    "experimental_attention_variant",
-    "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "use_megatron_fsdp",
-    "use_torch_fsdp2",
-    "use_precision_aware_optimizer",
-    "optimizer_cpu_offload",
-    "fp8_param_gather",
-    "fine_grained_activation_offloading",
-    "cpu_offloading_num_layers",
-    "distribute_saved_activations",
-    "tensor_parallel_num_weight_shards",
-    "expert_tensor_parallel_num_weight_shards",
+    *("multi_latent_attention", "mtp_num_layers", "moe_latent_size", "hybrid_layer_pattern"),
+    *("attention_output_gate", "heterogeneous_layers_config_path", "experimental_attention_variant"),
+    *("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split"),
+    *("account_for_loss_in_pipeline_split", "use_megatron_fsdp", "use_torch_fsdp2"),
+    *("use_precision_aware_optimizer", "optimizer_cpu_offload", "fp8_param_gather"),
+    *("fine_grained_activation_offloading", "cpu_offloading_num_layers", "distribute_saved_activations"),
+    *("tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"),
 )
 # A name so like one that is read here is taken for a misspelt one, but for these of Megatron's own.
 SIMILAR, OTHERS = 0.89, {"pad_vocab_size"}
+IN_WORDS = {bool: "true or false", int: "a whole number, not negative", str: "a name"}
 
 
 class NotCovered(UserError):
@@ -54,8 +42,8 @@ def read(config_file: Path | None, load: Path | None, flags: Sequence[str], worl
     """The run that a YAML file, a checkpoint's manifest and Megatron flags describe, in rising precedence.
 
     Raises:
-        UserError: a file that is missing or damaged, a value of the wrong kind, or a model that a plan does
-            not cover.
+        UserError: a file that is missing or damaged, a value of the wrong kind, a model that a plan does
+            not cover, or a layout that cannot work.
     """
     entries: dict[str, Any] = yaml_files.read_yaml(config_file) if config_file else {"upcycling": {}}
     router, _ = config_flags.split_section(entries.pop("upcycling"), str(config_file))
@@ -71,8 +59,7 @@ def _read_manifest(load: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Megatron's arguments and the router's options that a converted checkpoint records."""
     recorded = manifest.read(load)
     if recorded is None:
-        what = f"holds no {manifest.NAME}" if Path(load).is_dir() else "no such folder"
-        raise UserError(f"--load {load}: {what}; name the root folder of a checkpoint that convert made")
+        raise UserError(f"--load {load}: no {manifest.NAME} there; name the root folder of what convert made")
     if not isinstance(recorded.get("router"), dict):
         return recorded["model"], {}
     router = manifest.router_config(recorded, str(load))
@@ -80,8 +67,13 @@ def _read_manifest(load: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return recorded["model"] | {name: getattr(router, field) for name, field in shared}, router.to_dict()
 
 
-def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> Setup:
-    """A Setup from Megatron's arguments (other names in ``values`` are left alone) and router options."""
+def from_values(values: dict[str, Any], router: dict[str, Any], source: str, gpus: str = "--gpus") -> Setup:
+    """A complete Setup from Megatron's arguments (other names are left alone) and router options.
+
+    Args:
+        source: what errors name for a wrong value.
+        gpus: the flag that gave ``world_size``.
+    """
     known = {field.name: field.type for field in dataclasses.fields(Setup) if field.name != "router"}
     taken: dict[str, Any] = {}
     for name, value in values.items():
@@ -94,8 +86,8 @@ def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> 
             taken[NEGATED[name]] = not value
         elif name in known and value is not None:
             taken[name] = _checked(name, value, known[name], source)
-    setup = Setup(**taken)
-    if setup.num_experts is None:
+    setup = complete(Setup(**taken), gpus)
+    if not setup.num_experts:
         return setup
     names = [field.name for field in dataclasses.fields(RouterConfig)]
     options = {name: router[name] for name in names if router.get(name) is not None}
@@ -110,16 +102,12 @@ def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> 
 def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
     """``value`` as the field's type takes it."""
     flag = f"{source}: {flag_of(name)}"
-    if value is True and kind is not bool:
-        raise UserError(f"{flag}: needs a value")
     if name == "moe_layer_freq":
         return layer_frequency(value, flag)
-    if kind is bool and not isinstance(value, bool):
-        raise UserError(f"{flag} {value}: is a switch; true or false")
-    if kind in (int, int | None) and (isinstance(value, bool) or not isinstance(value, int)):
-        raise UserError(f"{flag} {value}: must be a whole number")
-    if kind == list[str] | None and not isinstance(value, list):
-        return [str(value)]
+    if name == "recompute_modules":
+        return tuple(map(str, value if isinstance(value, list) else [value]))
+    if type(value) is not kind or (kind is int and value < 0):
+        raise UserError(f"{flag} {value}: must be {IN_WORDS[kind]}")
     return value
 
 

@@ -3,10 +3,7 @@
 Pure: imports neither torch nor Megatron.
 """
 
-import itertools
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_router_upcycling import expert_layers
 from megatron_router_upcycling.errors import UserError
@@ -17,43 +14,44 @@ from megatron_router_upcycling.routers.config import RouterConfig
 class Setup:
     """Megatron's arguments by their own names and with its own defaults, and the router to build.
 
-    ``world_size`` is the number of GPUs. Numbers of layers, heads and such are of the whole model.
+    0 and "" stand for what is not given; ``complete`` fills it in. ``world_size`` is the number of GPUs.
+    Numbers of layers, heads and such are of the whole model.
     """
 
     world_size: int = 1
     num_layers: int = 0
     hidden_size: int = 0
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: int = 0
     num_attention_heads: int = 0
     group_query_attention: bool = False
     num_query_groups: int = 1
-    kv_channels: int | None = None
+    kv_channels: int = 0
     swiglu: bool = False
     add_bias_linear: bool = True
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     normalization: str = "LayerNorm"
     position_embedding_type: str = "learned_absolute"
-    max_position_embeddings: int | None = None
+    max_position_embeddings: int = 0
     untie_embeddings_and_output_weights: bool = False
-    vocab_size: int | None = None
-    padded_vocab_size: int | None = None
+    vocab_size: int = 0
+    padded_vocab_size: int = 0
     make_vocab_size_divisible_by: int = 128
-    num_experts: int | None = None
+    num_experts: int = 0
     moe_router_topk: int = 2
-    moe_ffn_hidden_size: int | None = None
+    moe_ffn_hidden_size: int = 0
     moe_layer_freq: int | list[int] = 1
-    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: int = 0
     moe_shared_expert_gate: bool = False
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int | None = None
-    num_layers_per_virtual_pipeline_stage: int | None = None
-    num_virtual_stages_per_pipeline_rank: int | None = None
-    decoder_first_pipeline_num_layers: int | None = None
-    decoder_last_pipeline_num_layers: int | None = None
+    expert_tensor_parallel_size: int = 0
+    num_layers_per_virtual_pipeline_stage: int = 0
+    num_virtual_stages_per_pipeline_rank: int = 1
+    decoder_first_pipeline_num_layers: int = 0
+    decoder_last_pipeline_num_layers: int = 0
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     overlap_param_gather: bool = False
@@ -61,31 +59,26 @@ class Setup:
     fp16: bool = False
     grad_reduce_in_bf16: bool = False
     cross_entropy_loss_fusion: bool = False
-    seq_length: int | None = None
-    micro_batch_size: int | None = None
-    global_batch_size: int | None = None
-    train_iters: int | None = None
-    train_samples: int | None = None
+    seq_length: int = 0
+    micro_batch_size: int = 0
+    global_batch_size: int = 0
+    train_iters: int = 0
+    train_samples: int = 0
     recompute_activations: bool = False
-    recompute_granularity: str | None = None
-    recompute_method: str | None = None
-    recompute_num_layers: int | None = None
-    recompute_modules: list[str] | None = None
+    recompute_granularity: str = ""
+    recompute_method: str = ""
+    recompute_num_layers: int = 0
+    recompute_modules: tuple[str, ...] = ()
     router: RouterConfig | None = None
 
     @property
     def model_parallel_size(self) -> int:
-        return (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
+        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        return tp * pp * self.context_parallel_size
 
     @property
     def data_parallel_size(self) -> int:
         return self.world_size // self.model_parallel_size
-
-    @property
-    def expert_tensor_size(self) -> int:
-        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def replicas(self) -> int:
@@ -95,7 +88,7 @@ class Setup:
     @property
     def expert_ranks(self) -> int:
         """Ranks over which a layer's experts are spread."""
-        return self.expert_model_parallel_size * self.expert_tensor_size
+        return self.expert_model_parallel_size * self.expert_tensor_parallel_size
 
     @property
     def expert_replicas(self) -> int:
@@ -128,115 +121,59 @@ class Setup:
 
     @property
     def num_microbatches(self) -> int:
-        return self.batch // (self.micro_batch * self.data_parallel_size)
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     @property
-    def micro_batch(self) -> int:
-        assert self.micro_batch_size
-        return self.micro_batch_size
-
-    @property
-    def batch(self) -> int:
-        """Sequences a step; Megatron's default is one micro-batch a rank."""
-        return self.global_batch_size or self.micro_batch * self.data_parallel_size
-
-    @property
-    def sequence(self) -> int:
-        assert self.seq_length
-        return self.seq_length
-
-    @property
-    def steps(self) -> int:
-        if self.train_samples:
-            return self.train_samples // self.batch
-        return self.train_iters or 0
-
-    @property
-    def groups(self) -> int:
-        return self.num_query_groups if self.group_query_attention else self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
-
-    @property
-    def ffn(self) -> int:
-        if self.ffn_hidden_size:
-            return self.ffn_hidden_size
-        # As Megatron rounds it.
-        return int(4 * self.hidden_size * 2 / 3 / 64) * 64 if self.swiglu else 4 * self.hidden_size
-
-    @property
-    def expert_ffn(self) -> int:
-        return self.moe_ffn_hidden_size or self.ffn
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the embedding, padded as Megatron pads them."""
-        if self.padded_vocab_size:
-            return self.padded_vocab_size
-        assert self.vocab_size
-        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
-        return math.ceil(self.vocab_size / multiple) * multiple
-
-    @property
-    def virtual_stages(self) -> int:
-        """Model chunks on each pipeline rank."""
-        if self.num_layers_per_virtual_pipeline_stage:
-            per_rank = self.num_layers // self.pipeline_model_parallel_size
-            return max(1, per_rank // self.num_layers_per_virtual_pipeline_stage)
-        return self.num_virtual_stages_per_pipeline_rank or 1
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_length
 
     def is_last(self, stage: int) -> bool:
         return stage == self.pipeline_model_parallel_size - 1
 
     def has_experts(self) -> list[bool]:
         """For each layer, whether it has experts (``moe_layer_freq``)."""
-        if self.num_experts is None:
+        if not self.num_experts:
             return [False] * self.num_layers
         return expert_layers.has_experts(self.moe_layer_freq, self.num_layers)
 
     def layers_of_stage(self, stage: int) -> list[int]:
         """The layers that pipeline rank ``stage`` holds, over all of its model chunks."""
-        P, chunks = self.pipeline_model_parallel_size, self.virtual_stages
+        P, chunks = self.pipeline_model_parallel_size, self.num_virtual_stages_per_pipeline_rank
         first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
-        fixed = {0: first, P - 1: last}
-        spread = self.num_layers - (first or 0) - (last or 0)
-        free = P - (first is not None) - (last is not None)
-        sizes = [fixed.get(rank) or (spread // free if free else 0) for rank in range(P)]
-        each = [size // chunks for size in sizes]
-        found: list[int] = []
-        for chunk in range(chunks):
-            start = chunk * sum(each) + sum(each[:stage])
-            found += range(start, start + each[stage])
-        return found
+        fixed, free = {0: first, P - 1: last}, P - bool(first) - bool(last)
+        even = (self.num_layers - first - last) // free if free else 0
+        each = [(fixed.get(rank) or even) // chunks for rank in range(P)]
+        starts = [chunk * sum(each) + sum(each[:stage]) for chunk in range(chunks)]
+        return [layer for start in starts for layer in range(start, start + each[stage])]
 
 
-# What a plan cannot do without, but for the number of GPUs.
-NEEDED = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "seq_length",
-    "micro_batch_size",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "num_query_groups",
-)
+# What a plan cannot do without, and what is 1 on a single GPU.
+NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size")
+PARALLEL = [f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context", "expert_model")]
+PARALLEL.append("num_virtual_stages_per_pipeline_rank")
 
 
-def check(setup: Setup, gpus: str = "--gpus") -> None:
-    """Raise UserError for the first thing that cannot work; it names a flag and what would work.
+def complete(setup: Setup, gpus: str = "--gpus") -> Setup:
+    """``setup`` with the arguments that Megatron fills in where they are not given.
 
     Args:
         gpus: the flag that gave the number of GPUs.
+
+    Raises:
+        UserError: the first thing that cannot work; it names a flag and what would work.
     """
-    # Each may count on those before it.
-    checks = (_check_numbers, _check_gpus, _check_experts, _check_stages, _check_widths, _check_tokens)
-    for problem in itertools.chain.from_iterable(check(setup, gpus) for check in checks):
-        raise UserError(problem)
+    names = (*NEEDED, *PARALLEL, "num_query_groups", "make_vocab_size_divisible_by")
+    needed = {gpus: setup.world_size} | {flag_of(name): getattr(setup, name) for name in names}
+    needed["--vocab-size"] = setup.vocab_size or setup.padded_vocab_size
+    for flag, value in needed.items():
+        if value < 1:
+            raise UserError(
+                f"{flag} {value}: must be at least 1; give it as a flag, in the YAML file or by --load MOE"
+            )
+    _check_multiple(gpus, setup.world_size, "TP x PP x CP", setup.model_parallel_size)
+    filled = _filled(setup)
+    _check(filled, gpus)
+    return filled
 
 
 def flag_of(name: str) -> str:
@@ -244,105 +181,77 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _check_numbers(s: Setup, gpus: str) -> Iterator[str]:
-    if s.world_size < 1:
-        yield f"{gpus} {s.world_size}: must be at least 1"
-    for name in NEEDED:
-        value = getattr(s, name)
-        if not value:
-            where = "in the YAML file, as a flag, or by --load CHECKPOINT"
-            yield f"{flag_of(name)}: is missing or 0; give it {where}"
-        elif value < 1:
-            yield f"{flag_of(name)} {value}: must be at least 1"
-    if s.vocab_size is None and s.padded_vocab_size is None:
-        yield "--vocab-size: is not in the YAML file (it comes with the tokenizer); give the number of tokens"
+def _filled(s: Setup) -> Setup:
+    """``s`` as Megatron's ``validate_args`` leaves it, and with the vocabulary padded."""
+    ffn = s.ffn_hidden_size or (int(4 * s.hidden_size * 2 / 3 / 64) * 64 if s.swiglu else 4 * s.hidden_size)
+    multiple = s.make_vocab_size_divisible_by * s.tensor_model_parallel_size
+    batch = s.global_batch_size or s.micro_batch_size * s.data_parallel_size
+    chunks = s.num_virtual_stages_per_pipeline_rank
+    if s.num_layers_per_virtual_pipeline_stage:
+        of_rank = s.num_layers // s.pipeline_model_parallel_size
+        chunks = max(1, of_rank // s.num_layers_per_virtual_pipeline_stage)
+    return replace(
+        s,
+        ffn_hidden_size=ffn,
+        num_query_groups=s.num_query_groups if s.group_query_attention else s.num_attention_heads,
+        kv_channels=s.kv_channels or s.hidden_size // s.num_attention_heads,
+        padded_vocab_size=s.padded_vocab_size or -(-s.vocab_size // multiple) * multiple,
+        moe_ffn_hidden_size=s.moe_ffn_hidden_size or ffn,
+        expert_tensor_parallel_size=s.expert_tensor_parallel_size or s.tensor_model_parallel_size,
+        num_virtual_stages_per_pipeline_rank=chunks,
+        global_batch_size=batch,
+        train_iters=s.train_samples // batch if s.train_samples else s.train_iters,
+    )
 
 
-def _check_gpus(s: Setup, gpus: str) -> Iterator[str]:
-    if s.world_size % s.model_parallel_size:
-        tp, pp, cp = s.tensor_model_parallel_size, s.pipeline_model_parallel_size, s.context_parallel_size
-        yield (
-            f"{gpus} {s.world_size}: is not divisible by --tensor-model-parallel-size {tp} x"
-            f" --pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = {s.model_parallel_size};"
-            f" {_multiples(s.model_parallel_size, s.world_size)} would be"
+def _check(s: Setup, gpus: str) -> None:
+    """Refuse sizes that do not divide, and what would cost GPU hours or a wait to find out."""
+    P, t, ep = s.pipeline_model_parallel_size, s.tensor_model_parallel_size, s.expert_model_parallel_size
+    chunks, etp = s.num_virtual_stages_per_pipeline_rank, s.expert_tensor_parallel_size
+    virtual, tensor = s.num_layers_per_virtual_pipeline_stage, "--tensor-model-parallel-size"
+    for flag, size, count, what in (
+        ("--expert-model-parallel-size", ep, s.num_experts or 1, "experts" if s.num_experts else "dense FFN"),
+        ("--num-layers-per-virtual-pipeline-stage", virtual or 1, s.num_layers // P, "layers of a stage"),
+        ("--num-query-groups", s.num_query_groups, s.num_attention_heads, "attention heads"),
+        (tensor, t, s.num_query_groups, "query groups"),
+        (tensor, t, s.ffn_hidden_size, "columns of the FFN"),
+        (tensor, t, s.padded_vocab_size, "tokens of the vocabulary"),
+        ("--expert-tensor-parallel-size", etp, s.moe_ffn_hidden_size, "columns of an expert's FFN"),
+    ):
+        if count % size:
+            raise UserError(
+                f"{flag} {size}: does not divide the {count} {what}; use one of {_divisors(count)}"
+            )
+    if sum(len(s.layers_of_stage(stage)) for stage in range(P)) != s.num_layers:
+        raise UserError(
+            f"--pipeline-model-parallel-size {P}: its stages and their model chunks cannot share the"
+            f" {s.num_layers} layers evenly; without uneven or virtual stages use one of"
+            f" {_divisors(s.num_layers)}"
         )
-
-
-def _check_experts(s: Setup, gpus: str) -> Iterator[str]:
-    n, ep = s.num_experts, s.expert_model_parallel_size
-    flag = f"--expert-model-parallel-size {ep}"
-    if n is None:
-        if ep > 1:
-            yield f"{flag}: the model has no experts; leave it out"
-        return
-    if n % ep:
-        yield f"{flag}: does not divide the {n} experts; use one of {_divisors(n)}"
-    needed = s.expert_ranks * s.pipeline_model_parallel_size
-    if s.world_size % needed:
-        yield (
-            f"{flag}: {s.world_size} GPUs are not divisible by --expert-tensor-parallel-size"
-            f" {s.expert_tensor_size} x EP {ep} x PP {s.pipeline_model_parallel_size} = {needed}"
+    _check_multiple(gpus, s.world_size, "expert TP x EP x PP", etp * ep * P)
+    step = s.micro_batch_size * s.data_parallel_size * (P if chunks > 1 else 1)
+    what = f"--micro-batch-size x data parallel size{' x pipeline stages' * (chunks > 1)}"
+    _check_multiple("--global-batch-size", s.global_batch_size, what, step)
+    c = s.context_parallel_size
+    parts = (2 * c if c > 1 else 1) * s.sequence_shards
+    _check_multiple("--seq-length", s.seq_length, "its parts under context and sequence parallelism", parts)
+    if 0 < s.max_position_embeddings < s.seq_length:
+        raise UserError(f"--seq-length: is more than --max-position-embeddings {s.max_position_embeddings}")
+    if len(s.has_experts()) != s.num_layers:
+        raise UserError(
+            f"--moe-layer-freq: lists {len(s.has_experts())} layers; the model has {s.num_layers}"
         )
+    if s.num_experts and t > 1 and not s.sequence_parallel:
+        raise UserError(f"{tensor} {t}: with experts Megatron needs --sequence-parallel beside it")
 
 
-def _check_stages(s: Setup, gpus: str) -> Iterator[str]:
-    pp, each = s.pipeline_model_parallel_size, s.num_layers_per_virtual_pipeline_stage
-    if each and s.num_layers // pp % each:
-        yield (
-            f"--num-layers-per-virtual-pipeline-stage {each}: does not divide the {s.num_layers // pp} layers"
-            f" of a pipeline stage; use one of {_divisors(s.num_layers // pp)}"
-        )
-    if sum(len(s.layers_of_stage(stage)) for stage in range(pp)) != s.num_layers:
-        what = f" x {s.virtual_stages} virtual stages" if s.virtual_stages > 1 else ""
-        if s.decoder_first_pipeline_num_layers or s.decoder_last_pipeline_num_layers:
-            what += " beside the uneven first and last stage"
-        hint = "" if what else f"; use one of {_divisors(s.num_layers)}"
-        yield f"--pipeline-model-parallel-size {pp}{what}: does not divide the {s.num_layers} layers{hint}"
-
-
-def _check_widths(s: Setup, gpus: str) -> Iterator[str]:
-    tp, etp = s.tensor_model_parallel_size, s.expert_tensor_size
-    flag = f"--tensor-model-parallel-size {tp}"
-    for count, name in ((s.num_attention_heads, "attention heads"), (s.groups, "query groups")):
-        if count % tp:
-            yield f"{flag}: does not divide the {count} {name}; use one of {_divisors(count)}"
-    for width, name in ((s.ffn, "FFN's width"), (s.vocabulary, "vocabulary of")):
-        if width % tp:
-            yield f"{flag}: does not divide the {name} {width}"
-    if s.num_experts is not None:
-        if s.expert_ffn % etp:
-            yield f"--expert-tensor-parallel-size {etp}: does not divide the experts' width {s.expert_ffn}"
-        if len(s.has_experts()) != s.num_layers:
-            yield f"--moe-layer-freq: lists {len(s.has_experts())} layers; the model has {s.num_layers}"
-    if s.num_attention_heads % s.groups:
-        yield f"--num-query-groups {s.groups}: does not divide the {s.num_attention_heads} attention heads"
-    if s.num_experts is not None and tp > 1 and not s.sequence_parallel:
-        yield f"{flag}: with experts Megatron needs --sequence-parallel beside it"
-
-
-def _check_tokens(s: Setup, gpus: str) -> Iterator[str]:
-    tp, pp, cp = s.tensor_model_parallel_size, s.pipeline_model_parallel_size, s.context_parallel_size
-    step = s.micro_batch * s.data_parallel_size
-    if s.batch % step:
-        yield (
-            f"--global-batch-size {s.batch}: is not divisible by --micro-batch-size {s.micro_batch} x data"
-            f" parallel size {s.data_parallel_size} = {step}; {_multiples(step, s.batch)} would be"
-        )
-    if s.virtual_stages > 1 and s.num_microbatches % pp:
-        yield (
-            f"--global-batch-size {s.batch}: makes {s.num_microbatches} micro-batches, which virtual pipeline"
-            f" stages need to be a multiple of --pipeline-model-parallel-size {pp}"
-        )
-    if s.max_position_embeddings is not None and s.max_position_embeddings < s.sequence:
-        yield f"--seq-length {s.sequence}: is more than --max-position-embeddings {s.max_position_embeddings}"
-    if s.sequence % ((2 * cp if cp > 1 else 1) * (tp if s.sequence_parallel else 1)):
-        yield f"--seq-length {s.sequence}: is not divisible over context parallel {cp} x tensor parallel {tp}"
+def _check_multiple(flag: str, number: int, what: str, size: int) -> None:
+    if number % size:
+        low = number // size * size
+        near = f"{low} or {low + size}" if low else str(size)
+        raise UserError(f"{flag} {number}: is not divisible by {what} = {size}; {near} would be")
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
-
-
-def _multiples(of: int, near: int) -> str:
-    low = near // of * of
-    return " or ".join(str(value) for value in (low, low + of) if value)
+    """Those up to 64."""
+    return ", ".join(str(d) for d in range(1, min(number, 64) + 1) if number % d == 0)

@@ -1,4 +1,4 @@
-"""Where a run takes place, and the Megatron flags that must differ there.
+"""Where a run takes place, and what must differ there: Megatron's flags and its attention.
 
 Three platforms: a GPU with Transformer Engine, a GPU without it, and the CPU. The last two lack fused kernels
 that Megatron turns on by default, and the first lacks one where apex is missing; a flag for each is set for
@@ -43,7 +43,13 @@ ON_CPU: dict[str, Any] = {
     # The process that writes checkpoints is a fresh one, to which the bridge does not reach.
     "async_save": False,
     "use_persistent_ckpt_worker": False,
+    "moe_grouped_gemm": False,
 }
+# Whose attention a run takes; MEGATRON's writes all scores to memory.
+SDPA, ENGINE = "PyTorch's scaled_dot_product_attention", "Transformer Engine's"
+MEGATRON = "Megatron's, unfused"
+LONG = 1024  # tokens of a sequence over which scores in memory are worth a line
+GIB = 2**30
 
 
 def choose(requested: str) -> str:
@@ -87,22 +93,22 @@ def check_implementation(transformer_impl: str | None) -> None:
 def adapt(args: Namespace, device: str) -> str | None:
     """Set the flags that must differ on this platform; return one line that says which, or None.
 
-    ``args`` are Megatron's parsed arguments before ``validate_args``. A flag is named only where its
-    value changes.
+    ``args`` are parsed and not validated yet. A flag is named only where its value changes.
     """
     check_implementation(getattr(args, "transformer_impl", None))
-    graphs = _graphs_that_work(args) if device == "cuda" else {}
-    if device == "cuda" and args.distributed_backend == "gloo":
-        graphs["ddp_average_in_collective"] = False
-    if device == "cuda" and has_transformer_engine():
-        has_apex = importlib.util.find_spec(APEX_EXTENSION) is not None
-        without_apex = {} if has_apex else {"gradient_accumulation_fusion": False}
-        return _set(
-            args, without_apex | graphs, "GPU with Transformer Engine" if has_apex else "GPU without apex"
-        )
-    needed = WITHOUT_FUSED_KERNELS | graphs | (ON_CPU if device == "cpu" else {})
-    if device == "cpu" and getattr(args, "use_megatron_fsdp", False):
-        needed["gradient_reduce_div_fusion"] = False  # Gloo cannot divide while it sums
+    if device == "cuda":
+        needed = _graphs_that_work(args)
+        if args.distributed_backend == "gloo":
+            needed["ddp_average_in_collective"] = False
+        if has_transformer_engine():
+            if importlib.util.find_spec(APEX_EXTENSION):
+                return _set(args, needed, "GPU with Transformer Engine")
+            return _set(args, {"gradient_accumulation_fusion": False} | needed, "GPU without apex")
+        needed = WITHOUT_FUSED_KERNELS | needed
+    else:
+        needed = WITHOUT_FUSED_KERNELS | ON_CPU
+        if getattr(args, "use_megatron_fsdp", False):
+            needed["gradient_reduce_div_fusion"] = False  # Gloo cannot divide while it sums
     if not args.reset_attention_mask:
         # Causal attention needs none, and PyTorch's fastest kernels take none.
         needed["create_attention_mask_in_dataloader"] = False
@@ -111,16 +117,15 @@ def adapt(args: Namespace, device: str) -> str | None:
         needed["recompute_modules"] = kept
     elif modules:
         needed |= {"recompute_granularity": None, "recompute_modules": None}
-    without_grouped = "no GPU" if device == "cpu" else None
-    if device == "cuda" and args.moe_grouped_gemm:
-        from megatron_router_upcycling.layers import experts
-
-        without_grouped = experts.usable(device)
-    if without_grouped:
-        needed["moe_grouped_gemm"] = False
     if device == "cpu":
         return _set(args, needed, "CPU over Gloo")
-    note = f" (grouped expert products: {without_grouped})" if without_grouped else ""
+    note = ""
+    if args.moe_grouped_gemm:
+        from megatron_router_upcycling.layers import experts
+
+        if why_not := experts.usable(device):
+            needed["moe_grouped_gemm"] = False
+            note = f" (grouped expert products: {why_not})"
     return _set(args, needed, "GPU without Transformer Engine", note)
 
 
@@ -154,3 +159,41 @@ def _set(args: Namespace, needed: dict[str, Any], platform: str, note: str = "")
             words = [getattr(word, "name", word) for word in value] if isinstance(value, list) else value
             changed.append(f"{name}={words}")
     return f"{platform}: set {', '.join(changed)}{note}" if changed else None
+
+
+def choose_attention(args: Namespace, with_te: bool) -> str:
+    """``SDPA``, ``MEGATRON`` or ``ENGINE``, before a layer is built.
+
+    ``--attention-backend`` decides where it is given: with Transformer Engine ``flash``, ``fused`` and
+    ``unfused`` are its own kernels; without it the first two are what PyTorch chooses between, and the last
+    is Megatron's module. ``local`` is that module, always. By default it is PyTorch's where that can do what
+    the model needs: it chooses among cuDNN's, FlashAttention's and its own kernels, none of which holds the
+    scores; Transformer Engine falls back to one that does where its own cannot be loaded, and says nothing.
+    """
+    backend = args.attention_backend.name
+    if backend == "local" or (backend == "unfused" and not with_te):
+        return MEGATRON
+    sdpa_covers = (
+        args.context_parallel_size == 1
+        and not getattr(args, "window_size", None)
+        and not args.multi_latent_attention
+        and not args.fp8
+    )
+    return SDPA if not with_te or (backend == "auto" and sdpa_covers) else ENGINE
+
+
+def cost_of_attention(args: Namespace, chosen: str) -> str | None:
+    """What unfused attention costs at long sequences, in one line; None where there is none."""
+    backend = args.attention_backend.name
+    unfused = chosen == MEGATRON or (chosen == ENGINE and backend == "unfused")
+    if not unfused or (args.seq_length or 0) <= LONG or not args.num_layers:
+        return None
+    heads = args.num_attention_heads / args.tensor_model_parallel_size
+    size = 2 if args.bf16 or args.fp16 else 4
+    layer = (args.micro_batch_size or 1) * heads * args.seq_length**2 * size
+    layers = args.num_layers // args.pipeline_model_parallel_size
+    return (
+        f"--attention-backend {backend}: unfused attention keeps at least {layer / GIB:.1f} GiB of"
+        f" scores a layer, {layers * layer / GIB:.1f} GiB in {layers} layers, and reads"
+        " and writes them several times; without the flag none are kept"
+    )

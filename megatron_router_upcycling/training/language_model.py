@@ -9,7 +9,6 @@ import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,62 +29,13 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_router_upcycling.checkpoint import beside
-from megatron_router_upcycling.data import agreement
+from megatron_router_upcycling.data.agreement import check_ids
 from megatron_router_upcycling.errors import OneRankError, UserError
-from megatron_router_upcycling.files import blocked_by
-from megatron_router_upcycling.training import data_flags
+from megatron_router_upcycling.training.data import sequences_per_dataset
 
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 stragglers = StragglerDetector()  # Megatron's, which --log-straggler sets up
 SPIKE_FACTOR = 10.0  # a loss this many times the largest seen so far is called a spike
-
-
-def check_data(args: Namespace) -> None:
-    """Refuse data that are not there, or cannot be what they say, before anything is built."""
-    data_flags.check(args)
-    paths = list(data_flags.prefixes(args))
-    if not paths and not args.mock_data and not (args.data_args_path or args.per_split_data_args_path):
-        raise UserError("--data-path: name the data to run over (the prefix of a .bin and an .idx file)")
-    for flag, path in paths:
-        for file in (f"{path}.bin", f"{path}.idx"):
-            if "://" not in path and not Path(file).is_file():
-                raise UserError(f"{flag} {path}: no file {file}; name the prefix of a .bin and an .idx")
-    choose_cache(args, [path for _, path in paths if "://" not in path])
-
-
-def choose_cache(args: Namespace, paths: list[str]) -> None:
-    """Set ``--data-cache-path`` where Megatron's own place, a folder beside the data, cannot be written."""
-    if args.data_cache_path is not None:
-        if not args.dataloader_fast_cache_load and (place := blocked_by(Path(args.data_cache_path))):
-            raise UserError(f"--data-cache-path {args.data_cache_path}: cannot write in {place}")
-        return
-    if not (
-        read_only := [path for path in paths if blocked_by(Path(path)) and not Path(path, "cache").exists()]
-    ):
-        return
-    if not args.save:
-        raise UserError(
-            f"--data-path {read_only[0]}: Megatron keeps an index beside the data, and that folder cannot be"
-            " written; give --data-cache-path FOLDER"
-        )
-    args.data_cache_path = str(Path(args.save) / "data_cache")
-    if args.rank == 0:
-        print(f"{read_only[0]}: read-only; the index of the data goes to {args.data_cache_path}", flush=True)
-
-
-def check_tokens(args: Namespace, load: str | None) -> None:
-    """Refuse data of another tokenizer, or with tokens that the model does not know. After ``set_global``.
-
-    Args:
-        load: the checkpoint that the run starts from; what stands beside it is its tokenizer.
-    """
-    beside_load = beside.tokenizer_in(Path(load)) if load else None
-    named = Path(args.tokenizer_model) if args.tokenizer_model else None
-    tokenizer = beside_load[1] if beside_load else named
-    known = tokenizer if tokenizer and tokenizer.exists() else None
-    paths = dict.fromkeys(path for _, path in data_flags.prefixes(args) if "://" not in path)
-    agreement.check(paths, known, args.padded_vocab_size)
 
 
 # Field of Megatron's GPTDatasetConfig -> its argument, where that has another name.
@@ -111,7 +61,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         "blend": blend,
         "blend_per_split": blend_per_split,
         "tokenizer": build_tokenizer(args),
-        "sequences_per_dataset": data_flags.sequences_per_dataset(listed) if listed else None,
+        "sequences_per_dataset": sequences_per_dataset(listed) if listed else None,
         "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
         "fim_extra_tokens": {name: getattr(args, f"fim_{name}_token") for name in FIM_TOKENS},
     }
@@ -173,7 +123,7 @@ def get_batch(data_iterator: Iterator[dict], vp_stage: int | None = None) -> dic
     if tp_rank == 0:
         sample = next(data_iterator)
         try:  # on the CPU still: a GPU would end with an assertion that names nothing
-            agreement.check_ids("--data-path: a batch", int(sample["tokens"].max()), args.padded_vocab_size)
+            check_ids("--data-path: a batch", int(sample["tokens"].max()), args.padded_vocab_size)
         except UserError as error:
             raise OneRankError(str(error)) from None
         batch = {
@@ -217,9 +167,8 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
         for rejects, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
             check(loss, rejects, f"found {what} in the loss of this rank", tolerance=0.0, fatal=True)
     if args.check_for_spiky_loss:
-        is_spike = partial(
-            get_rerun_state_machine().is_unexpectedly_large, threshold=SPIKE_FACTOR, context="loss"
-        )
+        is_large = get_rerun_state_machine().is_unexpectedly_large
+        is_spike = partial(is_large, threshold=SPIKE_FACTOR, context="loss")
         check(loss, is_spike, "loss spike", tolerance=0.0, fatal=False)
     report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
     return loss, num_tokens, {"lm loss": report}

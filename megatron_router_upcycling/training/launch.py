@@ -8,11 +8,12 @@ import os
 import re
 import socket
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_router_upcycling.config import agreement, manifest
 from megatron_router_upcycling.config import flags as config_flags
@@ -20,7 +21,11 @@ from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import OneRankError, Parser, UserError
 from megatron_router_upcycling.files import blocked_by
 from megatron_router_upcycling.routers.config import RouterConfig
-from megatron_router_upcycling.training import attention_choice, data_flags, device, tokenizer, unsupported
+from megatron_router_upcycling.training import arguments, data, device
+
+# What cuts tensors or sequences over GPUs, and what Megatron refuses beside one hardware queue.
+CUT = ("tensor_model_parallel_size", "context_parallel_size")
+FSDP = ("use_megatron_fsdp", "use_torch_fsdp2")
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,6 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     Args:
         argv: this package's flags and Megatron's.
         needs_checkpoint: the run reads the checkpoint in ``--load`` and trains and saves nothing.
-
-    Raises:
-        UserError: anything in the flags, the YAML file or the checkpoint that cannot work.
     """
     request = parse(argv)
     save = None if needs_checkpoint else request.flags.save
@@ -71,27 +73,31 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         raise UserError("--load: name the dense checkpoint to read")
     if "RANK" not in os.environ:
         stand_alone()
+    given = vars(request.flags)
+    if any(given[name] not in (None, 1) for name in CUT) and not any(given[name] for name in FSDP):
+        # They overlap what they send with products by the order in which both are launched, which takes one
+        # hardware queue. Elsewhere one queue would only keep apart what can run side by side.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     place = device.choose(request.flags.device)
     args, router = merge(request, origin, place)
     args.save = save
-    if line := tokenizer.choose(args, request.argv, origin.load):
-        _say(args, line)
+    _say(args, data.choose_tokenizer(args, request.argv, origin.load))
     adapt(args, place)
     validate(args)
     if not needs_checkpoint:
-        from megatron_router_upcycling.training import completion, language_model, resuming
+        from megatron_router_upcycling.training import resuming
 
-        unsupported.check(args)
-        completion.check_training(args)
-        language_model.check_data(args)
-        if line := data_flags.check_validation(args):
-            _say(args, line)
+        arguments.check(args)
+        data.check_data(args)
+        _say(args, data.check_validation(args))
         if origin.load:
             resuming.check_format(args, origin.load)
             resuming.check(args, origin.load)
     set_global(args)
     if not needs_checkpoint:
-        language_model.check_tokens(args, origin.load)
+        if not args.skip_train:
+            arguments.check_schedule(args)
+        data.check_tokens(args, origin.load)
     folders = [save] if save and origin.load != save else []
     if args.ckpt_convert_format is not None:
         _check_writable("--ckpt-convert-save", args.ckpt_convert_save)
@@ -102,11 +108,7 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
 
 
 def parse(argv: list[str]) -> Request:
-    """Read the YAML file and the flags that are not Megatron's; ``--help`` explains them and exits.
-
-    Raises:
-        UserError: the file, or a value of such a flag, is not what it should be.
-    """
+    """Read the YAML file and the flags that are not Megatron's; ``--help`` explains them and exits."""
     door = sys.modules["__main__"]
     parser = Parser(
         prog=f"python -m {door.__spec__.name}" if door.__spec__ else None,
@@ -125,6 +127,10 @@ def parse(argv: list[str]) -> Request:
     checkpoints.add_argument(
         "--ckpt-step", metavar="ITERATION", type=int, help="of --load (default: the newest)"
     )
+    for name in CUT:
+        parser.add_argument(config_flags.flag_of(name), type=int, help=SUPPRESS)
+    for name in FSDP:
+        parser.add_argument(config_flags.flag_of(name), action="store_true", help=SUPPRESS)
     path = parser.parse_known_args(argv)[0].config
     entries = read_yaml(path) if path else {"upcycling": {}}
     values, start = config_flags.split_section(entries.pop("upcycling"), path)
@@ -135,11 +141,7 @@ def parse(argv: list[str]) -> Request:
 
 
 def find_origin(request: Request, save: str | None) -> Origin:
-    """Where a run starts from: the last checkpoint in ``save``, else ``--load``, else nowhere.
-
-    Raises:
-        UserError: ``--load`` holds no checkpoint or half of one, or its manifest contradicts the YAML file.
-    """
+    """Where a run starts from: the last checkpoint in ``save``, else ``--load``, else nowhere."""
     from megatron_router_upcycling.checkpoint.format.files import TRACKER
     from megatron_router_upcycling.checkpoint.open import check_whole
 
@@ -149,12 +151,8 @@ def find_origin(request: Request, save: str | None) -> Origin:
     flags, load = request.flags, request.flags.load
     if save and holds_checkpoint(save):
         load = save
-    elif load and not holds_checkpoint(load):
-        is_first_start = save and Path(load).resolve() == Path(save).resolve()
-        if not is_first_start:
-            raise UserError(
-                f"--load {load}: no checkpoint there (no {TRACKER}); name a checkpoint's root folder"
-            )
+    elif load and not holds_checkpoint(load) and (not save or Path(load).resolve() != Path(save).resolve()):
+        raise UserError(f"--load {load}: no checkpoint there (no {TRACKER}); name its root folder")
     roots = [root for root in (load, flags.pretrained_checkpoint) if root]
     recorded, source = agreement.find_manifest(roots)
     agreement.check_start(request.start, recorded, source)
@@ -169,9 +167,6 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
     """Megatron's arguments and the router: manifest, YAML file and flags in rising precedence.
 
     This imports Megatron; on the CPU it is bridged first (``cpu_backend``).
-
-    Raises:
-        UserError: an unknown or wrong flag or entry, or one that contradicts the checkpoint.
     """
     if place == "cpu":
         from megatron_router_upcycling.training.patches import cpu_backend
@@ -183,13 +178,13 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
 
     def extend(parser: ArgumentParser) -> ArgumentParser:
         parsers.append(parser)
-        unsupported.install(parser)
+        arguments.refuse_what_is_not_taken(parser)
         _extend(parser, request, origin)
         return parser
 
     sys.argv = [sys.argv[0], *request.argv]  # which Megatron parses
     args = parse_args(extend)
-    data_flags.choose(args, request.argv)
+    data.choose_source(args, request.argv)
     args.load = origin.load
     router = agreement.router_config(args, origin.router, origin.source)
     if origin.recorded:
@@ -201,10 +196,7 @@ def _extend(parser: ArgumentParser, request: Request, origin: Origin) -> None:
     """Add this package's flags to Megatron's parser, and let manifest and YAML file stand as defaults."""
     from megatron_router_upcycling.training import schedule
 
-    def refuse(message: str) -> NoReturn:
-        raise UserError(message)
-
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.error = partial(Parser.error, parser)  # type: ignore[method-assign, arg-type]
     for action in parser._actions:  # some of Megatron's texts have a bare %, which argparse stumbles over
         action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
     parser.add_argument("--help-megatron", action="help", help="list all flags, Megatron's included")
@@ -227,52 +219,40 @@ def adapt(args: Namespace, place: str) -> None:
     One line on rank 0 says which flags.
     """
     device.use_built_dataset_helper()
-    changes = device.adapt(args, place)
-    if changes and args.rank == 0:
-        print(changes, flush=True)
-    from megatron_router_upcycling.training.patches import added_state
+    _say(args, device.adapt(args, place))
+    from megatron_router_upcycling.training.patches import added_state, layers, optimizer
 
     added_state.install()
     has_te = place == "cuda" and device.has_transformer_engine()
     with_te = has_te and args.transformer_impl == "transformer_engine"
-    attention = attention_choice.choose(args, with_te)
-    if has_te:
-        from megatron_router_upcycling.training.patches import with_te as patches
-
-        patches.install()
-    else:
-        from megatron_router_upcycling.training.patches import without_te
-
-        without_te.install(unfused_attention=attention == attention_choice.MEGATRON)
+    attention = device.choose_attention(args, with_te)
+    optimizer.install(has_te)
+    if not has_te:
+        layers.install_without_te(attention)
     if place == "cuda":
-        from megatron_router_upcycling.training.patches import gpu_kernels
-
-        used = gpu_kernels.install(args, with_te, attention)
-        _say(args, f"GPU: {'; '.join(used)}")
-    if warning := attention_choice.cost(args, attention):
-        _say(args, warning)
+        _say(args, f"GPU: {'; '.join(layers.install_on_gpu(args, with_te, attention))}")
+    _say(args, device.cost_of_attention(args, attention))
     if args.attention_backend.name == "local":
         # The module is chosen; Megatron's check of this value reads a --spec that is not given here.
         args.attention_backend = type(args.attention_backend).unfused
 
 
-def _say(args: Namespace, line: str) -> None:
-    if args.rank == 0:
+def _say(args: Namespace, line: str | None) -> None:
+    if line and args.rank == 0:
         print(line, flush=True)
 
 
 def validate(args: Namespace) -> None:
     """Let Megatron check its arguments and fill in those that follow from others."""
-    from megatron.training import arguments
+    from megatron.training import arguments as megatrons
 
-    from megatron_router_upcycling.training import completion, objections
+    from megatron_router_upcycling.training.objections import megatrons_objection
 
-    arguments._print_args = lambda title, args: None  # 500 lines: see run_log.files
-
-    for line in completion.complete(args):
+    megatrons._print_args = lambda title, args: None  # 500 lines: see run_log.files
+    for line in arguments.complete(args):
         _say(args, line)
-    with objections.megatrons_objection(args):
-        arguments.validate_args(args)
+    with megatrons_objection(args):
+        megatrons.validate_args(args)
 
 
 def set_global(args: Namespace) -> None:
@@ -291,7 +271,7 @@ def _hand_on(args: Namespace, save: str, origin: Origin, router: RouterConfig | 
         if origin.recorded is not None:
             Path(save).mkdir(parents=True, exist_ok=True)
             manifest.write(save, origin.recorded | {"router": router.to_dict() if router else None})
-        tokenizer.hand_on(args, origin.load, save)
+        data.hand_on_tokenizer(args, origin.load, save)
     except OSError as error:
         raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
 

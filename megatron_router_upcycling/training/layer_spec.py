@@ -22,26 +22,29 @@ from typing import Any
 
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.training import get_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_router_upcycling.checkpoint.names import SEPARATE_NORM, within_layer
 from megatron_router_upcycling.config import agreement, manifest, yaml_files
-from megatron_router_upcycling.config.flags import SHARED_WITH_MEGATRON
+from megatron_router_upcycling.config.flags import SHARED_WITH_MEGATRON, flag_of
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
 from megatron_router_upcycling.routers.base import builder
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.patches import muon, patching
-from megatron_router_upcycling.training.patches.moe_metrics import report_also
 
 ENVIRONMENT = "MEGATRON_ROUTER_UPCYCLING_CONFIG"
 
 type Spec = ModuleSpec | TransformerBlockSubmodules
+
+_reported: list[str] = []  # names of routers' own metrics
 
 
 def layer_spec_for(router: RouterConfig) -> Callable[..., Spec]:
@@ -50,15 +53,7 @@ def layer_spec_for(router: RouterConfig) -> Callable[..., Spec]:
 
 
 def upcycled_layer_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
-    """What ``--spec megatron_router_upcycling.layer_spec upcycled_layer_spec`` names.
-
-    A dense model gets Megatron's own spec.
-
-    Raises:
-        UserError: the router's options are nowhere to be found, or the flags contradict them.
-    """
-    from megatron.training import get_args
-
+    """What ``--spec megatron_router_upcycling.layer_spec upcycled_layer_spec`` names."""
     transformer = model_config.transformer
     if transformer.num_moe_experts is None:
         return default_layer_spec(model_config, vp_stage)
@@ -72,9 +67,7 @@ def _find_router(args: Namespace, transformer: TransformerConfig) -> RouterConfi
     """
     if path := os.environ.get(ENVIRONMENT):
         if not Path(path).is_file():
-            raise UserError(
-                f"{ENVIRONMENT}={path}: no such file; name a YAML file with an upcycling: section"
-            )
+            raise UserError(f"{ENVIRONMENT}={path}: no such file; name one with an upcycling: section")
         section = yaml_files.read_yaml(path)["upcycling"]
         known = {field.name for field in fields(RouterConfig)}
         of_router = {name: value for name, value in section.items() if name in known}
@@ -96,37 +89,42 @@ def _shared(transformer: TransformerConfig) -> Iterator[tuple[str, str, Any]]:
     """What a model's configuration says of its router: Megatron's flag, RouterConfig's field, the value."""
     for name, field in SHARED_WITH_MEGATRON.items():
         attribute = "num_moe_experts" if name == "num_experts" else name
-        yield f"--{name.replace('_', '-')}", field, getattr(transformer, attribute)
-
-
-def _check_agreement(router: RouterConfig, transformer: TransformerConfig) -> None:
-    for flag, field, found in _shared(transformer):
-        expected = getattr(router, field)
-        if expected == found:
-            continue
-        if isinstance(expected, bool):
-            raise UserError(f"{flag}: {'give' if expected else 'leave out'} this flag; the router is made so")
-        raise UserError(f"{flag} {found}: the router is made for {expected}; give {flag} {expected}")
+        yield flag_of(name), field, getattr(transformer, attribute)
 
 
 def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, router: RouterConfig) -> Spec:
-    """Megatron's default spec, every MoE layer in it with ``router``; dense layers stay as they are.
-
-    Raises:
-        UserError: the model's flags contradict ``router``.
-        RuntimeError: Megatron's spec is not built as in the version that this was tested with.
-    """
+    """Megatron's default spec, every MoE layer in it with ``router``; dense layers stay as they are."""
     device.check_implementation(model_config.transformer.transformer_impl)
     spec = default_layer_spec(model_config, vp_stage)
     if model_config.transformer.num_moe_experts is None:
         return spec
-    _check_agreement(router, model_config.transformer)
+    for flag, field, found in _shared(model_config.transformer):
+        if found != (expected := getattr(router, field)):
+            raise UserError(
+                f"{flag} {found}: the router is made for {expected}; give the flag as it was then"
+            )
     muon.install()
     for name in router.kind.metrics:
         report_also(name)  # here, where every rank comes: a pipeline stage without experts reports as well
     if not isinstance(spec, TransformerBlockSubmodules):
         raise _unknown("default_layer_spec of an MoE", "TransformerBlockSubmodules", spec)
     return replace(spec, layer_specs=[_with_router(layer, router) for layer in spec.layer_specs])
+
+
+def report_also(name: str) -> None:
+    """Let Megatron log the MoE metric ``name`` as well, on every rank from now on; its own list is fixed."""
+    patching.wrap("layer_spec", MoEMetricsTracker, "report", _with_more_names, reads=("track_names",))
+    if name not in _reported:
+        _reported.append(name)
+
+
+def _with_more_names(
+    report: Callable[..., str], self: MoEMetricsTracker, *args: Any, track_names: Any = None, **kwargs: Any
+) -> str:
+    if track_names is not None:
+        given = [track_names] if isinstance(track_names, str) else track_names
+        track_names = [*given, *(name for name in _reported if name not in given)]
+    return report(self, *args, track_names=track_names, **kwargs)
 
 
 def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:

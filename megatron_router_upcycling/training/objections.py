@@ -1,11 +1,15 @@
-"""What Megatron raises about a run's arguments, in one line that names the flags.
+"""What Megatron raises about a run's arguments, its tokenizer or a full disk, in one line that names flags.
 
-Its checks are assertions, many without a message: of the arguments, of the model's configuration, and where
-processes, model and optimizer are set up.
+Its checks are assertions, many without a message. Its writers report a broken disk in the middle of their
+logs and raise something else.
 """
 
 import contextlib
+import errno
+import functools
 import linecache
+import logging
+import os
 import re
 import traceback
 from argparse import Namespace
@@ -14,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import megatron.core
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_router_upcycling.checkpoint.format.files import TRACKER
+from megatron_router_upcycling.config.flags import flag_of
 from megatron_router_upcycling.errors import OneRankError, UserError, reason
 from megatron_router_upcycling.training.patches import patching
 
@@ -22,6 +29,18 @@ MEGATRON = Path(megatron.core.__file__).parents[1]
 BUILDING = re.compile(r"( when instantiating \w+)+$")  # what Megatron adds to an error on its way
 DERIVED = ("world_size", "data_parallel_size")  # arguments that no flag sets
 OBJECTIONS = (AssertionError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
+# What Megatron's scheduler calls its settings -> the arguments that they come from.
+OF_SCHEDULER = {
+    "init_lr": "lr_warmup_init",
+    "max_lr": "lr",
+    "lr_warmup_steps": "lr_warmup_iters",
+    "lr_decay_steps": "lr_decay_iters",
+    "wsd_decay_steps": "lr_wsd_decay_iters",
+    "start_wd": "start_weight_decay",
+    "end_wd": "end_weight_decay",
+}
+SYSTEM_ERROR = re.compile(r"\[Errno (\d+)\]")
+NEARLY_FULL = 1 << 20  # bytes of free space below which a failed write is taken to be a full disk
 
 
 @contextlib.contextmanager
@@ -47,52 +66,17 @@ def megatrons_objection(args: Namespace, *, raised_by_megatron: bool = False) ->
         if not said:
             lines = linecache.getlines(frame.filename)[(frame.lineno or 1) - 1 : frame.end_lineno]
             source = " ".join(" ".join(lines).split())
-            said = f"{_named(source, args)} ({source})"
+            said = f"{_values_read_in(source, args)} ({source})"
         raise UserError(f"Megatron refuses these arguments: {_with_flags(said, args)}") from None
 
 
-def install(args: Namespace) -> None:
-    """Let objections that come while processes, model and optimizer are set up be one line."""
-    from megatron.training import training
-
-    def objecting(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*positional: Any, **options: Any) -> Any:
-            try:
-                with megatrons_objection(args, raised_by_megatron=True):
-                    return original(*positional, **options)
-            except UserError as error:  # of ours, which went through Megatron's building of modules
-                raise UserError(BUILDING.sub("", str(error))) from None
-
-        return call
-
-    def objecting_at_first(step: Callable[..., Any]) -> Callable[..., Any]:
-        """Routers and optimizers say what they cannot do when they are first called, on some ranks alone."""
-
-        def call(*positional: Any, **options: Any) -> Any:
-            if args.curr_iteration > args.iteration:
-                return step(*positional, **options)
-            try:
-                with megatrons_objection(args, raised_by_megatron=True):
-                    return step(*positional, **options)
-            except UserError as error:
-                raise OneRankError(str(error)) from None
-
-        return call
-
-    for name in ("initialize_megatron", "setup_model_and_optimizer"):
-        patching.wrap("objections", training, name, objecting)
-    patching.wrap("objections", training, "train_step", objecting_at_first)
-
-
-def flag_of(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _named(source: str, args: Namespace) -> str:
+def _values_read_in(source: str, args: Namespace) -> str:
     """The arguments that a line of source reads, as flags with their values."""
-    names = dict.fromkeys(name for name in re.findall(r"\b(?:args|self|config)\.(\w+)", source))
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return ", ".join(f"{flag_of(name)} {value}" for name, value in given.items())
+    names = dict.fromkeys(re.findall(r"\b(?:args|self|config)\.(\w+)", source))
+    arguments = [OF_SCHEDULER.get(name, name) for name in names]
+    if args.train_samples:
+        arguments = [name.replace("_iters", "_samples") for name in arguments]
+    return ", ".join(f"{flag_of(name)} {getattr(args, name)}" for name in arguments if hasattr(args, name))
 
 
 def _with_flags(message: str, args: Namespace) -> str:
@@ -116,3 +100,72 @@ def tokenizer_named(args: Namespace) -> Iterator[None]:
             f"--tokenizer-model {args.tokenizer_model}: --tokenizer-type {args.tokenizer_type} finds no"
             f" tokenizer there ({reason(error)})"
         ) from None
+
+
+def install(args: Namespace) -> None:
+    """Let what Megatron raises while it sets up, takes its first step or saves be one line."""
+    from megatron.training import training
+
+    for name in ("initialize_megatron", "setup_model_and_optimizer", "train_step"):
+        patching.wrap("objections", training, name, functools.partial(_objecting, args))
+    for name in ("save_checkpoint", "maybe_finalize_async_save"):
+        patching.wrap("objections", training, name, functools.partial(_naming_the_disk, args))
+
+
+def _objecting(args: Namespace, original: Callable[..., Any], *positional: Any, **options: Any) -> Any:
+    is_step = original.__name__ == "train_step"
+    if is_step and args.curr_iteration > args.iteration:
+        return original(*positional, **options)
+    try:
+        with megatrons_objection(args, raised_by_megatron=True):
+            return original(*positional, **options)
+    except UserError as error:  # also one of ours, which went through Megatron's building of modules
+        # Routers and optimizers say what they cannot do when they are first called, on some ranks alone.
+        kind = OneRankError if is_step else UserError
+        raise kind(BUILDING.sub("", str(error))) from None
+
+
+def _naming_the_disk(args: Namespace, save: Callable[..., Any], *positional: Any, **options: Any) -> Any:
+    with _errors_logged() as logged:
+        try:
+            return save(*positional, **options)
+        except UserError:
+            raise
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            if (why := _disk_error(error, logged, Path(args.save))) is None:
+                raise
+    try:
+        last = (Path(args.save) / TRACKER).read_text().strip()
+        way_out = f"make room, and the same command resumes from iteration {last}"
+    except OSError:
+        way_out = "there is no earlier one"
+    raise OneRankError(f"--save {args.save}: a checkpoint could not be written ({why}); {way_out}")
+
+
+def _disk_error(error: BaseException, logged: list[str], folder: Path) -> str | None:
+    """What the system said of the disk, in ``error`` or in what was ``logged``, if that is why it failed."""
+    for text in (*traceback.format_exception(error), *logged):
+        if found := SYSTEM_ERROR.search(text):
+            return os.strerror(int(found[1]))
+    try:
+        disk = os.statvfs(folder)
+    except OSError as gone:
+        return gone.strerror
+    return os.strerror(errno.ENOSPC) if disk.f_bavail * disk.f_frsize < NEARLY_FULL else None
+
+
+@contextlib.contextmanager
+def _errors_logged() -> Iterator[list[str]]:
+    """The errors that any library logs meanwhile."""
+    texts: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    handler = Keep(logging.ERROR)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield texts
+    finally:
+        logging.getLogger().removeHandler(handler)

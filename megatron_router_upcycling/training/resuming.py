@@ -5,12 +5,11 @@ from pathlib import Path
 
 from megatron_router_upcycling.checkpoint.open import format_of, open_checkpoint
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.config.flags import flag_of
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.training.objections import flag_of
 
-# What the layout of a run is, by Megatron's arguments.
+# What the layout of a run is beside its number of ranks, by Megatron's arguments.
 LAYOUT = (
-    "world_size",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "expert_model_parallel_size",
@@ -39,34 +38,31 @@ def check(args: Namespace, load: str) -> None:
         return  # of a format or without arguments that this package reads; Megatron goes its own way
     if saved is None or getattr(saved, "no_save_optim", False):
         return
-    for flag, has, had in (
-        ("--use-distributed-optimizer", _distributed(args), _distributed(saved)),
-        ("--bf16 (or --fp16)", _mixed(args), _mixed(saved)),
-        ("--decoupled-lr", args.decoupled_lr is not None, _of(saved, "decoupled_lr") is not None),
-        ("--apply-wd-to-qk-layernorm", args.apply_wd_to_qk_layernorm, _of(saved, "apply_wd_to_qk_layernorm")),
-    ):
-        if bool(has) != bool(had):
-            how, way = (
-                ("with", "give it, in the flags or the YAML file") if had else ("without", "leave it out")
-            )
+    # With Muon the distributed optimizer keeps whole matrices by rank.
+    by_rank = bool(getattr(saved, "use_layer_wise_distributed_optimizer", False))
+    then = _optimizer_of(saved, by_rank)
+    for flag, value in _optimizer_of(args, by_rank).items():
+        if value != then[flag]:
             raise UserError(
-                f"{flag}: the checkpoint in {load} was saved {how} it, and the optimizer's state is laid out"
-                f" for that; {way}, or pass --no-load-optim to begin with a fresh optimizer and schedule"
+                f"{flag} {value}: the checkpoint in {load} was saved with {then[flag]}, and the optimizer's"
+                " state is laid out for that; give it in the flags or the YAML file as it was then, or pass"
+                " --no-load-optim to begin with a fresh optimizer and learning-rate schedule"
             )
-    # With Muon it keeps whole matrices by rank, and Megatron says: for fixed DP usage only.
-    for name in LAYOUT if _of(saved, "use_layer_wise_distributed_optimizer") else ():
-        if (has := getattr(args, name)) != (had := _of(saved, name)):
-            where = "ranks" if name == "world_size" else flag_of(name)
-            raise UserError(
-                f"{where} {has}: the checkpoint in {load} was saved with {had}, and Muon's"
-                " distributed optimizer resumes at the same layout alone; give"
-                f" {had}, or --no-load-optim to begin with a fresh optimizer and schedule"
-            )
-    if (optimizer := _of(saved, "optimizer")) != args.optimizer:
-        raise UserError(
-            f"--optimizer {args.optimizer}: the checkpoint in {load} holds the state of {optimizer}; give"
-            f" --optimizer {optimizer}, or --no-load-optim to begin with a fresh optimizer and schedule"
-        )
+
+
+def _optimizer_of(args: Namespace, by_rank: bool) -> dict[str, object]:
+    """What decides on the layout of the optimizer's state, by flags; a checkpoint may lack some arguments."""
+    given = {name: value for name, value in vars(args).items() if value}
+    distributed = "use_distributed_optimizer" in given
+    layout = {flag_of(name): given.get(name) for name in LAYOUT} | {"ranks": given.get("world_size")}
+    return {
+        "--use-distributed-optimizer": distributed or "use_layer_wise_distributed_optimizer" in given,
+        "--bf16 (or --fp16)": not distributed and ("bf16" in given or "fp16" in given),
+        "--decoupled-lr": getattr(args, "decoupled_lr", None) is not None,
+        "--apply-wd-to-qk-layernorm": "apply_wd_to_qk_layernorm" in given,
+        "--optimizer": given.get("optimizer"),
+        **(layout if by_rank else {}),
+    }
 
 
 def _saved_arguments(load: str, step: int | None) -> Namespace | None:
@@ -77,17 +73,3 @@ def _saved_arguments(load: str, step: int | None) -> Namespace | None:
     else:
         checkpoint = open_checkpoint(root)
     return None if checkpoint.iteration_dir.name == "release" else checkpoint.args
-
-
-def _of(saved: Namespace, name: str) -> object:
-    return getattr(saved, name, None)
-
-
-def _distributed(args: Namespace) -> bool:
-    """Whether the optimizer is distributed, by any of Megatron's two kinds."""
-    return bool(_of(args, "use_distributed_optimizer") or _of(args, "use_layer_wise_distributed_optimizer"))
-
-
-def _mixed(args: Namespace) -> bool:
-    """Whether the optimizer's layout depends on 16-bit parameters, and they are: not when distributed."""
-    return not _of(args, "use_distributed_optimizer") and bool(_of(args, "bf16") or _of(args, "fp16"))

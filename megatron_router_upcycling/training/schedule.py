@@ -1,12 +1,18 @@
-"""The paper's learning-rate schedule beside Megatron's own: warm-up, then two steps down (section 4.1).
+"""Learning rates: the paper's schedule beside Megatron's own, and whose rates a resumed run goes by.
 
-``--lr-decay-style warmup-step-decay``: linear warm-up (``--lr-warmup-fraction 0.01`` in the paper), constant,
-x0.316 at 80% of ``--lr-decay-iters`` and x0.316 again at 90%.
+``--lr-decay-style warmup-step-decay`` (section 4.1): linear warm-up (``--lr-warmup-fraction 0.01`` in the
+paper), constant, x0.316 at 80% of ``--lr-decay-iters`` and x0.316 again at 90%.
+
+An optimizer's parameters are in groups, each with settings of its own. Megatron knows a saved group by all
+of them, the learning rates among them, so that after a change of ``--lr`` it finds none. Here a group is
+known by what kind of parameters it holds, and its rates are settings that the schedule's flags decide on.
 """
 
 from argparse import ArgumentParser
+from collections.abc import Callable
 from typing import Any
 
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import training
 
@@ -16,22 +22,30 @@ from megatron_router_upcycling.training.patches import patching
 STYLE = "warmup-step-decay"
 STEPS_AT = (0.8, 0.9)
 FACTOR = 0.316
+# What of Megatron's key of a group is a setting, and the flags that set it: for all groups, and for those of
+# --decoupled-lr (embedding and output layer).
+RATES = {"max_lr": ("--lr", "--decoupled-lr"), "min_lr": ("--min-lr", "--decoupled-min-lr")}
+SETTINGS = (*RATES, "start_wd", "end_wd")
+
+type Group = dict[str, Any]
+
+
+def install(parser: ArgumentParser) -> None:
+    """Offer the style under ``--lr-decay-style`` and let Megatron build the scheduler that knows it."""
+    action = parser._option_string_actions["--lr-decay-style"]
+    styles = tuple(action.choices or ())
+    if STYLE not in styles:
+        action.choices = (*styles, STYLE)
+    patching.replace("schedule", training, "OptimizerParamScheduler", StepDecayScheduler)
 
 
 class StepDecayScheduler(OptimizerParamScheduler):
     """Megatron's scheduler with one more decay style, and one line where it does not fit a checkpoint's."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where a checkpoint's schedule stopped.
-
-        Raises:
-            UserError: this run's schedule is another one, and no flag says which of the two to follow.
-        """
-        if (
-            self.use_checkpoint_opt_param_scheduler
-            and state_dict.get("lr_decay_style") == "WSD"
-            and self.wsd_decay_steps is None
-        ):
+        """Continue where a checkpoint's schedule stopped."""
+        follows_wsd = self.use_checkpoint_opt_param_scheduler and state_dict.get("lr_decay_style") == "WSD"
+        if follows_wsd and self.wsd_decay_steps is None:
             raise UserError(
                 "--lr-wsd-decay-iters: is missing; the checkpoint's schedule, which"
                 " --use-checkpoint-opt-param-scheduler follows, has --lr-decay-style WSD"
@@ -39,10 +53,10 @@ class StepDecayScheduler(OptimizerParamScheduler):
         try:
             super().load_state_dict(state_dict)
         except AssertionError as error:
-            raise another_schedule(str(error).replace("checkpointvalue", "checkpoint value")) from None
+            raise _another_schedule(str(error).replace("checkpointvalue", "checkpoint value")) from None
         self.step(0)  # Megatron has set this step's weight decay before it took the checkpoint's
 
-    def get_lr(self, param_group: dict[str, Any]) -> float:
+    def get_lr(self, param_group: Group) -> float:
         """Learning rate for a parameter group at ``self.num_steps`` (counted in samples)."""
         warming_up = self.lr_warmup_steps > 0 and self.num_steps <= self.lr_warmup_steps
         if self.lr_decay_style != STYLE or warming_up:
@@ -53,7 +67,7 @@ class StepDecayScheduler(OptimizerParamScheduler):
         return max(max_lr * FACTOR**passed, param_group.get("min_lr", self.min_lr))
 
 
-def another_schedule(difference: str) -> UserError:
+def _another_schedule(difference: str) -> UserError:
     """The error for a run that is resumed with another schedule than its checkpoint's, and no flag for it."""
     return UserError(
         "the checkpoint was saved with another learning-rate schedule, as after a change of --lr or"
@@ -62,10 +76,66 @@ def another_schedule(difference: str) -> UserError:
     )
 
 
-def install(parser: ArgumentParser) -> None:
-    """Offer the style under ``--lr-decay-style`` and let Megatron build the scheduler that knows it."""
-    action = parser._option_string_actions["--lr-decay-style"]
-    styles = tuple(action.choices or ())
-    if STYLE not in styles:
-        action.choices = (*styles, STYLE)
-    patching.replace("schedule", training, "OptimizerParamScheduler", StepDecayScheduler)
+def kind(group: Group) -> tuple[Any, ...]:
+    """What says which parameters ``group`` holds, experts or not; NeMo's names of keys begin with pre_."""
+    keys = [key for key in param_group_identifier_keys if key not in SETTINGS]
+    return _has_own_rate(group), *(group.get(key, group.get(f"pre_{key}")) for key in keys)
+
+
+def kind_but_expert(group: Group) -> tuple[Any, ...]:
+    """``kind`` but for being experts, which differs between expert-parallel layouts."""
+    return kind({name: value for name, value in group.items() if name != "is_expert_parallel"})
+
+
+def _has_own_rate(group: Group) -> bool:
+    """Whether ``group`` has a learning rate other than the run's (--decoupled-lr, --use-mup)."""
+    return not group.get("default_config", True)
+
+
+def counterparts(
+    current: list[Group], saved: list[Group], kind: Callable[[Group], Any] = kind
+) -> list[Group]:
+    """For each of the ``current`` groups the one of those ``saved`` that holds its parameters.
+
+    Groups of one kind that differ in their rates alone (``--use-mup``) are known by the order of these.
+    """
+    found = []
+    for group in current:
+        own, others = (
+            sorted({_rates(g) for g in groups if kind(g) == kind(group)}) for groups in (current, saved)
+        )
+        if len(own) != len(others):
+            raise UserError(
+                "--load: the checkpoint's optimizer has its parameters in other groups, as after a change of"
+                " --decoupled-lr, --apply-wd-to-qk-layernorm or --use-mup; give these as the run before had"
+                " them, or pass --no-load-optim to begin with a fresh optimizer and learning-rate schedule"
+            )
+        rates = others[own.index(_rates(group))]
+        found.append(next(s for s in saved if kind(s) == kind(group) and _rates(s) == rates))
+    return found
+
+
+def _rates(group: Group) -> tuple[float, ...]:
+    return tuple(float("-inf") if (value := group.get(name)) is None else value for name in SETTINGS)
+
+
+def settle(current: list[Group], saved: list[Group], follow: str | None) -> None:
+    """Make the settings of groups and saved groups equal, in place.
+
+    Args:
+        current: all groups of this run's optimizers.
+        saved: those of the checkpoint, which are about to be loaded.
+        follow: whose settings both get: "run", "checkpoint", or None where they must be equal.
+    """
+    pairs = list(zip(current, counterparts(current, saved), strict=True))
+    for group, other in sorted(pairs, key=lambda pair: _has_own_rate(pair[0])):
+        for name in SETTINGS:
+            if (ours := group.get(name)) == (theirs := other.get(name)):
+                continue
+            if follow is None:
+                flag = RATES[name][_has_own_rate(group)] if name in RATES else name
+                raise _another_schedule(f"{flag} {ours}, and the checkpoint has {theirs}")
+            if follow == "run":
+                other[name] = ours
+            else:
+                group[name] = theirs

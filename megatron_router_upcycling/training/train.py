@@ -28,23 +28,36 @@ def model_config(run: Run) -> Any:
     return model
 
 
+def build(args: Namespace, model: Any) -> tuple[list[Any], Any, Any]:
+    """What Megatron's loop builds first: this rank's model chunks, their optimizer and its schedule."""
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import training
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    training.initialize_megatron()  # by the module's attribute, which the CPU backend replaces
+    return training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, model),
+        checkpointing_context={},
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
 def train(run: Run) -> None:
     """Hand a prepared run to ``megatron.training.pretrain``."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_router_upcycling.training import language_model, objections, saving
-    from megatron_router_upcycling.training.patches import reshard_optimizer
+    from megatron_router_upcycling.training import language_model, objections
     from megatron_router_upcycling.training.run_log.listener import RunLog
 
     model = model_config(run)
     with objections.megatrons_objection(run.args, raised_by_megatron=True):
         container = pretrain_cfg_container_from_args(run.args, model)
     RunLog(run.args).install()
-    reshard_optimizer.install()
     objections.install(run.args)
-    saving.install(run.args)
     _write_state(run.args, "running")
     try:
         pretrain(

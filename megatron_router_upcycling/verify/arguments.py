@@ -12,8 +12,7 @@ from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.conversion.moe_arguments import model_flags, moe_arguments, moe_common_state
 from megatron_router_upcycling.conversion.plan import Plan
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.verify.findings import Findings
-from megatron_router_upcycling.verify.verification import Verification
+from megatron_router_upcycling.verify.findings import Findings, Verification
 
 VERSIONS = ("args", "checkpoint_version", "content_metadata")
 
@@ -23,7 +22,7 @@ def check_arguments(verification: Verification) -> None:
     moe, plan, findings = verification.moe, verification.plan, verification.findings
     try:
         args = vars(moe.args)
-        fresh = _common(plan)
+        fresh = moe_common_state(plan.dense, plan.model, plan.options, plan.layers)
         wanted = _architecture(plan) if verification.trained else vars(fresh["args"])
     except UserError as error:
         findings.add("arguments", COMMON_STATE, str(error))
@@ -55,24 +54,19 @@ def _compare(findings: Findings, found: dict[str, Any], wanted: dict[str, Any]) 
             findings.add("arguments", name, what)
 
 
-def _common(plan: Plan) -> dict[str, Any]:
-    options = plan.options
-    return moe_common_state(plan.dense, plan.model, options.router, options.shared_expert, plan.layers)
-
-
 def _architecture(plan: Plan) -> dict[str, Any]:
     """What training leaves as it is."""
     dense = vars(plan.dense.args)
     names = (*(ARCHITECTURE | NEGATED).values(), "num_query_groups")
     kept = {name: dense[name] for name in names if dense.get(name) is not None}
-    return kept | moe_arguments(plan.model, plan.options.router, plan.options.shared_expert, plan.layers)
+    return kept | moe_arguments(plan.model, plan.options, plan.layers)
 
 
 def check_manifest(verification: Verification) -> None:
     """Compare the manifest's architecture and digest with the dense checkpoint."""
     plan, findings = verification.plan, verification.findings
-    options, recorded = plan.options, verification.section("model")
-    flags = plan.model.flags | model_flags(plan.model, options.router, options.shared_expert, plan.layers)
+    recorded = verification.section("model")
+    flags = plan.model.flags | model_flags(plan.model, plan.options, plan.layers)
     for flag in sorted({*recorded, *flags}):
         if recorded.get(flag) != flags.get(flag):
             what = f"manifest says {recorded.get(flag)!r:.60}, DENSE {flags.get(flag)!r:.60}"

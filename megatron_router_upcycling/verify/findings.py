@@ -1,10 +1,18 @@
-"""What verification finds, and how it is shown."""
+"""What is verified, what verification finds, and how that is shown."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.conversion.plan import Plan
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.key_statistics.file import KeyStats
+
+FRESH_ITERATION = "release"  # the iteration of a checkpoint that convert made
 ROWS_SHOWN = 30
 
 # What is proved -> in words. The order is that of the table.
@@ -60,7 +68,13 @@ class Findings:
             more = self.skipped.get(check) or self.looked_at.get(check, "")
             lines.append(f"  {verdict:<9} {words}{f' ({more})' * bool(more)}")
         if self.found:
-            lines += ["", *_columns([("differs", "layer", "expert", "how"), *map(_row, self._first())])]
+            rows = [("differs", "layer", "expert", "how")]
+            rows += [(found.name, found.layer, found.expert, found.what) for found in self._first()]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            widths[-1] = 0
+            lines.append("")
+            for row in rows:
+                lines.append("  " + "  ".join(map(str.ljust, row, widths)))
             if (hidden := len(self.found) - ROWS_SHOWN) > 0:
                 lines.append(f"and {hidden} more; --json FILE writes them all")
         return "\n".join(lines)
@@ -86,22 +100,62 @@ class Findings:
         return json.dumps(more | {"equal": not found, "checks": checks, "differences": found}, indent=2)
 
 
-def _row(finding: Finding) -> tuple[str, str, str, str]:
-    return finding.name, finding.layer, finding.expert, finding.what
-
-
-def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    rows = list(rows)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    return [
-        "  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
-        for row in rows
-    ]
-
-
 def span(numbers: Iterable[int]) -> str:
     """``0-7`` or ``3`` or ``0,2,5``, for a table."""
     ordered = sorted(set(numbers))
     if len(ordered) > 2 and ordered[-1] - ordered[0] == len(ordered) - 1:
         return f"{ordered[0]}-{ordered[-1]}"
     return ",".join(map(str, ordered))
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The Mixture-of-Experts, the conversion that must have made it, and what is wrong so far.
+
+    ``plan`` is that of the dense checkpoint with the options that the manifest records; ``stats`` are the
+    key statistics, None where none are needed.
+    """
+
+    moe: Checkpoint
+    record: dict[str, Any]  # the manifest
+    plan: Plan
+    stats: KeyStats | None
+    findings: Findings
+
+    @property
+    def trained(self) -> bool:
+        return has_trained(self.moe)
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of values, those that several chunks name being read once."""
+        return sum(
+            sum({chunk.blob: math.prod(chunk.sizes) for chunk in stored.chunks}.values())
+            * stored.dtype.itemsize
+            for stored in self.moe.tensors.values()
+        )
+
+    def section(self, name: str) -> dict[str, Any]:
+        return section(self.moe, self.record, name)
+
+    def recorded_files(self, name: str) -> dict[str, dict[str, Any]]:
+        """What section ``name`` of the manifest says of each file."""
+        files = self.section(name)
+        for path, entry in files.items():
+            if not isinstance(entry, dict) or Path(path).is_absolute() or ".." in Path(path).parts:
+                raise UserError(
+                    f"MOE {self.moe.root}: its manifest says {path!r} in {name!r}; convert the model again"
+                )
+        return files
+
+
+def has_trained(moe: Checkpoint) -> bool:
+    return moe.iteration_dir.name != FRESH_ITERATION
+
+
+def section(moe: Checkpoint, record: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of the manifest."""
+    found = record.get(name)
+    if not isinstance(found, dict):
+        raise UserError(f"MOE {moe.root}: its manifest has no {name!r} section; convert the model again")
+    return found

@@ -5,7 +5,6 @@ compares the checkpoint with what each step of that plan expects. (The tests hol
 that shares nothing with them.) Of a checkpoint that has trained since, the structure alone can be checked.
 """
 
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ from megatron_router_upcycling.initialisation.first_routers import router_parame
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.file import load as load_key_stats
 from megatron_router_upcycling.verify import arguments, structure
-from megatron_router_upcycling.verify.findings import Findings
-from megatron_router_upcycling.verify.sources import DataFiles, Sources
+from megatron_router_upcycling.verify.findings import Findings, Verification, has_trained, section
+from megatron_router_upcycling.verify.sources import Sources
 from megatron_router_upcycling.verify.values import Comparison, Progress
-from megatron_router_upcycling.verify.verification import Verification, has_trained, section
 
 TRAINED = "the checkpoint has trained"
 
@@ -119,22 +117,11 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
     Args:
         progress: called with numbers of bytes, ``bytes_to_read`` together.
     """
-    with (
-        closing(DataFiles(verification.plan.source.iteration_dir)) as dense_files,
-        closing(DataFiles(verification.moe.iteration_dir)) as moe_files,
-    ):
-        sources = Sources(verification.plan.source, dense_files)
-        comparison = Comparison(verification.moe, moe_files, sources, verification.findings, progress)
-        _check(verification, moe_files, comparison)
-    _say_what_was_seen(verification, comparison)
-    return verification.findings
-
-
-def _check(verification: Verification, moe_files: DataFiles, comparison: Comparison) -> None:
-    moe, trained = verification.moe, verification.trained
+    moe, trained, findings = verification.moe, verification.trained, verification.findings
+    comparison = Comparison(moe, Sources(verification.plan.source), findings, progress)
     expected = verification.plan.expects(verification.stats)
     comparable = structure.check_tensors(verification, expected)
-    identities = structure.check_objects(verification, moe_files)
+    identities = structure.check_objects(verification)
     arguments.check_arguments(verification)
     arguments.check_manifest(verification)
     for key in moe.tensors:
@@ -144,7 +131,9 @@ def _check(verification: Verification, moe_files: DataFiles, comparison: Compari
         small = {METADATA, CONFIG, COMMON_FILE}
         whole_files = {Path(name).name for name in verification.recorded_files("files")} - small
         structure.check_files(verification, identities | comparison.identities)
-    structure.check_ranges(moe, whole_files, verification.findings)
+    structure.check_ranges(moe, whole_files, findings)
+    _say_what_was_seen(verification, comparison)
+    return findings
 
 
 def _say_what_was_seen(verification: Verification, comparison: Comparison) -> None:

@@ -6,7 +6,6 @@ from itertools import pairwise
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
-from megatron_router_upcycling.checkpoint.format.torch_save_file import Damaged
 from megatron_router_upcycling.checkpoint.names import ROUTER, TRAINING_STATE, other_norm, split_key
 from megatron_router_upcycling.checkpoint.publish.completeness import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
@@ -14,9 +13,7 @@ from megatron_router_upcycling.conversion.expected import Expected
 from megatron_router_upcycling.conversion.steps import Keep
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sha256
-from megatron_router_upcycling.verify.findings import Findings
-from megatron_router_upcycling.verify.sources import DataFiles
-from megatron_router_upcycling.verify.verification import Verification
+from megatron_router_upcycling.verify.findings import Findings, Verification
 
 # Made by training, if at all.
 BALANCING = tuple(f"{ROUTER}.{name}" for name in ("expert_bias", "qb_beta", "local_tokens_per_expert"))
@@ -67,7 +64,7 @@ def check_ranges(moe: Checkpoint, whole_files: Iterable[str], findings: Findings
                     findings.add("metadata", name, f"bytes {end}-{start} belong to no chunk")
 
 
-def check_objects(verification: Verification, files: DataFiles) -> dict[Blob, bytes]:
+def check_objects(verification: Verification) -> dict[Blob, bytes]:
     """Compare extra states with the dense model's; return the identities of all objects' bytes."""
     moe, plan, findings = verification.moe, verification.plan, verification.findings
     dense = plan.source
@@ -86,10 +83,10 @@ def check_objects(verification: Verification, files: DataFiles) -> dict[Blob, by
     for key, blob in moe.objects.items():
         try:
             if blob not in identities:
-                identities[blob] = files.examine(blob).identity
+                identities[blob] = torch_save_file.examine(moe.iteration_dir, blob).identity
             if key != COMMON_STATE and not verification.trained and (what := fault(key, blob)):
                 findings.add("states", key, what)
-        except (Damaged, UserError, OSError) as error:
+        except (torch_save_file.Damaged, UserError, OSError) as error:
             findings.add("damage", key, f"{blob.file}, {blob.length} bytes at {blob.offset}: {error}")
     if not verification.trained:
         for key in sorted(wanted - set(moe.objects)):

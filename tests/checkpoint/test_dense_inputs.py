@@ -6,7 +6,7 @@ The layouts: as older PyTorch and Megatron wrote them, layers under keys of thei
 import io
 import pickle
 from argparse import Namespace
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,15 @@ from tests.dense_checkpoint import ATTENTION, FFN, LAYERS, MLP, make_stats
 PREFIX = "decoder.layers."
 
 
-def convert(root: Path, out: Path) -> dict[str, torch.Tensor]:
+def convert(
+    root: Path, out: Path, layers: str | None = None, shared_expert: bool = False, **router: Any
+) -> dict[str, torch.Tensor]:
+    """Every tensor of the Mixture-of-Experts that ``root`` converts to."""
     stats = out.with_name("key_stats")
     make_stats(stats)
-    conversion.convert(conversion.prepare(root, out, Options(RouterConfig(num_experts=4), stats)))
+    config = RouterConfig(**{"num_experts": 4} | router)
+    options = Options(config, stats, layers=layers, shared_expert=shared_expert)
+    conversion.convert(conversion.prepare(root, out, options))
     return dense_checkpoint.read_back(out / "release")
 
 
@@ -65,11 +70,6 @@ def write_per_layer(
     state = {"args": dense_checkpoint.arguments(), "iteration": 8, "checkpoint_version": 3.0}
     folder.add_object("common_state/shard_0_1", state)
     folder.finish()
-    (root / "latest_checkpointed_iteration.txt").write_text("8")
-
-
-def per_layer(**options: Any) -> Callable[[Path, dict[str, torch.Tensor]], None]:
-    return lambda root, values: write_per_layer(root, values, **options)
 
 
 def old_pytorch(root: Path, values: dict[str, torch.Tensor]) -> None:
@@ -95,13 +95,11 @@ def transformer_engine(root: Path, values: dict[str, torch.Tensor]) -> None:
     folder.add_object("decoder.final_layernorm._extra_state/shard_0_1", torch.arange(9, dtype=torch.uint8))
     folder.add_object("common_state/shard_0_1", {"args": dense_checkpoint.arguments(), "iteration": 8})
     folder.finish()
-    (root / "latest_checkpointed_iteration.txt").write_text("8")
 
 
-INPUTS = {
-    "per layer": per_layer(),
-    "per layer, TP 2": per_layer(tensor_parallel=2),
-    "per layer, gate and up apart, TP 2": per_layer(tensor_parallel=2, halves=True),
+INPUTS: dict[str, Any] = {
+    "per layer, TP 2": partial(write_per_layer, tensor_parallel=2),
+    "per layer, gate and up apart": partial(write_per_layer, halves=True),
     "old PyTorch and Megatron": old_pytorch,
     "Transformer Engine": transformer_engine,
 }
@@ -134,13 +132,16 @@ def test_extra_states_keep_their_bytes(tmp_path: Path) -> None:
         assert moe.read_blob(moe.objects[key]) == dense.read_blob(dense.objects[key])
 
 
+DIFFERENT = "is not of one shape and dtype in all layers"
+
+
 @pytest.mark.parametrize(
     ("layer", "value", "message"),
     [
-        (2, None, "mlp.linear_fc2.weight is in 2 of 3 layers"),
-        (1, None, "mlp.linear_fc2.weight is in 2 of 3 layers"),
-        (1, torch.ones(4, 4), "mlp.linear_fc2.weight is not of one shape and dtype in all layers"),
-        (1, torch.ones(32, 24).bfloat16(), "mlp.linear_fc2.weight is not of one shape and dtype"),
+        (2, None, "is in layers 0, 1 and should be in layers 0, 1, 2"),
+        (1, None, "is in layers 0, 2 and should be in layers 0, 1, 2"),
+        (1, torch.ones(4, 4), DIFFERENT),
+        (1, torch.ones(32, 24).bfloat16(), DIFFERENT),
     ],
     ids=["last missing", "one missing", "other shape", "other dtype"],
 )
@@ -150,12 +151,11 @@ def test_layers_that_differ_are_refused(
     folder = dense_checkpoint.Folder(tmp_path / "dense/iter_0000008")
     for number in range(LAYERS):
         folder.add(f"{PREFIX}{number}.mlp.linear_fc1.weight", torch.ones(4, 4), (1, 1))
-        stored = value if number == layer else torch.ones(32, 24)
-        if stored is not None:
+        if number != layer or value is not None:
+            stored = torch.ones(32, 24) if number != layer or value is None else value
             folder.add(f"{PREFIX}{number}.mlp.linear_fc2.weight", stored, (1, 1))
     folder.add_object("common_state/shard_0_1", {"args": Namespace()})
     folder.finish()
-    (tmp_path / "dense/latest_checkpointed_iteration.txt").write_text("8")
     with pytest.raises(UserError) as raised:
         convert(tmp_path / "dense", tmp_path / "moe")
-    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert f"mlp.linear_fc2.weight {message}" in str(raised.value) and "\n" not in str(raised.value)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_router_upcycling.checkpoint.legacy import checkpoint as legacy
+from megatron_router_upcycling.checkpoint import legacy
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion import convert as conversion
@@ -18,38 +18,20 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import proof
 from tests import dense_checkpoint, launch, legacy_checkpoint
-from tests.dense_checkpoint import make_stats
+from tests.checkpoint.test_dense_inputs import convert
 
 BF16 = torch.bfloat16
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
-    "TP 2": {"tensor_parallel": 2},
     "TP 4 in one buffer": {"tensor_parallel": 4, "one_buffer": True},
     "PP 2 uneven": {"stages": ((0, 1), (2,))},
     "TP 2 PP 3": {"tensor_parallel": 2, "stages": ((0,), (1,), (2,))},
     "virtual stages": {"stages": ((0,), (1,), (2,), ()), "virtual": 2, "one_buffer": True},
     "Transformer Engine": {"tensor_parallel": 2, "transformer_engine": True},
     "bf16": {"tensor_parallel": 2, "values": dense_checkpoint.tensors(BF16), "one_buffer": True},
-    "bias": {
-        "tensor_parallel": 2,
-        "values": dense_checkpoint.tensors(bias=True),
-        "args": dense_checkpoint.arguments(add_bias_linear=True),
-    },
-    "not gated": {
-        "tensor_parallel": 2,
-        "values": dense_checkpoint.tensors(gated=False),
-        "args": dense_checkpoint.arguments(swiglu=False),
-    },
+    "bias": dense_checkpoint.WITH_BIAS | {"tensor_parallel": 2},
+    "not gated": dense_checkpoint.NOT_GATED | {"tensor_parallel": 2},
 }
-
-
-def convert(root: Path, out: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the MoE that ``root`` converts to."""
-    stats = out.with_name("key_stats")
-    make_stats(stats)
-    options = Options(RouterConfig(num_experts=4, pre_softmax=False), stats)
-    conversion.convert(conversion.prepare(root, out, options))
-    return dense_checkpoint.read_back(out / "release")
 
 
 @pytest.mark.parametrize("chunk_bytes", [legacy.CHUNK_BYTES, 300], ids=["whole", "cut"])
@@ -118,10 +100,10 @@ def rewrite(path: Path, change: Any) -> None:
     torch.save(state, path)
 
 
-def flip(path: Path, key: str) -> None:
+def flip(path: Path) -> None:
     """Change one byte of a parameter's values and nothing else."""
     content = bytearray(path.read_bytes())
-    value = torch.load(path, weights_only=False)["model"][key].detach().numpy().tobytes()
+    value = torch.load(path, weights_only=False)["model"][FC1].detach().numpy().tobytes()
     content[content.index(value) + 5] ^= 1
     path.write_bytes(content)
 
@@ -134,30 +116,19 @@ def replace_pickle(path: Path, pickled: bytes) -> None:
 FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
 NORM = "decoder.layers.1.input_layernorm.weight"
 DAMAGE: dict[str, tuple[Any, str]] = {
-    "rank missing": (lambda path: path.unlink(), "mp_rank_01/model_optim_rng.pt: missing"),
-    "rank too many": (lambda path: path.parent.with_name("mp_rank_02").mkdir(), "mp_rank_02: not a rank"),
-    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-999]), "damaged, half-written"),
-    "flipped value": (lambda path: flip(path, FC1), "damaged within"),
+    "rank missing": (lambda path: path.unlink(), "mp_rank_01/model_optim_rng.pt: missing, damaged"),
+    "rank too many": (lambda path: path.parent.with_name("mp_rank_02").mkdir(), "its 3 folders mp_rank_*"),
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-999]), "damaged, half-written or"),
+    "flipped value": (flip, "damaged within"),
     "pickle of nothing": (lambda path: replace_pickle(path, b""), "damaged or half-written"),
     "pickle of a list": (lambda path: replace_pickle(path, pickle.dumps([1])), "not a checkpoint"),
 }
+# What changes the state of the second rank.
 CHANGES: dict[str, tuple[Any, str]] = {
-    "norms differ": (
-        lambda state: state["model"][NORM].data.add_(1),
-        "its decoder.layers.self_attention.linear_qkv.layer_norm_weight differs",
-    ),
+    "norms differ": (lambda state: state["model"][NORM].data.add_(1), "linear_qkv.layer_norm_weight differs"),
     "other iteration": (lambda state: state.update(iteration=7), "of another iteration"),
-    "parameter missing": (lambda state: state["model"].pop(FC1), "holds other parameters"),
+    "parameter missing": (lambda state: state["model"].pop(FC1), "other parameters"),
     "unknown parameter": (lambda state: state["model"].update(lora=torch.ones(2)), "other parameters"),
-    "shapes differ": (
-        lambda state: state["model"].update({FC1: torch.ones(4, 32)}),
-        "not of one shape and dtype on all ranks",
-    ),
-    "integers": (lambda state: state["model"].update({FC1: torch.ones(2).int()}), "KeyError: 'IntStorage'"),
-    "not row after row": (
-        lambda state: state["model"].update({FC1: torch.ones(32, 24).t()}),
-        "do not lie row after row",
-    ),
     "before Megatron-Core": (
         lambda state: state.update(model={"language_model": {}}),
         "before Megatron-Core",
@@ -165,40 +136,37 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "no arguments": (lambda state: state.pop("args"), "not a checkpoint"),
     "no model": (lambda state: state.pop("model"), "holds no model"),
 }
+TENSORS = {  # in place of FC1's
+    "shapes differ": (torch.ones(4, 32), "or not of one shape and dtype"),
+    "integers": (torch.ones(2).int(), "torch.int32, are no floating-point"),
+    "not row after row": (torch.ones(32, 24).t(), "lie row after row"),
+}
+for name, (tensor, words) in TENSORS.items():
+    CHANGES[name] = (lambda state, tensor=tensor: state["model"].update({FC1: tensor}), words)
 ON_ALL_RANKS: dict[str, tuple[Any, str]] = {
     "layer without a parameter": (lambda state: state["model"].pop(FC1), "for 2 of 3 layers"),
     "unknown parameter on all": (
         lambda state: state["model"].update(lora=torch.ones(2)),
-        "holds 'lora', which convert does not know",
+        "holds 'lora', which",
     ),
-    "old order of queries, keys and values": (
-        lambda state: state.update(checkpoint_version=1.0),
-        "checkpoint_version 1.0",
-    ),
+    "old order of QKV": (lambda state: state.update(checkpoint_version=1.0), "checkpoint_version 1.0"),
     "too many ranks": (
         lambda state: setattr(state["args"], "pipeline_model_parallel_size", 10**9),
-        "do not give tensor and pipeline parallel sizes",
+        "pipeline parallel 1000000000",
     ),
 }
-
-
-def spoil(root: Path, damage: str) -> str:
-    """Damage a checkpoint of two ranks; what the message must say."""
-    if damage in DAMAGE:
-        change, message = DAMAGE[damage]
-        change(rank_file(root))
-        return message
-    change, message = (CHANGES | ON_ALL_RANKS)[damage]
-    for name in ("mp_rank_00", "mp_rank_01")[damage in CHANGES :]:
-        rewrite(rank_file(root, name), change)
-    return message
 
 
 @pytest.mark.parametrize("damage", [*DAMAGE, *CHANGES, *ON_ALL_RANKS])
 def test_damage_is_one_line(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     legacy_checkpoint.write(tmp_path / "dense", tensor_parallel=2)
-    message = spoil(tmp_path / "dense", damage)
+    change, message = (DAMAGE | CHANGES | ON_ALL_RANKS)[damage]
+    if damage in DAMAGE:
+        change(rank_file(tmp_path / "dense"))
+    else:
+        for name in ("mp_rank_00", "mp_rank_01")[damage in CHANGES :]:
+            rewrite(rank_file(tmp_path / "dense", name), change)
     with pytest.raises(UserError) as raised:
         convert(tmp_path / "dense", tmp_path / "moe")
     assert message in str(raised.value) and "\n" not in str(raised.value)

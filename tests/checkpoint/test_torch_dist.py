@@ -1,10 +1,10 @@
 """Reading and writing torch_dist folders by chunk, and reading them safely."""
 
 import io
-import json
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_router_upcycling.checkpoint.format.metadata import (
     format_metadata,
     parse_metadata,
 )
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Values
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
@@ -72,35 +73,37 @@ def test_metadata_survives_writing_and_reading() -> None:
     assert metadata.state_dict_metadata["norm"].properties.layout is torch.strided
 
 
+def examine(folder: Path, tensor: torch.Tensor, sizes: tuple[int, ...]) -> tuple[bytes, Values | None]:
+    """A file of ``tensor`` in ``folder``, between other bytes, and where its values lie."""
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    content = b"before" + buffer.getvalue() + b"after"
+    (folder / "a").write_bytes(content)
+    blob = Blob("a", 6, len(buffer.getvalue()))
+    return content, torch_save_file.examine(folder, blob, (sizes, tensor.dtype)).values
+
+
 @pytest.mark.parametrize("dtype", list(torch_save_file.STORAGES.values()), ids=str)
 def test_values_given_another_shape_are_what_torch_loads(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = torch.arange(24).view(2, 3, 4).to(dtype)
-    buffer = io.BytesIO()
-    torch.save(tensor, buffer)
-    values = torch_save_file.find_values(buffer, (2, 3, 4), dtype)
+    saved, values = examine(tmp_path, tensor, (2, 3, 4))
     assert values is not None
     head, tail = torch_save_file.wrap_values(values, (2, 1, 3, 4), dtype)
-    content = head + buffer.getvalue()[values.offset : values.offset + values.length] + tail
+    content = head + saved[values.offset : values.offset + values.length] + tail
     loaded = torch.load(io.BytesIO(content), weights_only=True)
     assert loaded.dtype == dtype and torch.equal(loaded, tensor.view(2, 1, 3, 4))
-    import zipfile
-
     assert zipfile.ZipFile(io.BytesIO(content)).testzip() is None  # the checksums are right
 
 
 @pytest.mark.parametrize(
     "tensor",
-    [
-        pytest.param(torch.ones(4, 6).t(), id="transposed"),
-        pytest.param(torch.ones(9, 4)[:6], id="part"),
-        pytest.param(torch.ones(6, 4, dtype=torch.float64), id="dtype"),
-        pytest.param(torch.nn.Parameter(torch.ones(6, 4)), id="parameter"),
-    ],
+    [torch.ones(4, 6).t(), torch.ones(9, 4)[:6], torch.nn.Parameter(torch.ones(6, 4))],
+    ids=["transposed", "part", "parameter"],
 )
-def test_values_that_are_not_plain_are_not_taken(tensor: torch.Tensor) -> None:
-    buffer = io.BytesIO()
-    torch.save(tensor, buffer)
-    assert torch_save_file.find_values(buffer, (6, 4), torch.float32) is None
+def test_values_that_are_not_plain_are_not_taken(tmp_path: Path, tensor: torch.Tensor) -> None:
+    assert examine(tmp_path, tensor, (6, 4))[1] is None
+    with pytest.raises(torch_save_file.Damaged, match="holds torch.float32"):
+        examine(tmp_path, torch.ones(6, 4), (4, 6))
 
 
 def test_writer_copies_where_it_cannot_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,32 +137,34 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def _change(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+ITERATION = "iter_0000008/"
+SPOILT = {  # file -> what is done to it, and what is said then
+    "latest_checkpointed_iteration.txt": (
+        (Path.unlink, "no checkpoint there"),
+        (lambda path: path.write_text("9"), "iter_0000009: no checkpoint there"),
+        (lambda path: path.write_text("../x"), "says '../x'"),
+    ),
+    f"{ITERATION}.metadata": (
+        (Path.unlink, ".metadata: cannot be read (No such file"),
+        (_truncate, ".metadata: damaged or half-written"),
+        (lambda path: path.write_bytes(b""), ".metadata: damaged or half-written"),
+    ),
+    f"{ITERATION}metadata.json": (
+        (Path.unlink, "metadata.json: cannot be read (No such file"),
+        (lambda path: path.write_text("{"), "metadata.json: not JSON"),
+        (lambda path: path.write_text('{"sharded_backend": "zarr"}'), "format 'zarr'"),
+    ),
+    f"{ITERATION}__1_0.distcp": ((Path.unlink, "distcp: missing"), (_truncate, "distcp: half-written")),
+}
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda root: (root / "latest_checkpointed_iteration.txt").unlink(), "no checkpoint there"),
-        (lambda root: (root / "latest_checkpointed_iteration.txt").write_text("9"), "iter_0000009: missing"),
-        (lambda root: (root / "latest_checkpointed_iteration.txt").write_text("../x"), "says '../x'"),
-        (lambda root: (root / "iter_0000008/.metadata").unlink(), ".metadata: missing"),
-        (lambda root: _truncate(root / "iter_0000008/.metadata"), ".metadata: damaged or half-written"),
-        (
-            lambda root: (root / "iter_0000008/.metadata").write_bytes(b""),
-            ".metadata: damaged or half-written",
-        ),
-        (lambda root: (root / "iter_0000008/metadata.json").unlink(), "metadata.json: missing"),
-        (lambda root: (root / "iter_0000008/metadata.json").write_text("{"), "metadata.json: not JSON"),
-        (lambda root: _change(root / "iter_0000008/metadata.json", sharded_backend="zarr"), "format 'zarr'"),
-        (lambda root: (root / "iter_0000008/__1_0.distcp").unlink(), "__1_0.distcp: missing"),
-        (lambda root: _truncate(root / "iter_0000008/__1_0.distcp"), "__1_0.distcp: half-written"),
-    ],
+    ("file", "case"), [(file, case) for file in SPOILT for case in range(len(SPOILT[file]))]
 )
-def test_what_is_not_whole_is_one_line(tmp_path: Path, spoil: Any, message: str) -> None:
+def test_what_is_not_whole_is_one_line(tmp_path: Path, file: str, case: int) -> None:
     dense_checkpoint.write(tmp_path, tensor_parallel=2)
-    spoil(tmp_path)
+    spoil, message = SPOILT[file][case]
+    spoil(tmp_path / file)
     with pytest.raises(UserError) as raised:
         open_checkpoint(tmp_path)
     assert message in str(raised.value) and "\n" not in str(raised.value)
@@ -171,17 +176,17 @@ def test_an_iterations_folder_chooses_that_iteration(tmp_path: Path) -> None:
     older = open_checkpoint(tmp_path / "iter_0000004")
     assert (older.root, older.iteration_dir.name) == (tmp_path, "iter_0000004")
     assert open_checkpoint(tmp_path).iteration_dir.name == "iter_0000008"
-    with pytest.raises(UserError, match="iter_0000006: no such iteration; .* has iter_0000004, iter_0000008"):
+    with pytest.raises(
+        UserError, match=r"iter_0000006: no checkpoint there; .* \(iter_0000004, iter_0000008\)"
+    ):
         open_checkpoint(tmp_path / "iter_0000006")
 
 
-def test_data_files_outside_the_folder_are_refused() -> None:
-    stored = StoredTensor((4,), torch.float32, (Chunk((0,), (4,), Blob("../../secret", 0, 16)),))
-    with pytest.raises(UserError, match="outside the checkpoint's folder"):
-        parse_metadata(format_metadata({"norm": stored}, {}), "metadata")
-
-
-def test_tensor_with_a_missing_chunk_is_refused() -> None:
-    stored = StoredTensor((2, 4), torch.float32, (Chunk((0, 0), (1, 4), Blob("a", 0, 16)),))
-    with pytest.raises(UserError, match="not covered by its chunks"):
+@pytest.mark.parametrize(
+    ("file", "size", "message"),
+    [("../../secret", 2, "outside the checkpoint's folder"), ("a", 1, "not covered by its chunks")],
+)
+def test_metadata_that_leads_elsewhere_or_nowhere_is_refused(file: str, size: int, message: str) -> None:
+    stored = StoredTensor((2, 4), torch.float32, (Chunk((0, 0), (size, 4), Blob(file, 0, 32)),))
+    with pytest.raises(UserError, match=message):
         parse_metadata(format_metadata({"norm": stored}, {}), "metadata")

@@ -175,4 +175,4 @@ def test_inspect(tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]
     assert "decoder.layers.mlp.experts.experts.linear_fc1.weight" in said and "[3, 4, 48, 32]" in said
     assert "router_upcycling.json" in said and '"shared_storage": true' in said
     assert cli.main(["inspect", str(tmp_path / "nowhere")]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert "no checkpoint there" in capsys.readouterr().err

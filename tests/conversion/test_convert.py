@@ -1,6 +1,5 @@
-"""What the converter makes of each tensor, read back by torch.distributed.checkpoint."""
+"""What the converter makes and refuses. ``verify/test_starts`` holds every start against slow code."""
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,16 @@ from megatron_router_upcycling.checkpoint.read_model import query_key_digest
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.conversion import convert as conversion
+from megatron_router_upcycling.conversion.convert import EXPERT_FILE
 from megatron_router_upcycling.conversion.options import Options
-from megatron_router_upcycling.conversion.record import EXPERT_FILE
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics import file as key_stats_file
-from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.routers.config import RouterConfig
 from tests import dense_checkpoint
 from tests.dense_checkpoint import (
     ATTENTION,
     FFN,
     GROUPS,
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
     LAYERS,
     MLP,
     is_ffn,
@@ -118,69 +113,6 @@ def test_materialized_shares_nothing(tmp_path: Path) -> None:
     assert not manifest.read(tmp_path / "moe")["shared_storage"]  # type: ignore[index]
 
 
-def reference_routers(
-    qkv: torch.Tensor, mean: torch.Tensor, pairs: list[tuple[int, int]]
-) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]:
-    """Query rows and keys of each pair of heads of one layer, by loops over Megatron's fused layout."""
-    per_group = HEADS // GROUPS
-    queries, keys = [], []
-    for pair in pairs:
-        rows, key = [], []
-        for head in pair:
-            group = head // per_group
-            first = group * (per_group + 2) * HEAD_DIM + (head % per_group) * HEAD_DIM
-            rows += [qkv[first + i] for i in range(HEAD_DIM)]
-            key += [mean[group, i] for i in range(HEAD_DIM)]
-        queries.append(rows)
-        keys.append(key)
-    return queries, keys
-
-
-def greedy_pairs(keys: list[torch.Tensor]) -> list[tuple[int, int]]:
-    """Pairs of heads by falling cosine similarity, each head once, in index order."""
-    scored = []
-    for i in range(len(keys)):
-        for j in range(i + 1, len(keys)):
-            a, b = keys[i].double(), keys[j].double()
-            cosine = float((a * b).sum()) / math.sqrt(float((a * a).sum()) * float((b * b).sum()))
-            scored.append((-round(cosine, 12), i, j))
-    taken: set[int] = set()
-    pairs = []
-    for _, i, j in sorted(scored):
-        if not {i, j} & taken:
-            taken |= {i, j}
-            pairs.append((i, j))
-    return sorted(pairs)
-
-
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_routers_are_what_loops_compute(tmp_path: Path, tensor_parallel: int, dtype: torch.dtype) -> None:
-    dense = dense_checkpoint.write(tmp_path / "dense", dense_checkpoint.tensors(dtype), tensor_parallel)
-    release = convert(
-        tmp_path, num_experts=4, init=InitConfig(head_key="mean")
-    )  # m = n = 4: pairs of 8 heads
-    mean = key_stats_file.load(tmp_path / "key_stats.safetensors").mean
-    moe = dense_checkpoint.read_back(release)
-    for layer in range(LAYERS):
-        pairs = greedy_pairs([mean[layer, head // (HEADS // GROUPS)] for head in range(HEADS)])
-        queries, keys = reference_routers(dense[f"{ATTENTION}.linear_qkv.weight"][layer], mean[layer], pairs)
-        for j in range(4):
-            for i in range(2 * HEAD_DIM):
-                assert torch.equal(moe[f"{ROUTER}.query_weight"][layer, j, i], queries[j][i])
-                assert moe[f"{ROUTER}.expert_key"][layer, j, i] == keys[j][i].to(dtype)
-
-
-def test_linear_router_is_drawn_from_the_seed(tmp_path: Path) -> None:
-    dense_checkpoint.write(tmp_path / "dense", args=dense_checkpoint.arguments(init_method_std=0.5))
-    router = RouterConfig(router="linear", num_experts=4)
-    release = convert(tmp_path, Options(router, seed=7))
-    generator = torch.Generator().manual_seed(7)
-    weight = dense_checkpoint.read_back(release)[f"{ROUTER}.weight"]
-    for layer in range(LAYERS):
-        assert torch.equal(weight[layer], 0.5 * torch.randn(4, HIDDEN, generator=generator))
-
-
 def test_common_state_in_a_file_of_its_own(tmp_path: Path) -> None:
     """As Megatron kept it before 0.19; it goes where it was."""
     dense_checkpoint.write(tmp_path / "dense", common_file=True)
@@ -260,7 +192,7 @@ def test_manifest_records_what_made_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"args": dense_checkpoint.arguments(num_experts=8)}, "a Mixture-of-Experts already with 8 experts"),
+        ({"args": dense_checkpoint.arguments(num_experts=8)}, "a Mixture-of-Experts already"),
         ({"args": dense_checkpoint.arguments(multi_latent_attention=True)}, "--multi-latent-attention True"),
         ({"args": dense_checkpoint.arguments(attention_output_gate=True)}, "--attention-output-gate True"),
         ({"args": dense_checkpoint.arguments(mtp_num_layers=1)}, "--mtp-num-layers 1"),
@@ -269,7 +201,7 @@ def test_manifest_records_what_made_it(tmp_path: Path) -> None:
         ({"args": dense_checkpoint.arguments(swiglu=False)}, "linear_fc1.weight is [3, 48, 32]"),
         ({"args": dense_checkpoint.arguments(num_query_groups=3)}, "3 query groups do not divide 8"),
         ({"args": dense_checkpoint.arguments(kv_channels=None)}, "do not give the architecture"),
-        ({"args": {"num_layers": 3}}, "training arguments that are not Megatron's, no run_config.yaml"),
+        ({"args": {"num_layers": 3}}, "no training arguments of Megatron's, no run_config.yaml"),
         ({"args": dense_checkpoint.arguments(mask=torch.ones(2))}, "hold what cannot be carried over"),
         ({"values": dense_checkpoint.tensors() | {"surprise": torch.ones(2)}}, "holds surprise"),
         ({"values": {f"{EXPERTS}.linear_fc1.weight": torch.ones(3, 2, 2)}}, "a Mixture-of-Experts already"),
@@ -289,8 +221,8 @@ def test_what_is_not_a_dense_gpt_model_is_refused(
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"hidden_size": 16}, "of another model: hidden_size 16"),
-        ({"checkpoint_digest": "0" * 64, "checkpoint": "elsewhere"}, "from another checkpoint (elsewhere)"),
+        ({"hidden_size": 16}, "of another model or other keys: its hidden_size is 16"),
+        ({"checkpoint_digest": "0" * 64}, f"its checkpoint_digest is {'0' * 64}, and"),
     ],
 )
 def test_key_statistics_of_another_model_are_refused(
@@ -301,17 +233,6 @@ def test_key_statistics_of_another_model_are_refused(
     with pytest.raises(UserError) as raised:
         conversion.prepare(tmp_path / "dense", tmp_path / "moe", Options(RouterConfig(), tmp_path / "ks"))
     assert message in str(raised.value)
-
-
-def test_key_statistics_of_other_sizes_are_refused(tmp_path: Path) -> None:
-    dense_checkpoint.write(tmp_path / "dense")
-    mean = torch.ones(LAYERS, GROUPS, 2 * HEAD_DIM)
-    metadata = {"num_layers": LAYERS, "num_query_groups": GROUPS, "kv_channels": 2 * HEAD_DIM}
-    metadata |= {"num_attention_heads": GROUPS, "key_source": "pre_rope"}
-    stats = KeyStats(mean, torch.ones(LAYERS, dtype=torch.int64), mean.clone(), metadata)
-    key_stats_file.save(tmp_path / "ks", stats)
-    with pytest.raises(UserError, match=r"of another model: keys \[3, 4, 8\]"):
-        conversion.prepare(tmp_path / "dense", tmp_path / "moe", Options(RouterConfig(), tmp_path / "ks"))
 
 
 def test_key_statistics_of_this_checkpoint_are_taken_and_of_one_with_other_values_not(tmp_path: Path) -> None:
@@ -327,7 +248,7 @@ def test_key_statistics_of_this_checkpoint_are_taken_and_of_one_with_other_value
     values[dense_checkpoint.ATTENTION + ".linear_qkv.weight"][2, 0, 0] += 1e-3
     dense_checkpoint.write(tmp_path / "dense", values)
     assert open_checkpoint(tmp_path / "dense").digest() == dense.digest()
-    with pytest.raises(UserError, match="collected from another checkpoint"):
+    with pytest.raises(UserError, match="its query_key_digest is"):
         conversion.prepare(tmp_path / "dense", tmp_path / "moe", options)
 
 

@@ -1,9 +1,8 @@
 """Fine-grained and shared experts: at step 0 the model equals the unsplit one.
 
-The reference is Megatron's arithmetic written as loops over tokens and experts, in float64 where it is exact.
+The reference is Megatron's arithmetic (``tests/reference/megatron_ffn``) in float64.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import proof
 from tests import dense_checkpoint
 from tests.dense_checkpoint import FFN, HIDDEN, LAYERS, MLP, make_stats
+from tests.reference.megatron_ffn import MegatronFFN
 
 EXPERTS = f"{MLP}.experts.experts"
 SHARED = f"{MLP}.shared_experts"
-ROUTER = f"{MLP}.router"
 
 
 def convert(
@@ -35,33 +34,10 @@ def convert(
     return dense_checkpoint.read_back(tmp_path / out / "release")
 
 
-def ffn(x: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor) -> torch.Tensor:
-    gate, up = (fc1 @ x).chunk(2)
-    return fc2 @ (torch.nn.functional.silu(gate) * up)
-
-
-def moe_ffn(moe: dict[str, torch.Tensor], layer: int, x: torch.Tensor, args: Any) -> torch.Tensor:
-    """An MoE layer on one token: softmax and top-k in Megatron's order, experts one after the other."""
-    if f"{ROUTER}.weight" in moe:
-        logits = moe[f"{ROUTER}.weight"][layer].double() @ x
-    else:
-        query, key = (moe[f"{ROUTER}.{name}"][layer].double() for name in ("query_weight", "expert_key"))
-        logits = key @ sum(query[j] @ x for j in range(len(query))) / math.sqrt(key.shape[1])
-    k = args.moe_router_topk
-    if args.moe_router_pre_softmax:
-        weights, chosen = logits.softmax(0).topk(k)
-    else:
-        values, chosen = logits.topk(k)
-        weights = values.softmax(0)
-    weights = weights * (args.moe_router_topk_scaling_factor or 1)
-    output = torch.zeros_like(x)
-    for weight, expert in zip(weights, chosen.tolist(), strict=True):
-        fc1, fc2 = (moe[f"{EXPERTS}.linear_fc{i}.weight"][layer, expert].double() for i in (1, 2))
-        output += weight * ffn(x, fc1, fc2)
-    if args.moe_shared_expert_intermediate_size:
-        fc1, fc2 = (moe[f"{SHARED}.linear_fc{i}.weight"][layer].double() for i in (1, 2))
-        output += ffn(x, fc1, fc2)
-    return output
+def moe_ffn(tensors: dict[str, torch.Tensor], layer: int, x: torch.Tensor, args: Any) -> torch.Tensor:
+    """A layer's FFN or experts on one token, in float64."""
+    args.pooling = "sum"
+    return MegatronFFN({key: value.double() for key, value in tensors.items()}, layer, args).token(x)
 
 
 @pytest.mark.parametrize("pre_softmax", [False, True], ids=["top-k first", "softmax first"])
@@ -100,10 +76,10 @@ def test_shared_expert_and_chosen_experts_are_the_dense_model(tmp_path: Path, gr
     )
     generator = torch.Generator().manual_seed(0)
     for layer in range(LAYERS):
-        fc1, fc2 = (dense[f"{MLP}.linear_fc{i}.weight"][layer].double() for i in (1, 2))
         for _ in range(8):
             x = torch.randn(HIDDEN, generator=generator, dtype=torch.float64)
-            assert torch.allclose(moe_ffn(moe, layer, x, args), ffn(x, fc1, fc2), rtol=1e-12, atol=1e-12)
+            found, expected = (moe_ffn(tensors, layer, x, args) for tensors in (moe, dense))
+            assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("materialize", [False, True], ids=["shared", "materialized"])
@@ -138,29 +114,16 @@ def test_values_and_places(tmp_path: Path, gated: bool, dtype: torch.dtype, mate
     assert set(states) < set(checkpoint.objects)
 
 
-@pytest.mark.parametrize("num_routers", [None, 2, 8])
-def test_keys_of_shards_are_their_copys(tmp_path: Path, num_routers: int | None) -> None:
-    """The mixture's sizes follow from the copies; each copy's keys stand once for each of its shards."""
-    dense_checkpoint.write(tmp_path / "dense")
-    n, G = 4, 2
-    whole = convert(tmp_path, "whole", num_experts=n, num_routers=num_routers)
-    cut = convert(tmp_path, "cut", num_experts=n * G, granularity=G, num_routers=num_routers)
-    assert torch.equal(cut[f"{ROUTER}.query_weight"], whole[f"{ROUTER}.query_weight"])
-    keys = whole[f"{ROUTER}.expert_key"].unflatten(1, (n, -1))
-    found = cut[f"{ROUTER}.expert_key"].unflatten(1, (n * G, -1))
-    for expert in range(n * G):
-        assert torch.equal(found[:, expert], keys[:, expert // G])
-    record = manifest.read(tmp_path / "cut")
-    assert record is not None and manifest.router_config(record, "manifest").granularity == G
-    assert record["model"]["moe_ffn_hidden_size"] == FFN // G
-    assert record["model"]["moe_router_topk_scaling_factor"] == G
-
-
 def test_without_either_the_model_is_as_before(tmp_path: Path) -> None:
     dense_checkpoint.write(tmp_path / "dense")
     convert(tmp_path, num_experts=4)
     record = manifest.read(tmp_path / "moe")
     assert record is not None and not [flag for flag in record["model"] if flag.startswith("moe_")]
+    convert(tmp_path, "cut", num_experts=8, granularity=2)
+    record = manifest.read(tmp_path / "cut")
+    assert record is not None and manifest.router_config(record, "manifest").granularity == 2
+    assert record["model"]["moe_ffn_hidden_size"] == FFN // 2
+    assert record["model"]["moe_router_topk_scaling_factor"] == 2
 
 
 @pytest.mark.parametrize(

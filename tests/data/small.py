@@ -1,14 +1,17 @@
 """Small texts and tokenizers of Qwen's kind, and what a prepared prefix holds."""
 
+import dataclasses
 import functools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_router_upcycling import cli
+from megatron_router_upcycling.data.options import Options
 
 # Qwen2's own, from its tokenizer.json.
 PATTERN = (
@@ -17,23 +20,8 @@ PATTERN = (
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = [
-    "def",
-    "class",
-    "return",
-    "if",
-    "else",
-    "for",
-    "import",
-    "yield",
-    "lambda",
-    "not",
-    "is",
-    "None",
-    "naïve",
-    "日本語",
-    "don't",
-    "1234",
-    "x86_64",
+    *("def", "class", "return", "if", "else", "for", "import", "yield", "lambda", "not", "is", "None"),
+    *("naïve", "日本語", "don't", "1234", "x86_64"),
 ]
 # What tokenizers stumble over: composed and decomposed accents, special tokens in the text, spaces, ends.
 ODD = [
@@ -51,10 +39,8 @@ ODD = [
 def documents(count: int, seed: int = 0, words: int = 60) -> list[str]:
     """Odd ones first, then made-up text."""
     draw = random.Random(seed)
-    made = [
-        "\n".join(" ".join(draw.choices(WORDS, k=9)) for _ in range(draw.randrange(words)))
-        for _ in range(count)
-    ]
+    lines = [[" ".join(draw.choices(WORDS, k=9)) for _ in range(draw.randrange(words))] for _ in range(count)]
+    made = ["\n".join(text) for text in lines]
     return (ODD + [text + str(number) for number, text in enumerate(made)])[:count]
 
 
@@ -62,19 +48,13 @@ def documents(count: int, seed: int = 0, words: int = 60) -> list[str]:
 def byte_pairs() -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=list(SPECIAL),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = {"special_tokens": list(SPECIAL), "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **special)
     tokenizer.train_from_iterator(documents(50, seed=1), trainer)
     return tokenizer
 
@@ -84,22 +64,18 @@ def hugging_face(folder: Path, tokenizer_class: str = "Qwen2Tokenizer") -> Path:
     folder.mkdir(parents=True)
     byte_pairs().save(str(folder / "tokenizer.json"))
     vocabulary = byte_pairs().get_vocab()
-    added = {
-        str(vocabulary[token]): {
-            "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-            "special": True,
-        }
-        for token in SPECIAL
-    }  # fmt: skip
-    config = {
-        "tokenizer_class": tokenizer_class,
-        "eos_token": SPECIAL[0],
-        "pad_token": SPECIAL[0],
-        "added_tokens_decoder": added,
-        "model_max_length": 64,
-    }
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False) | {"special": True}
+    added = {str(vocabulary[token]): {"content": token, **flags} for token in SPECIAL}
+    config = {"tokenizer_class": tokenizer_class, "added_tokens_decoder": added, "model_max_length": 64}
+    config |= dict.fromkeys(("eos_token", "pad_token"), SPECIAL[0])
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def options(**changes: Any) -> Options:
+    """What the command's defaults ask for."""
+    args = vars(cli.parse(["prepare-data", "--output", "data"])) | {"slurm": {}} | changes
+    return Options(**{field.name: args[field.name] for field in dataclasses.fields(Options)})
 
 
 def run(*words: object) -> int:

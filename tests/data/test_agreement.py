@@ -1,7 +1,6 @@
 """Data and model are held against each other before the first step."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.data import agreement, record
+from megatron_router_upcycling.data.publish import HEADER
 from megatron_router_upcycling.errors import UserError
 from tests import launch
 from tests.hf.folders import write_tokenizer
@@ -36,19 +36,16 @@ def prepared(tmp_path: Path) -> Path:
 def test_token_beyond_the_vocabulary_is_named(tmp_path: Path, dtype: type) -> None:
     prefix = write(tmp_path / "data", [5, 300, 7], dtype)
     agreement.check([prefix], None, 301)
-    with pytest.raises(
-        UserError, match=r"data: holds token 300, and the model's vocabulary has 300 \(0 to 299"
-    ):
+    named = r"data: holds token 300, and the model's vocabulary has 300 \(0 to 299"
+    with pytest.raises(UserError, match=named):
         agreement.check([prefix], None, 300)
 
 
-def test_large_files_are_looked_at_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "PIECE", 16)
-    for place in (0, 9999):
-        tokens = [1] * 10_000
-        tokens[place] = 99
-        with pytest.raises(UserError, match="holds token 99"):
-            agreement.check([write(tmp_path / f"data{place}", tokens)], None, 50)
+def test_of_large_files_the_beginning_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "LOOKED_AT", 16)
+    agreement.check([write(tmp_path / "fifth", [1, 1, 1, 1, 99])], None, 50)
+    with pytest.raises(UserError, match="holds token 99"):
+        agreement.check([write(tmp_path / "fourth", [1, 1, 1, 99, 1])], None, 50)
 
 
 def test_other_tokenizer_is_named_with_the_way_out(prepared: Path, tmp_path: Path) -> None:
@@ -66,81 +63,53 @@ def test_other_tokenizer_is_named_with_the_way_out(prepared: Path, tmp_path: Pat
     agreement.check([str(prepared)], other, 28)
 
 
-def test_records_of_earlier_versions_are_held_against_files(prepared: Path, tmp_path: Path) -> None:
-    """Their digest is of the tokenizer's files; other forms of it are taken while these are there."""
-    place = tmp_path / "tokenizer"
-    entries = json.loads(record.path_of(prepared).read_text())
-    entries |= {"format": 1, "tokenizer_sha256": agreement.files_sha256(place)}
+def test_records_of_format_1_say_nothing_of_the_tokenizer(prepared: Path, tmp_path: Path) -> None:
+    entries = json.loads(record.path_of(prepared).read_text()) | {"format": 1, "tokenizer_sha256": "of files"}
     record.path_of(prepared).write_text(json.dumps(entries))
-    other = tmp_path / "other"
-    write_tokenizer(other)
-    agreement.check([str(prepared)], other, 28)
-    text = (other / "tokenizer.json").read_text()
-    form = json.loads(text)
-    form["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [form["pre_tokenizer"]]}
-    (other / "tokenizer.json").write_text(json.dumps(form))
-    agreement.check([str(prepared)], other, 28)
-    place.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="another tokenizer"):
-        agreement.check([str(prepared)], other, 28)
-    (other / "tokenizer.json").write_text(text.replace('"z"', '"Z"'))
-    (tmp_path / "moved").rename(place)
-    with pytest.raises(UserError, match="another tokenizer"):
-        agreement.check([str(prepared)], other, 28)
+    agreement.check([str(prepared)], tmp_path / "tokenizer", 28)
+    with pytest.raises(UserError, match="made with a vocabulary of 28"):
+        agreement.check([str(prepared)], tmp_path / "tokenizer", 27)
 
 
 def test_damaged_index_is_named(tmp_path: Path) -> None:
     prefix = write(tmp_path / "data", [1, 2])
-    for content in (b"", b"other", b"MMIDIDX\x00\x00" + bytes(8) + b"\x63"):
+    version_2, dtype_99 = (
+        b"MMIDIDX\0\0" + entries for entries in (b"\2" + bytes(7), b"\1" + bytes(7) + b"\x63")
+    )
+    for content in (b"", b"other", version_2 + b"\4" + bytes(50), dtype_99 + bytes(50)):
         Path(f"{prefix}.idx").write_bytes(content)
         with pytest.raises(UserError, match=r"data\.idx: is no index of Megatron data"):
             agreement.check([prefix], None, 300)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (
-            "bin cut",
-            "data.idx counts 20 bytes of tokens, and data.bin has 12: one was cut short, or they are",
-        ),
-        ("bin longer", "data.idx counts 20 bytes of tokens, and data.bin has 24"),
-        ("idx cut", "data.idx: is cut short; copy it again"),
-        ("idx of other data", "data.idx counts 12 bytes of tokens, and data.bin has 20"),
-        ("middle of the idx lost", "data.idx counts 8 bytes of tokens, and data.bin has 20"),
-    ],
-)
-def test_index_and_tokens_that_do_not_belong_together_are_named(
-    tmp_path: Path, damage: str, message: str
-) -> None:
+def without_a_length(index: bytes) -> bytes:
+    return index[: HEADER.size + 4] + bytes(4) + index[HEADER.size + 8 :]
+
+
+def test_index_and_tokens_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(f"{tmp_path / 'data'}.bin", dtype=np.int32)
     for document in ([1, 2], [3, 4, 5]):
         builder.add_document(torch.tensor(document), [len(document)])
     builder.finalize(f"{tmp_path / 'data'}.idx")
-    prefix = str(tmp_path / "data")
-    tokens, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    agreement.check([prefix], None, 6)
-    if damage == "bin cut":
-        os.truncate(tokens, 12)
-    elif damage == "bin longer":
-        tokens.write_bytes(tokens.read_bytes() + bytes(4))
-    elif damage == "idx cut":
-        os.truncate(index, 50)
-    elif damage == "idx of other data":
-        index.write_bytes(Path(f"{write(tmp_path / 'other', [1, 2, 3])}.idx").read_bytes())
-    else:
-        content = index.read_bytes()
-        lengths = agreement.HEADER.size + 4
-        index.write_bytes(content[:lengths] + bytes(4) + content[lengths + 4 :])
-    with pytest.raises(UserError, match=message):
-        agreement.check([prefix], None, 6)
+    tokens, index = ((tmp_path / f"data{suffix}").read_bytes() for suffix in (".bin", ".idx"))
+    other = Path(f"{write(tmp_path / 'other', [1, 2, 3])}.idx").read_bytes()
+    agreement.check([str(tmp_path / "data")], None, 6)
+    for new_tokens, new_index, message in (
+        (tokens[:12], index, ".idx counts 20 bytes of tokens, and data.bin has 12: one was cut short, or"),
+        (tokens + bytes(4), index, ".idx counts 20 bytes of tokens, and data.bin has 24"),
+        (tokens, index[:50], "data.idx: is no index of Megatron data, or cut short"),
+        (tokens, other, ".idx counts 12 bytes of tokens, and data.bin has 20"),
+        (tokens, without_a_length(index), ".idx counts 8 bytes of tokens, and data.bin has 20"),
+    ):
+        (tmp_path / "data.bin").write_bytes(new_tokens)
+        (tmp_path / "data.idx").write_bytes(new_index)
+        with pytest.raises(UserError, match=message):
+            agreement.check([str(tmp_path / "data")], None, 6)
 
 
 def test_a_pair_beside_the_record_of_other_data_is_named(prepared: Path, tmp_path: Path) -> None:
     write(prepared, [1, 2, 3], np.uint16)
-    with pytest.raises(
-        UserError, match=r"data\.idx has 1 documents of 3 tokens, and data\.json was written for"
-    ):
+    with pytest.raises(UserError, match=r"\.idx has 1 documents of 3 tokens, and data\.json was written for"):
         agreement.check([str(prepared)], None, 28)
 
 

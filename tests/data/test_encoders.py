@@ -21,12 +21,9 @@ def trained(kind: str) -> dict[str, Any]:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     own = json.loads(small.byte_pairs().to_str())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500,
-        special_tokens=list(small.SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = {"special_tokens": list(small.SPECIAL), "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=1500, show_progress=False, **special)
     tokenizer.train_from_iterator(Path(json.__file__).read_text().splitlines() + ODD, trainer)
     content = json.loads(tokenizer.to_str())
     if kind == "qwen":
@@ -50,7 +47,7 @@ def test_tokens_are_those_of_tokenizers(kind, plain, ignore):
     letters = "aeitns \n\t'.0123éß日\u0301\u0338<|im_end|>🙂"
     drawn = ["".join(draw.choices(letters, k=draw.randrange(80))) for _ in range(2000)]
     texts = [*ODD, *drawn, Path(random.__file__).read_text(), " " * 1_200_000]
-    assert [list(ids) for ids in fast.encode(texts)] == slow.encode(texts)
+    assert [list(fast(text)) for text in texts] == [slow(text) for text in texts]
 
 
 def swapped(content: dict[str, Any]) -> None:
@@ -58,21 +55,19 @@ def swapped(content: dict[str, Any]) -> None:
     merges[3], merges[4] = merges[4], merges[3]
 
 
+def prefixed(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)
+
+
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "normaliser": (lambda c: c.update(normalizer={"type": "NFKC"}), "its normaliser is not NFC"),
-    "prefix": (
-        lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
-        "pre-tokeniser",
-    ),
+    "prefix": (prefixed, "pre-tokeniser"),
     "order of merges": (swapped, "its merges are not in the order of its tokens"),
     "a merge less": (lambda c: c["model"]["merges"].pop(), "its merges do not give its token 1499"),
     "dropout": (lambda c: c["model"].update(dropout=0.1), "its model is not a plain BPE"),
-    "white space": (lambda c: c["added_tokens"][0].update(lstrip=True), "takes white space"),
-    "normalised": (lambda c: c["added_tokens"][0].update(normalized=True), "looked for in normalised text"),
-    "other kind": (
-        lambda c: c.update(pre_tokenizer={"type": "Whitespace"}),
-        "pre-tokeniser is not a regular",
-    ),
+    "white space": (lambda c: c["added_tokens"][0].update(lstrip=True), "is looked for otherwise"),
+    "normalised": (lambda c: c["added_tokens"][0].update(normalized=True), "is looked for otherwise"),
+    "other kind": (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokeniser is not a"),
 }
 
 
@@ -88,17 +83,13 @@ def test_other_tokenizers_are_refused(name):
 def test_the_command_says_why_it_falls_back(tmp_path, capsys):
     from megatron_router_upcycling import cli
 
-    place, text = (
-        small.hugging_face(tmp_path / "tokenizer"),
-        small.lines(tmp_path / "a.jsonl", ["one", "two"]),
-    )
+    place = small.hugging_face(tmp_path / "tokenizer")
+    text = small.lines(tmp_path / "a.jsonl", ["one", "two"])
     words = ["prepare-data", str(text), "--tokenizer", str(place), "--output", str(tmp_path / "data")]
     assert cli.main(words) == 0 and "tiktoken" not in capsys.readouterr().out
     content = json.loads((place / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "NFKC"}
     (place / "tokenizer.json").write_text(json.dumps(content))
     assert cli.main([*words, "--overwrite"]) == 0
-    assert (
-        "tokens by tokenizers, which is slower than tiktoken: its normaliser is not NFC"
-        in capsys.readouterr().out
-    )
+    said = "tokens by tokenizers, which is slower than tiktoken: its normaliser is not NFC"
+    assert said in capsys.readouterr().out

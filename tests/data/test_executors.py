@@ -25,6 +25,7 @@ exec "$@"
 """,
     "scontrol": "#!/bin/bash\necho here\n",
     "squeue": "#!/bin/bash\n",
+    "scancel": '#!/bin/bash\necho "$@" >> {folder}/cancelled\n',
 }
 
 
@@ -39,44 +40,23 @@ def slurm(tmp_path) -> dict[str, str]:
 
 
 def prepare(environment: dict[str, str], *words: object) -> subprocess.CompletedProcess[str]:
-    options = (
-        "--executor",
-        "slurm",
-        "--slurm",
-        "partition=cpu",
-        "--slurm",
-        "time=1:00:00",
-        "--slurm",
-        "account=me",
-    )
-    command = (
-        sys.executable,
-        "-m",
-        "megatron_router_upcycling.cli",
-        "prepare-data",
-        *words,
-        *options,
-        "--quiet",
-    )
-    return subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=200
-    )
+    slurm = ("--slurm", "partition=cpu", "--slurm", "time=1:00:00", "--slurm", "account=me")
+    start = (sys.executable, "-m", "megatron_router_upcycling.cli", "prepare-data")
+    command = map(str, (*start, *words, "--executor", "slurm", *slurm, "--quiet"))
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
 def test_tasks_are_submitted_and_their_parts_joined(slurm, tmp_path):
-    text, place = (
-        small.lines(tmp_path / "a.jsonl", small.documents(60)),
-        small.hugging_face(tmp_path / "qwen"),
-    )
+    text = small.lines(tmp_path / "a.jsonl", small.documents(60))
+    place = small.hugging_face(tmp_path / "qwen")
     done = prepare(slurm, text, "--tokenizer", place, "--output", tmp_path / "out/data")
     assert (done.returncode, done.stderr) == (0, "")
     assert small.run(text, "--tokenizer", place, "--output", tmp_path / "here/data", "--workers", 1) == 0
     for name in ("data.bin", "data.idx", "data.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     script = (tmp_path / "slurm/script").read_text()
-    assert all(
-        f"#SBATCH --{line}" in script for line in ("partition=cpu", "time=1:00:00", "account=me", "array=0-0")
-    )
+    for line in ("partition=cpu", "time=1:00:00", "account=me", "array=0-0"):
+        assert f"#SBATCH --{line}" in script
 
 
 def test_what_a_task_says_is_said_and_a_job_without_result_named(slurm, tmp_path):
@@ -88,10 +68,9 @@ def test_what_a_task_says_is_said_and_a_job_without_result_named(slurm, tmp_path
     assert bad.stderr.count("\n") == 1
     (tmp_path / "slurm/srun").write_text("#!/bin/bash\nexit 1\n")
     lost = prepare(slurm, *words)
-    assert (
-        lost.returncode == 2
-        and "error: --executor slurm: job 7 has ended without 1 of its tasks" in lost.stderr
-    )
+    assert lost.returncode == 2 and "run the same command again to resume" in lost.stderr
+    assert "error: --executor slurm: job 7 has ended without 1 of its tasks" in lost.stderr
+    assert (tmp_path / "slurm/cancelled").read_text().count("--name=prepare-data-") == 2
     (tmp_path / "slurm/sbatch").write_text("#!/bin/bash\nexit 1\n")
-    assert "error: --executor slurm: sbatch cannot be used" in prepare(slurm, *words).stderr
+    assert "error: --executor slurm: Slurm cannot be used" in prepare(slurm, *words).stderr
     assert Path(tmp_path / "slurm/submitted").read_text().count("RUN_OFFSET=0") == 2

@@ -1,6 +1,7 @@
 """data/sources.py and readers.py: every document of every kind of file, and what is none."""
 
 import bz2
+import copy
 import csv
 import functools
 import gzip
@@ -28,13 +29,11 @@ def read(*places: object, key: str = "text", longest: int = 1 << 20, size: int =
     found, _ = sources.find(map(str, places))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "SMALLEST_TASK", size)
-        tasks = readers.tasks(found, key)
-    limits, seen = readers.Limits(key, longest), []
-    for piece in (piece for task in tasks for piece in task):
-        for document in readers.read(found[piece.source], piece, limits):
-            bad = document.metadata.get("bad")
-            seen.append(f"{document.metadata['row']}: {bad}" if bad else document.text)
-    return seen
+        tasks = readers.tasks(found)
+    pieces = [piece for task in tasks for piece in task]
+    assert [piece.source for piece in pieces if piece.start == 0] == found
+    options = small.options(text_key=key, max_document_bytes=longest)
+    return [why or text for piece in pieces for text, why in readers.read(piece, options)]
 
 
 def as_array(path: Path, texts: list[str]) -> Path:
@@ -43,9 +42,8 @@ def as_array(path: Path, texts: list[str]) -> Path:
 
 
 def as_parquet(path: Path, texts: list, kind: object = None) -> Path:
-    table = pyarrow.table(
-        {"text": pyarrow.array(texts, kind or pyarrow.string()), "n": list(range(len(texts)))}
-    )
+    column = pyarrow.array(texts, kind or pyarrow.string())
+    table = pyarrow.table({"text": column, "n": list(range(len(texts)))})
     pyarrow.parquet.write_table(table, path, row_group_size=7)
     return path
 
@@ -80,14 +78,12 @@ def test_every_kind_gives_its_texts_in_order(name, size, tmp_path):
 
 
 def test_a_large_file_of_lines_and_a_large_table_are_cut_the_same_way_each_time(tmp_path):
-    found, _ = sources.find(
-        [small.lines(tmp_path / "a.jsonl", TEXTS * 600), as_parquet(tmp_path / "b.parquet", TEXTS)]
-    )
-    tasks = readers.tasks(found, "text")
-    assert (
-        found[0].size > 2 * readers.SMALLEST_TASK and len(tasks) == found[0].size // readers.SMALLEST_TASK + 1
-    )
-    assert tasks == readers.tasks(found, "text") and [piece.source for piece in tasks[-1]] == [0, 1]
+    lines, table = small.lines(tmp_path / "a.jsonl", TEXTS * 600), as_parquet(tmp_path / "b.parquet", TEXTS)
+    found, _ = sources.find([lines, table])
+    tasks, smallest = readers.tasks(found), readers.SMALLEST_TASK
+    assert found[0].size > 2 * smallest and len(tasks) == found[0].size // smallest + 1
+    assert tasks == readers.tasks(found) and [piece.source for piece in tasks[-1]] == found
+    assert [piece.size for task in tasks[:-1] for piece in task] == [smallest] * (len(tasks) - 1)
     assert sum(piece.size for task in tasks for piece in task) == sum(source.size for source in found)
 
 
@@ -129,15 +125,17 @@ def test_marks_blank_lines_and_ends_of_lines(tmp_path):
     assert read(tmp_path / "a.txt", *sorted(tmp_path.glob("empty.*"))) == ["a\r\nb", ""]
 
 
+NO_TEXT = "has no text 'text'; see --text-key"
 BAD_LINES = {
-    b'{"text": null}': "its 'text' is null, not a text",
-    b'{"text": ["a"]}': "its 'text' is a list, not a text",
-    b'{"body": "a", "id": 1}': "has no 'text', but body, id; see --text-key",
-    b"[1]": "is no JSON object with a 'text' entry, but a list",
-    b"nonsense": "is no JSON: Expecting value at character 1",
-    b'{"text": "\\ud83d y"}': "has a lone surrogate (\\ud83d), which is half a character",
-    b'{"text": "\xe9"}': "is not UTF-8: byte 11 is 0xe9; convert it, as with iconv -t UTF-8",
-    b'{"a":' * 50_000: "is no JSON that can be read: nested too deep, or a number too long",
+    b'{"text": null}': NO_TEXT,
+    b'{"text": ["a"]}': NO_TEXT,
+    b'{"body": "a", "id": 1}': NO_TEXT,
+    b"[1]": NO_TEXT,
+    b'"text"': NO_TEXT,
+    b"nonsense": "Expecting value: line 1 column 1",
+    b'{"text": "\\ud83d y"}': "'utf-8' codec can't encode character '\\ud83d'",
+    b'{"text": "\xe9"}': "'utf-8' codec can't decode byte 0xe9 in position 10",
+    b'{"a":' * 50_000: "maximum recursion depth exceeded",
     b'{"text": "' + b"a" * 400_000 + b'"}': "is longer than 300,000 bytes; cut it into documents, or raise"
     " --max-document-bytes",
 }  # fmt: skip
@@ -148,29 +146,30 @@ def test_bad_lines_are_named_and_the_rest_is_read(line, tmp_path):
     path = tmp_path / "a.jsonl"
     good = b'{"text": "good"}\n'
     path.write_bytes(good + b"\n" + line + b"\n" + good)
-    wanted = ["good", "", f"3: {BAD_LINES[line]}", "good"]
-    assert read(path, longest=300_000, size=1 << 20) == wanted
-    cut = read(path, longest=300_000, size=64)  # here rows are counted from each cut
-    assert [said.split(": ", 1)[-1] for said in cut] == [said.split(": ", 1)[-1] for said in wanted]
+    for size in (1 << 20, 64):
+        first, blank, bad, last = read(path, longest=300_000, size=size)
+        assert (first, blank, last) == ("good", "", "good") and bad.startswith(BAD_LINES[line])
+
+
+def test_a_line_may_be_as_long_as_the_limit(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "abc"}\n' * 2 + b'{"text": "abc"} \n' + b'{"text": "d"}')
+    first, second, longer, last = read(tmp_path / "a.jsonl", longest=15)
+    assert (first, second, last) == ("abc", "abc", "d") and longer.startswith("is longer than 15 bytes")
+    (tmp_path / "b.txt").write_text("é" * 7)
+    assert read(tmp_path / "b.txt", longest=14) == ["é" * 7] != read(tmp_path / "b.txt", longest=13)
 
 
 def test_rows_without_a_text_are_named_in_every_table(tmp_path):
-    array = tmp_path / "a.json"
-    array.write_text('[{"text": "a"}, {"text": null}, 7]')
-    null, seven = (
-        "2: its 'text' is null, not a text",
-        "3: is no JSON object with a 'text' entry, but a number",
-    )
-    assert read(array) == ["a", null, seven]
-    assert read(as_parquet(tmp_path / "a.parquet", ["a", None, "b"])) == ["a", null, "b"]
-    assert read(as_data_set(tmp_path / "set", ["a", None, "b"]), key="n")[0] == "a"
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": null}, 7]')
+    assert read(tmp_path / "a.json") == ["a", NO_TEXT, NO_TEXT]
+    assert read(as_parquet(tmp_path / "a.parquet", ["a", None, "b"])) == ["a", NO_TEXT, "b"]
+    assert read(as_data_set(tmp_path / "set", ["a", None, "b"])) == ["a", NO_TEXT, "b"]
     (tmp_path / "a.csv").write_text("n,text\n1,a\n2\n")
-    assert read(tmp_path / "a.csv") == ["a", null]
-    assert read(as_data_set(tmp_path / "other", ["a", "b"]), key="body")[:1] == [
-        "1: has no 'body', but text, n; see --text-key"
-    ]
-    with pytest.raises(UserError, match=r"a\.parquet: has no column 'body', but text, n; see --text-key"):
-        read(tmp_path / "a.parquet", key="body")
+    assert read(tmp_path / "a.csv") == ["a", NO_TEXT]
+    other = "has no text 'body'; see --text-key"
+    for table in ("a.json", "a.parquet", "set", "a.csv"):
+        assert set(read(tmp_path / table, key="body")) == {other}
+    assert read(tmp_path / "a.parquet", key="body") == [other] * 3 == read(tmp_path / "set", key="body")
 
 
 def test_damaged_tables_and_arrays_are_refused(tmp_path):
@@ -185,9 +184,9 @@ def test_damaged_tables_and_arrays_are_refused(tmp_path):
 
 
 BAD_TEXTS = {
-    "a\nnaïve".encode("latin-1"): "is not UTF-8: byte 5 is 0xef",
-    "text".encode("utf-16"): "is not UTF-8: byte 1 is 0xff; convert it, as with iconv",
-    b"\x7fELF\0\0": "is binary: byte 5 is zero",
+    "a\nnaïve".encode("latin-1"): "'utf-8' codec can't decode byte 0xef in position 4",
+    "text".encode("utf-16"): "'utf-8' codec can't decode byte 0xff in position 0",
+    b"\x7fELF\0\0": "is binary",
     b"x" * 200: "is longer than 100 bytes",
 }
 
@@ -195,7 +194,7 @@ BAD_TEXTS = {
 @pytest.mark.parametrize("content", BAD_TEXTS, ids=BAD_TEXTS.values())
 def test_bad_files_of_text_are_named(content, tmp_path):
     (tmp_path / "b.txt").write_bytes(content)
-    assert read(tmp_path / "b.txt", longest=100)[0].startswith(f"1: {BAD_TEXTS[content]}")
+    assert read(tmp_path / "b.txt", longest=100)[0].startswith(BAD_TEXTS[content])
 
 
 def test_pages_of_a_crawl_are_read(tmp_path):
@@ -243,9 +242,9 @@ def test_folders_are_read_in_an_order_of_their_own_and_say_what_they_leave_out(t
     (tmp_path / "more.txt").write_text("more")
     more = [Path(source.path).name for source in sources.find([tmp_path])[0]]
     assert [name for name in more if name != "more.txt"] == names
-    state = sources.state_of(sources.find([tmp_path])[0])
-    (tmp_path / "a.py").write_text("another text")
-    assert sources.state_of(sources.find([tmp_path])[0]) != state
+    before = sources.find([tmp_path])[0]
+    (tmp_path / "a.py").write_text("A.py")
+    assert sources.find([tmp_path])[0] != before
 
 
 def test_places_that_cannot_be_used_are_named(tmp_path):
@@ -279,7 +278,15 @@ def test_standard_library_is_read_without_its_tests_and_tables():
 def test_documents_are_counted_as_they_come(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\nbad\n{"text": "b"}\n')
-    found, summary = sources.find([path])[0], parts.Summary()
-    [task] = readers.tasks(found, "text")
-    texts = [d.text for d in parts.documents(found, task, readers.Limits("text", 100), summary)]
-    assert texts == ["a", "b"] and (summary.empty, summary.bad_count, summary.rows) == (1, 1, [4])
+    (tmp_path / "b.txt").write_bytes(b"\0")
+    [task] = readers.tasks(sources.find([path, tmp_path / "b.txt"])[0])
+    part, total = parts.Counts(), parts.Counts()
+    assert list(parts.documents(task, small.options(), part)) == ["a", "b"]
+    for _ in range(2):
+        total.add(copy.deepcopy(part), 4)
+    assert (total.empty, total.bad_count, total.rows[str(path)]) == (2, 4, 8)
+    places = [{name: bad[name] for name in bad if name != "why"} for bad in total.bad]
+    binary = {"file": str(tmp_path / "b.txt")}
+    assert places == [{"file": str(path), "line": 3}, binary, {"file": str(path), "line": 7}, binary]
+    with pytest.raises(UserError, match=r"a\.jsonl line 3: Expecting value: .*; fix it, or pass --max-bad N"):
+        total.add(part, 4)

@@ -13,14 +13,7 @@ from megatron_router_upcycling.data.tokenizer import load
 from tests.data import small
 
 Entries = dict[str, Any]
-CLASSES = (
-    "PreTrainedTokenizerFast",
-    "TokenizersBackend",
-    "Qwen2Tokenizer",
-    "LlamaTokenizerFast",
-    "GPT2Tokenizer",
-    None,
-)
+CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer", "LlamaTokenizerFast", None)
 MODEL_TYPES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", None)
 
 
@@ -46,10 +39,7 @@ def test_tokenizer_json_is_read_by_its_own_rules_whatever_stands_beside_it(folde
     own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = small.documents(40)
     expected = [own.encode(text).ids for text in texts]
-    assert any(
-        AutoTokenizer.from_pretrained(folder).encode(text) != ids
-        for text, ids in zip(texts, expected, strict=True)
-    )
+    assert list(map(AutoTokenizer.from_pretrained(folder).encode, texts)) != expected
     digests = set()
     for name in CLASSES:
         edit(folder, lambda entries, name=name: entries.update(tokenizer_class=name), "tokenizer_config.json")
@@ -58,7 +48,7 @@ def test_tokenizer_json_is_read_by_its_own_rules_whatever_stands_beside_it(folde
             if kind:
                 (folder / "config.json").write_text(json.dumps({"model_type": kind}))
             loaded = load(folder)
-            assert loaded.encoder().encode(texts) == expected, (name, kind)
+            assert list(map(loaded.encoder(), texts)) == expected, (name, kind)
             digests.add(loaded.sha256)
     assert len(digests) == 1
 
@@ -79,12 +69,8 @@ def without_tokenizer_json(folder: Path) -> Path:
 
 def other_places(entries: Entries) -> None:
     entries["pre_tokenizer"]["pretokenizers"][1]["trim_offsets"] ^= True
-    entries["post_processor"] = {
-        "type": "ByteLevel",
-        "add_prefix_space": True,
-        "trim_offsets": False,
-        "use_regex": True,
-    }
+    places = {"add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    entries["post_processor"] = {"type": "ByteLevel", **places}
     entries["truncation"] = {"max_length": 5, "direction": "Right", "strategy": "LongestFirst", "stride": 0}
     entries["decoder"] = None
 
@@ -96,19 +82,18 @@ def older_form(entries: Entries) -> None:
     entries["normalizer"] = {"type": "Sequence", "normalizers": [entries["normalizer"]]}
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        saved_again,
-        without_tokenizer_json,
-        lambda place: edit(place, other_places),
-        lambda place: edit(place, older_form),
-    ],
-    ids=["saved again", "vocab.json", "places", "older form"],
-)
-def test_all_forms_of_a_tokenizer_have_one_digest(folder: Path, other: Callable[[Path], Path]) -> None:
+FORMS: dict[str, Callable[[Path], Path]] = {
+    "saved again": saved_again,
+    "vocab.json": without_tokenizer_json,
+    "places": lambda place: edit(place, other_places),
+    "older form": lambda place: edit(place, older_form),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_forms_of_a_tokenizer_have_one_digest(folder: Path, form: str) -> None:
     before = load(folder).sha256
-    assert load(other(folder)).sha256 == before
+    assert load(FORMS[form](folder)).sha256 == before
 
 
 def begins(entries: Entries) -> None:

@@ -16,16 +16,8 @@ from tests.dense_checkpoint import make_stats
 
 
 def convert(folder: Path, *flags: object) -> int:
-    command = [
-        "convert",
-        folder / "dense",
-        folder / "moe",
-        "--key-stats",
-        folder / "ks",
-        "--overwrite",
-        *flags,
-    ]
-    return cli.main([str(part) for part in command])
+    command = ("convert", folder / "dense", folder / "moe", "--key-stats", folder / "ks", "--overwrite")
+    return cli.main([str(part) for part in (*command, *flags)])
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """``router-upcycle evaluate``: the averages against the paper's own, and whole evaluations of tiny models."""
 
-import importlib.util
 import itertools
 import json
 import math
@@ -16,7 +15,10 @@ import pytest
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.evaluation import data, paper, report, runner, stdlib_task
+from tests.data import small
 from tests.launch import ENVIRONMENT
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install -e '.[eval]')")
 
 # Table 1's averages as printed, in the order of paper.METHODS.
 PRINTED = {
@@ -31,19 +33,20 @@ OTHERWISE = {("reasoning", "mlp"): "48.66", ("average", "switch"): "26.16"}
 
 @pytest.mark.parametrize("method", paper.METHODS)
 @pytest.mark.parametrize("group", PRINTED)
-def test_averages_are_those_that_the_paper_prints(group: str, method: str) -> None:
+def test_averages_are_those_that_the_paper_prints(group, method):
     printed = PRINTED[group][paper.METHODS.index(method)]
     average = paper.averages(paper.figures(method, paper.TASKS))[group]
-    assert average.complete
-    assert report.percent(average.score) == OTHERWISE.get((group, method), printed)
+    assert average["complete"]
+    assert report.percent(average["score"]) == OTHERWISE.get((group, method), printed)
 
 
-def test_some_scores_give_averages_that_say_so() -> None:
+def test_some_scores_give_averages_that_say_so():
     found = paper.averages({"copa": 60.0, "openbookqa": 20.0, "openbookqa_fact": 41.0, "stdlib": 99.0})
     assert set(found) == {"understanding", "knowledge", "average"}
-    assert found["understanding"] == paper.Average(30.5, ("openbookqa", "openbookqa_fact"), 2)
-    assert found["understanding"].complete and not found["knowledge"].complete
-    assert found["average"] == paper.Average(121 / 3, ("openbookqa", "openbookqa_fact", "copa"), 10)
+    tasks = ["openbookqa", "openbookqa_fact"]
+    assert found["understanding"] == {"score": 30.5, "tasks": tasks, "of": 2, "complete": True}
+    assert found["average"] == {"score": 121 / 3, "tasks": [*tasks, "copa"], "of": 10, "complete": False}
+    assert not found["knowledge"]["complete"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def stdlib_records() -> dict[str, list[dict[str, Any]]]:
     return stdlib_task.records()
 
 
-def test_stdlib_records_are_sound_and_the_same_each_time(stdlib_records: dict[str, list[Any]]) -> None:
+def test_stdlib_records_are_sound_and_the_same_each_time(stdlib_records):
     made = stdlib_records
     stdlib_task._passages.cache_clear()
     assert made == stdlib_task.records()
@@ -64,53 +67,35 @@ def test_stdlib_records_are_sound_and_the_same_each_time(stdlib_records: dict[st
     assert not {json.dumps(r) for r in made["test"]} & {json.dumps(r) for r in made["train"]}
 
 
-needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None,
-    reason="lm-evaluation-harness is not installed (pip install -e '.[eval]')",
-)
 CHOICES = {"text": ["a stone", "the light of the sun", "iron", "three sheep"], "label": list("ABCD")}
 OPENBOOK = {"question_stem": "Plants live on", "choices": CHOICES, "answerKey": "B"}
 FACT = {"fact1": "plants make food of light", **OPENBOOK}
 ARC = {"question": "What warms the sea?", "choices": CHOICES, "answerKey": "B"}
+ENDINGS = ["opens the oven.", "flies away.", "is a fish.", "sinks."]
 HELLASWAG = {
-    "activity_label": "Baking",
-    "ctx_a": "[header] How to bake",
-    "ctx_b": "a man",
-    "endings": ["opens the oven.", "flies away.", "is a fish.", "sinks."],
+    "activity_label": "Baking", "ctx_a": "[header] How to bake", "ctx_b": "a man", "endings": ENDINGS,
     "label": "0",
-}
+}  # fmt: skip
+CUP = "The cup fell off the shelf as"
 WINOGRANDE = {
-    "sentence": "The cup fell off the shelf as _ was loose.",
-    "option1": "the cup",
-    "option2": "the shelf",
-    "answer": "2",
-}
+    "sentence": f"{CUP} _ was loose.", "option1": "the cup", "option2": "the shelf", "answer": "2",
+}  # fmt: skip
 BOOLQ = {"passage": "Sheep eat grass.", "question": "do sheep eat grass", "label": 1}
 COPA = {
-    "premise": "The glass broke.",
-    "question": "cause",
-    "choice1": "It fell.",
-    "choice2": "It was red.",
+    "premise": "The glass broke.", "question": "cause", "choice1": "It fell.", "choice2": "It was red.",
     "label": 0,
-}
+}  # fmt: skip
 NQ = {"question": "who built the bridge", "answer": ["the Romans", "Romans"]}
 TRIVIA = {"question": "Who built the bridge?", "answer": {"aliases": ["the Romans", "Rome"]}}
 # Task: a record, and the context and continuations with which the model is asked.
+FOUR = [f" {text}" for text in CHOICES["text"]]
 ASKED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
-    "openbookqa": (OPENBOOK, "Plants live on", [f" {text}" for text in CHOICES["text"]]),
-    "openbookqa_fact": (
-        FACT,
-        "plants make food of light. Plants live on",
-        [f" {text}" for text in CHOICES["text"]],
-    ),
-    "arc_challenge": (
-        ARC,
-        "Question: What warms the sea?\nAnswer:",
-        [f" {text}" for text in CHOICES["text"]],
-    ),
-    "arc_easy": (ARC, "Question: What warms the sea?\nAnswer:", [f" {text}" for text in CHOICES["text"]]),
-    "hellaswag": (HELLASWAG, "Baking: How to bake A man", [f" {text}" for text in HELLASWAG["endings"]]),
-    "winogrande": (WINOGRANDE, "The cup fell off the shelf as the cup", [" was loose."]),
+    "openbookqa": (OPENBOOK, "Plants live on", FOUR),
+    "openbookqa_fact": (FACT, "plants make food of light. Plants live on", FOUR),
+    "arc_challenge": (ARC, "Question: What warms the sea?\nAnswer:", FOUR),
+    "arc_easy": (ARC, "Question: What warms the sea?\nAnswer:", FOUR),
+    "hellaswag": (HELLASWAG, "Baking: How to bake A man", [f" {text}" for text in ENDINGS]),
+    "winogrande": (WINOGRANDE, f"{CUP} the cup", [" was loose."]),
     "boolq": (BOOLQ, "Sheep eat grass.\nQuestion: do sheep eat grass?\nAnswer:", [" no", " yes"]),
     "copa": (COPA, "The glass broke because", ["  it fell.", "  it was red."]),
     "nq_open": (NQ, "Answer these questions:\n\nQ: who built the bridge?\nA:", []),
@@ -140,40 +125,22 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, stdlib_records: dict[str, list[Any]]) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random Qwen2 and Qwen2-MoE models, folders ``dense`` and ``moe``, with a tokenizer made here."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-    from tokenizers.models import BPE
 
-    bpe = Tokenizer(BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=small.byte_pairs(), eos_token="<|endoftext|>"
     )
-    bpe.train_from_iterator([record["context"] for record in stdlib_records["test"]], trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
-    size: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.5,  # wide, so that the model has opinions
-    }
-    experts: dict[str, Any] = {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-    }
+    size: dict[str, Any] = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        initializer_range=0.5,  # wide, so that the model has opinions
+    )  # fmt: skip
+    experts: dict[str, Any] = dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32
+    )
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     for name, model in (
@@ -239,15 +206,8 @@ class Reference:
         return text.strip()
 
 
-@needs_harness
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_stdlib_scores_are_those_of_a_loop_over_log_likelihoods(
-    models: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    stdlib_records: dict[str, list[Any]],
-    kind: str,
-) -> None:
+def test_stdlib_scores_are_those_of_a_loop(models, tmp_path, capsys, stdlib_records, kind):
     count = 40
     result = evaluate(models / kind, tmp_path, "--tasks", "stdlib", "--limit", count, "--batch-size", 3)
     reference = Reference(models / kind)
@@ -270,8 +230,7 @@ def test_stdlib_scores_are_those_of_a_loop_over_log_likelihoods(
     assert f"{task['score']:.2f} ± {task['stderr']:.2f}" in shown and "no measurement" in shown
 
 
-@needs_harness
-def test_log_likelihoods_of_a_bfloat16_model_are_added_up_in_float32(models: Path, tmp_path: Path) -> None:
+def test_log_likelihoods_of_a_bfloat16_model_are_added_up_in_float32(models, tmp_path):
     import torch
     import transformers
     from lm_eval.api.instance import Instance
@@ -291,10 +250,7 @@ def test_log_likelihoods_of_a_bfloat16_model_are_added_up_in_float32(models: Pat
         assert value == pytest.approx(reference.log_likelihood(*pair), abs=0.5)
 
 
-@needs_harness
-def test_a_tokenizer_without_an_end_of_text_token(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tokenizer_without_an_end_of_text_token(models, tmp_path, capsys):
     flags = ("--tasks", "stdlib", "--limit", 6)
     expected = evaluate(models / "moe", tmp_path / "with", *flags)["tasks"]["stdlib"]
     model = shutil.copytree(models / "moe", tmp_path / "model")
@@ -311,10 +267,7 @@ def test_a_tokenizer_without_an_end_of_text_token(
     assert "--tasks nq_open: generated answers end with an end-of-text token, and " in said
 
 
-@needs_harness
-def test_the_dense_model_is_shown_beside(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_dense_model_is_shown_beside(models, tmp_path, capsys):
     """Asked the same; no column stays empty, and the report names the models."""
     flags = ("--tasks", "stdlib", "--limit", 6)
     alone = evaluate(models / "dense", tmp_path / "dense", *flags)["tasks"]["stdlib"]
@@ -341,9 +294,8 @@ def test_the_dense_model_is_shown_beside(
     assert "holds an adapter (adapter_config.json), which transformers applies only where peft" in said
 
 
-@needs_harness
 @pytest.mark.parametrize("task", paper.PAPER_TASKS, ids=lambda task: task.name)
-def test_each_task_asks_what_the_harness_asks_of_the_data_it_names(task: paper.Task) -> None:
+def test_each_task_asks_what_the_harness_asks_of_the_data_it_names(task):
     from lm_eval.tasks import TaskManager
 
     record, context, continuations = ASKED[task.name]
@@ -370,8 +322,7 @@ def test_each_task_asks_what_the_harness_asks_of_the_data_it_names(task: paper.T
         assert task.split == (entry.cfg.get("test_split") or entry.cfg["validation_split"])
 
 
-@needs_harness
-def test_few_shot_examples_come_from_the_train_split() -> None:
+def test_few_shot_examples_come_from_the_train_split():
     shown = {**BOOLQ, "passage": "Fish swim.", "question": "do fish swim"}
     records = data.Records({"validation": [BOOLQ], "train": [shown]}, "made here")
     asked = runner.harness_task(paper.TASKS["boolq"], records, 1)
@@ -399,10 +350,7 @@ def save(folder: Path, split: str, rows: list[dict[str, Any]], form: str) -> Non
         datasets.DatasetDict({split: held}).save_to_disk(folder)
 
 
-@needs_harness
-def test_the_ten_tasks_from_local_data(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_ten_tasks_from_local_data(models, tmp_path, capsys):
     reference = Reference(models / "dense")
     own = {name: reference.generate(ASKED[name][1], "\n.,") for name in ("nq_open", "triviaqa")}
     forms = itertools.cycle(("jsonl", "parquet", "hub", "saved"))
@@ -439,10 +387,7 @@ def test_the_ten_tasks_from_local_data(
     assert result["versions"]["lm_eval"] and result["model"]["architecture"] == "Qwen2ForCausalLM"
 
 
-@needs_harness
-def test_a_part_of_the_tasks_is_marked_as_such(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_part_of_the_tasks_is_marked_as_such(models, tmp_path, capsys):
     save(tmp_path / "copa", "validation", [COPA] * 2, "jsonl")
     result = evaluate(models / "dense", tmp_path / "out", "--tasks", "copa", "--data-dir", tmp_path)
     assert result["averages"]["knowledge"] == result["averages"]["average"] | {"of": 4}
@@ -452,19 +397,15 @@ def test_a_part_of_the_tasks_is_marked_as_such(
     assert "no measurement" not in shown
 
 
-@needs_harness
-def test_data_that_is_not_there_is_one_line_before_the_model_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_that_is_not_there_is_one_line_before_the_model_is_loaded(tmp_path, capsys):
     model, folder = tmp_path / "model", tmp_path / "data"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "qwen2"}')  # no weights: loading would fail
     save(folder / "copa", "validation", [COPA], "jsonl")
     flags = ("--data-dir", folder, "--output", tmp_path / "out", "--tasks")
-    said = refused(capsys, model, *flags, "copa,arc_easy,openbookqa_fact,stdlib")
-    assert "no data for arc_easy (allenai/ai2_arc ARC-Easy: test)" in said
-    assert "openbookqa_fact (allenai/openbookqa additional: test)" in said
-    assert f"{folder}/TASK/SPLIT.jsonl" in said and "copa" not in said and "stdlib" not in said
+    said = refused(capsys, model, *flags, "copa,stdlib,openbookqa_fact")
+    assert "no data for openbookqa_fact (allenai/openbookqa additional: test): put it at" in said
+    assert f"{folder}/openbookqa_fact/test.jsonl or .parquet" in said
     said = refused(capsys, model, *flags, "copa", "--num-fewshot", 2)
     assert "copa (aps/super_glue copa: train)" in said
     said = refused(capsys, model, "--tasks", "stdlib", "--num-fewshot", 21)
@@ -472,18 +413,17 @@ def test_data_that_is_not_there_is_one_line_before_the_model_is_loaded(
 
     save(folder / "boolq", "validation", [COPA], "parquet")
     said = refused(capsys, model, *flags, "boolq")
-    assert "boolq/validation.parquet, record 1: has no passage; boolq needs records of aps/" in said
+    assert "boolq/validation.parquet: cannot be used (KeyError: 'passage'); put the data of boolq" in said
     (folder / "boolq" / "validation.parquet").write_bytes(b"cut short")
-    assert "boolq/validation.parquet: cannot be read" in refused(capsys, model, *flags, "boolq")
+    assert "boolq/validation.parquet: cannot be used" in refused(capsys, model, *flags, "boolq")
     (folder / "copa" / "validation.jsonl").write_text('{"premise":\n')
-    assert "copa/validation.jsonl: cannot be read" in refused(capsys, model, *flags, "copa")
+    assert "copa/validation.jsonl: cannot be used" in refused(capsys, model, *flags, "copa")
     (folder / "copa" / "validation.jsonl").write_text("\n")
     assert "has no records" in refused(capsys, model, *flags, "copa")
     assert not (tmp_path / "out").exists()
 
 
-@needs_harness
-def test_a_failed_download_is_one_line(tmp_path: Path) -> None:
+def test_a_failed_download_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     ended = subprocess.run(
         [sys.executable, "-m", "megatron_router_upcycling.cli", "evaluate", ".", "--tasks", "copa"],
@@ -499,46 +439,38 @@ def test_a_failed_download_is_one_line(tmp_path: Path) -> None:
     assert "FOLDER/copa/validation.jsonl or .parquet and pass --data-dir FOLDER" in ended.stderr
 
 
-@needs_harness
-def test_models_that_cannot_be_measured(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_that_cannot_be_measured(models, tmp_path, capsys):
+    import torch
     from safetensors.torch import load_file, save_file
 
     flags = ("--tasks", "stdlib", "--limit", 1, "--output", tmp_path / "out")
     assert "no model in Hugging Face format" in refused(capsys, tmp_path / "nowhere", *flags)
 
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "--device cuda: PyTorch sees no GPU" in refused(
-        capsys, models / "dense", *flags, "--device", "cuda"
-    )
+    if not torch.cuda.is_available():
+        said = refused(capsys, models / "dense", *flags, "--device", "cuda")
+        assert "dense: cannot be loaded on cuda" in said
 
     broken = shutil.copytree(models / "dense", tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     said = refused(capsys, broken, *flags)
-    assert "not those of a Qwen2ForCausalLM: 1 are missing, model.layers.1.mlp.up_proj.weight first" in said
+    assert "not the weights of a Qwen2ForCausalLM: 1 missing_keys, model.layers.1.mlp.up_proj.weight" in said
     tensors = load_file(models / "dense" / "model.safetensors")
     save_file(tensors | {"model.router": tensors["model.norm.weight"].clone()}, broken / "model.safetensors")
-    assert "1 are unexpected, model.router first" in refused(capsys, broken, *flags)
+    assert "1 unexpected_keys, model.router" in refused(capsys, broken, *flags)
     (broken / "model.safetensors").write_bytes(b"cut short")
-    assert "broken: cannot be loaded" in refused(capsys, broken, *flags)
+    assert "broken: cannot be loaded on cpu" in refused(capsys, broken, *flags)
 
     (broken / "boom.py").write_text("raise RuntimeError('code of the folder has run')")
-    (broken / "config.json").write_text(
-        json.dumps(
-            {"model_type": "boom", "auto_map": {"AutoConfig": "boom.Boom", "AutoModelForCausalLM": "boom.B"}}
-        )
-    )
-    assert "pass --trust-remote-code to run it" in refused(capsys, broken, *flags)
+    code = {"AutoConfig": "boom.Boom", "AutoModelForCausalLM": "boom.B"}
+    (broken / "config.json").write_text(json.dumps({"model_type": "boom", "auto_map": code}))
+    said = refused(capsys, broken, *flags)
+    assert "code that it brings is run with --trust-remote-code only" in said and "has run" not in said
     assert not (tmp_path / "out").exists()
 
 
-@needs_harness
-def test_answers_are_cut_for_a_model_that_takes_few_tokens(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_are_cut_for_a_model_that_takes_few_tokens(models, tmp_path, capsys):
     model = tmp_path / "short"
     shutil.copytree(models / "dense", model)
     config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 48}
@@ -552,14 +484,14 @@ def test_answers_are_cut_for_a_model_that_takes_few_tokens(
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2}))
     arguments = ["evaluate", model, "--device", "cpu", "--output", tmp_path / "none", "--tasks", "stdlib"]
     assert cli.main([str(argument) for argument in arguments]) == 2
-    assert "error: --tasks stdlib: no answer fits the 2 tokens" in capsys.readouterr().err
+    assert "error: --tasks stdlib: has answers that do not fit the 2 tokens" in capsys.readouterr().err
 
 
-def test_flags_that_make_no_sense(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_make_no_sense(models, tmp_path, capsys):
     model = models / "dense"
     assert "no task 'arc_eas'; did you mean arc_easy?" in refused(capsys, model, "--tasks", "copa,arc_eas")
     assert "names no task" in refused(capsys, model, "--tasks", ",")
-    assert "--limit 0: must be at least 1" in refused(capsys, model, "--limit", 0)
+    assert "--limit: 0: must be at least 1" in refused(capsys, model, "--limit", 0)
     assert "--data-dir" in refused(capsys, model, "--data-dir", tmp_path / "nowhere")
     (tmp_path / report.JSON_NAME).write_text("{}")
     assert "pass --overwrite" in refused(capsys, model, "--output", tmp_path)
@@ -567,17 +499,14 @@ def test_flags_that_make_no_sense(models: Path, tmp_path: Path, capsys: pytest.C
     assert result["tasks"]["stdlib"]["stderr"] is None  # of one question
 
 
-def test_groups_name_their_tasks_once() -> None:
+def test_groups_name_their_tasks_once():
     assert [task.name for task in runner.parse_tasks("arc_easy,reasoning,stdlib")] == [
         *("arc_easy", "arc_challenge", "hellaswag", "winogrande", "stdlib")
     ]
     assert runner.parse_tasks(None) == paper.PAPER_TASKS
 
 
-@needs_harness
-def test_what_was_measured_survives_an_interruption(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_measured_survives_an_interruption(models, tmp_path, capsys, monkeypatch):
     save(tmp_path / "data" / "copa", "validation", [COPA], "jsonl")
     save(tmp_path / "data" / "boolq", "validation", [BOOLQ], "jsonl")
     build, built = runner.harness_task, []

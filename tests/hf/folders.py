@@ -36,6 +36,13 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     return said.err
 
 
+def output(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """What a command that ends well prints."""
+    capsys.readouterr()
+    assert cli.main([*map(str, args)]) == 0
+    return capsys.readouterr().out
+
+
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -62,29 +62,29 @@ def layers_of(number: int, alike: bool) -> list[Tensor]:
     return [layer.clone().requires_grad_() for layer in layers]
 
 
+def transformers_gradients(layers: list[Tensor], k: int) -> list[Tensor]:
+    coefficient = other_tools.loss_coefficient({"aux_loss": 0.01}, len(layers), k)
+    return gradients(coefficient * load_balancing_loss_func(tuple(layers), EXPERTS, k), layers)
+
+
+def megatron_gradients(layers: list[Tensor], k: int, chosen: Tensor | None = None) -> list[Tensor]:
+    return gradients(torch.stack([megatron_loss(one, k, 0.01, chosen) for one in layers]).sum(), layers)
+
+
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("number", [1, 3])
 def test_gradients_are_equal_where_layers_load_their_experts_alike(number: int, k: int) -> None:
     layers = layers_of(number, alike=True)
-    losses = [megatron_loss(layer, k, 0.01) for layer in layers]
-    expected = gradients(torch.stack(losses).sum(), layers)
-    coefficient = other_tools.loss_coefficient({"aux_loss": 0.01}, number, k)
-    found = gradients(coefficient * load_balancing_loss_func(tuple(layers), EXPERTS, k), layers)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(transformers_gradients(layers, k), megatron_gradients(layers, k), strict=True):
         assert other.abs().max() > 1e-7
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-10)
 
 
 def test_elsewhere_they_are_those_of_the_mean_load() -> None:
-    k, number = 2, 3
-    layers = layers_of(number, alike=False)
-    mean = torch.stack([counts(layer, k) for layer in layers]).mean(0)
-    losses = [megatron_loss(layer, k, 0.01, mean) for layer in layers]
-    expected = gradients(torch.stack(losses).sum(), layers)
-    coefficient = other_tools.loss_coefficient({"aux_loss": 0.01}, number, k)
-    found = gradients(coefficient * load_balancing_loss_func(tuple(layers), EXPERTS, k), layers)
-    own = gradients(torch.stack([megatron_loss(layer, k, 0.01) for layer in layers]).sum(), layers)
-    for one, other, apart in zip(found, expected, own, strict=True):
+    layers = layers_of(3, alike=False)
+    mean = torch.stack([counts(layer, 2) for layer in layers]).mean(0)
+    expected, own = megatron_gradients(layers, 2, mean), megatron_gradients(layers, 2)
+    for one, other, apart in zip(transformers_gradients(layers, 2), expected, own, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-10)
         assert not torch.allclose(one, apart, rtol=1e-2)
 
@@ -115,32 +115,26 @@ def test_a_model_of_one_layer_with_experts_trains_on(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
 
 
-BALANCES: dict[str, tuple[dict[str, Any], float, str | None]] = {
-    "one": ({"moe_aux_loss_coeff": 0.02}, 0.02, "`aux_loss` 0.02"),
-    "list": (
-        {
-            "moe_router_load_balancing_type": ["global_aux_loss", "seq_aux_loss"],
-            "moe_aux_loss_coeff": [0.02, 0.003],
-        },
-        0.023,
-        "`global_aux_loss` 0.02 and `seq_aux_loss` 0.003",
-    ),
-    "list of one": ({"moe_aux_loss_coeff": [0.02]}, 0.02, "`aux_loss` 0.02"),
-    "none": ({"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.02}, 0.0, None),
-    "zero": ({"moe_aux_loss_coeff": 0}, 0.0, None),
-}
+@pytest.mark.parametrize(
+    ("balance", "found"),
+    [
+        ({"moe_aux_loss_coeff": 0.02}, {"aux_loss": 0.02}),
+        ({"moe_aux_loss_coeff": [0.02]}, {"aux_loss": 0.02}),
+        ({"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.02}, {}),
+        ({"moe_aux_loss_coeff": 0}, {}),
+    ],
+)
+def test_what_balanced_the_load(balance: dict[str, Any], found: dict[str, float]) -> None:
+    assert other_tools.balanced_by(Namespace(**balance)) == found
 
 
-@pytest.mark.parametrize("what", BALANCES)
-def test_the_coefficient_and_what_the_card_says_of_it(tmp_path: Path, what: str) -> None:
-    balance, total, said = BALANCES[what]
-    exported = balanced_moe(tmp_path, **balance)
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_coefficient_and_what_the_card_says_of_it(tmp_path: Path, balanced: bool) -> None:
+    kinds, coefficients = ["global_aux_loss", "seq_aux_loss"], [0.02, 0.003] if balanced else [0, 0]
+    exported = balanced_moe(tmp_path, moe_router_load_balancing_type=kinds, moe_aux_loss_coeff=coefficients)
     config = json.loads((exported / "config.json").read_text())
-    layers, k = dense_checkpoint.LAYERS, 2
-    assert config["router_aux_loss_coef"] == pytest.approx(total * layers / k)
+    assert config["router_aux_loss_coef"] == pytest.approx(sum(coefficients) * dense_checkpoint.LAYERS / 2)
     assert config["output_router_logits"] is False
     card = (exported / "README.md").read_text()
-    assert ("Load balancing" in card) == (said is not None)
-    if said:
-        assert f"trained with Megatron's {said}, added up over 3 layers" in card
-        assert "only with `output_router_logits=True`" in card
+    said = "trained with Megatron's `global_aux_loss` 0.02 and `seq_aux_loss` 0.003, added up over 3 layers"
+    assert (said in card) == ("only with `output_router_logits=True`" in card) == balanced

@@ -12,49 +12,24 @@ import transformers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 
-from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint import beside
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import yaml_files
 from megatron_router_upcycling.data.tokenizer import load as tokens_of
 from megatron_router_upcycling.data.tokenizer import train
-from megatron_router_upcycling.training import tokenizer
+from megatron_router_upcycling.training import data as run_data
 from tests import dense_checkpoint
-from tests.hf.folders import copy, edit, refused, run, write_tokenizer
-
-
-def test_all_that_is_not_weights_goes_along_or_is_named(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = copy(models, "qwen3", tmp_path / "hf")
-    write_tokenizer(source)
-    for name in ("additional_chat_templates/tool_use.jinja", "LICENSE", "1_Pooling/config.json", "README.md"):
-        (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_text(f"{name}\n")
-    (source / "pytorch_model.bin").write_bytes(b"weights")
-    (source / "modeling_other.py").write_text("raise SystemExit")
-    (source / ".gitattributes").write_text("hidden")
-
-    assert cli.main(["import-hf", str(source), str(tmp_path / "dense")]) == 0
-    said = capsys.readouterr().out
-    assert "left out: modeling_other.py (code), pytorch_model.bin (other weights)" in said
-    assert run("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear") == 0
-    assert cli.main(["export-hf", str(tmp_path / "moe"), str(tmp_path / "back")]) == 0
-    assert "left out: README.md (the export has its own)" in capsys.readouterr().out
-    for name in ("additional_chat_templates/tool_use.jinja", "LICENSE", "1_Pooling/config.json"):
-        assert (tmp_path / "back" / name).read_text() == f"{name}\n"
-    assert not {"pytorch_model.bin", "modeling_other.py", ".gitattributes"} & {
-        path.name for path in (tmp_path / "back").iterdir()
-    }
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back")("b a").input_ids == [3, 2]
-
+from tests.hf.folders import copy, edit, output, refused, run, write_tokenizer
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # What trainers, quantisers and other tools leave beside a model, and would change what the folder is.
 LEFTOVERS = (
-    *("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json", "training_args.bin"),
+    *("optimizer.pt", "rng_state_0.pth", "trainer_state.json", "training_args.bin", "pytorch_model.bin"),
     *("quantize_config.json", "hf_quant_config.json", "model.gguf", "consolidated.safetensors", "x.yaml"),
-    *("checkpoint-5/tokenizer.json", "checkpoint-5/chat_template.jinja", "runs/1/events", "wandb/run.json"),
+    *("checkpoint-5/tokenizer.json", "checkpoint-5/chat_template.jinja", "runs/1/events"),
+    *("modeling_other.py", ".gitattributes"),
 )
+CARRIED = ("additional_chat_templates/tool_use.jinja", "LICENSE", "1_Pooling/config.json")
 
 
 def put(folder: Path, *names: str) -> None:
@@ -63,47 +38,51 @@ def put(folder: Path, *names: str) -> None:
         (folder / name).write_text("{}")
 
 
-def test_files_of_adapters_and_trainers_are_left_out_and_named(
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_all_that_is_not_weights_goes_along_or_is_named(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = copy(models, "qwen1.5", tmp_path / "hf")
     write_tokenizer(source)
-    put(source, *ADAPTER, *LEFTOVERS)
+    put(source, *CARRIED, "README.md", *ADAPTER, *LEFTOVERS)
     before = (source / "tokenizer_config.json").read_bytes()
-    assert cli.main(["import-hf", str(source), str(tmp_path / "dense")]) == 0
-    said = capsys.readouterr().out
-    assert (
-        "left out: adapter_config.json and adapter_model.safetensors (of an adapter, which is no part" in said
-    )
+    said = output(capsys, "import-hf", source, tmp_path / "dense")
+    assert "left out: adapter_config.json, adapter_model.safetensors, " in said
     for name in (
         "checkpoint-5/",
         "runs/",
+        "modeling_other.py (code)",
         "optimizer.pt",
-        "consolidated.safetensors",
         "hf_quant_config.json",
     ):
         assert name in said
-    assert "model.safetensors (" not in said.replace("adapter_model.safetensors (", "")
-    kept = {path.name for path in (tmp_path / "dense/tokenizer").rglob("*")}
-    assert kept == {"tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"}
+    assert " model.safetensors" not in said
+    tokenizer_files = {"tokenizer.json", "tokenizer_config.json"}
+    kept = tokenizer_files | {"config.json", "generation_config.json", *CARRIED}
+    assert files_in(tmp_path / "dense/tokenizer") == kept | {"README.md"}
 
-    of_another_kind(tmp_path / "third")
-    words = ("export-hf", tmp_path / "dense", tmp_path / "third-export", "--tokenizer", tmp_path / "third")
-    assert cli.main([*map(str, words)]) == 0
-    assert "asked for gives other tokens than the one beside the checkpoint" in capsys.readouterr().out
-    put(tmp_path / "dense/tokenizer", *ADAPTER)  # as an earlier version has left it
-    assert run("export-hf", tmp_path / "dense", tmp_path / "back") == 0
+    assert run("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear") == 0
+    put(tmp_path / "moe/tokenizer", *ADAPTER)  # as an earlier version has left it
+    assert "left out: README.md (the export has its own)" in output(
+        capsys, "export-hf", tmp_path / "moe", tmp_path / "back"
+    )
+    made = {"README.md", "export_hf.json", "model.safetensors"}
+    assert files_in(tmp_path / "back") == kept | made
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back")("b a").input_ids == [3, 2]
+    assert before == (source / "tokenizer_config.json").read_bytes()
+
     put(adapter := tmp_path / "adapter", *ADAPTER, *LEFTOVERS)
     write_tokenizer(adapter)
     assert run("export-hf", tmp_path / "dense", tmp_path / "other", "--tokenizer", adapter) == 0
-    for folder in ("back", "other"):
-        assert {path.name for path in (tmp_path / folder).rglob("*")} == kept | {
-            *("README.md", "export_hf.json", "model.safetensors")
-        }
-    assert before == (source / "tokenizer_config.json").read_bytes()
-
+    assert files_in(tmp_path / "other") == tokenizer_files | {"config.json", "generation_config.json"} | made
     said = refused(capsys, "import-hf", adapter, tmp_path / "none")
     assert "holds an adapter (adapter_config.json) and no model; merge it" in said
+    of_another_kind(tmp_path / "third")
+    words = ("export-hf", tmp_path / "dense", tmp_path / "third-export", "--tokenizer", tmp_path / "third")
+    assert "asked for gives other tokens than the one beside the checkpoint" in output(capsys, *words)
 
 
 def of_another_kind(folder: Path) -> None:
@@ -143,18 +122,16 @@ def test_the_export_gives_the_tokens_of_the_data(
     assert transformers.AutoTokenizer.from_pretrained(source).encode(TEXT) != own
     assert run("import-hf", source, tmp_path / "dense") == 0
     assert run("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear") == 0
-    assert tokens_of(tmp_path / "dense/tokenizer").encoder().encode([TEXT]) == [own]
+    assert tokens_of(tmp_path / "dense/tokenizer").encoder()(TEXT) == own
 
-    capsys.readouterr()
-    assert cli.main(["export-hf", str(tmp_path / "moe"), str(tmp_path / "back")]) == 0
-    assert "tokenizer" not in capsys.readouterr().out
+    assert "tokenizer" not in output(capsys, "export-hf", tmp_path / "moe", tmp_path / "back")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").encode(TEXT) == own
     entries = json.loads((tmp_path / "back/tokenizer_config.json").read_text())
     assert entries["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 knows too
     assert entries["additional_special_tokens"] == ["<call>"] and "extra_special_tokens" not in entries
 
-    assert cli.main(["export-hf", str(tmp_path / "dense"), str(tmp_path / "again")]) == 0
-    said, card = capsys.readouterr().out, (tmp_path / "again/README.md").read_text()
+    said = output(capsys, "export-hf", tmp_path / "dense", tmp_path / "again")
+    card = (tmp_path / "again/README.md").read_text()
     for text in (said, card):
         assert (
             "AutoTokenizer gives other tokens than those of training (it takes Qwen2Tokenizer here)" in text
@@ -169,9 +146,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(
     assert run("import-hf", models / "qwen3", tmp_path / "dense") == 0
     put(tmp_path / "broken", "tokenizer.json")
     words = ("export-hf", tmp_path / "dense", tmp_path / "back", "--tokenizer", tmp_path / "broken")
-    capsys.readouterr()
-    assert cli.main([*map(str, words)]) == 0
-    assert "tokenizer: transformers cannot load it, and it was copied as it is (" in capsys.readouterr().out
+    assert "tokenizer: transformers cannot load it, and it was copied as it is (" in output(capsys, *words)
     assert str(tmp_path) not in (tmp_path / "back/README.md").read_text()
 
 
@@ -199,6 +174,7 @@ def test_folders_may_be_moved_and_removed(models: Path, tmp_path: Path) -> None:
     shutil.rmtree(source)
     flags = yaml_files.read_yaml(tmp_path / "moved/model.yaml")
     assert flags["tokenizer_model"] == str(tmp_path / "moved/tokenizer")
+    assert open_checkpoint(tmp_path / "moved").args.tokenizer_model == str(tmp_path / "dense/tokenizer")
     shutil.rmtree(tmp_path / "moved")
     assert run("export-hf", tmp_path / "moe", tmp_path / "back") == 0
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back")("b a").input_ids == [3, 2]
@@ -213,7 +189,7 @@ def test_run_takes_the_checkpoints_tokenizer_and_hands_it_on(tmp_path: Path) -> 
 
     def choose(kind: str | None, model: object, *argv: str) -> tuple[Namespace, str | None]:
         args = Namespace(tokenizer_type=kind, tokenizer_model=model and str(model))
-        return args, tokenizer.choose(args, list(argv), str(load))
+        return args, run_data.choose_tokenizer(args, list(argv), str(load))
 
     for kind, model in ((None, None), ("HuggingFaceTokenizer", None), (None, tmp_path / "moved")):
         args, line = choose(kind, model)
@@ -228,11 +204,11 @@ def test_run_takes_the_checkpoints_tokenizer_and_hands_it_on(tmp_path: Path) -> 
         args, line = choose(kind, model, *argv)
         assert (args.tokenizer_type, args.tokenizer_model, line) == (kind, model and str(model), None)
 
-    tokenizer.hand_on(choose("NullTokenizer", None)[0], str(load), str(save))
+    run_data.hand_on_tokenizer(choose("NullTokenizer", None)[0], str(load), str(save))
     assert (save / "tokenizer/additional/x.jinja").read_text() == "tokenizer"
     assert (save / "tokenizer/tokenizer.json").samefile(load / "tokenizer/tokenizer.json")
     for _ in range(2):  # as a run that is started again
-        tokenizer.hand_on(choose(None, other)[0], str(load), str(save))
+        run_data.hand_on_tokenizer(choose(None, other)[0], str(load), str(save))
         assert (save / "tokenizer/additional/x.jinja").read_text() == "other"
     assert (load / "tokenizer/additional/x.jinja").read_text() == "tokenizer"
     (tmp_path / "sp").mkdir()
@@ -240,7 +216,7 @@ def test_run_takes_the_checkpoints_tokenizer_and_hands_it_on(tmp_path: Path) -> 
     args = Namespace(
         tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "sp/tokenizer.model")
     )
-    tokenizer.hand_on(args, None, str(tmp_path / "second"))
+    run_data.hand_on_tokenizer(args, None, str(tmp_path / "second"))
     assert beside.tokenizer_in(tmp_path / "second") == (
         "SentencePieceTokenizer",
         tmp_path / "second/tokenizer/tokenizer.model",
@@ -257,13 +233,12 @@ def test_a_sentencepiece_tokenizer_is_exported_as_transformers_loads_it(
     assert run("convert", dense, moe, "--router", "linear") == 0
     texts = [path.read_text("utf-8") for path in sorted(Path(argparse.__file__).parent.glob("a*.py"))]
     model = tmp_path / "text.tokenizer.model"
-    train(texts, 400, model)
+    model.write_bytes(train(texts, 400))
     for root in (dense, moe):
         beside.hand_on(model, root)
     capsys.readouterr()
 
-    assert cli.main(["export-hf", str(moe), str(tmp_path / "hf")]) == 0
-    assert "no tokenizer" not in capsys.readouterr().out
+    assert "no tokenizer" not in output(capsys, "export-hf", moe, tmp_path / "hf")
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
     own = SentencePieceProcessor(model_file=str(model))
     for text in (*texts, " ünïcode \n\n\t x", ""):
@@ -273,17 +248,14 @@ def test_a_sentencepiece_tokenizer_is_exported_as_transformers_loads_it(
     names = [f"{name}_token_id" for name in ("bos", "eos", "pad")]
     assert [config[name] for name in names] == [getattr(loaded, name) for name in names] == [1, 2, 3]
 
-    assert cli.main(["export-hf", str(dense), str(tmp_path / "qwen2")]) == 0
-    said = capsys.readouterr().out
+    said = output(capsys, "export-hf", dense, tmp_path / "qwen2")
     assert (
         "no tokenizer was written: for text.tokenizer.model transformers would load a Qwen2Tokenizer" in said
     )
-    (moe / beside.FOLDER / model.name).write_bytes(b"none")
-    assert cli.main(["export-hf", str(moe), str(tmp_path / "without")]) == 0
-    said = capsys.readouterr().out
-    assert "no tokenizer was written: text.tokenizer.model cannot be converted (" in said
-    assert not any((tmp_path / f"{name}/tokenizer.json").exists() for name in ("qwen2", "without"))
     # Under the name that transformers looks for, too.
-    (moe / beside.FOLDER / model.name).rename(moe / beside.FOLDER / "tokenizer.model")
-    assert cli.main(["export-hf", str(moe), str(tmp_path / "named")]) == 0
-    assert "no tokenizer was written: tokenizer.model cannot be converted (" in capsys.readouterr().out
+    (moe / beside.FOLDER / model.name).unlink()
+    (moe / beside.FOLDER / "tokenizer.model").write_bytes(b"none")
+    assert "no tokenizer was written: tokenizer.model cannot be converted (" in output(
+        capsys, "export-hf", moe, tmp_path / "named"
+    )
+    assert not any((tmp_path / f"{name}/tokenizer.json").exists() for name in ("qwen2", "named"))

@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_router_upcycling import cli
 from tests import dense_checkpoint, hf_models
-from tests.hf.folders import make_moe, run
+from tests.hf.folders import make_moe, output, run
 
 TOKENS = torch.arange(2 * 12).reshape(2, 12) * 7 % dense_checkpoint.VOCABULARY
 QWEN3 = {"add_qkv_bias": False, "qk_layernorm": True}
@@ -32,7 +31,7 @@ def with_tensors(source: Path, target: Path, **changes: torch.Tensor | None) -> 
     return target
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_gate_of_a_shared_expert_of_zeros_is_not_zero(tmp_path: Path, dtype: str) -> None:
     """llama.cpp divides by its logit. What it weighs is zero: no bit of the logits depends on it."""
     moe = make_moe(tmp_path, 21, "--num-experts", 4)
@@ -73,22 +72,22 @@ def test_a_tied_mixture_of_experts_has_its_output_layer_as_well(
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
 
 
-def test_a_tied_dense_model_is_as_it_was(models: Path, tmp_path: Path) -> None:
-    """Engines tie these by themselves."""
-    assert run("import-hf", models / "qwen2.5", tmp_path / "dense") == 0
-    assert run("export-hf", tmp_path / "dense", tmp_path / "hf") == 0
-    assert "lm_head.weight" not in hf_models.tensors(tmp_path / "hf")
-
-
 ALWAYS = "llama.cpp computes another model: it always renormalises the chosen experts' weights in Qwen3-MoE"
 NEVER = "llama.cpp computes another model: it never renormalises the chosen experts' weights in Qwen2-MoE"
-LINES: dict[str, tuple[dict[str, Any], tuple[object, ...], str | None]] = {
-    "Qwen2, softmax first": ({}, (PRE,), None),
-    "Qwen2, top-k first": ({}, (POST,), f"{NEVER}, and this one routes by top-k, then softmax"),
-    "Qwen3, softmax first": (QWEN3, (PRE,), f"{ALWAYS}, and this one routes by softmax, then top-k"),
-    "Qwen3, top-k first": (QWEN3, (POST,), None),
-    "Qwen3, all experts": (QWEN3, (PRE, "--top-k", 4), None),
-    "some layers": ({}, (PRE, "--layers", "1"), "it wants experts in every layer of Qwen2-MoE"),
+# The model, options of convert, options of export-hf, and what is said.
+LINES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[object, ...], str | None]] = {
+    "Qwen2, softmax first": ({}, (PRE,), (), None),
+    "Qwen2, top-k first": ({}, (POST,), (), f"{NEVER}, and this one routes by top-k, then softmax"),
+    "Qwen3, softmax first": (QWEN3, (PRE,), (), f"{ALWAYS}, and this one routes by softmax, then top-k"),
+    "Qwen3, top-k first": (QWEN3, (POST,), (), None),
+    "Qwen3, all experts": (QWEN3, (PRE, "--top-k", 4), (), None),
+    "some layers": ({}, (PRE, "--layers", "1"), (), "it wants experts in every layer of Qwen2-MoE"),
+    "no shared expert": (
+        {},
+        (PRE,),
+        ("--shared-expert-width", 0),
+        "load this model: it wants a shared expert",
+    ),
 }
 
 
@@ -96,29 +95,13 @@ LINES: dict[str, tuple[dict[str, Any], tuple[object, ...], str | None]] = {
 def test_what_llama_cpp_would_make_of_it_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
-    family, options, line = LINES[what]
+    family, options, asked, line = LINES[what]
     moe = make_moe(tmp_path, 23, "--num-experts", 4, *options, **family)
-    capsys.readouterr()
-    assert cli.main(["export-hf", str(moe), str(tmp_path / "hf")]) == 0
-    said, card = capsys.readouterr().out, (tmp_path / "hf/README.md").read_text()
-    assert ("mbridge" in card) == (line is not None)
+    said = output(capsys, "export-hf", moe, tmp_path / "hf", *asked)
+    card = (tmp_path / "hf/README.md").read_text()
+    assert ("mbridge" in card) == (line is not None and not asked)
     if line is None:
         assert "llama.cpp" not in said + card
     else:
         assert sum(line in printed for printed in said.splitlines()) == 1
         assert line in card
-
-
-def test_llama_cpp_wants_a_shared_expert_of_some_width(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    moe = make_moe(tmp_path, 24, "--num-experts", 4)
-    assert cli.main(["export-hf", str(moe), str(tmp_path / "hf"), "--shared-expert-width", "0"]) == 0
-    assert "llama.cpp does not load this model: it wants a shared expert" in capsys.readouterr().out
-
-
-def test_help_says_which_order_suits_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["convert", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"give a Qwen3 {POST} and a Qwen1.5, 2 or 2.5 {PRE}" in said

@@ -1,7 +1,7 @@
 """Some layers with experts, finer experts, a shared expert: stock classes compute what Megatron computes.
 
-Megatron's Mixture-of-Experts is written here once more, from the tensors as the checkpoint has them, and
-takes the place of the exported model's FFNs. ``test_megatron`` holds exports against Megatron itself.
+Megatron's arithmetic (``tests/reference/megatron_ffn``) takes the place of the exported model's FFNs.
+``test_megatron`` holds exports against Megatron itself.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import silu
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from tests import dense_checkpoint, hf_models
 from tests.dense_checkpoint import FFN, HIDDEN, LAYERS
 from tests.hf.folders import dense_tensors, make_moe, refused, run, write_moe
+from tests.reference.megatron_ffn import MegatronFFN
 
 TOKENS = torch.arange(2 * 12).reshape(2, 12) * 7 % dense_checkpoint.VOCABULARY
 QWEN2: dict[str, Any] = {}
@@ -33,63 +33,14 @@ CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[str, ...]]] = {
     "shared expert": (QWEN2, (*LINEAR, "--shared-expert"), ()),
     "shared expert, top-k first": (QWEN2 | TIED, (*LINEAR, "--shared-expert", TOP_K_FIRST), ()),
     "all three": (QWEN2, (*LINEAR, "--granularity", 2, "--shared-expert", "--layers", "0-1"), ()),
+    "a mixture": (QWEN2, ("--num-experts", 4), ()),
+    "two keys": (QWEN2, ("--num-experts", 2, "--num-routers", 4), ("--modelling-code",)),
     "all three, max pooling": (
         QWEN2,
         ("--num-experts", 4, "--pooling", "max", "--granularity", 2, "--shared-expert", "--layers", "1-2"),
         ("--modelling-code",),
     ),
 }
-
-
-class MegatronFFN(torch.nn.Module):
-    """What Megatron computes of a layer's FFN or experts, token by token."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], layer: int, args: Any) -> None:
-        super().__init__()
-        self.args = args
-        self.values = {}
-        for key, value in tensors.items():
-            own = f"decoder.layers.{layer}.mlp."
-            if key.startswith(own):
-                self.values[key.removeprefix(own)] = value
-            elif key.startswith("decoder.layers.mlp."):
-                self.values[key.removeprefix("decoder.layers.mlp.")] = value[layer]
-
-    def ffn(self, x: torch.Tensor, name: str, expert: int | None = None) -> torch.Tensor:
-        fc1, fc2 = (self.values[f"{name}linear_fc{number}.weight"] for number in (1, 2))
-        if expert is not None:
-            fc1, fc2 = fc1[expert], fc2[expert]
-        gate, up = (x @ fc1.t()).chunk(2, -1)
-        return (silu(gate) * up) @ fc2.t()
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        if "router.weight" in self.values:
-            return x @ self.values["router.weight"].t()
-        query, key = self.values["router.query_weight"], self.values["router.expert_key"]
-        scores = torch.einsum("mrd,d,er->me", query, x, key) / query.shape[1] ** 0.5
-        pooled = scores.amax(0) if len(query) == 4 and self.args.pooling == "max" else scores.sum(0)
-        return pooled.unflatten(0, (self.args.num_experts, -1)).amax(-1)
-
-    def token(self, x: torch.Tensor) -> torch.Tensor:
-        if "linear_fc1.weight" in self.values:
-            return self.ffn(x, "")
-        logits, k = self.logits(x), self.args.moe_router_topk
-        chosen = logits.topk(k).indices
-        weights = logits.softmax(0)[chosen] if self.args.moe_router_pre_softmax else logits[chosen].softmax(0)
-        weights = weights * (self.args.moe_router_topk_scaling_factor or 1)
-        output = sum(
-            weight * self.ffn(x, "experts.experts.", int(expert))
-            for weight, expert in zip(weights, chosen, strict=True)
-        )
-        if self.args.moe_shared_expert_intermediate_size:
-            shared = self.ffn(x, "shared_experts.")
-            if getattr(self.args, "moe_shared_expert_gate", False):
-                shared = shared * (x @ self.values["shared_experts.gate_weight"][0]).sigmoid()
-            output = output + shared
-        return output
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.stack([self.token(x) for x in hidden.flatten(0, 1)]).view(hidden.shape)
 
 
 def assert_as_megatron(moe: Path, exported: Path, pooling: str = "sum", **options: Any) -> torch.Tensor:
@@ -117,19 +68,6 @@ def test_an_export_computes_what_megatron_does(tmp_path: Path, case: str) -> Non
     assert_as_megatron(moe, tmp_path / "hf", pooling, trust_remote_code=bool(code))
 
 
-def test_the_arithmetic_held_against_sees_each_factor(tmp_path: Path) -> None:
-    """Without the scaling factor, or without the shared expert's whole output, the comparison would fail."""
-    moe = make_moe(tmp_path, 8, *LINEAR, "--granularity", 2, "--shared-expert", "--top-k", 1)
-    assert run("export-hf", moe, tmp_path / "hf") == 0
-    assert_as_megatron(moe, tmp_path / "hf")
-    checkpoint = open_checkpoint(moe)
-    tensors = dense_checkpoint.read_back(checkpoint.iteration_dir)
-    checkpoint.args.moe_router_topk_scaling_factor = 2.0
-    write_moe(tmp_path / "other", tensors, checkpoint.args)
-    with pytest.raises(AssertionError):
-        assert_as_megatron(tmp_path / "other", tmp_path / "hf")
-
-
 def test_tensors_and_entries_of_an_export(tmp_path: Path) -> None:
     """A scale of a power of two leaves every digit; layers without experts are plain FFNs."""
     moe = make_moe(tmp_path, 9, *LINEAR, "--granularity", 4, "--shared-expert", "--layers", "0,2")
@@ -140,15 +78,16 @@ def test_tensors_and_entries_of_an_export(tmp_path: Path) -> None:
     assert (config["mlp_only_layers"], config["decoder_sparse_step"]) == ([1], 1)
     assert (config["intermediate_size"], config["moe_intermediate_size"]) == (FFN, FFN // 4)
     assert (config["num_experts"], config["num_experts_per_tok"]) == (16, 8)
+    assert config["norm_topk_prob"] is False
     assert config["shared_expert_intermediate_size"] == FFN
     for layer in (0, 2):
         own, prefix = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
         experts = source[f"{own}.experts.experts.linear_fc2.weight"]
         for expert in range(16):
             name = f"{prefix}.experts.{expert}.down_proj.weight"
-            assert torch.equal(
-                found[name], 2 * experts[expert]
-            )  # 4 for the shards, one half beside the shared
+            assert torch.equal(found[name], 2 * experts[expert])  # 4 for shards, half beside the shared
+            both = [found[name.replace("down", part)] for part in ("gate", "up")]
+            assert torch.equal(torch.cat(both), source[f"{own}.experts.experts.linear_fc1.weight"][expert])
         shared = source[f"{own}.shared_experts.linear_fc2.weight"]
         assert torch.equal(found[f"{prefix}.shared_expert.down_proj.weight"], 2 * shared)
         gate = found[f"{prefix}.shared_expert_gate.weight"]
@@ -159,6 +98,7 @@ def test_tensors_and_entries_of_an_export(tmp_path: Path) -> None:
     assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], up)
     assert not [name for name in found if name.startswith("model.layers.1.mlp.") and "proj" not in name]
     card = (tmp_path / "hf/README.md").read_text()
+    assert "softmax, then top-k" in card
     assert "Layers without experts (`mlp_only_layers`): 1." in card
     assert "scaled by 2 in training; the factor is in their `down_proj`, exactly." in card
 
@@ -216,13 +156,13 @@ def test_a_gate_that_training_gave_the_shared_expert(tmp_path: Path) -> None:
 SPOILT: dict[str, tuple[Callable[[Any, dict[str, torch.Tensor]], object], str]] = {
     "other layers": (
         lambda args, tensors: setattr(args, "moe_layer_freq", [0, 1, 1]),
-        "mlp.linear_fc1.weight is in layers 1, where the training arguments give 0",
+        "mlp.linear_fc1.weight is in layers 1 and should be in layers 0",
     ),
     "a layer too few": (lambda args, tensors: setattr(args, "moe_layer_freq", [0, 1]), "[0, 1] for 3 layers"),
     "no expert at all": (lambda args, tensors: setattr(args, "moe_layer_freq", [0] * 3), "[0, 0, 0] for 3"),
     "shared expert lost": (
         lambda args, tensors: tensors.pop("decoder.layers.2.mlp.shared_experts.linear_fc1.weight"),
-        "shared_experts.linear_fc1.weight is in layers 0, where the training arguments give 0, 2",
+        "shared_experts.linear_fc1.weight is in layers 0 and should be in layers 0, 2",
     ),
     "shared expert not known of": (
         lambda args, tensors: setattr(args, "moe_shared_expert_intermediate_size", None),
@@ -249,25 +189,16 @@ def test_arguments_that_contradict_the_tensors(
 def test_a_width_for_a_model_that_has_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moe = make_moe(tmp_path, 15, *LINEAR, "--shared-expert")
     said = refused(capsys, "export-hf", moe, tmp_path / "hf", "--shared-expert-width", 16)
-    assert f"--shared-expert-width 16: the model has a shared expert of its own, of width {FFN}" in said
+    assert f"--shared-expert-width 16: is given by the model's own shared expert: {FFN}; leave it out" in said
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"normalization": "LayerNorm"}, "normalization 'LayerNorm'"),
-        ({"add_qkv_bias": False}, "neither QKV bias nor query/key norms"),
-    ],
-)
-def test_convert_says_that_no_qwen_has_no_class(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
-) -> None:
-    args = dense_checkpoint.arguments(**changes)
+def test_convert_says_that_no_qwen_has_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = dense_checkpoint.arguments(normalization="LayerNorm")
     dense_checkpoint.write(tmp_path / "dense", dense_tensors(args), args=args)
     command = ("convert", tmp_path / "dense", tmp_path / "moe", *LINEAR, "--shared-expert")
     assert cli.main([str(part) for part in command]) == 0
     first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("not for Hugging Face: ") and message in first
+    assert first.startswith("not for Hugging Face: ") and "normalization 'LayerNorm'" in first
 
 
 def test_convert_refuses_options_that_could_not_be_exported(

@@ -1,7 +1,6 @@
 """Folders that transformers loads, other than it saves them: what import-hf makes of them."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_router_upcycling import cli
 from tests import hf_models
-from tests.hf.folders import TOKENS, assert_equal, copy, edit, refused, run
+from tests.hf.folders import TOKENS, assert_equal, copy, edit, output, refused, run
 
 
 def drop(path: Path, *entries: str, **changes: object) -> None:
@@ -49,24 +47,6 @@ def test_rope_theta_is_found_where_transformers_finds_it(models: Path, tmp_path:
     assert torch.equal(hf_models.logits(source, TOKENS), hf_models.logits(back, TOKENS))
 
 
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "differ by kind of layer"),
-        ({"rope_scaling": {"full_attention": {"rope_theta": 1e6}}}, "rope_scaling that differ by kind"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not covered"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn'"),
-    ],
-)
-def test_other_rotary_embeddings_are_refused(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], why: str
-) -> None:
-    source = copy(models, "qwen3", tmp_path / "hf")
-    drop(source / "config.json", "rope_parameters", "rope_theta")
-    edit(source / "config.json", **changes)
-    assert why in refused(capsys, "import-hf", source, tmp_path / "dense")
-
-
 def test_body_of_a_model_is_loaded(models: Path, tmp_path: Path) -> None:
     """As Qwen3-Embedding: names without ``model.``, and the embedding serves as the output layer."""
     source = copy(models, "qwen3-tied", tmp_path / "hf")
@@ -101,7 +81,7 @@ def test_shards_without_their_index(models: Path, tmp_path: Path, capsys: pytest
     assert_equal(hf_models.tensors(round_trip(source, tmp_path)), hf_models.tensors(source))
     (source / "model-00002-of-00007.safetensors").unlink()
     said = refused(capsys, "import-hf", source, tmp_path / "again")
-    assert "model-00001-of-00007.safetensors, model-00003" in said and "of 7 files" in said
+    assert "nor all of model-...-of-...safetensors" in said
 
 
 def test_float64_becomes_float32(models: Path, tmp_path: Path) -> None:
@@ -119,59 +99,19 @@ def test_switch_of_null_is_off(models: Path, tmp_path: Path) -> None:
     assert "lm_head.weight" in {n for f in back.glob("*.safetensors") for n in load_file(f)}
 
 
-@pytest.mark.parametrize(
-    ("files", "changes", "why"),
-    [
-        (
-            {"quantize_config.json": "{}", "gptq.safetensors": '........{"model.layers.0.q_proj.qweight":'},
-            {},
-            r"quantised weights \(quantize_config.json\)",
-        ),
-        ({}, {"quantization": {"bits": 4, "group_size": 64}}, r"quantised weights \(quantization\)"),
-        ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\n"}, {}, "run git lfs pull in"),
-        ({}, {"architectures": ["QWenLMHeadModel"], "model_type": "qwen"}, r"QWenLMHeadModel .*Qwen1.5"),
-        (
-            {},
-            {"dual_chunk_attention_config": {"original_max_position_embeddings": 32}},
-            "for 32 positions: take the entry out",
-        ),
-    ],
-)
-def test_folders_that_people_have_are_named_rightly(
-    models: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    files: dict[str, str],
-    changes: dict[str, object],
-    why: str,
-) -> None:
-    source = copy(models, "qwen3", tmp_path / "hf")
-    for name, content in files.items():
-        (source / name).write_text(content)
-    edit(source / "config.json", **changes)
-    assert re.search(why, refused(capsys, "import-hf", source, tmp_path / "dense"))
-
-
-def test_cache_and_gguf_folders_are_named_rightly(
+def test_folders_that_hold_no_model_are_named_rightly(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy(models, "qwen3", tmp_path / "models--Q/snapshots/abc")
-    assert "name " + str(tmp_path / "models--Q/snapshots/abc") in refused(
-        capsys, "import-hf", tmp_path / "models--Q", tmp_path / "dense"
-    )
-    (tmp_path / "gguf").mkdir()
-    (tmp_path / "gguf/model.gguf").write_bytes(b"GGUF")
-    assert "holds GGUF (model.gguf)" in refused(capsys, "import-hf", tmp_path / "gguf", tmp_path / "dense")
+    source = copy(models, "qwen3", tmp_path / "models--Q/snapshots/abc")
+    said = refused(capsys, "import-hf", tmp_path / "models--Q", tmp_path / "dense")
+    assert f"name {source}" in said
+    (source / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "run git lfs pull in" in refused(capsys, "import-hf", source, tmp_path / "dense")
 
 
 def test_import_says_what_training_needs(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = copy(models, "qwen3", tmp_path / "hf")
-    assert cli.main(["import-hf", str(source), str(tmp_path / "dense"), "--dtype", "float16"]) == 0
-    said = capsys.readouterr().out
-    assert "float16 weights: training is in float32" in said
-    assert "no tokenizer in" in said and "--tokenizer-model TOKENIZER" in said
-    (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 250}}}))
-    assert cli.main(["import-hf", str(source), str(tmp_path / "other")]) == 0
-    assert "tokens up to 250 and the model 250" in capsys.readouterr().out
+    said = output(capsys, "import-hf", models / "qwen3", tmp_path / "dense")
+    assert "qwen3 dense, 2 layers" in said and f"--config {tmp_path / 'dense/model.yaml'}" in said
+    assert "--tokenizer-model TOKENIZER" in said

@@ -9,12 +9,10 @@ import transformers
 import yaml
 from safetensors.torch import save_file
 
-from megatron_router_upcycling import cli
-from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import yaml_files
 from megatron_router_upcycling.hf import safetensors_file
 from tests import dense_checkpoint, hf_models
-from tests.hf.folders import TOKENS, assert_equal, copy, edit, refused, run, write_tokenizer
+from tests.hf.folders import TOKENS, assert_equal, copy, refused, run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -28,7 +26,8 @@ def test_import_and_export_are_the_identity(
     assert run("import-hf", source, tmp_path / "dense") == 0
     assert run("export-hf", tmp_path / "dense", tmp_path / "back", "--max-shard-size", "70KB") == 0
     assert_equal(hf_models.tensors(tmp_path / "back"), hf_models.tensors(source))
-    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    sizes = [path.stat().st_size for path in (tmp_path / "back").glob("*.safetensors")]
+    assert len(sizes) > 1 and max(sizes) < 75_000  # with their headers
     found, expected = (
         transformers.AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path / "back", source)
     )
@@ -78,28 +77,6 @@ def test_mixed_dtypes_need_a_choice(models: Path, tmp_path: Path, capsys: pytest
     assert_equal(hf_models.tensors(tmp_path / "back"), {n: t.float() for n, t in tensors.items()})
 
 
-def test_tokenizer_and_special_tokens_go_along(models: Path, tmp_path: Path) -> None:
-    source = copy(models, "qwen2.5", tmp_path / "hf")
-    write_tokenizer(source)
-    edit(source / "config.json", eos_token_id=1)
-    edit(source / "generation_config.json", eos_token_id=[1, 2], temperature=0.7, do_sample=True)
-    assert run("import-hf", source, tmp_path / "dense") == 0
-    flags = yaml_files.read_yaml(tmp_path / "dense/model.yaml")
-    assert flags["tokenizer_type"] == "HuggingFaceTokenizer"
-    assert flags["tokenizer_model"] == str(tmp_path / "dense/tokenizer")
-    assert open_checkpoint(tmp_path / "dense").args.tokenizer_model == flags["tokenizer_model"]
-
-    assert run("convert", tmp_path / "dense", tmp_path / "moe", "--router", "linear") == 0
-    assert run("export-hf", tmp_path / "moe", tmp_path / "back") == 0
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
-    assert tokenizer("b a").input_ids == [3, 2] and tokenizer.eos_token == "<eos>"
-    model = hf_models.load(tmp_path / "back")
-    assert model.config.eos_token_id == 1 and model.generation_config.eos_token_id == [1, 2]
-    assert model.generation_config.temperature == 0.7
-    assert run("export-hf", tmp_path / "moe", tmp_path / "named", "--tokenizer", source) == 0
-    assert (tmp_path / "named/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-
-
 def test_the_yaml_and_the_record_say_what_was_made(models: Path, tmp_path: Path) -> None:
     assert run("import-hf", models / "qwen3", tmp_path / "dense") == 0
     flags = yaml_files.read_yaml(tmp_path / "dense/model.yaml")
@@ -110,14 +87,3 @@ def test_the_yaml_and_the_record_say_what_was_made(models: Path, tmp_path: Path)
     files = sorted(path.name for path in (models / "qwen3").glob("*.safetensors"))
     assert sorted(record["source"]["files"]) == files and len(files) == 7
     assert record["model"]["hidden_size"] == 64 and record["versions"]["torch"]
-
-
-def test_commands_say_what_they_made(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["import-hf", str(models / "qwen3"), str(tmp_path / "dense")]) == 0
-    said = capsys.readouterr().out
-    assert "qwen3 dense, 2 layers" in said and f"--config {tmp_path / 'dense/model.yaml'}" in said
-    assert cli.main(["export-hf", str(tmp_path / "dense"), str(tmp_path / "hf")]) == 0
-    said = capsys.readouterr().out
-    assert "Qwen3ForCausalLM" in said and "no tokenizer was found" in said and "from_pretrained" in said

@@ -1,10 +1,8 @@
 """The table of names, read in both directions."""
 
-import dataclasses
 import subprocess
 import sys
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_router_upcycling.checkpoint.read_config_json import FIXED_FLAGS
 from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import QwenModel, from_flags
+from megatron_router_upcycling.hf.name_table import Tensor
 from tests.reference.fused import merge_gated_fc1, merge_qkv
 
 FLAGS = FIXED_FLAGS | {
@@ -22,26 +21,13 @@ FLAGS = FIXED_FLAGS | {
 }  # fmt: skip
 
 
-def make(num_experts: int = 0, **changes: object) -> QwenModel:
-    return dataclasses.replace(from_flags(FLAGS | changes), num_experts=num_experts)
+def make(**changes: object) -> QwenModel:
+    return from_flags(FLAGS | changes)
 
 
-MODEL = make()
-
-
-def row_of(key: str, model: QwenModel) -> name_table.Row:
-    (row,) = [row for row in name_table.rows(model) if row.megatron.endswith(key)]
-    return row
-
-
-def join(row: name_table.Row, model: QwenModel, parts: list[torch.Tensor]) -> torch.Tensor:
-    """Megatron's tensor of its parts, segment by segment."""
-    width = parts[0].shape[1:]
-    pieces = [
-        torch.zeros(stop - start, *width) if part is None else parts[part][start:stop]
-        for part, start, stop in name_table.segments(row, model)
-    ]
-    return torch.cat(pieces)
+def tensor_of(key: str, model: QwenModel) -> Tensor:
+    (tensor,) = [tensor for tensor in name_table.tensors(model) if tensor.name.endswith(key)]
+    return tensor
 
 
 @settings(deadline=None)  # a busy machine is no mistake
@@ -51,14 +37,14 @@ def test_segments_are_megatrons_layout(groups: int, queries: int, size: int, col
     heads = groups * queries
     model = make(num_attention_heads=heads, num_query_groups=groups, kv_channels=size, hidden_size=columns)
     for key, dim in (("linear_qkv.weight", -2), ("linear_qkv.bias", -1), ("mlp.linear_fc1.weight", -2)):
-        row = row_of(key, model)
-        parts = [torch.randn(name_table.shape(part, model)) for part in row.parts]
-        joined = join(row, model, parts)
+        tensor = tensor_of(key, model)
+        parts = [torch.randn(shape) for shape in tensor.part_shapes]
+        joined = torch.cat([parts[part][start:stop] for part, start, stop in tensor.segments])
         merged = merge_qkv(*parts, heads, groups, dim) if len(parts) == 3 else merge_gated_fc1(*parts, dim)
         assert torch.equal(joined, merged)
-        assert (model.num_layers, *joined.shape) == name_table.megatron_shape(row, model)
+        assert (model.num_layers, *joined.shape) == tensor.shape
         for number, part in enumerate(parts):
-            taken = [joined[start:stop] for start, stop in name_table.runs(row, number, model)]
+            taken = [joined[start:stop] for start, stop in tensor.runs(number)]
             assert torch.equal(torch.cat(taken), part)
 
 
@@ -70,26 +56,6 @@ def test_the_table_and_the_architecture_need_no_torch() -> None:
 
 
 def test_padding_is_zeros_after_the_vocabulary() -> None:
-    row = row_of("word_embeddings.weight", MODEL)
-    assert name_table.segments(row, MODEL) == [(0, 0, 50), (None, 50, 64)]
-    assert name_table.runs(row, 0, MODEL) == [(0, 50)]
-    exact = make(padded_vocab_size=50)
-    assert name_table.segments(row, exact) == [(0, 0, 50)]
-
-
-@pytest.mark.parametrize(
-    ("changes", "present", "absent"),
-    [
-        ({}, ["self_attn.q_proj.bias", "lm_head.weight", "mlp.down_proj.weight"], ["q_norm", "experts"]),
-        ({"untie_embeddings_and_output_weights": False}, ["model.embed_tokens.weight"], ["lm_head"]),
-        ({"add_qkv_bias": False, "qk_layernorm": True}, ["self_attn.k_norm.weight"], ["bias"]),
-        ({"num_experts": 3}, ["mlp.experts.2.up_proj.weight"], ["mlp.up_proj", "experts.3"]),
-    ],
-    ids=["qwen2", "tied", "qwen3", "experts"],
-)
-def test_tensors_of_a_model(changes: dict[str, object], present: list[str], absent: list[str]) -> None:
-    found = dict(name_table.hf_tensors(make(**changes)))
-    for name in present:
-        assert any(tensor.endswith(name) for tensor in found)
-    for name in absent:
-        assert not any(name in tensor for tensor in found)
+    tensor = tensor_of("word_embeddings.weight", make())
+    assert tensor.segments == ((0, 0, 50), (None, 50, 64)) and tensor.runs(0) == [(0, 50)]
+    assert tensor_of("word_embeddings.weight", make(padded_vocab_size=50)).segments == ((0, 0, 50),)

@@ -58,20 +58,28 @@ ENORMOUS = {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
+INDEX = "model.safetensors.index.json"
+
+
+def with_index(**files: object) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        names = json.loads((folder / INDEX).read_text())["weight_map"]
+        edit(folder / INDEX, weight_map=names | files)
+
+    return apply
+
+
 BAD_FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no config": ("qwen1.5", lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
-    "config no JSON": ("qwen1.5", lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
-    "config too deep": ("qwen1.5", lambda f: (f / "config.json").write_text('{"x":' * 10**5), "not JSON"),
+    "config no JSON": ("qwen1.5", lambda f: (f / "config.json").write_text("{"), "not a JSON object"),
+    "config too deep": ("qwen1.5", lambda f: (f / "config.json").write_text('{"x":' * 10**5), "not a JSON"),
     "config a list": ("qwen1.5", lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
-    "MoE": ("qwen1.5", lambda f: edit(f / "config.json", num_experts=8), "is a Mixture-of-Experts"),
-    "Llama": ("qwen1.5", lambda f: edit(f / "config.json", model_type="llama"), "is not covered"),
     "no weights": ("qwen1.5", lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetens"),
-    "header too deep": ("qwen1.5", with_header(b'{"x":' * 100_000), "recursion limit"),
     "shape enormous": ("qwen1.5", with_header(json.dumps({"x": ENORMOUS}).encode()), "overflow"),
     "wider than config": (
         "qwen1.5",
         lambda f: edit(f / "config.json", intermediate_size=95),
-        r"down_proj.weight is \[64, 96\] where config.json gives \[64, 95\]",
+        r"gate_proj.weight is \[96, 64\] where config.json gives \[95, 64\]",
     ),
     "more layers in config": (
         "qwen1.5",
@@ -81,10 +89,10 @@ BAD_FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "fewer layers in config": (
         "qwen1.5",
         lambda f: edit(f / "config.json", num_hidden_layers=1),
-        "holds model.layers.1",
+        r"model.layers.1.* is in no qwen2 model of this config.json",
     ),
     "missing tensor": ("qwen1.5", set_tensor(UP, lambda t: None), f"has no tensor {UP}"),
-    "extra tensor": ("qwen1.5", set_tensor("extra", lambda t: t), "holds extra, which no qwen2 model"),
+    "extra tensor": ("qwen1.5", set_tensor("extra", lambda t: t), "extra is in no qwen2 model"),
     "quantised": ("qwen1.5", set_tensor(UP, lambda t: t.to(torch.int8)), f"{UP} is I8, perhaps quantised"),
     "NaN": ("qwen1.5", set_tensor(UP, with_nan), f"{UP}: holds NaN or infinite values"),
     "another head": (
@@ -94,32 +102,21 @@ BAD_FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "missing shard": (
         "qwen2.5",
-        lambda f: next(iter(sorted(f.glob("*.safetensors")))).unlink(),
-        "model-00001-of-00006.safetensors: missing, though",
+        lambda f: min(f.glob("*.safetensors")).unlink(),
+        "model-00001-of-00006.safetensors: cannot be read",
     ),
-    "shard outside": (
-        "qwen2.5",
-        lambda f: edit(f / "model.safetensors.index.json", weight_map={"x": "../x.safetensors"}),
-        "names '../x.safetensors', which is no file of this folder",
-    ),
-    "index of nothing": (
-        "qwen2.5",
-        lambda f: edit(f / "model.safetensors.index.json", weight_map={}),
-        "has no weight_map",
-    ),
-    "index of numbers": (
-        "qwen2.5",
-        lambda f: edit(f / "model.safetensors.index.json", weight_map={"x": 1}),
-        "names no files",
-    ),
+    "shard outside": ("qwen2.5", with_index(x="../x.safetensors"), "names no files of this folder"),
+    "index of nothing": ("qwen2.5", lambda f: edit(f / INDEX, weight_map={}), "names no files of this"),
+    "index of numbers": ("qwen2.5", with_index(x=1), "names no files of this folder"),
     "shard without its tensor": (
         "qwen2.5",
-        lambda f: edit(
-            f / "model.safetensors.index.json",
-            weight_map=json.loads((f / "model.safetensors.index.json").read_text())["weight_map"]
-            | {"other": "model-00002-of-00006.safetensors"},
-        ),
+        with_index(other="model-00002-of-00006.safetensors"),
         "model-00002-of-00006.safetensors: has no other, though",
+    ),
+    "tensor elsewhere": (
+        "qwen2.5",
+        with_index(**{"model.norm.weight": "model-00001-of-00006.safetensors"}),
+        "holds model.norm.weight, which another file has or",
     ),
 }
 
@@ -143,7 +140,7 @@ def test_a_file_cut_anywhere_is_refused(
     source = copy(models, "qwen1.5", tmp_path / "hf")
     path = source / "model.safetensors"
     content = path.read_bytes()
-    for length in (0, 7, 8, 9, 500, 5000, len(content) // 2, len(content) - 1):
+    for length in (0, 7, 8, 500, len(content) - 1):
         path.write_bytes(content[:length])
         assert "cut short" in refused(capsys, "import-hf", source, tmp_path / "dense")
     path.write_bytes(content + b"x")
@@ -166,27 +163,20 @@ def test_a_folder_that_was_not_made_here_is_not_replaced(
     assert_equal(hf_models.tensors(back), hf_models.tensors(source))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--max-shard-size", "5"), "argument --max-shard-size: '5' is no size; write it as 5GB"),
-        (("--max-shard-size", "0MB"), "'0MB' is no size"),
-        (("--shared-expert-width", "-1"), "--shared-expert-width -1: must be 0 or more"),
-        (("--tokenizer", "."), "--tokenizer .: holds none of tokenizer.json"),
-        (("--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
-    ],
-)
 def test_bad_flags_of_export(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    flags: tuple[str, ...],
-    message: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     dense_checkpoint.write(tmp_path / "dense", args=dense_checkpoint.arguments(max_position_embeddings=16))
-    assert message in refused(capsys, "export-hf", "dense", "hf", *flags)
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    for flag, value, message in (
+        ("--max-shard-size", "5", "argument --max-shard-size: '5' is no size; write it as 5GB"),
+        ("--max-shard-size", "0MB", "'0MB' is no size"),
+        ("--shared-expert-width", "-1", "--shared-expert-width -1: must be 0 or more"),
+        ("--tokenizer", ".", "--tokenizer .: holds none of tokenizer.json"),
+        ("--dtype", "int8", "argument --dtype: invalid choice: 'int8'"),
+    ):
+        assert message in refused(capsys, "export-hf", "dense", "hf", flag, value)
+        assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +204,6 @@ def test_a_bad_checkpoint_is_not_exported(
     spoil: Callable[[dict[str, torch.Tensor]], Any],
     message: str,
 ) -> None:
-
     tensors = dense_checkpoint.tensors()
     spoil(tensors)
     args = dense_checkpoint.arguments(max_position_embeddings=16)

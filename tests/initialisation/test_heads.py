@@ -8,11 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.initialisation.heads import cosine_similarity, group_heads, init_mixture
-from megatron_router_upcycling.routers.config import POOLINGS, RouterConfig
+from megatron_router_upcycling.initialisation.heads import (
+    cosine_similarity,
+    group_heads,
+    init_mixture,
+    query_heads,
+)
+from megatron_router_upcycling.routers.config import GROUPINGS, POOLINGS, RouterConfig
 from megatron_router_upcycling.routers.fold import fold, pool_logits
 from megatron_router_upcycling.routers.kinds import keys_per_expert
+from tests.reference import mixture
+from tests.reference.fused import merge_qkv
 
 HIDDEN = 12
 
@@ -43,74 +49,6 @@ def random_heads(heads: int, head_dim: int, seed: int = 0) -> tuple[torch.Tensor
     )
 
 
-def reference_cosine(a: list[float], b: list[float]) -> float:
-    norm_a, norm_b = math.sqrt(sum(x * x for x in a)), math.sqrt(sum(x * x for x in b))
-    if norm_a == 0 or norm_b == 0:
-        return 0.0
-    return round(sum(x * y for x, y in zip(a, b, strict=True)) / (norm_a * norm_b), 12)
-
-
-def reference_mean(keys: list[list[float]]) -> list[float]:
-    return [sum(column) / len(keys) for column in zip(*keys, strict=True)]
-
-
-def reference_groups(keys: list[list[float]], num_sets: int) -> list[list[int]]:
-    """Greedy grouping, one merge at a time."""
-    sets = [[h] for h in range(len(keys))]
-    size, factors = len(keys) // num_sets, []
-    for p in range(2, size + 1):
-        while size % p == 0:
-            factors.append(p)
-            size //= p
-    for p in factors:
-        means = [reference_mean([keys[h] for h in members]) for members in sets]
-        free = list(range(len(sets)))
-        merged = []
-        while free:
-            best, seed = -2.0, (-1, -1)
-            for i in free:
-                for j in free:
-                    if i < j and reference_cosine(means[i], means[j]) > best:
-                        best, seed = reference_cosine(means[i], means[j]), (i, j)
-            chosen = list(seed)
-            while len(chosen) < p:
-                centre = reference_mean([means[i] for i in chosen])
-                best, nearest = -2.0, -1
-                for i in free:
-                    if i not in chosen and reference_cosine(centre, means[i]) > best:
-                        best, nearest = reference_cosine(centre, means[i]), i
-                chosen.append(nearest)
-            free = [i for i in free if i not in chosen]
-            merged.append(sorted(h for i in chosen for h in sets[i]))
-        sets = sorted(merged, key=lambda members: members[0])
-    return sets
-
-
-def reference_mixture(
-    queries: torch.Tensor, keys: torch.Tensor, m: int, n: int
-) -> tuple[list[list[list[float]]], list[list[float]]]:
-    """query_weight and expert_key as nested lists, by the rules of section 5.2.1 taken one by one."""
-    head_rows = [[row.tolist() for row in head] for head in queries]
-    head_keys = [key.tolist() for key in keys]
-    if m > len(head_keys):
-        splits = m // len(head_keys)
-        part = len(head_keys[0]) // splits
-        head_rows = [rows[p * part : (p + 1) * part] for rows in head_rows for p in range(splits)]
-        head_keys = [key[p * part : (p + 1) * part] for key in head_keys for p in range(splits)]
-    query_sets = reference_groups(head_keys, m)
-    if m < n:
-        owner = [h for h in range(len(head_keys)) for _ in range(n // m)]
-        key_sets = [
-            [owner[copy] for copy in members]
-            for members in reference_groups([head_keys[h] for h in owner], n)
-        ]
-    else:
-        key_sets = query_sets
-    weight = [[row for h in members for row in head_rows[h]] for members in query_sets]
-    expert_key = [[x for h in members for x in head_keys[h]] for members in key_sets]
-    return weight, expert_key
-
-
 def reference_scores(
     x: torch.Tensor, weight: torch.Tensor, key: torch.Tensor, num_experts: int, pooling: str
 ) -> torch.Tensor:
@@ -135,34 +73,41 @@ def reference_scores(
     return torch.stack(experts, dim=-1)
 
 
-@pytest.mark.parametrize("heads, head_dim, m, n", TABLE, ids=TABLE_IDS)
-def test_mixture_equals_the_reference_bit_for_bit(heads: int, head_dim: int, m: int, n: int) -> None:
-    for seed in range(3):
-        queries, keys = random_heads(heads, head_dim, seed)
-        config = RouterConfig(num_experts=n, num_routers=m)
-        query_weight, expert_key = init_mixture(queries, keys, config)
-        weight, key = reference_mixture(queries, keys, m, n)
-        shape = config.shape(heads, head_dim)
-        assert query_weight.shape == (m, shape.router_width, HIDDEN)
-        assert expert_key.shape == (n * keys_per_expert(config), shape.router_width)
-        assert torch.equal(query_weight, torch.tensor(weight))
-        assert torch.equal(expert_key, torch.tensor(key))
-
-
-def test_keys_of_a_query_group_are_equal_and_its_heads_merge() -> None:
-    """Grouped-query attention: the four heads of a group share one key, and ties go by head index."""
-    queries, _ = random_heads(16, 4)
-    keys = random_heads(4, 4)[1].repeat_interleave(4, dim=0)
-    weight, key = reference_mixture(queries, keys, 8, 8)
-    query_weight, expert_key = init_mixture(queries, keys, RouterConfig(num_experts=8))
-    assert torch.equal(query_weight, torch.tensor(weight)) and torch.equal(expert_key, torch.tensor(key))
-    assert group_heads(keys, 8, "greedy") == [[2 * i, 2 * i + 1] for i in range(8)]
-
-
-def test_as_many_routers_as_heads_and_more_experts_start_with_twin_keys() -> None:
-    queries, keys = random_heads(4, 4)
-    _, expert_key = init_mixture(queries, keys, RouterConfig(num_experts=8, num_routers=4))
-    assert torch.equal(expert_key, keys.repeat_interleave(2, dim=0))
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "routers", "experts"),
+    [
+        *((heads, heads, size, routers, experts) for heads, size, routers, experts in TABLE),
+        (16, 4, 8, 8, 8),  # ties among the heads of a group
+        (16, 4, 8, 2, 8),  # m < n: every head four times
+        (16, 8, 8, 16, 8),  # m > n: two keys an expert
+        (20, 4, 4, 4, 4),  # sets of five
+        (8, 2, 4, 8, 32),  # m = H < n: keys of one head
+        (14, 14, 4, 8, 8),  # each head in four routers of seven
+        (12, 2, 4, 8, 16),  # each in two routers of three, and in four keys
+        (28, 4, 4, 8, 8),
+        (6, 6, 4, 8, 8),  # where heads have been together in every way
+    ],
+)
+def test_mixtures_equal_the_reference_bit_for_bit(
+    grouping: str, heads: int, groups: int, size: int, routers: int, experts: int
+) -> None:
+    """Of Megatron's fused projection, which the reference reads row by row."""
+    config = RouterConfig(num_experts=experts, num_routers=routers, grouping=grouping, top_k=1)
+    shape = config.shape(heads, size)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        mean = torch.randn(groups, size, generator=generator)
+        if seed == 4:
+            mean[0] = 0  # similar to none
+        query, other = (torch.randn(count * size, HIDDEN, generator=generator) for count in (heads, groups))
+        keys = mean.repeat_interleave(heads // groups, 0)
+        fused = merge_qkv(query, other, other, heads, groups)
+        query_weight, expert_key = init_mixture(query_heads(fused, heads, groups), keys, config)
+        expected = mixture.of_heads(fused, keys.numpy(), groups, config)
+        assert torch.equal(query_weight, expected[0]) and torch.equal(expert_key, expected[1])
+        assert query_weight.shape == (routers, shape.router_width, HIDDEN)
+        assert expert_key.shape == (experts * keys_per_expert(config), shape.router_width)
 
 
 def test_dtypes_follow_the_queries_and_float32() -> None:
@@ -177,7 +122,8 @@ def test_greedy_equals_the_reference(sets: int, size: int, seed: int, ties: bool
     keys = torch.randn(sets * size, 3, generator=torch.Generator().manual_seed(seed))
     if ties:  # few distinct directions, and zeros
         keys = keys.round()
-    assert group_heads(keys, sets, "greedy") == reference_groups(keys.tolist(), sets)
+    expected, _ = mixture.sets_of_heads(list(keys.numpy()), sets, sets, "greedy")
+    assert group_heads(keys, sets, "greedy") == expected
 
 
 @settings(deadline=None, max_examples=40)
@@ -198,6 +144,8 @@ def test_sets_are_ordered_and_hold_every_head_once(grouping: str, sets: int, siz
 def test_ties_go_to_the_lowest_heads() -> None:
     assert group_heads(torch.ones(6, 3), 3, "greedy") == [[0, 1], [2, 3], [4, 5]]
     assert group_heads(torch.zeros(6, 3), 2, "greedy") == [[0, 1, 2], [3, 4, 5]]
+    of_groups = random_heads(4, 4)[1].repeat_interleave(4, dim=0)  # whose heads share a key
+    assert group_heads(of_groups, 8, "greedy") == [[2 * i, 2 * i + 1] for i in range(8)]
 
 
 def angles(*degrees: float) -> torch.Tensor:
@@ -229,14 +177,6 @@ def test_optimal_has_the_largest_sum_of_all_pairings(seed: int) -> None:
 def test_cosine_of_a_zero_key_is_zero() -> None:
     similarity = cosine_similarity(torch.tensor([[3.0, 4.0], [0.0, 0.0], [-6.0, -8.0]]))
     assert similarity.tolist() == [[1.0, 0.0, -1.0], [0.0, 0.0, 0.0], [-1.0, 0.0, 1.0]]
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_key_that_is_not_finite_is_the_users_error(bad: float) -> None:
-    queries, keys = random_heads(4, 4)
-    keys[2, 1] = bad
-    with pytest.raises(UserError, match="--key-stats: .* head 2 "):
-        init_mixture(queries, keys, RouterConfig(num_experts=2))
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

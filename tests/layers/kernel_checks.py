@@ -5,9 +5,11 @@ went wrong or ok. On a machine with a GPU, ``python -m tests.layers.kernel_check
 kernels.
 """
 
+import functools
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,11 +69,15 @@ def compare(found: list[Tensor], expected: list[Tensor], tolerance: float) -> No
         assert error <= tolerance, f"value {number}: relative error {error:.2e}, more than {tolerance:.0e}"
 
 
+def agree(fast: Any, plain: Any, inputs: tuple[Tensor, ...], tolerance: float) -> None:
+    """``fast`` and its gradients are those of ``plain`` in float64."""
+    compare(gradients(fast, *inputs), gradients(plain, *(value.double() for value in inputs)), tolerance)
+
+
 def check_swiglu() -> None:
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
-        hidden, probs = draw(33, 2 * 88, dtype=dtype), draw(33).sigmoid()
-        exact = gradients(lambda h, p: swiglu.plain(h, p), hidden.double(), probs.double())
-        compare(gradients(swiglu.weighted_swiglu, hidden, probs), exact, tolerance)
+        inputs = draw(33, 2 * 88, dtype=dtype), draw(33).sigmoid()
+        agree(swiglu.weighted_swiglu, swiglu.plain, inputs, tolerance)
 
 
 def check_places() -> None:
@@ -80,11 +86,7 @@ def check_places() -> None:
         found = permutation.find_places(chosen, top_k)
         plain = permutation._find_places_plainly(chosen, top_k)
         for name in ("row_of", "token_of", "counts"):
-            assert torch.equal(getattr(found, name).int(), getattr(plain, name).int()), (
-                name,
-                tokens,
-                experts,
-            )
+            assert torch.equal(getattr(found, name).int(), getattr(plain, name).int()), (name, tokens)
         expert, token = chosen.t().nonzero(as_tuple=True)
         assert torch.equal(found.token_of.long(), token)
         assert torch.equal(found.counts.long(), expert.bincount(minlength=experts))
@@ -94,25 +96,14 @@ def check_permutation() -> None:
     for tokens, experts, top_k, idle in ((150, 8, 2, 0), (7, 6, 3, 2)):
         chosen = routing_map(tokens, experts, top_k, idle)
         places = permutation.find_places(chosen, top_k)
-        hidden, probs = draw(tokens, 48), draw(tokens, experts).sigmoid() * chosen
         expert, token = chosen.t().nonzero(as_tuple=True)
-
-        def plain(h: Tensor, p: Tensor, token: Tensor = token, expert: Tensor = expert) -> tuple[Tensor, ...]:
-            return h[token], p[token, expert]
-
-        def there_and_back(h: Tensor, p: Tensor, places: permutation.Places = places) -> tuple[Tensor, ...]:
-            return permutation.permute(h, p, places)
-
-        compare(gradients(there_and_back, hidden, probs), gradients(plain, hidden, probs), 1e-6)
-        rows = draw(tokens * top_k, 48, seed=5)
-
-        def add(r: Tensor, token: Tensor = token, tokens: int = tokens) -> Tensor:
-            return r.new_zeros(tokens, 48).index_add(0, token, r)
-
-        def combine(r: Tensor, places: permutation.Places = places) -> Tensor:
-            return permutation.combine(r, places)
-
-        compare(gradients(combine, rows), gradients(add, rows), 1e-6)
+        inputs = draw(tokens, 48), draw(tokens, experts).sigmoid() * chosen
+        permute = functools.partial(permutation.permute, places=places)
+        agree(permute, lambda h, p, at=token, of=expert: (h[at], p[at, of]), inputs, 1e-6)
+        combine = functools.partial(permutation.combine, places=places)
+        empty = torch.zeros(tokens, 48, dtype=torch.float64, device=DEVICE)
+        add = functools.partial(empty.index_add, 0, token)
+        agree(combine, add, (draw(tokens * top_k, 48, seed=5),), 1e-6)
 
 
 def check_gate() -> None:
@@ -129,58 +120,49 @@ def check_routing() -> None:
         for pre_softmax in (True, False):
             logits = draw(tokens, experts, scale=2.0)
             logits[0] = 0.5  # all equal: the first are chosen
+            of = {"top_k": top_k, "pre_softmax": pre_softmax}
 
-            def run(
-                function: Callable[..., routing.Routing], x: Tensor, k: int = top_k, pre: bool = pre_softmax
-            ) -> tuple[Tensor, ...]:
-                found = function(x, k, pre)
+            def run(route: Any, x: Tensor, of: Any = of) -> tuple[Tensor, ...]:
+                found = route(x, **of)
                 return found.probs, found.score_sums, found.square_sum
 
-            found = gradients(lambda x, run=run: run(routing.route, x), logits)
-            compare(found, gradients(lambda x, run=run: run(routing.plain, x), logits), 2e-6)
-            maps = [f(logits, top_k, pre_softmax).routing_map for f in (routing.route, routing.plain)]
+            fast, plain = (functools.partial(run, route) for route in (routing.route, routing.plain))
+            compare(gradients(fast, logits), gradients(plain, logits), 2e-6)
+            maps = [route(logits, **of).routing_map for route in (routing.route, routing.plain)]
             assert torch.equal(*maps) and (maps[0].sum(1) == top_k).all()
 
 
 def check_cross_entropy() -> None:
+    labels = torch.arange(9, device=DEVICE) * 555
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
-        logits, labels = draw(9, 5000, dtype=dtype, scale=3.0), torch.arange(9, device=DEVICE) * 555
-
-        def exact(x: Tensor, labels: Tensor = labels) -> Tensor:
-            return torch.nn.functional.cross_entropy(x, labels, reduction="none")
-
-        def fast(x: Tensor, labels: Tensor = labels) -> Tensor:
-            return cross_entropy.cross_entropy(x * 1, labels)
-
-        compare(gradients(fast, logits), gradients(exact, logits.double()), tolerance)
+        logits = draw(9, 5000, dtype=dtype, scale=3.0)
+        exact = functools.partial(torch.nn.functional.cross_entropy, target=labels, reduction="none")
+        # It overwrites its logits.
+        agree(lambda x: cross_entropy.cross_entropy(x * 1, labels), exact, (logits,), tolerance)
 
 
 def check_rotary() -> None:
     for d, r in ((16, 16), (24, 16)):
-        fused = draw(5, 2, 3, 2 * d)
         angles = draw(5, 1, 1, r).abs()
-
-        def of(function: Callable[..., Tensor], x: Tensor, d: int = d, angles: Tensor = angles) -> Tensor:
-            return function(x[..., d:], angles)
-
-        found = gradients(lambda x, of=of: of(rotary.rotate, x), fused)
-        compare(found, gradients(lambda x, of=of: of(rotary.plain, x), fused), 1e-6)
+        fast, plain = (
+            lambda x, rotate=rotate, d=d, angles=angles: rotate(x[..., d:], angles)
+            for rotate in (rotary.rotate, rotary.plain)
+        )
+        fused = draw(5, 2, 3, 2 * d)
+        compare(gradients(fast, fused), gradients(plain, fused), 1e-6)
 
 
 def check_norm() -> None:
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
-        x, weight = draw(21, 2, 72, dtype=dtype), draw(72, dtype=dtype) + 1
-        exact = gradients(
-            lambda x, w: torch.nn.functional.rms_norm(x, (72,), w, 1e-6), x.double(), weight.double()
-        )
-        compare(gradients(lambda x, w: norm.rms_norm(x, w, 1e-6), x, weight), exact, tolerance)
+        inputs = draw(21, 2, 72, dtype=dtype), draw(72, dtype=dtype) + 1
+        fast = functools.partial(norm.rms_norm, epsilon=1e-6)
+        agree(fast, lambda x, w: torch.nn.functional.rms_norm(x, (72,), w, 1e-6), inputs, tolerance)
 
 
 def check_fold() -> None:
+    plain = functools.partial(plain_fold, pooling="sum", dtype=torch.float64)
     for m, width, n, D in ((8, 48, 8, 100), (1, 16, 5, 33)):
-        query, key = draw(m, width, D), draw(n, width)
-        exact = gradients(lambda q, k: plain_fold(q, k, "sum", torch.float64), query.double(), key.double())
-        compare(gradients(fold.fold_sum, query, key), exact, 2e-6)
+        agree(fold.fold_sum, plain, (draw(m, width, D), draw(n, width)), 2e-6)
 
 
 def check_accumulate() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import launch
+from tests.layers import one_rank
 
 S, B, D = 24, 2, 8
 TOLERANCE = 5e-6
@@ -18,20 +19,13 @@ def test_equal_to_megatrons_forward_and_backward() -> None:
 
 
 def compare() -> None:
-    from megatron_router_upcycling.training.patches import cpu_backend, without_te
-
-    cpu_backend.install()
-    without_te.install()
-    from megatron.core import parallel_state, tensor_parallel
+    one_rank.start()
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     from megatron_router_upcycling.layers.attention import SdpaAttention
 
     assert LocalSpecProvider().core_attention() is SdpaAttention
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
     torch.manual_seed(0)
     documents = torch.ones(B, 1, S, S, dtype=torch.bool).triu(1)  # True: must not be seen
     documents[1, :, S // 2 :, : S // 2] = True
@@ -60,17 +54,9 @@ def compare() -> None:
 
 def build(kind: Any, groups: int, scale: float | None = None, **changes: Any) -> Any:
     from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
-    values = {"attention_dropout": 0.0, "num_query_groups": groups} | changes
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=32,
-        num_attention_heads=4,
-        kv_channels=D,
-        masked_softmax_fusion=False,
-        **values,
-    )
+    values = {"attention_dropout": 0.0, "num_query_groups": groups, "masked_softmax_fusion": False}
+    config = one_rank.config(kv_channels=D, **values | changes)
     return kind(config, 1, AttnMaskType.causal, "self", softmax_scale=scale)
 
 

@@ -4,13 +4,12 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 
 from tests import launch
 from tests.layers import one_rank
 
-SEQUENCE, BATCH, D, EXPERTS = 12, 2, 32, 6
+SEQUENCE, BATCH, EXPERTS = 12, 2, 6
 TOLERANCE = 2e-6  # float32, values of order 1
 
 
@@ -61,26 +60,10 @@ GATES = {"drawn": lambda weight: None, "ties": lambda weight: weight.zero_(), "i
 def build(kind: Any, top_k: int, grouped: bool, **changes: Any) -> Any:
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
-    values: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"} | changes
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=D,
-        ffn_hidden_size=16,
-        moe_ffn_hidden_size=16,
-        num_attention_heads=4,
-        num_moe_experts=EXPERTS,
-        moe_router_topk=top_k,
-        moe_router_pre_softmax=True,
-        moe_aux_loss_coeff=0.0,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=False,
-        init_method_std=0.2,
-        **values,
-    )
+    values: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall", "init_method_std": 0.2} | changes
+    values |= {"num_moe_experts": EXPERTS, "moe_aux_loss_coeff": 0.0}
+    config = one_rank.config(moe_router_topk=top_k, moe_router_pre_softmax=True, **values)
     experts = LocalSpecProvider().grouped_mlp_modules(grouped)
     layer = kind(config, MoESubmodules(experts=experts), layer_number=1)
     layer.router.weight.data.normal_(generator=torch.Generator().manual_seed(5))
@@ -106,7 +89,7 @@ def run(layer: Any) -> dict[str, torch.Tensor]:
     layer.route, layer.experts.forward = keep_probs, keep_rows
     found: dict[str, torch.Tensor] = {}
     for micro_batch in range(2):
-        hidden = torch.randn(SEQUENCE, BATCH, D, generator=generator)
+        hidden = torch.randn(SEQUENCE, BATCH, one_rank.D, generator=generator)
         hidden[..., 0] = 9.0
         hidden.requires_grad_()
         output, bias = layer(hidden)
@@ -124,29 +107,17 @@ def run(layer: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("changes", "ep", "tp", "expected"),
-    [
-        ({}, 1, 1, True),
-        ({"moe_token_dispatcher_type": "allgather"}, 1, 1, True),
-        ({"moe_token_dispatcher_type": "flex"}, 1, 1, False),
-        ({"moe_expert_capacity_factor": 1.25}, 1, 1, False),
-        ({"moe_router_padding_for_quantization": True}, 1, 1, False),
-        ({"moe_shared_expert_overlap": True}, 1, 1, False),
-        ({"moe_latent_size": 16}, 1, 1, False),
-        ({}, 2, 1, False),
-        ({}, 1, 2, False),
-    ],
-)
-def test_what_is_covered(changes: dict[str, Any], ep: int, tp: int, expected: bool) -> None:
+def test_what_is_covered() -> None:
     from megatron_router_upcycling.layers.dispatch import covers
 
-    values: dict[str, Any] = {
-        "moe_token_dispatcher_type": "alltoall",
-        "moe_expert_capacity_factor": None,
-        "moe_router_padding_for_quantization": False,
-        "moe_shared_expert_overlap": False,
-        "moe_latent_size": None,
-    }
-    config: Any = SimpleNamespace(**(values | changes))
-    assert covers(config, ep * tp) is expected
+    names = ("moe_router_padding_for_quantization", "moe_shared_expert_overlap", "moe_latent_size")
+    values: dict[str, Any] = dict.fromkeys(names) | {"moe_token_dispatcher_type": "alltoall"}
+    config = SimpleNamespace(**values, moe_expert_capacity_factor=None)
+    assert covers(config, 1) and not covers(config, 2)
+    for name, value, expected in (
+        ("moe_token_dispatcher_type", "allgather", True),
+        ("moe_token_dispatcher_type", "flex", False),
+        ("moe_expert_capacity_factor", 1.25, False),
+        *((name, 16, False) for name in names),
+    ):
+        assert covers(SimpleNamespace(**vars(config) | {name: value}), 1) is expected, name

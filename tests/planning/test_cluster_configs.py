@@ -25,13 +25,8 @@ for config in sys.argv[2:]:
 
 @pytest.fixture(scope="module")
 def parsed() -> dict[str, dict]:
-    rank = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "64",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",
-    }
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "64"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     said = launch.python("-c", PARSE, launch.ROOT, *CONFIGS, **rank).ok().text
     lines = [line for line in said.splitlines() if line.startswith("parsed ")]
     return {args["config"]: args for args in (json.loads(line.removeprefix("parsed ")) for line in lines)}
@@ -48,7 +43,7 @@ def test_each_configuration_parses_and_stays_alive(parsed: dict[str, dict]) -> N
 
 
 def test_the_papers_run(parsed: dict[str, dict]) -> None:
-    """METHOD: section 4.1 of the paper; the size is counted from the shapes."""
+    """METHOD: section 4.1 of the paper."""
     args = parsed["configs/qwen1.5-0.5b-8x/moe.yaml"]
     stated = {
         "micro_batch_size": 4, "global_batch_size": 1024, "seq_length": 4096, "train_iters": 25_000,
@@ -60,11 +55,6 @@ def test_the_papers_run(parsed: dict[str, dict]) -> None:
         "moe_expert_capacity_factor": None,
     }  # fmt: skip
     assert {name: args[name] for name in stated} == stated
-    layers, hidden, experts = args["num_layers"], args["hidden_size"], args["num_experts"]
-    attention, ffn = 4 * hidden**2, 3 * hidden * args["ffn_hidden_size"]
-    embeddings = args["padded_vocab_size"] * hidden * (1 + args["untie_embeddings_and_output_weights"])
-    router = experts * hidden * 128
-    assert round((layers * (attention + experts * ffn + router) + embeddings) / 1e9, 1) == 2.1
     spread = parsed["configs/qwen1.5-0.5b-8x/moe_ep8.yaml"]
     differs = {name for name in args if args[name] != spread[name]} - {"config"}
     assert {name for name in differs if "expert" in name} == {"expert_model_parallel_size"}

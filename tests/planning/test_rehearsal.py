@@ -1,8 +1,6 @@
 """Rehearsals: one real rank of many, alone, beside what plan says of it."""
 
 import json
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,12 @@ from megatron_router_upcycling.planning import figures, reading
 from tests import launch
 from tests.conftest import MODEL, TRAINING
 
-MOE = {
-    "num_experts": 8,
-    "moe_router_topk": 2,
-    "moe_router_pre_softmax": True,
-    "moe_token_dispatcher_type": "alltoall",
-    "moe_router_dtype": "fp32",
-    "moe_router_load_balancing_type": "aux_loss",
-    "moe_aux_loss_coeff": 0.02,
-    "use_distributed_optimizer": True,
-    "bf16": True,
-    "global_batch_size": 256,
-    "upcycling": {"router": "mixture"},
-}
-WORLD = 64
+MOE = yaml.safe_load("""
+{num_experts: 8, moe_router_topk: 2, moe_router_pre_softmax: true, moe_token_dispatcher_type: alltoall,
+ moe_router_dtype: fp32, moe_router_load_balancing_type: aux_loss, moe_aux_loss_coeff: 0.02,
+ use_distributed_optimizer: true, bf16: true, global_batch_size: 256, upcycling: {router: mixture}}
+""")
+WORLD, DOOR = 64, "megatron_router_upcycling.pretrain"
 
 
 @pytest.fixture(scope="session")
@@ -38,33 +28,30 @@ def config(folder: Path) -> Path:
     return path
 
 
-def rehearse(config: Path, output: Path, *flags: object, ok: bool = True, warm: bool = True) -> Any:
+def rehearse(config: Path, output: Path, *flags: object) -> Any:
     """The JSON that a rehearsal writes."""
-    command = ("-m", "megatron_router_upcycling.pretrain", "--config", config)
-    python = launch.python if warm else partial(launch.run, launch.sys.executable)
-    done = python(*command, "--rehearse", WORLD, "--output", output, *flags)
-    if not ok:
-        return done
+    done = launch.python("-m", DOOR, "--config", config, "--rehearse", WORLD, "--output", output, *flags)
     assert done.ok().text.count("rehearsal of rank") == 1
     return json.loads(output.read_text())
 
 
 LAYOUTS = {
-    # The rank stands last: it is no flag of a plan.
-    "EP 8": ("--expert-model-parallel-size", 8, "--rehearse-rank", 11),
+    "EP 8": (11, "--expert-model-parallel-size 8"),
     "TP 2 x PP 4, uneven, some dense": (
-        *("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 4),
-        *("--decoder-first-pipeline-num-layers", 1, "--decoder-last-pipeline-num-layers", 1),
-        *("--moe-layer-freq", "[0,1,1,0,1,1,1,1]", "--qk-layernorm", "--rehearse-rank", 40),
+        40,
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 4"
+        " --decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 1"
+        " --moe-layer-freq [0,1,1,0,1,1,1,1] --qk-layernorm",
     ),
     "ETP 1, shared expert, last stage": (
-        *("--tensor-model-parallel-size", 4, "--sequence-parallel", "--expert-tensor-parallel-size", 1),
-        *("--expert-model-parallel-size", 4, "--pipeline-model-parallel-size", 2, "--num-routers", 4),
-        *("--moe-shared-expert-intermediate-size", 64, "--moe-ffn-hidden-size", 32, "--rehearse-rank", 63),
+        63,
+        "--tensor-model-parallel-size 4 --sequence-parallel --expert-tensor-parallel-size 1"
+        " --expert-model-parallel-size 4 --pipeline-model-parallel-size 2 --num-routers 4"
+        " --moe-shared-expert-intermediate-size 64 --moe-ffn-hidden-size 32",
     ),
     "virtual stages, linear router": (
-        *("--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2),
-        *("--router", "linear", "--rehearse-rank", 63),
+        63,
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --router linear",
     ),
 }
 
@@ -73,7 +60,8 @@ LAYOUTS = {
     "name", ["EP 8", *(pytest.param(name, marks=pytest.mark.slow) for name in list(LAYOUTS)[1:])]
 )
 def test_plan_is_exact_of_the_real_rank(config: Path, tmp_path: Path, name: str) -> None:
-    found = rehearse(config, tmp_path / "found.json", *LAYOUTS[name])
+    rank, words = LAYOUTS[name]
+    found = rehearse(config, tmp_path / "found.json", *words.split(), "--rehearse-rank", rank)
     counts = found["parameters"]
     assert counts["measured"] == counts["plan"] and sum(counts["plan"].values()) > 0
     assert found["weights"]["measured"] == found["weights"]["plan"]
@@ -96,9 +84,9 @@ def test_plan_is_exact_of_the_real_rank(config: Path, tmp_path: Path, name: str)
         assert found["tokens_of_the_step"] == tokens
     # The plan is of the configured step. At this size what tensor parallelism sends for the embedding and for
     # gradients of norms and routers, which a plan leaves out, is a third of the rest.
-    plan = reading.read(config, None, [str(flag) for flag in LAYOUTS[name][:-2]], WORLD)
-    step = found["tokens_of_the_step"] / (plan.sequence * plan.micro_batch * plan.num_microbatches)
-    for kind, size in asdict(figures.communication(plan, found["pipeline_rank"])).items():
+    plan = reading.read(config, None, words.split(), WORLD)
+    step = found["tokens_of_the_step"] / (plan.seq_length * plan.micro_batch_size * plan.num_microbatches)
+    for kind, size in figures.communication(plan, found["pipeline_rank"]).items():
         sent = found["sent_in_the_step"].get(kind, 0)
         if kind == "tensor_parallel":
             assert 1 <= sent / (size * step) < 1.4 if size else sent == 0
@@ -109,12 +97,11 @@ def test_plan_is_exact_of_the_real_rank(config: Path, tmp_path: Path, name: str)
 def test_a_shard_is_loaded_as_megatron_places_it(moe: Path, moe_config: Path, tmp_path: Path) -> None:
     """Rank 13 of 16 at TP 2, PP 2, EP 2, held against the checkpoint's tensors."""
     code = "from tests.planning import test_rehearsal as t; import sys; t.check_shard(sys.argv[1:])"
-    flags = (
-        *("--config", moe_config, "--load", moe, "--rehearse", 16, "--rehearse-rank", 13),
-        *("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 2),
-        *("--expert-model-parallel-size", 2, "--global-batch-size", 64),
+    layout = (
+        "--rehearse 16 --rehearse-rank 13 --tensor-model-parallel-size 2 --sequence-parallel"
+        " --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --global-batch-size 64"
     )
-    output = launch.python("-c", code, *flags).ok()
+    output = launch.python("-c", code, "--config", moe_config, "--load", moe, *layout.split()).ok()
     assert "shard is right" in output.text
 
 
@@ -126,28 +113,25 @@ def check_shard(argv: list[str]) -> None:
     sys.argv = ["pretrain", *argv]
     from megatron_router_upcycling.checkpoint.open import open_checkpoint
     from megatron_router_upcycling.planning.rehearsal import run as rehearsal
-    from megatron_router_upcycling.planning.rehearsal import shard
-    from megatron_router_upcycling.planning.rehearsal.prepare import prepare
+    from megatron_router_upcycling.training import train
 
-    prepared = prepare(argv).run
+    prepared, _ = rehearsal.prepare(argv)
     from megatron.core import parallel_state as mpu
     from megatron.core.utils import unwrap_model
 
-    model, _, _ = rehearsal.build(prepared)
+    model, _, _ = train.build(prepared.args, train.model_config(prepared))
     (chunk,) = unwrap_model(model)
-    loaded = shard.load([chunk], prepared.load)
     parameters = dict(chunk.named_parameters())
-    assert loaded == sum(parameter.numel() for parameter in parameters.values())
+    for parameter in parameters.values():
+        parameter.data.fill_(torch.nan)
+    rehearsal.load_shard(model, prepared.load)
+    assert all(parameter.isfinite().all() for parameter in parameters.values())
     checkpoint = open_checkpoint(prepared.load)
-    tp, ep, pp = (
-        mpu.get_tensor_model_parallel_rank(),
-        mpu.get_expert_model_parallel_rank(),
-        mpu.get_pipeline_model_parallel_rank(),
-    )
-    scratch = bytearray(0)
+    tp, ep = mpu.get_tensor_model_parallel_rank(), mpu.get_expert_model_parallel_rank()
+    pp = mpu.get_pipeline_model_parallel_rank()
 
     def whole(key: str, layer: int) -> torch.Tensor:
-        return checkpoint.read_layer(key, layer, scratch).clone()
+        return checkpoint.read_layer(key, layer, bytearray())
 
     layer = 2 * pp  # of two stages of two layers
     prefix = "decoder.layers.0."
@@ -164,37 +148,28 @@ def check_shard(argv: list[str]) -> None:
     print("shard is right")
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ("--expert-model-parallel-size", 3),
-            "--expert-model-parallel-size 3: does not divide the 8 experts",
-        ),
-        (("--tensor-model-parallel-size", 3), "--rehearse 64: is not divisible by"),
-    ],
-)
-def test_a_wrong_layout_is_one_line(
-    config: Path, tmp_path: Path, flags: tuple[object, ...], message: str
-) -> None:
-    done = rehearse(config, tmp_path / "none.json", *flags, ok=False)
-    assert done.returncode == 2
-    assert len(done.errors) == 1 and message in done.errors[0] and "Traceback" not in done.text
+def test_a_wrong_layout_is_one_line(config: Path) -> None:
+    flags = ("--rehearse", WORLD, "--tensor-model-parallel-size", 3)
+    done = launch.python("-m", DOOR, "--config", config, *flags)
+    assert done.returncode == 2 and "Traceback" not in done.text
+    assert done.errors == ["error: --rehearse 64: is not divisible by TP x PP x CP = 3; 63 or 66 would be"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--rehearse-rank", 64), "--rehearse-rank 64: must be between 0 and 63"),
-        (("--rehearse", 0), "--rehearse 0: must be the number of GPUs of the run, at least 1"),
+        (("--rehearse", 0), "--rehearse: give the number of GPUs of the run, at least 1"),
+        (("--rehearse-seq-length", 0), "--rehearse-seq-length 0: must be at least 1"),
         (("--output", "/nowhere/found.json"), "--output /nowhere/found.json: there is no folder /nowhere;"),
         (("--router", "mixtur"), "argument --router: invalid choice: 'mixtur'"),
     ],
 )
 def test_what_needs_no_megatron_is_refused_without_it(
-    config: Path, tmp_path: Path, flags: tuple[object, ...], message: str
+    config: Path, flags: tuple[object, ...], message: str
 ) -> None:
     """Nothing but the line stands there: Megatron prints warnings when it is imported."""
-    done = rehearse(config, tmp_path / "none.json", *flags, ok=False, warm=False)
+    command = (launch.sys.executable, "-m", DOOR, "--config", config, "--rehearse", WORLD)
+    done = launch.run(*command, *flags)
     assert done.returncode == 2
     assert done.text.startswith(f"error: {message}") and done.text.count("\n") == 1

@@ -7,7 +7,7 @@ from torch import Tensor
 def merge_qkv(
     query: Tensor, key: Tensor, value: Tensor, num_heads: int, num_groups: int, dim: int = -2
 ) -> Tensor:
-    """The inverse of ``initialisation.qkv.split_qkv``."""
+    """``linear_qkv``: group after group, its query heads, its key, its value."""
     by_group = [
         part.unflatten(dim, (num_groups, heads, -1))
         for part, heads in ((query, num_heads // num_groups), (key, 1), (value, 1))

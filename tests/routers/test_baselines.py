@@ -11,7 +11,7 @@ from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.baselines import LocMoERouter, locality_loss
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import DROPPED, LOCAL
-from megatron_router_upcycling.training.patches.moe_metrics import report_also
+from megatron_router_upcycling.training.layer_spec import report_also
 from tests.routers.conftest import EXPERTS, build, recorded, tokens, transformer_config
 
 pytestmark = pytest.mark.usefixtures("on_cpu")

@@ -69,7 +69,7 @@ def test_from_text_to_an_evaluated_mixture_with_a_break(model: Path, tmp_path: P
     first.send_signal(signal.SIGINT)
     said, errors = first.communicate(timeout=120)
     assert first.returncode == 130 and errors == ""
-    assert "saving, then it ends" in said and "the same command goes on" in said
+    assert "saving, then it ends" in said and "run the same command again to resume" in said
     assert (work / "run" / "run_state").read_text() == "stopped\n"
 
     again = submit(*command)

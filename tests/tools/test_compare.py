@@ -1,5 +1,6 @@
 """compare.py: what a file may say, how claims are judged, and a comparison that is killed half-way."""
 
+import itertools
 import json
 import os
 import re
@@ -10,19 +11,19 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files
-from tools.experiments import claims, compare, foundation, intervals, pictures, report, results
-from tools.experiments.comparison import Claim, read
-from tools.experiments.plan import Plan
-from tools.experiments.results import RunResult, differences
+from tools.experiments import claims, compare, foundation, pictures, report, results
+from tools.experiments.comparison import Claim, Comparison, read
+from tools.experiments.plan import QUICK_QUESTIONS, Plan
+from tools.experiments.results import RunResult, differences, interval
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs/compare").glob("*.yaml"))
@@ -36,6 +37,13 @@ def runs(**losses: list[float]) -> list[RunResult]:
         for name, found in losses.items()
         for seed, loss in enumerate(found, start=1)
     ]
+
+
+def comparison_of(*names: str, **changes: Any) -> Comparison:
+    """A comparison with runs of these names; the second is the reference."""
+    paths = {name: Path(name) for name in names}
+    plain = {"runs": paths, "reference": names[1], "paper": {}, "claims": (), "seeds": (1, 2)}
+    return replace(read(FILES[0]), **plain | changes)
 
 
 @pytest.mark.parametrize(
@@ -55,33 +63,24 @@ def test_verdict(a: list[float], b: list[float], word: str) -> None:
     assert (claim, source, said.strip("*"), of_all) == ("a < b", "somebody", word, "")
     if word != "not judged":
         losses = list(zip(a, b, strict=True))
-        assert difference == str(intervals.interval([x - y for x, y in losses]))
+        assert difference == str(interval([x - y for x, y in losses]))
         assert lower == f"{sum(x < y for x, y in losses)} of {len(a)}"
 
 
-def test_intervals_are_those_of_the_tables() -> None:
-    """The quantiles printed in any table of Student's t."""
-    for degrees, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (30, 2.042)):
-        assert intervals.student_t(0.95, degrees) == pytest.approx(expected, abs=6e-4)
-    assert intervals.student_t(0.99, 2) == pytest.approx(9.925, abs=6e-4)
-    assert str(intervals.interval([1.0, 2.0, 3.0])) == "+2.0000 [-0.4841, +4.4841]"
-    assert str(intervals.interval([1.0])) == "+1.0000"
-
-
-def test_many_claims_are_allowed_for() -> None:
-    """At 95% it is shown; at the 99.5% that ten claims ask for it is not."""
+def test_intervals_differences_and_crossings() -> None:
+    """By the quantiles of any table of Student's t: 12.706, 4.303 and (at 99%) 9.925."""
+    assert str(interval([1.0, 2.0, 3.0])) == "+2.0000 [-0.4841, +4.4841]"
+    assert interval([0.0, 2.0]).ends == pytest.approx((1 - 12.706, 1 + 12.706), abs=1e-3)
+    wide = interval([1.0, 2.0, 3.0], 0.99).ends
+    assert wide == pytest.approx((2 - 9.925 / 3**0.5, 2 + 9.925 / 3**0.5), abs=1e-3)
+    assert str(interval([1.0])) == "+1.0000" and not interval([1.0]).excludes_zero
+    # At 95% this claim is shown; at the 99.5% that ten claims ask for it is not.
     found = runs(a=[4.0, 5.0, 6.0], b=[4.1, 5.12, 6.15])
     assert [report.verdict(CLAIM, found, judged=judged)[-1] for judged in (1, 2, 10)] == ["", "yes", "no"]
-
-
-def test_crossings_lie_between_two_points() -> None:
+    # Differences are of one seed; a crossing lies between two points.
+    assert results.differences(runs(a=[4.0, 5.0, 6.0], b=[4.5, 5.25]), "a", "b") == [-0.5, -0.25]
     assert results.crossings([10, 20, 30, 40], [[1.0], [-1.0], [-1.0, -3.0], [2.0]]) == [15.0, 35.0]
     assert results.crossings([10, 20], [[1.0], [2.0]]) == []
-
-
-def test_differences_are_of_one_seed() -> None:
-    found = runs(a=[4.0, 5.0, 6.0], b=[4.5, 5.25])
-    assert results.differences(found, "a", "b") == [-0.5, -0.25]
 
 
 def test_answers_are_compared_question_by_question() -> None:
@@ -94,16 +93,15 @@ def test_answers_are_compared_question_by_question() -> None:
     ]
     assert results.answer_differences(found, "stdlib", "a", "b") == [0.5, 0.5, 0.0]
     assert results.answer_differences(found, "other", "a", "b") == []
-    comparison = replace(read(FILES[0]), runs={"a": Path("a"), "b": Path("b")}, reference="b", paper={})
-    header, a, b = tables(report.table(comparison, found))[0]
+    header, a, b = tables(report.table(comparison_of("a", "b"), found))[0]
     assert header[-2:] == ["stdlib (%)", "minus b [95%]"]
     assert (a[-2:], b[-2:]) == (["83.3", "+33.3 [-38.4, +105.0]"], ["50.0", ""])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_files_in_the_repository_plan(path: Path) -> None:
-    comparison = read(path)
-    plan = Plan(comparison, Path("somewhere"))
+def test_files_in_the_repository_plan(path: Path, tmp_path: Path) -> None:
+    comparison = read(path, tmp_path)
+    plan = Plan(comparison)
     stages = plan.stages()
     trained = [stage for stage in stages if stage.name.startswith("train-")]
     assert len(trained) == len(comparison.runs) * len(comparison.seeds)
@@ -128,129 +126,113 @@ def test_an_existing_checkpoint_is_the_start(tmp_path: Path) -> None:
         "checkpoint: dense\nkey_stats: keys\nseeds: [7]\nlauncher: srun launch.sh\n"
         "flags: {train_iters: 5, bf16: true}\nruns: {one: run.yaml}\n"
     )
-    plan = Plan(read(tmp_path / "c.yaml"), tmp_path / "out")
+    plan = Plan(read(tmp_path / "c.yaml", tmp_path / "out"))
     convert, train = (" ".join(stage.command) for stage in plan.stages())
     assert f"convert {tmp_path / 'dense'}" in convert and f"--key-stats {tmp_path / 'keys'}" in convert
     assert train.startswith("srun launch.sh -m megatron_router_upcycling.pretrain")
     assert "--train-iters 5 --bf16 --seed 7" in train
 
 
+def test_entries_in_place_of_a_file_are_written_to_one(tmp_path: Path) -> None:
+    """They build on files beside the comparison's, whatever folder it works in."""
+    (tmp_path / "below.yaml").write_text("num_experts: 4\nlr: 1\nupcycling: {router: mlp}\n")
+    one = "{base: below.yaml, lr: 2, upcycling: {target_entropy: 1.5}}"
+    (tmp_path / "c.yaml").write_text(f"dense: {{lr: 3}}\nruns: {{'one, a': {one}, two: below.yaml}}\n")
+    comparison = read(tmp_path / "c.yaml", tmp_path / "deep/out")
+    file = tmp_path / "deep/out/configs/one-a.yaml"
+    assert comparison.runs == {"one, a": file, "two": tmp_path / "below.yaml"} and comparison.dense
+    upcycling = {"router": "mlp", "target_entropy": 1.5}
+    assert read_yaml(file) == {"num_experts": 4, "lr": 2, "upcycling": upcycling}
+    assert read_yaml(comparison.dense) == {"lr": 3, "upcycling": {}}
+    train = Plan(comparison).train("one, a", 1234)
+    assert str(file) in train.command and train.files == (file,)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("runs: {}", "needs 'runs:'"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\nseed: [1]", "unknown entry 'seed'"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\nseeds: [1, 1]", "different whole numbers"),
-        ("runs: {a: r.yaml}", "either 'dense:'"),
-        ("checkpoint: d\nruns: {a: r.yaml}", "needs 'key_stats:' beside it"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\nreference: b", "'b' is none of the runs"),
-        ("dense: d.yaml\nruns: {a: missing.yaml}", "no such file"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\nclaims: [{better: a}]", "claims"),
-        (
-            "dense: d.yaml\nruns: {a: r.yaml}\ntasks: stdlob",
-            "'tasks:' is evaluate's --tasks: no task 'stdlob'",
-        ),
-        ("dense: d.yaml\nruns: {a: r.yaml}\nranks: 0", "'ranks:' must be a whole number"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\nflags: [a]", "'flags:' must be a mapping"),
-        ("checkpoint: d\nkey_stats: k\nruns: {a: r.yaml}\ncorpus: {}", "'corpus:' is for a dense model"),
-        ("dense: d.yaml\nruns: {a: r.yaml}\ncorpus: {held_out: 0.1}", "'corpus:' needs 'train_tokenizer:'"),
         ("- x", "needs 'runs:'"),
         ("{", "cannot be read"),
+        ("runs: {}", "needs 'runs:'"),
+        ("seed: [1]\ndense: d.yaml", "unknown entry 'seed'"),
+        ("seeds: [1, 1]\ndense: d.yaml", "different whole numbers"),
+        ("title: t", "either 'dense:'"),
+        ("checkpoint: d", "needs 'key_stats:' beside it"),
+        ("reference: b\ndense: d.yaml", "'b' is none of the runs"),
+        ("dense: d.yaml\nruns: {a: missing.yaml}", "no such file"),
+        ("dense: d.yaml\nruns: {a: {base: missing.yaml}}", "no such file"),
+        ("claims: [{better: a}]\ndense: d.yaml", "claims"),
+        ("tasks: nope\ndense: d.yaml", "'tasks:' is evaluate's --tasks: no task 'nope'"),
+        ("ranks: 0\ndense: d.yaml", "'ranks:' must be a whole number"),
+        ("flags: [a]\ndense: d.yaml", "'flags:' must be a mapping"),
+        ("checkpoint: d\nkey_stats: k\ncorpus: {}", "'corpus:' is for a dense model"),
+        ("corpus: {held_out: 0.1}\ndense: d.yaml", "'corpus:' needs 'train_tokenizer:'"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text("num_experts: 4\n")
-    (tmp_path / "c.yaml").write_text(text)
+    (tmp_path / "c.yaml").write_text(text if "needs 'runs:'" in message else f"runs: {{a: r.yaml}}\n{text}")
     with pytest.raises(UserError, match=message) as error:
-        read(tmp_path / "c.yaml")
+        read(tmp_path / "c.yaml", tmp_path / "out")
     assert "\n" not in str(error.value)
 
 
-METHODS_FILE = str(ROOT / "configs/compare/methods.yaml")
-
-
 @pytest.mark.parametrize(
-    "argv",
-    [
-        *([], ["--bogus"], ["nowhere.yaml"]),
-        *([METHODS_FILE, *more] for more in (["--jobs", "0"], ["--runs", "mlp,no"], ["--seeds", "1,9"])),
-    ],
+    "more", [["--bogus"], ["--jobs", "0"], ["--runs", "m=2,no"], ["--seeds", "1,9"], ["--output"]]
 )
-def test_mistakes_on_the_command_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare.main(argv) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
+def test_mistakes_on_the_command_line(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for file in ("nowhere.yaml", str(FILES[0])):
+        assert compare.main([file, *more]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_some_runs_and_seeds_are_chosen() -> None:
     """Names may have commas in them."""
     ablations = read(ROOT / "configs/compare/ablations.yaml")
-    assert compare.choose_runs("m=16, n=16,m=16, router upcycling", ablations) == [
-        *("m=16, n=16", "m=16", "router upcycling")
-    ]
+    chosen = ["m=16, n=16", "m=16", "router upcycling"]
+    assert compare.choose_runs("m=16, n=16,m=16, router upcycling", ablations) == chosen
     assert compare.choose_runs(None, ablations) == list(ablations.runs)
     assert compare.choose_seeds("3,1", ablations) == [3, 1]
 
 
-def test_quick_runs_are_short_whatever_the_file_says() -> None:
+def test_quick_runs_are_short_whatever_the_file_says(tmp_path: Path) -> None:
     """As are those of one_gpu.yaml, on one rank."""
-    comparison = read(ROOT / "configs/compare/one_gpu.yaml")
-    for quick, words in ((True, ["6", "256", "16"]), (False, ["320", "512", "64"])):
-        plan = Plan(comparison, Path("somewhere"), quick)
+    comparison = read(ROOT / "configs/compare/one_gpu.yaml", tmp_path)
+    for quick, words in ((True, ("6", "256", "16")), (False, ("320", "512", "64"))):
+        plan = Plan(comparison, quick)
         command = plan.train("calibrated", 1).command
-        names = ("--train-iters", "--seq-length", "--global-batch-size", "--nproc-per-node", "--lr")
-        last = {name: command[len(command) - command[::-1].index(name)] for name in names}
-        assert list(last.values()) == [*words, "1", "0.0005"]
+        given = dict(itertools.pairwise(command))
+        assert (given["--train-iters"], given["--seq-length"], given["--global-batch-size"]) == words
+        assert (given["--nproc-per-node"], given["--lr"]) == ("1", "0.0005")
         assert "--bf16" in command and command.count("--train-iters") == 1
         corpus = plan.stages()[0].command
         assert "--source-packages" in corpus and ("--max-bytes" in corpus) == quick
 
 
-def test_the_two_kinds_of_router_are_compared_at_equal_entropy() -> None:
-    """What sharpness.yaml is for: pairs that differ in the kind of router alone."""
-    comparison = read(ROOT / "configs/compare/sharpness.yaml")
-    for entropy in (0.4, 0.8, 1.2, 1.5, 1.8, 2.0):
-        heads, random = (read_yaml(comparison.runs[f"{kind} {entropy}"]) for kind in ("heads", "random"))
-        methods = [read_method(comparison.runs[f"{kind} {entropy}"]) for kind in ("heads", "random")]
-        assert [method.init for method in methods] == [InitConfig(target_entropy=entropy)] * 2
-        assert [method.router["router"] for method in methods] == ["mixture", "linear"]
-        assert heads | {"upcycling": {}} == random | {"upcycling": {}}
-        assert Claim(f"heads {entropy}", f"random {entropy}", "if heads matter at equal entropy") in (
-            comparison.claims
-        )
-
-
-@pytest.mark.parametrize(
-    ("gpus", "ranks", "seen"),
-    [
-        (0, 2, [None, None, None]),
-        (1, 1, [None, None, None]),
-        (2, 2, [None, None, None]),
-        (2, 1, ["5", "7", "5"]),
-        (4, 2, ["5,7", "8,9", "5,7"]),
-    ],
-)
-def test_runs_side_by_side_share_the_gpus(
-    gpus: int, ranks: int, seen: list[str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(foundation, "num_gpus", lambda: gpus)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,8,9")
-    assert [share.get("CUDA_VISIBLE_DEVICES") for share in foundation.shares(3, ranks)] == seen
+def test_runs_side_by_side_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = [None, None, None]
+    for number, ranks, seen in (
+        *((0, 2, alike), (1, 1, alike), (2, 2, alike)),
+        *((2, 1, ["5", "7", "5"]), (4, 2, ["5,7", "8,9", "5,7"])),
+    ):
+        monkeypatch.setattr(foundation, "gpus", lambda number=number: ["5", "7", "8", "9"][:number])
+        assert [share.get("CUDA_VISIBLE_DEVICES") for share in foundation.shares(3, ranks)] == seen
 
 
 def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
     """Before any run; with a run of one side; with both; with its sides swapped, or its run changed."""
-    for name in "abc":
-        (tmp_path / f"{name}.yaml").write_text("num_experts: 4\n")
+    for experts, name in enumerate("abc", start=4):
+        (tmp_path / f"{name}.yaml").write_text(f"num_experts: {experts}\n")
     file, output = tmp_path / "c.yaml", tmp_path / "out"
 
     def marks(*pairs: str) -> list[str]:
         said = ", ".join(f"{{better: {better}, than: {than}, source: s}}" for better, than in pairs)
-        file.write_text(
-            "checkpoint: d\nkey_stats: k\nruns: {a: a.yaml, b: b.yaml, c: c.yaml}\n" + f"claims: [{said}]\n"
-        )
-        seen = claims.see(read(file), output)
-        return [seen[claim].describe(claim) for claim in read(file).claims]
+        known = "checkpoint: d\nkey_stats: k\nruns: {a: a.yaml, b: b.yaml, c: c.yaml}\n"
+        file.write_text(f"{known}claims: [{said}]\n")
+        comparison = read(file, output)
+        seen = claims.see(comparison)
+        return [seen[claim].describe(claim) for claim in comparison.claims]
 
     def begin(name: str, config: str) -> None:
         (output / "stages").mkdir(exist_ok=True)
@@ -263,14 +245,12 @@ def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
     assert "added when one side was known" in one_side and "1 run of a and no runs of c" in one_side
     begin("b", "b")
     assert marks("ab", "ac") == ["", one_side]  # what was there before stays as it was
-    (swapped,) = marks("ba")
-    assert "added after looking" in swapped
+    assert "added after looking" in marks("ba")[0]
     begin("an older name of c", "c")
-    (renamed,) = marks("bc")
-    assert "added after looking" in renamed
+    assert "added after looking" in marks("bc")[0]
     (tmp_path / "b.yaml").write_text("num_experts: 8\n")
     assert "added after looking" in marks("ab")[0]
-    (tmp_path / "b.yaml").write_text("num_experts: 4\n")
+    (tmp_path / "b.yaml").write_text("num_experts: 5\n")
     assert marks("ab") == [""]
     (output / "c/claims.json").unlink()
     assert "added after looking" in marks("ab")[0]
@@ -280,20 +260,15 @@ def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
 
 
 def test_a_run_is_read_from_what_it_wrote(tmp_path: Path) -> None:
-    def line(iteration: int, **entries: object) -> dict:
-        return {"iteration": iteration, "tokens": 4096 * iteration, **entries}
-
-    for found in (
-        line(1, kind="train", lm_loss=8.0),
-        line(2, kind="train", lm_loss=7.0),
-        line(2, kind="held_out", set="test", lm_loss=9.0),
-        line(2, kind="train", lm_loss=6.0),  # once more, after a crash
-        line(2, kind="held_out", set="validation", lm_loss=6.5),
+    train, held_out = {"kind": "train"}, {"kind": "held_out"}
+    for step, loss, kind in (
+        *((1, 8.0, train), (2, 7.0, train), (2, 9.0, held_out | {"set": "test"})),
+        *((2, 6.0, train), (2, 6.5, held_out | {"set": "validation"})),  # step 2 again, after a crash
     ):
-        files.append(tmp_path / files.RUN, found)
-    record = {"seconds": 60.0, "command": "command", "commit": "1234abc"}
+        files.append(tmp_path / files.RUN, {"iteration": step, "tokens": 4096 * step, "lm_loss": loss} | kind)
     for loads in ([3.0, 2.0], [2.0, 1.0], [1.0, 1.5]):
-        files.append(tmp_path / files.ROUTING, line(1, layers=[0, 1], load_max_over_mean=loads))
+        files.append(tmp_path / files.ROUTING, {"iteration": 1, "load_max_over_mean": loads})
+    record = {"seconds": 60.0, "command": "command", "commit": "1234abc"}
     found = results.read_run("a", 1, tmp_path, record)
     assert (found.held_out, found.tokens, found.steps) == (6.5, 8192, 2)
     assert found.training == {4096: 8.0, 8192: 6.0}
@@ -305,42 +280,58 @@ def test_a_run_is_read_from_what_it_wrote(tmp_path: Path) -> None:
 
 
 def test_report_names_every_run(tmp_path: Path) -> None:
-    comparison = replace(read(FILES[0]), seeds=(1, 2), claims=(), paper={}, reference="b")
-    comparison = replace(comparison, runs={"a": Path("a"), "b": Path("b"), "not begun": Path("c")})
     found = runs(a=[4.0, 5.0], b=[4.5, 5.25])
     found = [replace(run, training={4096: 5.0, 8192: 4.0 - (run.name == "a") / 8}) for run in found]
-    failures = ["c, seed 1: no luck"]
+    failures, comparison = ["c, seed 1: no luck"], comparison_of("a", "b", "not begun")
     text = report.write(comparison, found, tmp_path / "out", "command", failures=failures, dense=4.75)
     assert "Failed:\n\n- c, seed 1: no luck" in text
-    cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
-    assert ["", "a", "4.5000 ± 0.7071", "-0.3750 [-1.9633, +1.2133]"] in [row[:4] for row in cells]
+    assert ["a", "4.5000 ± 0.7071", "-0.3750 [-1.9633, +1.2133]"] in [row[:3] for row in tables(text)[0]]
     assert "4 of 6 runs have ended" in text
-    assert all(
-        (tmp_path / f"out/{name}.png").stat().st_size > 10_000 for name in ("loss_curves", "differences")
-    )
+    for name in ("loss_curves", "differences"):
+        assert (tmp_path / f"out/{name}.png").stat().st_size > 10_000
     assert "- The dense model that was upcycled has a held-out loss of 4.75000, over" in text
     assert "a: never crosses it and ends 0.1250 below it" in text
     assert len(json.loads((tmp_path / "out/results.json").read_text())["runs"]) == 4
 
 
+def shifted(**off: float) -> list[RunResult]:
+    """Two seeds of each run, whose training losses fall alike, so far off."""
+    curve = {4096 * step: 5.0 - step / 10 for step in range(1, 7)}
+    return [
+        replace(run, training={at: loss + off[run.name] for at, loss in curve.items()})
+        for run in runs(**{name: [4.0 + by, 5.0 + by] for name, by in off.items()})
+    ]
+
+
 def test_differences_are_drawn_to_the_scale_of_what_is_near() -> None:
     """b and c are 0.01 and 0.02 from a; far, which is 2 off, would flatten them and is named instead."""
-    comparison = replace(
-        read(FILES[0]), runs={name: Path(name) for name in ("a", "b", "c", "far")}, reference="a"
-    )
-    off = {"a": 0.0, "b": 0.01, "c": -0.02, "far": 2.0}
-    curves = {at: 5.0 - at / 10 for at in range(1, 7)}
-    found = [
-        replace(run, training={4096 * at: loss + off[run.name] for at, loss in curves.items()})
-        for run in runs(a=[4.0, 5.0], b=[4.0, 5.0], c=[4.0, 5.0], far=[6.0, 7.0])
-    ]
-    (axes,) = pictures.differences_over_tokens(comparison, found).axes
+    found = shifted(b=0.01, a=0.0, c=-0.02, far=2.0)
+    (axes,) = pictures.differences_over_tokens(comparison_of("b", "a", "c", "far"), found).axes
     assert axes.get_ylim() == pytest.approx((-0.025, 0.025))
-    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-    assert drawn["b"] == pytest.approx([0.01] * 6) and drawn["c"] == pytest.approx([-0.02] * 6)
-    assert (
-        not {"a", "far"} & drawn.keys() and "out of the picture: far (+2.00 at the end)" in axes.get_title()
-    )
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines["b"] == pytest.approx([0.01] * 6) and lines["c"] == pytest.approx([-0.02] * 6)
+    assert not {"a", "far"} & lines.keys()
+    assert "out of the picture: far (+2.00 at the end)" in axes.get_title()
+
+
+def test_of_many_curves_a_few_are_named_and_the_rest_are_grey() -> None:
+    """The first, the reference, and those that end lowest and highest; names stand at the edge, apart."""
+    names = [f"run {number}" for number in range(20)]
+    found = shifted(**{name: number / 1e4 for number, name in enumerate(names)})
+    comparison = comparison_of("run 9", "run 7", *(name for name in names if name not in ("run 9", "run 7")))
+    left, right = pictures.curves(comparison, found).axes
+    grey = {line.get_label() for line in left.lines if line.get_color() == pictures.GREY}
+    places = {text.get_text(): text.get_position()[1] for text in left.texts}
+    assert places.pop("grey: 12 others") and places.keys() == set(names) - grey
+    assert places.keys() == {f"run {number}" for number in (0, 1, 2, 7, 9, 17, 18, 19)}
+    low, high = left.get_ylim()
+    at = sorted(places.values())
+    assert low <= at[0] and at[-1] <= high
+    assert min(b - a for a, b in itertools.pairwise(at)) > 0.02 * (high - low)
+    assert [label.get_text() for label in right.get_yticklabels()] == list(comparison.runs)
+    # Of losses alone, as a report has them, the held-out differences are drawn.
+    (only,) = pictures.curves(comparison, [replace(run, training={}) for run in found]).axes
+    assert [label.get_text() for label in only.get_yticklabels()] == list(comparison.runs)
 
 
 @pytest.mark.slow
@@ -349,11 +340,9 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
     last digit what runs one after the other find. A third cannot be converted, which ends none of them."""
     file, output = tmp_path / "three.yaml", tmp_path / "out"
     methods = {name: f"{ROOT}/configs/methods/{name}.yaml" for name in ("locmoe", "mlp")}
-    file.write_text(
-        f"dense: {ROOT}/configs/demo/dense.yaml\nseeds: [1]\nranks: 1\ntasks: stdlib\n"
-        f"runs: {json.dumps({'broken': 'broken.yaml'} | methods)}\n"
-    )
-    (tmp_path / "broken.yaml").write_text(f"base: {methods['mlp']}\nupcycling: {{target_entropy: 9}}\n")
+    broken = {"base": methods["mlp"], "upcycling": {"target_entropy": 9}}
+    given = {"dense": f"{ROOT}/configs/demo/dense.yaml", "seeds": [1], "ranks": 1, "tasks": "stdlib"}
+    file.write_text(json.dumps(given | {"runs": {"broken": broken} | methods}))
     command = [sys.executable, "-m", "tools.experiments.compare", str(file), "--output", str(output)]
     command += ["--quick", "--jobs", "2"]
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
@@ -388,10 +377,10 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
     assert any(log.count("iteration        4/") == 1 for log in logs)  # it went on from there
     assert [run["name"] for run in found] == list(methods)
     assert all(run["held_out"] > 0 and run["routing"]["load_max_over_mean"] >= 1 for run in found)
-    assert all(len(run["answers"]["stdlib"]) == foundation.QUICK_QUESTIONS for run in found)
+    assert all(len(run["answers"]["stdlib"]) == QUICK_QUESTIONS for run in found)
 
     shutil.rmtree(output / "trained")
-    file.write_text(file.read_text().replace("tasks: stdlib\n", ""))
+    file.write_text(file.read_text().replace("stdlib", ""))
     command[-1] = "1"
     assert run_again()[1] == [run | {"answers": {}} for run in found]
 
@@ -413,10 +402,9 @@ def numbers(cell: str) -> list[float]:
 
 
 @pytest.mark.parametrize("page", REPORTS, ids=lambda path: path.parent.name)
-def test_reports_in_the_documents_follow_from_the_losses_in_them(page: Path) -> None:
+def test_reports_in_the_documents_follow_from_the_losses_in_them(page: Path, tmp_path: Path) -> None:
     """Means, intervals and verdicts, computed again from the losses of every seed; claims as they stand."""
-    comparison = read(ROOT / f"configs/compare/{page.parent.name}.yaml")
-    text = page.read_text(encoding="utf-8")
+    comparison, text = read(ROOT / f"configs/compare/{page.parent.name}.yaml", tmp_path), page.read_text()
     found, claimed, (seeds, *losses) = tables(text)
     results = [
         RunResult(name, int(seed.removeprefix("seed ")), float(loss), {}, 0, 0, {}, {}, 0.0, "", "")
@@ -426,10 +414,10 @@ def test_reports_in_the_documents_follow_from_the_losses_in_them(page: Path) -> 
     ]
     assert [row[0] for row in found[1:]] == [name for name, *_ in losses]
     for name, loss, apart, *_ in found[1:]:
-        mean_and_deviation = report.Spread.of([run.held_out for run in results if run.name == name])
-        assert numbers(loss)[:2] == pytest.approx(numbers(str(mean_and_deviation)), abs=1.5e-4)
+        spread = report.spread([run.held_out for run in results if run.name == name])
+        assert numbers(loss)[:2] == pytest.approx(numbers(spread), abs=1.5e-4)
         if name != comparison.reference:
-            again = str(intervals.interval(differences(results, name, comparison.reference)))
+            again = str(interval(differences(results, name, comparison.reference)))
             assert numbers(apart) == pytest.approx(numbers(again), abs=2e-4)
     assert claimed[0] == list(report.VERDICTS)
     judged = sum(len(differences(results, *claim.runs)) > 1 for claim in comparison.claims)

@@ -1,4 +1,4 @@
-"""The check of a GPU runs on the CPU at a small size, and says what it could not run there."""
+"""The check of a GPU and the step benchmark run on the CPU at a small size, and say what they ran on."""
 
 import json
 import os
@@ -8,37 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import launch
+from tools.benchmarks import step_parts
 
-pytestmark = pytest.mark.slow
-TOOL = launch.ROOT / "tools" / "benchmarks" / "gpu_check.py"
+TOOLS = launch.ROOT / "tools" / "benchmarks"
 PATIENT = ("--limit", "train", "900", "--limit", "steps", "400", "--limit", "kernels", "600")
 
 
 def check(output: Path, *flags: object) -> tuple[int, str, dict[str, Any], str]:
     """Exit status, what it printed, and its two reports; all it is given is PYTHONPATH."""
+    command = [sys.executable, str(TOOLS / "gpu_check.py"), "--output", str(output), *map(str, flags)]
+    environment = os.environ | {"PYTHONPATH": str(launch.ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, str(TOOL), "--output", str(output), *map(str, flags)],
-        env=os.environ | {"PYTHONPATH": str(launch.ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=2000,
-        cwd=output.parent,
+        command, env=environment, capture_output=True, text=True, timeout=2000, cwd=output.parent
     )
     found = json.loads((output / "report.json").read_text())
-    return done.returncode, done.stdout, found, (output / "report.md").read_text()
+    return done.returncode, done.stdout + done.stderr, found, (output / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_whole_check_on_the_cpu(tmp_path: Path) -> None:
     status, printed, found, page = check(tmp_path / "out", *PATIENT)
     assert status == 0, printed
-    assert {name: part["outcome"] for name, part in found["parts"].items()} == {
-        "train": "ok",
-        "steps": "ok",
-        "kernels": "ok",
-    }
+    outcomes = {name: part["outcome"] for name, part in found["parts"].items()}
+    assert outcomes == {"train": "ok", "steps": "ok", "kernels": "ok"}
     assert "(no GPU)" in found["hardware"] and found["size"] == "small"
     assert found["versions"]["megatron-core"] and "gpu_check.py" in found["command"]
     checks = {entry["name"]: entry for part in found["parts"].values() for entry in part["checks"]}
@@ -59,6 +54,7 @@ def test_whole_check_on_the_cpu(tmp_path: Path) -> None:
         assert f"] {name}: ok" in printed
 
 
+@pytest.mark.slow
 def test_part_that_fails_stops_nothing_else(tmp_path: Path) -> None:
     flags = ("--parts", "train", "steps", "--limit", "train", "0.5", "--limit", "steps", "400")
     status, printed, found, page = check(tmp_path / "out", *flags)
@@ -68,3 +64,31 @@ def test_part_that_fails_stops_nothing_else(tmp_path: Path) -> None:
     assert found["parts"]["steps"]["outcome"] == "ok", printed
     assert {"what": "kernels", "why": "not asked for (--parts)"} in found["not_run"]
     assert "## train: failed" in page and "## steps: ok" in page
+
+
+def test_a_step_on_the_cpu(tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    flags = ("--num-layers", 2, "--vocab-size", 256, "--rehearse-seq-length", 32, "--gpus", 4)
+    done = launch.python(TOOLS / "bench_step.py", "--rounds", 2, "--output", output, *flags).ok()
+    found = json.loads(output.read_text())
+    assert "(no GPU)" in found["hardware"] and found["utilisation"] == {"mixture": None, "stock": None}
+    assert found["micro_batch"] == [4, 32] and found["versions"]["megatron-core"]
+    assert "bench_step.py --rounds 2" in found["command"]
+    for kind in ("mixture", "stock"):
+        seconds = found["step_seconds"][kind]
+        assert found["tokens_per_second"][kind] == pytest.approx(4 * 32 / seconds)
+        assert 0 < found["router_share"][kind] < 1
+    assert f"mixture's throughput over stock's: {found['throughput_ratio']:.4f}" in done.text
+
+
+def test_layers_in_cuda_graphs_are_one_part() -> None:
+    """A replay does not tell the kernels of a layer's parts from each other."""
+    core_attention = torch.nn.Linear(4, 4)
+    model = [torch.nn.ModuleDict({"core_attention": core_attention})]
+
+    def parts(labelled: bool) -> set[str]:
+        step = lambda: core_attention(torch.ones(2, 4)).sum().backward()  # noqa: E731
+        return set(step_parts.measure(step, model, runs=1, labelled=labelled)["parts"])
+
+    assert "attention" in parts(True) and step_parts.IN_GRAPHS not in parts(True)
+    assert step_parts.IN_GRAPHS in parts(False) and not {"attention", step_parts.OTHER} & parts(False)

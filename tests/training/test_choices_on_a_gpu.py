@@ -1,28 +1,21 @@
 """Which attention and experts a run takes: decided from its arguments, and built into Megatron's specs."""
 
 from argparse import Namespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_router_upcycling.training import attention_choice
-from megatron_router_upcycling.training.attention_choice import ENGINE, MEGATRON, SDPA
+from megatron_router_upcycling.training import device
+from megatron_router_upcycling.training.device import ENGINE, MEGATRON, SDPA
 from tests import launch
+from tests.layers import one_rank
 
-ARGS: dict[str, Any] = {
-    "context_parallel_size": 1,
-    "multi_latent_attention": False,
-    "fp8": None,
-    "seq_length": 4096,
-    "micro_batch_size": 4,
-    "num_attention_heads": 16,
-    "num_layers": 24,
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "bf16": True,
-    "fp16": False,
-}
+ARGS: dict[str, Any] = {"context_parallel_size": 1, "multi_latent_attention": False, "fp8": None}
+ARGS |= {"seq_length": 4096, "micro_batch_size": 4, "num_attention_heads": 16, "num_layers": 24}
+ARGS |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "bf16": True, "fp16": False}
 
 
 @pytest.mark.parametrize(
@@ -37,15 +30,15 @@ ARGS: dict[str, Any] = {
 )
 def test_the_users_word_decides(backend: str, without_te: str, with_te: str) -> None:
     args = Namespace(**ARGS, attention_backend=AttnBackend[backend])
-    found = [attention_choice.choose(args, te) for te in (False, True)]
+    found = [device.choose_attention(args, te) for te in (False, True)]
     assert found == [without_te, with_te]
     for chosen in found:
-        line = attention_choice.cost(args, chosen)
+        line = device.cost_of_attention(args, chosen)
         assert (line is not None) == (backend in ("unfused", "local"))
         # 4 x 16 heads x 4096 x 4096 scores of two bytes.
         assert line is None or "2.0 GiB of scores a layer, 48.0 GiB in 24 layers" in line
         args.seq_length = 1024
-        assert attention_choice.cost(args, chosen) is None
+        assert device.cost_of_attention(args, chosen) is None
         args.seq_length = 4096
 
 
@@ -54,7 +47,7 @@ def test_the_users_word_decides(backend: str, without_te: str, with_te: str) -> 
 )
 def test_what_pytorchs_attention_cannot_do_is_transformer_engines(change: dict[str, Any]) -> None:
     args = Namespace(**ARGS | change, attention_backend=AttnBackend.auto)
-    assert attention_choice.choose(args, True) == ENGINE
+    assert device.choose_attention(args, True) == ENGINE
 
 
 def test_transformer_engines_specs_take_pytorchs_products() -> None:
@@ -62,43 +55,40 @@ def test_transformer_engines_specs_take_pytorchs_products() -> None:
     launch.python("-c", "from tests.training import test_choices_on_a_gpu as t; t.check_specs()").ok()
 
 
-def check_specs() -> None:
-    from megatron_router_upcycling.training.patches import cpu_backend, gpu_kernels
+def test_a_gradient_is_added_once_and_leaves_no_mark() -> None:
+    """A mark that stayed would make a CUDA graph that is captured later leave out the gradient."""
+    launch.python("-c", "from tests.training import test_choices_on_a_gpu as t; t.check_addition()").ok()
 
-    cpu_backend.install()
-    import torch
-    from megatron.core import parallel_state, tensor_parallel
+
+def check_specs() -> None:
+    one_rank.start()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.experts import SequentialMLP
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+    from megatron_router_upcycling.layers import experts, kernels
     from megatron_router_upcycling.layers.attention import SdpaAttention
     from megatron_router_upcycling.layers.experts import GroupedExperts
+    from megatron_router_upcycling.training.patches import layers
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    gpu_kernels.replace_attention(SdpaAttention)
-    gpu_kernels.group_experts_with_te()
+    flags = {"apply_rope_fusion": False, "num_experts": 4, "moe_grouped_gemm": True}
+    args = Namespace(**flags, attention_backend=AttnBackend.auto)
+    assert "experts: PyTorch's grouped products" in layers.install_on_gpu(args, False, SDPA)[-1]
+    # The norm is mended and, where there are kernels, made faster.
+    config = one_rank.config(sequence_parallel=True, tensor_model_parallel_size=2, normalization="RMSNorm")
+    norm = WrappedTorchNorm(config, 32)
+    assert norm.weight.sequence_parallel and (type(norm) is layers.RMSNorm) == kernels.WANTED
+    assert "older than Hopper" in layers.install_on_gpu(args, True, ENGINE)[-1]  # and nothing is replaced
     provider = TESpecProvider()
+    assert provider.core_attention() is not SdpaAttention
+    experts.usable = lambda device: None
+    layers.install_on_gpu(args, True, SDPA)
     assert provider.core_attention() is SdpaAttention
 
     def build(grouped: bool, **changes: Any) -> Any:
-        values: dict[str, Any] = {
-            "gated_linear_unit": True,
-            "activation_func": torch.nn.functional.silu,
-            "add_bias_linear": False,
-        }
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=32,
-            ffn_hidden_size=64,
-            num_attention_heads=4,
-            num_moe_experts=4,
-            **values | changes,
-        )
+        config = one_rank.config(num_moe_experts=4, **changes)
         return provider.grouped_mlp_modules(grouped)(4, config, pg_collection=groups, name=None)
 
     ours, loop = build(True), build(False)
@@ -115,3 +105,30 @@ def check_specs() -> None:
         return {entry.key for entry in nested_values(state)}
 
     assert keys(ours) == keys(loop) and keys(ours)
+
+
+def check_addition() -> None:
+    from megatron_router_upcycling.training.patches import cpu_backend
+
+    cpu_backend.install()
+    from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+
+    from megatron_router_upcycling.training.patches.layers import _add_gradients_faster
+
+    for dtype in (torch.bfloat16, torch.float32):
+        param: Any = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype))
+        param.main_grad = torch.ones(3, 5)
+        param.grad_added_to_main_grad = False
+        ddp = SimpleNamespace(
+            param_to_bucket_group={param: None}, ddp_config=SimpleNamespace(overlap_grad_reduce=False)
+        )
+        hook = _add_gradients_faster(DistributedDataParallel._make_backward_post_hook, ddp, param)
+        for micro_batch in range(1, 3):
+            param.grad = torch.full((3, 5), 0.5, dtype=dtype)
+            hook()
+            assert param.grad is None and param.grad_added_to_main_grad is False
+            assert torch.equal(param.main_grad, torch.full((3, 5), 1 + 0.5 * micro_batch))
+        # What a layer has added itself is not added again.
+        param.grad, param.grad_added_to_main_grad = torch.ones(3, 5, dtype=dtype), True
+        hook()
+        assert torch.equal(param.main_grad, torch.full((3, 5), 2.0)) and param.grad_added_to_main_grad

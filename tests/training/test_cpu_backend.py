@@ -3,13 +3,21 @@
 from tests import launch
 
 
-def test_cuda_requests_are_answered_by_the_cpu() -> None:
+def test_cuda_requests_are_answered_by_the_cpu_where_there_is_no_gpu() -> None:
     launch.python(
         "-c",
         """
 import torch
 from megatron_router_upcycling.training.patches import cpu_backend
-before = torch.zeros
+before, available = torch.zeros, torch.cuda.is_available
+torch.cuda.is_available = lambda: True  # what a GPU answers
+try:
+    cpu_backend.install()
+except RuntimeError:
+    assert torch.zeros is before
+else:
+    raise SystemExit("installed on a GPU")
+torch.cuda.is_available = available
 cpu_backend.install()
 cpu_backend.install()  # a second time changes nothing
 assert torch.zeros.__wrapped__ is before
@@ -37,59 +45,33 @@ def test_missing_upstream_symbols_are_named() -> None:
         "-c",
         """
 import importlib, os, sys
-from megatron_router_upcycling.training.patches import cpu_backend
+from megatron_router_upcycling.training.patches import cpu_backend, optimizer
 import megatron.training.training
-def install():
-    cpu_backend.install()
-def mend():
-    cpu_backend.install()
-    delattr(DistributedOptimizer, symbol)
-    without_te.install()
-cases = [(install, "cpu_backend", owner, symbol) for owner, symbol in (
-    ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state"),
-    ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state"),
-    ("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"),
-    ("megatron.core.dist_checkpointing.strategies.filesystem_async", "get_write_results_queue"),
-    ("megatron.training.training", "initialize_megatron"))]
-cases.append((install, "device", "megatron.core.datasets.utils", "compile_helpers"))
-cases += [(mend, "without_te", "DistributedOptimizer", symbol) for symbol in (
-    "state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")]
-failed = False
-for act, room, owner, symbol in cases:
+writers = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+classes = vars(optimizer.distrib_optimizer)
+failed = 0
+for room, owner, symbol in (
+    ("cpu_backend", "megatron.core.tensor_parallel.random", "_get_cuda_rng_state"),
+    ("cpu_backend", "megatron.core.tensor_parallel.random", "_set_cuda_rng_state"),
+    ("cpu_backend", "megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"),
+    ("cpu_backend", writers, "get_write_results_queue"),
+    ("cpu_backend", "megatron.training.training", "initialize_megatron"),
+    ("device", "megatron.core.datasets.utils", "compile_helpers"),
+    ("optimizer", "DistributedOptimizer", "state_dict"),
+    ("optimizer", "DistributedOptimizer", "_set_main_param_and_optimizer_states"),
+):
     child = os.fork()
     if child == 0:
-        if act is install:
-            delattr(importlib.import_module(owner), symbol)
-        else:
-            from megatron_router_upcycling.training.patches import without_te
-            from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
         try:
-            act()
+            delattr(classes.get(owner) or importlib.import_module(owner), symbol)
+            cpu_backend.install()
+            optimizer.install(False)
         except RuntimeError as error:
             os._exit(0 if f"{room}: {owner}.{symbol} does not exist" in str(error) else 1)
         os._exit(2)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status:
+    if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
         print(owner, symbol, status, file=sys.stderr)
-        failed = True
+        failed = 1
 sys.exit(failed)
-""",
-    ).ok()
-
-
-def test_nothing_is_touched_where_there_is_a_gpu() -> None:
-    launch.python(
-        "-c",
-        """
-import torch
-torch.cuda.is_available = lambda: True  # what a GPU answers
-zeros = torch.zeros
-from megatron_router_upcycling.training.patches import cpu_backend
-try:
-    cpu_backend.install()
-except RuntimeError:
-    assert torch.zeros is zeros
-else:
-    raise SystemExit("installed on a GPU")
 """,
     ).ok()

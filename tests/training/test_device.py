@@ -10,22 +10,66 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.transformer.enums import CudaGraphModule
 
-from megatron_router_upcycling.checkpoint.format import files
+from megatron_router_upcycling.checkpoint.format.files import iteration_dir, read_record
+from megatron_router_upcycling.checkpoint.format.metadata import METADATA, parse_metadata
 from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.run_log.listener import routers_in_cuda_graphs
 
+# Arguments of a run on a GPU, as far as they are read.
+ARGS: dict[str, Any] = {"cuda_graph_impl": "none", "cuda_graph_modules": [], "te_rng_tracker": False}
+ARGS |= {"num_experts": 8, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}
+ARGS |= {"tensor_model_parallel_size": 1, "moe_token_dispatcher_type": "alltoall"}
+ARGS |= {"moe_expert_capacity_factor": None, "moe_router_padding_for_quantization": False}
+ARGS |= {"moe_shared_expert_overlap": False, "moe_latent_size": None, "moe_grouped_gemm": True}
+ARGS |= {"distributed_backend": "nccl", "ddp_average_in_collective": True}
+ARGS |= {"gradient_accumulation_fusion": False}
+GRAPHS = {"cuda_graph_impl": "local"}
 
-@pytest.mark.parametrize("apex", [False, True])
-def test_with_transformer_engine_only_apexs_kernel_is_missed(
-    apex: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    installed = {"transformer_engine"} | ({device.APEX_EXTENSION} if apex else set())
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
-    args = Namespace(**GRAPHS | {"cuda_graph_impl": "none"})
-    args.gradient_accumulation_fusion = args.moe_grouped_gemm = True
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The libraries that are found."""
+    found = {"transformer_engine", device.APEX_EXTENSION}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in found else None)
+    return found
+
+
+def test_with_transformer_engine_only_apexs_kernel_is_missed(installed: set[str]) -> None:
+    args = Namespace(**ARGS | {"gradient_accumulation_fusion": True})
+    assert device.adapt(args, "cuda") is None and args.gradient_accumulation_fusion
+    installed.remove(device.APEX_EXTENSION)
+    assert device.adapt(args, "cuda") == "GPU without apex: set gradient_accumulation_fusion=False"
+    assert args.moe_grouped_gemm and not args.gradient_accumulation_fusion
+
+
+def test_gloo_averages_no_gradients(installed: set[str]) -> None:
+    args = Namespace(**ARGS | {"distributed_backend": "gloo"})
     line = device.adapt(args, "cuda")
-    assert args.moe_grouped_gemm and args.gradient_accumulation_fusion == apex
-    assert line == (None if apex else "GPU without apex: set gradient_accumulation_fusion=False")
+    assert line == "GPU with Transformer Engine: set ddp_average_in_collective=False"
+
+
+@pytest.mark.parametrize(
+    "changes, modules",
+    [
+        ({}, []),  # the whole layer
+        ({"expert_model_parallel_size": 8}, ["attn", "moe_router"]),
+        ({"moe_grouped_gemm": False}, ["attn", "moe_router"]),
+        ({"tensor_model_parallel_size": 2}, ["attn", "moe_router"]),
+        ({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, []),
+        ({"expert_model_parallel_size": 8, "num_experts": None}, []),
+        ({"expert_model_parallel_size": 8, "cuda_graph_modules": [CudaGraphModule.attn]}, ["attn"]),
+    ],
+)
+def test_a_whole_layer_is_captured_where_its_dispatcher_can_be(
+    changes: dict[str, Any], modules: list[str], installed: set[str]
+) -> None:
+    args = Namespace(**ARGS | GRAPHS | changes)
+    line = device.adapt(args, "cuda")
+    assert [module.name for module in args.cuda_graph_modules] == modules
+    assert args.te_rng_tracker and args.ddp_average_in_collective
+    assert line and "te_rng_tracker=True" in line
+    asked = changes.get("cuda_graph_modules", [])
+    assert (f"cuda_graph_modules={modules}" in line) == (bool(modules) and not asked)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +80,7 @@ def test_without_transformer_engine_what_it_recomputes_is_dropped(
     asked: list[str] | None, kept: list[str] | None
 ) -> None:
     args = Namespace(**device.WITHOUT_FUSED_KERNELS | device.ON_CPU, reset_attention_mask=True)
-    args.moe_grouped_gemm, args.recompute_granularity = False, "selective" if asked else None
-    args.recompute_modules = asked
+    args.recompute_granularity, args.recompute_modules = "selective" if asked else None, asked
     line = device.adapt(args, "cpu")
     assert args.recompute_modules == kept
     assert args.recompute_granularity == ("selective" if kept else None)
@@ -45,7 +88,7 @@ def test_without_transformer_engine_what_it_recomputes_is_dropped(
 
 
 def test_only_extra_states_that_a_checkpoint_lacks_are_not_asked_for(dense: Path) -> None:
-    from megatron_router_upcycling.training.patches.with_te import without_missing_states
+    from megatron_router_upcycling.training.patches.added_state import without_missing_states
 
     def state(key: str, layer: int, layers: int) -> ShardedObject:
         return ShardedObject(key, None, (layers,), (layer,))
@@ -59,7 +102,8 @@ def test_only_extra_states_that_a_checkpoint_lacks_are_not_asked_for(dense: Path
         },
         "iteration": 3,
     }
-    found = without_missing_states(wanted, str(files.iteration_dir(dense)))
+    path = iteration_dir(dense) / METADATA
+    found = without_missing_states(wanted, parse_metadata(read_record(path), path)[1])
     assert found["model"].keys() == {"attention", "weight"} and found["iteration"] == 3
     assert found["model"]["attention"] is attention
 
@@ -89,55 +133,3 @@ def test_a_gpus_random_state_is_a_seed_on_the_cpu() -> None:
     finally:
         _set_rng_state(before)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-GRAPHS: dict[str, Any] = {
-    "cuda_graph_impl": "local",
-    "cuda_graph_modules": [],
-    "te_rng_tracker": False,
-    "num_experts": 8,
-    "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": None,
-    "tensor_model_parallel_size": 1,
-    "moe_token_dispatcher_type": "alltoall",
-    "moe_expert_capacity_factor": None,
-    "moe_router_padding_for_quantization": False,
-    "moe_shared_expert_overlap": False,
-    "moe_latent_size": None,
-    "moe_grouped_gemm": True,
-    "distributed_backend": "nccl",
-    "ddp_average_in_collective": True,
-    "gradient_accumulation_fusion": False,
-}
-
-
-@pytest.mark.parametrize(
-    "changes, modules",
-    [
-        ({}, []),  # the whole layer
-        ({"expert_model_parallel_size": 8}, ["attn", "moe_router"]),
-        ({"moe_grouped_gemm": False}, ["attn", "moe_router"]),
-        ({"tensor_model_parallel_size": 2}, ["attn", "moe_router"]),
-        ({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, []),
-        ({"expert_model_parallel_size": 8, "num_experts": None}, []),
-        ({"expert_model_parallel_size": 8, "cuda_graph_modules": [CudaGraphModule.attn]}, ["attn"]),
-    ],
-)
-def test_a_whole_layer_is_captured_where_its_dispatcher_can_be(
-    changes: dict[str, Any], modules: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # Transformer Engine and apex
-    args = Namespace(**GRAPHS | changes)
-    line = device.adapt(args, "cuda")
-    assert [module.name for module in args.cuda_graph_modules] == modules
-    assert args.te_rng_tracker and args.ddp_average_in_collective
-    assert line and "te_rng_tracker=True" in line
-    asked = changes.get("cuda_graph_modules", [])
-    assert (f"cuda_graph_modules={modules}" in line) == (bool(modules) and not asked)
-
-
-def test_gloo_averages_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    args = Namespace(**GRAPHS | {"cuda_graph_impl": "none", "distributed_backend": "gloo"})
-    line = device.adapt(args, "cuda")
-    assert line == "GPU with Transformer Engine: set ddp_average_in_collective=False"

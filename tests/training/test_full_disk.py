@@ -42,12 +42,10 @@ def test_a_run_outlives_its_log_and_says_why_it_cannot_save(disk: Path, moe: Pat
 
 
 def test_a_line_that_does_not_fit_leaves_none(disk: Path) -> None:
-    path = disk / "run.jsonl"
+    path, filler = disk / "run.jsonl", disk / "filler"
     files.append(path, {"iteration": 1})
-    filler = disk / "filler"
-    with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
+    with pytest.raises(OSError):
+        filler.write_bytes(bytes(8 << 20))
     with pytest.raises(OSError):
         files.append(path, {"iteration": 2, "load": ["x" * 8192]})
     filler.unlink()

@@ -2,7 +2,7 @@
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,24 +41,13 @@ def megatron() -> Iterator[None]:
 
 
 def model_config(**changes: Any) -> GPTModelConfig:
-    values: dict[str, Any] = dict(
-        num_layers=LAYERS,
-        hidden_size=16,
-        ffn_hidden_size=32,
-        num_attention_heads=4,
-        num_moe_experts=4,
-        moe_router_topk=2,
-        moe_router_pre_softmax=True,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        normalization="RMSNorm",
-        transformer_impl="local",
-        use_cpu_initialization=True,
-    )
-    transformer = TransformerConfig(**(values | changes))
-    return GPTModelConfig(
-        transformer=transformer, vocab_size=64, seq_length=8, position_embedding_type="rope"
-    )
+    values: dict[str, Any] = {"num_layers": LAYERS, "hidden_size": 16, "ffn_hidden_size": 32}
+    values |= {"num_attention_heads": 4, "num_moe_experts": 4, "moe_router_topk": 2}
+    values |= {"moe_router_pre_softmax": True, "add_bias_linear": False, "gated_linear_unit": True}
+    values |= {"normalization": "RMSNorm", "transformer_impl": "local", "use_cpu_initialization": True}
+    sizes = {"vocab_size": 64, "seq_length": 8}
+    transformer = TransformerConfig(**values | changes)
+    return GPTModelConfig(transformer=transformer, **sizes, position_embedding_type="rope")
 
 
 def routers_of(spec: Any) -> list[Any]:
@@ -94,56 +83,49 @@ def test_every_layer_has_our_router_and_nothing_else_differs() -> None:
 def test_dense_layers_stay_dense(frequency: int | list[int]) -> None:
     routers = routers_of(layer_spec_for(ROUTER)(model_config(moe_layer_freq=frequency)))
     pattern = [1, 0, 1, 0] if frequency == 2 else frequency
-    assert [build is not None for build in routers] == [bool(moe) for moe in pattern]
-    assert all(is_ours(build) for build in routers if build is not None)
+    assert [build is not None and is_ours(build) for build in routers] == [bool(moe) for moe in pattern]
 
 
-def test_a_dense_model_and_a_linear_router_get_megatrons_own_spec() -> None:
+def test_a_dense_model_and_a_linear_router_get_megatrons_own_spec(arguments: Namespace) -> None:
     linear = RouterConfig(router="linear", num_experts=4)
     assert routers_of(layer_spec_for(linear)(model_config())) == [TopKRouter] * LAYERS
-    dense = layer_spec_for(ROUTER)(model_config(num_moe_experts=None))
-    assert isinstance(dense.submodules.mlp.keywords["submodules"], MLPSubmodules)
+    for spec in (layer_spec_for(ROUTER), upcycled_layer_spec):
+        dense = spec(model_config(num_moe_experts=None))
+        assert isinstance(dense.submodules.mlp.keywords["submodules"], MLPSubmodules)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_moe_experts": 8}, "--num-experts 8: .* give --num-experts 4"),
-        ({"moe_router_topk": 1}, "--moe-router-topk 1: .* give --moe-router-topk 2"),
-        ({"moe_router_pre_softmax": False}, "--moe-router-pre-softmax: give"),
+        ({"num_moe_experts": 8}, "--num-experts 8: .* made for 4"),
+        ({"moe_router_topk": 1}, "--moe-router-topk 1: .* made for 2"),
+        ({"moe_router_pre_softmax": False}, "--moe-router-pre-softmax False: .* made for True"),
+        ({"transformer_impl": "inference_optimized"}, "--transformer-impl inference_optimized: .* or local"),
     ],
-    ids=["num_experts", "top_k", "pre_softmax"],
+    ids=["num_experts", "top_k", "pre_softmax", "generation"],
 )
 def test_flags_that_contradict_the_router_are_the_users_error(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        layer_spec_for(ROUTER)(model_config(**changes))
-
-
-def test_layers_for_generating_text_are_refused_by_name() -> None:
     config = model_config()
-    config.transformer.transformer_impl = "inference_optimized"
-    with pytest.raises(UserError, match="--transformer-impl inference_optimized: .* or local"):
+    vars(config.transformer).update(changes)
+    with pytest.raises(UserError, match=message):
         layer_spec_for(ROUTER)(config)
 
 
-@pytest.mark.parametrize("where", ["layer", "mlp", "experts"])
-def test_a_spec_of_another_shape_is_refused_loudly(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "symbol"),
+    [
+        (lambda layer: setattr(layer, "submodules", None), "ModuleSpec.submodules"),
+        (lambda layer: setattr(layer.submodules, "mlp", MoELayer), "TransformerLayerSubmodules.mlp"),
+        (lambda layer: layer.submodules.mlp.keywords.clear(), "TransformerLayerSubmodules.mlp"),
+    ],
+)
+def test_a_spec_of_another_shape_is_refused_loudly(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], symbol: str
+) -> None:
     """As a later Megatron might build it."""
-    default = gpt.default_layer_spec
-
-    def changed(config: GPTModelConfig, vp_stage: int | None) -> Any:
-        spec = default(config, vp_stage)
-        layer = spec.layer_specs[0]
-        if where == "layer":
-            layer.submodules = None
-        elif where == "mlp":
-            layer.submodules.mlp = layer.submodules.mlp.func
-        else:
-            layer.submodules.mlp.keywords["submodules"] = object()
-        return spec
-
-    monkeypatch.setattr(layer_spec, "default_layer_spec", changed)
-    symbol = "ModuleSpec.submodules" if where == "layer" else "TransformerLayerSubmodules.mlp"
+    spec = gpt.default_layer_spec(model_config(), None)
+    change(spec.layer_specs[0])
+    monkeypatch.setattr(layer_spec, "default_layer_spec", lambda config, vp_stage: spec)
     with pytest.raises(RuntimeError, match=f"Megatron's {symbol} "):
         layer_spec_for(ROUTER)(model_config())
 
@@ -191,19 +173,22 @@ def record(root: Path, router: RouterConfig) -> str:
     return str(root)
 
 
+def options(router: RouterConfig = ROUTER) -> bool:
+    """Whether Megatron's --spec builds every layer with the options of ``router``."""
+    return all(is_ours(build, router) for build in routers_of(upcycled_layer_spec(model_config())))
+
+
 def test_the_checkpoint_that_is_loaded_comes_first(arguments: Namespace, tmp_path: Path) -> None:
     other = dataclasses.replace(ROUTER, num_routers=4)
     arguments.save = record(tmp_path / "save", other)
-    assert all(is_ours(build, other) for build in routers_of(upcycled_layer_spec(model_config())))
-    arguments.load = record(tmp_path / "load", ROUTER)
-    assert all(is_ours(build, ROUTER) for build in routers_of(upcycled_layer_spec(model_config())))
-    assert manifest.read(arguments.save)["router"] == other.to_dict()  # what is there already stays
-
-
-def test_the_pretrained_checkpoint_serves_where_load_has_none(arguments: Namespace, tmp_path: Path) -> None:
+    assert options(other)
+    # The pretrained one serves where --load has none.
     arguments.load = str(tmp_path / "not_there_yet")
     arguments.pretrained_checkpoint = record(tmp_path / "converted", ROUTER)
-    assert all(is_ours(build) for build in routers_of(upcycled_layer_spec(model_config())))
+    assert options()
+    arguments.load = record(tmp_path / "load", dataclasses.replace(ROUTER, pooling="max"))
+    assert options(dataclasses.replace(ROUTER, pooling="max"))
+    assert manifest.read(arguments.save)["router"] == other.to_dict()  # what is there already stays
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -212,34 +197,19 @@ def test_rank_0_leaves_the_manifest_for_a_later_resume(
 ) -> None:
     arguments.load, arguments.save = record(tmp_path / "load", ROUTER), str(tmp_path / "save")
     arguments.rank = rank
-    upcycled_layer_spec(model_config())
+    assert options()
     assert manifest.read(arguments.save) == (manifest.read(arguments.load) if rank == 0 else None)
 
 
 def test_a_yaml_file_in_the_environment_comes_before_all(
     arguments: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(UserError, match=f"--spec: no {manifest.NAME} in --load, .*{ENVIRONMENT}"):
+        options()
     arguments.load = record(tmp_path / "load", ROUTER)
     path = tmp_path / "router.yaml"
-    path.write_text("lr: 1.0\nupcycling: {num_routers: 4, pooling: max, collect_iters: 3}\n")
     monkeypatch.setenv(ENVIRONMENT, str(path))
-    expected = dataclasses.replace(ROUTER, num_routers=4, pooling="max")
-    assert all(is_ours(build, expected) for build in routers_of(upcycled_layer_spec(model_config())))
-
-
-def test_without_any_the_error_says_what_to_do(arguments: Namespace) -> None:
-    with pytest.raises(UserError, match=f"--spec: no {manifest.NAME} in --load, .*{ENVIRONMENT}"):
-        upcycled_layer_spec(model_config())
-
-
-def test_a_yaml_file_that_is_not_there_is_named(
-    arguments: Namespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(ENVIRONMENT, "/nowhere/router.yaml")
-    with pytest.raises(UserError, match=f"{ENVIRONMENT}=/nowhere/router.yaml: no such file"):
-        upcycled_layer_spec(model_config())
-
-
-def test_a_dense_model_needs_no_options(arguments: Namespace) -> None:
-    spec = upcycled_layer_spec(model_config(num_moe_experts=None))
-    assert isinstance(spec.submodules.mlp.keywords["submodules"], MLPSubmodules)
+    with pytest.raises(UserError, match=f"{ENVIRONMENT}={path}: no such file"):
+        options()
+    path.write_text("lr: 1.0\nupcycling: {num_routers: 4, pooling: max, collect_iters: 3}\n")
+    assert options(dataclasses.replace(ROUTER, num_routers=4, pooling="max"))

@@ -12,18 +12,12 @@ def upstream(value: int, scale: int = 1) -> int:
     return value * scale
 
 
-@pytest.fixture
-def module() -> types.ModuleType:
-    module = types.ModuleType("upstream.module")
-    module.function = upstream  # type: ignore[attr-defined]
-    return module
+def plus_one(original: Callable[..., int], *args: int, **kwargs: int) -> int:
+    return original(*args, **kwargs) + 1
 
 
-def plus_one(original: Callable[..., int]) -> Callable[..., int]:
-    return lambda *args, **kwargs: original(*args, **kwargs) + 1
-
-
-def test_a_second_wrap_changes_nothing_and_the_original_stays(module: types.ModuleType) -> None:
+def test_a_second_wrap_changes_nothing_and_the_original_stays() -> None:
+    module = types.SimpleNamespace(function=upstream)
     for _ in range(2):
         patching.wrap("here", module, "function", plus_one, reads=("value", "scale"))
     assert module.function(3, scale=2) == 7
@@ -32,23 +26,19 @@ def test_a_second_wrap_changes_nothing_and_the_original_stays(module: types.Modu
     assert module.function(3) == 5
 
 
-@pytest.mark.parametrize(
-    ("name", "reads", "missing"),
-    [("gone", (), "gone"), ("function", ("value", "offset"), r"function\(offset\)")],
-    ids=["symbol", "parameter"],
-)
-def test_what_has_gone_is_named_with_what_to_do(
-    module: types.ModuleType, name: str, reads: tuple[str, ...], missing: str
-) -> None:
-    before = dict(vars(module))
-    message = (
-        rf"^here: upstream\.module\.{missing} does not exist .* tested with megatron-core 0\.19; install"
-    )
-    with pytest.raises(RuntimeError, match=message):
-        patching.wrap("here", module, name, plus_one, reads)
-    assert vars(module) == before
+def test_what_has_gone_is_named_with_what_to_do() -> None:
+    module = types.ModuleType("upstream.module")
+    module.function = upstream  # type: ignore[attr-defined]
+    for name, reads, missing in (
+        ("gone", (), "gone"),
+        ("function", ("value", "offset"), r"function\(offset\)"),
+    ):
+        message = rf"^here: upstream\.module\.{missing} does not exist .* with megatron-core 0\.19; install"
+        with pytest.raises(RuntimeError, match=message):
+            patching.wrap("here", module, name, plus_one, reads)
     with pytest.raises(RuntimeError, match=r"here: upstream\.module\.gone does not exist"):
         patching.replace("here", module, "gone", upstream)
+    assert module.function is upstream and not hasattr(module, "gone")  # type: ignore[attr-defined]
 
 
 def test_a_method_that_a_megatron_class_only_inherits_counts_as_gone() -> None:

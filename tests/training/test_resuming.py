@@ -3,7 +3,7 @@
 import base64
 import re
 import zlib
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from megatron_router_upcycling.checkpoint.format.metadata import parse_metadata
-from megatron_router_upcycling.checkpoint.names import ADDED_BY
 from megatron_router_upcycling.checkpoint.open import check_whole, open_checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training import resuming
-from megatron_router_upcycling.training.patches.added_state import FROM_ZERO, added_by
+from megatron_router_upcycling.training.patches.added_state import added_by
 from tests import launch
-from tests.conftest import LAYERS
+from tests.conftest import LAYERS, expert_parallel
 
 FRESH = "--no-load-optim"
 BIAS = "--moe-router-enable-expert-bias"
@@ -36,36 +35,21 @@ OF_TORCH_2_15 = r"""
 OTHER_MODEL = "leave out the flags that make it another model than the checkpoint's"
 
 
-@pytest.mark.parametrize("optimizer", [(), ("--use-distributed-optimizer",)], ids=["plain", "distributed"])
+@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
 def test_the_flags_of_the_schedule_decide_on_the_learning_rate(
-    tmp_path: Path, moe_config: Path, optimizer: tuple[str, ...]
+    dense: Path, dense_config: Path, moe_config: Path, unbroken: tuple[Path, Any], distributed: bool
 ) -> None:
-    """At EP 2, where dense parameters and experts have optimizers of their own."""
-    program = str(Path(__file__).with_name("resume_in_one_process.py"))
-    text = launch.ranks(
-        2, program, "--config", moe_config, "--num-experts", 4, "--expert-model-parallel-size", 2, *optimizer,
-        "--router", "linear", "--save", tmp_path / "save",
-    ).ok().text  # fmt: skip
-
-    def said(way: str) -> str:
-        (line,) = [line for line in text.splitlines() if line.startswith(f"{way}: ")]
-        return line.removeprefix(f"{way}: ")
-
-    kept = "lr {0.005}, weight decay {0.01}, 2 optimizers"
-    assert said("as before") == kept
-    assert said("lr, override") == "lr {0.001}, weight decay {0.01}, 2 optimizers"
-    assert said("lr, use checkpoint") == kept
-    assert said("min-lr, override") == kept  # which a constant style does not come to
-    assert said("weight-decay, override") == "lr {0.005}, weight decay {0.3}, 2 optimizers"
-    assert said("weight-decay, use checkpoint") == kept
-    for way, difference in (
-        ("lr", "(--lr 0.001, and the checkpoint has 0.005;"),
-        ("min-lr", "(--min-lr 0.0001, and the checkpoint has 0.0;"),
-        ("weight-decay", "value 0.3 and checkpoint value 0.01 for start weight decay"),
-    ):
-        assert difference in said(way)
-        for advised in ("pass --override-opt-param-scheduler to", "or --use-checkpoint-opt-param-scheduler"):
-            assert advised in said(way)
+    """At EP 2 dense parameters and experts have optimizers of their own."""
+    command: tuple[object, ...] = (1, "pretrain", "--config", dense_config, "--load", dense)
+    if distributed:
+        command = (2, "pretrain", *expert_parallel(moe_config, unbroken[0]))
+    flags = ("--ckpt-step", 4, "--lr", 1e-3, "--eval-iters", 0)
+    (line,) = launch.ranks(*command, *flags).errors
+    assert "(--lr 0.001, and the checkpoint has 0.005;" in line
+    for way, rate in (("--override", "1.000000E-03"), ("--use-checkpoint", "5.000000E-03")):
+        flag = f"{way}-opt-param-scheduler"
+        text = launch.ranks(*command, *flags, flag).ok().text
+        assert flag in line and text.count(f"learning rate: {rate}") == 4
 
 
 def flags_of(root: Path, **changes: Any) -> Namespace:
@@ -77,11 +61,11 @@ def flags_of(root: Path, **changes: Any) -> Namespace:
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
-        ({"use_distributed_optimizer": True}, "--use-distributed-optimizer: "),
-        ({"bf16": True}, "--bf16 (or --fp16): "),
-        ({"decoupled_lr": 0.1}, "--decoupled-lr: "),
-        ({"apply_wd_to_qk_layernorm": True}, "--apply-wd-to-qk-layernorm: "),
-        ({"use_layer_wise_distributed_optimizer": True}, "--use-distributed-optimizer: "),
+        ({"use_distributed_optimizer": True}, "--use-distributed-optimizer True: "),
+        ({"bf16": True}, "--bf16 (or --fp16) True: "),
+        ({"decoupled_lr": 0.1}, "--decoupled-lr True: "),
+        ({"apply_wd_to_qk_layernorm": True}, "--apply-wd-to-qk-layernorm True: "),
+        ({"use_layer_wise_distributed_optimizer": True}, "--use-distributed-optimizer True: "),
         ({"optimizer": "sgd"}, "--optimizer sgd: "),
     ],
 )
@@ -147,14 +131,14 @@ def test_switching_the_distributed_optimizer_needs_a_fresh_one(
 ) -> None:
     """In both directions, and the flags that the messages advise."""
     for load, config, flags, how in (
-        (dense, dense_config, ("--use-distributed-optimizer",), "without it, .*; leave it out, or pass"),
-        (unbroken[0], moe_config, (), "with it, .*; give it, in the flags or the YAML file, or pass"),
+        (dense, dense_config, ("--use-distributed-optimizer",), "True: .* was saved with False"),
+        (unbroken[0], moe_config, (), "False: .* was saved with True"),
     ):
         command = ("pretrain", "--config", config, "--load", load, "--train-iters", 9, *flags)
         refused = launch.ranks(1, *command)
         assert refused.returncode == 2 and "Traceback" not in refused.text
         (line,) = refused.errors
-        assert re.match(f"error: --use-distributed-optimizer: .* was saved {how} {FRESH}", line), line
+        assert re.match(f"error: --use-distributed-optimizer {how}, .* or pass {FRESH}", line), line
         assert list(launch.ranks(1, *command, FRESH).ok().losses) == [9]
 
 
@@ -186,8 +170,7 @@ def test_expert_bias_begins_at_zero_and_goes_on(tmp_path: Path, moe: Path, moe_c
         (("--mtp-num-layers", 1), "--mtp-num-layers: {} has no mtp.layers.0."),
         (("--softmax-type", "learnable"), "--softmax-type: {} has no "),
         (("--moe-layer-freq", 2), "--moe-layer-freq: {} has no decoder.layers.0."),
-        (("--moe-ffn-hidden-size", 32), "--moe-ffn-hidden-size: {} has "),
-        (("--attention-output-gate",), "--attention-output-gate: {} has "),
+        (("--moe-ffn-hidden-size", 32), "--load: {} has decoder.layers.mlp.experts."),
     ],
 )  # fmt: skip
 def test_a_flag_that_makes_another_model_is_named(
@@ -199,30 +182,11 @@ def test_a_flag_that_makes_another_model_is_named(
     assert line.startswith(f"error: {message.format(moe / 'release')}") and line.endswith(OTHER_MODEL)
 
 
-@pytest.mark.parametrize(
-    ("key", "flag"),
-    [
+def test_what_is_missing_names_the_flag_that_adds_it() -> None:
+    for key, flag in (
         ("decoder.layers.mlp.shared_experts.gate_weight", "--moe-shared-expert-gate"),
-        ("decoder.layers.self_attention.q_layernorm.weight", "--qk-layernorm"),
-        ("decoder.layers.self_attention.linear_kv_down_proj.weight", "--multi-latent-attention"),
-        ("decoder.layers.mlp.fc1_latent_proj.weight", "--moe-latent-size"),
-        ("embedding.position_embeddings.weight", "--position-embedding-type"),
-        ("output_layer.weight", "--untie-embeddings-and-output-weights"),
-        ("decoder.final_layernorm.bias", "--normalization"),
         ("decoder.layers.self_attention.linear_qkv.bias", "--add-qkv-bias"),
         ("decoder.layers.mlp.router.bias", "the absence of --disable-bias-linear"),
         ("decoder.layers.mlp.something_new", "--load"),
-    ],
-)
-def test_what_is_missing_names_the_flag_that_adds_it(key: str, flag: str) -> None:
-    assert added_by(key, ()) == flag
-
-
-def test_every_flag_that_adds_something_is_megatrons() -> None:
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = ArgumentParser()
-    add_megatron_arguments(parser)
-    known = parser._option_string_actions
-    for flag in (*ADDED_BY.values(), *FROM_ZERO.values()):
-        assert re.search(r"--[a-z-]+", flag)[0] in known, flag  # type: ignore[index]
+    ):
+        assert added_by(key, ()) == flag

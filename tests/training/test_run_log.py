@@ -28,27 +28,23 @@ def test_routing_sums_add_up_to_what_loops_find(random: torch.Generator, pre_sof
     parts[0][1][0] = 0.0
     found = measures.summarise(sum(measures.routing_sums(*part, top_k=TOP_K).double() for part in parts))
 
-    load, entropy, top1, weights = [0] * EXPERTS, 0.0, 0.0, 0.0
+    load, expected = [0] * EXPERTS, {"entropy": 0.0, "top1_probability": 0.0, "weight_sum": 0.0}
     for token, row in enumerate(logits.double().tolist()):
         total = sum(math.exp(x) for x in row)
         scores = [math.exp(x) / total for x in row]
-        entropy -= sum(p * math.log(p) for p in scores)
-        top1 += max(scores)
+        expected["entropy"] -= sum(p * math.log(p) for p in scores) / TOKENS
+        expected["top1_probability"] += max(scores) / TOKENS
         chosen = sorted(range(EXPERTS), key=lambda i: -row[i])[:TOP_K]
         if token:
-            weights += sum(scores[i] for i in chosen) if pre_softmax else 1.0
+            expected["weight_sum"] += (sum(scores[i] for i in chosen) if pre_softmax else 1.0) / TOKENS
             for i in chosen:
                 load[i] += 1
     mean = sum(load) / EXPERTS
-    assert found["load"] == pytest.approx([count / sum(load) for count in load])
-    assert found["load_max_over_mean"] == pytest.approx(max(load) / mean)
-    variance = sum((count - mean) ** 2 for count in load) / EXPERTS
-    assert found["load_cv"] == pytest.approx(math.sqrt(variance) / mean)
-    assert found["dead_experts"] == 1
-    assert found["entropy"] == pytest.approx(entropy / TOKENS, rel=1e-5)
-    assert found["top1_probability"] == pytest.approx(top1 / TOKENS, rel=1e-5)
-    assert found["weight_sum"] == pytest.approx(weights / TOKENS, rel=1e-5)
-    assert found["dropped_fraction"] == pytest.approx(dropped / (TOKENS * TOP_K))
+    deviation = math.sqrt(sum((count - mean) ** 2 for count in load) / EXPERTS)
+    expected |= {"load_max_over_mean": max(load) / mean, "load_cv": deviation / mean, "dead_experts": 1}
+    expected |= {"dropped_fraction": dropped / (TOKENS * TOP_K)}
+    assert found.pop("load") == pytest.approx([count / sum(load) for count in load])
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["sum", "max"])

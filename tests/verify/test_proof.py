@@ -1,8 +1,10 @@
 """``router-upcycle verify``: conversions pass, and whatever is changed in one afterwards is found."""
 
 import contextlib
+import copy
 import hashlib
 import io
+import itertools
 import json
 import pickle
 import random
@@ -30,10 +32,11 @@ from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion import convert
 from megatron_router_upcycling.conversion.expected import copy_of
 from megatron_router_upcycling.conversion.options import Options
+from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import proof, values
 from megatron_router_upcycling.verify.findings import Finding, Findings
-from megatron_router_upcycling.verify.sources import DataFiles, Sources
+from megatron_router_upcycling.verify.sources import Sources
 from tests import dense_checkpoint
 from tests.conversion.test_convert import EXPERTS, ROUTER
 from tests.dense_checkpoint import ATTENTION, LAYERS, MLP, make_stats
@@ -96,21 +99,29 @@ class Conversion:
             change(metadata)
             content[:] = pickle.dumps(metadata)
 
-        with self.changed(self.release / ".metadata", edit), self.signed() if sign else _nothing():
+        path = self.release / ".metadata"
+        with self.changed(path, edit), self.signed() if sign else contextlib.nullcontext():
             yield
 
-    @contextlib.contextmanager
-    def signed(self) -> Iterator[None]:
-        """Let the manifest record the files as they are now: no digest gives a change away."""
+    def manifest(self, change: Callable[[dict[str, Any]], object]) -> Any:
+        """Change the manifest."""
 
         def edit(content: bytearray) -> None:
             record = json.loads(content)
+            change(record)
+            content[:] = json.dumps(record, indent=1).encode()
+
+        return self.changed(self.moe / manifest.NAME, edit)
+
+    def signed(self) -> Any:
+        """Let the manifest record the files as they are now: no digest gives a change away."""
+
+        def sign(record: dict[str, Any]) -> None:
             digests: dict[str, str] = {}
             with contextlib.suppress(Exception):  # where it cannot be read, that is what is found
                 moe = open_checkpoint(self.moe, lambda key, what: None)
-                digests = completeness.content_digests(
-                    completeness.examine_all(self.release, moe.tensors, moe.objects)
-                )
+                identities = completeness.examine_all(self.release, moe.tensors, moe.objects)
+                digests = completeness.content_digests(identities)
             for name, entry in (record["files"] | record["linked"]).items():
                 path = self.moe / name
                 entry["bytes"] = path.stat().st_size
@@ -118,15 +129,8 @@ class Conversion:
                     entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
                 else:
                     entry["content"] = digests.get(path.name, entry["content"])
-            content[:] = json.dumps(record, indent=1).encode()
 
-        with self.changed(self.moe / manifest.NAME, edit):
-            yield
-
-
-@contextlib.contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+        return self.manifest(sign)
 
 
 @pytest.fixture(scope="module")
@@ -139,34 +143,15 @@ def materialized(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
     return Conversion(tmp_path_factory.mktemp("materialized"), materialize=True)
 
 
-@pytest.fixture(params=["shared", "materialized"])
-def made(request: pytest.FixtureRequest) -> Conversion:
-    return request.getfixturevalue(request.param)
-
-
 @pytest.mark.parametrize(
     ("dense", "router"),
     [
         ({"tensor_parallel": 4, "optimizer": True}, {"num_experts": 6, "num_routers": 2}),
-        ({"values": dense_checkpoint.tensors(torch.bfloat16)}, {"num_experts": 4, "num_routers": 8}),
-        (
-            {
-                "values": dense_checkpoint.tensors(bias=True),
-                "args": dense_checkpoint.arguments(add_bias_linear=True),
-            },
-            {"grouping": "optimal", "num_experts": 2},
-        ),
-        (
-            {
-                "values": dense_checkpoint.tensors(gated=False),
-                "args": dense_checkpoint.arguments(swiglu=False),
-                "extra_states": False,
-            },
-            {"router": "linear"},
-        ),
-        ({}, {"num_experts": 8, "num_routers": 16, "pooling": "max", "pre_softmax": False}),
+        ({"values": dense_checkpoint.tensors(torch.bfloat16)}, {"num_experts": 4, "num_routers": 16}),
+        (dense_checkpoint.WITH_BIAS, {"grouping": "optimal", "num_experts": 2, "pooling": "max"}),
+        (dense_checkpoint.NOT_GATED | {"extra_states": False}, {"router": "linear", "pre_softmax": False}),
     ],
-    ids=["tp4 with optimizer", "bf16", "bias", "linear", "split heads"],
+    ids=["tp4 with optimizer", "bf16, split heads", "bias", "linear"],
 )
 def test_conversions_are_proved(
     tmp_path: Path, dense: dict[str, Any], router: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -174,8 +159,7 @@ def test_conversions_are_proved(
     monkeypatch.setattr(values, "BLOCK_BYTES", 80)  # blocks are parts of rows
     made = Conversion(tmp_path, **dense)
     for materialize in (False, True):
-        options = Options(RouterConfig(**router), made.stats, 7, materialize, overwrite=True)
-        made.convert(options)
+        made.convert(Options(RouterConfig(**router), made.stats, 7, materialize, overwrite=True))
         assert made.find() == []
 
 
@@ -250,10 +234,12 @@ def named(found: list[Finding], check: str, key: str) -> list[Finding]:
     return [finding for finding in found if (finding.check, finding.name) == (check, key)]
 
 
-def test_one_changed_byte_is_found_in_every_chunk(made: Conversion) -> None:
+@pytest.mark.parametrize("name", ["shared", "materialized"])
+def test_one_changed_byte_is_found_in_every_chunk(name: str, request: pytest.FixtureRequest) -> None:
     """Its first byte, its last, or one between, in turn: the checksum finds it, as it does any change within
     32 bits; where DENSE does not share the bytes, the comparison finds it too."""
     random.seed(0)
+    made = request.getfixturevalue(name)
     moe = made.checkpoint()
     seen: set[Blob] = set()
     for key, stored in moe.tensors.items():
@@ -300,12 +286,10 @@ def test_values_that_are_not_finite_are_found(materialized: Conversion) -> None:
 
 def test_a_dense_checkpoint_that_was_written_over_in_place_is_found(shared: Conversion) -> None:
     """Training that saves the same iteration again: right checksums, and equal to DENSE, being linked."""
-    key = f"{ATTENTION}.linear_proj.weight"
-    blob = shared.checkpoint().blobs(key)[0]
+    blob = shared.checkpoint().blobs(f"{ATTENTION}.linear_proj.weight")[0]
     with shared.changed(shared.dense / "iter_0000008" / blob.file, rewrite(blob, negate_last)):
-        found = shared.find()
-    assert [(finding.check, finding.name) for finding in found] == [("files", blob.file)]
-    assert "chunks are not those" in found[0].what
+        (found,) = shared.find()
+    assert (found.check, found.name) == ("files", blob.file) and "chunks are not those" in found.what
 
 
 @pytest.fixture(scope="module")
@@ -333,26 +317,8 @@ def test_any_changed_byte_that_matters_is_found(
 
 
 def indices(metadata: Any, key: str) -> list[Any]:
-    return sorted(
-        (index for index in metadata.storage_data if index.fqn == key), key=lambda i: i.offset or ()
-    )
-
-
-def remove(metadata: Any, key: str) -> None:
-    metadata.state_dict_metadata[key].chunks.pop()
-
-
-def remove_bytes(metadata: Any, key: str) -> None:
-    del metadata.storage_data[indices(metadata, key)[-1]]
-
-
-def remove_all(metadata: Any, key: str) -> None:
-    del metadata.state_dict_metadata[key]
-
-
-def double(metadata: Any, key: str) -> None:
-    chunks = metadata.state_dict_metadata[key].chunks
-    chunks.append(chunks[0])
+    found = [index for index in metadata.storage_data if index.fqn == key]
+    return sorted(found, key=lambda index: index.offset or ())
 
 
 def shift(metadata: Any, key: str) -> None:
@@ -364,61 +330,59 @@ def shift(metadata: Any, key: str) -> None:
     chunk.offsets = moved
 
 
-def shift_bytes(metadata: Any, key: str) -> None:
-    metadata.storage_data[indices(metadata, key)[0]].offset += 8
+def move_bytes(metadata: Any, key: str, offset: int, length: int = 0) -> None:
+    info = metadata.storage_data[indices(metadata, key)[0]]
+    info.offset, info.length = info.offset + offset, info.length + length
 
 
-def stretch_bytes(metadata: Any, key: str) -> None:
-    metadata.storage_data[indices(metadata, key)[0]].length += 1
-
-
-def beyond_the_file(metadata: Any, key: str) -> None:
-    metadata.storage_data[indices(metadata, key)[-1]].offset += 1 << 20
-
-
-def swap(metadata: Any, key: str) -> None:
+def swap(metadata: Any, key: str, first: int = 0, last: int = -1) -> None:
     """Exchange what the first and the last chunk hold: another layer's."""
-    first, *_, last = indices(metadata, key)
-    stored = metadata.storage_data
-    stored[first], stored[last] = stored[last], stored[first]
+    found, stored = indices(metadata, key), metadata.storage_data
+    stored[found[first]], stored[found[last]] = stored[found[last]], stored[found[first]]
 
 
-def other_dtype(metadata: Any, key: str) -> None:
-    metadata.state_dict_metadata[key].properties.dtype = torch.bfloat16
+OF_ANY: dict[str, Callable[[Any, str], object]] = {
+    "bytes removed": lambda metadata, key: metadata.storage_data.pop(indices(metadata, key)[-1]),
+    "removed": lambda metadata, key: metadata.state_dict_metadata.pop(key),
+    "bytes elsewhere": lambda metadata, key: move_bytes(metadata, key, 8),
+    "bytes too many": lambda metadata, key: move_bytes(metadata, key, 0, 1),
+    "bytes beyond the file": lambda metadata, key: move_bytes(metadata, key, 1 << 20),
+}
+OF_TENSORS: dict[str, Callable[[Any, str], object]] = {
+    "a chunk removed": lambda metadata, key: metadata.state_dict_metadata[key].chunks.pop(),
+    "chunks doubled": lambda metadata, key: metadata.state_dict_metadata[key].chunks.__imul__(2),
+    "a chunk shifted": shift,
+    "chunks swapped": swap,
+    "another dtype": lambda metadata, key: setattr(
+        metadata.state_dict_metadata[key].properties, "dtype", torch.bfloat16
+    ),
+}
+STATES = (
+    f"{ATTENTION}.linear_qkv._extra_state/shard_1_3",
+    f"{EXPERTS}.linear_fc1._extra_state/shard_1.2_3.4",
+)
 
 
-@pytest.mark.parametrize("key", [QKV, *list(KINDS)[5:]])
 @pytest.mark.parametrize(
-    "change",
-    [remove, remove_bytes, remove_all, double, shift, shift_bytes, stretch_bytes, beyond_the_file, swap,
-     other_dtype],
-    ids=lambda change: change.__name__,
-)  # fmt: skip
-def test_changed_chunks_are_found(shared: Conversion, change: Any, key: str) -> None:
-    if change is swap and len(shared.checkpoint().tensors[key].chunks) < 2:
+    ("key", "change"),
+    [
+        *itertools.product([QKV, *list(KINDS)[5:]], OF_ANY | OF_TENSORS),
+        *itertools.product(STATES, OF_ANY),
+    ],
+)
+def test_changed_places_are_found(shared: Conversion, change: str, key: str) -> None:
+    if change == "chunks swapped" and len(shared.checkpoint().tensors[key].chunks) < 2:
         return
-    with shared.metadata(lambda metadata: change(metadata, key)):
+    with shared.metadata(lambda metadata: (OF_ANY | OF_TENSORS)[change](metadata, key)):
         found = shared.find()
     assert key in {finding.name for finding in found}, found
-
-
-@pytest.mark.parametrize("change", [remove_bytes, remove_all, shift_bytes, stretch_bytes])
-@pytest.mark.parametrize(
-    "key",
-    [f"{ATTENTION}.linear_qkv._extra_state/shard_1_3", f"{EXPERTS}.linear_fc1._extra_state/shard_1.2_3.4"],
-)
-def test_changed_extra_states_are_found(shared: Conversion, change: Any, key: str) -> None:
-    with shared.metadata(lambda metadata: change(metadata, key)):
-        assert key in {finding.name for finding in shared.find()}
 
 
 def test_experts_of_one_layer_in_each_others_place(materialized: Conversion) -> None:
     """They are equal, so nothing but the file itself is different."""
 
     def change(metadata: Any) -> None:
-        first, second = indices(metadata, f"{EXPERTS}.linear_fc1.weight")[::2][:2]
-        stored = metadata.storage_data
-        stored[first], stored[second] = stored[second], stored[first]
+        swap(metadata, f"{EXPERTS}.linear_fc1.weight", 0, 2)
 
     with materialized.metadata(change, sign=False):
         assert [(f.check, f.name) for f in materialized.find()] == [("files", ".metadata")]
@@ -437,28 +401,20 @@ def test_entries_without_a_place_are_found(shared: Conversion) -> None:
         assert {f.name for f in shared.find()} == {"optimizer.output_layer", "surprise"}
 
 
-def change_common(change: Callable[[dict[str, Any]], object], made: Conversion) -> Any:
+@contextlib.contextmanager
+def change_common(change: Callable[[dict[str, Any]], object], made: Conversion) -> Iterator[None]:
     """Change the common state: written anew at the end of its file, as Megatron would write it."""
-    blob = made.checkpoint().objects["common_state/shard_0_1"]
-    path = made.release / blob.file
-    state = made.checkpoint().common
+    path = made.release / made.checkpoint().objects["common_state/shard_0_1"].file
+    state, size, buffer = made.checkpoint().common, path.stat().st_size, io.BytesIO()
     change(state)
-    buffer = io.BytesIO()
     torch.save([state], buffer)
-    stack = contextlib.ExitStack()
-
-    def append(content: bytearray) -> None:
-        content += buffer.getvalue()
-
-    size = path.stat().st_size
-    stack.enter_context(made.changed(path, append))
 
     def point(metadata: Any) -> None:
         info = metadata.storage_data[indices(metadata, "common_state/shard_0_1")[0]]
         info.offset, info.length = size, len(buffer.getvalue())
 
-    stack.enter_context(made.metadata(point))
-    return stack
+    with made.changed(path, lambda content: content.extend(buffer.getvalue())), made.metadata(point):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -481,15 +437,6 @@ def test_changed_arguments_are_found(shared: Conversion, change: Any, name: str)
     assert ("arguments", name) in {(f.check, f.name) for f in found}, found
 
 
-def edit_manifest(made: Conversion, change: Callable[[dict[str, Any]], object]) -> Any:
-    def edit(content: bytearray) -> None:
-        record = json.loads(content)
-        change(record)
-        content[:] = json.dumps(record).encode()
-
-    return made.changed(made.moe / manifest.NAME, edit)
-
-
 @pytest.mark.parametrize(
     ("change", "name"),
     [
@@ -501,22 +448,19 @@ def edit_manifest(made: Conversion, change: Callable[[dict[str, Any]], object]) 
     ],
 )
 def test_a_changed_manifest_is_found(shared: Conversion, change: Any, name: str) -> None:
-    with edit_manifest(shared, change):
+    with shared.manifest(change):
         assert name in {finding.name for finding in shared.find()}
 
 
 def test_missing_and_other_files_are_found(tmp_path: Path) -> None:
     made = Conversion(tmp_path)
-    for name, check in (("__0_0.distcp", "damage"), ("__upcycled_0.distcp", "damage"), ("metadata.json", "")):
+    with made.changed(made.release / "metadata.json", lambda content: content.append(0x20)):
+        assert [(f.check, f.name) for f in made.find()] == [("files", "metadata.json")]
+    for name in ("__0_0.distcp", "__upcycled_0.distcp"):
         path = made.release / name
-        if not check:
-            with made.changed(path, lambda content: content.append(0x20)):
-                assert [(f.check, f.name) for f in made.find()] == [("files", name)]
-            continue
         path.rename(tmp_path / "aside")
-        found = made.find()
-        assert {("metadata", name), ("files", name)} <= {(f.check, f.name) for f in found}
-        assert any(f.check == check for f in found)
+        found = {(f.check, f.name) for f in made.find()}
+        assert {("metadata", name), ("files", name)} <= found and "damage" in dict(found)
         (tmp_path / "aside").rename(path)
     (made.release / "__7_0.distcp").write_bytes(b"")
     assert [(f.check, f.name) for f in made.find()] == [("files", "__7_0.distcp")]
@@ -532,8 +476,6 @@ def test_another_dense_checkpoint_differs(shared: Conversion, tmp_path: Path) ->
 
 def test_other_key_statistics_differ(shared: Conversion, tmp_path: Path) -> None:
     stats = make_stats(tmp_path / "ks")
-    from megatron_router_upcycling.key_statistics import file as key_stats_file
-
     assert stats.attended is not None
     stats.attended[1] *= 2  # the same groups of heads
     key_stats_file.save(tmp_path / "ks", stats, overwrite=True)
@@ -543,11 +485,9 @@ def test_other_key_statistics_differ(shared: Conversion, tmp_path: Path) -> None
 
 def train(made: Conversion, root: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Conversion:
     """What training saves: other values, other chunks, one name of the norm, an optimizer's state."""
-    trained = Conversion.__new__(Conversion)
-    trained.dense, trained.moe, trained.stats = made.dense, root, made.stats
-    trained.release = root / "iter_0000005"
-    tensors = dense_checkpoint.read_back(made.release)
-    tensors = {key: value + 0.5 for key, value in tensors.items()}
+    trained = copy.copy(made)
+    trained.moe, trained.release = root, root / "iter_0000005"
+    tensors = {key: value + 0.5 for key, value in dense_checkpoint.read_back(made.release).items()}
     del tensors["decoder.layers.pre_mlp_layernorm.weight"]
     change(tensors)
     folder = dense_checkpoint.Folder(trained.release)
@@ -559,7 +499,6 @@ def train(made: Conversion, root: Path, change: Callable[[dict[str, torch.Tensor
     common["args"].consumed_train_samples = 99
     folder.add_object("common_state/shard_0_1", common)
     folder.finish()
-    (root / "latest_checkpointed_iteration.txt").write_text("5")
     shutil.copy(made.moe / manifest.NAME, root)
     return trained
 
@@ -574,12 +513,13 @@ def test_of_a_trained_checkpoint_the_structure_is_proved(
     blob = trained.checkpoint().blobs(f"{EXPERTS}.linear_fc1.weight")[1]
     with trained.changed(trained.release / blob.file, flip(blob, 77)):
         assert {f.check for f in trained.find()} == {"damage"}
-
-    broken = train(shared, tmp_path / "broken", lambda tensors: tensors.pop(f"{ROUTER}.expert_key"))
-    assert {(f.check, f.name) for f in broken.find()} == {("routers", f"{ROUTER}.expert_key")}
     key = f"{EXPERTS}.linear_fc2.weight"
-    cut = train(shared, tmp_path / "cut", lambda tensors: tensors.update({key: tensors[key][:, :2]}))
-    assert {(f.check, f.name) for f in cut.find()} == {("experts", key)}
+    for name, check, change in (
+        (f"{ROUTER}.expert_key", "routers", lambda tensors: tensors.pop(f"{ROUTER}.expert_key")),
+        (key, "experts", lambda tensors: tensors.update({key: tensors[key][:, :2]})),
+    ):
+        broken = train(shared, tmp_path / check, change)
+        assert {(f.check, f.name) for f in broken.find()} == {(check, name)}
 
 
 def test_mistakes_are_one_line(
@@ -587,15 +527,17 @@ def test_mistakes_are_one_line(
 ) -> None:
     def message(*args: object) -> str:
         assert cli.main(["verify", *map(str, args)]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("error: ") and said.count("\n") == 1
-        return said
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
+        return said.err
 
-    assert "no such folder" in message(tmp_path / "none", shared.moe)
-    assert "no such folder" in message(shared.dense, tmp_path / "none")
+    assert "no checkpoint there" in message(tmp_path / "none", shared.moe)
+    assert "no checkpoint there" in message(shared.dense, tmp_path / "none")
     assert "router_upcycling.json" in message(shared.dense, shared.dense)
     assert "a Mixture-of-Experts already" in message(shared.moe, shared.moe)
-    assert "is gone" in message_without_stats(shared, message)
+    moved = shared.stats.rename(shared.stats.with_name("moved"))
+    assert "is gone" in message(shared.dense, shared.moe)
+    moved.rename(shared.stats)
     assert "--key-stats" in message(shared.dense, shared.moe, "--key-stats", tmp_path / "none")
     with shared.changed(shared.release / ".metadata", lambda content: content.__delitem__(slice(50, None))):
         assert ".metadata: damaged" in message(shared.dense, shared.moe)
@@ -604,25 +546,10 @@ def test_mistakes_are_one_line(
         {"seed": "7"}, {"files": []}, {"linked": {"a": 1}}, {"files": {"../a": {}}}, {"source": None},
         {"model": 3}, {"key_stats": None}, {"router": None}, {"router": {"num_experts": "8"}}, {"format": 9},
     ):  # fmt: skip
-        with edit_manifest(shared, lambda record, change=change: record.update(change)):  # type: ignore[misc]
+        with shared.manifest(lambda record, change=change: record.update(change)):  # type: ignore[misc]
             assert "convert" in message(shared.dense, shared.moe) or "router" in change
-
-
-def test_an_unknown_kind_of_router_is_refused_by_name(
-    shared: Conversion, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with edit_manifest(shared, lambda record: record["router"].update(router="hyperbolic")):
-        assert cli.main(["verify", str(shared.dense), str(shared.moe)]) == 2
-    said = capsys.readouterr()
-    assert "hyperbolic: choose one of mixture" in said.err and not said.out
-
-
-def message_without_stats(made: Conversion, message: Callable[..., str]) -> str:
-    made.stats.rename(made.stats.with_name("moved"))
-    try:
-        return message(made.dense, made.moe)
-    finally:
-        made.stats.with_name("moved").rename(made.stats)
+    with shared.manifest(lambda record: record["router"].update(router="hyperbolic")):
+        assert "hyperbolic: choose one of mixture" in message(shared.dense, shared.moe)
 
 
 @pytest.mark.parametrize("block", [24, 1 << 20])
@@ -634,28 +561,17 @@ def test_chunks_of_another_grid_are_compared(
     tensor = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
     changed = tensor.clone()
     changed[2, 3, 5] *= -1
-    for name, value, pieces in (
-        ("rows", tensor, (4, 3, 1)), ("columns", tensor, (1, 1, 4)), ("cells", changed, (2, 2, 2))
-    ):  # fmt: skip
+    stored = {"rows": (tensor, (4, 3, 1)), "columns": (tensor, (1, 1, 4)), "cells": (changed, (2, 2, 2))}
+    for name, (value, pieces) in stored.items():
         folder = dense_checkpoint.Folder(tmp_path / name / "iter_0000008")
         folder.add("w", value, pieces)
         folder.add_object("common_state/shard_0_1", {"args": dense_checkpoint.arguments()})
         folder.finish()
-        (tmp_path / name / "latest_checkpointed_iteration.txt").write_text("8")
-
-    def compare(one: str, other: str) -> list[Finding]:
-        source, target = open_checkpoint(tmp_path / one), open_checkpoint(tmp_path / other)
-        found = Findings()
-        sources = Sources(source, DataFiles(source.iteration_dir))
-        read: list[int] = []
-        comparison = values.Comparison(target, DataFiles(target.iteration_dir), sources, found, read.append)
-        comparison.compare("w", copy_of("w", "untouched"))
+    for one, other in itertools.permutations(stored, 2):
+        source, target = (open_checkpoint(tmp_path / name / "iter_0000008") for name in (one, other))
+        found, read = Findings(), list[int]()
+        comparison = values.Comparison(target, Sources(source), found, read.append)
+        comparison.compare("w", copy_of(source, "w", "untouched"))
         assert sum(read) == tensor.nbytes
-        return list(found.found)
-
-    assert compare("rows", "columns") == compare("columns", "rows") == []
-    for one in ("rows", "columns"):
-        (difference,) = compare(one, "cells")
-        assert difference.what == "1 values differ, the first at [2, 3, 5]"
-        (difference,) = compare("cells", one)
-        assert difference.what == "1 values differ, the first at [2, 3, 5]"
+        said = [finding.what for finding in found.found]
+        assert said == ["1 values differ, the first at [2, 3, 5]"] * ("cells" in (one, other))

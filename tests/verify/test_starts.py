@@ -11,13 +11,12 @@ import torch
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.format.boxes import Box
-from megatron_router_upcycling.checkpoint.format.finite import WORDS
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.verify import proof
-from megatron_router_upcycling.verify.sources import DataFiles, Sources
+from megatron_router_upcycling.verify.sources import WORDS, Sources
 from megatron_router_upcycling.verify.values import blocks
 from tests import dense_checkpoint
 from tests.dense_checkpoint import ATTENTION, GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP
@@ -35,12 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "two layers": {"layers": (0, 2)},
     "shards and a shared expert": {"granularity": 2, "shared_expert": True},
 }
-UNCUT = {  # what refuses --granularity
-    "methods/locmoe",
-    "methods/switch",
-    "ablations/drop_upcycling",
-    "ablations/expert_noise",
-}
+UNCUT = ("methods/locmoe", "methods/switch", "ablations/drop_upcycling", "ablations/expert_noise")
 SEED = 7
 TOKENS = 64
 
@@ -62,16 +56,16 @@ def multi_head(dtype: torch.dtype, bias: bool) -> tuple[Tensors, Namespace]:
     """Heads with keys of their own; with ``bias`` all of a GPT's biases, and norms stored less the 1."""
     values = dense_checkpoint.tensors(dtype, gated=not bias, bias=bias)
     random = torch.Generator().manual_seed(2)
+    qkv = f"{ATTENTION}.linear_qkv"
     shapes: dict[str, tuple[int, ...]] = {
-        f"{ATTENTION}.linear_qkv.weight": (LAYERS, 3 * HEADS * HEAD_DIM, HIDDEN),
-        f"{ATTENTION}.linear_qkv.bias": (LAYERS, 3 * HEADS * HEAD_DIM),
+        f"{qkv}.weight": (LAYERS, 3 * HEADS * HEAD_DIM, HIDDEN),
+        f"{qkv}.bias": (LAYERS, 3 * HEADS * HEAD_DIM),
     }
     changes: dict[str, Any] = {"group_query_attention": False, "swiglu": not bias, "add_bias_linear": bias}
     if bias:
         changes |= {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True}
         shapes["decoder.final_layernorm.bias"] = (HIDDEN,)
-        for linear in (f"{ATTENTION}.linear_qkv", f"{MLP}.linear_fc1"):
-            shapes[f"{linear}.layer_norm_bias"] = (LAYERS, HIDDEN)
+        shapes |= {f"{linear}.layer_norm_bias": (LAYERS, HIDDEN) for linear in (qkv, f"{MLP}.linear_fc1")}
     values |= {key: torch.randn(shape, generator=random).to(dtype) for key, shape in shapes.items()}
     return values, dense_checkpoint.arguments(**changes)
 
@@ -150,8 +144,7 @@ def convert(dense: Dense, out: Path, config: str, layout: dict[str, Any]) -> Non
 def expected_by_verify(dense: Path, moe: Path) -> Tensors:
     """All that ``verify`` expects, asked for in blocks of a few rows."""
     ready = proof.prepare(dense, moe)
-    files = DataFiles(ready.plan.source.iteration_dir)
-    sources, tensors = Sources(ready.plan.source, files), {}
+    sources, tensors = Sources(ready.plan.source), {}
     for key, expected in ready.plan.expects(ready.stats).items():
         target = ready.plan.makes()[key]
         assert target is not None
@@ -159,11 +152,10 @@ def expected_by_verify(dense: Path, moe: Path) -> Tensors:
         made: np.ndarray = np.empty(shape, WORDS[dtype.itemsize])
         for block in blocks(Box((0,) * len(shape), shape), 300):
             for box, source, place in expected.origins(block):
-                made[tuple(map(slice, box.offsets, box.ends))] = (
-                    sources[source].read(place).reshape(box.sizes)
+                made[tuple(map(slice, box.offsets, box.ends))] = sources.read(source, place).reshape(
+                    box.sizes
                 )
         tensors[key] = torch.from_numpy(made).view(dtype)
-    files.close()
     return tensors
 
 
@@ -183,16 +175,9 @@ def test_converter_verify_and_reference_agree(dense: Dense, tmp_path: Path, conf
     assert record is not None
     asked = read_method(CONFIGS / f"{config}.yaml").init.head_key
     head_key = asked or ("attended" if dense.args.group_query_attention else "mean")
-    reference = upcycle(
-        dense.tensors,
-        dense.args,
-        manifest.router_config(record, "moe"),
-        manifest.init_config(record, "moe"),
-        dense.keys[head_key],
-        dense.router_input,
-        SEED,
-        options.get("shared_expert", False),
-        options.get("layers"),
-    )
+    router, init = manifest.router_config(record, "moe"), manifest.init_config(record, "moe")
+    parts = options.get("shared_expert", False), options.get("layers")
+    given = dense.tensors, dense.args, router, init, dense.keys[head_key], dense.router_input
+    reference = upcycle(*given, SEED, *parts)
     assert_equal(dense_checkpoint.read_back(tmp_path / "moe/release"), reference)
     assert_equal(expected_by_verify(dense.root, tmp_path / "moe"), reference)

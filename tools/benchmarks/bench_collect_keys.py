@@ -16,7 +16,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-import measuring  # type: ignore[import-not-found]  # beside this file
+import measuring
 import torch
 
 from megatron_router_upcycling.key_statistics import collect
@@ -43,10 +43,8 @@ def measure(options: Namespace) -> dict[str, Any]:
     place = device.choose(options.device)
     layers, vocabulary, sequence, batch, more = SIZES[place]
     layers, groups = options.num_layers or layers, options.num_query_groups
-    flags = (MODEL + more).format(
-        layers=layers, groups=groups, vocabulary=vocabulary, sequence=sequence, batch=batch, place=place
-    )
-    args = launch.prepare(flags.split()).args
+    sizes = {"layers": layers, "groups": groups, "vocabulary": vocabulary, "sequence": sequence}
+    args = launch.prepare((MODEL + more).format(**sizes, batch=batch, place=place).split()).args
     model = collect.load_model(args)
     data = collect.train_iterators(args, len(model), 2 * (options.repeats + options.warmup))
     sums = collect.new_sums(args)
@@ -62,14 +60,11 @@ def measure(options: Namespace) -> dict[str, Any]:
     times = measuring.take_turns(seconds, ("plain", "collecting"), options.repeats, options.warmup)
     ratios = measuring.ratios(times["collecting"], times["plain"])
     low, ratio, high = statistics.quantiles(ratios, n=4)
-    return {
+    return vars(options) | {
         "device": place,
         "threads": torch.get_num_threads(),
-        "key_source": options.key_source,
         "layers": layers,
-        "query_groups": groups,
         "tokens": sequence * batch,
-        "pairs": options.repeats,
         "plain_seconds": statistics.median(times["plain"]),
         "collecting_seconds": statistics.median(times["collecting"]),
         "ratio": ratio,
@@ -79,13 +74,12 @@ def measure(options: Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = measuring.parser(__doc__)
+    parser = measuring.Parser(__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--key-source", choices=key_stats_file.KEY_SOURCES, default="pre_rope")
     parser.add_argument("--num-layers", type=int, help="default: 2 on the CPU, 24 on a GPU")
-    parser.add_argument(
-        "--num-query-groups", type=int, default=2, help="default: 2; 16 is no grouping, the most keys"
-    )
+    groups = "default: 2; 16 is no grouping, the most keys"
+    parser.add_argument("--num-query-groups", type=int, default=2, help=groups)
     parser.add_argument("--repeats", type=int, default=25, help="pairs of passes that count")
     parser.add_argument("--warmup", type=int, default=2, help="pairs of passes before those")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -96,12 +90,12 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
         return
+    low, high = result["quartiles"]
     print(
         f"collecting keys ({result['key_source']}) on {result['device']}: {result['ratio']:.3f} times a plain"
-        f" evaluation forward (bound {BOUND}; half of the pairs between {result['quartiles'][0]:.3f} and"
-        f" {result['quartiles'][1]:.3f}); {result['collecting_seconds']:.3f} s against"
-        f" {result['plain_seconds']:.3f} s for {result['tokens']} tokens through {result['layers']} layers,"
-        f" medians of {result['pairs']} pairs"
+        f" evaluation forward (bound {BOUND}; half of the pairs between {low:.3f} and {high:.3f});"
+        f" {result['collecting_seconds']:.3f} s against {result['plain_seconds']:.3f} s for"
+        f" {result['tokens']} tokens through {result['layers']} layers, medians of {options.repeats} pairs"
     )
 
 

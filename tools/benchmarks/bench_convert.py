@@ -4,11 +4,10 @@
 
 Makes a dense torch_dist checkpoint of Qwen1.5-0.5B's shape with random bfloat16 values, then measures in
 one run: importing torch, ``cp -r`` (and the ``sync`` after it, which the converter does by itself), the
-conversion to 8 and to 64 experts, the same to 8 with real copies (``--materialize``) and once more after it
-was killed at four fifths, a straightforward conversion that loads all and saves all
-(``plain_upcycle.py``), and Megatron's own ``--moe-use-upcycling``, on a tiny model, if it works. Time
-is wall time, the best of ``--repeats``; a conversion's excludes the time to import torch. Memory is the
-peak of a process's resident set.
+conversion to 8 and to 64 experts, the same to 8 with real copies (``--materialize``), a straightforward
+conversion that loads all and saves all (``plain_upcycle.py``), and Megatron's own ``--moe-use-upcycling``,
+on a tiny model, if it works. Time is wall time, the best of ``--repeats``; a conversion's excludes the time
+to import torch. Memory is the peak of a process's resident set.
 """
 
 import argparse
@@ -20,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import measuring  # type: ignore[import-not-found]  # beside this file
-from random_checkpoint import Shape, make_dense, make_key_stats  # type: ignore[import-not-found]
+import measuring
+from random_checkpoint import Shape, make
 
 TIME_LIMIT = 1.5  # times cp -r
 MEMORY_LIMIT_MB = 100.0  # beyond importing torch.distributed.checkpoint
@@ -36,48 +35,30 @@ TINY = shlex.split(
 )
 
 
-def stop_late(out: Path, whole: int, *command: Any) -> None:
-    """Run a conversion and kill it when four fifths of ``whole`` bytes are written."""
-    process = subprocess.Popen([str(part) for part in command])
-    while process.poll() is None:
-        files = list(out.parent.glob(f".{out.name}.partial-*/release/__upcycled_*"))
-        if sum(path.stat().st_size for path in files) > 0.8 * whole:
-            process.kill()
-        time.sleep(0.005)
-    process.wait()
-
-
 def try_megatron(work: Path) -> str:
     """Upcycle a tiny model with Megatron's own ``--moe-use-upcycling``: how long it took, or how it fails."""
     pretrain = (sys.executable, "-m", "megatron_router_upcycling.pretrain", *TINY)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
-    def run(*flags: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*pretrain, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+    def failure(*flags: str) -> str:
+        """What a run that fails says last; "" for one that ends well."""
+        done = subprocess.run([*pretrain, *flags], env=environment, capture_output=True, text=True)
+        lines = [line.split("]: ", 1)[-1] for line in (done.stdout + done.stderr).splitlines()]
+        said = [line for line in lines if "Error" in line or "error:" in line]
+        return (said or ["no message"])[-1] if done.returncode else ""
 
-    dense = run("--save", str(work / "tiny"))
-    if dense.returncode:
-        return f"not tried: its dense model cannot be trained here ({_last_error(dense.stdout)})"
+    if dense := failure("--save", str(work / "tiny")):
+        return f"not tried: its dense model cannot be trained here ({dense})"
     upcycling = ("--num-experts", str(COMPARED), "--moe-router-topk", "2", "--moe-use-upcycling")
     start = time.perf_counter()
-    moe = run("--load", str(work / "tiny"), "--save", str(work / "tiny-moe"), *upcycling)
-    seconds = time.perf_counter() - start
-    return f"fails: {_last_error(moe.stdout)}" if moe.returncode else f"{seconds:.1f} s, starting included"
-
-
-def _last_error(output: str) -> str:
-    lines = [line.split("]: ", 1)[-1] for line in output.splitlines() if "Error" in line or "error:" in line]
-    return lines[-1] if lines else "no message"
+    moe = failure("--load", str(work / "tiny"), "--save", str(work / "tiny-moe"), *upcycling)
+    return f"fails: {moe}" if moe else f"{time.perf_counter() - start:.1f} s, starting included"
 
 
 def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    dense, stats = work / "dense", work / "key_stats.safetensors"
     shape = Shape(options.layers, options.hidden, options.ffn, options.vocabulary)
     print(f"making a dense checkpoint of {options.layers} layers ...", file=sys.stderr)
-    measuring.aside(make_dense, dense, shape)
-    measuring.aside(make_key_stats, stats, shape)
+    dense, _ = make(work, shape)
     subprocess.run(["sync"], check=True)
     taken, added = measuring.Commands(), {}
     experts = sorted({COMPARED, *options.experts})
@@ -117,30 +98,20 @@ def beside_a_copy(work: Path, taken: Any, experts: list[int]) -> dict[int, int]:
 
 
 def other_ways(work: Path, taken: Any) -> None:
-    """A plain conversion, and one with real copies, whole and after it was killed."""
-    out, copy, experts = work / "out", work / "copy", ("--num-experts", COMPARED)
-    plain = Path(__file__).with_name("plain_upcycle.py")
-    taken.take("plain conversion", sys.executable, plain, work / "dense/iter_0000001", copy, *experts)
+    """A plain conversion, and one with real copies."""
+    plain, copy = (sys.executable, Path(__file__).with_name("plain_upcycle.py")), work / "copy"
+    taken.take("plain conversion", *plain, work / "dense/iter_0000001", copy, COMPARED)
     measuring.remove(copy)
-    name, command = "convert --materialize", (*convert(work), *experts, "--materialize")
-    taken.take(name, *command)
-    whole = measuring.new_bytes(out)
-    measuring.remove(out)
-    stop_late(out, whole, *command)
-    taken.take(f"{name}, killed at 80%, again", *command)
-    measuring.remove(out)
+    taken.take("convert --materialize", *convert(work), "--num-experts", COMPARED, "--materialize")
+    measuring.remove(work / "out")
 
 
 def compare(taken: Any, shape: Shape, num_experts: int, added: int) -> dict[str, float]:
     """A conversion beside ``cp -r`` and the least bytes that it could add."""
-    name, best, memory = f"convert {num_experts}", taken.seconds(), taken.peak_mb()
-    seconds = best[name] - best["import torch"]
+    name, memory = f"convert {num_experts}", taken.peak_mb()
     ffn = 3 * shape.layers * shape.ffn * shape.hidden * 2
     routers = 2 * shape.layers * shape.heads * shape.head_size * (shape.hidden + 1)  # query maps, expert keys
-    return {
-        "seconds_beyond_import_torch": seconds,
-        "ratio_to_cp": seconds / best["cp -r"],
-        "ratio_to_cp_and_sync": seconds / taken.seconds_together("cp -r", "sync"),
+    return taken.against_copy(name, "import torch") | {
         "memory_beyond_import_mb": memory[name] - memory["import torch.distributed.checkpoint"],
         "bytes_added": added,
         "bytes_ratio": added / (ffn + routers),
@@ -152,7 +123,7 @@ def report(result: dict[str, Any]) -> str:
     lines += [f"  {name:<38} {seconds:7.2f} s" for name, seconds in result["seconds"].items()]
     for num_experts, row in result["convert"].items():
         lines.append(
-            f"{num_experts} experts: {row['seconds_beyond_import_torch']:.2f} s beyond importing torch"
+            f"{num_experts} experts: {row['seconds']:.2f} s beyond importing torch"
             f" = {row['ratio_to_cp']:.2f} x cp -r (limit {TIME_LIMIT}),"
             f" {row['ratio_to_cp_and_sync']:.2f} x cp -r and sync;"
             f" {row['memory_beyond_import_mb']:+.0f} MB beyond importing torch.distributed.checkpoint"
@@ -160,35 +131,21 @@ def report(result: dict[str, Any]) -> str:
             f" = {row['bytes_ratio']:.4f} x dense FFN and routers (limit {SIZE_LIMIT})"
         )
     ours = result["seconds"][f"convert {COMPARED}"]
-    processor = result["processor_seconds"][f"convert {COMPARED}"]
-    lines.append(
-        f"{COMPARED} experts, beside convert ({ours:.1f} s, importing torch included; {processor:.1f} s of"
-        " processor time):"
-    )
-    again = "convert --materialize, killed at 80%, again"
-    for name in ("cp -r", "convert --materialize", again, "plain conversion"):
+    lines.append(f"{COMPARED} experts, beside convert, importing torch included:")
+    for name in (f"convert {COMPARED}", "cp -r", "convert --materialize", "plain conversion"):
         seconds, memory = result["seconds"][name], result["peak_memory_mb"][name]
-        processor = result["processor_seconds"][name]
         lines.append(
-            f"  {name:<43} {seconds:7.1f} s = {seconds / ours:5.1f} x, {processor:6.1f} s of processor time,"
-            f" {memory / 1e3:.2f} GB of memory"
+            f"  {name:<43} {seconds:7.1f} s = {seconds / ours:5.1f} x,"
+            f" {result['processor_seconds'][name]:6.1f} s of processor time, {memory / 1e3:.2f} GB of memory"
         )
     lines.append(f"  Megatron's --moe-use-upcycling              {result['megatron']}")
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = measuring.parser(__doc__)
+if __name__ == "__main__":
+    parser = measuring.Parser(__doc__)
     measuring.add_size_flags(parser)
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64])
-    parser.add_argument(
-        "--megatron",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="try its own upcycling (half a minute)",
-    )
+    tries = argparse.BooleanOptionalAction
+    parser.add_argument("--megatron", action=tries, default=True, help="try its upcycling (half a minute)")
     measuring.main(parser, run, report)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,8 +13,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import measuring  # type: ignore[import-not-found]  # beside this file
-from random_checkpoint import Shape, make_dense, make_key_stats  # type: ignore[import-not-found]
+import measuring
+from random_checkpoint import Shape, make
 
 EXPERTS = 8
 SHAPES = {
@@ -25,30 +25,23 @@ SHAPES = {
 
 
 def measure_shape(work: Path, name: str, shape: Shape) -> dict[str, Any]:
-    dense, stats, copy, out = (work / made for made in ("dense", "key_stats", "copy", "out"))
-    measuring.aside(make_dense, dense, shape)
-    measuring.aside(make_key_stats, stats, shape)
-    size = measuring.all_bytes(dense)
-    copying, syncing = measuring.measure("cp", "-r", dense, copy), measuring.measure("sync")
+    copy, out, taken = work / "copy", work / "out", measuring.Commands()
+    dense, stats = make(work, shape)
+    taken.take("cp -r", "cp", "-r", dense, copy)
+    taken.take("sync", "sync")
     measuring.remove(copy)
-    libraries = "import torch, numpy, safetensors.torch, tqdm"
-    start = measuring.measure(sys.executable, "-c", libraries)
+    taken.take("imports", sys.executable, "-c", "import torch, numpy, safetensors.torch, tqdm")
     flags = ("--key-stats", stats, "--num-experts", EXPERTS, "--quiet")
-    usage = measuring.measure(*measuring.CLI, "convert", dense, out, *flags)
+    taken.take("convert", *measuring.CLI, "convert", dense, out, *flags)
     result = {
         "name": name,
-        "dense_bytes": size,
-        "copy_seconds": copying.seconds,
-        "copy_cpu_seconds": copying.processor_seconds,
-        "sync_seconds": syncing.seconds,
-        "seconds": usage.seconds - start.seconds,
-        "cpu_seconds": usage.processor_seconds - start.processor_seconds,
-        "memory_mb": usage.peak_mb,
-        "memory_beyond_imports_mb": usage.peak_mb - start.peak_mb,
+        "dense_bytes": measuring.all_bytes(dense),
         "bytes_written": measuring.new_bytes(out),
+        "seconds": taken.seconds(),
+        "processor_seconds": taken.processor_seconds(),
+        "peak_memory_mb": taken.peak_mb(),
     }
     measuring.remove(dense, out)
-    stats.unlink()
     return result
 
 
@@ -69,19 +62,15 @@ def report(results: list[dict[str, Any]]) -> str:
         f" {'processor':>10} {'cp -r':>8} {'memory':>8} {'beyond imports':>15}"
     ]
     for row in results:
-        copying = row["copy_seconds"] + row["sync_seconds"]
+        wall, cpu, memory = row["seconds"], row["processor_seconds"], row["peak_memory_mb"]
         lines.append(
             f"{row['name']:<30} {row['dense_bytes'] / 1e9:5.1f} GB {row['bytes_written'] / 1e9:5.1f} GB"
-            f" {row['seconds']:6.1f} s {copying:10.1f} s {row['cpu_seconds']:8.1f} s"
-            f" {row['copy_cpu_seconds']:6.1f} s {row['memory_mb']:5.0f} MB"
-            f" {row['memory_beyond_imports_mb']:12.0f} MB"
+            f" {wall['convert'] - wall['imports']:6.1f} s {wall['cp -r'] + wall['sync']:10.1f} s"
+            f" {cpu['convert'] - cpu['imports']:8.1f} s {cpu['cp -r']:6.1f} s"
+            f" {memory['convert']:5.0f} MB {memory['convert'] - memory['imports']:12.0f} MB"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
-    measuring.main(measuring.parser(__doc__), run, report)
-
-
 if __name__ == "__main__":
-    main()
+    measuring.main(measuring.Parser(__doc__), run, report)

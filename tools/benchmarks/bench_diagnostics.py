@@ -10,14 +10,14 @@ does. A run with the default interval collects once in --log-interval iterations
 
 import argparse
 import contextlib
-import io
+import itertools
 import json
 import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import measuring  # type: ignore[import-not-found]  # beside this file
+import measuring
 
 from megatron_router_upcycling.training import launch, train
 from megatron_router_upcycling.training.run_log import collector, measures
@@ -26,7 +26,7 @@ from megatron_router_upcycling.training.run_log.listener import RunLog
 BOUND = 0.01  # of a step
 WARM_UP = 4  # iterations that are left out
 FLAGS = (
-    "--num-layers {layers} --hidden-size {hidden} --ffn-hidden-size {ffn} --num-attention-heads 8"
+    "--num-layers {num_layers} --hidden-size {hidden_size} --ffn-hidden-size {ffn} --num-attention-heads 8"
     f" --num-experts 8 --moe-router-topk 2 --router mixture {measuring.QWEN} --moe-router-pre-softmax"
     " --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.02 --lr 1e-3"
     " --lr-decay-style constant --seq-length 256 --max-position-embeddings 256 --micro-batch-size 4"
@@ -36,13 +36,14 @@ FLAGS = (
 )
 
 
-class Clock:
-    """Seconds inside the functions that were handed to ``timed``."""
+def train_once(options: argparse.Namespace) -> list[tuple[float, float]]:
+    """Of each iteration, its seconds and those of them inside the diagnostics; even ones collect."""
+    flags = FLAGS.format(**vars(options), ffn=11 * options.hidden_size // 4)
+    run = launch.prepare(flags.split())
+    inside = [0.0]  # seconds in the diagnostics so far
+    marks = [(0.0, 0.0)]  # when iterations ended, and the seconds by then
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def timed(self, owner: Any, name: str) -> None:
+    def time_calls(owner: Any, name: str) -> None:
         function = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -50,25 +51,13 @@ class Clock:
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += measuring.now() - start
+                inside[0] += measuring.now() - start
 
         setattr(owner, name, call)
 
-
-def train_once(options: argparse.Namespace) -> list[tuple[float, float]]:
-    """Of each iteration, its seconds and those of them inside the diagnostics; even ones collect."""
-    flags = FLAGS.format(
-        layers=options.num_layers,
-        hidden=options.hidden_size,
-        ffn=11 * options.hidden_size // 4,
-        iterations=options.iterations,
-    )
-    run = launch.prepare(flags.split())
-
-    clock, marks = Clock(), [(0.0, 0.0)]
-    clock.timed(collector, "_scores")
-    clock.timed(measures, "routing_sums")
-    clock.timed(RunLog, "_write_routing")
+    time_calls(collector, "_scores")
+    time_calls(measures, "routing_sums")
+    time_calls(RunLog, "_write_routing")
     install: Callable[[RunLog], None] = RunLog.install
 
     def install_and_mark(log: RunLog) -> None:
@@ -79,30 +68,25 @@ def train_once(options: argparse.Namespace) -> list[tuple[float, float]]:
 
         def mark(*args: Any, **kwargs: Any) -> Any:
             result = after(*args, **kwargs)
-            marks.append((measuring.now(), clock.seconds))
+            marks.append((measuring.now(), inside[0]))
             return result
 
         training.training_log = mark
 
     setattr(RunLog, "install", install_and_mark)  # noqa: B010 (its type is another)
     train.train(run)
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(marks, marks[1:], strict=False)]
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks)]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Cost of the routing diagnostics.")
+    parser = measuring.Parser(__doc__)
     parser.add_argument("--iterations", type=int, default=44, help="half of them collect (default: 44)")
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     options = parser.parse_args()
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            iterations = train_once(options)[WARM_UP:]
-    except BaseException:
-        print(printed.getvalue()[-4000:], file=sys.stderr)
-        raise
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron prints a great deal
+        iterations = train_once(options)[WARM_UP:]
     off, on = iterations[::2], iterations[1::2]  # iteration WARM_UP + 1 is odd
     assert not any(inside for _, inside in off) and all(inside for _, inside in on)
     result = {
@@ -111,15 +95,13 @@ def main() -> int:
         "paired_ratio": statistics.median(a / b for (a, _), (b, _) in zip(on, off, strict=True)),
         "pairs": len(on),
     }
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"{options.num_layers} layers x {options.hidden_size}, 2048 tokens a step in 2 micro-batches,"
-            f" {result['step_seconds']:.3f} s\n"
-            f"  inside the diagnostics  {result['inside_share']:.2%} of an iteration that collects\n"
-            f"  beside one that does not  x {result['paired_ratio']:.4f}, median of {result['pairs']} pairs"
-        )
+    said = (
+        f"{options.num_layers} layers x {options.hidden_size}, 2048 tokens a step in 2 micro-batches,"
+        f" {result['step_seconds']:.3f} s\n"
+        f"  inside the diagnostics  {result['inside_share']:.2%} of an iteration that collects\n"
+        f"  beside one that does not  x {result['paired_ratio']:.4f}, median of {result['pairs']} pairs"
+    )
+    print(json.dumps(result) if options.json else said)
     return int(result["inside_share"] > BOUND)
 
 

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import measuring  # type: ignore[import-not-found]  # beside this file
-from random_checkpoint import Shape, make_dense  # type: ignore[import-not-found]
+import measuring
+from random_checkpoint import Shape, make_dense
 
 TIME_LIMIT = 2.0  # times cp -r and sync
 MEMORY_LIMIT_MB = 300.0  # beyond importing the libraries
@@ -25,11 +25,7 @@ WEIGHTS = "model.safetensors"
 
 
 def check_equal(left: Path, right: Path) -> None:
-    """Both files hold the same tensors, whatever their order.
-
-    Raises:
-        SystemExit: they do not.
-    """
+    """End the benchmark unless both files hold the same tensors, whatever their order."""
     from safetensors import safe_open
 
     with safe_open(left, "pt") as one, safe_open(right, "pt") as other:
@@ -58,20 +54,11 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         measuring.remove(out)
         taken.take("export-hf", *measuring.CLI, "export-hf", dense, out, "--quiet")
     measuring.aside(check_equal, source / WEIGHTS, out / WEIGHTS)
-    best, memory = taken.seconds(), taken.peak_mb()
-    result: dict[str, Any] = {
-        "model_bytes": (source / WEIGHTS).stat().st_size,
-        "seconds": best,
-        "peak_memory_mb": memory,
-    }
+    size, memory = (source / WEIGHTS).stat().st_size, taken.peak_mb()
+    result: dict[str, Any] = {"model_bytes": size, "seconds": taken.seconds(), "peak_memory_mb": memory}
     for name in ("import-hf", "export-hf"):
-        seconds = best[name] - best["import libraries"]
-        result[name] = {
-            "seconds_beyond_imports": seconds,
-            "ratio_to_cp": seconds / best["cp -r"],
-            "ratio_to_cp_and_sync": seconds / taken.seconds_together("cp -r", "sync"),
-            "memory_beyond_imports_mb": memory[name] - memory["import libraries"],
-        }
+        beyond = {"memory_beyond_imports_mb": memory[name] - memory["import libraries"]}
+        result[name] = taken.against_copy(name, "import libraries") | beyond
     return result
 
 
@@ -81,7 +68,7 @@ def report(result: dict[str, Any]) -> str:
     for name in ("import-hf", "export-hf"):
         row = result[name]
         lines.append(
-            f"{name}: {row['seconds_beyond_imports']:.2f} s beyond importing the libraries"
+            f"{name}: {row['seconds']:.2f} s beyond importing the libraries"
             f" = {row['ratio_to_cp_and_sync']:.2f} x cp -r and sync (limit {TIME_LIMIT}),"
             f" {row['ratio_to_cp']:.2f} x cp -r alone;"
             f" {row['memory_beyond_imports_mb']:+.0f} MB beyond them (limit +{MEMORY_LIMIT_MB:.0f})"
@@ -89,11 +76,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = measuring.parser(__doc__)
+if __name__ == "__main__":
+    parser = measuring.Parser(__doc__)
     measuring.add_size_flags(parser)
     measuring.main(parser, run, report)
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-import measuring  # type: ignore[import-not-found]  # beside this file
+import measuring
 import torch
 
 from megatron_router_upcycling.routers.config import POOLINGS, RouterConfig
@@ -81,9 +81,8 @@ def build_routers(options: Namespace, place: str) -> dict[str, torch.nn.Module]:
         params_dtype=DTYPES[options.dtype],
     )
     groups = get_default_pg_collection()
-    router = RouterConfig(
-        num_experts=options.num_experts, num_routers=options.num_routers, pooling=options.pooling
-    )
+    sizes = {"num_experts": options.num_experts, "num_routers": options.num_routers}
+    router = RouterConfig(**sizes, pooling=options.pooling)
     routers = {
         "stock": TopKRouter(config, groups),
         "folded": MixtureRouter(config, groups, router=router),
@@ -127,27 +126,22 @@ def measure(options: Namespace) -> dict[str, Any]:
         return measuring.now() - start
 
     results: dict[str, Any] = {}
-    kernels = (
-        {name: profile(functools.partial(seconds, name)) for name in routers} if place == "cuda" else None
-    )
+    profiled = routers if place == "cuda" else ()
+    kernels = {name: profile(functools.partial(seconds, name)) for name in profiled}
     for threads in options.threads:
         torch.set_num_threads(threads)
         times = measuring.take_turns(seconds, ("stock", "folded"), options.rounds, warm_up=2)
         times["direct"] = [seconds("direct") for _ in range(1 + DIRECT_ROUNDS)][1:]
         medians = {name: statistics.median(values) for name, values in times.items()}
-        key = f"{threads} thread{'s' * (threads > 1)}"
-        results[key] = {
+        found = {
             "seconds": medians,
             "ratio": statistics.median(measuring.ratios(times["folded"], times["stock"])),
             "direct_ratio": medians["direct"] / medians["stock"],
         }
         if kernels:
-            stock = kernels["stock"]["ms"]
-            results[key] |= {
-                "kernels": kernels,
-                "kernel_ratio": kernels["folded"]["ms"] / stock,
-                "direct_kernel_ratio": kernels["direct"]["ms"] / stock,
-            }
+            folded, direct = (kernels[name]["ms"] / kernels["stock"]["ms"] for name in ("folded", "direct"))
+            found |= {"kernels": kernels, "kernel_ratio": folded, "direct_kernel_ratio": direct}
+        results[f"{threads} thread{'s' * (threads > 1)}"] = found
     return vars(options) | {"device": place, "bound": BOUND, "results": results}
 
 
@@ -187,13 +181,11 @@ def report(measured: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = measuring.parser(__doc__)
+    parser = measuring.Parser(__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads (default: 1 2)")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--hidden-size", type=int, default=1024)
-    parser.add_argument("--num-experts", type=int, default=8)
-    parser.add_argument("--num-routers", type=int, default=8)
+    for name, value in {"tokens": 4096, "hidden-size": 1024, "num-experts": 8, "num-routers": 8}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--pooling", choices=POOLINGS, default="sum")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of tokens and parameters")
     parser.add_argument("--rounds", type=int, default=100, help="pairs of passes (default: 100)")

@@ -22,17 +22,16 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import measuring  # type: ignore[import-not-found]  # beside this file
-import step_parts  # type: ignore[import-not-found]
+import measuring
+import step_parts
 import torch
 
 from megatron_router_upcycling import files
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.rehearsal import run as rehearsal
-from megatron_router_upcycling.planning.rehearsal.prepare import Rehearsal
-from megatron_router_upcycling.planning.rehearsal.prepare import prepare as prepare_rehearsal
-from megatron_router_upcycling.training import launch
+from megatron_router_upcycling.planning.setup import Setup
+from megatron_router_upcycling.training import launch, train
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = ["--config", str(ROOT / "configs/qwen1.5-0.5b-8x/moe.yaml")]
@@ -45,27 +44,20 @@ ON_CPU = shlex.split(
     " --moe-z-loss-coeff 0.001 --moe-token-dispatcher-type alltoall --use-distributed-optimizer --lr 1e-4"
     " --train-iters 100 --rehearse-seq-length 256"
 )
-COLUMNS = {
-    "router": 8,
-    "step ms": 10,
-    "tokens/s": 12,
-    "TFLOP/s": 10,
-    "of peak": 9,
-    "routers": 9,
-    "peak GiB": 10,
-}
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "megatron-router-upcycling")
 WARM_UP = 2  # steps of each kind before the first that counts
 
 
-def prepare(options: Namespace, flags: list[str]) -> Rehearsal:
+def prepare(options: Namespace, flags: list[str]) -> tuple[launch.Run, Setup]:
     on_gpu = torch.cuda.is_available()
     chosen = ["--config", options.config] if options.config else ON_GPU if on_gpu else ON_CPU
-    prepared = prepare_rehearsal([*chosen, "--gpus", str(options.gpus), "--router", "mixture", *flags])
-    if prepared.run.router is None:
+    argv = [*chosen, "--gpus", str(options.gpus), "--router", "mixture", *flags]
+    run, planned = rehearsal.prepare(argv)
+    if run.router is None:
         raise UserError("--num-experts: is not given; a dense model has no router to compare")
     # A router that is exchanged has no gradient; Megatron's overlapped reduction waits for all of them.
-    prepared.run.args.overlap_grad_reduce = prepared.run.args.overlap_param_gather = False
-    return prepared
+    run.args.overlap_grad_reduce = run.args.overlap_param_gather = False
+    return run, planned
 
 
 def moe_layers(model: list[Any]) -> list[Any]:
@@ -88,14 +80,14 @@ def stock_routers(layers: list[Any]) -> list[torch.nn.Module]:
 
 def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     """Seconds of a step with each router, of its routers, and bytes at the peak."""
-    prepared = prepare(options, flags)
-    args, planned = prepared.run.args, prepared.planned
-    model, optimizer, scheduler = rehearsal.build(prepared.run)
+    run, planned = prepare(options, flags)
+    args = run.args
+    model, optimizer, scheduler = train.build(args, train.model_config(run))
     layers = moe_layers(model)
     kinds = {"mixture": [layer.router for layer in layers]}
     if "stock" in options.routers:
         kinds["stock"] = stock_routers(layers)
-    data = rehearsal.random_batches(args, planned.vocabulary)
+    data = rehearsal.random_batches(args, planned.padded_vocab_size)
     peaks: dict[str, int] = {}
 
     def seconds(kind: str) -> float:
@@ -105,27 +97,27 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = measuring.now()
-        rehearsal.step(args, model, optimizer, scheduler, data)
+        rehearsal.step(model, optimizer, scheduler, data)
         taken = measuring.now() - start
         peaks[kind] = max(peaks.get(kind, 0), peak_bytes())
         return taken
 
     times = measuring.take_turns(seconds, tuple(kinds), options.rounds, WARM_UP)
     medians = {kind: statistics.median(values) for kind, values in times.items()}
-    tokens = args.micro_batch_size * args.seq_length * rehearsal.microbatches(args)
+    tokens = args.global_batch_size * args.seq_length // args.data_parallel_size
     flops = tokens * figures.flops_per_token(planned) / planned.model_parallel_size
     profiles = {}
     for kind, routers in kinds.items():
         for layer, router in zip(layers, routers, strict=True):
             layer.router = router
         profiles[kind] = step_parts.measure(
-            lambda: rehearsal.step(args, model, optimizer, scheduler, data),
+            lambda: rehearsal.step(model, optimizer, scheduler, data),
             model,
             labelled=args.cuda_graph_impl == "none",  # a captured layer runs no hooks
         )
     return {
-        "hardware": hardware(),
-        "versions": versions(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else measuring.processor(),
+        "versions": {"cuda": torch.version.cuda} | files.versions(*PACKAGES),
         "model": {"parameters": figures.total_and_active(planned), "gpus": planned.world_size},
         "micro_batch": [args.micro_batch_size, args.seq_length],
         "transformer_impl": args.transformer_impl,
@@ -159,19 +151,6 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{name}, {torch.get_num_threads()} threads (no GPU)"
-
-
-def versions() -> dict[str, str | None]:
-    packages = ("torch", "megatron-core", "transformer-engine", "megatron-router-upcycling")
-    return {"cuda": torch.version.cuda} | files.versions(*packages)
-
-
 def report(found: dict[str, Any]) -> str:
     engine = found["transformer_impl"] + (", grouped experts" if found["grouped_experts"] else "")
     total, active = found["model"]["parameters"]
@@ -179,20 +158,15 @@ def report(found: dict[str, Any]) -> str:
         f"{found['hardware']}; torch {found['versions']['torch']}, {engine}",
         f"one rank of {found['model']['gpus']}: {total / 1e9:.3f} B parameters, {active / 1e9:.3f} B active,"
         f" micro-batch {found['micro_batch'][0]} x {found['micro_batch'][1]}, {found['rounds']} rounds",
-        "".join(name.rjust(width) for name, width in COLUMNS.items()),
+        "  router   step ms    tokens/s   TFLOP/s  of peak  routers  peak GiB",
     ]
     for kind, value in found["step_seconds"].items():
         of_peak, routers = found["utilisation"][kind], found["router_share"][kind]
-        cells = (
-            kind,
-            f"{value * 1e3:.1f}",
-            f"{found['tokens_per_second'][kind]:.0f}",
-            f"{found['tflops'][kind]:.3f}",
-            "-" if of_peak is None else f"{of_peak:.1%}",
-            "-" if routers is None else f"{routers:.2%}",
-            f"{found['peak_bytes'][kind] / 2**30:.2f}",
-        )
-        lines.append("".join(cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True)))
+        used = "-" if of_peak is None else f"{of_peak:.1%}"
+        share = "-" if routers is None else f"{routers:.2%}"
+        rate, flops, peak = (found[name][kind] for name in ("tokens_per_second", "tflops", "peak_bytes"))
+        cells = f"{kind:>8}{value * 1e3:10.1f}{rate:12.0f}{flops:10.3f}{used:>9}{share:>9}"
+        lines.append(f"{cells}{peak / 2**30:10.2f}")
     for kind, profile in found["profiles"].items():
         lines += [f"{kind}:", step_parts.report(profile)]
     if found["throughput_ratio"] is not None:
@@ -201,23 +175,18 @@ def report(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = measuring.parser(__doc__, allow_abbrev=False)
+    parser = measuring.Parser(__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="YAML", help="the run (default: see above)")
     parser.add_argument("--gpus", type=int, default=64, help="of the run that one rank is of (default: 64)")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of steps (default: 10)")
-    parser.add_argument(
-        "--routers",
-        nargs="+",
-        choices=("mixture", "stock"),
-        default=("mixture", "stock"),
-        help="which to measure (default: both; a CUDA graph of a layer holds one: mixture)",
-    )
+    kinds, which = ("mixture", "stock"), "default: both; a CUDA graph of a layer holds one: mixture"
+    parser.add_argument("--routers", nargs="+", choices=kinds, default=kinds, help=which)
     parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
     options, flags = parser.parse_known_args()
-    command = list(sys.argv)
+    command = shlex.join(["python", *sys.argv])  # before launch takes its own flags from it
     if options.output and not options.output.absolute().parent.is_dir():
         raise UserError(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
-    found = measure(options, flags) | {"command": shlex.join(["python", *command])}
+    found = measure(options, flags) | {"command": command}
     print(report(found))
     measuring.write_json(options.output, found)
 

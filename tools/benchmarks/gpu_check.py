@@ -18,7 +18,6 @@ sizes are small (--quick), and the page names what could not be run.
 """
 
 import json
-import os
 import platform
 import shlex
 import signal
@@ -31,19 +30,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import measuring  # type: ignore[import-not-found]
-from gpu_check_jobs import (  # type: ignore[import-not-found]
-    FAILED,
-    NOT_RUN,
-    OK,
-    ROOT,
-    Check,
-    Part,
-    in_short,
-    is_shown,
-)
-from gpu_check_speed import kernels, steps  # type: ignore[import-not-found]
-from gpu_check_training import AGREE, train  # type: ignore[import-not-found]
+import measuring
+from gpu_check_jobs import FAILED, NOT_RUN, OK, ROOT, Check, Part, shown
+from gpu_check_speed import kernels, steps
+from gpu_check_training import AGREE, train
 
 LIMITS = {"train": 240, "steps": 300, "kernels": 150}  # seconds
 PROBE = """
@@ -80,67 +70,37 @@ def probe() -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"error: PyTorch cannot be imported here: {done.stderr.strip()[-500:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    found["te"] = found["gpu"] and "transformer_engine" not in found["why"]
-    found["no_te"] = (
-        "no GPU" if not found["gpu"] else f"cannot be imported ({found['why'].get('transformer_engine')})"
-    )
-    found.setdefault("hardware", f"{processor()}, {os.cpu_count()} threads (no GPU)")
+    why = found["why"].get("transformer_engine")
+    found["te"] = found["gpu"] and why is None
+    found["no_te"] = f"cannot be imported ({why})" if found["gpu"] else "no GPU"
+    found.setdefault("hardware", measuring.processor())
     found["python"] = platform.python_version()
     return found
-
-
-def processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
 def page(found: dict[str, Any]) -> str:
     """The report as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    limits = ", ".join(f"{limit:.0e} from {name}" for name, limit in found["tolerances"].items())
     lines = [
-        "# GPU check",
-        "",
-        f"- Hardware: {found['hardware']}",
-        f"- Versions: {versions}",
-        f"- Commit: {found['commit']}",
-        f"- Command: `{found['command']}`",
+        *("# GPU check", "", f"- Hardware: {found['hardware']}", f"- Versions: {versions}"),
+        *(f"- Commit: {found['commit']}", f"- Command: `{found['command']}`"),
         f"- Size: {found['size']}; {found['seconds']:.0f} s in all",
-        "- Losses agree where they differ by no more than (relative, any step): "
-        + ", ".join(f"{limit:.0e} from {name}" for name, limit in found["tolerances"].items()),
+        f"- Losses agree where they differ by no more than (relative, any step): {limits}",
     ]
     for name, part in found["parts"].items():
         took = f"{part['seconds']:.0f} of {part['limit']:.0f} s"
         lines += ["", f"## {name}: {part['outcome']} ({took})", ""]
         lines += ["| what | outcome | s | figures |", "|---|---|---|---|"]
         for check in part["checks"]:
-            shown = [f"{key} {in_short(value)}" for key, value in check["figures"].items() if is_shown(value)]
+            figures = shown(check["figures"])
             if losses := check["figures"].get("losses"):
-                shown.append(f"loss {losses[0]:.4f} to {losses[-1]:.4f}")
-            said = "; ".join([*shown, *filter(None, [check["note"]])]).replace("|", "\\|")
+                figures.append(f"loss {losses[0]:.4f} to {losses[-1]:.4f}")
+            said = "; ".join(filter(None, [*figures, check["note"]])).replace("|", "\\|")
             lines.append(f"| {check['name']} | {check['outcome']} | {check['seconds']:.0f} | {said} |")
-        lines += step_parts_table(part["checks"])
     lines += ["", "## Not run", ""]
     lines += [f"- {entry['what']}: {entry['why']}" for entry in found["not_run"]] or ["Everything was run."]
     return "\n".join(lines) + "\n"
-
-
-def step_parts_table(checks: list[dict[str, Any]]) -> list[str]:
-    """Milliseconds of kernels by part of the model, a column for each variant."""
-    profiles = {
-        f"{check['name']}, {kind}": profile["parts"]
-        for check in checks
-        for kind, profile in (check["figures"].get("report", {}).get("profiles") or {}).items()
-    }
-    if not profiles:
-        return []
-    parts = list(dict.fromkeys(part for found in profiles.values() for part in found))
-    lines = ["", "Milliseconds of kernels (on the CPU: of operations) by part of the model:", ""]
-    lines += ["| variant | " + " | ".join(parts) + " |", "|---" * (len(parts) + 1) + "|"]
-    for name, found in profiles.items():
-        cells = (f"{found[part]:.2f}" if part in found else "-" for part in parts)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
 
 
 def run(options: Namespace) -> dict[str, Any]:
@@ -148,64 +108,47 @@ def run(options: Namespace) -> dict[str, Any]:
     machine = probe()
     options.quick = options.quick or not machine["gpu"]
     print(f"{machine['hardware']}; {'small' if options.quick else 'full'} size", flush=True)
-    versions = {name: machine.get(name) for name in VERSIONS}
+    absent = [name for name in PARTS if name not in options.parts]
     found: dict[str, Any] = {
         "hardware": machine["hardware"],
-        "versions": versions,
+        "versions": {name: machine.get(name) for name in VERSIONS},
         "commit": options.commit or measuring.commit(),
         "command": shlex.join(["python", *sys.argv]),
         "size": "small" if options.quick else "full",
         "tolerances": AGREE,
         "parts": {},
-        "not_run": [],
+        "not_run": [{"what": name, "why": "not asked for (--parts)"} for name in absent],
     }
     limits = LIMITS | {name: float(seconds) for name, seconds in options.limit}
     (options.output / "logs").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.work) as work:
-        absent = [name for name in PARTS if name not in options.parts]
-        found["not_run"] += [{"what": name, "why": "not asked for (--parts)"} for name in absent]
         for name in (name for name in PARTS if name in options.parts):
             part = Part(name, limits[name], options, machine, Path(work))
             try:
                 PARTS[name](part)
             except Exception as error:  # whatever it is, the other parts go on
                 part.add(Check("this part's own steps", FAILED, note=f"{type(error).__name__}: {error}"))
-            found["parts"][name] = part.result()
+            result = found["parts"][name] = part.result()
+            part.missing += [(check.name, check.note) for check in part.checks if check.outcome == NOT_RUN]
             found["not_run"] += [{"what": what, "why": why} for what, why in part.missing]
-            found["not_run"] += [
-                {"what": check.name, "why": check.note} for check in part.checks if check.outcome == NOT_RUN
-            ]
             found["seconds"] = time.monotonic() - begin
-            write(options.output, found)  # after each part, should the machine be taken away
-            print(
-                f"{name}: {found['parts'][name]['outcome']}, {found['parts'][name]['seconds']:.0f} s",
-                flush=True,
-            )
+            # After each part, should the machine be taken away.
+            measuring.write_json(options.output / "report.json", found)
+            (options.output / "report.md").write_text(page(found), encoding="utf-8")
+            print(f"{name}: {result['outcome']}, {result['seconds']:.0f} s", flush=True)
     return found
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    measuring.write_json(folder / "report.json", found)
-    (folder / "report.md").write_text(page(found), encoding="utf-8")
-
-
 def main() -> int:
-    parser = measuring.parser(__doc__)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("bench/gpu_check"))
-    parser.add_argument("--quick", action="store_true", help="small sizes; always so where there is no GPU")
-    parser.add_argument(
-        "--limit",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("PART", "SECONDS"),
-        help=f"of a part (default: {', '.join(f'{name} {seconds}' for name, seconds in LIMITS.items())})",
-    )
-    parser.add_argument("--commit", help="to name in the report, where git cannot tell")
-    parser.add_argument(
-        "--work", type=Path, metavar="DIR", help="for checkpoints (default: a temporary folder)"
-    )
+    parser = measuring.Parser(__doc__)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    add("--output", metavar="DIR", type=Path, default=Path("bench/gpu_check"))
+    add("--quick", action="store_true", help="small sizes; always so where there is no GPU")
+    limits = f"of a part (default: {', '.join(f'{name} {seconds}' for name, seconds in LIMITS.items())})"
+    add("--limit", nargs=2, action="append", default=[], metavar=("PART", "SECONDS"), help=limits)
+    add("--commit", help="to name in the report, where git cannot tell")
+    add("--work", type=Path, metavar="DIR", help="for checkpoints (default: a temporary folder)")
     options = parser.parse_args()
     options.output = options.output.absolute()
     if unknown := [name for name, _ in options.limit if name not in PARTS]:

@@ -50,6 +50,13 @@ class Check:
     figures: dict[str, Any] = field(default_factory=dict)
     command: str = ""
 
+    @property
+    def ok(self) -> bool:
+        return self.outcome == OK
+
+    def fail(self, note: str) -> None:
+        self.outcome, self.note = FAILED, note
+
 
 @dataclass
 class Done:
@@ -71,9 +78,8 @@ class Done:
         if self.returncode is None:
             return f"its limit is over, after {self.seconds:.0f} s"
         lines = [line.strip() for line in self.text.splitlines() if line.strip()]
-        telling = [
-            line for line in lines if re.match(r"(\[rank\d\]: )?(error: |[\w.]*(Error|Exception)\b)", line)
-        ]
+        error = r"(\[rank\d\]: )?(error: |[\w.]*(Error|Exception)\b)"
+        telling = [line for line in lines if re.match(error, line)]
         return f"exit status {self.returncode}: {(telling or lines or ['it printed nothing'])[-1][:300]}"
 
 
@@ -81,29 +87,19 @@ class Job:
     """A process of ours: ``python ARGUMENTS`` from the project's root, with a time limit."""
 
     def __init__(
-        self,
-        part: "Part",
-        name: str,
-        *arguments: object,
-        hide_te: bool = False,
-        on_cpu: bool = False,
-        environment: dict[str, str] | None = None,
+        self, part: "Part", name: str, *arguments: object, hide_te: bool = False, **environment: str
     ) -> None:
-        self.part, self.name = part, name
+        self.part, self.hide_te = part, hide_te
         self.arguments = [str(argument) for argument in arguments]
-        self.hide_te = hide_te
+        self.command = shlex.join(["python", *self.arguments])
         paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
-        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        self.environment |= environment or {}
-        if on_cpu:
-            self.environment["CUDA_VISIBLE_DEVICES"] = ""
-        if on_cpu or not part.machine["gpu"]:
+        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment
+        if not part.machine["gpu"] or not self.environment.get("CUDA_VISIBLE_DEVICES", "all"):
             self.environment.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
         self.process: subprocess.Popen[str] | None = None
         self.held = self.ended = False
-        self.logs = [
-            part.logs / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.{end}" for end in ("out", "err")
-        ]
+        stem = re.sub(r"[^a-z0-9]+", "-", name.lower())
+        self.logs = [part.logs / f"{stem}.{end}" for end in ("out", "err")]
 
     def start(self, hold: bool = False) -> None:
         """Start it; ``hold``: it imports Megatron and waits, so that others go on meanwhile."""
@@ -128,7 +124,7 @@ class Job:
         begin = time.monotonic()
         if seconds <= 0:
             self.end()
-            return Done(None, "", "", 0.0, self.command())
+            return Done(None, "", "", 0.0, self.command)
         if self.process is None:
             self.start()
         assert self.process
@@ -143,7 +139,7 @@ class Job:
             status = None
         self.end()
         output, errors = (log.read_text(errors="replace") for log in self.logs)
-        return Done(status, output, output + "\n" + errors, time.monotonic() - begin, self.command())
+        return Done(status, output, f"{output}\n{errors}", time.monotonic() - begin, self.command)
 
     def end(self) -> None:
         """End it and all that it started."""
@@ -152,9 +148,6 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-
-    def command(self) -> str:
-        return shlex.join(["python", *self.arguments])
 
 
 class Part:
@@ -179,45 +172,36 @@ class Part:
     def add(self, check: Check) -> Check:
         with self._lock:
             self.checks.append(check)
-            shown = "; ".join(
-                f"{name} {in_short(value)}" for name, value in check.figures.items() if is_shown(value)
-            )
-            parts = (
-                f"[{self.name}] {check.name}: {check.outcome}",
-                f"{check.seconds:.0f} s",
-                shown,
-                check.note,
-            )
-            print(", ".join(filter(None, parts)), flush=True)
+            said = [f"[{self.name}] {check.name}: {check.outcome}", f"{check.seconds:.0f} s"]
+            print(", ".join(filter(None, [*said, "; ".join(shown(check.figures)), check.note])), flush=True)
         return check
 
     def cannot(self, what: str, why: str) -> None:
         self.missing.append((what, why))
 
     def result(self) -> dict[str, Any]:
-        outcomes = [check.outcome for check in self.checks]
-        good = outcomes and all(outcome == OK for outcome in outcomes)
         return {
-            "outcome": OK if good else FAILED,
+            "outcome": OK if self.checks and all(check.ok for check in self.checks) else FAILED,
             "seconds": round(time.monotonic() - self.begin, 1),
             "limit": self.limit,
             "checks": [asdict(check) for check in self.checks],
         }
 
 
-def is_shown(value: Any) -> bool:
-    return isinstance(value, int | float | str)
-
-
-def in_short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def shown(figures: dict[str, Any]) -> list[str]:
+    """The figures that are single values, in short."""
+    return [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in figures.items()
+        if isinstance(value, int | float | str)
+    ]
 
 
 def from_run(done: Done, name: str, **figures: Any) -> Check:
     """A check of a process's end alone."""
     check = Check(name, seconds=done.seconds, command=done.command, figures=figures)
     if done.returncode != 0:
-        check.outcome, check.note = FAILED, done.reason()
+        check.fail(done.reason())
     return check
 
 
@@ -231,8 +215,9 @@ class Engine:
 
 
 def engines(machine: dict[str, Any]) -> list[Engine]:
+    """The ways to build layers that this machine has."""
     if not machine["te"]:
-        return [Engine("without TE")]
+        return [Engine("without TE" if machine["gpu"] else "CPU")]
     return [Engine("without TE", hide_te=True), Engine("with TE")]
 
 

@@ -7,19 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpu_check_jobs import (  # type: ignore[import-not-found]
-    FAILED,
-    GRAPHS,
-    HERE,
-    OK,
-    Check,
-    Done,
-    Engine,
-    Job,
-    Part,
-    engines,
-    from_run,
-)
+from gpu_check_jobs import GRAPHS, HERE, Job, Part, engines, from_run
 
 # A step of bench_step.py at a small size: of a GPU's default model, and of the CPU's.
 QUICK_STEPS = {
@@ -33,14 +21,12 @@ QUICK_STEPS = {
 def steps(part: Part) -> None:
     on_gpu = part.machine["gpu"]
     if not on_gpu:
-        part.cannot("steps in CUDA graphs, utilisation, kernel time", "no GPU")
+        part.cannot("steps of micro-batch 8 and in CUDA graphs, utilisation, kernel time", "no GPU")
     if not part.machine["te"]:
         part.cannot("steps with Transformer Engine", part.machine["no_te"])
     jobs: list[tuple[str, Job, Path]] = []
-    sizes = (4, 8) if on_gpu or not part.quick else (4,)
-    if len(sizes) == 1:
-        part.cannot("steps of micro-batch 8", "a small run on the CPU: one size is enough")
-    for engine in engines(part.machine) if on_gpu else [Engine("CPU")]:
+    sizes = (4, 8) if on_gpu else (4,)
+    for engine in engines(part.machine):
         for graphs in (False, True) if on_gpu else (False,):
             for size in sizes:
                 name = f"{engine.name}{', CUDA graphs' if graphs else ''}, micro-batch {size}"
@@ -55,9 +41,8 @@ def steps(part: Part) -> None:
         left = len(jobs) - number
         done = job.run(max(60.0, part.left() - 25 * (left - 1)))  # a share for those that are to come
         check = from_run(done, name)
-        if check.outcome == OK:
-            found = json.loads(output.read_text())
-            check.figures = step_figures(found)
+        if check.ok:
+            check.figures = step_figures(json.loads(output.read_text()))
         part.add(check)
 
 
@@ -79,10 +64,12 @@ def step_figures(found: dict[str, Any]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for kind, seconds in found["step_seconds"].items():
         profile, used = found["profiles"][kind], found["utilisation"][kind]
+        parts = ", ".join(f"{part} {milliseconds:.2f}" for part, milliseconds in profile["parts"].items())
         figures |= {
             f"{kind} step ms": seconds * 1e3,
             f"{kind} kernels ms": profile["kernel_ms"],
             f"{kind} launches": profile["launches"],
+            f"{kind} ms by part:": parts,
             f"{kind} gap": profile["gap"],
             f"{kind} utilisation": used,
             f"{kind} routers' share": found["router_share"][kind],
@@ -102,39 +89,37 @@ def kernels(part: Part) -> None:
         if not on_gpu:
             part.cannot("compiled kernels", "no GPU; Triton's interpreter ran them")
         check_kernels(part, place)
-    flags = ["--device", place, "--json"]
-    threads = ["--threads", 1] + (["--dtype", "bfloat16"] if on_gpu else [])
+    flags = ["--threads", 1] + (["--dtype", "bfloat16"] if on_gpu else [])
     few = ["--rounds", 5, "--tokens", 256, "--hidden-size", 256] if part.quick else []
-    done = Job(part, "router", HERE / "bench_router.py", *flags, *threads, *few).run()
-    part.add(read_json(from_run(done, "bench_router"), done, router_figures))
+    benchmark(part, "bench_router", router_figures, "--device", place, *flags, *few)
     few = ["--num-layers", 1, "--repeats", 3, "--warmup", 1] if part.quick else ["--repeats", 10]
-    done = Job(part, "keys", HERE / "bench_collect_keys.py", *flags, *few).run()
-    part.add(read_json(from_run(done, "bench_collect_keys"), done, key_figures))
+    benchmark(part, "bench_collect_keys", key_figures, "--device", place, *few)
 
 
 def check_kernels(part: Part, place: str) -> None:
     interpreter = {} if part.machine["gpu"] else {"TRITON_INTERPRET": "1"}
-    module = ("-m", "tests.layers.kernel_checks", place)
-    done = Job(part, "kernel checks", *module, environment=interpreter).run()
+    done = Job(part, "kernel checks", "-m", "tests.layers.kernel_checks", place, **interpreter).run()
     check = from_run(done, "kernels against their plain form")
     lines = re.findall(r"^(\w+): (.+)$", done.output, re.MULTILINE)
     check.figures = {"equal": sum(said == "ok" for _, said in lines), "of": len(lines)}
     wrong = [f"{name}: {said}" for name, said in lines if said != "ok"]
-    if check.outcome == OK and (wrong or not lines):
-        check.outcome, check.note = FAILED, "; ".join(wrong)[:1000] or "nothing was checked"
+    if check.ok and (wrong or not lines):
+        check.fail("; ".join(wrong)[:1000] or "nothing was checked")
     part.add(check)
 
 
-def read_json(check: Check, done: Done, figures: Callable[[dict[str, Any]], dict[str, Any]]) -> Check:
-    """Add the figures of a benchmark that ends by printing one JSON object."""
-    if check.outcome == OK:
-        start = re.search(r"^\{", done.output, re.MULTILINE)
-        if start is None:
-            check.outcome, check.note = FAILED, "it printed no figures"
-        else:
-            found = json.loads(done.output[start.start() :])
-            check.figures = figures(found) | {"report": found}
-    return check
+def benchmark(
+    part: Part, name: str, figures: Callable[[dict[str, Any]], dict[str, Any]], *flags: object
+) -> None:
+    """Run a benchmark, which ends by printing one JSON object."""
+    done = Job(part, name, HERE / f"{name}.py", "--json", *flags).run()
+    check, printed = from_run(done, name), re.search(r"^\{.*", done.output, re.MULTILINE | re.DOTALL)
+    if check.ok and printed is None:
+        check.fail("it printed no figures")
+    elif check.ok and printed:
+        found = json.loads(printed[0])
+        check.figures = figures(found) | {"report": found}
+    part.add(check)
 
 
 def router_figures(found: dict[str, Any]) -> dict[str, Any]:

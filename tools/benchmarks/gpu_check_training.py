@@ -7,21 +7,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import random_checkpoint  # type: ignore[import-not-found]
-from gpu_check_jobs import (  # type: ignore[import-not-found]
-    FAILED,
-    GRAPHS,
-    NOT_RUN,
-    OK,
-    Check,
-    Done,
-    Engine,
-    Job,
-    Part,
-    at_once,
-    engines,
-    from_run,
-)
+import random_checkpoint
+from gpu_check_jobs import GRAPHS, NOT_RUN, Check, Done, Engine, Job, Part, at_once, engines, from_run
 
 STEPS, HALF = 12, 6
 # The greatest relative difference between two runs' losses, at any step. At this learning rate runs in
@@ -56,24 +43,21 @@ class Training:
         self.moe = part.work / "moe"
         self.on_gpu: bool = part.machine["gpu"]
         self.workers = max(1, min(8, (os.cpu_count() or 1) // 2)) if self.on_gpu else 1
-        self.engines = engines(part.machine) if self.on_gpu else [Engine("CPU")]
-        self.whole: dict[str, Done] = {}  # the unbroken run of each engine
+        self.engines = engines(part.machine)
 
     def convert(self) -> bool:
         """Make the model; whether that went well."""
-        dense, statistics = self.part.work / "dense", self.part.work / "key_stats"
-        random_checkpoint.make_dense(dense, self.shape)
-        random_checkpoint.make_key_stats(statistics, self.shape)
+        dense, statistics = random_checkpoint.make(self.part.work, self.shape)
         convert = ("convert", dense, self.moe, "--key-stats", statistics, "--num-experts", 8)
         done = Job(self.part, "convert", "-m", "megatron_router_upcycling.cli", *convert).run()
-        return self.part.add(from_run(done, "convert a dense model")).outcome == OK
+        return self.part.add(from_run(done, "convert a dense model")).ok
 
     def job(
-        self, name: str, engine: Engine, *flags: object, on_cpu: bool = False, load: Path | None = None
+        self, name: str, engine: Engine, *flags: object, load: Path | None = None, **environment: str
     ) -> Job:
         given = (*length(self.sequence), "--load", load or self.moe, *TRAIN, *engine.flags, *flags)
-        module = "megatron_router_upcycling.pretrain"
-        return Job(self.part, name, "-m", module, *given, hide_te=engine.hide_te, on_cpu=on_cpu)
+        module = ("-m", "megatron_router_upcycling.pretrain")
+        return Job(self.part, name, *module, *given, hide_te=engine.hide_te, **environment)
 
     def half(self, engine: Engine) -> Path:
         """Where a run of this engine that ended half-way was saved."""
@@ -85,87 +69,75 @@ def train(part: Part) -> None:
     if not training.convert():
         part.cannot("training", "there is no converted model")
         return
-    kinds = training.engines
+    kinds, on_gpu, te = training.engines, training.on_gpu, part.machine["te"]
     local = Engine("with TE, --transformer-impl local", flags=("--transformer-impl", "local"))
-    beside = [local] if training.on_gpu and part.machine["te"] else []
-    on_cpu = Engine("CPU", hide_te=part.machine["te"])
-    jobs = {"CPU": training.job("train on the CPU", on_cpu, on_cpu=True)}
-    for engine in [*kinds, *beside] if training.on_gpu else []:
-        jobs[engine.name] = training.job(f"train {engine.name}", engine)
-    for engine in kinds if training.on_gpu else []:
-        jobs[f"{engine.name}, graphs"] = training.job(f"train {engine.name} in graphs", engine, *GRAPHS)
-    asynchronous = ("--async-save", "--async-strategy", "mcore") if training.on_gpu else ()
+    on_cpu = Engine("CPU", hide_te=te)
+    jobs = {"CPU": training.job("train on the CPU", on_cpu, CUDA_VISIBLE_DEVICES="")}
+    if on_gpu:
+        for engine in [*kinds, local] if te else kinds:
+            jobs[engine.name] = training.job(f"train {engine.name}", engine)
+        for engine in kinds:
+            jobs[f"{engine.name}, graphs"] = training.job(f"train {engine.name} in graphs", engine, *GRAPHS)
+    asynchronous = ("--async-save", "--async-strategy", "mcore") if on_gpu else ()
     for engine in kinds:
         save = ("--save", training.half(engine), "--save-interval", HALF, "--exit-interval", HALF)
         jobs[f"{engine.name}, half"] = training.job(f"half {engine.name}", engine, *save, *asynchronous)
     ran = at_once(jobs, training.workers)
 
     check_cpu(part, ran["CPU"])
-    for engine in [*kinds, *beside] if training.on_gpu else []:
-        check_engine(part, engine, ran)
-    training.whole = {engine.name: ran[engine.name] if training.on_gpu else ran["CPU"] for engine in kinds}
-    how = "while it trains" if training.on_gpu else "at once"
+    for name, done in ran.items():
+        if name.endswith(", graphs"):
+            check_graphs(part, name.removesuffix(", graphs"), ran)
+        elif name != "CPU" and not name.endswith(", half"):
+            part.add(held(done, f"train {name}", ran["CPU"], "the CPU's"))
+    how = "while it trains" if on_gpu else "at once"
     for engine in kinds:
-        half = ran[f"{engine.name}, half"]
-        check = from_run(half, f"save {how} and end at {HALF}, {engine.name}")
-        compare(check, half, training.whole[engine.name], "the unbroken run's", range(1, HALF + 1))
-        part.add(check)
-    check_exports(training, go_on(training))
+        half, title = ran[f"{engine.name}, half"], f"save {how} and end at {HALF}, {engine.name}"
+        part.add(held(half, title, ran[engine.name], "the unbroken run's", range(1, HALF + 1)))
+    check_exports(training, resume(training, ran))
     say_what_training_lacked(part)
 
 
 def check_cpu(part: Part, cpu: Done) -> None:
     check = from_run(cpu, "train on the CPU")
-    if check.outcome == OK:
+    if check.ok:
         check.figures["losses"] = list(cpu.losses.values())
         if len(cpu.losses) != STEPS:
-            check.outcome, check.note = FAILED, f"{len(cpu.losses)} of {STEPS} steps"
+            check.fail(f"{len(cpu.losses)} of {STEPS} steps")
         elif not cpu.losses[STEPS] < 0.95 * cpu.losses[1]:  # 17 times what runs may differ by
-            check.outcome, check.note = FAILED, "it learns too little to tell one run from another"
+            check.fail("it learns too little to tell one run from another")
     part.add(check)
 
 
-def check_engine(part: Part, engine: Engine, ran: dict[str, Done]) -> None:
-    """A run on the GPU against the CPU's, and the same in CUDA graphs against it."""
-    every = range(1, STEPS + 1)
-    plain, graphs = ran[engine.name], ran.get(f"{engine.name}, graphs")
-    check = from_run(plain, f"train {engine.name}", losses=list(plain.losses.values()))
-    compare(check, plain, ran["CPU"], "the CPU's", every)
-    part.add(check)
-    if graphs is None:
-        return
+def check_graphs(part: Part, engine: str, ran: dict[str, Done]) -> None:
+    """A run in CUDA graphs against the same without."""
+    graphs = ran[f"{engine}, graphs"]
+    check = held(graphs, f"train {engine}, whole layers in CUDA graphs", ran[engine], "the plain run's")
     built = re.findall(r"built (\d+) cuda graph", graphs.text)
-    figures = {"graphs": int(built[-1]) if built else 0, "losses": list(graphs.losses.values())}
-    check = from_run(graphs, f"train {engine.name}, whole layers in CUDA graphs", **figures)
-    compare(check, graphs, plain, "the plain run's", every)
-    if check.outcome == OK and not built:
-        check.outcome, check.note = FAILED, "no graph was built"
+    check.figures["graphs"] = int(built[-1]) if built else 0
+    if check.ok and not built:
+        check.fail("no graph was built")
     part.add(check)
 
 
-def go_on(training: Training) -> dict[str, Engine]:
-    """Go on from an engine's own half and from the other's; return the folders of one engine alone."""
-    part, pairs = training.part, [(a, b) for a in training.engines for b in training.engines]
-    jobs = {}
-    for before, after in pairs:
+def resume(training: Training, ran: dict[str, Done]) -> dict[str, Engine]:
+    """Resume an engine's own half and the other's; return the folders of one engine alone."""
+    part, jobs = training.part, {}
+    pairs = {f"from {a.name} on {b.name}": (a, b) for a in training.engines for b in training.engines}
+    for name, (before, after) in pairs.items():
         if (training.half(before) / "latest_checkpointed_iteration.txt").is_file():
-            name = f"from {before.name} on {after.name}"
             save = ("--save", part.work / name, "--save-interval", STEPS)
             jobs[name] = training.job(name, after, *save, load=training.half(before))
-    resumed = at_once(jobs, training.workers)
-    ended = {}
-    for before, after in pairs:
-        name = f"from {before.name} on {after.name}"
-        if name not in resumed:
+        else:
             part.add(Check(f"resume {name}", NOT_RUN, note="there is no half to resume"))
-            continue
-        check = from_run(resumed[name], f"resume {name}", losses=list(resumed[name].losses.values()))
+    alone = {}
+    for name, done in at_once(jobs, training.workers).items():
+        before, after = pairs[name]
         against = "the unbroken run's" if before is after else "the plain run's"
-        compare(check, resumed[name], training.whole[after.name], against, range(HALF + 1, STEPS + 1))
-        part.add(check)
+        part.add(held(done, f"resume {name}", ran[after.name], against, range(HALF + 1, STEPS + 1)))
         if before is after:
-            ended[name] = after
-    return ended
+            alone[name] = after
+    return alone
 
 
 def length(sequence: int) -> tuple[object, ...]:
@@ -175,8 +147,6 @@ def length(sequence: int) -> tuple[object, ...]:
 def check_exports(training: Training, runs: dict[str, Engine]) -> None:
     """Export what was trained, and hold transformers' loss against Megatron's."""
     part, workers = training.part, training.workers
-    if "transformers" in part.machine["why"]:
-        part.cannot("transformers' loss of an exported model", part.machine["why"]["transformers"])
     export = ("-m", "megatron_router_upcycling.cli", "export-hf")
     exporting = {
         name: Job(part, f"export {name}", *export, part.work / name, part.work / f"hf {name}")
@@ -185,7 +155,8 @@ def check_exports(training: Training, runs: dict[str, Engine]) -> None:
     exported = at_once(exporting, workers)
     for name, done in exported.items():
         part.add(from_run(done, f"export-hf {name}"))
-    if "transformers" in part.machine["why"]:
+    if why := part.machine["why"].get("transformers"):
+        part.cannot("transformers' loss of an exported model", why)
         return
     # Megatron in float32 as well.
     flags = [flag for flag in TRAIN if flag not in ("--bf16", "--eval-iters", "0")]
@@ -201,14 +172,13 @@ def check_exports(training: Training, runs: dict[str, Engine]) -> None:
             )
     for name, done in at_once(jobs, workers).items():
         check = from_run(done, f"transformers' loss of the export {name}")
-        if check.outcome == OK:
+        if check.ok:
             found = json.loads((part.work / f"check {name}.json").read_text())
             check.figures = {"megatron": found["megatron"], "transformers": found["transformers"]}
             worst = abs(found["megatron"] - found["transformers"]) / found["transformers"]
             check.figures["difference"] = worst
             if not worst <= AGREE["transformers'"]:
-                check.outcome = FAILED
-                check.note = f"they differ by {worst:.2e}, more than {AGREE["transformers'"]:.0e}"
+                check.fail(f"they differ by {worst:.2e}, more than {AGREE["transformers'"]:.0e}")
         part.add(check)
 
 
@@ -220,27 +190,19 @@ def say_what_training_lacked(part: Part) -> None:
         part.cannot("training with Transformer Engine, and crossing over to it", part.machine["no_te"])
 
 
-def difference(found: dict[int, float], expected: dict[int, float], steps: Sequence[int]) -> float:
-    """The greatest relative difference of losses over ``steps``."""
-    absent = [step for step in steps if step not in found or step not in expected]
-    if absent:
-        raise ValueError(f"no loss of step {absent[0]}")
-    return max(abs(found[step] - expected[step]) / abs(expected[step]) for step in steps)
-
-
-def compare(check: Check, done: Done, expected: Done | None, against: str, steps: Sequence[int]) -> None:
-    """Hold a run's losses against another's; ``against`` is of ``AGREE``."""
-    if check.outcome != OK:
-        return
-    if expected is None or expected.returncode != 0:
-        check.outcome, check.note = FAILED, f"there are no losses to hold it against: {against}"
-        return
-    try:
-        worst = difference(done.losses, expected.losses, steps)
-    except ValueError as error:
-        check.outcome, check.note = FAILED, str(error)
-        return
-    check.figures[f"from {against}"] = worst
-    if not worst <= AGREE[against]:
-        check.outcome = FAILED
-        check.note = f"losses differ from {against} by {worst:.2e}, more than {AGREE[against]:.0e}"
+def held(
+    done: Done, name: str, expected: Done, against: str, steps: Sequence[int] = range(1, STEPS + 1)
+) -> Check:
+    """A run, its losses held against another's by their greatest relative difference."""
+    check = from_run(done, name, losses=list(done.losses.values()))
+    absent = [step for step in steps if step not in done.losses or step not in expected.losses]
+    if check.ok and expected.returncode != 0:
+        check.fail(f"there are no losses to hold it against: {against}")
+    elif check.ok and absent:
+        check.fail(f"no loss of step {absent[0]}")
+    elif check.ok:
+        worst = max(abs(done.losses[at] - expected.losses[at]) / abs(expected.losses[at]) for at in steps)
+        check.figures[f"from {against}"] = worst
+        if not worst <= AGREE[against]:
+            check.fail(f"losses differ from {against} by {worst:.2e}, more than {AGREE[against]:.0e}")
+    return check

@@ -31,7 +31,7 @@ class Usage(NamedTuple):
 
 
 class Commands:
-    """Commands that are measured by name, each perhaps several times."""
+    """Commands that are measured by name, each perhaps several times: the best time, the most memory."""
 
     def __init__(self) -> None:
         self.taken: dict[str, list[Usage]] = {}
@@ -40,26 +40,34 @@ class Commands:
         self.taken.setdefault(name, []).append(measure(*command))
 
     def seconds(self) -> dict[str, float]:
-        """Wall time, the best."""
         return {name: min(usage.seconds for usage in taken) for name, taken in self.taken.items()}
 
     def processor_seconds(self) -> dict[str, float]:
-        """Processor time, the least."""
         return {name: min(usage.processor_seconds for usage in taken) for name, taken in self.taken.items()}
 
     def peak_mb(self) -> dict[str, float]:
-        """Memory, the most."""
         return {name: max(usage.peak_mb for usage in taken) for name, taken in self.taken.items()}
 
-    def seconds_together(self, first: str, second: str) -> float:
-        """Wall time of two commands that were run one after the other, the best."""
-        pairs = zip(self.taken[first], self.taken[second], strict=True)
-        return min(one.seconds + other.seconds for one, other in pairs)
+    def against_copy(self, name: str, imports: str) -> dict[str, float]:
+        """A command without the imports that it begins with, beside ``cp -r`` and the ``sync`` after it."""
+        best, pairs = self.seconds(), zip(self.taken["cp -r"], self.taken["sync"], strict=True)
+        seconds = best[name] - best[imports]
+        copied = min(copy.seconds + sync.seconds for copy, sync in pairs)
+        return {
+            "seconds": seconds,
+            "ratio_to_cp": seconds / best["cp -r"],
+            "ratio_to_cp_and_sync": seconds / copied,
+        }
 
 
 def measure(*command: Any) -> Usage:
-    """Run a command; memory it may fill is made ready first."""
-    warm_memory()
+    """Run a command; memory it may fill is touched and given back first.
+
+    In a virtual machine, a page that was not used lately has to be fetched from the host. A command that is
+    the first to fill its page cache would be charged for that: up to ten times the time of the copy.
+    """
+    populate = f"mmap.mmap(-1, {WARM_BYTES}, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
+    subprocess.run([sys.executable, "-c", f"import mmap; {populate}"], check=False)
     start = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -70,23 +78,13 @@ def measure(*command: Any) -> Usage:
     return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
-def warm_memory() -> None:
-    """Touch memory, and give it back.
-
-    In a virtual machine, a page that was not used lately has to be fetched from the host first. A command
-    that is the first to fill its page cache would be charged for that: up to ten times the time of the copy.
-    """
-    populate = f"mmap.mmap(-1, {WARM_BYTES}, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
-    subprocess.run([sys.executable, "-c", f"import mmap; {populate}"], check=False)
-
-
 def aside(function: Any, *args: Any) -> None:
     """Call in a process of its own: what a process has used counts in the peak of those it starts."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=args)
     process.start()
     process.join()
     if process.exitcode:
-        raise SystemExit(process.exitcode)
+        raise RuntimeError(f"{function.__name__}: exit status {process.exitcode}")
 
 
 def all_bytes(folder: Path) -> int:
@@ -133,18 +131,17 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says a mistake in one line, as the commands do."""
+    """Its help is a benchmark's docstring; it says a mistake in one line, as the commands do."""
+
+    def __init__(self, description: str | None, **options: Any) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 
-def parser(description: str | None, **options: Any) -> argparse.ArgumentParser:
-    """A parser whose help is a benchmark's docstring."""
-    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-
-def add_size_flags(parser: argparse.ArgumentParser) -> None:
+def add_size_flags(parser: Parser) -> None:
     """The sizes of Qwen1.5-0.5B, and how often to measure."""
     sizes = {"layers": 24, "hidden": 1024, "ffn": 2816, "vocabulary": 151936, "repeats": 3}
     for name, value in sizes.items():
@@ -152,9 +149,7 @@ def add_size_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(
-    parser: argparse.ArgumentParser,
-    run: Callable[[Path, argparse.Namespace], Any],
-    report: Callable[[Any], str],
+    parser: Parser, run: Callable[[Path, argparse.Namespace], Any], report: Callable[[Any], str]
 ) -> None:
     """Measure in a folder that is removed afterwards, print the report, and write the figures where asked."""
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
@@ -168,16 +163,20 @@ def main(
 
 def commit() -> str:
     """The commit of this project that is at work, with ``-dirty`` where files differ, or "unknown"."""
+    command, here = "git describe --always --dirty --abbrev=12 --exclude=*", Path(__file__).resolve().parent
     try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).resolve().parent,
-            capture_output=True,
-            text=True,
-        )
+        said = subprocess.run(command.split(), cwd=here, capture_output=True, text=True)
     except OSError:
         return "unknown"
     return said.stdout.strip() if said.returncode == 0 else "unknown"
+
+
+def processor() -> str:
+    """The processor's name and number of threads, where there is no GPU."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {os.cpu_count()} threads (no GPU)"
 
 
 def write_json(path: Path | None, found: Any) -> None:

@@ -1,13 +1,13 @@
 """Upcycle the straightforward way, to compare with: all of the model in memory, every expert a copy.
 
-    .venv/bin/python -m tools.benchmarks.plain_upcycle DENSE OUT --num-experts 8
+    .venv/bin/python tools/benchmarks/plain_upcycle.py DENSE OUT 8
 
-Reads a dense torch_dist checkpoint with PyTorch's own loader, repeats each FFN tensor, and writes with
-PyTorch's own writer. The routers are random. What it makes has the tensors of a Megatron checkpoint and no
-common state: it is a measure of time and memory, not for training.
+Reads a dense torch_dist checkpoint (an iteration's folder) with PyTorch's own loader, repeats each FFN
+tensor, and writes with PyTorch's own writer. The routers are random. What it makes has the tensors of a
+Megatron checkpoint and no common state: it is a measure of time and memory, not for training.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -37,15 +37,6 @@ def upcycle(dense: Path, out: Path, num_experts: int) -> None:
     save_checkpoint(state, storage_writer=FileSystemWriter(out), no_dist=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("dense", type=Path, help="an iteration's folder")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--num-experts", type=int, default=8)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    upcycle(options.dense, options.out, options.num_experts)
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    upcycle(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measuring
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -17,6 +19,14 @@ class Shape:
     heads: int = 16
     groups: int = 16
     head_size: int = 64
+
+
+def make(work: Path, shape: Shape) -> tuple[Path, Path]:
+    """A dense checkpoint and key statistics in ``work``, made in processes of their own."""
+    dense, statistics = work / "dense", work / "key_stats.safetensors"
+    measuring.aside(make_dense, dense, shape)
+    measuring.aside(make_key_stats, statistics, shape)
+    return dense, statistics
 
 
 def make_dense(root: Path, shape: Shape) -> None:

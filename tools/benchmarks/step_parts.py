@@ -35,7 +35,7 @@ WORDS = {
         "c10d",
         "nccl",
         "multi_tensor",
-        "linalg_vector_norm",
+        "_vector_norm",
     ),
 }
 KERNEL_WORDS = {"rotary embedding": ("_rotary", "rope")}
@@ -78,11 +78,9 @@ def measure(
     on_gpu = torch.cuda.is_available()
     wall = []
     for _ in range(runs):
-        _synchronize()
-        start = time.perf_counter()
+        start = _now()
         step()
-        _synchronize()
-        wall.append((time.perf_counter() - start) * 1e3)
+        wall.append((_now() - start) * 1e3)
     hooks = label(model) if labelled else []
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
@@ -90,11 +88,11 @@ def measure(
     try:
         with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             step()
-            _synchronize()
+            _now()
     finally:
         for hook in hooks:
             hook.remove()
-    parts, kernels, launches = _attribute(profile.events(), on_gpu)
+    parts, times, counts = _attribute(profile.events(), on_gpu)
     if not labelled:
         parts[IN_GRAPHS] = parts[OTHER]
         del parts[OTHER]
@@ -103,39 +101,40 @@ def measure(
     return {
         "wall_ms": middle,
         "kernel_ms": total,
-        "launches": launches,
+        "launches": counts.total(),
         "gap": middle / total - 1 if on_gpu and total else None,
         "parts": dict(parts.most_common()),
-        "kernels": {name: [ms, count] for name, (ms, count) in kernels.items()},
+        "kernels": {name: [milliseconds, counts[name]] for name, milliseconds in times.most_common(40)},
     }
 
 
-def _synchronize() -> None:
+def _now() -> float:
+    """Seconds, when all that was asked of the GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def _attribute(events: Any, on_gpu: bool) -> tuple[Counter[str], dict[str, tuple[float, int]], int]:
+def _attribute(events: Any, on_gpu: bool) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """Milliseconds by part of the model and by kernel, and how often each kernel was launched."""
     forward: dict[int, str] = {}  # an operation's number -> its part
     for event in events:
         if event.sequence_nr >= 0 and not _is_backward(event) and (part := _label_of(event)):
             forward.setdefault(event.sequence_nr, part)
     parts: Counter[str] = Counter()
-    kernels: dict[str, tuple[float, int]] = {}
-    launches = 0
+    times: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for event in events:
         if not str(event.device_type).endswith("CPU"):
             continue
-        own = [(k.name, k.duration / 1e3) for k in event.kernels] if on_gpu else []
-        if not on_gpu and not event.name.startswith(LABEL):
-            own = [(event.name, event.self_cpu_time_total / 1e3)]
+        own = [(kernel.name, kernel.duration / 1e3) for kernel in event.kernels]
+        if not on_gpu:
+            own = [] if event.name.startswith(LABEL) else [(event.name, event.self_cpu_time_total / 1e3)]
         for name, milliseconds in own:
             parts[_part(event, name, forward)] += milliseconds
-            so_far = kernels.get(name, (0.0, 0))
-            kernels[name] = (so_far[0] + milliseconds, so_far[1] + 1)
-            launches += 1
-    most = sorted(kernels.items(), key=lambda item: -item[1][0])[:40]
-    return parts, dict(most), launches
+            times[name] += milliseconds
+            counts[name] += 1
+    return parts, times, counts
 
 
 def _ancestors(event: Any) -> Any:

@@ -47,10 +47,7 @@ def megatron_loss(argv: list[str]) -> tuple[float, list[Batch], Any]:
         return loss, num_tokens, report
 
     language_model.get_batch, language_model.loss_func = keep_batch, add_loss
-    try:
-        train.train(run)
-    finally:
-        language_model.get_batch, language_model.loss_func = get_batch, loss_func
+    train.train(run)
     return float(sums[0] / sums[1]), batches, run.args
 
 
@@ -59,11 +56,9 @@ def exported_loss(model: torch.nn.Module, batches: list[Batch]) -> float:
     """Mean loss of a transformers model over ``batches``, in nats a token."""
     total, count = 0.0, 0.0
     for batch in batches:
-        logits = model(batch["tokens"]).logits.float()  # [batch, sequence, vocabulary]
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch["labels"].flatten(), reduction="none"
-        )
-        total += float((losses.double() * batch["loss_mask"].flatten()).sum())
+        logits = model(batch["tokens"]).logits.float().transpose(1, 2)  # [batch, vocabulary, sequence]
+        losses = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+        total += float((losses.double() * batch["loss_mask"]).sum())
         count += float(batch["loss_mask"].sum())
     return total / count
 
@@ -91,9 +86,7 @@ def continuations(model: Any, batches: list[Batch], tokenizer_model: str | None)
     return written
 
 
-def in_fresh_process(
-    folder: str, batches: list[Batch], tokenizer_model: str | None
-) -> tuple[float, list[dict[str, str]]]:
+def in_fresh_process(folder: str, batches: list[Batch], tokenizer_model: str | None) -> tuple[float, Any]:
     """Loss and continuations of the model in ``folder``, as transformers loads it."""
     from transformers import AutoModelForCausalLM
 

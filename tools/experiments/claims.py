@@ -10,7 +10,6 @@ is not known.
 
 import hashlib
 import json
-import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +17,7 @@ from pathlib import Path
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import write_whole
-from tools.experiments.comparison import Claim, Comparison
-from tools.experiments.plan import run_name
+from tools.experiments.comparison import Claim, Comparison, run_name
 
 NAME = "claims.json"
 
@@ -43,23 +41,16 @@ class Seen:
         if not self.is_late:
             return ""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.time))
+        begun = zip(claim.runs, (self.better_begun, self.than_begun), strict=True)
+        known = " and ".join(f"{count or 'no'} run{'s' * (count != 1)} of {name}" for name, count in begun)
         both = self.better_begun and self.than_begun
-        known = f"{_runs(self.better_begun)} of {claim.better} and {_runs(self.than_begun)} of {claim.than}"
         kind = "added after looking" if both else "added when one side was known"
         return f" ({kind}: first seen {when}, when {known} had begun)"
 
 
-def _runs(count: int) -> str:
-    return f"{count or 'no'} run{'s' * (count != 1)}"
-
-
-def see(comparison: Comparison, output: Path) -> dict[Claim, Seen]:
-    """When each claim of ``comparison``, which works in ``output``, was first seen; now, if it never was.
-
-    Raises:
-        UserError: the file of earlier claims is damaged.
-    """
-    file = output / comparison.path.stem / NAME
+def see(comparison: Comparison) -> dict[Claim, Seen]:
+    """When each claim of ``comparison`` was first seen; now, if it never was."""
+    file = comparison.output / comparison.path.stem / NAME
     try:
         entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         seen = {digest: Seen(**entry["seen"]) for digest, entry in entries.items()}
@@ -68,9 +59,7 @@ def see(comparison: Comparison, output: Path) -> dict[Claim, Seen]:
     digests = {claim: _digest(claim, comparison) for claim in comparison.claims}
     for claim, digest in digests.items():
         if digest not in seen:
-            seen[digest] = Seen(
-                time.time(), *(_begun(name, comparison.runs[name], output) for name in claim.runs)
-            )
+            seen[digest] = Seen(time.time(), *(_begun(comparison, name) for name in claim.runs))
             entries[digest] = {"claim": asdict(claim), "seen": asdict(seen[digest])}
     if comparison.claims:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -87,12 +76,11 @@ def _digest(claim: Claim, comparison: Comparison) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _begun(name: str, config: Path, output: Path) -> int:
-    """Trainings that have begun in ``output`` under a run's name, or with its file under another name,
-    whatever they were then."""
-    named, begun = re.compile(re.escape(f"train-{run_name(name)}") + r"-\d+"), 0
-    for path in (output / "stages").glob("train-*.json"):
-        words = path.read_text(encoding="utf-8").split()
-        files = (Path(word).resolve() for word in words if word.endswith(config.suffix))
-        begun += bool(named.fullmatch(path.stem)) or config.resolve() in files
+def _begun(comparison: Comparison, name: str) -> int:
+    """Trainings that have begun under a run's name, whatever it was then, or with its configuration."""
+    config, begun = read_yaml(comparison.runs[name]), 0
+    for path in (comparison.output / "stages").glob("train-*.json"):
+        named = path.stem.rpartition("-")[0] == f"train-{run_name(name)}"
+        files = (Path(word) for word in path.read_text(encoding="utf-8").split() if word.endswith(".yaml"))
+        begun += named or any(file.is_file() and read_yaml(file) == config for file in files)
     return begun

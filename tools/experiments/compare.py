@@ -3,11 +3,11 @@
     make compare        or: .venv/bin/python -m tools.experiments.compare configs/compare/methods.yaml
     make compare ARGS=configs/compare/ablations.yaml
 
-The file lists runs by name, each the YAML that ``convert`` and ``pretrain`` are both given, seeds, and
-claims to look at. A corpus is prepared, a dense model trained and its keys collected, once for all
-comparisons in --output; then each run is converted and trained with each seed. A seed decides what is drawn
-at random in the conversion and the order of the data, so that with one seed all runs see the same batches in
-the same order, and differences between runs are taken seed by seed.
+The file lists runs by name, each the YAML that ``convert`` and ``pretrain`` are both given (a file, or its
+entries), seeds, and claims to look at. A corpus is prepared, a dense model trained and its keys collected,
+once for all comparisons in --output; then each run is converted and trained with each seed. A seed decides
+what is drawn at random in the conversion and the order of the data, so that with one seed all runs see the
+same batches in the same order, and differences between runs are taken seed by seed.
 
 A dense model of your own: ``checkpoint:`` and ``key_stats:`` in the file name what exists already,
 ``flags:`` has Megatron arguments for every run (data, tokenizer, budget), and ``launcher:`` is what starts a
@@ -58,20 +58,8 @@ def collect(pipeline: Pipeline, plan: Plan) -> tuple[list[RunResult], dict[tuple
     return results, failures
 
 
-def dense_loss(plan: Plan) -> float | None:
-    """The held-out loss of the dense model, where the comparison trains it."""
-    if plan.foundation is None:
-        return None
-    end = held_out(files.read(plan.foundation.dense.output / files.RUN))
-    return end["lm_loss"] if end else None
-
-
 def choose_runs(text: str | None, comparison: Comparison) -> list[str]:
-    """The runs that ``--runs`` names, all without it. Names may have commas in them.
-
-    Raises:
-        UserError: there is no such run.
-    """
+    """The runs that ``--runs`` names, all without it. Names may have commas in them."""
     if text is None:
         return list(comparison.runs)
     chosen, rest = [], text.strip()
@@ -85,31 +73,25 @@ def choose_runs(text: str | None, comparison: Comparison) -> list[str]:
 
 
 def choose_seeds(text: str | None, comparison: Comparison) -> list[int]:
-    """The seeds that ``--seeds`` names, all without it.
-
-    Raises:
-        UserError: one of them is not in the file.
-    """
+    """The seeds that ``--seeds`` names, all without it."""
     if text is None:
         return list(comparison.seeds)
-    words, known = text.split(","), {str(seed): seed for seed in comparison.seeds}
-    for word in words:
-        if word.strip() not in known:
-            raise UserError(f"--seeds {text}: name some of the file's, {','.join(known)}")
-    return [known[word.strip()] for word in words]
+    words, known = [word.strip() for word in text.split(",")], {str(seed): seed for seed in comparison.seeds}
+    if not set(words) <= known.keys():
+        raise UserError(f"--seeds {text}: name some of the file's, {','.join(known)}")
+    return [known[word] for word in words]
 
 
 def work(argv: list[str] | None) -> tuple[str, int]:
     args = _parser().parse_args(argv)
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: must be 1 or more")
-    comparison = read(args.comparison)
-    output = args.output or comparison.output / ("quick" if args.quick else "")
+    comparison = read(args.comparison, args.output, args.quick)
+    output, plan = comparison.output, Plan(comparison, args.quick)
     names, seeds = choose_runs(args.runs, comparison), choose_seeds(args.seeds, comparison)
-    plan = Plan(comparison, output, args.quick)
     chosen = [(name, seed) for name, seed in plan.runs() if name in names and seed in seeds]
     pipeline = Pipeline(output, environment())
-    seen = claims.see(comparison, output)
+    seen = claims.see(comparison)
     if not args.report_only:
         pipeline.run(plan.stages_of(chosen), shares(args.jobs, plan.ranks), keep_going=True)
     results, failed = collect(pipeline, plan)
@@ -117,31 +99,27 @@ def work(argv: list[str] | None) -> tuple[str, int]:
     if not results:
         why = failures[0] if failures else f"no run of {args.comparison} has ended there yet"
         raise UserError(f"--output {output}: {why}")
+    end = held_out(files.read(plan.foundation.dense.output / files.RUN)) if plan.foundation else None
+    dense = end["lm_loss"] if end else None
     folder = output / comparison.path.stem
-    text = report.write(comparison, results, folder, _again(args), seen, failures, dense_loss(plan))
-    saved = f"{folder}/report.md, results.json, loss_curves.png, differences.png; logs in {output}/logs"
+    text = report.write(comparison, results, folder, _again(args), seen, failures, dense)
+    text += f"\n\nSaved: {folder}/report.md, results.json and two pictures; logs in {output}/logs"
     if not args.report_only and not failed.keys().isdisjoint(chosen):
-        return f"{text}\n\nSaved: {saved}\nThe same command tries again what failed.", 1
-    return f"{text}\n\nSaved: {saved}", 0
+        return f"{text}\nThe same command tries again what failed.", 1
+    return text, 0
 
 
 def _parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", type=Path, metavar="FILE", help="such as configs/compare/methods.yaml")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="folder to work in (the file's output:, or compare; with --quick the folder quick in it)",
-    )
-    parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps: does it all run?")
-    parser.add_argument(
-        "--jobs", metavar="N", type=int, default=1, help="runs at a time, side by side (default: 1)"
-    )
-    parser.add_argument("--runs", metavar="A,B", help="these runs only (default: all)")
-    parser.add_argument("--seeds", metavar="1,2", help="these of the file's seeds only (default: all)")
-    parser.add_argument(
-        "--report-only", action="store_true", help="report what has ended so far, run nothing"
-    )
+    add = parser.add_argument
+    add("comparison", type=Path, metavar="FILE", help="such as configs/compare/methods.yaml")
+    folder = "folder to work in (the file's output:, or compare; with --quick the folder quick in it)"
+    add("--output", type=Path, help=folder)
+    add("--quick", action="store_true", help="a tiny model and a few steps: does it all run?")
+    add("--jobs", metavar="N", type=int, default=1, help="runs at a time, side by side (default: 1)")
+    add("--runs", metavar="A,B", help="these runs only (default: all)")
+    add("--seeds", metavar="1,2", help="these of the file's seeds only (default: all)")
+    add("--report-only", action="store_true", help="report what has ended so far, run nothing")
     return parser
 
 

@@ -1,6 +1,7 @@
 """A comparison's YAML file: what is compared, and the claims that its report answers."""
 
 import os
+import re
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import yaml
 
 from megatron_router_upcycling.config.yaml_files import read_yaml
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.evaluation.runner import parse_tasks
+from megatron_router_upcycling.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,14 @@ class Claim:
 class Comparison:
     """What the file says.
 
+    - ``runs``, ``dense``: YAML files; the dense model is trained first.
     - ``from_scratch``: the runs that are trained without a conversion; their files have the architecture.
     - ``paper``: the paper's figure for a run, in percent, where it has one.
     - ``corpus``: flags of prepare-data, where the dense model is trained first.
     - ``ranks``: processes of a run on this machine, where no ``launcher`` starts it.
     - ``tasks``: of ``evaluate``, asked of every trained model, which is exported for that; "" for none.
-    - ``output``: the folder to work in unless told otherwise. Runs that start from another dense model than
-      those of another file, or have other flags, need one of their own.
+    - ``output``: the folder to work in. Runs that start from another dense model than those of another file,
+      or have other flags, need one of their own.
     """
 
     path: Path
@@ -44,10 +47,10 @@ class Comparison:
     runs: dict[str, Path]
     seeds: tuple[int, ...]
     reference: str
+    output: Path
     from_scratch: tuple[str, ...] = ()
     dense: Path | None = None
     corpus: dict[str, Any] = field(default_factory=dict)
-    output: Path = Path("compare")
     ranks: int | None = None
     checkpoint: Path | None = None
     key_stats: Path | None = None
@@ -59,86 +62,96 @@ class Comparison:
     claims: tuple[Claim, ...] = ()
 
 
-def read(path: Path) -> Comparison:
+def read(path: Path, output: Path | None = None, quick: bool = False) -> Comparison:
     """Read and check a comparison's file; paths in it are relative to it.
 
-    Raises:
-        UserError: names the entry that cannot be.
+    A run, or the dense model, is the name of a YAML file or what such a file would say: its entries, which
+    are written to ``OUTPUT/configs``.
+
+    Args:
+        output: the folder to work in (default: the file's, or ``quick`` in it).
     """
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
-    if not isinstance(entries, dict) or not isinstance(entries.get("runs"), dict) or not entries["runs"]:
-        raise UserError(f"{path}: needs 'runs:', a mapping of names to YAML files")
-    known = [entry.name for entry in fields(Comparison) if entry.name != "path"]
-    for name in entries:
-        if name not in known:
-            raise UserError(f"{path}: unknown entry {name!r}; known: {', '.join(known)}")
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
 
-    def beside(name: Any) -> Path:
-        return Path(os.path.normpath(path.parent / str(name)))
-
-    def file(name: str) -> Path | None:
-        return beside(entries[name]) if name in entries else None
-
-    runs = {str(name): beside(config) for name, config in entries["runs"].items()}
-    for config in runs.values():
-        read_yaml(config)
-    seeds = tuple(entries.get("seeds", (1234,)))
-    if not seeds or not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise UserError(f"{path}: 'seeds:' must be a list of different whole numbers")
-    if ("dense" in entries) == ("checkpoint" in entries):
-        raise UserError(
-            f"{path}: needs either 'dense:', the YAML of a model to train first, or 'checkpoint:'"
-        )
-    if "checkpoint" in entries and "key_stats" not in entries:
-        raise UserError(f"{path}: 'checkpoint:' needs 'key_stats:' beside it")
-    for name in ("flags", "corpus"):
-        if not isinstance(entries.get(name, {}), dict):
-            raise UserError(f"{path}: '{name}:' must be a mapping of names to values")
-    if "corpus" in entries and "dense" not in entries:
-        raise UserError(f"{path}: 'corpus:' is for a dense model that is trained first; leave it out")
-    if "corpus" in entries and not {"train_tokenizer", "held_out"} <= entries["corpus"].keys():
-        raise UserError(
-            f"{path}: 'corpus:' needs 'train_tokenizer:' and 'held_out:', as prepare-data has them"
-        )
-    ranks = entries.get("ranks")
-    if ranks is not None and (type(ranks) is not int or ranks < 1):
-        raise UserError(f"{path}: 'ranks:' must be a whole number of processes, as 1")
-    tasks = str(entries.get("tasks", ""))
+    _check(entries, path)
+    tasks = str(entries.get("tasks") or "")
     try:
         parse_tasks(tasks or None)
+        claims = tuple(Claim(**claim) for claim in entries.get("claims", ()))
     except UserError as error:
         raise UserError(f"{path}: 'tasks:' is evaluate's {error}") from None
-    reference = entries.get("reference", next(iter(runs)))
-    try:
-        claims = tuple(Claim(**claim) for claim in entries.get("claims", ()))
     except TypeError:
         raise UserError(f"{path}: each of 'claims:' has 'better:', 'than:' and 'source:'") from None
-    from_scratch = tuple(entries.get("from_scratch", ()))
-    named = [reference, *from_scratch, *entries.get("paper", {})]
-    named += [run for claim in claims for run in claim.runs]
+    runs = {str(name): config for name, config in entries["runs"].items()}
+    reference, from_scratch = entries.get("reference", next(iter(runs))), entries.get("from_scratch", ())
+    named = [reference, *from_scratch, *entries.get("paper", {}), *(run for c in claims for run in c.runs)]
     for name in named:
         if name not in runs:
             raise UserError(f"{path}: {name!r} is none of the runs ({', '.join(runs)})")
-    return Comparison(
-        path=path,
-        title=entries.get("title", path.stem),
-        runs=runs,
-        seeds=seeds,
-        reference=reference,
-        from_scratch=from_scratch,
-        dense=file("dense"),
-        corpus=entries.get("corpus", {}),
-        output=Path(str(entries.get("output", "compare"))),
-        ranks=ranks,
-        checkpoint=file("checkpoint"),
-        key_stats=file("key_stats"),
-        launcher=tuple(shlex.split(entries["launcher"])) if "launcher" in entries else None,
-        flags=entries.get("flags", {}),
-        paper=entries.get("paper", {}),
-        paper_table=entries.get("paper_table", ""),
-        tasks=tasks,
-        claims=claims,
-    )
+    output = output or Path(str(entries.get("output", "compare"))) / ("quick" if quick else "")
+
+    def file(config: Any, name: str) -> Path:
+        if isinstance(config, dict):
+            return _write_config(config, path.parent, output / "configs" / f"{run_name(name)}.yaml")
+        return Path(os.path.normpath(path.parent / str(config)))
+
+    runs = {name: file(config, name) for name, config in runs.items()}
+    for config in runs.values():
+        read_yaml(config)
+    starts = entries.keys() & {"dense", "checkpoint", "key_stats"}
+    paths = {name: file(entries[name], name) for name in starts}
+    worked_out = {
+        "path": path,
+        "title": entries.get("title", path.stem),
+        "runs": runs,
+        "seeds": tuple(entries.get("seeds", (1234,))),
+        "reference": reference,
+        "output": output,
+        "from_scratch": tuple(from_scratch),
+        "launcher": tuple(shlex.split(entries["launcher"])) if "launcher" in entries else None,
+        "tasks": tasks,
+        "claims": claims,
+    }
+    return Comparison(**entries | paths | worked_out)
+
+
+def _check(entries: Any, path: Path) -> None:
+    def need(good: Any, what: str) -> None:
+        if not good:
+            raise UserError(f"{path}: {what}")
+
+    runs = isinstance(entries, dict) and entries.get("runs")
+    need(runs and isinstance(runs, dict), "needs 'runs:', a mapping of names to YAML files or their entries")
+    known = [entry.name for entry in fields(Comparison) if entry.name != "path"]
+    for name in entries:
+        need(name in known, f"unknown entry {name!r}; known: {', '.join(known)}")
+    seeds, ranks = entries.get("seeds", [1234]), entries.get("ranks", 1)
+    whole = isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)
+    need(whole and len(set(seeds)) == len(seeds), "'seeds:' must be a list of different whole numbers")
+    need(type(ranks) is int and ranks > 0, "'ranks:' must be a whole number of processes, as 1")
+    one_start = ("dense" in entries) != ("checkpoint" in entries)
+    need(one_start, "needs either 'dense:', the YAML of a model to train first, or 'checkpoint:'")
+    need("dense" in entries or "key_stats" in entries, "'checkpoint:' needs 'key_stats:' beside it")
+    for name in ("flags", "corpus"):
+        need(isinstance(entries.get(name, {}), dict), f"'{name}:' must be a mapping of names to values")
+    if "corpus" in entries:
+        need("dense" in entries, "'corpus:' is for a dense model that is trained first; leave it out")
+        prepared = {"train_tokenizer", "held_out"} <= entries["corpus"].keys()
+        need(prepared, "'corpus:' needs 'train_tokenizer:' and 'held_out:', as prepare-data has them")
+
+
+def _write_config(entries: dict[str, Any], folder: Path, file: Path) -> Path:
+    """Write the entries of a configuration, whose ``base:`` is relative to ``folder``, to ``file``."""
+    base = entries.get("base", [])
+    bases = [str((folder / name).resolve()) for name in ([base] if isinstance(base, str) else base)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, yaml.safe_dump(entries | {"base": bases}))
+    return file
+
+
+def run_name(name: str) -> str:
+    """A run's name as part of a file's."""
+    return re.sub(r"[^A-Za-z0-9.=]+", "-", name).strip("-")

@@ -3,15 +3,13 @@
     make demo        or: .venv/bin/python -m tools.experiments.demo [--output DIR] [--quick]
 
 Prepares a corpus, trains a small dense model on two processes, collects its key statistics, converts it by
-Router Upcycling and by vanilla upcycling (a random linear router), goes on training both with two-way
+Router Upcycling and by vanilla upcycling (a random linear router), trains both with two-way
 expert parallelism from the same data order, and compares them on held-out text: a comparison
 (``tools.experiments.compare``) with one seed, configs/compare/demo.yaml. The first is exported to Hugging
 Face format, loaded by transformers, held against Megatron and asked for a few lines.
 
-Every step is a command that is printed before it runs, with its output in DIR/logs. What is done is not done
-again; a run that was cut short goes on when the same command is given again.
-
-Ends with DIR/report.md, DIR/results.json and DIR/loss_curves.png.
+Every step is a command that is printed before it runs, with its output in DIR/logs. Finished steps are
+skipped: run the same command again to resume. Ends with DIR/report.md, results.json and loss_curves.png.
 """
 
 import json
@@ -21,12 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from megatron_router_upcycling.data import record
 from megatron_router_upcycling.errors import Parser
 from tools.experiments import pictures, report
 from tools.experiments.comparison import read
 from tools.experiments.foundation import Foundation, environment, flags, program
-from tools.experiments.plan import Plan, export
+from tools.experiments.plan import Plan, export_command
 from tools.experiments.results import RunResult, read_run
 from tools.experiments.stages import Pipeline, Stage, command_line, in_order
 
@@ -58,7 +58,9 @@ class Demonstration(Plan):
         return self.train(self.comparison.reference, self.comparison.seeds[0])
 
     def export_one(self) -> Stage:
-        return export("export", "export to Hugging Face format", self.exported(), self.output / "hf")
+        trained, folder = self.exported(), self.output / "hf"
+        command = export_command(trained, folder)
+        return Stage("export", "export to Hugging Face format", command, folder, after=(trained,))
 
     def check(self) -> Stage:
         exported, trained, found = self.export_one(), self.exported(), self.output / "check.json"
@@ -105,17 +107,10 @@ def collect(pipeline: Pipeline, plan: Demonstration) -> list[Model]:
     models = [Model("dense", result("dense", plan.comparison.seeds[0], dense))]
     for name, seed in plan.runs():
         converted, run = plan.convert(name, seed), result(name, seed, plan.train(name, seed))
-        models.append(
-            Model(
-                name,
-                run,
-                result(name, seed, plan.evaluate(name, seed)).held_out,
-                run.first_routing["load_max_over_mean"],
-                run.routing["load_max_over_mean"],
-                pipeline.record(converted)["seconds"],
-                *disk_use(converted.output, dense.output),
-            )
-        )
+        at_start = result(name, seed, plan.evaluate(name, seed)).held_out
+        first, last = (routing["load_max_over_mean"] for routing in (run.first_routing, run.routing))
+        seconds, size = pipeline.record(converted)["seconds"], disk_use(converted.output, dense.output)
+        models.append(Model(name, run, at_start, first, last, seconds, *size))
     return models
 
 
@@ -147,10 +142,10 @@ def table(models: list[Model]) -> str:
     return report.markdown(rows)
 
 
-def picture(models: list[Model], path: Path) -> None:
-    """Draw the loss curves on one time line: the dense model's first, the others' from its end on."""
+def picture(models: list[Model]) -> Figure:
+    """The loss curves on one time line: the dense model's first, the others' from its end on."""
     converted_at, last = models[0].run.steps, max(model.run.steps for model in models[1:])
-    figure, left, right = pictures.panels(4.6)
+    figure, (left, right) = pictures.panels(2, 4.6)
     shown: list[float] = []  # on the right: losses from the conversion on
     for model, (colour, width) in zip(models, STYLES, strict=True):
         start = 0 if model is models[0] else converted_at
@@ -173,35 +168,36 @@ def picture(models: list[Model], path: Path) -> None:
     right.set_xlim(converted_at * 0.9, (converted_at + last) * 1.02)
     right.set_ylim(min(shown) - margin, max(shown) + margin)
     right.set_title("from the conversion on", fontsize=10)
-    pictures.save(figure, path)
+    return figure
 
 
 def as_json(models: list[Model]) -> dict[str, Any]:
     """Everything that was measured, for other programs."""
-    rows = [asdict(model) | {"loss_at_end": model.run.held_out} for model in models]
-    return {
-        "models": [{name: value for name, value in row.items() if name != "run"} for row in rows],
-        "curves": {
-            model.name: {"training": model.training, "held_out": model.run.held_out, "last": model.run.steps}
-            for model in models
-        },
-    }
+    found: dict[str, Any] = {"models": [], "curves": {}}
+    for model in models:
+        row = asdict(model) | {"loss_at_end": model.run.held_out}
+        del row["run"]
+        found["models"].append(row)
+        curve = {"training": model.training, "held_out": model.run.held_out, "last": model.run.steps}
+        found["curves"][model.name] = curve
+    return found
 
 
 def describe(models: list[Model], check: dict[str, Any], vocabulary: int) -> str:
     """The table, what its columns are, and what ``check_export`` found, in Markdown."""
     dense, exported, *_ = models
-    note = (
-        f"{LEGEND}\nA guess at random would have a loss of {math.log(vocabulary):.4f}. The dense model was"
-        f" trained for {dense.run.steps} steps, each Mixture-of-Experts for {exported.run.steps} more on the"
-        " same data in the same order."
-    )
-    held = (
-        f"Exported to Hugging Face format, {exported.name}'s held-out loss is {check['transformers']:.6f} in"
-        f" transformers and {check['megatron']:.6f} in Megatron. It continues held-out text:"
-    )
     samples = "\n".join(f"- {said['prompt']!r} → {said['continuation']!r}" for said in check["samples"])
-    return "\n\n".join([table(models), note, held, samples])
+    return f"""{table(models)}
+
+{LEGEND}
+A guess at random would have a loss of {math.log(vocabulary):.4f}. The dense model was trained for
+{dense.run.steps} steps, each Mixture-of-Experts for {exported.run.steps} more on the same data in the same
+order.
+
+Exported to Hugging Face format, {exported.name}'s held-out loss is {check["transformers"]:.6f} in
+transformers and {check["megatron"]:.6f} in Megatron. It continues held-out text:
+
+{samples}"""
 
 
 def write(pipeline: Pipeline, plan: Demonstration) -> str:
@@ -211,7 +207,7 @@ def write(pipeline: Pipeline, plan: Demonstration) -> str:
     assert corpus, "the corpus was prepared by the first stage"
     check = json.loads(plan.check().output.read_text(encoding="utf-8"))
     text = describe(models, check, corpus.vocab_size)
-    picture(models, output / "loss_curves.png")
+    pictures.save(picture(models), output / "loss_curves.png")
     page = f"# Demonstration\n\n{text}\n\n![Loss curves](loss_curves.png)\n"
     (output / "report.md").write_text(page, encoding="utf-8")
     measured = as_json(models) | {"exported": check}
@@ -226,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> tuple[str, int]:
         args = parser.parse_args(argv)
-        plan = Demonstration(read(COMPARISON), args.output, args.quick)
+        plan = Demonstration(read(COMPARISON, args.output), args.quick)
         pipeline = Pipeline(args.output, environment())
         pipeline.run(plan.stages())
         text = write(pipeline, plan)

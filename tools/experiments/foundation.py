@@ -8,28 +8,22 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from tools.experiments.stages import Stage
 
-PACKAGE = "megatron_router_upcycling."
 NUM_RANKS = 2  # but one on a machine with a single GPU
 # What --quick changes: a model and a corpus just large enough to go through every step.
 CORPUS = {"source_library": True, "train_tokenizer": 4000, "held_out": 0.05}
 QUICK_CORPUS = {"train_tokenizer": 500, "held_out": 0.1, "max_bytes": 800_000}
 QUICK_MODEL = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 176, "kv_channels": 8}
 QUICK_RUN = {"train_iters": 6, "save_interval": 4, "eval_iters": 2, "log_interval": 2}
-QUICK_QUESTIONS = 20
-# And what it leaves as it is in the demonstration, where a comparison's file says otherwise.
-QUICK_SIZE = {
-    "micro_batch_size": 8,
-    "global_batch_size": 16,
-    "seq_length": 256,
-    "max_position_embeddings": 256,
-}
+# The demonstration's sizes, whatever a comparison's file says.
+QUICK_RUN |= {"micro_batch_size": 8, "global_batch_size": 16}
+QUICK_RUN |= {"seq_length": 256, "max_position_embeddings": 256}
 
 
 def flags(**entries: Any) -> tuple[str, ...]:
@@ -54,36 +48,32 @@ def program(name: str) -> str:
     return str((folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder) / name)
 
 
-def visible_gpus() -> list[str] | None:
-    """What CUDA_VISIBLE_DEVICES names; None where it is not set."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if chosen is None else [name for name in chosen.split(",") if name]
+def cli(*words: object, **options: Any) -> tuple[str, ...]:
+    """A command of ``router-upcycle``."""
+    return (program("router-upcycle"), *map(str, words), *flags(**options))
 
 
 @cache
-def num_gpus() -> int:
-    """GPUs that commands will see here."""
+def gpus() -> list[str]:
+    """The GPUs that commands will see here, as CUDA_VISIBLE_DEVICES names them."""
     if not shutil.which("nvidia-smi"):
-        return 0
+        return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    installed = sum(line.startswith("GPU ") for line in listed.splitlines())
-    chosen = visible_gpus()
-    return installed if chosen is None else min(installed, len(chosen))
+    installed = [line for line in listed.splitlines() if line.startswith("GPU ")]
+    every = ",".join(map(str, range(len(installed))))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    return [name for name in chosen if name][: len(installed)]
 
 
 def num_ranks() -> int:
     """Two, on two GPUs or the CPU; one where there is a single GPU, which two cannot share."""
-    return 1 if num_gpus() == 1 else NUM_RANKS
+    return 1 if len(gpus()) == 1 else NUM_RANKS
 
 
-def torchrun(module: str, ranks: int) -> tuple[str, ...]:
-    """Run ``module`` on so many ranks of this machine."""
-    return (program("torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", module)
-
-
-def on_ranks(ranks: int) -> tuple[str, ...]:
-    """What a model with experts needs beside its file, which spreads them over two ranks."""
-    return flags(expert_model_parallel_size=1) if ranks == 1 else ()
+def torchrun(module: str, ranks: int, launcher: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """Run a module of the package on so many ranks of this machine, unless another launcher starts it."""
+    here = (program("torchrun"), "--standalone", "--nproc-per-node", str(ranks))
+    return (*(launcher or here), "-m", f"megatron_router_upcycling.{module}")
 
 
 def environment() -> dict[str, str]:
@@ -99,10 +89,10 @@ def shares(jobs: int, ranks: int) -> list[dict[str, str]]:
 
     A single GPU, and as many GPUs as a command has ranks, are for all of them.
     """
-    if jobs == 1 or num_gpus() <= ranks:
+    found = gpus()
+    if jobs == 1 or len(found) <= ranks:
         return [{} for _ in range(jobs)]
-    gpus = (visible_gpus() or [str(number) for number in range(num_gpus())])[: num_gpus()]
-    turns = [[gpus[(job * ranks + rank) % len(gpus)] for rank in range(ranks)] for job in range(jobs)]
+    turns = [[found[(job * ranks + rank) % len(found)] for rank in range(ranks)] for job in range(jobs)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(turn)} for turn in turns]
 
 
@@ -112,9 +102,9 @@ class Foundation:
 
     output: Path
     dense_config: Path
-    quick: bool = False
-    ranks: int = field(default_factory=num_ranks)
-    corpus_flags: dict[str, Any] = field(default_factory=lambda: CORPUS)
+    quick: bool
+    ranks: int
+    corpus_flags: dict[str, Any]
 
     @property
     def data(self) -> Path:
@@ -124,28 +114,17 @@ class Foundation:
     @cached_property
     def corpus(self) -> Stage:
         folder = self.output / "corpus"
-        corpus = self.corpus_flags | (QUICK_CORPUS if self.quick else {})
-        options = flags(**corpus, output=folder / "text", overwrite=True, quiet=True)
-        return Stage(
-            "corpus",
-            "prepare the corpus: a tokenizer, training and held-out documents",
-            (program("router-upcycle"), "prepare-data", *options),
-            folder,
-            resumes=True,
-        )
+        given = (self.corpus_flags or CORPUS) | (QUICK_CORPUS if self.quick else {})
+        command = cli("prepare-data", **given, output=folder / "text", overwrite=True, quiet=True)
+        title = "prepare the corpus: a tokenizer, training and held-out documents"
+        return Stage("corpus", title, command, folder, resumes=True)
 
     @cached_property
     def dense(self) -> Stage:
-        folder = self.output / "dense"
-        return Stage(
-            "dense",
-            "train the dense model",
-            (*torchrun(PACKAGE + "pretrain", self.ranks), *self.dense_flags, *flags(save=folder)),
-            folder,
-            (self.dense_config,),
-            (self.corpus,),
-            resumes=True,
-        )
+        folder, config = self.output / "dense", self.dense_config
+        command = (*torchrun("pretrain", self.ranks), *self.dense_flags, *flags(save=folder))
+        after = (self.corpus,)
+        return Stage("dense", "train the dense model", command, folder, (config,), after, resumes=True)
 
     def run_flags(self, run: str) -> tuple[str, ...]:
         """Flags of every run: its length where it is a quick one, and the data.
@@ -158,30 +137,18 @@ class Foundation:
             train_data_path=self.data,
             valid_data_path=f"{self.data}_held_out",
         )
-        return (*flags(**(QUICK_RUN | QUICK_SIZE if self.quick else {})), *data)
+        return (*flags(**(QUICK_RUN if self.quick else {})), *data)
 
     @property
     def dense_flags(self) -> tuple[str, ...]:
         model = flags(config=self.dense_config, **(QUICK_MODEL if self.quick else {}))
         return (*model, *self.run_flags("dense"))
 
-    def keys(self, source: str = "pre_rope") -> Stage:
-        """Collect the dense model's key statistics, before or after the rotary embedding."""
-        is_default = source == "pre_rope"
-        name = "key_stats" if is_default else f"key_stats_{source}"
+    def keys(self, source: str | None = None) -> Stage:
+        """Collect the dense model's key statistics, before the rotary embedding unless told otherwise."""
+        name = f"key_stats_{source}" if source else "key_stats"
         file = self.output / f"{name}.safetensors"
-        options = flags(
-            key_source=None if is_default else source,
-            load=self.dense.output,
-            output=file,
-            overwrite=True,
-            quiet=True,
-        )
-        return Stage(
-            name,
-            "collect the key statistics of the dense model" + ("" if is_default else f", {source}"),
-            (*torchrun(PACKAGE + "collect_keys", self.ranks), *self.dense_flags, *options),
-            file,
-            (self.dense_config,),
-            (self.dense,),
-        )
+        options = {"key_source": source, "load": self.dense.output, "output": file, "overwrite": True}
+        command = (*torchrun("collect_keys", self.ranks), *self.dense_flags, *flags(**options, quiet=True))
+        title = "collect the key statistics of the dense model" + (f", {source}" if source else "")
+        return Stage(name, title, command, file, (self.dense_config,), (self.dense,))

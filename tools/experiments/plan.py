@@ -1,43 +1,34 @@
 """The commands of a comparison: a few stages for each run, over those that make what all runs start from."""
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.config.yaml_files import read_yaml
-from tools.experiments.comparison import Comparison
-from tools.experiments.foundation import (
-    CORPUS,
-    PACKAGE,
-    QUICK_MODEL,
-    QUICK_QUESTIONS,
-    QUICK_RUN,
-    QUICK_SIZE,
-    Foundation,
-    flags,
-    num_ranks,
-    on_ranks,
-    program,
-    torchrun,
-)
+from tools.experiments.comparison import Comparison, run_name
+from tools.experiments.foundation import QUICK_MODEL, QUICK_RUN, Foundation, cli, flags, num_ranks, torchrun
 from tools.experiments.stages import Stage, in_order
+
+QUICK_QUESTIONS = 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The commands of a comparison in ``output``; runs nothing."""
+    """The commands of a comparison; runs nothing."""
 
     comparison: Comparison
-    output: Path
     quick: bool = False
+
+    @property
+    def output(self) -> Path:
+        return self.comparison.output
 
     @property
     def foundation(self) -> Foundation | None:
         """Where the file has a dense model to train: the stages that make it and its key statistics."""
-        config, corpus = self.comparison.dense, self.comparison.corpus or CORPUS
-        return Foundation(self.output, config, self.quick, self.ranks, corpus) if config else None
+        dense, corpus = self.comparison.dense, self.comparison.corpus
+        return Foundation(self.output, dense, self.quick, self.ranks, corpus) if dense else None
 
     @property
     def ranks(self) -> int:
@@ -57,97 +48,65 @@ class Plan:
         return in_order(last(*run) for run in runs)
 
     def convert(self, name: str, seed: int) -> Stage:
-        config, run = self.comparison.runs[name], _folder_name(name, seed)
-        dense, key_stats, after = self._start(config)
-        folder = self.output / "converted" / run
-        options = flags(config=config, key_stats=key_stats, seed=seed, quiet=True)
-        return Stage(
-            f"convert-{run}",
-            f"{name}, seed {seed}: convert",
-            (program("router-upcycle"), "convert", str(dense), str(folder), *options),
-            folder,
-            (config,),
-            after,
-        )
+        config, folder = self.comparison.runs[name], self._folder("converted", name, seed)
+        dense, key_stats = self.comparison.checkpoint, self.comparison.key_stats
+        after: tuple[Stage, ...] = ()
+        if base := self.foundation:
+            source = read_yaml(config)["upcycling"].get("key_source", "pre_rope")
+            keys = base.keys(None if source == "pre_rope" else source)
+            dense, key_stats, after = base.dense.output, keys.output, (base.dense, keys)
+        command = cli("convert", dense, folder, config=config, key_stats=key_stats, seed=seed, quiet=True)
+        return self._stage("convert", name, seed, command, folder, (config,), after)
 
     def train(self, name: str, seed: int) -> Stage:
-        return self._pretrain("train", name, seed, "trained", resumes=True)
+        return self._pretrain("train", name, seed, "trained")
 
     def evaluate(self, name: str, seed: int) -> Stage:
         """The held-out loss before any training; no part of a comparison by itself."""
         return self._pretrain("evaluate", name, seed, "evaluated", skip_train=True)
 
     def export(self, name: str, seed: int) -> Stage:
-        run = _folder_name(name, seed)
-        title, folder = f"{name}, seed {seed}: export", self.output / "exported" / run
-        return export(f"export-{run}", title, self.train(name, seed), folder, "--modelling-code")
+        trained, folder = self.train(name, seed), self._folder("exported", name, seed)
+        command = export_command(trained, folder, modelling_code=True)
+        return self._stage("export", name, seed, command, folder, after=(trained,))
 
     def ask(self, name: str, seed: int) -> Stage:
         """The tasks of ``evaluate``, asked of the trained model."""
-        run, exported = _folder_name(name, seed), self.export(name, seed)
-        folder = self.output / "asked" / run
-        options = flags(
-            tasks=self.comparison.tasks,
-            limit=QUICK_QUESTIONS if self.quick else None,
-            batch_size=64,
-            trust_remote_code=True,  # the folder is our own, of a moment ago
-            output=folder,
-        )
-        return Stage(
-            f"ask-{run}",
-            f"{name}, seed {seed}: evaluate",
-            (program("router-upcycle"), "evaluate", str(exported.output), *options),
-            folder,
-            after=(exported,),
-        )
+        exported, folder = self.export(name, seed), self._folder("asked", name, seed)
+        limit = QUICK_QUESTIONS if self.quick else None
+        options = {"tasks": self.comparison.tasks, "limit": limit, "batch_size": 64, "output": folder}
+        # The folder is our own, of a moment ago.
+        command = cli("evaluate", exported.output, **options, trust_remote_code=True)
+        return self._stage("ask", name, seed, command, folder, after=(exported,))
 
-    def _pretrain(
-        self, verb: str, name: str, seed: int, save: str, resumes: bool = False, **more: Any
-    ) -> Stage:
-        config, run = self.comparison.runs[name], _folder_name(name, seed)
+    def _pretrain(self, verb: str, name: str, seed: int, done: str, skip_train: bool = False) -> Stage:
+        config, folder = self.comparison.runs[name], self._folder(done, name, seed)
         scratch, base = name in self.comparison.from_scratch, self.foundation
+        launcher = self.comparison.launcher
         converted = None if scratch else self.convert(name, seed)
         after = (converted,) if converted else (base.corpus,) if base else ()
-        folder, module = self.output / save / run, PACKAGE + "pretrain"
-        launcher = self.comparison.launcher
-        own = {"seed": seed, "load": converted and converted.output, "save": folder, **more}
+        own = {"seed": seed, "load": converted and converted.output, "save": folder, "skip_train": skip_train}
         own |= QUICK_MODEL if scratch and self.quick else {}
-        cache = {} if base else {"data_cache_path": self.output / "data_cache" / run}
-        given = {
-            name: value
-            for name, value in self.comparison.flags.items()
-            if not (base and self.quick and name in QUICK_RUN | QUICK_SIZE)
-        }
+        cache = {} if base else {"data_cache_path": self.output / "data_cache" / folder.name}
+        shortened = QUICK_RUN if base and self.quick else {}
+        given = {flag: value for flag, value in self.comparison.flags.items() if flag not in shortened}
+        # The methods' files spread the experts over two ranks.
+        alone = {"expert_model_parallel_size": 1} if self.ranks == 1 and not launcher else {}
         command = (
-            *((*launcher, "-m", module) if launcher else torchrun(module, self.ranks)),
+            *torchrun("pretrain", self.ranks, launcher),
             *flags(config=config),
-            *(base.run_flags(run) if base else ()),
-            *(() if launcher else on_ranks(self.ranks)),
-            *flags(**cache | given | own),
+            *(base.run_flags(folder.name) if base else ()),
+            *flags(**alone | cache | given | own),
         )
-        title = f"{name}, seed {seed}: {verb}"
-        return Stage(f"{verb}-{run}", title, command, folder, (config,), after, resumes)
+        return self._stage(verb, name, seed, command, folder, (config,), after, resumes=not skip_train)
 
-    def _start(self, config: Path) -> tuple[Path | None, Path | None, tuple[Stage, ...]]:
-        """The dense checkpoint and key statistics that a run starts from, and the stages that make them."""
-        base = self.foundation
-        if base is None:
-            return self.comparison.checkpoint, self.comparison.key_stats, ()
-        keys = base.keys(read_yaml(config)["upcycling"].get("key_source", "pre_rope"))
-        return base.dense.output, keys.output, (base.dense, keys)
+    def _folder(self, done: str, name: str, seed: int) -> Path:
+        return self.output / done / f"{run_name(name)}-{seed}"
+
+    def _stage(self, verb: str, name: str, seed: int, *rest: Any, **options: Any) -> Stage:
+        return Stage(f"{verb}-{run_name(name)}-{seed}", f"{name}, seed {seed}: {verb}", *rest, **options)
 
 
-def export(name: str, title: str, trained: Stage, folder: Path, *more: str) -> Stage:
+def export_command(trained: Stage, folder: Path, **options: Any) -> tuple[str, ...]:
     """Export what a stage trained to Hugging Face format."""
-    options = (*flags(dtype="float32", quiet=True), *more)
-    command = (program("router-upcycle"), "export-hf", str(trained.output), str(folder), *options)
-    return Stage(name, title, command, folder, after=(trained,))
-
-
-def run_name(name: str) -> str:
-    """A run's name as part of a file's."""
-    return re.sub(r"[^A-Za-z0-9.=]+", "-", name).strip("-")
-
-
-def _folder_name(name: str, seed: int) -> str:
-    return f"{run_name(name)}-{seed}"
+    return cli("export-hf", trained.output, folder, dtype="float32", quiet=True, **options)

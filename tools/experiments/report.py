@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -10,12 +10,13 @@ from megatron_router_upcycling.files import versions
 from tools.experiments import pictures
 from tools.experiments.claims import Seen
 from tools.experiments.comparison import Claim, Comparison
-from tools.experiments.intervals import CONFIDENCE, interval
 from tools.experiments.results import (
+    CONFIDENCE,
     RunResult,
     answer_differences,
     crossings,
     differences,
+    interval,
     training_differences,
 )
 
@@ -37,43 +38,26 @@ VERDICTS = (
 NAMED = 3  # crossings of two curves; where there are more, they are noise
 
 
-@dataclass(frozen=True)
-class Spread:
+def spread(values: Sequence[float]) -> str:
     """Mean and sample standard deviation over seeds; of one seed the latter is unknown."""
-
-    mean: float
-    deviation: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def verdict(
     claim: Claim, results: Sequence[RunResult], judged: int = 1, seen: Seen | None = None
 ) -> list[str]:
-    """A row of ``VERDICTS``: a claim is shown, not shown or contradicted at this scale, or not judged.
-
-    Args:
-        judged: the number of claims that are judged beside each other.
-        seen: what was known when the claim was first seen.
-    """
+    """A row of ``VERDICTS`` for a claim, one of so many that are judged."""
     found = differences(results, claim.better, claim.than)
-    word, difference, lower, of_all = "not judged", None, "", ""
+    word, difference, lower, of_all = "not judged", "", "", ""
     if len(found) > 1:
-        difference = interval(found)
-        sure = difference.excludes_zero
-        word = "not shown" if not sure else "**shown**" if difference.mean < 0 else "**contradicted**"
+        apart = interval(found)
+        difference, sure = str(apart), apart.excludes_zero
+        word = "not shown" if not sure else "**shown**" if apart.mean < 0 else "**contradicted**"
         lower = f"{sum(d < 0 for d in found)} of {len(found)}"
         if sure and judged > 1:
             of_all = "yes" if interval(found, 1 - (1 - CONFIDENCE) / judged).excludes_zero else "no"
     mark = seen.describe(claim) if seen else ""
-    cells = [f"{claim.better} < {claim.than}", claim.source, word + mark]
-    return [*cells, "" if difference is None else str(difference), lower, of_all]
+    return [f"{claim.better} < {claim.than}", claim.source, word + mark, difference, lower, of_all]
 
 
 def crossing(results: Sequence[RunResult], name: str, reference: str) -> str:
@@ -108,7 +92,7 @@ def table(comparison: Comparison, results: Sequence[RunResult]) -> str:
         against = differences(results, name, comparison.reference)
         first = [run.training[min(run.training)] for run in runs if run.training]
         count = f" ({len(runs)} of {len(comparison.seeds)} seeds)" * (len(runs) < len(comparison.seeds))
-        row = [name, str(Spread.of([run.held_out for run in runs])) + count]
+        row = [name, spread([run.held_out for run in runs]) + count]
         row.append("" if name == comparison.reference or not against else str(interval(against)))
         row.append(f"{mean(first):.4f}" if first else "")
         for key, (_, form) in COLUMNS.items():
@@ -156,14 +140,11 @@ def write(
 ) -> str:
     """Write report.md, results.json and the pictures to ``folder``; return what report.md says.
 
-    Args:
-        seen: what was known when each claim was first seen.
-        failures: a sentence for each run that failed.
-        dense: the held-out loss of the dense model that was upcycled, where it is known.
+    ``failures``: a sentence for each run that failed. ``dense``: the dense model's held-out loss.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures.curves(comparison, results, folder / "loss_curves.png")
-    pictures.differences_over_tokens(comparison, results).savefig(folder / "differences.png", dpi=120)
+    pictures.save(pictures.curves(comparison, results), folder / "loss_curves.png")
+    pictures.save(pictures.differences_over_tokens(comparison, results), folder / "differences.png")
     seen = seen or {}
     judged = sum(len(differences(results, *claim.runs)) > 1 for claim in comparison.claims)
     verdicts = [verdict(claim, results, max(1, judged), seen.get(claim)) for claim in comparison.claims]
@@ -182,8 +163,10 @@ def write(
     ]
     text = "\n\n".join(filter(None, parts))
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
+    commits = sorted({result.commit for result in results})  # of this project, at which the runs began
+    made += f", commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     (folder / "report.md").write_text(
-        f"# {comparison.title}\n\nMade by `{command}` with {made}, {_commits(results)}.\n\n"
+        f"# {comparison.title}\n\nMade by `{command}` with {made}.\n\n"
         "![Differences over tokens](differences.png)\n\n"
         f"{text}\n\n![Loss curves](loss_curves.png)\n",
         encoding="utf-8",
@@ -202,51 +185,37 @@ def write(
     return text
 
 
-def _commits(results: Sequence[RunResult]) -> str:
-    """At which commits of this project the runs began."""
-    found = sorted({result.commit for result in results})
-    return f"commit{'s' * (len(found) > 1)} {', '.join(found)}"
-
-
 def _notes(
     comparison: Comparison, results: Sequence[RunResult], judged: int, late: int, dense: float | None
 ) -> str:
     """What the table's columns are and how claims are judged, as a list in Markdown."""
-    tokens = sorted({result.tokens for result in results})
+    after = " or ".join(f"{tokens:,}" for tokens in sorted({result.tokens for result in results}))
+    seeds, planned = ", ".join(map(str, comparison.seeds)), len(comparison.runs) * len(comparison.seeds)
     minutes = sum(result.seconds for result in results) / 60
-    after, seeds = (" or ".join(f"{n:,}" for n in tokens), ", ".join(map(str, comparison.seeds)))
     names = {result.name for result in results} - {comparison.reference}
     shown = sum(len(differences(results, name, comparison.reference)) > 1 for name in names)
     counts = {task: len(found) for result in results for task, found in result.answers.items()}
     notes = [
         f"Held-out loss: nats a token after {after} tokens, mean and standard deviation over seeds {seeds}."
-        f" {len(results)} of {len(comparison.runs) * len(comparison.seeds)} runs have ended; training took"
-        f" {minutes:.0f} minutes in all.",
+        f" {len(results)} of {planned} runs have ended; training took {minutes:.0f} minutes in all.",
+        dense is not None
+        and f"The dense model that was upcycled has a held-out loss of {dense:.5f}, over batches drawn by its"
+        " own seed; those of a run are drawn by the run's.",
         "Differences are taken seed by seed, and stand with their 95% interval (Student's t; two seeds or"
         " more), which reaches 2.5 standard deviations to each side with three seeds, and 9.0 with two.",
         "Busiest expert: its tokens over the mean. Like dead experts, dropped choices and the sum of a"
         " token's weights it is the mean over layers and seeds, at the end.",
-    ]
-    if dense is not None:
-        notes.insert(
-            1,
-            f"The dense model that was upcycled has a held-out loss of {dense:.5f}, over batches drawn by its"
-            " own seed; those of a run are drawn by the run's.",
-        )
-    for task, count in counts.items():
-        notes.append(
+        *(
             f"{task}: right answers to {count:,} questions, mean over seeds. The interval of its difference"
             " is over questions, each with its mean over seeds."
-        )
-    if comparison.claims:
-        notes.append(
-            "A claim is shown or contradicted if the 95% interval leaves out 0; the last column says whether"
-            " a wider interval does so too, which allows for the number of claims (Bonferroni)."
-            f" {judged} of {len(comparison.claims)} claims could be judged; {late} were added when something"
-            " of their runs was known, and are marked."
-        )
-    notes.append(
+            for task, count in counts.items()
+        ),
+        comparison.claims
+        and "A claim is shown or contradicted if the 95% interval leaves out 0; the last column says whether"
+        " a wider interval does so too, which allows for the number of claims (Bonferroni)."
+        f" {judged} of {len(comparison.claims)} claims could be judged; {late} were added when something"
+        " of their runs was known, and are marked.",
         f"Comparisons made: {shown} intervals in the table and {judged} of claims; of 20 such intervals one"
-        " is expected to miss."
-    )
-    return "\n".join(f"- {note}" for note in notes)
+        " is expected to miss.",
+    ]
+    return "\n".join(f"- {note}" for note in notes if note)

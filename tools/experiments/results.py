@@ -1,19 +1,23 @@
-"""What the runs of a comparison found: losses and routing, and differences between two runs.
+"""What the runs of a comparison found: losses and routing, differences between two runs, and intervals.
 
 Differences are taken seed by seed: with one seed both saw the same data in the same order.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
+
+from scipy import stats
 
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.run_log import files
 
 ROUTING = ("load_max_over_mean", "dead_experts", "entropy", "weight_sum", "dropped_fraction")
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,6 @@ def read_run(
 
     Args:
         asked: what ``evaluate`` wrote of the trained model.
-
-    Raises:
-        UserError: it has no held-out loss.
     """
     lines = files.read(folder / files.RUN)
     end = held_out(lines)
@@ -122,3 +123,33 @@ def crossings(tokens: Sequence[int], found: Sequence[Sequence[float]]) -> list[f
         for (at, height), (later, other) in zip(curve, curve[1:], strict=False)
         if (height < 0) != (other < 0)
     ]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The mean of some values, at least one, and where the true mean lies; of one the ends are unknown."""
+
+    mean: float
+    ends: tuple[float, float] | None
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.ends is not None and (self.ends[0] > 0 or self.ends[1] < 0)
+
+    def __str__(self) -> str:
+        return f"{self:.4f}"
+
+    def __format__(self, form: str) -> str:
+        """``form`` is that of a number, without a sign: ".4f"."""
+        ends = f" [{self.ends[0]:+{form}}, {self.ends[1]:+{form}}]" if self.ends else ""
+        return f"{self.mean:+{form}}{ends}"
+
+
+def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Student's interval, of so much confidence, for the mean that ``values`` are drawn around."""
+    count, middle = len(values), mean(values)
+    if count < 2:
+        return Interval(middle, None)
+    # Standard errors to each side: 12.71 at 95% for two values.
+    half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * stdev(values) / math.sqrt(count)
+    return Interval(middle, (middle - half, middle + half))

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -39,10 +39,7 @@ PROGRESS = re.compile(r"\] iteration +(\d+)/ *(\d+) \|(?:.*?\| lm loss: (\S+) )?
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the pipeline.
-
-    ``resumes``: the command itself resumes from what its ``output`` folder holds.
-    """
+    """One command of the pipeline; ``resumes``: from what its ``output`` folder holds. ``files`` are YAML."""
 
     name: str
     title: str
@@ -54,30 +51,18 @@ class Stage:
 
 
 class Job:
-    """A stage at work, with one moving line on a terminal; side by side with others the line has its label.
+    """A stage at work, with a moving line on a terminal; ``place``: which share of the machine it has."""
 
-    ``place``: which of the shares of the machine it has, and so the line's.
-    """
-
-    def __init__(
-        self, stage: Stage, label: str, place: int, record: dict, process: subprocess.Popen[bytes]
-    ) -> None:
+    def __init__(self, stage: Stage, label: str, place: int, record: dict, process: subprocess.Popen[bytes]):
         self.stage, self.label, self.place, self.record, self.process = stage, label, place, record, process
         self.began = time.monotonic()
-        self.bar = tqdm(
-            desc=label, leave=False, disable=not sys.stderr.isatty(), bar_format=BAR, position=place
-        )
+        bar = "{desc} {n_fmt}/{total_fmt} |{bar:30}| {elapsed}{postfix}"
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(desc=label, leave=False, disable=hidden, bar_format=bar, position=place)
 
     def show(self, iteration: int, total: int | None, loss: str | None) -> None:
         self.bar.total, self.bar.n = total, iteration
         self.bar.set_postfix_str(f"loss {float(loss):.3f}" if loss else "")
-
-
-def say(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines above the moving ones."""
-    file = file or sys.stdout
-    with tqdm.external_write_mode(file=file):
-        print(*lines, sep="\n", file=file, flush=True)
 
 
 def in_order(stages: Iterable[Stage]) -> list[Stage]:
@@ -92,8 +77,8 @@ class Pipeline:
     """Runs stages in ``folder``: their records under ``stages/``, what they print under ``logs/``."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.folder = folder
-        self.environment = environment
+        self.folder, self.environment = folder, environment
+        self.jobs: list[Job] = []
         for name in ("stages", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -102,21 +87,14 @@ class Pipeline:
 
     def digest(self, stage: Stage) -> str:
         """Changes whenever the stage would do something else than before."""
-        digest = hashlib.sha256(json.dumps([__version__, *stage.command]).encode())
-        for path in stage.files:
-            digest.update(_content(path) + b"\0")
-        for earlier in stage.after:
-            record = self.record(earlier)
-            digest.update(f"{record['digest']} {record['finished']}\0".encode())
-        return digest.hexdigest()
+        configurations = [read_yaml(path) for path in stage.files]
+        earlier = [(record["digest"], record["finished"]) for record in map(self.record, stage.after)]
+        what = json.dumps([__version__, stage.command, configurations, earlier], sort_keys=True, default=str)
+        return hashlib.sha256(what.encode()).hexdigest()
 
     def record(self, stage: Stage) -> dict:
-        """The last run of the stage: its ``digest``, ``command``, ``seconds``, the ``commit`` of this project
-        that it began with, and when it ``finished``.
-
-        Empty before the first run; ``finished`` is None until the command has ended well. ``failed`` says why
-        it ended badly.
-        """
+        """Its last run: ``digest``, ``command``, ``seconds``, the ``commit`` that it began with, when it
+        ``finished`` (None unless well), and why it ``failed``. Empty before the first run."""
         try:
             return json.loads(self._record_file(stage).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
@@ -124,9 +102,8 @@ class Pipeline:
 
     def is_done(self, stage: Stage) -> bool:
         record = self.record(stage)
-        return (
-            bool(record.get("finished")) and record["digest"] == self.digest(stage) and stage.output.exists()
-        )
+        unchanged = bool(record.get("finished")) and record["digest"] == self.digest(stage)
+        return unchanged and stage.output.exists()
 
     def failure(self, stage: Stage) -> str | None:
         """Why the stage's last run ended badly, in one line; None where it did not, or is out of date."""
@@ -138,123 +115,95 @@ class Pipeline:
     def run(
         self, stages: list[Stage], shares: Sequence[dict[str, str]] = ({},), keep_going: bool = False
     ) -> None:
-        """Run what is not done yet, in order, as many stages at once as there are ``shares``.
-
-        A stage begins when all that it comes after has ended well.
+        """Run what is not done yet, each stage when all that it comes after has ended well.
 
         Args:
+            stages: with all that they come after.
             shares: what to add to the environment of the commands, for each of those side by side.
             keep_going: a command that fails ends no other; what comes after it is left out.
-
-        Raises:
-            UserError: a command failed, after the end of its log; or another process uses the folder.
         """
         with self._alone() as lock:
-            jobs: list[Job] = []
             try:
-                self._run(list(enumerate(stages, start=1)), shares, keep_going, lock, jobs)
+                self._run(stages, shares, keep_going, lock)
             finally:
-                for job in jobs:
+                for job in self.jobs:
                     job.process.send_signal(signal.SIGTERM)
-                for job in jobs:
+                while self.jobs:
+                    job = self.jobs.pop()
                     job.process.wait()
                     job.bar.close()
 
     def _run(
-        self,
-        waiting: list[tuple[int, Stage]],
-        shares: Sequence[dict[str, str]],
-        keep_going: bool,
-        lock: int,
-        jobs: list["Job"],
+        self, stages: list[Stage], shares: Sequence[dict[str, str]], keep_going: bool, lock: int
     ) -> None:
-        count, free = len(waiting), list(range(len(shares)))
-        unfinished = {stage.name for _, stage in waiting}  # waiting, at work, failed or behind what failed
-        failed: set[str] = set()
-        while True:
+        waiting = list(enumerate(stages, start=1))
+        free = list(range(len(shares)))
+        went_well: dict[str, bool] = {}  # stages that have ended, and False for those behind a failed one
+        while waiting or self.jobs:
             for number, stage in list(waiting):
-                before = {earlier.name for earlier in stage.after}
-                if before & failed:
-                    waiting.remove((number, stage))
-                    failed.add(stage.name)
-                elif free and not before & unfinished:
-                    waiting.remove((number, stage))
-                    label = f"[{number}/{count}] {stage.title}"
-                    if self.is_done(stage):
-                        say(f"{label}: done before" if len(shares) > 1 else f"{label}\n    done before")
-                        unfinished.discard(stage.name)
-                    else:
-                        place = free.pop(0)
-                        jobs.append(self._start(stage, label, place, shares, lock))
-            if not jobs:
-                return
-            time.sleep(0.3)
-            for job in list(jobs):
+                before = [went_well.get(earlier.name) for earlier in stage.after]
+                label = f"[{number}/{len(stages)}] {stage.title}"
+                if False in before:
+                    went_well[stage.name] = False
+                elif not free or not all(before):
+                    continue
+                elif self.is_done(stage):
+                    tqdm.write(f"{label}: done before")
+                    went_well[stage.name] = True
+                else:
+                    place = free.pop(0)
+                    self.jobs.append(self._start(stage, label, place, shares[place], lock))
+                waiting.remove((number, stage))
+            time.sleep(0.3 if self.jobs else 0)
+            for job in list(self.jobs):
                 job.show(*self._progress(job.stage))
                 if job.process.poll() is not None:
-                    jobs.remove(job)
+                    self.jobs.remove(job)
                     free = sorted([*free, job.place])
-                    if self._end(job, keep_going):
-                        unfinished.discard(job.stage.name)
-                    else:
-                        failed.add(job.stage.name)
+                    went_well[job.stage.name] = self._end(job, keep_going)
 
-    def _start(
-        self, stage: Stage, label: str, place: int, shares: Sequence[dict[str, str]], lock: int
-    ) -> "Job":
-        digest, record = self.digest(stage), self.record(stage)
-        goes_on = stage.resumes and record.get("digest") == digest and not record["finished"]
-        if not goes_on:
-            _remove(stage.output)
+    def _start(self, stage: Stage, label: str, place: int, share: dict[str, str], lock: int) -> Job:
+        record = self.record(stage)
+        began = {"digest": self.digest(stage), "command": shlex.join(stage.command), "commit": commit()}
+        if not stage.resumes or record.get("digest") != began["digest"] or record["finished"]:
+            if stage.output.is_dir() and not stage.output.is_symlink():
+                shutil.rmtree(stage.output)
+            else:
+                stage.output.unlink(missing_ok=True)
             self.log(stage).unlink(missing_ok=True)
-        record = {
-            "digest": digest,
-            "command": shlex.join(stage.command),
-            "commit": commit(),
-            "finished": None,
-            "seconds": None,
-        }
+        record = began | {"finished": None, "seconds": None}
         self._write(stage, record)
-        alone = len(shares) == 1
-        say(
-            f"{label}\n    {record['command']} > {self.log(stage)}"
-            if alone
-            else f"{label} > {self.log(stage)}"
-        )
+        tqdm.write(f"{label}\n    {record['command']} > {self.log(stage)}")
         with self.log(stage).open("ab") as log:
             process = subprocess.Popen(
                 stage.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self.environment | shares[place],
+                env=self.environment | share,
                 pass_fds=(lock,),
             )
-        return Job(stage, "   " if alone else label, place, record, process)
+        return Job(stage, label, place, record, process)
 
-    def _end(self, job: "Job", keep_going: bool) -> bool:
+    def _end(self, job: Job, keep_going: bool) -> bool:
         """Record how a command ended; whether it ended well."""
         job.bar.close()
-        stage, seconds = job.stage, time.monotonic() - job.began
-        status = job.process.returncode
+        stage, seconds, status = job.stage, time.monotonic() - job.began, job.process.returncode
         if not status:
             self._write(stage, job.record | {"finished": time.time(), "seconds": round(seconds, 2)})
             iteration, _, loss = self._progress(stage)
             reached = f"{iteration} iterations, loss {float(loss):.3f}, " if loss else ""
-            say(f"{job.label}{':' * bool(job.label.strip())} {reached}{seconds:.0f} s")
+            tqdm.write(f"{job.label}: {reached}{seconds:.0f} s")
             return True
         lines = self.log(stage).read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
         why = f"its command ended with status {status}" + (f" ({errors[-1]})" if errors else "")
         self._write(stage, job.record | {"failed": f"{why}; the whole log is {self.log(stage)}"})
-        say(*(errors or lines[-LOG_TAIL:]), file=sys.stderr)
-        message = (
-            f"{stage.name}: the command ended with status {status}; its whole log is {self.log(stage)};"
-            " giving the same command again goes on from here"
-        )
+        tqdm.write("\n".join(errors or lines[-LOG_TAIL:]), file=sys.stderr)
+        message = f"{stage.name}: the command ended with status {status}; its whole log is {self.log(stage)}"
         if not keep_going:
-            raise UserError(message)
-        say(f"failed: {message}", file=sys.stderr)
+            raise UserError(f"{message}; run the same command again to resume")
+        tqdm.write(f"failed: {message}", file=sys.stderr)
         return False
 
     def _progress(self, stage: Stage) -> tuple[int, int | None, str | None]:
@@ -277,17 +226,9 @@ class Pipeline:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(
-                    f"--output {self.folder}: another run is at work there; wait for it or end it"
-                ) from None
+                message = f"--output {self.folder}: another run is at work there; wait for it or end it"
+                raise UserError(message) from None
             yield file.fileno()
-
-
-def _content(path: Path) -> bytes:
-    """What a file says: of a configuration, its entries with those it builds on."""
-    if path.suffix == ".yaml":
-        return json.dumps(read_yaml(path), sort_keys=True, default=str).encode()
-    return path.read_bytes()
 
 
 def command_line(work: Callable[[], tuple[str, int]]) -> int:
@@ -298,6 +239,7 @@ def command_line(work: Callable[[], tuple[str, int]]) -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         text, status = work()
         print(f"\n{text}")
@@ -306,15 +248,5 @@ def command_line(work: Callable[[], tuple[str, int]]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command again to resume", file=sys.stderr)
         return 130
-
-
-BAR = "{desc} {n_fmt}/{total_fmt} |{bar:30}| {elapsed}{postfix}"
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -42,29 +42,28 @@ def is_inside(shape: Shape, box: Box) -> bool:
     )
 
 
-def faults(shape: Shape, boxes: Sequence[Box]) -> Iterator[tuple[int, Box]]:
+def faults(shape: Shape, boxes: Sequence[Box], prefix: Box = Box((), ())) -> Iterator[tuple[int, Box]]:
     """The parts of a tensor that are in no box, or in several: how many boxes, and where.
 
     Nothing for boxes that make up the tensor. Each box is inside ``shape``. The time taken grows with the
     number of boxes where they form a grid, as Megatron's do.
+
+    Args:
+        prefix: the slab along the first axes that ``boxes`` are of; the rest is looked at.
     """
-    if math.prod(shape):
-        yield from _faults(shape, boxes, Box((), ()))
-
-
-def _faults(shape: Shape, boxes: Sequence[Box], prefix: Box) -> Iterator[tuple[int, Box]]:
     axis = len(prefix.offsets)
+    if not math.prod(shape):
+        return
     if axis == len(shape) or not boxes:
         if len(boxes) != 1:
             rest = (0,) * (len(shape) - axis)
             yield len(boxes), Box(prefix.offsets + rest, prefix.sizes + shape[axis:])
         return
-    cuts = sorted(
-        {0, shape[axis], *(place for box in boxes for place in (box.offsets[axis], box.ends[axis]))}
-    )
+    places = {place for box in boxes for place in (box.offsets[axis], box.ends[axis])}
+    cuts = sorted({0, shape[axis], *places})
     slabs: list[list[Box]] = [[] for _ in cuts[1:]]
     for box in boxes:
         for slab in slabs[bisect_left(cuts, box.offsets[axis]) : bisect_left(cuts, box.ends[axis])]:
             slab.append(box)
     for low, high, within in zip(cuts, cuts[1:], slabs, strict=False):
-        yield from _faults(shape, within, Box((*prefix.offsets, low), (*prefix.sizes, high - low)))
+        yield from faults(shape, within, Box((*prefix.offsets, low), (*prefix.sizes, high - low)))

@@ -33,9 +33,6 @@ class FileRange(io.RawIOBase):
         self.position = offset + (0, self.position, self.blob.length)[whence]
         return self.position
 
-    def tell(self) -> int:
-        return self.position
-
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self.blob.length - self.position)]
         self.file.seek(self.blob.offset + self.position)
@@ -61,32 +58,20 @@ def iteration_dir(root: Path) -> Path:
 
 def locate(root: Path) -> tuple[Path, Path]:
     """A checkpoint's root, and the folder of its newest iteration, or of the one that ``root`` is itself."""
-    tracker = root / TRACKER
-    if not root.is_dir():
-        if there := _iterations(root.parent):
-            raise UserError(f"{root}: no such iteration; {root.parent} has {there}")
-        raise UserError(f"{root}: no such folder; name a checkpoint's root, the folder of {TRACKER}")
-    try:
-        text = tracker.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        if (root / METADATA).exists() or (root / CONFIG).exists() or any(root.glob("mp_rank_*")):
-            return root.absolute().parent, root
-        there = _iterations(root)
-        hint = f"name one of its iterations: {there}" if there else "name a checkpoint's root"
-        raise UserError(f"{root}: no checkpoint there (no {TRACKER}); {hint}") from None
-    if text != "release" and not (text.isdecimal() and len(text) < 20):
-        raise UserError(f"{tracker}: says {text[:40]!r} where an iteration or 'release' is expected")
-    folder = root / (text if text == "release" else f"iter_{int(text):07d}")
-    if not folder.is_dir():
-        there = _iterations(root)
-        hint = f"name another iteration: {there}" if there else "the checkpoint is incomplete"
-        raise UserError(f"{folder}: missing, though {tracker} names it; {hint}")
-    return root, folder
-
-
-def _iterations(root: Path) -> str:
-    """The iterations that ``root`` holds, in words; empty where there are none."""
-    return ", ".join(sorted(path.name for path in root.glob("*") if ITERATION.fullmatch(path.name)))
+    folder, tracker = root, root / TRACKER
+    if is_root := tracker.is_file():
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        if text != "release" and not (text.isdecimal() and len(text) < 20):
+            raise UserError(f"{tracker}: says {text[:40]!r} where an iteration or 'release' is expected")
+        folder = root / (text if text == "release" else f"iter_{int(text):07d}")
+    if any((folder / name).exists() for name in (METADATA, CONFIG)) or any(folder.glob("mp_rank_*")):
+        return root if is_root else root.absolute().parent, folder
+    there = {path.name for place in (root, folder.parent) for path in place.glob("*")}
+    iterations = ", ".join(sorted(filter(ITERATION.fullmatch, there)))
+    raise UserError(
+        f"{folder}: no checkpoint there; name a checkpoint's root, the folder of {TRACKER}, or an iteration"
+        f" ({iterations or 'there is none'})"
+    )
 
 
 def read_record(path: Path) -> bytes:
@@ -94,9 +79,7 @@ def read_record(path: Path) -> bytes:
         if path.stat().st_size > LARGEST_RECORD:
             raise UserError(f"{path}: of {path.stat().st_size} bytes, which no checkpoint needs")
         return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: missing; the checkpoint is incomplete, use one that was saved whole"
-        ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); use a checkpoint that was saved whole"
+        ) from None

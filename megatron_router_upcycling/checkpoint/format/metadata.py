@@ -1,7 +1,7 @@
 """What a torch_dist checkpoint's ``.metadata`` says: its tensors, and where their chunks are stored.
 
-It maps every chunk of every global tensor to a range of bytes in a data file; each range is a ``torch.save``
-file of its own. It is a pickle, which is read without running what it names (``safe_pickle``).
+It maps every chunk of every global tensor to a range of bytes in a data file, a ``torch.save`` file of its
+own. It is a pickle, which is read without running what it names (``safe_pickle``).
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.checkpoint.format import boxes, safe_pickle
-from megatron_router_upcycling.errors import UserError, reason, shown
+from megatron_router_upcycling.errors import UserError, described, shown
 
 METADATA = ".metadata"
 
@@ -37,34 +37,29 @@ class Blob:
 class Chunk:
     """A box of a global tensor and where its values are stored.
 
-    The blob is a ``torch.save`` file of a tensor of these sizes. Where ``stored`` is given it is of those
-    instead, the same values in the same order, which must be stored anew to stand in a checkpoint under
-    ``sizes``.
+    The blob is a ``torch.save`` file of a tensor of these sizes, or of ``stored`` where that is given: the
+    same values in the same order, which must be stored anew to stand in a checkpoint under ``sizes``.
     """
 
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    offsets: boxes.Shape
+    sizes: boxes.Shape
     blob: Blob
-    stored: tuple[int, ...] | None = None
+    stored: boxes.Shape | None = None
 
     @property
     def box(self) -> boxes.Box:
         return boxes.Box(self.offsets, self.sizes)
 
     @property
-    def stored_sizes(self) -> tuple[int, ...]:
+    def stored_sizes(self) -> boxes.Shape:
         return self.sizes if self.stored is None else self.stored
-
-    @property
-    def verbatim(self) -> bool:
-        return self.stored is None
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     """A global tensor: its shape, its dtype, and the chunks that make it up."""
 
-    shape: tuple[int, ...]
+    shape: boxes.Shape
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
 
@@ -73,7 +68,7 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @functools.cached_property
-    def _in_order(self) -> tuple[list[Chunk], list[tuple[int, ...]], int]:
+    def _in_order(self) -> tuple[list[Chunk], list[boxes.Shape], int]:
         """The chunks by their offsets, their offsets on the first axis, and the largest size there."""
         chunks = sorted(self.chunks, key=lambda chunk: chunk.offsets)
         longest = max((size for chunk in chunks for size in chunk.sizes[:1]), default=0)
@@ -83,7 +78,7 @@ class StoredTensor:
         """The chunks that hold a part of ``box``, each with that part."""
         chunks, starts, longest = self._in_order
         first, last = 0, len(chunks)
-        if box.offsets:
+        if box.offsets:  # reading every expert of a large model must not look at every chunk each time
             first = bisect_left(starts, (box.offsets[0] - longest + 1,))
             last = bisect_left(starts, (box.ends[0],))
         for chunk in chunks[first:last]:
@@ -102,8 +97,7 @@ def parse_metadata(
         to_train: refuse what the installed PyTorch cannot load, though this module can read it.
 
     Raises:
-        UserError: damaged, unsafe, or not self-consistent: a chunk without storage, elements in no chunk
-            or in several, a data file outside the folder.
+        UserError: damaged, unsafe, or not self-consistent, such as elements in no chunk or in several.
     """
 
     def fault(key: str, what: str) -> None:
@@ -115,7 +109,7 @@ def parse_metadata(
     try:
         stored = metadata.state["storage_data"]
         blobs = {
-            (index.state["fqn"], _sizes(index.state.get("offset"))): _blob(info.state, source)
+            (index.state["fqn"], _sizes(index.state.get("offset"))): _blob(info.state)
             for index, info in stored.items()
         }
         tensors: dict[str, StoredTensor] = {}
@@ -134,14 +128,12 @@ def parse_metadata(
                 tensors[key] = _stored_tensor(key, entry.state, blobs, fault)
                 for chunk in tensors[key].chunks:
                     unnamed.pop((key, chunk.offsets), None)
-            elif (key, None) in blobs:
-                objects[key] = blobs[key, None]
-                del unnamed[key, None]
+            elif blob := unnamed.pop((key, None), None):
+                objects[key] = blob
             else:
                 fault(key, "has no bytes")
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
-        kind = type(error).__name__
-        raise UserError(f"{source}: not a checkpoint's metadata ({kind}: {reason(error)})") from None
+        raise UserError(f"{source}: not a checkpoint's metadata ({described(error)})") from None
     if report is not None:
         for key, offsets in unnamed:
             report(key, f"has bytes for a chunk at {list(offsets or ())} that it does not have")
@@ -158,15 +150,14 @@ def _stored_tensor(key: str, state: dict[str, Any], blobs: dict[Any, Blob], faul
     for record in state["chunks"]:
         offsets, sizes = _sizes(record.state["offsets"]), _sizes(record.state["sizes"])
         assert offsets is not None and sizes is not None
-        if (key, offsets) not in blobs:
-            fault(key, f"has no bytes for its chunk at {list(offsets)}")
-        elif not boxes.is_inside(shape, boxes.Box(offsets, sizes)):
-            fault(key, f"{list(shape)} has a chunk outside its shape, at {list(offsets)} of {list(sizes)}")
-        elif math.prod(sizes) * dtype.itemsize > blobs[key, offsets].length:
-            fault(key, f"has {blobs[key, offsets].length} bytes for its chunk of {list(sizes)}")
+        blob, place = blobs.get((key, offsets)), f"its chunk at {list(offsets)} of {list(sizes)}"
+        if not boxes.is_inside(shape, boxes.Box(offsets, sizes)):
+            fault(key, f"{list(shape)} does not hold {place}")
+        elif blob is None or math.prod(sizes) * dtype.itemsize > blob.length:
+            fault(key, f"has {blob.length if blob else 'no'} bytes for {place}")
         else:
-            chunks.append(Chunk(offsets, sizes, blobs[key, offsets]))
-    for count, box in boxes.faults(shape, [boxes.Box(chunk.offsets, chunk.sizes) for chunk in chunks]):
+            chunks.append(Chunk(offsets, sizes, blob))
+    for count, box in boxes.faults(shape, [chunk.box for chunk in chunks]):
         how = f"has {count} chunks" if count else "is not covered by its chunks"
         fault(key, f"{list(shape)} {how} at {list(box.offsets)} of {list(box.sizes)}")
     return StoredTensor(shape, dtype, tuple(chunks))
@@ -180,18 +171,16 @@ def _properties() -> int:
     return len(TensorProperties().__getstate__())
 
 
-def _sizes(value: Any) -> tuple[int, ...] | None:
+def _sizes(value: Any) -> boxes.Shape | None:
     return None if value is None else tuple(int(size) for size in value)
 
 
-def _blob(state: dict[str, Any], source: Any) -> Blob:
+def _blob(state: dict[str, Any]) -> Blob:
     name = state["relative_path"]
     if not isinstance(name, str) or Path(name).name != name:
-        raise UserError(
-            f"{source}: names the data file {shown(name)}, which is outside the checkpoint's folder"
-        )
+        raise ValueError(f"names the data file {shown(name)}, which is outside the checkpoint's folder")
     if state.get("transform_descriptors"):
-        raise UserError(f"{source}: {name} is compressed; save the checkpoint without stream transforms")
+        raise ValueError(f"{name} is compressed; save the checkpoint without stream transforms")
     blob = Blob(name, int(state["offset"]), int(state["length"]))
     if blob.offset < 0 or blob.length < 0:
         raise ValueError(f"{name} has a negative range")
@@ -231,13 +220,5 @@ def format_metadata(tensors: dict[str, StoredTensor], objects: dict[str, Blob]) 
     for key, blob in objects.items():
         entries[key] = record("BytesStorageMetadata")
         storage[record("MetadataIndex", fqn=key, offset=None, index=None)] = info(blob)
-    return safe_pickle.dumps(
-        record(
-            "Metadata",
-            state_dict_metadata=entries,
-            planner_data=None,
-            storage_data=storage,
-            storage_meta=None,
-            version=DCP_VERSION,
-        )
-    )
+    parts = {"state_dict_metadata": entries, "planner_data": None, "storage_data": storage}
+    return safe_pickle.dumps(record("Metadata", **parts, storage_meta=None, version=DCP_VERSION))

@@ -1,8 +1,7 @@
 """Pickles read and written without importing what they name.
 
 Reading builds plain data and inert records, which stand for objects of classes on an allow-list; a pickle
-that names anything else is refused. So is one that would harm with plain data the process that reads it.
-Writing gives the records back the names that they stand for.
+that names anything else, or harms with plain data, is refused. Writing gives the records their names back.
 """
 
 import argparse
@@ -50,18 +49,6 @@ SEEN = re.compile(
     r"|megatron\.(\w+\.)*enums\.\w+"  # of an older Megatron, among its arguments
 )
 
-# The operations that Python 3 and PyTorch write, but for huge integers and arrays of bytes to fill.
-OPERATIONS = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP),
-    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2),
-    *(pickle.LONG1, pickle.BINFLOAT, pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8),
-    *(pickle.SHORT_BINBYTES, pickle.BINBYTES, pickle.BINBYTES8, pickle.SHORT_BINSTRING, pickle.BINSTRING),
-    *(pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.TUPLE, pickle.FROZENSET),
-    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_SET, pickle.ADDITEMS),
-    *(pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS, pickle.GLOBAL, pickle.STACK_GLOBAL),
-    *(pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.BUILD, pickle.BINPERSID),
-    *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
-)
 PYTHONS = pickle._Unpickler.dispatch  # type: ignore[attr-defined]
 HASHABLE = (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.TUPLE, pickle.FROZENSET)
 MOST_ITEMS = 10_000  # of a tuple and all tuples within; Python's random state has 630
@@ -106,7 +93,7 @@ def inert(module: str, name: str, *args: Any, state: Any = None) -> Inert:
 
 
 def _refuse(self: Any) -> None:
-    raise UserError("holds an operation that no checkpoint needs")
+    raise UserError("holds an integer or an array of bytes that no checkpoint needs")
 
 
 def _counting(make: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -132,15 +119,15 @@ def _build(self: Any) -> None:
 class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     """Python's own unpickler, whose memo is no array: a place far away in it takes no memory.
 
-    The hash of tuples of tuples of tuples overflows the stack, or takes for ever: what is in them is counted
-    as they are made. Attributes are set on objects, and not on a class, which would change the process.
+    The hash of tuples of tuples overflows the stack or takes for ever, so their items are counted. Attributes
+    are set on objects, and not on a class, which would change the process.
     """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **dict.fromkeys(range(256), _refuse),
-        **{number: PYTHONS[number] for (number,) in OPERATIONS},
+        **PYTHONS,
         **{number: _counting(PYTHONS[number]) for (number,) in HASHABLE},
         pickle.BUILD[0]: _build,
+        **dict.fromkeys((pickle.LONG4[0], pickle.BYTEARRAY8[0]), _refuse),  # huge ones
     }
 
     def __init__(self, content: bytes) -> None:
@@ -161,10 +148,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
 
 
 class Pickler(pickle.Pickler):
-    """Writes records under the names they stand for.
+    """Writes records under the names they stand for, which pickle looks up in the modules of that name.
 
-    Pickle looks a class up by importing its module. While it writes, modules of that name hold the record
-    classes; nothing else in them is looked up.
+    While it writes, modules that hold the record classes alone stand in their place.
     """
 
     def dump(self, value: Any) -> None:
@@ -197,8 +183,7 @@ def dumps(value: Any) -> bytes:
     """Pickle ``value``, inert records under the names they stand for.
 
     Raises:
-        pickle.PicklingError: a record that is read only, such as a tensor of the common state.
-        RecursionError: lists or mappings that nest too deep.
+        pickle.PicklingError, RecursionError: a record that is read only, such as a tensor; too deep lists.
     """
     buffer = io.BytesIO()
     Pickler(buffer, protocol=4).dump(value)

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all.
+"""A folder that appears whole or not at all, made by one process at a time.
 
 It is filled under a hidden name beside its place, flushed, and renamed. What a killed run has left
 behind never looks like the folder, and the next run removes it. Beside a folder called ``moe`` there may
@@ -7,26 +7,29 @@ stand for a while:
     .moe.lock                    which process makes it; the kernel releases it when that process ends
     .moe.partial-PROCESS-HOST    the folder in the making, or what was replaced and is being removed
     .moe.replaced                the old folder, on a file system that cannot exchange two names at once
+
+On a file system without locks nobody knows whether another process still fills its folder: none is removed.
 """
 
 import contextlib
 import ctypes
+import errno
+import glob
 import os
 import shutil
 import socket
-import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from megatron_router_upcycling.checkpoint.format.files import TRACKER
-from megatron_router_upcycling.checkpoint.publish import lock
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import existing, format_bytes, sync
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
-IDLE_SECONDS = 3600  # after which a folder that another machine was filling counts as left behind
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def check_target(
@@ -37,10 +40,6 @@ def check_target(
     Args:
         source_name: what the command calls ``source``.
         made_by: the file that says that such a command has made ``out``.
-
-    Raises:
-        UserError: it exists and ``overwrite`` is not set, was made by something else or training has
-            saved to it, or it and ``source`` lie one inside the other.
     """
     here, there = out.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
@@ -52,8 +51,7 @@ def check_target(
     if not overwrite:
         raise UserError(f"OUT {out}: exists; pass --overwrite to replace it or name another folder")
     if not (out / made_by).is_file() and any(out.iterdir()):
-        what = "not a checkpoint" if made_by == TRACKER else f"holds no {made_by}"
-        raise UserError(f"OUT {out}: {what}, so --overwrite leaves it alone; name another folder")
+        raise UserError(f"OUT {out}: holds no {made_by}, so --overwrite leaves it alone; name another folder")
     if trained := sorted(path.name for path in out.glob("iter_*")):
         raise UserError(
             f"OUT {out}: training has saved {trained[-1]} there, which --overwrite would lose;"
@@ -62,9 +60,11 @@ def check_target(
 
 
 def check_space(out: Path, count: int) -> None:
-    """Refuse a disk with less than ``count`` bytes free."""
+    """Refuse a disk with less than ``count`` bytes free once what was left behind is removed."""
     free = shutil.disk_usage(existing(out.absolute().parent)).free
-    free += sum(map(_own_bytes, _left_behind(out.resolve(), locked=True)))  # which is removed first
+    with contextlib.suppress(FileNotFoundError):  # a process is alive and works in it
+        statuses = [path.lstat() for folder in _left_behind(out.resolve()) for path in folder.rglob("*")]
+        free += sum(status.st_size for status in statuses if status.st_nlink == 1)
     if count > free:
         raise UserError(
             f"OUT {out}: needs {format_bytes(count)} and the disk has {format_bytes(free)}"
@@ -73,31 +73,62 @@ def check_space(out: Path, count: int) -> None:
 
 
 @contextlib.contextmanager
+def held(out: Path, name: str = "OUT") -> Iterator[bool]:
+    """Hold the lock of ``out``, which the command calls ``name``; False on a file system without locks."""
+    path = out.with_name(f".{out.name}.lock")
+    lock = FileLock(path, timeout=0, mode=0o666, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = "another process"
+        with contextlib.suppress(OSError):
+            holder = path.read_text(encoding="utf-8", errors="replace")[:200] or holder
+        raise UserError(
+            f"{name} {out}: being made by {holder}; let it finish or name another place"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        path.unlink(missing_ok=True)
+    try:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # a full disk: it is held all the same
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield lock.is_locked
+    finally:
+        if lock.is_locked:
+            path.unlink(missing_ok=True)  # before it is let go: nobody takes a name that is gone
+            lock.release()
+
+
+@contextlib.contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill, which becomes ``out`` when the context ends without an exception.
 
     On any exception it is removed with what it holds and nothing else has changed.
-
-    Raises:
-        UserError: another process is making ``out``, or it is there already and ``overwrite`` is not set.
     """
     out = out.resolve()
     created = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with lock.held(out) as locked:
-            _clear(out, locked)
+        with held(out) as locked:
+            _put_back(out)
+            if locked:  # what others have left, and an old folder whose successor is in place
+                for path in (_replaced(out), *_left_behind(out)):
+                    shutil.rmtree(path, ignore_errors=True)
             if out.exists() and not overwrite:
                 raise UserError(f"OUT {out}: exists; pass --overwrite to replace it or name another folder")
-            partial = out.with_name(f"{_prefix(out)}{os.getpid()}-{socket.gethostname()}")
+            partial = out.with_name(f".{out.name}.partial-{os.getpid()}-{socket.gethostname()}")
             try:
                 partial.mkdir()
                 yield partial
-                _sync_folder(partial)
+                for path in filter(Path.is_file, partial.iterdir()):
+                    sync(path)
+                sync(partial)
                 if overwrite and out.exists():
                     _exchange(partial, out)
                 else:
-                    _rename_new(partial, out)
+                    os.rename(partial, out)  # which fails where another process has put something there
                 sync(out.parent)
             except BaseException:
                 _put_back(out)
@@ -111,50 +142,13 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         raise
 
 
-def _prefix(out: Path) -> str:
-    return f".{out.name}.partial-"
+def _left_behind(out: Path) -> list[Path]:
+    """Folders that other processes were filling, or are."""
+    return list(out.parent.glob(f".{glob.escape(out.name)}.partial-*"))
 
 
 def _replaced(out: Path) -> Path:
     return out.with_name(f".{out.name}.replaced")
-
-
-def _clear(out: Path, locked: bool) -> None:
-    """Repair and remove what processes that are gone have left beside ``out``.
-
-    Args:
-        locked: nobody else on this machine is making ``out``.
-    """
-    _put_back(out)
-    if locked:
-        shutil.rmtree(_replaced(out), ignore_errors=True)  # its successor is in place
-    for path in _left_behind(out, locked):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _left_behind(out: Path, locked: bool) -> list[Path]:
-    """Folders that processes which are gone were filling."""
-    if not out.parent.is_dir():
-        return []
-    return [
-        path
-        for path in out.parent.iterdir()
-        if path.name.startswith(_prefix(out))
-        and (
-            (locked and path.name.endswith(f"-{socket.gethostname()}"))
-            or time.time() - _last_change(path) > IDLE_SECONDS
-        )
-    ]
-
-
-def _own_bytes(folder: Path) -> int:
-    """Bytes of the files that no other folder shares."""
-    count = 0
-    with contextlib.suppress(FileNotFoundError):  # its process is alive and works in it
-        for path in folder.rglob("*"):
-            status = path.lstat()
-            count += status.st_size * (stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
-    return count
 
 
 def _put_back(out: Path) -> None:
@@ -163,36 +157,11 @@ def _put_back(out: Path) -> None:
         os.rename(_replaced(out), out)
 
 
-def _last_change(folder: Path) -> float:
-    """When something in ``folder`` was last written, in seconds since 1970."""
-    latest = 0.0
-    with contextlib.suppress(FileNotFoundError):  # its process is alive and works in it
-        latest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-    return latest or time.time()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the files that lie directly in ``folder``, and its entries."""
-    for path in folder.iterdir():
-        if path.is_file():
-            sync(path)
-    sync(folder)
-
-
-def _rename_new(partial: Path, out: Path) -> None:
-    try:
-        os.rename(partial, out)
-    except OSError as error:
-        raise UserError(
-            f"OUT {out}: appeared while it was being made ({error.strerror}); look at it first"
-        ) from None
-
-
 def _exchange(partial: Path, out: Path) -> None:
     """Put ``partial`` in the place of ``out``; the old ``out`` is then called ``partial``.
 
-    In one step where the file system can. Elsewhere in two renames: between them ``out`` is missing and
-    both folders are whole; the next run gives the old one its name back.
+    Where the file system cannot do it in one step, ``out`` is missing between two renames; the next run
+    gives the old one its name back.
     """
     if rename_exchange(partial, out):
         return

@@ -18,8 +18,7 @@ from megatron_router_upcycling.layers.kernels import tl, triton
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(logits)[label] for each token: float32 [T]. The logits are overwritten in the backward
-    pass.
+    """-log softmax(logits)[label] for each token: float32 [T]. The backward pass overwrites the logits.
 
     Args:
         logits: [T, V], in any float dtype.
@@ -35,10 +34,9 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         logits, labels = logits.contiguous(), labels.contiguous()
         T, V = logits.shape
-        losses = torch.empty((T,), dtype=torch.float32, device=logits.device)
+        losses = logits.new_empty(T, dtype=torch.float32)
         log_sums = torch.empty_like(losses)
-        block = kernels.block_size(V, 8192)
-        _loss[(T,)](logits, labels, losses, log_sums, V, BLOCK=block, num_warps=16)
+        _loss[(T,)](logits, labels, losses, log_sums, V, kernels.block_size(V, 8192), num_warps=16)
         ctx.save_for_backward(logits, labels, log_sums)
         return losses
 

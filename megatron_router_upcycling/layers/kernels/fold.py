@@ -40,14 +40,10 @@ class _Fold(torch.autograd.Function):
     def forward(ctx: Any, query_weight: Tensor, expert_key: Tensor) -> Tensor:
         m, width, D = query_weight.shape
         n = expert_key.shape[0]
-        gate = torch.empty((n, D), dtype=torch.float32, device=query_weight.device)
-        _fold[(kernels.blocks(D, 16),)](
-            *(query_weight, expert_key, gate, m, width, D, n, 1 / math.sqrt(width)),
-            N=kernels.block_size(n),
-            ROWS=ROWS,
-            COLUMNS=16,
-            num_warps=4,
-        )
+        gate = query_weight.new_empty((n, D), dtype=torch.float32)
+        sizes = m, width, D, n, 1 / math.sqrt(width)
+        constants = kernels.block_size(n), ROWS, 16
+        _fold[(kernels.blocks(D, 16),)](query_weight, expert_key, gate, *sizes, *constants)
         ctx.save_for_backward(query_weight, expert_key)
         return gate
 
@@ -59,16 +55,11 @@ class _Fold(torch.autograd.Function):
         n = expert_key.shape[0]
         grad = grad.contiguous()
         grad_query, grad_key = torch.empty_like(query_weight), torch.empty_like(expert_key)
-        common = (m, width, D, n, 1 / math.sqrt(width))
+        sizes = m, width, D, n, 1 / math.sqrt(width)
         columns = kernels.block_size(D, 128)
         grid = (kernels.blocks(width, ROWS), kernels.blocks(D, columns))
-        _fold_grad_query[grid](grad, expert_key, grad_query, *common, ROWS=ROWS, COLUMNS=columns, num_warps=4)
-        _fold_grad_key[(width,)](
-            *(grad, query_weight, grad_key, *common),
-            N=kernels.block_size(n),
-            COLUMNS=kernels.block_size(D, 128),
-            num_warps=4,
-        )
+        _fold_grad_query[grid](grad, expert_key, grad_query, *sizes, ROWS, columns)
+        _fold_grad_key[(width,)](grad, query_weight, grad_key, *sizes, kernels.block_size(n), columns)
         return grad_query, grad_key
 
 
@@ -86,11 +77,8 @@ def _fold(
         for router in range(0, m):
             place = query + (router * width + row[:, None]).to(tl.int64) * D + column[None, :]
             summed += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        k = tl.load(
-            key + expert[:, None] * width + row[None, :],
-            mask=(expert[:, None] < n) & (row[None, :] < width),
-            other=0.0,
-        )
+        of_key = expert[:, None] * width + row[None, :]
+        k = tl.load(key + of_key, mask=(expert[:, None] < n) & (row[None, :] < width), other=0.0)
         total += tl.dot(k.to(tl.float32), summed, input_precision="ieee")
     place = gate + expert[:, None] * D + column[None, :]
     tl.store(place, total * scale, mask=(expert[:, None] < n) & (column[None, :] < D))
@@ -126,11 +114,8 @@ def _fold_grad_key(
         for router in range(0, m):
             place = query + (router * width + row).to(tl.int64) * D + column
             summed += tl.load(place, mask=column < D, other=0.0).to(tl.float32)
-        above = tl.load(
-            grad + expert[:, None] * D + column[None, :],
-            mask=(expert[:, None] < n) & (column[None, :] < D),
-            other=0.0,
-        )
+        of_grad = expert[:, None] * D + column[None, :]
+        above = tl.load(grad + of_grad, mask=(expert[:, None] < n) & (column[None, :] < D), other=0.0)
         total += above * summed[None, :]
     value = tl.sum(total, 1) * scale
     tl.store(grad_key + expert * width + row, value.to(grad_key.dtype.element_ty), mask=expert < n)

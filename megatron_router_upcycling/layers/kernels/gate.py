@@ -43,16 +43,9 @@ class _GateLogits(torch.autograd.Function):
         ctx.save_for_backward(tokens, gate)
         T, D = tokens.shape
         n = gate.shape[0]
-        logits = torch.empty((T, n), dtype=torch.float32, device=tokens.device)
-        rows = 64
-        _gate_logits[(kernels.blocks(T, rows),)](
-            *(tokens, gate, logits, T, D, n),
-            N=kernels.block_size(n),
-            ROWS=rows,
-            COLUMNS=64,
-            UPCAST=kernels.INTERPRETED,
-            num_warps=4,
-        )
+        logits = gate.new_empty(T, n)
+        constants = kernels.block_size(n), 64, 64, kernels.INTERPRETED
+        _gate_logits[(kernels.blocks(T, 64),)](tokens, gate, logits, T, D, n, *constants)
         return logits
 
     @staticmethod
@@ -65,15 +58,14 @@ class _GateLogits(torch.autograd.Function):
         grad_tokens = torch.empty_like(tokens)
         columns = kernels.block_size(D, 128)
         grid = (kernels.blocks(T, 32), kernels.blocks(D, columns))
-        _gate_grad_tokens[grid](grad, gate, grad_tokens, T, D, n, ROWS=32, COLUMNS=columns, num_warps=4)
+        _gate_grad_tokens[grid](grad, gate, grad_tokens, T, D, n, 32, columns)
         # Parts of the tokens are added up apart, and the parts in one order: the same result in every run.
         parts = min(32, kernels.blocks(T, 64))
-        partial = torch.empty((parts, n, D), dtype=torch.float32, device=tokens.device)
+        partial = gate.new_empty(parts, n, D)
         columns = kernels.block_size(D, 64)
+        constants = kernels.block_size(n), 64, columns, kernels.INTERPRETED
         _gate_grad_weight[(kernels.blocks(D, columns), parts)](
-            *(grad, tokens, partial, T, D, n, kernels.blocks(T, 64 * parts)),
-            *(kernels.block_size(n), 64, columns, kernels.INTERPRETED),
-            num_warps=4,
+            *(grad, tokens, partial, T, D, n, kernels.blocks(T, 64 * parts)), *constants
         )
         return grad_tokens, partial.sum(0)
 
@@ -105,16 +97,10 @@ def _gate_logits(
     total = tl.zeros((ROWS, N), tl.float32)
     for start in range(0, D, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        x = tl.load(
-            tokens + token[:, None].to(tl.int64) * D + column[None, :],
-            mask=(token[:, None] < T) & (column[None, :] < D),
-            other=0.0,
-        )
-        a = tl.load(
-            gate + expert[None, :] * D + column[:, None],
-            mask=(expert[None, :] < n) & (column[:, None] < D),
-            other=0.0,
-        )
+        of_x = token[:, None].to(tl.int64) * D + column[None, :]
+        x = tl.load(tokens + of_x, mask=(token[:, None] < T) & (column[None, :] < D), other=0.0)
+        of_a = expert[None, :] * D + column[:, None]
+        a = tl.load(gate + of_a, mask=(expert[None, :] < n) & (column[:, None] < D), other=0.0)
         high, middle, low = _split(a)
         total += _product(x, low, UPCAST)
         total += _product(x, middle, UPCAST)
@@ -148,16 +134,10 @@ def _gate_grad_weight(
     total = tl.zeros((N, COLUMNS), tl.float32)
     for step in range(0, steps):
         token = (part * steps + step) * ROWS + tl.arange(0, ROWS)
-        above = tl.load(
-            grad + token[None, :] * n + expert[:, None],
-            mask=(token[None, :] < T) & (expert[:, None] < n),
-            other=0.0,
-        )
-        x = tl.load(
-            tokens + token[:, None].to(tl.int64) * D + column[None, :],
-            mask=(token[:, None] < T) & (column[None, :] < D),
-            other=0.0,
-        )
+        of_grad = token[None, :] * n + expert[:, None]
+        above = tl.load(grad + of_grad, mask=(token[None, :] < T) & (expert[:, None] < n), other=0.0)
+        of_x = token[:, None].to(tl.int64) * D + column[None, :]
+        x = tl.load(tokens + of_x, mask=(token[:, None] < T) & (column[None, :] < D), other=0.0)
         high, middle, low = _split(above)
         total += _product(low, x, UPCAST)
         total += _product(middle, x, UPCAST)

@@ -28,11 +28,10 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         x = x.contiguous()
         width = x.shape[-1]
-        tokens = x.numel() // width
         output = torch.empty_like(x)
-        scales = torch.empty((tokens,), dtype=torch.float32, device=x.device)
+        scales = x.new_empty(x.numel() // width, dtype=torch.float32)
         block = kernels.block_size(width, WIDEST)
-        _norm[(tokens,)](x, weight, output, scales, width, epsilon, BLOCK=block, num_warps=4)
+        _norm[scales.shape](x, weight, output, scales, width, epsilon, block)
         ctx.save_for_backward(x, weight, scales)
         return output
 
@@ -43,13 +42,10 @@ class _RMSNorm(torch.autograd.Function):
         width, tokens = x.shape[-1], scales.numel()
         grad_x = torch.empty_like(x)
         programs = min(PROGRAMS, tokens)
-        partial = torch.empty((programs, width), dtype=torch.float32, device=x.device)
+        partial = x.new_empty((programs, width), dtype=torch.float32)
         block = kernels.block_size(width, WIDEST)
-        _norm_grad[(programs,)](
-            *(grad.contiguous(), x, weight, scales, grad_x, partial, tokens, programs, width),
-            BLOCK=block,
-            num_warps=4,
-        )
+        tensors = grad.contiguous(), x, weight, scales, grad_x, partial
+        _norm_grad[(programs,)](*tensors, tokens, programs, width, block)
         return grad_x, partial.sum(0).to(weight.dtype), None
 
 
@@ -61,9 +57,8 @@ def _norm(x, weight, output, scales, width, epsilon, BLOCK: tl.constexpr):
     value = tl.load(x + token * width + column, mask=inside, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / width + epsilon)
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(
-        output + token * width + column, (value * scale * factor).to(output.dtype.element_ty), mask=inside
-    )
+    normed = value * scale * factor
+    tl.store(output + token * width + column, normed.to(output.dtype.element_ty), mask=inside)
     tl.store(scales + token, scale)
 
 

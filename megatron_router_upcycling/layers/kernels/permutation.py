@@ -22,16 +22,12 @@ TOKENS = 128  # a program's
 
 @dataclass(frozen=True)
 class Places:
-    """Where each token's rows are.
+    """Where each token's rows are."""
 
-    ``row_of`` int32 [T, k]: a token's rows in the order of its experts. ``token_of`` int32 [R]: a row's
-    token. ``counts`` int32 [n]: an expert's rows. ``routing_map`` bool [T, n], as the router gave it.
-    """
-
-    row_of: Tensor
-    token_of: Tensor
-    counts: Tensor
-    routing_map: Tensor
+    row_of: Tensor  # int32 [T, k]: a token's rows in the order of its experts
+    token_of: Tensor  # int32 [R]: a row's token
+    counts: Tensor  # int32 [n]: an expert's rows
+    routing_map: Tensor  # bool [T, n], as the router gave it
 
 
 def find_places(routing_map: Tensor, top_k: int) -> Places:
@@ -42,23 +38,15 @@ def find_places(routing_map: Tensor, top_k: int) -> Places:
     """
     T, n = routing_map.shape
     routing_map = routing_map.contiguous()
-    device = routing_map.device
     if not kernels.usable(routing_map):
         return _find_places_plainly(routing_map, top_k)
-    blocks = kernels.blocks(T, TOKENS)
-    partial = torch.empty((blocks, n), dtype=torch.int32, device=device)
-    row_of = torch.empty((T, top_k), dtype=torch.int32, device=device)
-    token_of = torch.empty((T * top_k,), dtype=torch.int32, device=device)
-    counts = torch.empty((n,), dtype=torch.int32, device=device)
-    width = kernels.block_size(n)
+    blocks, width = kernels.blocks(T, TOKENS), kernels.block_size(n)
+    shapes = (blocks, n), (T, top_k), (T * top_k,), (n,)
+    partial, row_of, token_of, counts = (routing_map.new_empty(s, dtype=torch.int32) for s in shapes)
     as_bytes = routing_map.view(torch.uint8)
-    _rows_count[(blocks,)](as_bytes, partial, T, n, TOKENS=TOKENS, N=width)
+    _rows_count[(blocks,)](as_bytes, partial, T, n, TOKENS, width)
     _rows_place[(blocks,)](
-        *(as_bytes, partial, row_of, token_of, counts, T, n, blocks),
-        K=top_k,
-        TOKENS=TOKENS,
-        N=width,
-        CHUNK=32,
+        *(as_bytes, partial, row_of, token_of, counts, T, n, blocks), *(top_k, TOKENS, width, 32)
     )
     return Places(row_of, token_of, counts, routing_map)
 
@@ -67,9 +55,8 @@ def _find_places_plainly(routing_map: Tensor, top_k: int) -> Places:
     T, n = routing_map.shape
     row = (routing_map.t().reshape(-1).cumsum(0) - 1).view(n, T).t()  # where the map is True
     row_of = _of_chosen(row, routing_map, top_k)
-    token_of = torch.empty(T * top_k, dtype=torch.int32, device=row.device)
     tokens = torch.arange(T, dtype=torch.int32, device=row.device).repeat_interleave(top_k)
-    token_of.scatter_(0, row_of.reshape(-1), tokens)
+    token_of = torch.empty_like(tokens).scatter_(0, row_of.reshape(-1), tokens)
     return Places(row_of.int(), token_of, routing_map.sum(0, dtype=torch.int32), routing_map)
 
 
@@ -92,14 +79,13 @@ def combine(rows: Tensor, places: Places) -> Tensor:
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, probs: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        ctx.places, ctx.probs_shape = places, probs.shape
+        ctx.places = places
         return hidden.index_select(0, places.token_of), _permuted_probs(probs, places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_probs: Tensor) -> tuple[Tensor, Tensor, None]:
-        places: Places = ctx.places
-        return sum_of_rows(grad_rows, places), _spread_probs(grad_probs, places), None
+        return sum_of_rows(grad_rows, ctx.places), _spread_probs(grad_probs, ctx.places), None
 
 
 class _Combine(torch.autograd.Function):
@@ -121,52 +107,38 @@ def sum_of_rows(rows: Tensor, places: Places) -> Tensor:
         return chosen.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
     rows = rows.contiguous()
     width = rows.shape[1]
-    output = torch.empty((T, width), dtype=rows.dtype, device=rows.device)
-    _rows_sum[(T,)](
-        rows, places.row_of, output, width, K=top_k, BLOCK=kernels.block_size(width, 2048), num_warps=4
-    )
+    output = rows.new_empty(T, width)
+    _rows_sum[(T,)](rows, places.row_of, output, width, top_k, kernels.block_size(width, 2048))
     return output
 
 
 def _permuted_probs(probs: Tensor, places: Places) -> Tensor:
     T, top_k = places.row_of.shape
-    permuted = torch.empty((T * top_k,), dtype=probs.dtype, device=probs.device)
-    if not kernels.usable(probs):
-        chosen = _of_chosen(probs, places.routing_map, top_k)
-        return permuted.scatter_(0, places.row_of.reshape(-1).long(), chosen.reshape(-1))
-    _rows_probs[(kernels.blocks(T, TOKENS),)](
-        *(
-            probs.contiguous(),
-            places.routing_map.view(torch.uint8),
-            places.row_of,
-            permuted,
-            T,
-            probs.shape[1],
-        ),
-        K=top_k,
-        TO_ROWS=True,
-        TOKENS=TOKENS,
-        N=kernels.block_size(probs.shape[1]),
-    )
-    return permuted
+    permuted = probs.new_empty(T * top_k)
+    if kernels.usable(probs):
+        _move_probs(probs.contiguous(), permuted, places, to_rows=True)
+        return permuted
+    chosen = _of_chosen(probs, places.routing_map, top_k)
+    return permuted.scatter_(0, places.row_of.reshape(-1).long(), chosen.reshape(-1))
 
 
 def _spread_probs(grad: Tensor, places: Places) -> Tensor:
-    T, top_k = places.row_of.shape
-    n = places.routing_map.shape[1]
-    if not kernels.usable(grad):
-        chosen = grad.index_select(0, places.row_of.reshape(-1)).view(T, top_k)
-        slot = (places.routing_map.cumsum(1) - 1).clamp(min=0)
-        return torch.where(places.routing_map, chosen.gather(1, slot), 0)
-    spread = torch.empty((T, n), dtype=grad.dtype, device=grad.device)
+    if kernels.usable(grad):
+        spread = grad.new_empty(places.routing_map.shape)
+        _move_probs(spread, grad.contiguous(), places, to_rows=False)
+        return spread
+    chosen = grad.index_select(0, places.row_of.reshape(-1)).view(places.row_of.shape)
+    slot = (places.routing_map.cumsum(1) - 1).clamp(min=0)
+    return torch.where(places.routing_map, chosen.gather(1, slot), 0)
+
+
+def _move_probs(dense: Tensor, rows: Tensor, places: Places, to_rows: bool) -> None:
+    """Between ``dense`` [T, n] and ``rows`` [R]."""
+    (T, n), top_k = dense.shape, places.row_of.shape[1]
     _rows_probs[(kernels.blocks(T, TOKENS),)](
-        *(spread, places.routing_map.view(torch.uint8), places.row_of, grad.contiguous(), T, n),
-        K=top_k,
-        TO_ROWS=False,
-        TOKENS=TOKENS,
-        N=kernels.block_size(n),
+        *(dense, places.routing_map.view(torch.uint8), places.row_of, rows, T, n),
+        *(top_k, to_rows, TOKENS, kernels.block_size(n)),
     )
-    return spread
 
 
 @triton.jit

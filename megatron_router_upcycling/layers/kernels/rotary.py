@@ -40,23 +40,22 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: Tensor, angles: Tensor) -> Tensor:
         ctx.save_for_backward(angles)
-        return _turn(heads, angles, 1.0)
+        return _turn(heads, angles, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (angles,) = ctx.saved_tensors
-        return _turn(grad if grad.stride(-1) == 1 else grad.contiguous(), angles, -1.0), None
+        return _turn(grad if grad.stride(-1) == 1 else grad.contiguous(), angles, back=True), None
 
 
-def _turn(heads: Tensor, angles: Tensor, sign: float) -> Tensor:
+def _turn(heads: Tensor, angles: Tensor, back: bool) -> Tensor:
     s, b, h, d = heads.shape
-    output = torch.empty((s, b, h, d), dtype=heads.dtype, device=heads.device)
+    output = heads.new_empty(heads.shape)
+    covers_h, covers_d = (1 << (size - 1).bit_length() for size in (h, d))
     _rotary[(s, b)](
         *(heads, angles.reshape(s, -1), output, *heads.stride()[:3], b, h, d, angles.shape[-1]),
-        BACK=sign < 0,
-        HEADS=1 << (h - 1).bit_length(),
-        WIDTH=1 << (d - 1).bit_length(),
+        *(back, covers_h, covers_d),
         num_warps=2,
     )
     return output

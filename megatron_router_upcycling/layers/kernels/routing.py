@@ -1,5 +1,4 @@
-"""Logits to the chosen experts and their weights, with the sums that both auxiliary losses need: one kernel
-each way.
+"""Logits to the chosen experts and their weights, with the sums that both auxiliary losses need.
 
 Symbols: T tokens, n experts, k experts a token.
 """
@@ -18,17 +17,10 @@ MOST_EXPERTS = 256
 
 
 class Routing(NamedTuple):
-    """``probs`` [T, n]: the weights of the chosen experts, 0 elsewhere. ``routing_map`` bool [T, n]: the
-    chosen.
-
-    ``score_sums`` float32 [n]: the softmax over all experts, summed over tokens (of the load-balancing loss).
-    ``square_sum`` float32 []: the sum over tokens of logsumexp(logits)^2 (of the z-loss).
-    """
-
-    probs: Tensor
-    routing_map: Tensor
-    score_sums: Tensor
-    square_sum: Tensor
+    probs: Tensor  # [T, n]: the weights of the chosen experts, 0 elsewhere
+    routing_map: Tensor  # bool [T, n]: the chosen experts
+    score_sums: Tensor  # float32 [n]: the softmax summed over tokens, of the load-balancing loss
+    square_sum: Tensor  # float32 []: the sum over tokens of logsumexp(logits)^2, of the z-loss
 
 
 def usable(logits: Tensor) -> bool:
@@ -36,8 +28,7 @@ def usable(logits: Tensor) -> bool:
 
 
 def route(logits: Tensor, top_k: int, pre_softmax: bool) -> Routing:
-    """Softmax over all experts, then the top k of it (the paper's order), or the softmax over the top k
-    logits.
+    """Softmax over all experts, then its top k (the paper's order), or softmax over the top k logits.
 
     Args:
         logits: float32 [T, n]. Among equal logits the first experts are chosen.
@@ -67,8 +58,8 @@ class _Route(torch.autograd.Function):
         T, n = logits.shape
         programs = kernels.blocks(T, TOKENS)
         probs = torch.empty_like(logits)
-        routing_map = torch.empty((T, n), dtype=torch.bool, device=logits.device)
-        sums = torch.empty((programs, n + 1), dtype=torch.float32, device=logits.device)
+        routing_map = torch.empty_like(logits, dtype=torch.bool)
+        sums = logits.new_empty(programs, n + 1)
         _routing[(programs,)](
             *(logits, probs, routing_map.view(torch.uint8), sums, T, n),
             *(top_k, pre_softmax, TOKENS, kernels.block_size(n)),
@@ -118,9 +109,8 @@ def _routing(
     chosen = tl.zeros((TOKENS, N), tl.int32)
     for _ in tl.static_range(K):
         largest = tl.max(rest, 1)
-        first = tl.min(
-            tl.where((rest == largest[:, None]) & (chosen == 0) & is_expert, expert[None, :], N), 1
-        )
+        is_largest = (rest == largest[:, None]) & (chosen == 0) & is_expert
+        first = tl.min(tl.where(is_largest, expert[None, :], N), 1)
         now = expert[None, :] == first[:, None]
         chosen = tl.where(now, 1, chosen)
         rest = tl.where(now, float("-inf"), rest)
@@ -149,9 +139,8 @@ def _routing_grad(
     scores, log_sum = _softmax(x, is_expert)
     chosen = tl.load(routing_map + place, mask=valid, other=0).to(tl.int32) > 0
     of_probs = tl.where(chosen, tl.load(grad_probs + place, mask=valid, other=0.0), 0.0)
-    of_scores = tl.load(grad_sums + expert, mask=expert < n, other=0.0)[None, :] + tl.zeros(
-        (TOKENS, N), tl.float32
-    )
+    of_sums = tl.load(grad_sums + expert, mask=expert < n, other=0.0)
+    of_scores = of_sums[None, :] + tl.zeros((TOKENS, N), tl.float32)
     if PRE_SOFTMAX:
         of_scores += of_probs
     grad = scores * (of_scores - tl.sum(scores * of_scores, 1)[:, None])

@@ -38,8 +38,8 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, probs: Tensor) -> Tensor:
         hidden = hidden.contiguous()
         rows, width = hidden.shape[0], hidden.shape[1] // 2
-        output = torch.empty((rows, width), dtype=hidden.dtype, device=hidden.device)
-        _swiglu[(rows,)](hidden, probs, output, width, BLOCK=kernels.block_size(width, 1024), num_warps=4)
+        output = hidden.new_empty(rows, width)
+        _swiglu[(rows,)](hidden, probs, output, width, kernels.block_size(width, 1024))
         ctx.save_for_backward(hidden, probs)
         return output
 
@@ -49,11 +49,9 @@ class _WeightedSwiGLU(torch.autograd.Function):
         hidden, probs = ctx.saved_tensors
         rows, width = hidden.shape[0], hidden.shape[1] // 2
         grad_hidden = torch.empty_like(hidden)
-        grad_probs = torch.empty((rows,), dtype=torch.float32, device=hidden.device)
+        grad_probs = hidden.new_empty(rows, dtype=torch.float32)
         block = kernels.block_size(width, 1024)
-        _swiglu_grad[(rows,)](
-            grad.contiguous(), hidden, probs, grad_hidden, grad_probs, width, BLOCK=block, num_warps=4
-        )
+        _swiglu_grad[(rows,)](grad.contiguous(), hidden, probs, grad_hidden, grad_probs, width, block)
         return grad_hidden, grad_probs.to(probs.dtype)
 
 

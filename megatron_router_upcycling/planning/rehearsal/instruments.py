@@ -12,88 +12,80 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_router_upcycling.checkpoint.names import holds_experts
+from megatron_router_upcycling.planning.figures import PARTS
 
 Model = Sequence[torch.nn.Module]
+# Part of a parameter's name -> the part of the model; the first that fits.
+NAMES = {
+    "embedding.": "embedding",
+    "output_layer.": "output layer",
+    "layernorm": "norms",
+    "layer_norm": "norms",
+    "self_attention.": "attention",
+    ".router.": "routers",
+}
 
 
 def parameters_by_part(model: Model) -> dict[str, int]:
     """Number of parameters by ``planning.figures.PARTS``, from Megatron's names."""
-    from megatron_router_upcycling.planning.figures import PARTS
-
     counts = dict.fromkeys(PARTS, 0)
     for chunk in model:
         for name, parameter in chunk.named_parameters():
-            counts[_part(name)] += parameter.numel()
+            of_ffn = "experts" if holds_experts([name]) else "ffn"
+            counts[next((part for piece, part in NAMES.items() if piece in name), of_ffn)] += (
+                parameter.numel()
+            )
     return counts
 
 
-def _part(name: str) -> str:
-    if "embedding." in name:
-        return "embedding"
-    if "output_layer." in name:
-        return "output layer"
-    if "layernorm" in name or "layer_norm" in name:
-        return "norms"
-    if "self_attention." in name:
-        return "attention"
-    if ".router." in name:
-        return "routers"
-    return "experts" if holds_experts([name]) else "ffn"
+def held_bytes(model: Model, optimizer: Any, copies: bool) -> dict[str, float]:
+    """Of weights, of the buffers in which gradients are reduced, padding included, and of Adam's states.
 
-
-def weight_bytes(model: Model) -> int:
-    return sum(parameter.nbytes for chunk in model for parameter in chunk.parameters())
-
-
-def gradient_bytes(model: Model) -> int:
-    """Of the buffers that data parallelism reduces, padding included."""
-    return sum(
-        buffer.grad_data.nbytes
-        for chunk in model
-        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)  # type: ignore[misc]
-    )
-
-
-def optimizer_bytes(optimizer: Any, copies: bool) -> int:
-    """Of Adam's states and, with ``copies``, of the float32 copies of 16-bit weights, on this rank."""
-    total = 0
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                total += parameter.nbytes if copies else 0
-                states = inner.state.get(parameter, {}).values()
-                total += sum(state.nbytes for state in states if torch.is_tensor(state) and state.dim())
-    return total
-
-
-class SavedForBackward:
-    """Bytes that autograd keeps for the backward pass, each storage once, weights left out.
-
-    Tensors with ``vocabulary`` columns are logits and left out too.
+    Args:
+        copies: the optimizer keeps float32 copies of 16-bit weights, which count.
     """
+    buffers: list[Any] = []
+    for chunk in model:
+        buffers += [*chunk.buffers, *chunk.expert_parallel_buffers]  # type: ignore[misc]
+    states = 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                kept = part.optimizer.state.get(parameter, {}).values()
+                states += parameter.nbytes if copies else 0
+                states += sum(value.nbytes for value in kept if torch.is_tensor(value) and value.dim())
+    return {
+        "weights": sum(parameter.nbytes for chunk in model for parameter in chunk.parameters()),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+        "optimizer": states,
+    }
 
-    def __init__(self, model: Model, vocabulary: int) -> None:
-        self.weights = {_storage(parameter) for chunk in model for parameter in chunk.parameters()}
-        self.vocabulary = vocabulary
-        self.activations: dict[int, int] = {}  # address of a storage -> its bytes
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+def counting_saved(
+    call: Callable[..., Any], model: Model, vocabulary: int
+) -> tuple[Callable[..., Any], dict[int, int]]:
+    """``call``, and what autograd keeps for the backward pass of its first run: storage's address -> bytes.
+
+    Weights are left out, and tensors with ``vocabulary`` columns, which are logits.
+    """
+    weights = {_storage(parameter) for chunk in model for parameter in chunk.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
         # A storage that is kept keeps its address; one that is freed again was not kept for long.
-        address, size = _storage(tensor), tensor.untyped_storage().nbytes()
-        is_logits = tensor.dim() > 0 and tensor.shape[-1] == self.vocabulary
-        if address and address not in self.weights and not is_logits:
-            self.activations[address] = size
+        address = _storage(tensor)
+        is_logits = tensor.dim() > 0 and tensor.shape[-1] == vocabulary
+        if address and address not in weights and not is_logits:
+            kept[address] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def during(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call`` with what it saves counted."""
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if kept:
+            return call(*args, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return call(*args, **kwargs)
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
-                return call(*args, **kwargs)
-
-        return counted
+    return counted, kept
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -108,18 +100,8 @@ class Collectives(TorchDispatchMode):
     threads are seen too: they take over the caller's dispatch modes.
     """
 
-    # Operator -> which argument holds the volume, and how many times (n - 1) / n of it is sent.
-    VOLUMES = {
-        "allreduce_": (0, 2),
-        "allreduce_coalesced_": (0, 2),
-        "_reduce_scatter_base_": (1, 1),
-        "reduce_scatter_tensor_coalesced_": (1, 1),
-        "_allgather_base_": (0, 1),
-        "allgather_into_tensor_coalesced_": (0, 1),
-        "alltoall_base_": (1, 1),
-        "allgather_": (0, 1),
-        "reduce_scatter_": (1, 1),
-    }
+    # In an operator's name -> which argument holds the volume, and how many times (n - 1) / n of it is sent.
+    VOLUMES = {"allreduce": (0, 2), "reduce_scatter": (1, 1), "allgather": (0, 1), "alltoall": (1, 1)}
 
     def __init__(self, groups: dict[str, str]) -> None:
         super().__init__()
@@ -132,15 +114,14 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: Any) -> None:
-        group = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
-        if group is None or (name not in self.VOLUMES and name != "send"):
-            return
-        group = torch.distributed.ProcessGroup.unbox(group)
-        size = group.size()
-        position, times = self.VOLUMES.get(name, (0, 1))
-        share = 1.0 if name == "send" else times * (size - 1) / size
-        kind = "pipeline_parallel" if name == "send" else self.groups.get(group.group_name, "other")
-        self.sent[kind] += int(share * _bytes(args[position]))
+        if name == "send":
+            self.sent["pipeline_parallel"] += _bytes(args[0])
+        for operator, (position, times) in self.VOLUMES.items():
+            if operator in name:
+                handle = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
+                group = torch.distributed.ProcessGroup.unbox(handle)
+                volume = _bytes(args[position]) * times * (group.size() - 1) / group.size()
+                self.sent[self.groups.get(group.group_name, "other")] += int(volume)
 
 
 def _bytes(tensors: Any) -> int:

@@ -1,77 +1,147 @@
-"""One rank's step, measured beside the plan of the run.
+"""One real rank of a run of any size: it is built and steps once, and is measured beside the plan of the run.
 
 Megatron's ``--fake-process-group`` takes the place of the other ranks: collectives return at once and move
 nothing. So this rank builds its real shard of the model, its gradient buffers and its share of the optimizer,
-and goes one step, of one micro-batch (of as many as there are pipeline stages under pipeline parallelism), of
-random tokens that go to experts by lot. Sizes are real; the loss is not.
+and trains for one step, of one micro-batch (with pipeline parallelism as many as there are stages) of random
+tokens that go to experts by lot. Sizes are real; the loss is not.
 """
 
 import json
+import os
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_router_upcycling.planning import figures, report
+from megatron_router_upcycling.checkpoint.format.boxes import Box
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.planning import figures, reading, report
 from megatron_router_upcycling.planning.rehearsal import instruments
-from megatron_router_upcycling.planning.rehearsal.prepare import Rehearsal, prepare
 from megatron_router_upcycling.planning.setup import Setup
-from megatron_router_upcycling.training import launch
+from megatron_router_upcycling.training import device, launch
+
+TOKENS_ON_CPU = 256  # of a micro-batch; activations grow with tokens and are scaled up
 
 
 def rehearse(argv: list[str], gpus: str = "--gpus") -> None:
     """Prepare, build, load, step and measure one rank; print the report and write ``--output``.
 
-    Raises:
-        UserError: what cannot work; ``gpus`` is the flag by which the number of GPUs is named.
+    Args:
+        argv: flags as ``pretrain`` takes them, with the number of GPUs.
+        gpus: the flag by which errors name that number.
     """
-    rehearsal = prepare(argv, gpus)
-    found = run(rehearsal)
-    args, load = rehearsal.run.args, rehearsal.run.load
-    print(describe(args, rehearsal.planned, found, load), flush=True)
-    if args.output:
-        Path(args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    run, planned = prepare(argv, gpus)
+    from megatron.training.theoretical_memory_usage import report_theoretical_memory
+
+    found = measure(run, planned)
+    print(*describe(run, planned, found), sep="\n", flush=True)
+    # Megatron's own estimate: a formula that knows dense models.
+    whole = {"seq_length": planned.seq_length, "global_batch_size": planned.global_batch_size}
+    report_theoretical_memory(Namespace(**vars(run.args) | whole), planned.num_microbatches)
+    if run.args.output:
+        Path(run.args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def run(rehearsal: Rehearsal) -> dict[str, Any]:
-    """Build, load, step and measure; the figures of ``compare``."""
-    args, planned, load = rehearsal.run.args, rehearsal.planned, rehearsal.run.load
-    start = time.monotonic()
-    model, optimizer, scheduler = build(rehearsal.run)
-    loaded = None
-    if load:
-        from megatron.core.utils import unwrap_model
+def prepare(argv: list[str], gpus: str = "--gpus") -> tuple[launch.Run, Setup]:
+    """One rank that is ready to step, by the stages of ``launch.prepare``, and the plan of the whole run."""
+    request = launch.parse(argv)
+    _check_flags(request.flags, gpus)
+    launch.stand_alone(request.flags.rehearse_rank, request.flags.rehearse)
+    origin = launch.find_origin(request, save=None)
+    place = device.choose(request.flags.device)
+    args, router = launch.merge(request, origin, place)
+    configured = {name: value for name, value in vars(args).items() if name != "router"}
+    launch.adapt(args, place)
+    options = router.to_dict() if router else {}
+    planned = reading.from_values(configured | {"world_size": args.rehearse}, options, gpus, gpus)
+    _cut_down(args, planned, place)
+    launch.validate(args)
+    launch.set_global(args)
+    return launch.Run(args, router, origin.load), planned
 
-        from megatron_router_upcycling.planning.rehearsal import shard
 
-        loaded = shard.load(unwrap_model(model), load)
-        optimizer.reload_model_params()
-    built = time.monotonic()
-    measured = measure(args, model, optimizer, scheduler, planned.vocabulary)
-    measured |= {"build_seconds": built - start, "step_seconds": time.monotonic() - built, "loaded": loaded}
-    return compare(args, planned, measured)
+def _check_flags(flags: Namespace, gpus: str) -> None:
+    """Refuse what can be refused before Megatron is imported."""
+    size, tokens = flags.rehearse, flags.rehearse_seq_length
+    if size is None or size < 1:
+        raise UserError(f"{gpus}: give the number of GPUs of the run, at least 1")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{gpus} {size}: is one process; start it with python -m, not torchrun")
+    if not 0 <= flags.rehearse_rank < size:
+        raise UserError(f"--rehearse-rank {flags.rehearse_rank}: must be between 0 and {size - 1}")
+    if tokens is not None and tokens < 1:
+        raise UserError(f"--rehearse-seq-length {tokens}: must be at least 1")
+    if flags.output and not (folder := Path(flags.output).absolute().parent).is_dir():
+        raise UserError(f"--output {flags.output}: there is no folder {folder}; make it first")
 
 
-def build(run: launch.Run) -> tuple[list[Any], Any, Any]:
-    """This rank's model chunks in Megatron's DDP, its optimizer and its schedule."""
-    from megatron.core.enums import ModelType
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training import training
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+def _cut_down(args: Namespace, planned: Setup, place: str) -> None:
+    """Set ``args`` for one step of one rank: no data, no tokenizer, no files, the fewest micro-batches."""
+    args.fake_process_group = True
+    # Tokens go to experts by lot, after the router has done its work: an untrained router may leave an expert
+    # without any, and then what the missing ranks would send does not add up.
+    args.moe_router_force_load_balancing = planned.num_experts > 0
+    args.mock_data = True
+    args.data_path = args.train_data_path = args.valid_data_path = args.test_data_path = None
+    args.data_args_path = args.per_split_data_args_path = args.split = None
+    args.tokenizer_type = "NullTokenizer"
+    args.padded_vocab_size = args.vocab_size = planned.padded_vocab_size
+    args.load = args.pretrained_checkpoint = args.save = None
+    args.async_save = args.use_persistent_ckpt_worker = False
+    args.tensorboard_dir = args.wandb_project = None
+    args.rerun_mode = "disabled"
+    args.rampup_batch_size = None
+    args.train_iters, args.train_samples = planned.train_iters or 1, None
+    args.lr_decay_samples, args.lr_warmup_samples = None, 0
+    micro_batches = planned.data_parallel_size * planned.pipeline_model_parallel_size
+    args.global_batch_size = planned.micro_batch_size * micro_batches
+    args.eval_global_batch_size = args.eval_micro_batch_size = None
+    if args.rehearse_seq_length or place == "cpu":
+        # Context and tensor parallel ranks each take an equal part of a sequence.
+        multiple = 2 * planned.context_parallel_size * planned.tensor_model_parallel_size
+        few = max(1, TOKENS_ON_CPU // planned.micro_batch_size // multiple) * multiple
+        args.seq_length = min(planned.seq_length, args.rehearse_seq_length or few)
 
-    from megatron_router_upcycling.training.train import model_config
 
-    training.initialize_megatron()
-    container = pretrain_cfg_container_from_args(run.args, model_config(run))
-    return training.setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        cfg_container=container,
-        checkpointing_context={},
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
+@torch.no_grad()
+def load_shard(model: Sequence[Any], root: str) -> None:
+    """Fill the parameters of ``model`` (chunks in DDP) from the checkpoint, without a word to other ranks.
+
+    Megatron's own loading agrees over collectives on who reads what. Here the other ranks do not exist, so
+    this rank reads for itself what its ``sharded_state_dict`` says is its own.
+
+    Raises:
+        UserError: the checkpoint lacks a parameter or has it in another shape.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from megatron.core.utils import unwrap_model
+
+    checkpoint = open_checkpoint(root)
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    for chunk in unwrap_model(model):
+        state = chunk.sharded_state_dict(metadata=groups)
+        apply_factories(state)
+        for shard in nested_values(state):
+            if not isinstance(shard, ShardedTensor):
+                continue
+            stored, expected = checkpoint.tensors.get(shard.key), tuple(shard.global_shape)
+            # The padding of an embedding may differ with the tensor-parallel size.
+            if stored is None or not (stored.shape == expected or shard.allow_shape_mismatch):
+                has = f"is {list(stored.shape)}" if stored else "is not"
+                raise UserError(
+                    f"--load {root}: {shard.key} {has} there, where this model has {list(expected)}; use the"
+                    " checkpoint's own architecture"
+                )
+            stacked = (1,) * (len(expected) - len(shard.local_shape))
+            box = Box(tuple(shard.global_offset), stacked + tuple(shard.local_shape))
+            target = shard.data.view(box.sizes)
+            target.copy_(checkpoint.read_box(shard.key, box, target.to("cpu", stored.dtype)))
 
 
 def random_batches(args: Namespace, vocabulary: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -88,13 +158,7 @@ def random_batches(args: Namespace, vocabulary: int) -> Iterator[dict[str, torch
         }
 
 
-def microbatches(args: Namespace) -> int:
-    return args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-
-
-def step(
-    args: Namespace, model: list[Any], optimizer: Any, scheduler: Any, data: Any, forward_step: Any = None
-) -> None:
+def step(model: list[Any], optimizer: Any, scheduler: Any, data: Any, forward_step: Any = None) -> None:
     """Megatron's own training step."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -110,145 +174,95 @@ def step(
     train_step(call, data, model, optimizer, scheduler, config, get_forward_backward_func(), 0)
 
 
-def measure(
-    args: Namespace, model: list[Any], optimizer: Any, scheduler: Any, vocabulary: int
-) -> dict[str, Any]:
-    """Figures of one training step of this rank."""
-    from megatron_router_upcycling.training import language_model
+def measure(run: launch.Run, planned: Setup) -> dict[str, Any]:
+    """Build this rank, load its shard and step once: what was measured and planned of each quantity."""
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-    columns = vocabulary // args.tensor_model_parallel_size
+    from megatron_router_upcycling.training import language_model, train
+
+    args, on_gpu, start = run.args, torch.cuda.is_available(), time.monotonic()
+    model, optimizer, scheduler = train.build(args, train.model_config(run))
+    if run.load:
+        load_shard(model, run.load)
+        optimizer.reload_model_params()
+    built = time.monotonic()
     # Logits are recognised by their width; in a toy model whose hidden size is the same, they are not.
-    saved = instruments.SavedForBackward(model, columns if columns != args.hidden_size else 0)
+    columns = planned.padded_vocab_size // args.tensor_model_parallel_size
+    width = columns if columns != args.hidden_size else 0
+    forward_step, saved = instruments.counting_saved(language_model.forward_step, model, width)
     sent = instruments.Collectives(instruments.parallel_groups())
-    first_forward = [saved.during(language_model.forward_step)]
-
-    def forward_step(*step_args: Any, **kwargs: Any) -> Any:
-        call = first_forward.pop() if first_forward else language_model.forward_step
-        return call(*step_args, **kwargs)
-
-    data: Any = random_batches(args, vocabulary)
-    if len(model) > 1:
-        data = [random_batches(args, vocabulary) for _ in model]
-    if torch.cuda.is_available():
+    data = [random_batches(args, planned.padded_vocab_size) for _ in model]
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     with sent:
-        step(args, model, optimizer, scheduler, data, forward_step)
-    return {
-        "parameters": instruments.parameters_by_part(model),
-        "weights": instruments.weight_bytes(model),
-        "gradients": instruments.gradient_bytes(model),
-        "optimizer": instruments.optimizer_bytes(optimizer, copies=args.bf16 or args.fp16),
-        "activations_per_token": sum(saved.activations.values())
-        / (args.micro_batch_size * args.seq_length / args.context_parallel_size),
-        "sent": dict(sent.sent),
-        "microbatches": microbatches(args),
-        "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-    }
-
-
-def compare(args: Namespace, planned: Setup, measured: dict[str, Any]) -> dict[str, Any]:
-    """Measured, planned and, where it has one, Megatron's own figure, for each quantity of this rank."""
-    from megatron.core import parallel_state
-    from megatron.training import theoretical_memory_usage as megatron
+        step(model, optimizer, scheduler, data if len(data) > 1 else data[0], forward_step)
+    stepped = time.monotonic()
 
     stage = parallel_state.get_pipeline_model_parallel_rank()
     plan = figures.memory(planned, stage)
-    whole = Namespace(**vars(args))
-    whole.seq_length, whole.global_batch_size = planned.sequence, planned.batch
-    activations = (
-        megatron.compute_activation_memory
-        if args.sequence_parallel and args.recompute_granularity == "selective"
-        else megatron.compute_activation_memory_without_sp
-    )
+    tokens = args.micro_batch_size * args.seq_length
     # Of all micro-batches in flight, of every model chunk and of the configured length, as planned. Under
     # full recomputation what is measured leaves out the layers at work.
-    whole_length = args.seq_length == planned.sequence
-    before = measured["weights"] + measured["gradients"] + measured["optimizer"]
-    at_peak = measured["peak_memory"] - before if measured["peak_memory"] and whole_length else None
-    scale = figures.tokens_on_gpu(planned) * figures.in_flight(planned, stage) * planned.virtual_stages
+    scale = figures.tokens_on_gpu(planned) / (tokens / args.context_parallel_size)
+    scale *= figures.in_flight(planned, stage) * planned.num_virtual_stages_per_pipeline_rank
+    held = instruments.held_bytes(model, optimizer, copies=args.bf16 or args.fp16)
+    held["activations"] = sum(saved.values()) * scale
+    # What PyTorch's separate operators keep on the CPU is more than what a GPU's fused kernels keep.
+    plan["activations"] = figures.activations(planned, stage, fused=on_gpu)
     return {
         "rank": args.rank,
         "pipeline_rank": stage,
-        "tokens_of_the_step": measured["microbatches"] * args.micro_batch_size * args.seq_length,
-        "parameters": {"measured": measured["parameters"], "plan": figures.parameters(planned, stage)},
-        "weights": {"measured": measured["weights"], "plan": plan.weights},
-        "gradients": {"measured": measured["gradients"], "plan": plan.gradients},
-        "optimizer": {"measured": measured["optimizer"], "plan": plan.optimizer},
-        "activations": {
-            "measured": measured["activations_per_token"] * scale,
-            "plan": figures.activations(planned, stage, fused=torch.cuda.is_available()),
+        "tokens_of_the_step": get_num_microbatches() * tokens,
+        "parameters": {
+            "measured": instruments.parameters_by_part(model),
+            "plan": figures.parameters(planned, stage),
         },
-        "weights and optimizer": {
-            "measured": measured["weights"] + measured["gradients"] + measured["optimizer"],
-            "plan": plan.weights + plan.gradients + plan.optimizer,
-            "megatron": megatron.compute_weight_and_optimizer_memory(whole),
-        },
-        "with fused kernels": {"plan": plan.activations},
-        "activations and logits": {
-            # Where a step's backward pass begins, less what stands before it.
-            **({"measured": at_peak} if at_peak else {}),
-            "plan": plan.activations + plan.logits,
-            "megatron": activations(whole, planned.num_microbatches),
-        },
-        "sent_in_the_step": measured["sent"],
-        **{name: measured[name] for name in ("peak_memory", "loaded", "build_seconds", "step_seconds")},
+        **{name: {"measured": size, "plan": plan[name]} for name, size in held.items()},
+        "sent_in_the_step": dict(sent.sent),
+        "peak_memory": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "build_seconds": built - start,
+        "step_seconds": stepped - built,
     }
 
 
-def describe(args: Namespace, planned: Setup, found: dict[str, Any], load: str | None) -> str:
+def describe(run: launch.Run, planned: Setup, found: dict[str, Any]) -> Iterator[str]:
     """The report, for people."""
-    plan = figures.Plan(planned)
-    lines = [
-        *_heading(args, planned, found, load),
-        *_parameters(found["parameters"]),
-        *_memory(found),
-        _sent(args, found["sent_in_the_step"]),
-        "the run as planned:",
-        report.describe(plan, args.gpu_memory_gib, args.peak_tflops),
-    ]
-    if problem := report.too_large(plan, args.gpu_memory_gib):
-        lines.append(f"warning: {problem}")
-    return "\n".join(lines)
-
-
-def _heading(args: Namespace, planned: Setup, found: dict[str, Any], load: str | None) -> Iterator[str]:
+    args = run.args
     yield (
         f"rehearsal of rank {args.rank} of {planned.world_size} (pipeline rank {found['pipeline_rank']},"
         f" DP {planned.data_parallel_size}, EP {planned.expert_model_parallel_size}); the other ranks are not"
         " there"
     )
-    yield f"weights: {f'this rank’s shard of {load}, {found["loaded"]} values' if load else 'random'}"
-    shortened = args.seq_length < planned.sequence
+    yield f"weights: {f'this rank’s shard of {run.load}' if run.load else 'random'}"
+    shortened = args.seq_length < planned.seq_length
     yield (
         f"step of {found['tokens_of_the_step']} tokens in micro-batches of {args.micro_batch_size} x"
         f" {args.seq_length}: {found['step_seconds']:.1f} s here,"
         f" after {found['build_seconds']:.1f} s to build"
-        + (f"; activations are scaled up to {planned.sequence} tokens a sequence" if shortened else "")
+        + (f"; activations are scaled up to {planned.seq_length} tokens a sequence" if shortened else "")
     )
-
-
-def _parameters(counts: dict[str, dict[str, int]]) -> Iterator[str]:
-    measured, plan = counts["measured"], counts["plan"]
-    yield f"{'parameters':24}{'measured':>16}{'plan':>16}"
-    for part in plan:
-        if measured[part] or plan[part]:
-            yield f"  {part:22}{measured[part]:16d}{plan[part]:16d}"
-    yield f"  {'all':22}{sum(measured.values()):16d}{sum(plan.values()):16d}"
-
-
-def _memory(found: dict[str, Any]) -> Iterator[str]:
-    kinds = ("measured", "plan", "megatron")
-    yield f"{'memory, GiB':24}{'measured':>16}{'plan':>16}{'Megatron':>16}"
-    rows = ["weights", "gradients", "optimizer", "weights and optimizer", "activations"]
-    rows += [] if torch.cuda.is_available() else ["with fused kernels"]
-    for name in (*rows, "activations and logits"):
-        cells = (f"{found[name][kind] / figures.GIB:.3f}" if kind in found[name] else "-" for kind in kinds)
-        yield f"  {name:22}" + "".join(cell.rjust(16) for cell in cells)
+    counts = found["parameters"]
+    parts = {part: {kind: counts[kind][part] for kind in counts} for part in figures.PARTS}
+    total = {"all": {kind: sum(counts[kind].values()) for kind in counts}}
+    yield from _table("parameters", parts | total, "16d")
+    kinds = ("weights", "gradients", "optimizer", "activations")
+    sizes = {kind: {whose: size / figures.GIB for whose, size in found[kind].items()} for kind in kinds}
+    yield from _table("memory, GiB", sizes, "16.3f")
     if found["peak_memory"]:
         yield f"  peak on the GPU in this step: {found['peak_memory'] / figures.GIB:.2f} GiB"
-
-
-def _sent(args: Namespace, sent: dict[str, int]) -> str:
+    sent = found["sent_in_the_step"].items()
+    amounts = ", ".join(f"{kind.replace('_', ' ')} {size / 1e6:.1f} MB" for kind, size in sent)
     tokens = args.micro_batch_size * args.seq_length
-    parts = ", ".join(f"{kind.replace('_', ' ')} {size / 1e6:.1f} MB" for kind, size in sent.items())
-    return f"sent in this step of {tokens} tokens a micro-batch: {parts or 'nothing'}"
+    yield f"sent in this step of {tokens} tokens a micro-batch: {amounts or 'nothing'}"
+    yield "the run as planned:"
+    yield report.describe(planned, args.gpu_memory_gib, args.peak_tflops)
+    if problem := report.too_large(planned, args.gpu_memory_gib):
+        yield f"warning: {problem}"
+
+
+def _table(title: str, rows: dict[str, dict[str, float]], form: str) -> Iterator[str]:
+    yield f"{title:24}{'measured':>16}{'plan':>16}"
+    for name, row in rows.items():
+        if any(row.values()):
+            yield f"  {name:22}{row['measured']:{form}}{row['plan']:{form}}"

@@ -1,8 +1,8 @@
-"""Load a checkpoint into a model whose flags add something to its layers.
+"""Load a checkpoint into a model whose flags, or Transformer Engine, add something to its layers.
 
-Some of Megatron's flags give layers a state that the checkpoint of another model has not. Two of those states
-are corrections that training starts from zero, and so they do here. What else is missing would have to be
-invented: the flag that adds it is named instead, as is a tensor of another shape.
+Two of those states are corrections that training starts from zero, and so they do here. Transformer Engine's
+extra states (fp8 scales; empty without fp8) are left out where there are none. What else is missing would
+have to be invented: the flag that adds it is named instead, as is a tensor of another shape.
 """
 
 import re
@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.training import get_args
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_router_upcycling.checkpoint import names
@@ -41,35 +40,45 @@ def install() -> None:
     patching.wrap("added_state", dist_checkpointing, "load", _of_what_is_there)
 
 
-def _of_what_is_there(load: Callable[..., Any]) -> Callable[..., Any]:
-    def call(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        path = Path(str(checkpoint_dir)) / METADATA
-        if not path.is_file():
-            return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        saved, _ = parse_metadata(read_record(path), path)
-        asked = _everywhere(set(_keys(sharded_state_dict)))
-        missing = asked - set(saved)
-        added, wanted = extract_matching_values(
-            sharded_state_dict, lambda value: _begins_at_zero(value, missing)
-        )
-        if others := sorted(key for key in missing if _flag_from_zero(key) is None):
-            raise UserError(f"{added_by(others[0], saved)}: {path.parent} has no {others[0]}; {WAY_OUT}")
-        _tell({_flag_from_zero(key) for key in missing}, "the checkpoint has no such bias; it begins at zero")
-        left_out = {_flag_from_zero(key) for key in set(saved) - asked if not key.startswith("optimizer.")}
-        _tell(left_out, "is not given, and the checkpoint has such a bias; it is left out")
-        try:
-            loaded = load(wanted, checkpoint_dir, *args, **kwargs)
-        except CheckpointException as error:  # what went wrong on each rank
-            shapes = [SHAPES.search(str(failure)) for failure, _ in error.failures.values()]
-            if not all(shapes) or (found := shapes[0]) is None:
-                raise
-            raise UserError(
-                f"{shaped_by(found['key'])}: {path.parent} has {found['key']} in the shape {found['saved']},"
-                f" and these flags make it {found['asked']}; {WAY_OUT}"
-            ) from None
-        return merge(loaded, _own_values(added))
+def _of_what_is_there(
+    load: Callable[..., Any], sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any
+) -> Any:
+    path = Path(str(checkpoint_dir)) / METADATA
+    if not path.is_file():
+        return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+    saved, objects = parse_metadata(read_record(path), path)
+    asked = _everywhere(set(_keys(sharded_state_dict)))
+    missing = asked - set(saved)
+    if others := sorted(key for key in missing if _flag_from_zero(key) is None):
+        raise UserError(f"{added_by(others[0], saved)}: {path.parent} has no {others[0]}; {WAY_OUT}")
+    _tell({_flag_from_zero(key) for key in missing}, "the checkpoint has no such bias; it begins at zero")
+    left_out = {_flag_from_zero(key) for key in set(saved) - asked if not key.startswith("optimizer.")}
+    _tell(left_out, "is not given, and the checkpoint has such a bias; it is left out")
+    added, wanted = extract_matching_values(
+        without_missing_states(sharded_state_dict, objects),
+        lambda value: isinstance(value, ShardedTensor) and value.key in missing,
+    )
+    try:
+        loaded = load(wanted, checkpoint_dir, *args, **kwargs)
+    except CheckpointException as error:  # what went wrong on each rank
+        shapes = [SHAPES.search(str(failure)) for failure, _ in error.failures.values()]
+        if not all(shapes) or (found := shapes[0]) is None:
+            raise
+        raise UserError(
+            f"--load: {path.parent} has {found['key']} in the shape {found['saved']},"
+            f" and these flags make it {found['asked']}; {WAY_OUT}"
+        ) from None
+    return merge(loaded, _own_values(added))
 
-    return call
+
+def without_missing_states(sharded_state_dict: Any, saved: Container[str]) -> Any:
+    """``sharded_state_dict`` less the extra states that are not among those ``saved``."""
+
+    def is_missing(value: Any) -> bool:
+        is_state = isinstance(value, ShardedObject) and value.key.endswith(names.EXTRA_STATE)
+        return is_state and value.unique_key not in saved
+
+    return extract_matching_values(sharded_state_dict, is_missing)[1]
 
 
 def _tell(flags: set[str | None], what: str) -> None:
@@ -85,21 +94,8 @@ def added_by(key: str, saved: Container[str]) -> str:
     return next((flag for pattern, flag in names.ADDED_BY.items() if re.search(pattern, key)), "--load")
 
 
-def shaped_by(key: str) -> str:
-    """The flag that gives the tensor ``key`` another shape, for a message."""
-    if names.LINEAR_QKV in key:
-        return "--attention-output-gate" if get_args().attention_output_gate else "--num-attention-heads"
-    return "--moe-ffn-hidden-size" if "experts" in key else "--load"
-
-
 def _flag_from_zero(key: str) -> str | None:
     return next((flag for end, flag in FROM_ZERO.items() if key.endswith(end)), None)
-
-
-def _begins_at_zero(value: Any, missing: set[str]) -> bool:
-    return (
-        isinstance(value, ShardedTensor) and value.key in missing and _flag_from_zero(value.key) is not None
-    )
 
 
 def _keys(sharded_state_dict: dict[str, Any]) -> Iterator[str]:

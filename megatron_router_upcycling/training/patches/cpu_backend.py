@@ -4,19 +4,12 @@ Megatron-Core asks for CUDA by name: ``device='cuda'``, streams, events, memory 
 random state. ``install()`` answers each of those requests with the CPU, so that the unmodified
 ``megatron.training`` loop runs where there is no GPU. Parallelism is real: torchrun starts processes
 that talk over Gloo. Where there is a GPU, ``install()`` refuses and nothing is ever touched.
-
-Any Megatron script can be run this way, for example Megatron-LM's own ``pretrain_gpt.py``::
-
-    torchrun --nproc-per-node 2 -m megatron_router_upcycling.training.patches.cpu_backend pretrain_gpt.py ...
 """
 
 import contextlib
 import functools
-import importlib
 import os
 import queue
-import runpy
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -49,9 +42,6 @@ def install() -> None:
     """Bridge torch.cuda and Megatron to the CPU for the life of the process; a second call changes nothing.
 
     Call it before Megatron builds anything; importing Megatron first is fine.
-
-    Raises:
-        RuntimeError: there is a GPU, or an upstream symbol that the bridge replaces has gone.
     """
     if torch.cuda.is_available():
         raise RuntimeError("the CPU backend was asked for on a machine with a GPU; use --device cuda")
@@ -60,7 +50,9 @@ def install() -> None:
     torch._dynamo.config.disable = True
     _bridge_devices()
     _bridge_torch_cuda()
-    _bridge_distributed()
+    # Gloo takes no CUDA device to bind a process group or a barrier to.
+    for name, argument in (("init_process_group", "device_id"), ("barrier", "device_ids")):
+        _wrap(torch.distributed, name, functools.partial(_without, argument))
     _bridge_megatron()
 
 
@@ -74,32 +66,27 @@ def _on_cpu(device: Any) -> Any:
     return CPU if isinstance(device, int) and not isinstance(device, bool) else device
 
 
-def _with_device_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("device") is not None:
-            kwargs["device"] = _on_cpu(kwargs["device"])
-        return original(*args, **kwargs)
-
-    return call
+def _with_device_on_cpu(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("device") is not None:
+        kwargs["device"] = _on_cpu(kwargs["device"])
+    return original(*args, **kwargs)
 
 
-def _move_to_cpu(tensor_to: Callable[..., Any]) -> Callable[..., Any]:
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and isinstance(args[0], str | int | torch.device):
-            args = (_on_cpu(args[0]), *args[1:])
-        return tensor_to(self, *args, **kwargs)
+def _move_to_cpu(
+    tensor_to: Callable[..., Any], self: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    if args and isinstance(args[0], str | int | torch.device):
+        args = (_on_cpu(args[0]), *args[1:])
+    return _with_device_on_cpu(tensor_to, self, *args, **kwargs)
 
-    return _with_device_on_cpu(to)
 
-
-def _named_as_on_cuda(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
-    def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if dtype is not None:
-            return tensor_type(self, dtype, *args, **kwargs)
-        # Megatron's optimizers and gradient clipping accept 'torch.cuda.FloatTensor' and its kin only.
-        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
-
-    return type_
+def _named_as_on_cuda(
+    tensor_type: Callable[..., Any], self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    if dtype is not None:
+        return tensor_type(self, dtype, *args, **kwargs)
+    # Megatron's optimizers and gradient clipping accept 'torch.cuda.FloatTensor' and its kin only.
+    return tensor_type(self).replace("torch.", "torch.cuda.", 1)
 
 
 def _bridge_devices() -> None:
@@ -115,42 +102,35 @@ def _bridge_devices() -> None:
     _replace(torch.Tensor, "record_stream", _always(None))
 
 
-class _Stream:
-    """A CUDA stream on a device that does things in order: waiting is always over."""
+class _Done:
+    """What streams and events of CUDA share on a device that does things in order: waiting is always over."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
 
-    def wait_stream(self, *args: Any) -> None: ...
-    def wait_event(self, *args: Any) -> None: ...
-    def synchronize(self) -> None: ...
+    wait_stream = wait_event = synchronize = wait
 
     def query(self) -> bool:
         return True
 
-    def record_event(self, event: "_Event | None" = None) -> "_Event":
-        event = event or _Event()
-        event.record()
-        return event
 
+class _Event(_Done):
+    """It keeps the host's clock; ``elapsed_time`` is in milliseconds."""
 
-class _Event:
-    """A CUDA event that keeps the host's clock; ``elapsed_time`` is in milliseconds."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds = 0.0
+    seconds = 0.0
 
     def record(self, *args: Any) -> None:
         self.seconds = time.perf_counter()
 
-    def wait(self, *args: Any) -> None: ...
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
     def elapsed_time(self, end: "_Event") -> float:
         return (end.seconds - self.seconds) * 1e3
+
+
+class _Stream(_Done):
+    def record_event(self, event: _Event | None = None) -> _Event:
+        event = event or _Event()
+        event.record()
+        return event
 
 
 def _always(value: Any) -> Callable[..., Any]:
@@ -188,18 +168,9 @@ def _bridge_torch_cuda() -> None:
         _replace(owner, "set_rng_state", _set_rng_state)
 
 
-def _without(argument: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop(argument, None)
-        return original(*args, **kwargs)
-
-    return call
-
-
-def _bridge_distributed() -> None:
-    """Gloo takes no CUDA device to bind a process group or a barrier to."""
-    for name, argument in (("init_process_group", "device_id"), ("barrier", "device_ids")):
-        _wrap(torch.distributed, name, functools.partial(_without, argument))
+def _without(argument: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    kwargs.pop(argument, None)
+    return original(*args, **kwargs)
 
 
 class _SplitSizes(list):
@@ -217,17 +188,17 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.manual_seed(state.view(torch.int64)[0].item())
 
 
+def _allow_no_cuda(initialize: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return initialize(*args, **kwargs | {"allow_no_cuda": True})
+
+
 def _bridge_megatron() -> None:
     """Replace what Megatron binds to CUDA by value, or does only with a GPU's libraries."""
-    random, dispatcher, saving, training = (
-        importlib.import_module(f"megatron.{name}")
-        for name in (
-            "core.tensor_parallel.random",
-            "core.transformer.moe.token_dispatcher",
-            "core.dist_checkpointing.strategies.filesystem_async",
-            "training.training",
-        )
-    )
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.training import training
+
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", _set_rng_state)
 
@@ -236,25 +207,9 @@ def _bridge_megatron() -> None:
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return _SplitSizes(tensor.tolist()) if as_numpy and torch.is_tensor(tensor) else tensor
 
-    _replace(dispatcher, "maybe_move_tensor_to_cpu", to_host)
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)
     device.use_built_dataset_helper()
     # What a save wrote is passed on through a queue. Megatron's is in a process that each rank starts for it
     # and that imports PyTorch; where no save is asynchronous (device.ON_CPU), one process does it all.
-    _replace(saving, "get_write_results_queue", _always(queue.Queue()))
-    _wrap(training, "initialize_megatron", lambda original: functools.partial(original, allow_no_cuda=True))
-
-
-def main() -> None:
-    """Run another Megatron script with its own arguments on the CPU backend."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__)
-        sys.exit(0 if len(sys.argv) > 1 else 2)
-    install()
-    script = os.path.abspath(sys.argv[1])
-    sys.argv = sys.argv[1:]
-    sys.path[0] = os.path.dirname(script)
-    runpy.run_path(script, run_name="__main__")
-
-
-if __name__ == "__main__":
-    main()
+    _replace(filesystem_async, "get_write_results_queue", _always(queue.Queue()))
+    _wrap(training, "initialize_megatron", _allow_no_cuda)

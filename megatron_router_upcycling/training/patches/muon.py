@@ -1,10 +1,8 @@
 """Let Muon take each matrix of a stack for itself: experts, and the query maps of a mixture of routers.
 
 Megatron gives Muon what has two axes and is neither embedding nor output layer, and the rest to AdamW.
-Grouped experts [n, out, in] and query maps [m, d', D] are as many matrices, each a linear map of its own, but
-have three axes: most of the weights would go to AdamW. ``install()`` counts what is marked with
-``layers.STACK`` as matrices, and orthogonalises the update of each alone, which is what Muon does to experts
-that are stored one by one.
+Grouped experts [n, out, in] and query maps [m, d', D] are marked with ``layers.STACK``: they count as
+matrices, and the update of each is orthogonalised alone, as Muon does to experts that are stored one by one.
 """
 
 from collections.abc import Callable
@@ -35,10 +33,9 @@ def is_matrix(param: torch.Tensor) -> bool:
     return param.dim() == axes and not getattr(param, "is_embedding_or_output_parameter", False)
 
 
-def _each_alone(orthogonalize: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def call(self: Any, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if grad.dim() == 2:
-            return orthogonalize(self, p, grad, **kwargs)
-        return torch.stack([orthogonalize(self, p, matrix, **kwargs) for matrix in grad])
-
-    return call
+def _each_alone(
+    orthogonalize: Callable[..., torch.Tensor], self: Any, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    if grad.dim() == 2:
+        return orthogonalize(self, p, grad, **kwargs)
+    return torch.stack([orthogonalize(self, p, matrix, **kwargs) for matrix in grad])

@@ -21,11 +21,9 @@ def changed(by: str, what: str, instead: str = "") -> RuntimeError:
 
 
 def find(by: str, owner: Any, name: str, *, place: str = "", reads: Iterable[str] = ()) -> Any:
-    """``owner.name``, once it is known to be there.
+    """``owner.name``, once it is known to be there and, as a function, to have the parameters ``reads``.
 
-    Args:
-        place: how an error names ``owner``; its own name unless given.
-        reads: parameters that the function must have.
+    Errors name ``owner`` as ``place``, or by its own name.
     """
     where = f"{place or getattr(owner, '__name__', repr(owner))}.{name}"
     # A class of Megatron's must have the method itself: what it would inherit does something else.
@@ -44,20 +42,18 @@ def replace(by: str, owner: Any, name: str, new: Any) -> None:
     setattr(owner, name, new)
 
 
-def wrap(
-    by: str,
-    owner: Any,
-    name: str,
-    wrapper: Callable[[Callable[..., Any]], Callable[..., Any]],
-    reads: Iterable[str] = (),
-) -> None:
-    """Let ``owner.name`` be ``wrapper`` of it for the life of the process; a second call changes nothing.
+def wrap(by: str, owner: Any, name: str, outer: Callable[..., Any], reads: Iterable[str] = ()) -> None:
+    """Let ``owner.name(...)`` be ``outer(original, ...)`` from now on; a second call changes nothing.
 
     The original stays at ``__wrapped__``.
     """
     original = find(by, owner, name, reads=reads)
     if getattr(original, "wrapped_by", None) == by:
         return
-    new = functools.wraps(original)(wrapper(original))
-    new.wrapped_by = by  # type: ignore[attr-defined]
-    setattr(owner, name, new)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return outer(original, *args, **kwargs)
+
+    call.wrapped_by = by  # type: ignore[attr-defined]
+    setattr(owner, name, call)

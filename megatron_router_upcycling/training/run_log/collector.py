@@ -18,15 +18,11 @@ from megatron_router_upcycling.files import write_whole
 from megatron_router_upcycling.training.patches import patching
 from megatron_router_upcycling.training.run_log import measures
 
-# Measures that cost more and change slowly, each with what it says.
-RARE = {
-    "router_agreement": "how often one router's first choice is the mixture's",
-    "gate_cosine": "cosine between the gates of two routers",
-    "expert_distance": "distance of two experts over their norm",
-    "router_drift": "change of the router's parameters since the run's start, over their norm",
-    "query_weight_drift": "the same, of the query maps",
-    "expert_key_drift": "the same, of the experts' keys",
-}
+# Measures that cost more and change slowly: how often one router's first choice is the mixture's, the cosine
+# between the gates of two routers, the distance of two experts over their norm, and the change of the
+# router's parameters since the run's start over their norm, of all and of the mixture's two kinds.
+DRIFTS = ("router_drift", "query_weight_drift", "expert_key_drift")
+RARE = ("router_agreement", "gate_cosine", "expert_distance", *DRIFTS)
 SAMPLE_TOKENS = 256  # of one micro-batch, for router_agreement
 SAMPLE_ROWS = 16  # of each expert's first matrix, evenly spaced, for expert_distance
 INITIAL = "routing_initial"  # folder beside the checkpoints: the routers' parameters at the run's start
@@ -42,9 +38,6 @@ class RoutingCollector:
         save: the run's folder, for the routers' initial parameters; None keeps them in memory.
         fresh: the run starts here and does not resume from a checkpoint of its own.
         whole: parameters are whole on each rank; else there are no RARE measures, which read them.
-
-    Raises:
-        RuntimeError: Megatron's MoE layer is not built as in the version that this was tested with.
     """
 
     def __init__(
@@ -61,12 +54,11 @@ class RoutingCollector:
 
         self.wanted, self.whole = wanted, whole
         self.layers: dict[int, Any] = {}  # of this rank: layer from 0 -> its MoELayer
-        for chunk in model:
-            for module in chunk.modules():
-                if isinstance(module, MoELayer) and not getattr(module.router, "is_mtp_layer", False):
-                    if not callable(getattr(module.router, "routing", None)):
-                        raise _unknown("TopKRouter.routing")
-                    self.layers[module.router.layer_number - 1] = module
+        for module in (module for chunk in model for module in chunk.modules()):
+            if isinstance(module, MoELayer) and not getattr(module.router, "is_mtp_layer", False):
+                if not callable(getattr(module.router, "routing", None)):
+                    raise _unknown("TopKRouter.routing")
+                self.layers[module.router.layer_number - 1] = module
         columns = len(measures.SUMS) + num_experts
         device = next(model[0].parameters()).device
         self.sums = torch.zeros((num_layers, columns), dtype=torch.float64, device=device)
@@ -86,14 +78,12 @@ class RoutingCollector:
             output = original(logits, *args, **kwargs)
             if router.training and torch.is_grad_enabled() and self.wanted():
                 with torch.no_grad():
-                    flat = logits.detach().flatten(0, -2)
                     weights, routing_map = output
                     if router.config.moe_pad_expert_input_to_capacity:
                         routing_map = routing_map & (weights > 0)  # the map counts the padding too
-                    scores = _scores(router, flat)
-                    self.sums[index] += measures.routing_sums(
-                        scores, weights.detach(), routing_map, router.topk
-                    )
+                    scores = _scores(router, logits.detach().flatten(0, -2))
+                    found = measures.routing_sums(scores, weights.detach(), routing_map, router.topk)
+                    self.sums[index] += found
             return output
 
         def sample(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
@@ -123,37 +113,36 @@ class RoutingCollector:
         # Layers of other pipeline stages are zero here, and tensor-parallel ranks that see the same tokens
         # add the same to numerators and denominators: one sum over all ranks does for all.
         torch.distributed.all_reduce(everything)
-        everything = everything.cpu()
+        sums, rare = everything.cpu().split((self.sums.shape[1], 2 * len(RARE)), dim=1)
         self.sums.zero_()
         self.samples.clear()
-        sums, rare = everything.split((self.sums.shape[1], 2 * len(RARE)), dim=1)
         found = {i: summary for i, row in enumerate(sums) if (summary := measures.summarise(row))}
         record: dict[str, Any] = {"layers": list(found)}
-        for name in ("load", *measures.MEASURES) if found else ():
-            record[name] = [summary[name] for summary in found.values()]
+        for summary in found.values():
+            for name, value in summary.items():
+                record.setdefault(name, []).append(value)
         if with_rare:
-            means = rare.unflatten(1, (-1, 2))
-            means = means[..., 0] / means[..., 1]  # NaN where no rank had any
-            columns = {name: means[list(found), column] for column, name in enumerate(RARE)}
-            record["rare"] = {
-                name: column.tolist() for name, column in columns.items() if not column.isnan().all()
-            }
+            means = rare.unflatten(1, (-1, 2))[list(found)]
+            columns = (means[..., 0] / means[..., 1]).t()  # NaN where no rank had any
+            named = dict(zip(RARE, columns, strict=True))
+            record["rare"] = {name: c.tolist() for name, c in named.items() if not c.isnan().all()}
         return record
 
     def _rare(self) -> dict[int, dict[str, float]]:
         found: dict[int, dict[str, float]] = {}
         distances = _expert_distances(self.layers)
         for index, layer in self.layers.items():
-            router, values = layer.router, {"expert_distance": distances.get(index, math.nan)}
-            changes = {
-                name: measures.relative_change(parameter, self.initial[index][name])
-                for name, parameter in router.named_parameters()
-                if name in self.initial[index]
-            }
-            for name, change in changes.items():
-                values[f"{name}_drift"] = _root_ratio(change)
-            if changes:
-                values["router_drift"] = _root_ratio(torch.stack(list(changes.values())).sum(dim=0))
+            router, initial = layer.router, self.initial[index]
+            values = {"expert_distance": distances[index]}
+            squares = {}  # of the change and of what changed
+            for name, parameter in router.named_parameters():
+                if name in initial:
+                    before = initial[name].float()
+                    change = parameter.float() - before
+                    squares[name] = torch.stack((change.square().sum(), before.square().sum()))
+                    values[f"{name}_drift"] = _root_ratio(squares[name])
+            if squares:
+                values["router_drift"] = _root_ratio(torch.stack(list(squares.values())).sum(dim=0))
             if hasattr(router, "own_measures"):
                 values |= router.own_measures(self.samples.get(index))
             found[index] = values
@@ -192,11 +181,8 @@ def _expert_distances(layers: dict[int, Any]) -> dict[int, float]:
         return {}
     totals = torch.stack(parts)
     torch.distributed.all_reduce(totals, group=parallel_state.get_expert_model_parallel_group())
-    totals = totals.cpu()
-    return {
-        i: measures.spread(row[:-2], float(row[-2]), int(row[-1]))
-        for i, row in zip(layers, totals, strict=True)
-    }
+    spreads = [measures.spread(row[:-2], float(row[-2]), int(row[-1])) for row in totals.cpu()]
+    return dict(zip(layers, spreads, strict=True))
 
 
 def _initial(index: int, router: Any, save: Path | None, fresh: bool) -> dict[str, torch.Tensor]:

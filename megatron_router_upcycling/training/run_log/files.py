@@ -27,11 +27,7 @@ ARGUMENTS = "arguments.txt"
 
 
 def write_arguments(path: Path, arguments: dict[str, Any]) -> None:
-    """Write all of Megatron's arguments, a line each, as the last run had them.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+    """Write all of Megatron's arguments, a line each, as the last run had them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (f"{name} {'.' * (48 - len(name))} {value}\n" for name, value in arguments.items())
     write_whole(path, "".join(sorted(lines)))

@@ -1,8 +1,7 @@
 """Megatron's training loop, listened to: losses and routing statistics into files and Megatron's loggers.
 
-``install`` wraps four functions of ``megatron.training.training``, each of which the loop looks up
-by name when it calls it: ``setup_model_and_optimizer`` (the model is there), ``training_log`` (an iteration
-is over), ``evaluate_and_print_results`` and ``evaluate`` (held-out losses).
+``install`` wraps four functions of ``megatron.training.training``: ``setup_model_and_optimizer`` (the model
+is there), ``training_log`` (an iteration is over), ``evaluate_and_print_results`` and ``evaluate``.
 """
 
 import functools
@@ -16,7 +15,7 @@ from typing import Any
 
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.patches import patching
-from megatron_router_upcycling.training.run_log import files, measures
+from megatron_router_upcycling.training.run_log import files
 
 # Parameters of training_log that are read here.
 READ = ("iteration", "loss_dict", "total_loss_dict", "learning_rate", "grad_norm", "skipped_iter")
@@ -34,19 +33,9 @@ def _says_more(beginning: str, record: logging.LogRecord) -> bool:
 
 
 class RunLog:
-    """One run's listener; ``install`` once, before ``megatron.training.pretrain``.
-
-    Args:
-        args: Megatron's validated arguments, with ``routing_diagnostics`` and its interval.
-    """
+    """One run's listener; ``install`` once, before ``megatron.training.pretrain``."""
 
     def __init__(self, args: Namespace) -> None:
-        asked = args.routing_diagnostics_interval
-        if args.routing_diagnostics and asked is not None and asked < 1:
-            raise UserError(
-                f"--routing-diagnostics-interval {asked}: must be at least 1 (--no-routing-diagnostics"
-                " collects none)"
-            )
         self.args = args
         self.save = Path(args.save) if args.save else None
         self.interval = args.routing_diagnostics_interval or args.log_interval
@@ -55,12 +44,7 @@ class RunLog:
         self.evaluating: tuple[int, str] | None = None
 
     def install(self) -> None:
-        """Wrap Megatron's functions.
-
-        Raises:
-            UserError: ``--save`` cannot be written.
-            RuntimeError: a function is not there, or lacks a parameter that is read here.
-        """
+        """Wrap Megatron's functions, and write its arguments to ``--save``."""
         for logger, beginning in QUIET.items():
             logging.getLogger(logger).addFilter(functools.partial(_says_more, beginning))
         if self.save and self.args.rank == 0:
@@ -73,33 +57,28 @@ class RunLog:
         _wrap("evaluate_and_print_results", self._evaluate_and_print, "prefix", "iteration")
         _wrap("evaluate", self._evaluate)
 
-    # What wraps Megatron's functions ------------------------------------------------------------
-
     def _set_up(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
-        result = call()
+        args, result = self.args, call()
         if self.save and self._writes():
             for name in (files.RUN, files.ROUTING):
-                files.keep_until(self.save / name, self.args.iteration)
-        collects = self.args.num_experts and self.args.routing_diagnostics and not self.args.skip_train
-        if collects and routers_in_cuda_graphs(self.args):
-            if self.args.rank == 0:
+                files.keep_until(self.save / name, args.iteration)
+        if not args.num_experts or not args.routing_diagnostics or args.skip_train:
+            return result
+        if routers_in_cuda_graphs(args):
+            if args.rank == 0:
                 print(
                     "routing diagnostics: none; a CUDA graph replays routers without calling them", flush=True
                 )
-        elif collects:
-            from megatron_router_upcycling.training.run_log.collector import RoutingCollector
+            return result
+        from megatron_router_upcycling.training.run_log.collector import RoutingCollector
 
-            self.collector = RoutingCollector(
-                result[0],
-                self.args.num_layers,
-                self.args.num_experts,
-                self._is_wanted,
-                self.save,
-                fresh=self.args.iteration == 0,
-                whole=not (self.args.use_megatron_fsdp or self.args.use_torch_fsdp2),
-            )
-            self.collector.sampling = self._is_rare(self.args.iteration + 1)
-            self._keep_moe_losses()
+        whole = not (args.use_megatron_fsdp or args.use_torch_fsdp2)
+        sizes = args.num_layers, args.num_experts
+        self.collector = RoutingCollector(
+            result[0], *sizes, self._is_wanted, self.save, fresh=args.iteration == 0, whole=whole
+        )
+        self.collector.sampling = self._is_rare(args.iteration + 1)
+        self._keep_moe_losses()
         return result
 
     def _training_log(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
@@ -112,7 +91,7 @@ class RunLog:
         line = self._losses(given)  # before Megatron resets its sums
         self.moe_losses = {}
         result = call()
-        if line and self.save and self._writes():
+        if line:
             self._append(files.RUN, line)
         if self.collector is not None:
             if self._is_wanted(iteration):
@@ -130,17 +109,16 @@ class RunLog:
 
     def _evaluate(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
         result = call()
-        if self.evaluating and result[0] and "lm loss" in result[0] and self.save and self._writes():
+        if self.evaluating and result[0] and "lm loss" in result[0]:
             iteration, name = self.evaluating
             line = {"kind": "held_out", "iteration": iteration, "tokens": self._tokens(), "set": name}
             self._append(files.RUN, line | {"lm_loss": float(result[0]["lm loss"])})
         return result
 
-    # ----------------------------------------------------------------------------------------------
-
     def _append(self, name: str, line: dict[str, Any]) -> None:
         """Write a line of the log; where that fails, as on a full disk, say so and let training continue."""
-        assert self.save is not None
+        if not (self.save and self._writes()):
+            return
         try:
             files.append(self.save / name, line)
         except OSError as error:
@@ -176,9 +154,11 @@ class RunLog:
         if not (logged and "lm loss" in losses) or given["skipped_iter"]:
             return None
         over = totals.get("advanced iterations", 0) + 1
-        loss = (float(totals.get("lm loss", 0.0)) + float(losses["lm loss"])) / over
-        line = {"kind": "train", "iteration": iteration, "tokens": self._tokens(), "lm_loss": loss}
-        return line | {
+        return {
+            "kind": "train",
+            "iteration": iteration,
+            "tokens": self._tokens(),
+            "lm_loss": (float(totals.get("lm loss", 0.0)) + float(losses["lm loss"])) / over,
             "over": over,
             "learning_rate": given["learning_rate"],
             "grad_norm": None if given["grad_norm"] is None else float(given["grad_norm"]),
@@ -214,10 +194,8 @@ class RunLog:
             return
         for name, values in self.moe_losses.items():
             record[name] = [values[layer] for layer in record["layers"]]
-        if self.save:
-            line = {"iteration": iteration, "tokens": self._tokens(), **record}
-            self._append(files.ROUTING, line)
-        scalars = _scalars(record, (*measures.MEASURES, *self.moe_losses))
+        self._append(files.ROUTING, {"iteration": iteration, "tokens": self._tokens(), **record})
+        scalars = _scalars(record)
         if writer := get_tensorboard_writer():
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, iteration)
@@ -225,10 +203,11 @@ class RunLog:
             wandb.log(scalars, iteration)
 
 
-def _scalars(record: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]:
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
     """For loggers: each measure's mean over layers, ``routing/NAME``, and each ``routing/NAME/layer_N``."""
     scalars = {}
-    for name, values in ({n: record[n] for n in names} | record.get("rare", {})).items():
+    lists = {name: values for name, values in record.items() if name not in ("layers", "load", "rare")}
+    for name, values in (lists | record.get("rare", {})).items():
         present = [(layer, v) for layer, v in zip(record["layers"], values, strict=True) if v == v]
         if present:
             scalars[f"routing/{name}"] = sum(v for _, v in present) / len(present)
@@ -251,14 +230,9 @@ def _wrap(name: str, outer: Callable[[Callable[[], Any], dict[str, Any]], Any], 
     """
     from megatron.training import training
 
-    def wrapper(function: Callable[..., Any]) -> Callable[..., Any]:
-        parameters = inspect.signature(function)
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return outer(lambda: function(*bound.args, **bound.kwargs), bound.arguments)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            bound = parameters.bind(*args, **kwargs)
-            bound.apply_defaults()
-            return outer(lambda: function(*bound.args, **bound.kwargs), bound.arguments)
-
-        return call
-
-    patching.wrap("run_log", training, name, wrapper, reads)
+    patching.wrap("run_log", training, name, call, reads)

@@ -11,16 +11,6 @@ from torch import Tensor
 
 # What is summed over tokens, before the n numbers of tokens that each expert was given.
 SUMS = ("tokens", "entropy", "top1_probability", "weight_sum", "dropped")
-# A layer's measures by the name that files and loggers use -> what it is, for readers.
-MEASURES = {
-    "load_max_over_mean": "busiest expert's tokens over the mean",
-    "load_cv": "standard deviation of the experts' tokens over their mean",
-    "dead_experts": "experts without a token",
-    "entropy": "entropy of the routing distribution, nats a token",
-    "top1_probability": "largest routing probability of a token",
-    "weight_sum": "sum of a token's k weights",
-    "dropped_fraction": "tokens' choices that capacity dropped",
-}
 
 
 def routing_sums(scores: Tensor, weights: Tensor, routing_map: Tensor, top_k: int) -> Tensor:
@@ -44,11 +34,13 @@ def routing_sums(scores: Tensor, weights: Tensor, routing_map: Tensor, top_k: in
 
 
 def summarise(sums: Tensor) -> dict[str, Any]:
-    """The measures of one layer, from the sums of ``routing_sums``.
+    """The measures of one layer, from the sums of ``routing_sums``; empty where there were no tokens.
 
     Returns:
-        MEASURES, and ``load``: each expert's share of all choices that were kept. An empty mapping where
-        there were no tokens.
+        ``load``, each expert's share of all choices that were kept, and numbers: the busiest expert's tokens
+        and the standard deviation of all experts' over their mean, the experts without a token; a token's
+        entropy in nats, largest probability and sum of weights, each the mean over tokens; and the share of
+        choices that capacity dropped.
     """
     tokens, entropy, top1, weight_sum, dropped = sums[: len(SUMS)].tolist()
     load = sums[len(SUMS) :].double()
@@ -75,12 +67,6 @@ def choose(logits: Tensor, top_k: int, pre_softmax: bool) -> tuple[Tensor, Tenso
     values = scores.gather(1, top.indices) if pre_softmax else top.values.softmax(dim=1)
     weights = torch.zeros_like(scores).scatter_(1, top.indices, values)
     return scores, weights, torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top.indices, True)
-
-
-def relative_change(now: Tensor, before: Tensor) -> Tensor:
-    """The squared norms of ``now - before`` and of ``before``, [2] in float32."""
-    difference = now.float() - before.float()
-    return torch.stack((difference.square().sum(), before.float().square().sum()))
 
 
 def spread(total: Tensor, square_total: float, count: int) -> float:

@@ -15,29 +15,21 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
 
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.training import data_flags, language_model, unsupported
+from megatron_router_upcycling.training import arguments, language_model
+from megatron_router_upcycling.training import data as run_data
 from tests import launch
 
-GROUPS = ("data and dataloader", "sft", "Logits Distillation", *unsupported.GROUPS)
+GROUPS = ("data and dataloader", "sft", "Logits Distillation", *arguments.GROUPS)
 # Arguments of those groups that Megatron's training loop, its loaders or its tokenizers read themselves.
-READ_BY_MEGATRON = {
-    *(
-        "phase_transition_iterations",
-        "num_workers",
-        "sft_tokenizer_prompt_format",
-        "data_sharding",
-        "fim_data",
-    ),
-    *("logits_save_top_k", "logits_save_top_p", "logits_save_top_p_min_k", "logits_save_dir"),
-    "logits_save_dtype",
-}
+READ_BY_MEGATRON = {"phase_transition_iterations", "num_workers", "sft_tokenizer_prompt_format"}
+READ_BY_MEGATRON |= {"data_sharding", "fim_data", "logits_save_dir", "logits_save_dtype"}
+READ_BY_MEGATRON |= {"logits_save_top_k", "logits_save_top_p", "logits_save_top_p_min_k"}
 # Fields that Megatron 0.20 adds, for conversations and sequences of varying length.
 OF_0_20 = {"sft_mock_dataset_config_json", "varlen_mock_dataset_config_json", "varlen_sbhd_validation"}
-# What a flag of a group needs another one of the group for, which is refused.
-WITH_ANOTHER = {name: "logits_load_dir" for name in (
-    "logits_load_decode_threads", "logits_load_prefetch_factor", "logits_load_msc_prefetch_depth",
-    "logits_load_kd_loss_alpha", "logits_load_ignore_errors",
-)}  # fmt: skip
+# What needs another flag of its group, which is refused.
+WITH_LOGITS_LOAD_DIR = {"logits_load_decode_threads", "logits_load_prefetch_factor"}
+WITH_LOGITS_LOAD_DIR |= {"logits_load_msc_prefetch_depth", "logits_load_kd_loss_alpha"}
+WITH_LOGITS_LOAD_DIR |= {"logits_load_ignore_errors"}
 
 
 def megatrons_parser() -> ArgumentParser:
@@ -54,22 +46,22 @@ def fields() -> list[str]:
 
 def test_every_flag_about_data_is_accounted_for() -> None:
     parser = megatrons_parser()
-    arguments = {
+    of_groups = {
         action.dest: group.title
         for group in parser._action_groups
         for action in group._group_actions
         if group.title in GROUPS
     }
-    assert set(GROUPS) == set(arguments.values())
+    assert set(GROUPS) == set(of_groups.values())
     passed = {language_model.DATASET_FIELDS.get(name, name) for name in fields()}
     passed |= {f"fim_{name}_token" for name in language_model.FIM_TOKENS} | {"per_dataset_sequences_path"}
-    passed |= {"fim_data"} | set(itertools.chain(*data_flags.SOURCES))
-    refused = {name for name, group in arguments.items() if group in unsupported.GROUPS} - {*unsupported.READ}
-    assert all(other in unsupported.FLAGS for other in WITH_ANOTHER.values())
-    unknown = set(arguments) - passed - refused - {*unsupported.FLAGS} - READ_BY_MEGATRON - {*WITH_ANOTHER}
-    assert not unknown, "pass them on (language_model.dataset_config) or refuse them (unsupported.FLAGS)"
+    passed |= {"fim_data"} | set(itertools.chain(*run_data.SOURCES))
+    refused = {name for name, group in of_groups.items() if group in arguments.GROUPS} - {*arguments.READ}
+    refused |= {*arguments.NOT_TAKEN}
+    unknown = set(of_groups) - passed - refused - READ_BY_MEGATRON - WITH_LOGITS_LOAD_DIR
+    assert not unknown, "pass them on (language_model.dataset_config) or refuse them (arguments.NOT_TAKEN)"
     known = {action.dest for action in parser._actions}
-    assert set(unsupported.FLAGS) <= known and set(arguments) >= READ_BY_MEGATRON
+    assert set(arguments.NOT_TAKEN) <= known and set(of_groups) >= READ_BY_MEGATRON
 
 
 def test_every_field_of_the_datasets_configuration_is_set(tmp_path: Path, data: Path) -> None:
@@ -96,48 +88,48 @@ def test_every_field_of_the_datasets_configuration_is_set(tmp_path: Path, data: 
 
 
 def sources(**given: Any) -> Namespace:
-    names = ("data_path", "split", "data_args_path", *data_flags.PER_SPLIT, "per_split_data_args_path")
-    others = {"mock_data": False, "skip_train": False, "multiple_validation_sets": False}
-    others |= {"eval_iters": 4, "full_validation": False, "per_dataset_sequences_path": None}
-    return Namespace(**dict.fromkeys(names) | others | given)
+    names = ("data_path", "split", "data_args_path", *run_data.PER_SPLIT, "per_split_data_args_path")
+    others = {"mock_data": False, "skip_train": False, "multiple_validation_sets": False, "eval_iters": 4}
+    others |= {"full_validation": False, "per_dataset_sequences_path": None, "data_cache_path": "/tmp"}
+    return Namespace(**dict.fromkeys(names) | others | {"dataloader_fast_cache_load": False} | given)
 
 
 def test_a_source_on_the_command_line_replaces_those_of_the_file() -> None:
     args = sources(data_path=["a"], split="99,1,0", train_data_path=["b"], valid_data_path=["c"])
-    data_flags.choose(args, ["--train-data-path", "b", "--valid-data-path=c"])
+    run_data.choose_source(args, ["--train-data-path", "b", "--valid-data-path=c"])
     assert (args.data_path, args.split, args.train_data_path) == (None, None, ["b"])
     args = sources(mock_data=True, data_path=["a"], split="99,1,0")
-    data_flags.choose(args, ["--data-path", "a"])
+    run_data.choose_source(args, ["--data-path", "a"])
     assert (args.mock_data, args.data_path, args.split) == (False, ["a"], "99,1,0")
 
 
-A, FILE = ["a"], "--per-split-data-args-path"
+A, FILE = ["HERE/a"], "--per-split-data-args-path HERE"
 # What is given, what of it on the command line, and how the line begins; HERE is the test's folder.
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"data_path": A, "train_data_path": A}, "", "--data-path, --train-data-path: name two sources"),
-    ({"data_path": A, "data_args_path": "a"}, "", "--data-path, --data-args-path: name two sources"),
     ({"train_data_path": A, "split": "9,1"}, "--split 9,1", "--split 9,1: divides one source"),
     ({"data_args_path": "a"}, "", "--split: is missing"),
-    ({"data_path": ["0", "a", "1", "b"]}, "", "--data-path: the weight of a is 0; give more than 0"),
-    ({"data_path": ["1", "a", "-2", "b"]}, "", "--data-path: the weight of b is -2"),
-    ({"valid_data_path": ["nan", "a"]}, "", "--valid-data-path: the weight of a is nan"),
-    ({"data_path": ["1", "a", "b", "c"]}, "", "--data-path: only some sources have a weight"),
-    ({"data_path": []}, "", "--data-path: names no data"),
-    ({"data_path": A, "split": "1,2,3,4"}, "", "--split 1,2,3,4: give the shares of training,"),
-    ({"data_path": A, "split": "all"}, "", "--split all: give the shares"),
-    ({"data_path": A, "split": "0,0,0"}, "", "--split 0,0,0: give the shares"),
+    ({"data_path": ["0", *A, "1", "b"]}, "", "--data-path: the weight of HERE/a is 0; give more than 0"),
+    ({"valid_data_path": ["nan", *A]}, "", "--valid-data-path: the weight of HERE/a is nan"),
+    ({"data_path": ["1", "a", "b", "c"]}, "", "--data-path 1: no file 1.bin"),
+    ({"data_path": ["HERE/none"], "split": "1"}, "", "--data-path HERE/none: no file HERE/none.bin"),
+    *(
+        ({"data_path": A, "split": split}, "", f"--split {split}: give the shares of training,")
+        for split in ("1,2,3,4", "all", "0,0,0")
+    ),
     ({"data_path": A, "split": "0,1"}, "", "--split 0,1: there is nothing to train on"),
     ({"data_args_path": "HERE/none", "split": "1"}, "", "--data-args-path HERE/none: cannot be read"),
-    ({"data_args_path": "HERE/empty", "split": "1"}, "", "--data-args-path HERE/empty: names no data"),
-    ({"per_split_data_args_path": "HERE/empty"}, "", f"{FILE} HERE/empty: is no JSON"),
-    ({"per_split_data_args_path": "HERE/train"}, "", f"{FILE} HERE/train: has no valid"),
-    ({"per_split_data_args_path": "HERE/number"}, "", f"{FILE} HERE/number: train is no list"),
+    ({"data_args_path": "HERE/empty", "split": "1"}, "", "--data-args-path HERE/empty: cannot be read"),
+    *(
+        ({"per_split_data_args_path": f"HERE/{name}"}, "", f"{FILE}/{name}: cannot be read")
+        for name in ("empty", "train", "number")
+    ),
     (
         {"data_path": A, "split": "1", "per_dataset_sequences_path": "HERE/train"},
         "",
-        "--per-dataset-sequences-path HERE/train: says nothing of a (--data-path)",
+        "--per-dataset-sequences-path HERE/train: says nothing of HERE/a (--data-path)",
     ),
-    ({"valid_data_path": A}, "", "--train-data-path: there is nothing to train on"),
+    ({"valid_data_path": A}, "", "--valid-data-path: there is nothing to train on"),
     ({"train_data_path": A, "test_data_path": A}, "", "--eval-iters 4: there are no validation data"),
     ({"data_path": A, "split": "1", "full_validation": True}, "", "--eval-iters 4: there are no validation"),
     (
@@ -148,27 +140,40 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
+def put_in_place(given: Any, folder: Path) -> Any:
+    if isinstance(given, list):
+        return [put_in_place(item, folder) for item in given]
+    return given.replace("HERE", str(folder)) if isinstance(given, str) else given
+
+
 @pytest.mark.parametrize(("given", "flags", "message"), REFUSED)
 def test_sources_that_cannot_be_used_are_one_line(
     tmp_path: Path, given: dict[str, Any], flags: str, message: str
 ) -> None:
-    (tmp_path / "empty").write_text("")
+    for name in ("empty", "a.bin", "a.idx"):
+        (tmp_path / name).write_text("")
     (tmp_path / "train").write_text('{"train": "a"}')
     (tmp_path / "number").write_text('{"train": [1], "valid": null, "test": null}')
-    here = {k: v.replace("HERE", str(tmp_path)) if isinstance(v, str) else v for k, v in given.items()}
     with pytest.raises(UserError) as refused:
-        args = sources(**here)
-        data_flags.choose(args, flags.split())
-        data_flags.check(args)
-        data_flags.check_validation(args)
-    assert str(refused.value).startswith(message.replace("HERE", str(tmp_path)))
+        args = sources(**{name: put_in_place(value, tmp_path) for name, value in given.items()})
+        run_data.choose_source(args, flags.split())
+        run_data.check_data(args)
+        run_data.check_validation(args)
+    assert str(refused.value).startswith(put_in_place(message, tmp_path))
+
+
+def test_a_file_of_splits_names_what_there_is(tmp_path: Path, data: Path) -> None:
+    file = tmp_path / "splits"
+    file.write_text(json.dumps({"train": f"2 {data} 3 {data}", "valid": [str(data)], "test": None}))
+    args = sources(per_split_data_args_path=str(file))
+    run_data.check_data(args)
+    assert run_data.splits(args) == [True, True, False] and run_data.prefixes(args) == [str(data)]
 
 
 @pytest.mark.parametrize("given", [{"train_data_path": A}, {"data_path": A, "split": "100,0,0"}])
 def test_nothing_is_validated_without_validation_data(given: dict[str, Any]) -> None:
     args = sources(**given)
-    data_flags.check(args)
-    assert data_flags.check_validation(args) == "there are no validation data: nothing is validated"
+    assert run_data.check_validation(args) == "there are no validation data: nothing is validated"
     assert args.eval_iters == 0
 
 

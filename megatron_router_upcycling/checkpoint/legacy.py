@@ -1,0 +1,362 @@
+"""Read Megatron's legacy checkpoints (``--ckpt-format torch``) as the global tensors they are shards of.
+
+An iteration's folder holds ``mp_rank_XX[_YYY]/model_optim_rng.pt`` for each tensor-parallel rank XX and
+pipeline stage YYY: a ``torch.save`` file of arguments, one state dict per virtual stage (``model``, or
+``model0``, ``model1``, ...), optimizer and random state. Layers are numbered from 0 in each state dict.
+
+Only the pickles are read, through the allow-list of ``safe_pickle``; a tensor's values stay in the file,
+uncompressed and row after row, until someone asks for a chunk. One storage may hold many tensors: with the
+distributed optimizer, all of a rank's.
+"""
+
+import functools
+import hashlib
+import itertools
+import math
+import re
+import zlib
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_router_upcycling.checkpoint import names
+from megatron_router_upcycling.checkpoint.format import safe_pickle
+from megatron_router_upcycling.checkpoint.format.boxes import Shape
+from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, StoredTensor
+from megatron_router_upcycling.checkpoint.format.torch_save_file import TorchSaveFile, Values, pickled_tensor
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.errors import UserError, described, reason, shown
+
+RANK_FILE = "model_optim_rng.pt"
+OPTIMIZER_FILE = "distrib_optim.pt"  # of the distributed optimizer
+COMMON = ("checkpoint_version", "iteration")
+MODEL = re.compile(r"model(\d{0,3})")  # one state dict, or one for each virtual pipeline stage
+READ_BYTES = 8 << 20
+CHUNK_BYTES = 1 << 30  # larger shards are cut between rows
+QKV_PER_GROUP = 2.0  # checkpoint_version from which a group's queries, key and value lie together
+
+# A layer built without Transformer Engine has its norms apart; torch_dist fuses them all the same.
+FUSED_NORMS = dict((names.NORM_BEFORE_ATTENTION[::-1], names.NORM_BEFORE_FFN[::-1]))
+# Parameter, stacked over layers -> the axis of one layer's that tensor parallelism cuts; None: every rank has
+# it whole.
+AXES: dict[str, int | None] = {
+    names.EMBEDDING: 0,
+    names.POSITIONS: None,
+    f"{names.QKV_LINEAR}.weight": 0,
+    f"{names.QKV_LINEAR}.bias": 0,
+    f"{names.PROJECTION}.weight": 1,
+    f"{names.PROJECTION}.bias": None,
+    f"{names.FC1}.weight": 0,
+    f"{names.FC1}.bias": 0,
+    f"{names.FC2}.weight": 1,
+    f"{names.FC2}.bias": None,
+    names.OUTPUT_LAYER: 0,
+}
+for norm in (*FUSED_NORMS.values(), f"{names.QUERY_NORM}.", f"{names.KEY_NORM}.", f"{names.FINAL_NORM}."):
+    AXES |= {f"{norm}weight": None, f"{norm}bias": None}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of a parameter: values, row after row, at ``blob``, which lies in ``storage``."""
+
+    shape: Shape
+    dtype: torch.dtype
+    blob: Blob
+    storage: Values
+
+    def rows(self, begin: int, end: int) -> "Shard":
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        blob = Blob(self.blob.file, self.blob.offset + begin * row, (end - begin) * row)
+        return Shard((end - begin, *self.shape[1:]), self.dtype, blob, self.storage)
+
+
+class RankFile:
+    """The pickle of one ``model_optim_rng.pt`` and the places of its values."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name, self.file = name, f"{name}/{RANK_FILE}"
+        self.path = folder / self.file
+        try:
+            with open(self.path, "rb") as content:
+                file = TorchSaveFile(content)
+                pickled = file.pickle()
+        except Exception as error:  # a damaged archive may fail in any way
+            raise UserError(
+                f"{self.path}: missing, damaged, half-written or saved by PyTorch before 1.6"
+                f" ({reason(error)}); use a checkpoint that was saved whole"
+            ) from None
+        self.prefix, self.records = file.prefix, file.records
+        self.state = safe_pickle.loads(pickled, self.path)
+        if not isinstance(self.state, dict) or not isinstance(self.state.get("args"), Namespace):
+            raise UserError(f"{self.path}: not a checkpoint that Megatron's training saved")
+        self.args = self.state["args"]
+
+    def digest(self) -> str:
+        """SHA-256 over the pickle and the checksums of all values."""
+        lines = [f"{name} {values.length} {values.checksum}\n" for name, values in self.records.items()]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def common(self) -> dict[str, Any]:
+        """What all ranks share: arguments, iteration and version."""
+        common = {key: self.state[key] for key in COMMON if key in self.state}
+        # Without options that name classes of an older Megatron, which a new one could not import again.
+        values = vars(self.args).items()
+        args = {name: value for name, value in values if isinstance(name, str) and _is_carried(value)}
+        return common | {"args": safe_pickle.namespace(args)}
+
+    def training_state(self) -> dict[str, Blob]:
+        """What is not the model's: named only."""
+        kinds = {"optimizer": "optimizer.", "rng_state": "rng_state/"}
+        kinds["rerun_state_machine"] = "rerun_state_machine_state/"
+        found = [f"{name}{self.name}" for kind, name in kinds.items() if kind in self.state]
+        if (self.path.parent / OPTIMIZER_FILE).is_file():
+            found.append(f"optimizer.{self.name}/{OPTIMIZER_FILE}")
+        return dict.fromkeys(found, Blob(self.file, 0, 0))
+
+    def models(self) -> list[dict[str, Any]]:
+        """The state dicts of this rank's virtual pipeline stages, in order."""
+        found = {int(match[1] or 0): key for key in self.state if (match := MODEL.fullmatch(str(key)))}
+        models = [self.state[key] for _, key in sorted(found.items())]
+        if not models or sorted(found) != list(range(len(found))):
+            raise UserError(f"{self.path}: holds no model")
+        if any(not isinstance(model, dict) or "language_model" in model for model in models):
+            raise UserError(
+                f"{self.path}: a model from before Megatron-Core; convert it to Megatron-Core first"
+            )
+        return models
+
+    def shard(self, key: str, value: Any) -> Shard:
+        """Where the tensor ``value``, as the pickle has it, lies in the file."""
+        try:
+            return self._shard(value.args[0] if type(value).__name__ == "_rebuild_parameter" else value)
+        except Exception as error:  # a damaged pickle or archive may be wrong in any way
+            raise UserError(f"{self.path}: {key} cannot be read ({described(error)})") from None
+
+    def _shard(self, value: Any) -> Shard:
+        tensor = pickled_tensor(value)
+        if tensor is None:
+            raise TypeError(f"a {type(value).__name__}, not a plain tensor")
+        dtype, storage = tensor.dtype, self.records[self.prefix + tensor.record]
+        shape, begin = tuple(map(int, tensor.sizes)), int(tensor.first) * dtype.itemsize
+        length = math.prod(shape) * dtype.itemsize
+        inside = begin >= 0 and length > 0 and begin + length <= storage.length
+        if min(shape, default=1) < 1 or not inside or not tensor.row_major or not dtype.is_floating_point:
+            raise ValueError(f"its values, {dtype}, are no floating-point numbers that lie row after row")
+        return Shard(shape, dtype, Blob(self.file, storage.offset + begin, length), storage)
+
+
+def _is_carried(value: Any) -> bool:
+    try:
+        safe_pickle.dumps(value)
+    except Exception:  # pickle raises what it likes
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class LegacyCheckpoint(Checkpoint):
+    """A legacy checkpoint with the interface of a torch_dist one.
+
+    A chunk's ``blob`` is its bare values. ``objects``, the training state, are named only.
+    """
+
+    storages: dict[Blob, Values] = field(default_factory=dict)  # of each chunk
+    verified: set[tuple[str, Values]] = field(default_factory=set)
+    identity: str = ""
+
+    @classmethod
+    def open(cls, root: Path, folder: Path) -> "LegacyCheckpoint":
+        """Open the legacy checkpoint in ``folder``, an iteration of ``root``."""
+        first = RankFile(folder, min(path.name for path in folder.glob("mp_rank_*")))
+        stages = _open_ranks(folder, first)
+        parameters = _collect(stages)
+        ranks = list(itertools.chain(*stages))
+        identity = "".join(f"{rank.file} {rank.digest()}\n" for rank in ranks)
+        digest = hashlib.sha256(identity.encode()).hexdigest()
+        self = cls(root, folder, {}, {}, first.common(), identity=digest)
+        if not getattr(first.args, "untie_embeddings_and_output_weights", True):
+            self._tie(parameters)
+        gated = bool(getattr(first.args, "swiglu", False) or getattr(first.args, "quick_geglu", False))
+        for key, layers in parameters.items():
+            self.tensors[key] = self._assemble(key, layers, gated)
+        for rank in ranks:
+            self.objects.update(rank.training_state())
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 over the ranks' pickles and the checksums of all values."""
+        return self.identity
+
+    def _find_values(self, chunk: Chunk, dtype: torch.dtype) -> Values:
+        """Where a chunk's values lie, once their storage is known to hold what was saved."""
+        storage, file = self.storages[chunk.blob], chunk.blob.file
+        if (file, storage) not in self.verified:
+            if self._checksum(Blob(file, storage.offset, storage.length)) != storage.checksum:
+                where = f"{storage.length} bytes at {storage.offset}"
+                path = self.iteration_dir / file
+                raise UserError(f"{path}: damaged within {where} (checksum); use another copy")
+            self.verified.add((file, storage))
+        place = chunk.blob.offset, chunk.blob.length
+        return storage if place == storage[:2] else Values(*place, self._checksum(chunk.blob))
+
+    def _checksum(self, blob: Blob) -> int:
+        return functools.reduce(lambda crc, block: zlib.crc32(block, crc), self._read_blocks(blob), 0)
+
+    def _read_blocks(self, blob: Blob) -> Iterator[bytes]:
+        """A blob's bytes, ``READ_BYTES`` at a time."""
+        path = self.iteration_dir / blob.file
+        try:
+            with open(path, "rb") as file:
+                file.seek(blob.offset)
+                for done in range(0, blob.length, READ_BYTES):
+                    yield file.read(min(READ_BYTES, blob.length - done))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+    def _assemble(self, key: str, layers: list[list[Shard]], gated: bool) -> StoredTensor:
+        """The global tensor of ``layers``' shards; a layer's parameter gets an axis over layers in front."""
+        stacked, axis, first = names.is_of_layers(key), AXES[key], layers[0][0]
+        gated = gated and key.startswith(names.FC1) and axis == 0
+        alike = {(shard.shape, shard.dtype) for layer in layers for shard in layer}
+        if len(alike) > 1 or len(first.shape) <= (axis or 0) or (gated and first.shape[0] % 2):
+            raise UserError(
+                f"{self.iteration_dir / first.blob.file}: {key} is {list(first.shape)}, or not of one shape"
+                " and dtype in all layers and on all ranks"
+            )
+        chunks: list[Chunk] = []
+        shape = first.shape
+        for layer, shards in enumerate(layers):
+            if axis is None:
+                self._check_equal(key, shards)
+            placed, shape = _place(shards, axis, gated)
+            for offsets, shard in placed:
+                self.storages[shard.blob] = shard.storage
+                front, ones = ((layer,), (1,)) if stacked else ((), ())
+                chunks.append(Chunk(front + offsets, ones + shard.shape, shard.blob, shard.shape))
+        return StoredTensor(((len(layers),) if stacked else ()) + shape, first.dtype, tuple(chunks))
+
+    def _tie(self, parameters: dict[str, list[list[Shard]]]) -> None:
+        """The last pipeline stage's own copy of tied embeddings goes; torch_dist has none."""
+        if names.OUTPUT_LAYER in parameters and names.EMBEDDING in parameters:
+            (copies,), (embeddings,) = parameters.pop(names.OUTPUT_LAYER), parameters[names.EMBEDDING]
+            for pair in zip(embeddings, copies, strict=True):
+                self._check_equal("copy of the tied embeddings", list(pair))
+
+    def _check_equal(self, key: str, shards: list[Shard]) -> None:
+        """Shards that are copies of each other must be the same."""
+        first, *others = shards
+        for other in others:
+            blocks = zip(self._read_blocks(first.blob), self._read_blocks(other.blob), strict=True)
+            same = (other.shape, other.dtype) == (first.shape, first.dtype)
+            if not same or any(a != b for a, b in blocks):
+                raise UserError(
+                    f"{self.iteration_dir / other.blob.file}: its {key} differs from that of"
+                    f" {first.blob.file}, which must be the same; use another iteration"
+                )
+
+
+def _open_ranks(folder: Path, first: RankFile) -> list[list[RankFile]]:
+    """The files by pipeline stage, then tensor-parallel rank, as the arguments in ``first`` say."""
+    version = first.state.get("checkpoint_version")
+    if not isinstance(version, int | float) or version < QKV_PER_GROUP:
+        raise UserError(
+            f"{first.path}: checkpoint_version {version!r} orders queries, keys and values differently;"
+            " load it in Megatron and save it again"
+        )
+    tensor = getattr(first.args, "tensor_model_parallel_size", None)
+    pipeline = getattr(first.args, "pipeline_model_parallel_size", None)
+    found, stages = {path.name for path in folder.glob("mp_rank_*")}, []
+    if type(tensor) is int and type(pipeline) is int and tensor * pipeline == len(found):
+        ends = [f"_{stage:03d}" if pipeline > 1 else "" for stage in range(pipeline)]
+        stages = [[f"mp_rank_{rank:02d}{end}" for rank in range(tensor)] for end in ends]
+    if found != {name for stage in stages for name in stage}:
+        raise UserError(
+            f"{folder}: its {len(found)} folders mp_rank_* are not those of a dense model at tensor parallel"
+            f" {shown(tensor)}, pipeline parallel {shown(pipeline)}, as the arguments in {first.file} say"
+        )
+    files = [[RankFile(folder, name) for name in stage] for stage in stages]
+    for rank in itertools.chain(*files):
+        if rank.state.get("iteration") != first.state.get("iteration"):
+            raise UserError(f"{rank.path}: of another iteration than {first.path}; use a whole checkpoint")
+    return files
+
+
+def _collect(stages: list[list[RankFile]]) -> dict[str, list[list[Shard]]]:
+    """Every parameter's shards by layer, then tensor-parallel rank, under torch_dist's keys.
+
+    Extra states are left: scaling factors of 8-bit training, which Transformer Engine makes anew.
+    """
+    folder = stages[0][0].path.parents[1]
+    models = [[rank.models() for rank in stage] for stage in stages]
+    parts = {len(model) for stage in models for model in stage}
+    if len(parts) > 1:
+        raise UserError(f"{folder}: its ranks differ in their number of virtual pipeline stages")
+    parameters: dict[str, dict[int, list[Shard]]] = {}
+    num_layers = 0
+    # A token passes the first part of every stage, then the second part of every stage.
+    for part, (files, stage) in itertools.product(range(*parts), zip(stages, models, strict=True)):
+        held = [model[part] for model in stage]
+        if any(model.keys() != held[0].keys() for model in held):
+            raise UserError(f"{files[0].path}: another rank of its stage holds other parameters")
+        first_layer = num_layers
+        for name in held[0]:
+            if names.EXTRA_STATE in str(name):
+                continue
+            key, layer = _global_key(name, files[0].path)
+            if layer is not None:
+                layer += first_layer
+                num_layers = max(num_layers, layer + 1)
+            if (layer or 0) in parameters.setdefault(key, {}):
+                raise UserError(f"{files[0].path}: holds {key} a second time")
+            shards = [file.shard(name, model[name]) for file, model in zip(files, held, strict=True)]
+            parameters[key][layer or 0] = shards
+    for key, layers in parameters.items():
+        expected = num_layers if names.is_of_layers(key) else 1
+        if len(layers) != expected:
+            raise UserError(f"{folder}: holds {key} for {len(layers)} of {expected} layers")
+    return {key: [layers[n] for n in range(len(layers))] for key, layers in parameters.items()}
+
+
+def _global_key(name: Any, path: Path) -> tuple[str, int | None]:
+    """torch_dist's key for an entry of a state dict, and its layer within the stage."""
+    key, layer = names.split_key(str(name))
+    for separate, fused in FUSED_NORMS.items():
+        if layer is not None and key.startswith(separate):
+            key = fused + key.removeprefix(separate)
+    if key not in AXES or names.is_of_layers(key) != (layer is not None):
+        raise UserError(f"{path}: holds {str(name)[:200]!r}, which convert does not know what to make of")
+    return key, layer
+
+
+def _place(shards: list[Shard], axis: int | None, gated: bool) -> tuple[list[tuple[Shape, Shard]], Shape]:
+    """Where each rank's shard, in parts of at most ``CHUNK_BYTES``, lies in the whole, and the whole's shape.
+
+    A rank's gated FC1 is its gate over its up projection; the whole is all gates over all up projections.
+    """
+    shape, count = list(shards[0].shape), len(shards)
+    pieces = [(0, shards[0])]  # each with its offset along ``axis``
+    if axis is not None:
+        size = shape[axis]
+        pieces = [(rank * size, shard) for rank, shard in enumerate(shards)]
+        if gated:
+            half, pieces = size // 2, []
+            for rank, shard in enumerate(shards):
+                pieces += [
+                    (rank * half, shard.rows(0, half)),
+                    ((count + rank) * half, shard.rows(half, size)),
+                ]
+        shape[axis] = count * size
+    placed: list[tuple[Shape, Shard]] = []
+    for offset, piece in pieces:
+        step = max(1, CHUNK_BYTES // (piece.blob.length // piece.shape[0]))
+        for row in range(0, piece.shape[0], step):
+            offsets = [0] * len(shape)
+            offsets[axis or 0] += offset
+            offsets[0] += row
+            placed.append((tuple(offsets), piece.rows(row, min(row + step, piece.shape[0]))))
+    return placed, tuple(shape)

@@ -1,0 +1,151 @@
+"""Megatron's arguments before it checks them: what is refused by name, and what is filled in.
+
+Megatron-LM's programs share one parser. What only others read (retrievers, vision models, reinforcement
+learning), and what ``pretrain_gpt.py`` does outside the loop that this package runs, would change nothing
+here, without a word. Over other arguments the loop stumbles: None, 0, an assertion without a message.
+"""
+
+from argparse import ArgumentParser, Namespace
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_router_upcycling.config.flags import flag_of
+from megatron_router_upcycling.errors import UserError
+
+LEAVE_IT_OUT = "leave it out"
+# Argument that is not taken -> what to do.
+NOT_TAKEN = {
+    "dataloader_inter_document_masking": "give --reset-attention-mask and --reset-position-ids, which keep"
+    " attention within documents that end with the end-of-document token",
+    "hybrid_context_parallel": "give --context-parallel-size alone",
+    "decoder_seq_length": "give --seq-length",
+    "encoder_seq_length": "give --seq-length",
+    "yaml_cfg": "name a file of flags' values with --config",
+    **dict.fromkeys(("sft", "sample_rate", "mask_prob", "short_seq_prob"), LEAVE_IT_OUT),
+    **dict.fromkeys(("logits_load_dir", "moe_routing_trace_dump_weights"), LEAVE_IT_OUT),
+}
+# Groups of Megatron's parser for what this training is not, and what of them it reads all the same.
+GROUPS = ("biencoder", "vision", "rl", "In-process restart")
+READ = ("data_sharding",)
+
+REQUIRED = ("hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings", "micro_batch_size")
+LEAST = {
+    **dict.fromkeys(("eval_iters", "weight_decay"), 0),
+    **dict.fromkeys(("seq_length", "log_interval", "tensorboard_log_interval", "eval_interval"), 1),
+    **dict.fromkeys(("save_interval", "routing_diagnostics_interval"), 1),
+}
+
+
+def refuse_what_is_not_taken(parser: ArgumentParser) -> None:
+    """Let ``parser``, as Megatron made it, refuse what is not taken, in flags and in later defaults."""
+    refused = []
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            advice = NOT_TAKEN.get(action.dest) or (LEAVE_IT_OUT if group.title in GROUPS else None)
+            if advice and action.dest not in READ:
+                refused.append((action.dest, action.option_strings[0], action.default, advice))
+    parse = parser.parse_args
+
+    def parse_args(*given: Any) -> Namespace:
+        args = parse(*given)
+        for name, flag, default, advice in refused:
+            if (value := getattr(args, name)) != default:
+                value = "" if isinstance(value, bool) else f" {value}"
+                raise UserError(f"{flag}{value}: is no part of this training; {advice}")
+        return args
+
+    parser.parse_args = parse_args  # type: ignore[assignment, method-assign]
+
+
+def complete(args: Namespace) -> list[str]:
+    """Fill in, before Megatron's own checks, what they and its loop read; return a line for each."""
+    required = {"num_layers": args.num_layers or args.encoder_num_layers or args.hybrid_layer_pattern}
+    for name, value in (required | {name: getattr(args, name) for name in REQUIRED}).items():
+        if value is None:
+            raise UserError(
+                f"{flag_of(name)}: is missing; give it in flags or --config, or --load a converted"
+                " checkpoint, which brings the model's architecture"
+            )
+    if args.skip_train and args.train_iters is None and args.train_samples is None:
+        args.train_iters = 0
+    length = max(args.train_iters or args.train_samples or 0, 0)
+    lines = []
+    if args.eval_interval is None or not args.eval_iters:
+        args.eval_interval = length + 1  # at the end there is an evaluation in any case
+        if args.eval_iters and not args.skip_train:
+            lines.append("--eval-interval is not given: validation comes at the end only")
+    if args.save and args.save_interval is None:
+        args.save_interval = length + 1
+        lines.append("--save-interval is not given: a checkpoint is saved at the end and on --exit-* only")
+    for name, least in LEAST.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UserError(f"{flag_of(name)} {value}: must be at least {least}")
+    return lines
+
+
+def check(args: Namespace) -> None:
+    """Refuse, once Megatron has checked its arguments, what a run would fail at later.
+
+    Some of that Megatron-Core 0.19 fails at after minutes, or at its first save.
+    """
+    if not args.skip_train:
+        _check_training(args)
+    for holds, message in (
+        (
+            args.optimizer == "adaptive_muon",
+            "--optimizer adaptive_muon: fails at its first step in Megatron-Core 0.19; give --optimizer muon",
+        ),
+        (
+            args.optimizer == "soap" and args.save and not args.no_save_optim,
+            "--optimizer soap: Megatron-Core 0.19 cannot save its state; give --no-save-optim, or another",
+        ),
+        (
+            args.use_layer_wise_distributed_optimizer
+            and not (args.bf16 and (args.distributed_backend == "nccl" or args.data_parallel_size == 1)),
+            "--use-distributed-optimizer: with Muon and its kin it needs --bf16 and NCCL; leave it out",
+        ),
+        (
+            args.use_megatron_fsdp and args.save and args.swiglu and not (args.bf16 or args.fp16),
+            "--use-megatron-fsdp: Megatron-Core 0.19 cannot save such a run in float32; give --bf16",
+        ),
+        (
+            "sinkhorn" in _list(args.moe_router_load_balancing_type) and any(_list(args.moe_aux_loss_coeff)),
+            "--moe-router-load-balancing-type sinkhorn: has no auxiliary loss; give --moe-aux-loss-coeff 0",
+        ),
+    ):
+        if holds:
+            raise UserError(message)
+
+
+def _check_training(args: Namespace) -> None:
+    tensor_parallel, fraction = args.tensor_model_parallel_size, args.lr_warmup_fraction
+    if args.num_experts and tensor_parallel > 1 and not args.sequence_parallel:
+        raise UserError(
+            f"--tensor-model-parallel-size {tensor_parallel}: a Mixture-of-Experts trains so only with"
+            " --sequence-parallel; give that too"
+        )
+    if not (args.train_samples or args.train_iters or 0) > 0:
+        raise UserError("--train-iters: give 1 or more, or --skip-train to train nothing")
+    if args.lr is None:
+        raise UserError("--lr: is missing; give the learning rate")
+    if fraction is not None and not 0 <= fraction < 1:
+        raise UserError(f"--lr-warmup-fraction {fraction}: must be from 0 to less than 1")
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def check_schedule(args: Namespace) -> None:
+    """Let Megatron's scheduler check rates and lengths before anything is built. After ``set_global``."""
+    from megatron.training import training
+
+    from megatron_router_upcycling.training.objections import megatrons_objection
+
+    before = dict(vars(args))
+    try:
+        with megatrons_objection(args):
+            training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[]))
+    finally:  # it sets some of them
+        vars(args).clear()
+        vars(args).update(before)

@@ -1,0 +1,165 @@
+"""Resume an optimizer at another layout, at another learning rate, or with another library's Adam.
+
+At EP 1 Megatron keeps experts and dense parameters in one optimizer; at EP > 1 the experts have one of their
+own, and with Muon each of them is two. The tensors carry the names of the model's parameters, so that all
+read each other's. Only the frame around them differs (the nesting by optimizer, with its step and settings),
+which Megatron merges by position. Here the saved frames are kept apart, and this run's are filled from them
+by what their groups hold (``schedule.counterparts``).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.training import get_args
+
+from megatron_router_upcycling.training import schedule
+from megatron_router_upcycling.training.patches import patching
+
+ASKED = "asked for"  # the entry under which tensors are loaded, beside the frames that were saved
+# What a frame holds beside PyTorch's state and the tensors that are asked for.
+FRAME = ("param_state_sharding_type", "grad_scaler")
+
+type Frame = dict[Any, Any]
+
+
+def install(has_te: bool) -> None:
+    """Wrap what loads a checkpoint, and what the optimizers then make of their part of it."""
+
+    def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        patching.wrap("optimizer", owner, name, wrapper)
+
+    wrap(dist_checkpointing, "load", _frames_apart)
+    wrap(ChainedOptimizer, "load_state_dict", _fitting)
+    if has_te:
+        from transformer_engine.pytorch.optimizers import FusedAdam
+
+        wrap(FusedAdam, "load_state_dict", _with_own_defaults)
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        # Resume exactly with PyTorch's Adam, which keeps its step as a tensor.
+        wrap(distrib_optimizer.DistributedOptimizer, "state_dict", _give_first_step)
+        wrap(distrib_optimizer.DistributedOptimizer, "load_state_dict", _give_each_its_step)
+        wrap(distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", _allow_no_step)
+
+
+def _frames_apart(load: Callable[..., Any], sharded_state_dict: Frame, *args: Any, **kwargs: Any) -> Any:
+    asked = sharded_state_dict.get("optimizer")
+    if isinstance(asked, dict) and ASKED not in asked:
+        sharded_state_dict = sharded_state_dict | {"optimizer": {ASKED: asked}}
+    return load(sharded_state_dict, *args, **kwargs)
+
+
+def _fitting(load_state_dict: Callable[..., None], self: Any, state_dict: Any) -> None:
+    """Take a state of another number of optimizers, or rate."""
+
+    args, fitted = get_args(), fit(state_dict, self.chained_optimizers)
+    saved = _groups(frames(fitted))
+    if saved:  # none in a form that this package does not know (Megatron-FSDP's)
+        follow = "checkpoint" if args.use_checkpoint_opt_param_scheduler else None
+        current = [group for optimizer in self.chained_optimizers for group in optimizer.param_groups]
+        schedule.settle(current, saved, "run" if args.override_opt_param_scheduler else follow)
+    load_state_dict(self, fitted)
+
+
+def fit(state_dict: Any, optimizers: list[Any]) -> Any:
+    """The frame that ``optimizers`` expect, one for all of them or one each by position.
+
+    Args:
+        state_dict: the frames that were saved, in their nesting, and under ``ASKED`` those of this run, with
+            tensors where the optimizers want them. Without ``ASKED`` it is returned as it is.
+    """
+    if not isinstance(state_dict, dict) or ASKED not in state_dict:
+        return state_dict
+    asked = state_dict[ASKED]
+    saved = list(frames({name: value for name, value in state_dict.items() if name != ASKED}))
+    if not saved:
+        return asked
+    if len(optimizers) == 1:
+        return _fill(optimizers[0], asked, saved)
+    return {index: _fill(each, asked.get(index, {}), saved) for index, each in enumerate(optimizers)}
+
+
+def frames(state: Any) -> Iterator[Frame]:
+    """The frames of single optimizers in a state of several, however they are nested."""
+    if isinstance(state, dict) and "param_groups" in _torch_state(state):
+        yield state
+    elif isinstance(state, dict | list):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from frames(value)
+
+
+def _fill(optimizer: Any, own: Frame, saved: list[Frame]) -> Any:
+    """The frame ``own`` of ``optimizer`` with step and settings from those frames that hold its groups."""
+    if isinstance(optimizer, ChainedOptimizer):
+        return fit({ASKED: own} | dict(enumerate(saved)), optimizer.chained_optimizers)
+    if not optimizer.param_groups:
+        return own
+    found = schedule.counterparts(optimizer.param_groups, _groups(saved), schedule.kind_but_expert)
+    frame = next(frame for frame in saved if any(group is found[0] for group in _groups([frame])))
+    inner, saved_inner = _torch_state(own), _torch_state(frame)
+    filled = []
+    for number, (group, other) in enumerate(zip(optimizer.param_groups, found, strict=True)):
+        mark = {name: group[name] for name in ("is_expert_parallel",) if name in group}
+        mine = inner.get("param_groups", ())[number : number + 1]
+        filled.append(other | mark | (mine[0] if mine else {}))
+    step = {k: v for k, v in saved_inner.get("state", {}).items() if k == "common_step"}
+    torch_state = saved_inner | inner | {"param_groups": filled}
+    if step or "state" in inner:
+        torch_state["state"] = inner.get("state", {}) | step
+    if "optimizer" not in frame:
+        return torch_state
+    return {name: frame[name] for name in FRAME if name in frame} | own | {"optimizer": torch_state}
+
+
+def _groups(saved: Iterator[Frame] | list[Frame]) -> list[Frame]:
+    return [group for frame in saved for group in _torch_state(frame)["param_groups"]]
+
+
+def _torch_state(frame: Frame) -> Frame:
+    """What is PyTorch's own: in float32 that is all, beside float32 copies of parameters it is a part."""
+    inner = frame.get("optimizer", frame)
+    return inner if isinstance(inner, dict) else frame
+
+
+def _with_own_defaults(load_state_dict: Callable[..., Any], self: Any, state_dict: dict[str, Any]) -> Any:
+    """Transformer Engine's Adam has settings that PyTorch's has not, and counts its steps in integers."""
+
+    groups = [self.defaults | group for group in state_dict["param_groups"]]
+    for group in groups:
+        step = group.get("step")
+        if isinstance(step, float) or (isinstance(step, torch.Tensor) and step.is_floating_point()):
+            group["step"] = int(step)
+    return load_state_dict(self, state_dict | {"param_groups": groups})
+
+
+def _give_first_step(state_dict: Callable[..., Any], self: Any) -> Any:
+    """``state_dict()``, called to load, expects a step; Adam has none before its first one."""
+
+    inner = self.optimizer
+    parameters = [p for group in inner.param_groups for p in group["params"]]
+    if any(inner.state.values()) or not parameters:
+        return state_dict(self)
+    inner.state[parameters[0]] = {"step": torch.zeros(())}
+    try:
+        return state_dict(self)
+    finally:
+        inner.state.clear()
+
+
+@torch.no_grad()  # in float32 the optimizer's shard is a view of the parameter itself
+def _give_each_its_step(load_state_dict: Callable[..., Any], self: Any, state_dict: Any) -> None:
+    """Megatron hands one tensor to all parameters: Adam would count it up once for each."""
+
+    load_state_dict(self, state_dict)
+    for state in self.optimizer.state.values():
+        state["step"] = state["step"].clone()
+
+
+def _allow_no_step(
+    set_states: Callable[..., Any], self: Any, model_param: Any, tensors: dict[str, Any]
+) -> None:
+    """The fully reshardable form keeps the step apart from the tensors that it hands over."""
+    set_states(self, model_param, {"step": None} | tensors)
