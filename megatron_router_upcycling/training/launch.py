@@ -174,6 +174,9 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
         cpu_backend.install()
     from megatron.training.arguments import parse_args
 
+    from megatron_router_upcycling.training import schedule
+
+    schedule.install()
     parsers: list[ArgumentParser] = []
 
     def extend(parser: ArgumentParser) -> ArgumentParser:
@@ -194,14 +197,11 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
 
 def _extend(parser: ArgumentParser, request: Request, origin: Origin) -> None:
     """Add this package's flags to Megatron's parser, and let manifest and YAML file stand as defaults."""
-    from megatron_router_upcycling.training import schedule
-
     parser.error = partial(Parser.error, parser)  # type: ignore[method-assign, arg-type]
     for action in parser._actions:  # some of Megatron's texts have a bare %, which argparse stumbles over
         action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
     parser.add_argument("--help-megatron", action="help", help="list all flags, Megatron's included")
     config_flags.add_arguments(parser)
-    schedule.install(parser)
     # A checkpoint that any other TP, PP and EP can resume.
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
     # As Qwen and the paper (section 4.1) train; Megatron's own default is 0.1.

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.training import training
+from megatron.training import arguments, training
 
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.patches import patching
@@ -30,13 +30,17 @@ SETTINGS = (*RATES, "start_wd", "end_wd")
 type Group = dict[str, Any]
 
 
-def install(parser: ArgumentParser) -> None:
-    """Offer the style under ``--lr-decay-style`` and let Megatron build the scheduler that knows it."""
-    action = parser._option_string_actions["--lr-decay-style"]
-    styles = tuple(action.choices or ())
-    if STYLE not in styles:
-        action.choices = (*styles, STYLE)
+def install() -> None:
+    """Offer the style in every parser that Megatron makes, and let it build the scheduler that knows it."""
+    patching.wrap("schedule", arguments, "add_megatron_arguments", _offer_style)
     patching.replace("schedule", training, "OptimizerParamScheduler", StepDecayScheduler)
+
+
+def _offer_style(add_arguments: Callable[..., Any], parser: ArgumentParser) -> ArgumentParser:
+    extended = add_arguments(parser)
+    action = extended._option_string_actions["--lr-decay-style"]
+    action.choices = (*action.choices, STYLE)
+    return extended
 
 
 class StepDecayScheduler(OptimizerParamScheduler):

@@ -210,7 +210,9 @@ def test_an_moe_on_tensor_parallel_ranks_needs_sequence_parallelism() -> None:
 
 def test_a_run_without_intervals_validates_and_saves_at_its_end(tmp_path: Path) -> None:
     save = tmp_path / "save"
-    words = command("--train-iters", "--train-iters 3 --eval-iters 1 --save {}", save)
+    words = command(
+        "--train-iters", "--train-iters 3 --eval-iters 1 --save {} --lr-decay-style warmup-step-decay", save
+    )
     text = launch.python("-m", "megatron_router_upcycling.pretrain", *words).ok().text
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "3"
     assert text.count("validation loss at iteration 3 on validation set") == 1
