@@ -51,11 +51,7 @@ class Found:
 
 
 def look(folder: Path, weights: Iterable[Path] = ()) -> Found:
-    """What of ``folder``, a Hugging Face folder or one of ``hand_on``'s, goes where the model goes.
-
-    Args:
-        weights: files of the model's own weights, which are not named.
-    """
+    """What of a Hugging Face folder, but for the model's own ``weights``, goes where the model goes."""
     carried: list[Path] = []
     left_out: list[str] = []
     for path in sorted(folder.iterdir()):
@@ -89,11 +85,7 @@ def is_tokenizer(folder: Path) -> bool:
 
 
 def copy(source: Path, files: tuple[Path, ...], target: Path, *, link: bool = False) -> None:
-    """Copy ``files`` of ``source`` to the same places in ``target``; with ``link``, as other names of them.
-
-    Raises:
-        OSError: they cannot be read or written.
-    """
+    """Copy ``files`` of ``source`` to the same places in ``target``; with ``link``, as hard links."""
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         if link:
@@ -107,9 +99,6 @@ def hand_on(place: Path, root: Path) -> None:
     """Give the checkpoint in ``root`` what ``place`` holds: a folder, or one file (sentencepiece's model).
 
     What is there under the same name gives way.
-
-    Raises:
-        OSError: it cannot be written.
     """
     files = look(place).carried if place.is_dir() else (Path(place.name),)
     source = place if place.is_dir() else place.parent

@@ -155,11 +155,8 @@ class Architecture:
             f" {self.kv_channels} in {self.num_query_groups} groups"
         )
 
-    def parameters(self, rows: int) -> dict[tuple[str, ...], tuple[int, ...]]:
-        """The shapes of all parameters, stacked over layers, by name, or by both names that a norm may have.
-
-        ``rows``: of the embedding, which may be padded.
-        """
+    def parameters(self, embedding_rows: int) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """The shapes of all parameters, stacked over layers, by name; of a norm, by both of its names."""
         L, D, d = self.num_layers, self.hidden_size, self.kv_channels
         H, G, F = self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size
         qkv, projection, fc1, fc2 = linears = (names.QKV_LINEAR, names.PROJECTION, names.FC1, names.FC2)
@@ -176,7 +173,7 @@ class Architecture:
             if has_bias[linear]:
                 found[f"{linear}.bias",] = (L, shape[0])
         for name in (names.EMBEDDING,) if self.tied else (names.EMBEDDING, names.OUTPUT_LAYER):
-            found[name,] = (rows, D)
+            found[name,] = (embedding_rows, D)
         for part in ("weight", "bias") if self.flags.get("normalization") == "LayerNorm" else ("weight",):
             found[f"{names.FINAL_NORM}.{part}",] = (D,)
             for norm in (names.NORM_BEFORE_ATTENTION, names.NORM_BEFORE_FFN):

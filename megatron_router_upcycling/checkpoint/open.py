@@ -23,8 +23,7 @@ from megatron_router_upcycling.errors import UserError, shown
 def open_dense(root: str | Path, config: Path | None = None) -> Checkpoint:
     """Open a dense model's checkpoint of any format; its layers are stacked, however they are stored.
 
-    Args:
-        config: a YAML file of Megatron's flags that describes the model, where the checkpoint does not.
+    ``config``: a YAML file of Megatron's flags that describes the model, where the checkpoint does not.
     """
     checkpoint = dataclasses.replace(open_checkpoint(root), config=config)
     return checkpoint if holds_experts(checkpoint.tensors) else stack_layers(checkpoint)
@@ -52,9 +51,6 @@ def check_whole(root: str | Path, step: int | None = None) -> None:
     """Refuse what cannot be trained from: a checkpoint that is missing, half-written, or of a later PyTorch.
 
     Only names and sizes of a torch_dist checkpoint are looked at; Megatron's other formats pass.
-
-    Args:
-        step: the iteration (default: that of the tracker).
     """
     folder = _folder(root, step)
     if not _is_legacy(folder) and _backend(folder) == BACKEND:

@@ -38,11 +38,9 @@ ROPE_ENTRIES = ("rope_scaling", "rope_parameters")  # two names of one object; t
 
 
 def to_flags(config: dict[str, Any], path: Path, vocabulary_multiple: int) -> dict[str, Any]:
-    """Megatron's flags (underscores for dashes) that build the dense model of a config.json.
+    """Megatron's flags (underscores for dashes) that build the dense model of the config.json at ``path``.
 
-    Args:
-        path: the config.json, named in errors.
-        vocabulary_multiple: Megatron's embedding is padded to a multiple of it.
+    ``vocabulary_multiple``: Megatron's embedding is padded to a multiple of it.
     """
     if vocabulary_multiple < 1:
         raise UserError(f"--make-vocab-size-divisible-by {vocabulary_multiple}: must be at least 1")

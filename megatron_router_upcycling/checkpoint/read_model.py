@@ -57,11 +57,8 @@ def read_model(checkpoint: Checkpoint) -> DenseModel:
 def query_key_digest(checkpoint: Checkpoint) -> str:
     """SHA-256 over places and CRC-32s of the attention's input weights, which any training step changes.
 
-    ``Checkpoint.digest`` does not see values that a torch_dist checkpoint's files hold. The checksums are
-    those that ``torch.save`` wrote beside the values; no value is read where one is there.
-
-    Args:
-        checkpoint: stacked over layers, as ``open_dense`` gives it.
+    ``Checkpoint.digest`` does not see values. No value is read where ``torch.save`` wrote its checksum.
+    ``checkpoint`` is stacked over layers, as ``open_dense`` gives it.
     """
     stored, digest = checkpoint.tensors[names.QKV], hashlib.sha256()
     for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets):

@@ -140,12 +140,7 @@ class Checkpoint:
         return self.read_box(key, Box((layer, *(0 for _ in sizes)), (1, *sizes)), values)[0]
 
     def read_box(self, key: str, box: Box | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """A box of a tensor, whatever chunks it is stored in: those that Megatron's ranks held.
-
-        Args:
-            box: default: the whole tensor.
-            out: of the box's sizes and the tensor's dtype; is filled and returned.
-        """
+        """A box of a tensor (default: all of it), whatever its chunks; in ``out``, if that is given."""
         stored = self.tensors[key]
         box = box or Box((0,) * len(stored.shape), stored.shape)
         values = torch.empty(box.sizes, dtype=stored.dtype) if out is None else out
@@ -154,10 +149,7 @@ class Checkpoint:
         return values
 
     def read_part(self, chunk: Chunk, part: Box, out: torch.Tensor) -> None:
-        """Fill ``out`` with ``part``, a box of the tensor that lies in ``chunk``.
-
-        Read is what lies between the first and the last of its values, straight into ``out`` where it can be.
-        """
+        """Fill ``out`` with ``part``, a box in ``chunk``; read is from its first to its last value."""
         if not out.numel():
             return
         values = self.find_values(chunk, out.dtype)

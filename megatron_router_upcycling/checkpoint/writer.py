@@ -86,8 +86,7 @@ class CheckpointWriter:
     def take_over(self, source: Checkpoint, key: str, name: str, copy: bool = False) -> None:
         """Let ``name`` stand for what ``key`` is in ``source``, its bytes unchanged.
 
-        The data file is hard-linked under its own name. With ``copy``, or where no link can be made, the
-        bytes are copied, each range once.
+        The data file is hard-linked; with ``copy``, or where no link can be made, bytes are copied once.
         """
         if key in source.objects:
             self.objects[name] = self._take_blob(source, source.objects[key], copy)
@@ -147,10 +146,8 @@ class CheckpointWriter:
     ) -> None:
         """Write ``values`` as the chunks of ``key`` (of global ``shape``) at every one of ``offsets``.
 
-        The bytes are written once and named by all chunks, or once a chunk with ``copies``.
-
-        Args:
-            checksum: CRC-32 of the values, where it is known.
+        The bytes are written once and named by all chunks, or once a chunk with ``copies``. ``checksum``:
+        CRC-32 of the values, where it is known.
         """
         sizes = tuple(values.shape)
         _, dtype, chunks = self.tensors.setdefault(key, (shape, values.dtype, []))

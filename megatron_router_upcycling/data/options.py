@@ -26,10 +26,13 @@ class Options:
     overwrite: bool
 
     @property
+    def held_out_prefix(self) -> Path:
+        return self.output.with_name(f"{self.output.name}_held_out")
+
+    @property
     def prefixes(self) -> list[Path]:
         """Of training and, where some are held out, of held-out documents."""
-        held_out = self.output.with_name(f"{self.output.name}_held_out")
-        return [self.output, held_out] if self.held_out else [self.output]
+        return [self.output, self.held_out_prefix] if self.held_out else [self.output]
 
     @property
     def work(self) -> Path:

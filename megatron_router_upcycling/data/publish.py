@@ -106,8 +106,8 @@ def check(options: Options, sources: Iterable[Path]) -> None:
             continue  # what is there is half of the data that will be made now
         if not options.overwrite or record.read(prefix) is None:
             raise UserError(
-                f"--output {output}: {there[0]} exists; name another place, or pass --overwrite to replace"
-                f" what prepare-data has made, as {record.path_of(prefix).name} says"
+                f"--output {output}: {there[0]} exists; remove it, or name another place (--overwrite"
+                " replaces what has a record of prepare-data beside it)"
             )
 
 
@@ -120,7 +120,7 @@ def publish(options: Options, outputs: list[Output], records: list[record.Record
     old = record.read(target)
     held_out = old is not None and bool(old.options.get("held_out"))
     (work / PUBLISHING).touch()
-    for prefix in options.prefixes + [target.with_name(f"{target.name}_held_out")] * held_out:
+    for prefix in options.prefixes + [options.held_out_prefix] * held_out:
         for file in _files(prefix):
             file.unlink(missing_ok=True)
     tokenizer_of(target).unlink(missing_ok=True)

@@ -71,10 +71,11 @@ def of_folder(place: Path, trust_remote_code: bool = False) -> Any:
     as the exported one. The file's own rules are what the tokenizer was made and saved with, and what
     transformers 4 and the tokenizers library read. Only vocab.json and merges.txt need a class.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    kind = PreTrainedTokenizerFast if (place / TOKENIZER_JSON).is_file() else AutoTokenizer
-    return kind.from_pretrained(place, trust_remote_code=trust_remote_code, local_files_only=True)
+    if (place / TOKENIZER_JSON).is_file():
+        from transformers import PreTrainedTokenizerFast as Kind
+    else:
+        from transformers import AutoTokenizer as Kind  # imports PyTorch
+    return Kind.from_pretrained(place, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
 def sha256_of(loaded: Any) -> str:

@@ -17,15 +17,10 @@ EXAMPLES_SPLIT = "train"  # of which few-shot examples are drawn, for every task
 
 @dataclass(frozen=True)
 class Records:
-    """A task's records, each reduced to the task's fields, by split.
+    """A task's records, each reduced to the task's fields."""
 
-    Attributes:
-        splits: the split that is asked, and ``train`` where few-shot examples are wanted.
-        origin: where they come from, in words.
-    """
-
-    splits: dict[str, list[dict[str, Any]]]
-    origin: str
+    splits: dict[str, list[dict[str, Any]]]  # the one that is asked, and ``train`` for few-shot examples
+    origin: str  # where they come from, in words
 
     def digest(self) -> str:
         """SHA-256 over the records as JSON: the same for the same data, wherever it came from."""

@@ -11,33 +11,21 @@ GROUPS = ("understanding", "reasoning", "knowledge")
 
 @dataclass(frozen=True)
 class Task:
-    """A task: how the harness asks it, where its records are, and what the paper found.
+    """A task: how the harness asks it, where its records are, and what the paper found."""
 
-    Attributes:
-        name: the harness's name, also that of ``--tasks`` and of the folder in ``--data-dir``.
-        title: the paper's name.
-        group: one of ``GROUPS``; None for a task that the paper does not have.
-        metric: the metric that counts. ``acc_norm`` where answers differ in length (the log-likelihood of
-            each is divided by its number of characters, or short answers would win); ``acc`` where they do
-            not, or where the harness scores the same words after each choice (WinoGrande); ``exact_match``
-            where the answer is generated.
-        harness: the folder of the harness's tasks that holds this one; None for a task file of our own.
-        repository, configuration: the data set on the Hugging Face Hub; None for one that is made here.
-        split: the part of it that is asked.
-        fields: what a record must hold.
-        figures: the paper's, in percent, in the order of ``METHODS``.
-    """
-
-    name: str
-    title: str
-    group: str | None
+    name: str  # the harness's, also that of ``--tasks`` and of the folder in ``--data-dir``
+    title: str  # the paper's
+    group: str | None  # one of ``GROUPS``; None for a task that the paper does not have
+    # What counts: ``acc_norm`` where answers differ in length (the log-likelihood of each is divided by its
+    # number of characters, or short answers would win); ``acc`` where they do not, or where the harness
+    # scores the same words after each choice (WinoGrande); ``exact_match`` where the answer is generated.
     metric: str
-    harness: str | None
-    repository: str | None
+    harness: str | None  # the folder of the harness's tasks that holds it; None for a task file of our own
+    repository: str | None  # the data set on the Hugging Face Hub; None for one that is made here
     configuration: str | None
-    split: str
-    fields: tuple[str, ...]
-    figures: tuple[float, ...] = ()
+    split: str  # the part of it that is asked
+    fields: tuple[str, ...]  # what a record must hold
+    figures: tuple[float, ...] = ()  # the paper's, in percent, in the order of ``METHODS``
 
 
 _OPENBOOK = ("question_stem", "choices", "answerKey")

@@ -110,16 +110,12 @@ def span(numbers: Iterable[int]) -> str:
 
 @dataclass(frozen=True)
 class Verification:
-    """The Mixture-of-Experts, the conversion that must have made it, and what is wrong so far.
-
-    ``plan`` is that of the dense checkpoint with the options that the manifest records; ``stats`` are the
-    key statistics, None where none are needed.
-    """
+    """The Mixture-of-Experts, the conversion that must have made it, and what is wrong so far."""
 
     moe: Checkpoint
     record: dict[str, Any]  # the manifest
-    plan: Plan
-    stats: KeyStats | None
+    plan: Plan  # of the dense checkpoint, with the options that the manifest records
+    stats: KeyStats | None  # where some are needed
     findings: Findings
 
     @property

@@ -64,11 +64,7 @@ def prepare(
 
 
 def recorded_options(root: Path, record: dict[str, Any], num_layers: int) -> Options:
-    """The options of the conversion that a manifest records.
-
-    Raises:
-        UserError: it does not say, or not of a model of so many layers.
-    """
+    """The options of the conversion that a manifest records, of a model of so many layers."""
     source = root / manifest.NAME
     flags, seed = record.get("model"), record.get("seed")
     if not isinstance(seed, int) or not isinstance(flags, dict):
@@ -112,11 +108,7 @@ def _key_stats(
 
 
 def run(verification: Verification, progress: Progress = lambda count: None) -> Findings:
-    """Read both checkpoints and return all that is wrong.
-
-    Args:
-        progress: called with numbers of bytes, ``bytes_to_read`` together.
-    """
+    """Read both checkpoints and return all that is wrong; ``progress`` is called with numbers of bytes."""
     moe, trained, findings = verification.moe, verification.trained, verification.findings
     comparison = Comparison(moe, Sources(verification.plan.source), findings, progress)
     expected = verification.plan.expects(verification.stats)

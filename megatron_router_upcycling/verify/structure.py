@@ -95,11 +95,7 @@ def check_objects(verification: Verification) -> dict[Blob, bytes]:
 
 
 def check_files(verification: Verification, identities: Mapping[Blob, bytes]) -> None:
-    """Check sizes and digests of the files that the manifest records, and find files that it does not.
-
-    Args:
-        identities: of all chunks' and objects' bytes.
-    """
+    """Check sizes and digests of the files that the manifest records, and find files that it does not."""
     moe, findings = verification.moe, verification.findings
     new, linked = verification.recorded_files("files"), verification.recorded_files("linked")
     digests = content_digests(identities)

@@ -59,14 +59,14 @@ def byte_pairs() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def hugging_face(folder: Path, tokenizer_class: str = "Qwen2Tokenizer") -> Path:
+def hugging_face(folder: Path) -> Path:
     """A folder as Qwen's: a byte-level BPE, NFC, special tokens."""
     folder.mkdir(parents=True)
     byte_pairs().save(str(folder / "tokenizer.json"))
     vocabulary = byte_pairs().get_vocab()
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False) | {"special": True}
     added = {str(vocabulary[token]): {"content": token, **flags} for token in SPECIAL}
-    config = {"tokenizer_class": tokenizer_class, "added_tokens_decoder": added, "model_max_length": 64}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "model_max_length": 64}
     config |= dict.fromkeys(("eos_token", "pad_token"), SPECIAL[0])
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder

@@ -1,6 +1,7 @@
 """router-upcycle prepare-data: Megatron's data holds what the tokenizer itself says, however the run went."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -92,6 +93,23 @@ def test_files_are_those_of_the_tokenizer_and_megatrons_builder(tokenizer, tmp_p
         assert made.skipped[0]["why"] == "has no text 'text'; see --text-key"
         assert made.tokenizer_sha256 == load(tokenizer).sha256
     assert small.left_beside(out) == sorted("data" + name for name in FILES)
+
+    without = (*sources, "--tokenizer", tokenizer, "--output", out, "--max-bad", 2)
+    assert small.run(*without, "--overwrite") == 0  # what was held out goes with the old data
+    assert small.left_beside(out) == ["data.bin", "data.idx", "data.json"]
+    record.path_of(out).unlink()
+    assert small.run(*without, "--overwrite") == 2
+    out.with_name(".data.parts").mkdir()
+    out.with_name(".data.parts").joinpath("publishing").touch()  # a run was killed while it gave names
+    assert small.run(*without) == 0 and small.left_beside(out) == ["data.bin", "data.idx", "data.json"]
+
+
+def test_a_share_is_held_out_by_the_hash_of_seed_and_text():
+    texts = [f"naïve {number}" for number in range(1000)]
+    digests = (hashlib.sha256(f"7:{text}".encode()).hexdigest() for text in texts)
+    wanted = [int(digest[:16], 16) / 2**64 < 0.2 for digest in digests]
+    assert [parts.is_held_out(text, 0.2, 7) for text in texts] == wanted and 150 < sum(wanted) < 250
+    assert not any(parts.is_held_out(text, 0.0, 7) for text in texts)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,10 @@ def test_special_tokens_that_are_plain_text_change_the_digest(folder: Path) -> N
     before = load(folder).sha256
     plain = edit(folder, lambda entries: entries.update(split_special_tokens=True), "tokenizer_config.json")
     assert load(plain).sha256 != before
+
+
+def test_tokens_have_the_type_that_megatron_chooses(folder: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import DType
+
+    for size in (1, 65_499, 65_500, 200_000):
+        assert replace(load(folder), vocab_size=size).dtype is DType.optimal_dtype(size)

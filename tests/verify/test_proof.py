@@ -60,14 +60,12 @@ KINDS = {
 class Conversion:
     """A folder with a dense checkpoint and what was converted from it. Whatever a test changes it undoes."""
 
-    def __init__(self, folder: Path, materialize: bool = False, **dense: Any) -> None:
+    def __init__(self, folder: Path, materialize: bool = False) -> None:
         self.dense, self.moe, self.stats = folder / "dense", folder / "moe", folder / "ks"
         self.release = self.moe / "release"
-        dense_checkpoint.write(self.dense, **dense)
+        dense_checkpoint.write(self.dense)
         make_stats(self.stats)
-        self.convert(Options(RouterConfig(num_experts=N), self.stats, materialize=materialize))
-
-    def convert(self, options: Options) -> None:
+        options = Options(RouterConfig(num_experts=N), self.stats, materialize=materialize)
         convert.convert(convert.prepare(self.dense, self.moe, options))
 
     def find(self) -> list[Finding]:
@@ -141,26 +139,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
 @pytest.fixture(scope="module")
 def materialized(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
     return Conversion(tmp_path_factory.mktemp("materialized"), materialize=True)
-
-
-@pytest.mark.parametrize(
-    ("dense", "router"),
-    [
-        ({"tensor_parallel": 4, "optimizer": True}, {"num_experts": 6, "num_routers": 2}),
-        ({"values": dense_checkpoint.tensors(torch.bfloat16)}, {"num_experts": 4, "num_routers": 16}),
-        (dense_checkpoint.WITH_BIAS, {"grouping": "optimal", "num_experts": 2, "pooling": "max"}),
-        (dense_checkpoint.NOT_GATED | {"extra_states": False}, {"router": "linear", "pre_softmax": False}),
-    ],
-    ids=["tp4 with optimizer", "bf16, split heads", "bias", "linear"],
-)
-def test_conversions_are_proved(
-    tmp_path: Path, dense: dict[str, Any], router: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(values, "BLOCK_BYTES", 80)  # blocks are parts of rows
-    made = Conversion(tmp_path, **dense)
-    for materialize in (False, True):
-        made.convert(Options(RouterConfig(**router), made.stats, 7, materialize, overwrite=True))
-        assert made.find() == []
 
 
 def test_experts_too_large_for_a_plain_zip_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

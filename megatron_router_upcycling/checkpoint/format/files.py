@@ -60,7 +60,7 @@ def locate(root: Path) -> tuple[Path, Path]:
     """A checkpoint's root, and the folder of its newest iteration, or of the one that ``root`` is itself."""
     folder, tracker = root, root / TRACKER
     if is_root := tracker.is_file():
-        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        text = read_record(tracker).decode(errors="replace").strip()
         if text != "release" and not (text.isdecimal() and len(text) < 20):
             raise UserError(f"{tracker}: says {text[:40]!r} where an iteration or 'release' is expected")
         folder = root / (text if text == "release" else f"iter_{int(text):07d}")

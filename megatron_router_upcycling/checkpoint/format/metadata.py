@@ -92,12 +92,9 @@ def parse_metadata(
     """Tensors and objects by key, from the bytes of a ``.metadata`` file.
 
     Args:
-        report: called with key and fault for whatever is not self-consistent, instead of raising; what
-            can be used is returned. Bytes that nothing names, which loading ignores, are reported too.
+        report: called with key and fault for whatever is not self-consistent, such as elements in several
+            chunks, instead of raising; what can be used is returned. Unused bytes are reported too.
         to_train: refuse what the installed PyTorch cannot load, though this module can read it.
-
-    Raises:
-        UserError: damaged, unsafe, or not self-consistent, such as elements in no chunk or in several.
     """
 
     def fault(key: str, what: str) -> None:

@@ -180,11 +180,7 @@ def loads(content: bytes, source: Any) -> Any:
 
 
 def dumps(value: Any) -> bytes:
-    """Pickle ``value``, inert records under the names they stand for.
-
-    Raises:
-        pickle.PicklingError, RecursionError: a record that is read only, such as a tensor; too deep lists.
-    """
+    """Pickle ``value``; a record that is read only, such as a tensor, raises ``pickle.PicklingError``."""
     buffer = io.BytesIO()
     Pickler(buffer, protocol=4).dump(value)
     return buffer.getvalue()

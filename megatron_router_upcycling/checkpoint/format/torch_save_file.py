@@ -150,8 +150,6 @@ class Contents(NamedTuple):
 def examine(folder: Path, blob: Blob, promised: tuple[Shape, torch.dtype] | None = None) -> Contents:
     """Read and check all of the ``torch.save`` file at ``blob`` but the values of a plain tensor.
 
-    The values' checksum is the caller's to take as it reads them.
-
     Args:
         promised: sizes and dtype that a plain tensor must have.
 

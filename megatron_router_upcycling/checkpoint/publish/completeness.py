@@ -35,11 +35,7 @@ def check_whole(
 def examine_all(
     folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, Blob]
 ) -> dict[Blob, bytes]:
-    """Look at the bytes of every chunk and object, each once, and return their identities.
-
-    All is read but the values themselves: a chunk is a whole ``torch.save`` file and holds a tensor of the
-    dtype and sizes that it goes by.
-    """
+    """``examine`` the bytes of every chunk and object, each once, and return their identities."""
     claims: dict[Blob, tuple[str, Target]] = dict.fromkeys(objects.values(), ("an extra state", None))
     for key, stored in tensors.items():
         claims |= {chunk.blob: (key, (chunk.sizes, stored.dtype)) for chunk in stored.chunks}
@@ -57,11 +53,7 @@ def examine_all(
 
 
 def content_digests(identities: Mapping[Blob, bytes]) -> dict[str, str]:
-    """For each data file, a SHA-256 over places and identities (``Contents.identity``) of its chunks.
-
-    Their identities hold the CRC-32 of the values, so the digest tells whether a file's chunks claim to
-    hold what they held. That they do hold it, only reading them tells.
-    """
+    """For each data file, a SHA-256 over the places of its chunks and all that they claim to hold."""
     digests: dict[str, hashlib._Hash] = {}
     for blob in sorted(identities, key=lambda blob: (blob.file, blob.offset, blob.length)):
         digest = digests.setdefault(blob.file, hashlib.sha256())

@@ -35,12 +35,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 def check_target(
     out: Path, source: Path, overwrite: bool, source_name: str = "DENSE", made_by: str = TRACKER
 ) -> None:
-    """Refuse a place for ``out`` where something would be lost. Touches nothing.
-
-    Args:
-        source_name: what the command calls ``source``.
-        made_by: the file that says that such a command has made ``out``.
-    """
+    """Refuse a place where something would be lost; ``made_by``: a file that what may be replaced holds."""
     here, there = out.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UserError(f"OUT {out}: is, holds or lies in {source_name} {source}; name a folder beside it")
