@@ -42,10 +42,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="PLACE", type=Path, help="a Hugging Face folder or sentencepiece .model file"
     )
     command.add_argument(
-        "--train-tokenizer",
-        metavar="N",
-        type=positive,
-        help="train a sentencepiece one with N pieces on the text",
+        "--train-tokenizer", metavar="N", type=positive, help="train one of sentencepiece with N pieces"
     )
     command.add_argument("--text-key", metavar="NAME", default="text", help="entry or column of the text")
     command.add_argument("--workers", metavar="N", type=positive, help="tasks at a time (default: all cores)")
@@ -64,15 +61,11 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         help="end each document with the tokenizer's end-of-document token (default)",
     )
     command.add_argument("--max-tokens", metavar="N", type=positive, help="stop before more than N tokens")
-    command.add_argument(
-        "--max-bytes", metavar="N", type=positive, help="stop before more than N bytes of text"
-    )
+    command.add_argument("--max-bytes", metavar="N", type=positive, help="stop before more bytes of text")
     command.add_argument(
         "--max-document-bytes", metavar="N", type=positive, default=1 << 24, help="a longer document is bad"
     )
-    command.add_argument(
-        "--max-bad", metavar="N", type=at_least(0), default=0, help="skip up to N bad documents"
-    )
+    command.add_argument("--max-bad", metavar="N", type=at_least(0), default=0, help="bad documents to skip")
     command.add_argument("--source-library", action="store_true", help="add Python's standard library")
     command.add_argument("--source-packages", action="store_true", help="add the installed Python packages")
     add_output(command)

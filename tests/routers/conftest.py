@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -29,10 +29,13 @@ def megatron() -> Iterator[None]:
 
 @pytest.fixture
 def on_cpu(megatron: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Megatron's router asks CUDA for its device, and compiles a small function."""
+    """Megatron's router asks CUDA for its device, compiles a function, and keeps metrics and a loss scale."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
+    get_moe_metrics_tracker().metrics.clear()  # type: ignore[attr-defined]
     with torch._dynamo.config.patch(disable=True):
         yield
+    get_moe_metrics_tracker().metrics.clear()  # type: ignore[attr-defined]
 
 
 def transformer_config(**changes: Any) -> TransformerConfig:

@@ -3,7 +3,6 @@
 On the CPU the kernel is not usable; here its plain form takes its place.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,8 +14,6 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_router_upcycling.layers.kernels import routing
 from megatron_router_upcycling.routers.config import RouterConfig
 from tests.routers.conftest import BATCH, EXPERTS, SEQUENCE, build, transformer_config
-
-pytestmark = pytest.mark.usefixtures("on_cpu")
 
 ROUTER = RouterConfig(num_experts=EXPERTS, top_k=2)
 SCALE = 0.25  # of the auxiliary losses' gradients
@@ -37,13 +34,8 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    before = MoEAuxLossAutoScaler.main_loss_backward_scale
+def scaled(on_cpu: None) -> None:
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(SCALE))
-    get_moe_metrics_tracker().metrics.clear()  # type: ignore[attr-defined]
-    yield
-    MoEAuxLossAutoScaler.main_loss_backward_scale = before
-    get_moe_metrics_tracker().metrics.clear()  # type: ignore[attr-defined]
 
 
 def draw() -> torch.Tensor:
