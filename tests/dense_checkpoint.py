@@ -181,6 +181,14 @@ def read_back(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """The same tensors, bit for bit."""
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        bits = [tensor.contiguous().view(torch.uint8) for tensor in (found[key], value)]
+        assert found[key].dtype == value.dtype and torch.equal(*bits), key
+
+
 def make_stats(path: Path, **metadata: Any) -> KeyStats:
     generator = torch.Generator().manual_seed(1)
     mean, attended = (torch.randn(LAYERS, count, HEAD_DIM, generator=generator) for count in (GROUPS, HEADS))

@@ -142,11 +142,6 @@ class Architecture:
         """Whether the embedding is the output layer as well."""
         return not self.flags.get("untie_embeddings_and_output_weights")
 
-    @property
-    def centered_norms(self) -> bool:
-        """Whether a norm's gain is its parameter and 1 (``--apply-layernorm-1p``)."""
-        return bool(self.flags.get("apply_layernorm_1p"))
-
     def describe(self) -> str:
         """The architecture in one line."""
         return (

@@ -113,9 +113,7 @@ def test_converts_to_the_same(tmp_path: Path, layout: str, dtype: torch.dtype) -
     dense_checkpoint.write(tmp_path / "plain", values)
     expected = convert(tmp_path / "plain", tmp_path / "moe plain")
     found = convert(tmp_path / "dense", tmp_path / "moe")
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+    dense_checkpoint.assert_same(found, expected)
     states = [set(open_checkpoint(tmp_path / name).objects) for name in ("moe", "moe plain")]
     assert states[0] | {"common_state/shard_0_1"} == states[1]
     assert not proof.run(proof.prepare(tmp_path / "dense", tmp_path / "moe"))

@@ -48,9 +48,7 @@ def test_chosen_layers_get_what_they_would_get_among_all(
     chosen, dense = (0, 2), (1,)
     expected = {key: value for key, value in values.items() if not key.startswith(PREFIX)}
     expected |= apart(values, dense) | apart(everywhere, chosen)
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+    dense_checkpoint.assert_same(found, expected)
     assert not proof.run(proof.prepare(tmp_path / "dense", tmp_path / "moe"))
 
 

@@ -45,9 +45,7 @@ def test_converts_to_the_same_as_torch_dist(
     values = legacy_checkpoint.write(tmp_path / "legacy", **options)
     dense_checkpoint.write(tmp_path / "dense", values, args=options.get("args"))
     expected, found = (convert(tmp_path / name, tmp_path / f"moe {name}") for name in ("dense", "legacy"))
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+    dense_checkpoint.assert_same(found, expected)
     states = [set(open_checkpoint(tmp_path / f"moe {name}").objects) for name in ("dense", "legacy")]
     assert states[0] == states[1] - {"output_layer._extra_state/shard_0_1"}
     assert not proof.run(proof.prepare(tmp_path / "legacy", tmp_path / "moe legacy"))
@@ -191,6 +189,4 @@ def test_shards_that_megatron_saved(tmp_path: Path, dense: Path, dense_config: P
     for name, root in (("dense", dense), ("legacy", saved)):
         conversion.convert(conversion.prepare(root, tmp_path / name, options))
         moe[name] = dense_checkpoint.read_back(tmp_path / name / "release")
-    assert moe["legacy"].keys() == moe["dense"].keys()
-    for key, value in moe["dense"].items():
-        assert torch.equal(moe["legacy"][key], value), key
+    dense_checkpoint.assert_same(moe["legacy"], moe["dense"])

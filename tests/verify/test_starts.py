@@ -159,14 +159,6 @@ def expected_by_verify(dense: Path, moe: Path) -> Tensors:
     return tensors
 
 
-def assert_equal(found: Tensors, wanted: Tensors) -> None:
-    assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
-        assert (found[key].dtype, found[key].shape) == (value.dtype, value.shape), key
-        same = torch.equal(*(one.contiguous().view(torch.uint8) for one in (found[key], value)))
-        assert same, f"{key}: {int((found[key] != value).sum())} of {value.numel()} values differ"
-
-
 @pytest.mark.parametrize(("dense", "layout", "config"), CASES, indirect=["dense"])
 def test_converter_verify_and_reference_agree(dense: Dense, tmp_path: Path, config: str, layout: str) -> None:
     options = LAYOUTS[layout]
@@ -179,5 +171,5 @@ def test_converter_verify_and_reference_agree(dense: Dense, tmp_path: Path, conf
     parts = options.get("shared_expert", False), options.get("layers")
     given = dense.tensors, dense.args, router, init, dense.keys[head_key], dense.router_input
     reference = upcycle(*given, SEED, *parts)
-    assert_equal(dense_checkpoint.read_back(tmp_path / "moe/release"), reference)
-    assert_equal(expected_by_verify(dense.root, tmp_path / "moe"), reference)
+    dense_checkpoint.assert_same(dense_checkpoint.read_back(tmp_path / "moe/release"), reference)
+    dense_checkpoint.assert_same(expected_by_verify(dense.root, tmp_path / "moe"), reference)
