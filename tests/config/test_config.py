@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_router_upcycling.config import flags, yaml_files
+from megatron_router_upcycling.config import flags, manifest, yaml_files
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import keys_per_expert
@@ -102,6 +102,16 @@ def test_unknown_upcycling_option() -> None:
 def test_router_shapes_of_the_paper(m: int, n: int, c: int, width: int) -> None:
     router = RouterConfig(num_experts=n, num_routers=m)
     assert (router.shape(16, 64).router_width, keys_per_expert(router)) == (width, c)
+
+
+def test_shards_of_one_copy_have_as_many_keys_as_the_copy() -> None:
+    assert keys_per_expert(RouterConfig(num_experts=8, granularity=2, num_routers=8)) == 2
+
+
+def test_a_manifest_that_nests_deep_is_refused(tmp_path: Path) -> None:
+    (tmp_path / manifest.NAME).write_text('{"format": 1, "router": ' + "[" * 30 + "]" * 30 + "}")
+    with pytest.raises(UserError, match="not a manifest of format 1"):
+        manifest.read(tmp_path)
 
 
 @pytest.mark.parametrize(("m", "n", "heads"), [(3, 8, 16), (8, 8, 15), (0, 8, 16), (20, 8, 16)])
