@@ -43,8 +43,7 @@ def choose_source(args: Namespace, argv: list[str]) -> None:
 def choose_tokenizer(args: Namespace, argv: list[str], load: str | None) -> str | None:
     """Set ``args``' tokenizer to that beside ``load`` where no other is there; a line to say so.
 
-    A path in a YAML file that leads nowhere, as after its folder was moved, counts as none; one given as a
-    flag stands.
+    A path in a YAML file that leads nowhere counts as none; one given as a flag stands.
     """
     named = args.tokenizer_model
     if load is None or any(part == TOKENIZER or part.startswith(f"{TOKENIZER}=") for part in argv):
@@ -133,9 +132,8 @@ def _blends(args: Namespace) -> list[tuple[list[str], list[float] | None] | None
     for prefixes, weights in filter(None, found):
         for prefix, weight in zip(prefixes, weights or (), strict=False):
             if not 0 < weight < math.inf:
-                raise UserError(
-                    f"{flag}: the weight of {prefix} is {weight:g}; give more than 0, or leave it out"
-                )
+                more = "give more than 0, or leave it out"
+                raise UserError(f"{flag}: the weight of {prefix} is {weight:g}; {more}")
     return found
 
 
@@ -149,12 +147,9 @@ def _flag_of_source(args: Namespace) -> str:
 def sequences_per_dataset(path: str) -> dict[str, Any]:
     """What ``--per-dataset-sequences-path`` holds: sequences and documents of each prefix."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--per-dataset-sequences-path {path}: is no JSON file ({reason(error)})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"--per-dataset-sequences-path {path}: is no JSON object")
-    return found
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"--per-dataset-sequences-path {path}: no JSON object ({reason(error)})") from None
 
 
 def choose_cache(args: Namespace, paths: list[str]) -> None:
@@ -177,11 +172,7 @@ def choose_cache(args: Namespace, paths: list[str]) -> None:
 
 
 def check_tokens(args: Namespace, load: str | None) -> None:
-    """Refuse data of another tokenizer, or with tokens that the model does not know. After ``set_global``.
-
-    Args:
-        load: the checkpoint that the run starts from; what stands beside it is its tokenizer.
-    """
+    """Refuse data of another tokenizer, or with tokens that the model does not know. After ``set_global``."""
     beside_load = beside.tokenizer_in(Path(load)) if load else None
     named = Path(args.tokenizer_model) if args.tokenizer_model else None
     tokenizer = beside_load[1] if beside_load else named

@@ -4,39 +4,31 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_router_upcycling.checkpoint.open import format_of, open_checkpoint
-from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config.flags import flag_of
 from megatron_router_upcycling.errors import UserError
 
-# What the layout of a run is beside its number of ranks, by Megatron's arguments.
-LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "context_parallel_size",
-)
-
-
-def check_format(args: Namespace, load: str) -> None:
-    """Refuse a checkpoint of a format that this run's ``--ckpt-format`` cannot load."""
-    found, asked = format_of(load, args.ckpt_step), args.ckpt_format
-    if found is None or asked in (found, "torch_dist"):
-        return  # or Megatron's own check: torch_dist looks for itself
-    way_out = "leave out this flag and fully sharded data parallelism"
-    if asked == "torch":
-        way_out = "convert it first, with --ckpt-convert-format torch --ckpt-convert-save FOLDER"
-    raise UserError(f"--ckpt-format {asked}: loads no other format, and {load} is {found}; {way_out}")
+# What the layout of a run is beside its number of ranks: the sizes of these kinds of parallelism.
+LAYOUT = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
+LAYOUT += ["context_parallel_size"]
 
 
 def check(args: Namespace, load: str) -> None:
-    """Refuse flags with which Megatron's optimizer is another one than that of the checkpoint in ``load``."""
+    """Refuse flags with which Megatron cannot load ``load``, or makes another optimizer than that one's."""
+    found, asked = format_of(load, args.ckpt_step), args.ckpt_format
+    if found is not None and asked not in (found, "torch_dist"):  # for which Megatron looks itself
+        way_out = "leave out this flag and fully sharded data parallelism"
+        if asked == "torch":
+            way_out = "convert it first, with --ckpt-convert-format torch --ckpt-convert-save FOLDER"
+        raise UserError(f"--ckpt-format {asked}: loads no other format, and {load} is {found}; {way_out}")
     if args.skip_train or args.finetune or args.no_load_optim:
         return
+    step = args.ckpt_step
     try:
-        saved = _saved_arguments(load, args.ckpt_step)
+        checkpoint = open_checkpoint(Path(load) if step is None else Path(load, f"iter_{step:07d}"))
+        saved = checkpoint.args
     except UserError:
         return  # of a format or without arguments that this package reads; Megatron goes its own way
-    if saved is None or getattr(saved, "no_save_optim", False):
+    if checkpoint.iteration_dir.name == "release" or getattr(saved, "no_save_optim", False):
         return
     # With Muon the distributed optimizer keeps whole matrices by rank.
     by_rank = bool(getattr(saved, "use_layer_wise_distributed_optimizer", False))
@@ -63,13 +55,3 @@ def _optimizer_of(args: Namespace, by_rank: bool) -> dict[str, object]:
         "--optimizer": given.get("optimizer"),
         **(layout if by_rank else {}),
     }
-
-
-def _saved_arguments(load: str, step: int | None) -> Namespace | None:
-    """The arguments of the run that saved the checkpoint; None where that was no training run."""
-    root = Path(load)
-    if step is not None:
-        checkpoint = Checkpoint.open_folder(root, root / f"iter_{step:07d}")
-    else:
-        checkpoint = open_checkpoint(root)
-    return None if checkpoint.iteration_dir.name == "release" else checkpoint.args

@@ -2,8 +2,7 @@
 
 Megatron-Core asks for CUDA by name: ``device='cuda'``, streams, events, memory statistics, the CUDA
 random state. ``install()`` answers each of those requests with the CPU, so that the unmodified
-``megatron.training`` loop runs where there is no GPU. Parallelism is real: torchrun starts processes
-that talk over Gloo. Where there is a GPU, ``install()`` refuses and nothing is ever touched.
+``megatron.training`` loop runs where there is no GPU.
 """
 
 import contextlib
@@ -52,16 +51,18 @@ def install() -> None:
     _bridge_torch_cuda()
     # Gloo takes no CUDA device to bind a process group or a barrier to.
     for name, argument in (("init_process_group", "device_id"), ("barrier", "device_ids")):
-        _wrap(torch.distributed, name, functools.partial(_without, argument))
+        _wrap(torch.distributed, name, functools.partial(_with, {argument: None}))
     _bridge_megatron()
+
+
+def _with(changes: dict[str, Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs | changes)
 
 
 def _on_cpu(device: Any) -> Any:
     """The CPU for any way of naming a CUDA device; anything else as it is."""
-    if isinstance(device, torch.device):
-        return CPU if device.type == "cuda" else device
-    if isinstance(device, str):
-        return CPU if device.startswith("cuda") else device
+    if isinstance(device, str | torch.device):
+        return CPU if str(device).startswith("cuda") else device
     # torch.cuda.current_device() gives an integer, and so may reach us as a device.
     return CPU if isinstance(device, int) and not isinstance(device, bool) else device
 
@@ -102,31 +103,27 @@ def _bridge_devices() -> None:
     _replace(torch.Tensor, "record_stream", _always(None))
 
 
-class _Done:
-    """What streams and events of CUDA share on a device that does things in order: waiting is always over."""
+class _Event:
+    """Of a device that does things in order, by the host's clock: waiting is always over."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait(self, *args: Any) -> None: ...
 
-    wait_stream = wait_event = synchronize = wait
+    synchronize = wait
 
     def query(self) -> bool:
         return True
-
-
-class _Event(_Done):
-    """It keeps the host's clock; ``elapsed_time`` is in milliseconds."""
-
-    seconds = 0.0
 
     def record(self, *args: Any) -> None:
         self.seconds = time.perf_counter()
 
     def elapsed_time(self, end: "_Event") -> float:
-        return (end.seconds - self.seconds) * 1e3
+        return (end.seconds - self.seconds) * 1e3  # milliseconds
 
 
-class _Stream(_Done):
+class _Stream(_Event):
+    wait_stream = wait_event = _Event.wait
+
     def record_event(self, event: _Event | None = None) -> _Event:
         event = event or _Event()
         event.record()
@@ -168,11 +165,6 @@ def _bridge_torch_cuda() -> None:
         _replace(owner, "set_rng_state", _set_rng_state)
 
 
-def _without(argument: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    kwargs.pop(argument, None)
-    return original(*args, **kwargs)
-
-
 class _SplitSizes(list):
     """Split sizes as Gloo takes them, a list, with the one method of an array that Megatron calls."""
 
@@ -186,10 +178,6 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
     else:
         torch.manual_seed(state.view(torch.int64)[0].item())
-
-
-def _allow_no_cuda(initialize: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return initialize(*args, **kwargs | {"allow_no_cuda": True})
 
 
 def _bridge_megatron() -> None:
@@ -212,4 +200,4 @@ def _bridge_megatron() -> None:
     # What a save wrote is passed on through a queue. Megatron's is in a process that each rank starts for it
     # and that imports PyTorch; where no save is asynchronous (device.ON_CPU), one process does it all.
     _replace(filesystem_async, "get_write_results_queue", _always(queue.Queue()))
-    _wrap(training, "initialize_megatron", _allow_no_cuda)
+    _wrap(training, "initialize_megatron", functools.partial(_with, {"allow_no_cuda": True}))

@@ -72,11 +72,8 @@ def choose(logits: Tensor, top_k: int, pre_softmax: bool) -> tuple[Tensor, Tenso
 def spread(total: Tensor, square_total: float, count: int) -> float:
     """Root mean square distance of every two of ``count`` vectors, over their root mean square norm.
 
-    0 when they are equal, sqrt(2) when they are orthogonal and of one length.
-
-    Args:
-        total: the vectors' sum.
-        square_total: the sum of their squared norms.
+    0 when they are equal, sqrt(2) when they are orthogonal and of one length. ``total`` is the vectors' sum,
+    ``square_total`` the sum of their squared norms.
     """
     if count < 2 or not square_total:
         return math.nan
