@@ -17,7 +17,6 @@ PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
 # Each way of naming data: its arguments. A run takes one of them.
 SOURCES = (("mock_data",), ("data_path",), ("data_args_path",), PER_SPLIT, ("per_split_data_args_path",))
 SHARES = re.compile(r"\s*\d*\.?\d+(\s*[,/]\s*\d*\.?\d+){0,2}\s*")
-TOKENIZER = "--tokenizer-model"
 
 
 def choose_source(args: Namespace, argv: list[str]) -> None:
@@ -46,7 +45,7 @@ def choose_tokenizer(args: Namespace, argv: list[str], load: str | None) -> str 
     A path in a YAML file that leads nowhere counts as none; one given as a flag stands.
     """
     named = args.tokenizer_model
-    if load is None or any(part == TOKENIZER or part.startswith(f"{TOKENIZER}=") for part in argv):
+    if load is None or any(word.partition("=")[0] == "--tokenizer-model" for word in argv):
         return None
     found = None if named and Path(named).exists() else beside.tokenizer_in(Path(load))
     if found is None or args.tokenizer_type not in (None, found[0]):

@@ -82,19 +82,20 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     _say(args, data.choose_tokenizer(args, request.argv, origin.load))
     adapt(args, place)
     validate(args)
-    if not needs_checkpoint:
-        from megatron_router_upcycling.training import resuming
+    if needs_checkpoint:
+        set_global(args)
+        return Run(args, router, origin.load)
+    from megatron_router_upcycling.training import resuming
 
-        arguments.check(args)
-        data.check_data(args)
-        _say(args, data.check_validation(args))
-        if origin.load:
-            resuming.check(args, origin.load)
+    arguments.check(args)
+    data.check_data(args)
+    _say(args, data.check_validation(args))
+    if origin.load:
+        resuming.check(args, origin.load)
     set_global(args)
-    if not needs_checkpoint:
-        if not args.skip_train:
-            arguments.check_schedule(args)
-        data.check_tokens(args, origin.load)
+    if not args.skip_train:
+        arguments.check_schedule(args)
+    data.check_tokens(args, origin.load)
     folders = [save] if save and origin.load != save else []
     if args.ckpt_convert_format is not None:
         _check_writable("--ckpt-convert-save", args.ckpt_convert_save)

@@ -1,12 +1,9 @@
 """Megatron's layer spec with an upcycled router in ``MoESubmodules.router``.
 
-``layer_spec_for(router)`` is what ``GPTModelConfig.transformer_layer_spec`` takes. Megatron-LM's own
-``pretrain_gpt.py`` reaches the same through one flag, with nothing of it changed::
-
-    pretrain_gpt.py --spec megatron_router_upcycling.layer_spec upcycled_layer_spec --load MOE ...
-
-The router's options then come from the checkpoint's manifest or, to train a model from scratch, from the
-``upcycling:`` section of a YAML file that the environment variable MEGATRON_ROUTER_UPCYCLING_CONFIG names.
+``layer_spec_for(router)`` is what ``GPTModelConfig.transformer_layer_spec`` takes. Megatron-LM's unchanged
+``pretrain_gpt.py`` takes ``--spec megatron_router_upcycling.layer_spec upcycled_layer_spec``, which reads the
+router's options from the checkpoint's manifest or, to train from scratch, from the ``upcycling:`` section of
+a YAML file that the environment variable MEGATRON_ROUTER_UPCYCLING_CONFIG names.
 
 Multi-token-prediction layers keep Megatron's linear router: Megatron builds their spec apart
 (``megatron.training.models.gpt.mtp_block_spec``), and they have no dense layer to start from.

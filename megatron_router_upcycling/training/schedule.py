@@ -72,7 +72,6 @@ class StepDecayScheduler(OptimizerParamScheduler):
 
 
 def _another_schedule(difference: str) -> UserError:
-    """The error for a run that is resumed with another schedule than its checkpoint's, and no flag for it."""
     return UserError(
         "the checkpoint was saved with another learning-rate schedule, as after a change of --lr or"
         f" --train-iters ({difference}; iterations count in samples); pass --override-opt-param-scheduler to"

@@ -31,6 +31,8 @@ state = torch.cuda.get_rng_state()
 first = torch.rand(3, device="cuda")
 torch.cuda.set_rng_state(state)
 assert torch.equal(first, torch.rand(3))
+torch.cuda.set_rng_state(torch.tensor([7, 4096]).view(torch.uint8))  # as a GPU gives it: seed and offset
+assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(7)))
 import torch._dynamo.trace_rules
 torch._dynamo.trace_rules.get_torch_obj_rule_map()  # refuses one function under two of torch's names
 with torch.cuda.stream(torch.cuda.Stream()):

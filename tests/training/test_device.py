@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.transformer.enums import CudaGraphModule
 
@@ -115,16 +114,3 @@ def test_only_extra_states_that_a_checkpoint_lacks_are_not_asked_for(dense: Path
 )
 def test_routers_in_cuda_graphs(graphs: str, modules: list[CudaGraphModule], held: bool) -> None:
     assert routers_in_cuda_graphs(Namespace(cuda_graph_impl=graphs, cuda_graph_modules=modules)) == held
-
-
-def test_a_gpus_random_state_is_a_seed_on_the_cpu() -> None:
-    from megatron_router_upcycling.training.patches.cpu_backend import _set_rng_state
-
-    before = torch.get_rng_state()
-    try:
-        _set_rng_state(torch.tensor([7, 4096]).view(torch.uint8))  # as torch.cuda.get_rng_state gives it
-        drawn = torch.rand(3)
-        assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(7)))
-    finally:
-        _set_rng_state(before)
-    assert torch.equal(torch.get_rng_state(), before)

@@ -124,11 +124,8 @@ def test_megatron_builds_a_model_with_it() -> None:
     config.transformer_layer_spec = layer_spec_for(ROUTER)
     model = build_model(config)
     names = {name for name, _ in model.named_parameters() if ".router." in name}
-    assert names == {
-        f"decoder.layers.{layer}.mlp.router.{parameter}"
-        for layer in range(LAYERS)
-        for parameter in ("query_weight", "expert_key")
-    }
+    routers = [f"decoder.layers.{layer}.mlp.router" for layer in range(LAYERS)]
+    assert names == {f"{router}.{name}" for router in routers for name in ("query_weight", "expert_key")}
     sharded = model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group()})
     for parameter, shape in (("query_weight", (2, 8, 16)), ("expert_key", (4, 8))):
         entries = [e for e in sharded.values() if e.key == f"decoder.layers.mlp.router.{parameter}"]
@@ -139,11 +136,8 @@ def test_megatron_builds_a_model_with_it() -> None:
 def test_multi_token_prediction_layers_keep_the_linear_router() -> None:
     config = model_config(mtp_num_layers=1)
     config.transformer_layer_spec = layer_spec_for(ROUTER)
-    kinds = {
-        name.split(".")[0]: type(module)
-        for name, module in build_model(config).named_modules()
-        if name.endswith("mlp.router")
-    }
+    modules = build_model(config).named_modules()
+    kinds = {name.split(".")[0]: type(module) for name, module in modules if name.endswith("mlp.router")}
     assert kinds == {"decoder": MixtureRouter, "mtp": TopKRouter}
 
 

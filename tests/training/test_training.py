@@ -94,25 +94,6 @@ def test_bf16_trains(moe_config: Path, moe: Path) -> None:
     assert output.losses[4] < output.losses[1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--config", "none.yaml"), "--config none.yaml: no such file"),
-        (("--load", "/nowhere"), "--load /nowhere: no checkpoint there"),
-        (("--num-layerz", 3), "unrecognized arguments: --num-layerz 3"),
-        (
-            ("--config", "configs/demo/dense.yaml", "--mock-data", "--tokenizer-model", "/nowhere"),
-            "--tokenizer-model /nowhere: --tokenizer-type SentencePieceTokenizer finds no tokenizer",
-        ),
-    ],
-)
-def test_mistake_gives_one_line_and_status_2(flags: tuple[object, ...], message: str) -> None:
-    output = launch.python(*PRETRAIN, *flags)
-    assert output.returncode == 2
-    assert len(output.errors) == 1 and message in output.errors[0]
-    assert "Traceback" not in output.text
-
-
 def test_what_cannot_be_trained_from_leaves_nothing_behind(
     tmp_path: Path, moe: Path, moe_config: Path
 ) -> None:

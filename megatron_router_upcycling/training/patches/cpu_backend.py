@@ -73,12 +73,10 @@ def _with_device_on_cpu(original: Callable[..., Any], *args: Any, **kwargs: Any)
     return original(*args, **kwargs)
 
 
-def _move_to_cpu(
-    tensor_to: Callable[..., Any], self: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
+def _move_to_cpu(to: Callable[..., Any], self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if args and isinstance(args[0], str | int | torch.device):
         args = (_on_cpu(args[0]), *args[1:])
-    return _with_device_on_cpu(tensor_to, self, *args, **kwargs)
+    return _with_device_on_cpu(to, self, *args, **kwargs)
 
 
 def _named_as_on_cuda(
@@ -190,14 +188,12 @@ def _bridge_megatron() -> None:
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", _set_rng_state)
 
-    # The dispatcher hands split sizes to all_to_all as numpy arrays once they have left the GPU;
-    # a tensor that was always on the CPU must become a list here.
+    # The dispatcher hands split sizes to all_to_all as numpy arrays; Gloo takes lists.
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return _SplitSizes(tensor.tolist()) if as_numpy and torch.is_tensor(tensor) else tensor
 
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)
     device.use_built_dataset_helper()
-    # What a save wrote is passed on through a queue. Megatron's is in a process that each rank starts for it
-    # and that imports PyTorch; where no save is asynchronous (device.ON_CPU), one process does it all.
+    # Megatron's queue is in a process of its own; no save is asynchronous here (device.ON_CPU).
     _replace(filesystem_async, "get_write_results_queue", _always(queue.Queue()))
     _wrap(training, "initialize_megatron", functools.partial(_with, {"allow_no_cuda": True}))

@@ -79,8 +79,7 @@ class RunLog:
     def _training_log(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
         iteration = given["iteration"]
         if iteration % self.args.log_interval == 0:
-            # Megatron prints a run's first iteration and keeps it in the running sums; at a logging boundary
-            # the next line would average over it again, and depend on where the run was started.
+            # Megatron keeps the sums of a run's first iteration; the next line would average over it again.
             given["is_first_iteration"] = False
         line = self._losses(given)  # before Megatron resets its sums
         self.moe_losses = {}
