@@ -137,7 +137,6 @@ def _blends(args: Namespace) -> list[tuple[list[str], list[float] | None] | None
 
 
 def _flag_of_source(args: Namespace) -> str:
-    """The flags that name the data, with the file that lists them."""
     given = [name for names in SOURCES for name in names if getattr(args, name)]
     flags = ", ".join(map(flag_of, given)) or "--data-path"
     return f"{flags} {getattr(args, given[0])}" if given and "args_path" in given[0] else flags

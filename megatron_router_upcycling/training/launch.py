@@ -85,13 +85,11 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     if needs_checkpoint:
         set_global(args)
         return Run(args, router, origin.load)
-    from megatron_router_upcycling.training import resuming
-
     arguments.check(args)
     data.check_data(args)
     _say(args, data.check_validation(args))
     if origin.load:
-        resuming.check(args, origin.load)
+        arguments.check_resuming(args, origin.load)
     set_global(args)
     if not args.skip_train:
         arguments.check_schedule(args)

@@ -75,7 +75,6 @@ def train(run: Run) -> None:
 
 
 def _write_state(args: Namespace, state: str) -> None:
-    """Write to ``--save`` how far this run is."""
     if args.save and args.rank == 0:
         try:
             Path(args.save).mkdir(parents=True, exist_ok=True)

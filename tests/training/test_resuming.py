@@ -13,7 +13,7 @@ import torch
 from megatron_router_upcycling.checkpoint.format.metadata import parse_metadata
 from megatron_router_upcycling.checkpoint.open import check_whole, open_checkpoint
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.training import resuming
+from megatron_router_upcycling.training.arguments import check_resuming
 from megatron_router_upcycling.training.patches.added_state import added_by
 from tests import launch
 from tests.conftest import LAYERS, expert_parallel
@@ -72,19 +72,19 @@ def flags_of(root: Path, **changes: Any) -> Namespace:
 def test_another_optimizer_than_the_checkpoints_is_one_line(
     dense: Path, moe: Path, changes: dict[str, Any], flag: str
 ) -> None:
-    resuming.check(flags_of(dense), str(dense))
-    resuming.check(flags_of(moe, **changes), str(moe))  # a converted checkpoint suits every optimizer
+    check_resuming(flags_of(dense), str(dense))
+    check_resuming(flags_of(moe, **changes), str(moe))  # a converted checkpoint suits every optimizer
     with pytest.raises(UserError) as refused:
-        resuming.check(flags_of(dense, **changes), str(dense))
+        check_resuming(flags_of(dense, **changes), str(dense))
     assert str(refused.value).startswith(flag) and FRESH in str(refused.value)
     for way_out in ({"no_load_optim": True}, {"finetune": True}, {"skip_train": True}):
-        resuming.check(flags_of(dense, **changes, **way_out), str(dense))
+        check_resuming(flags_of(dense, **changes, **way_out), str(dense))
 
 
 @pytest.mark.parametrize("asked", ["fsdp_dtensor", "torch_dcp", "torch"])
 def test_a_format_that_cannot_take_the_checkpoint_is_one_line(moe: Path, asked: str) -> None:
     with pytest.raises(UserError, match=f"^--ckpt-format {asked}: loads no other format, and .* torch_dist"):
-        resuming.check(flags_of(moe, ckpt_format=asked, skip_train=True), str(moe))
+        check_resuming(flags_of(moe, ckpt_format=asked, skip_train=True), str(moe))
 
 
 @pytest.mark.slow

@@ -106,7 +106,6 @@ def _keys(sharded_state_dict: dict[str, Any]) -> Iterator[str]:
 
 
 def _own_values(added: dict[str, Any]) -> dict[str, Any]:
-    """The model's own tensors in place of what was asked for."""
     return {
         name: _own_values(value) if isinstance(value, dict) else value.data for name, value in added.items()
     }

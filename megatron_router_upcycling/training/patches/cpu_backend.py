@@ -134,7 +134,6 @@ def _always(value: Any) -> Callable[..., Any]:
 
 
 def _bridge_torch_cuda() -> None:
-    """Answer ``torch.cuda``'s questions for a machine with one device, the CPU."""
     # From generation 10 on Megatron does not ask for CUDA_DEVICE_MAX_CONNECTIONS, which it refuses with FSDP.
     properties = SimpleNamespace(name="CPU", major=10, minor=0, multi_processor_count=0, total_memory=0)
     stream = _Stream()

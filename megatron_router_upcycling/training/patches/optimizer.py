@@ -80,7 +80,6 @@ def _frames_apart(load: Callable[..., Any], sharded_state_dict: Frame, *args: An
 
 
 def _fitting(load_state_dict: Callable[..., None], self: Any, state_dict: Any) -> None:
-    """Take a state of another number of optimizers, or rate."""
     args, fitted = get_args(), fit(state_dict, self.chained_optimizers)
     saved = _groups(frames(fitted))
     if saved:  # none in a form that this package does not know (Megatron-FSDP's)

@@ -55,7 +55,6 @@ class RoutingCollector:
             self._attach(index, layer.router)
 
     def _attach(self, index: int, router: Any) -> None:
-        """Wrap the instance's ``routing``; look at its input on the way."""
         original = router.routing
 
         def routing(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
