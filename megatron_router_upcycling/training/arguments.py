@@ -1,18 +1,18 @@
-"""Megatron's arguments before it checks them: what is refused by name, and what is filled in.
+"""Megatron's arguments: what is refused by name, and what is filled in.
 
 Megatron-LM's programs share one parser. What only others read (retrievers, vision models, reinforcement
-learning), and what ``pretrain_gpt.py`` does outside the loop that this package runs, would change nothing
-here, without a word. Over other arguments the loop stumbles: None, 0, an assertion without a message.
+learning), or ``pretrain_gpt.py`` outside the loop that this package runs, would silently change nothing here.
 """
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from megatron_router_upcycling.config.flags import flag_of
 from megatron_router_upcycling.errors import UserError
 
-LEAVE_IT_OUT = "leave it out"
+LEAVE_OUT = "leave it out"
 # Argument that is not taken -> what to do.
 NOT_TAKEN = {
     "dataloader_inter_document_masking": "give --reset-attention-mask and --reset-position-ids, which keep"
@@ -21,19 +21,19 @@ NOT_TAKEN = {
     "decoder_seq_length": "give --seq-length",
     "encoder_seq_length": "give --seq-length",
     "yaml_cfg": "name a file of flags' values with --config",
-    **dict.fromkeys(("sft", "sample_rate", "mask_prob", "short_seq_prob"), LEAVE_IT_OUT),
-    **dict.fromkeys(("logits_load_dir", "moe_routing_trace_dump_weights"), LEAVE_IT_OUT),
+    **dict.fromkeys(("sft", "sample_rate", "mask_prob", "short_seq_prob", "logits_load_dir"), LEAVE_OUT),
+    "moe_routing_trace_dump_weights": LEAVE_OUT,
 }
 # Groups of Megatron's parser for what this training is not, and what of them it reads all the same.
 GROUPS = ("biencoder", "vision", "rl", "In-process restart")
 READ = ("data_sharding",)
 
 REQUIRED = ("hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings", "micro_batch_size")
-LEAST = {
-    **dict.fromkeys(("eval_iters", "weight_decay"), 0),
-    **dict.fromkeys(("seq_length", "log_interval", "tensorboard_log_interval", "eval_interval"), 1),
-    **dict.fromkeys(("save_interval", "routing_diagnostics_interval"), 1),
-}
+LEAST = {"eval_iters": 0, "weight_decay": 0, "seq_length": 1, "log_interval": 1, "eval_interval": 1}
+LEAST |= {"save_interval": 1, "tensorboard_log_interval": 1, "routing_diagnostics_interval": 1}
+# What the layout of a run is beside its number of ranks: the sizes of these kinds of parallelism.
+LAYOUT = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
+LAYOUT += ["context_parallel_size"]
 
 
 def refuse_what_is_not_taken(parser: ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def refuse_what_is_not_taken(parser: ArgumentParser) -> None:
     refused = []
     for group in parser._action_groups:
         for action in group._group_actions:
-            advice = NOT_TAKEN.get(action.dest) or (LEAVE_IT_OUT if group.title in GROUPS else None)
+            advice = NOT_TAKEN.get(action.dest) or (LEAVE_OUT if group.title in GROUPS else None)
             if advice and action.dest not in READ:
                 refused.append((action.dest, action.option_strings[0], action.default, advice))
     parse = parser.parse_args
@@ -84,13 +84,24 @@ def complete(args: Namespace) -> list[str]:
 
 
 def check(args: Namespace) -> None:
-    """Refuse, once Megatron has checked its arguments, what a run would fail at later.
-
-    Some of that Megatron-Core 0.19 fails at after minutes, or at its first save.
-    """
-    if not args.skip_train:
-        _check_training(args)
-    for holds, message in (
+    """Refuse, once Megatron has checked its arguments, what a run would fail at later."""
+    trains, tensor_parallel = not args.skip_train, args.tensor_model_parallel_size
+    fraction = args.lr_warmup_fraction
+    for fails, message in (
+        (
+            trains and args.num_experts and tensor_parallel > 1 and not args.sequence_parallel,
+            f"--tensor-model-parallel-size {tensor_parallel}: a Mixture-of-Experts trains so only with"
+            " --sequence-parallel; give that too",
+        ),
+        (
+            trains and not (args.train_samples or args.train_iters or 0) > 0,
+            "--train-iters: give 1 or more, or --skip-train to train nothing",
+        ),
+        (trains and args.lr is None, "--lr: is missing; give the learning rate"),
+        (
+            trains and fraction is not None and not 0 <= fraction < 1,
+            f"--lr-warmup-fraction {fraction}: must be from 0 to less than 1",
+        ),
         (
             args.optimizer == "adaptive_muon",
             "--optimizer adaptive_muon: fails at its first step in Megatron-Core 0.19; give --optimizer muon",
@@ -113,23 +124,8 @@ def check(args: Namespace) -> None:
             "--moe-router-load-balancing-type sinkhorn: has no auxiliary loss; give --moe-aux-loss-coeff 0",
         ),
     ):
-        if holds:
+        if fails:
             raise UserError(message)
-
-
-def _check_training(args: Namespace) -> None:
-    tensor_parallel, fraction = args.tensor_model_parallel_size, args.lr_warmup_fraction
-    if args.num_experts and tensor_parallel > 1 and not args.sequence_parallel:
-        raise UserError(
-            f"--tensor-model-parallel-size {tensor_parallel}: a Mixture-of-Experts trains so only with"
-            " --sequence-parallel; give that too"
-        )
-    if not (args.train_samples or args.train_iters or 0) > 0:
-        raise UserError("--train-iters: give 1 or more, or --skip-train to train nothing")
-    if args.lr is None:
-        raise UserError("--lr: is missing; give the learning rate")
-    if fraction is not None and not 0 <= fraction < 1:
-        raise UserError(f"--lr-warmup-fraction {fraction}: must be from 0 to less than 1")
 
 
 def _list(value: Any) -> list[Any]:
@@ -149,3 +145,50 @@ def check_schedule(args: Namespace) -> None:
     finally:  # it sets some of them
         vars(args).clear()
         vars(args).update(before)
+
+
+def check_resuming(args: Namespace, load: str) -> None:
+    """Refuse flags with which Megatron cannot load ``load``, or makes another optimizer than that one's."""
+    from megatron_router_upcycling.checkpoint.open import format_of, open_checkpoint
+
+    found, asked = format_of(load, args.ckpt_step), args.ckpt_format
+    if found is not None and asked not in (found, "torch_dist"):  # for which Megatron looks itself
+        way_out = "leave out this flag and fully sharded data parallelism"
+        if asked == "torch":
+            way_out = "convert it first, with --ckpt-convert-format torch --ckpt-convert-save FOLDER"
+        raise UserError(f"--ckpt-format {asked}: loads no other format, and {load} is {found}; {way_out}")
+    if args.skip_train or args.finetune or args.no_load_optim:
+        return
+    step = args.ckpt_step
+    try:
+        checkpoint = open_checkpoint(Path(load) if step is None else Path(load, f"iter_{step:07d}"))
+        saved = checkpoint.args
+    except UserError:
+        return  # of a format or without arguments that this package reads; Megatron goes its own way
+    if checkpoint.iteration_dir.name == "release" or getattr(saved, "no_save_optim", False):
+        return
+    # With Muon the distributed optimizer keeps whole matrices by rank.
+    by_rank = bool(getattr(saved, "use_layer_wise_distributed_optimizer", False))
+    then = _optimizer_of(saved, by_rank)
+    for flag, value in _optimizer_of(args, by_rank).items():
+        if value != then[flag]:
+            raise UserError(
+                f"{flag} {value}: the checkpoint in {load} was saved with {then[flag]}, and the optimizer's"
+                " state is laid out for that; give it in the flags or the YAML file as it was then, or pass"
+                " --no-load-optim to begin with a fresh optimizer and learning-rate schedule"
+            )
+
+
+def _optimizer_of(args: Namespace, by_rank: bool) -> dict[str, object]:
+    """What decides on the layout of the optimizer's state, by flags; a checkpoint may lack some arguments."""
+    given = {name: value for name, value in vars(args).items() if value}
+    distributed = "use_distributed_optimizer" in given
+    layout = {flag_of(name): given.get(name) for name in LAYOUT} | {"ranks": given.get("world_size")}
+    return {
+        "--use-distributed-optimizer": distributed or "use_layer_wise_distributed_optimizer" in given,
+        "--bf16 (or --fp16)": not distributed and ("bf16" in given or "fp16" in given),
+        "--decoupled-lr": getattr(args, "decoupled_lr", None) is not None,
+        "--apply-wd-to-qk-layernorm": "apply_wd_to_qk_layernorm" in given,
+        "--optimizer": given.get("optimizer"),
+        **(layout if by_rank else {}),
+    }

@@ -17,7 +17,6 @@ PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
 # Each way of naming data: its arguments. A run takes one of them.
 SOURCES = (("mock_data",), ("data_path",), ("data_args_path",), PER_SPLIT, ("per_split_data_args_path",))
 SHARES = re.compile(r"\s*\d*\.?\d+(\s*[,/]\s*\d*\.?\d+){0,2}\s*")
-TOKENIZER = "--tokenizer-model"
 
 
 def choose_source(args: Namespace, argv: list[str]) -> None:
@@ -43,11 +42,10 @@ def choose_source(args: Namespace, argv: list[str]) -> None:
 def choose_tokenizer(args: Namespace, argv: list[str], load: str | None) -> str | None:
     """Set ``args``' tokenizer to that beside ``load`` where no other is there; a line to say so.
 
-    A path in a YAML file that leads nowhere, as after its folder was moved, counts as none; one given as a
-    flag stands.
+    A path in a YAML file that leads nowhere counts as none; one given as a flag stands.
     """
     named = args.tokenizer_model
-    if load is None or any(part == TOKENIZER or part.startswith(f"{TOKENIZER}=") for part in argv):
+    if load is None or any(word.partition("=")[0] == "--tokenizer-model" for word in argv):
         return None
     found = None if named and Path(named).exists() else beside.tokenizer_in(Path(load))
     if found is None or args.tokenizer_type not in (None, found[0]):
@@ -133,14 +131,12 @@ def _blends(args: Namespace) -> list[tuple[list[str], list[float] | None] | None
     for prefixes, weights in filter(None, found):
         for prefix, weight in zip(prefixes, weights or (), strict=False):
             if not 0 < weight < math.inf:
-                raise UserError(
-                    f"{flag}: the weight of {prefix} is {weight:g}; give more than 0, or leave it out"
-                )
+                more = "give more than 0, or leave it out"
+                raise UserError(f"{flag}: the weight of {prefix} is {weight:g}; {more}")
     return found
 
 
 def _flag_of_source(args: Namespace) -> str:
-    """The flags that name the data, with the file that lists them."""
     given = [name for names in SOURCES for name in names if getattr(args, name)]
     flags = ", ".join(map(flag_of, given)) or "--data-path"
     return f"{flags} {getattr(args, given[0])}" if given and "args_path" in given[0] else flags
@@ -149,12 +145,9 @@ def _flag_of_source(args: Namespace) -> str:
 def sequences_per_dataset(path: str) -> dict[str, Any]:
     """What ``--per-dataset-sequences-path`` holds: sequences and documents of each prefix."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--per-dataset-sequences-path {path}: is no JSON file ({reason(error)})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"--per-dataset-sequences-path {path}: is no JSON object")
-    return found
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"--per-dataset-sequences-path {path}: no JSON object ({reason(error)})") from None
 
 
 def choose_cache(args: Namespace, paths: list[str]) -> None:
@@ -177,11 +170,7 @@ def choose_cache(args: Namespace, paths: list[str]) -> None:
 
 
 def check_tokens(args: Namespace, load: str | None) -> None:
-    """Refuse data of another tokenizer, or with tokens that the model does not know. After ``set_global``.
-
-    Args:
-        load: the checkpoint that the run starts from; what stands beside it is its tokenizer.
-    """
+    """Refuse data of another tokenizer, or with tokens that the model does not know. After ``set_global``."""
     beside_load = beside.tokenizer_in(Path(load)) if load else None
     named = Path(args.tokenizer_model) if args.tokenizer_model else None
     tokenizer = beside_load[1] if beside_load else named

@@ -1,8 +1,7 @@
 """Where a run takes place, and what must differ there: Megatron's flags and its attention.
 
-Three platforms: a GPU with Transformer Engine, a GPU without it, and the CPU. The last two lack fused kernels
-that Megatron turns on by default, and the first lacks one where apex is missing; a flag for each is set for
-the user, and ``adapt`` says so in one line.
+A GPU without Transformer Engine, and the CPU, lack fused kernels that Megatron turns on by default; any GPU
+lacks one without apex. ``adapt`` sets the flags and says so in one line.
 """
 
 import importlib.util
@@ -48,8 +47,6 @@ ON_CPU: dict[str, Any] = {
 # Whose attention a run takes; MEGATRON's writes all scores to memory.
 SDPA, ENGINE = "PyTorch's scaled_dot_product_attention", "Transformer Engine's"
 MEGATRON = "Megatron's, unfused"
-LONG = 1024  # tokens of a sequence over which scores in memory are worth a line
-GIB = 2**30
 
 
 def choose(requested: str) -> str:
@@ -69,10 +66,9 @@ def has_transformer_engine() -> bool:
 
 
 def use_built_dataset_helper() -> None:
-    """Let Megatron take the compiled dataset helper that megatron-core's wheel brings, on any device.
+    """Let Megatron take the compiled dataset helper of its wheel, beside which there is no Makefile to run.
 
-    ``initialize_megatron`` runs ``make`` beside it, and the wheel has no Makefile. Where the helper is
-    not there, in a source checkout, Megatron then tries to build it.
+    Where the helper is not there, in a source checkout, Megatron builds it.
     """
     from megatron.core.datasets import utils
 
@@ -91,10 +87,7 @@ def check_implementation(transformer_impl: str | None) -> None:
 
 
 def adapt(args: Namespace, device: str) -> str | None:
-    """Set the flags that must differ on this platform; return one line that says which, or None.
-
-    ``args`` are parsed and not validated yet. A flag is named only where its value changes.
-    """
+    """Set the flags that must differ on this platform; return one line that names those, or None."""
     check_implementation(getattr(args, "transformer_impl", None))
     if device == "cuda":
         needed = _graphs_that_work(args)
@@ -130,10 +123,9 @@ def adapt(args: Namespace, device: str) -> str | None:
 
 
 def _graphs_that_work(args: Namespace) -> dict[str, Any]:
-    """What ``--cuda-graph-impl`` needs beside it.
+    """What ``--cuda-graph-impl`` needs beside it: random states that a graph can hold.
 
-    Random states that a graph can hold; and where the dispatcher talks to the host, which a graph cannot,
-    attention and router in place of the whole layer.
+    Where the dispatcher talks to the host, attention and router in place of the whole layer too.
     """
     if args.cuda_graph_impl == "none":
         return {}
@@ -162,13 +154,12 @@ def _set(args: Namespace, needed: dict[str, Any], platform: str, note: str = "")
 
 
 def choose_attention(args: Namespace, with_te: bool) -> str:
-    """``SDPA``, ``MEGATRON`` or ``ENGINE``, before a layer is built.
+    """``SDPA``, ``MEGATRON`` or ``ENGINE``.
 
     ``--attention-backend`` decides where it is given: with Transformer Engine ``flash``, ``fused`` and
-    ``unfused`` are its own kernels; without it the first two are what PyTorch chooses between, and the last
-    is Megatron's module. ``local`` is that module, always. By default it is PyTorch's where that can do what
-    the model needs: it chooses among cuDNN's, FlashAttention's and its own kernels, none of which holds the
-    scores; Transformer Engine falls back to one that does where its own cannot be loaded, and says nothing.
+    ``unfused`` are its own kernels; without it the first two are PyTorch's, and the last is Megatron's.
+    ``local`` is Megatron's, always. By default it is PyTorch's where that covers the model: none of its
+    kernels holds the scores, and Transformer Engine silently falls back to one that does.
     """
     backend = args.attention_backend.name
     if backend == "local" or (backend == "unfused" and not with_te):
@@ -180,20 +171,3 @@ def choose_attention(args: Namespace, with_te: bool) -> str:
         and not args.fp8
     )
     return SDPA if not with_te or (backend == "auto" and sdpa_covers) else ENGINE
-
-
-def cost_of_attention(args: Namespace, chosen: str) -> str | None:
-    """What unfused attention costs at long sequences, in one line; None where there is none."""
-    backend = args.attention_backend.name
-    unfused = chosen == MEGATRON or (chosen == ENGINE and backend == "unfused")
-    if not unfused or (args.seq_length or 0) <= LONG or not args.num_layers:
-        return None
-    heads = args.num_attention_heads / args.tensor_model_parallel_size
-    size = 2 if args.bf16 or args.fp16 else 4
-    layer = (args.micro_batch_size or 1) * heads * args.seq_length**2 * size
-    layers = args.num_layers // args.pipeline_model_parallel_size
-    return (
-        f"--attention-backend {backend}: unfused attention keeps at least {layer / GIB:.1f} GiB of"
-        f" scores a layer, {layers * layer / GIB:.1f} GiB in {layers} layers, and reads"
-        " and writes them several times; without the flag none are kept"
-    )

@@ -1,8 +1,7 @@
 """GPT pretraining as Megatron sees it: the datasets, one batch, one forward step, the loss.
 
-Shared by ``pretrain`` and ``collect_keys``. Everything is Megatron's own (``GPTDataset``,
-``get_batch_on_this_tp_rank``, ``get_batch_on_this_cp_rank``); the wheel holds the training loop but not
-the script that binds these together.
+Shared by ``pretrain`` and ``collect_keys``. Everything is Megatron's own; its wheel holds the training loop
+but not the script that binds these together.
 """
 
 import dataclasses
@@ -36,8 +35,6 @@ from megatron_router_upcycling.training.data import sequences_per_dataset
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 stragglers = StragglerDetector()  # Megatron's, which --log-straggler sets up
 SPIKE_FACTOR = 10.0  # a loss this many times the largest seen so far is called a spike
-
-
 # Field of Megatron's GPTDatasetConfig -> its argument, where that has another name.
 DATASET_FIELDS = {
     "random_seed": "seed",
@@ -96,9 +93,7 @@ def predicts_more_tokens(args: Namespace, vp_stage: int | None) -> bool:
     if not args.mtp_num_layers:
         return False
     layout = core_transformer_config_from_args(args).pipeline_model_parallel_layout
-    return mtp_on_this_rank(
-        layout=layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
-    )
+    return mtp_on_this_rank(layout, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
 
 
 def embedding_ranks(pipeline: list[int]) -> list[int]:
@@ -126,10 +121,9 @@ def get_batch(data_iterator: Iterator[dict], vp_stage: int | None = None) -> dic
             check_ids("--data-path: a batch", int(sample["tokens"].max()), args.padded_vocab_size)
         except UserError as error:
             raise OneRankError(str(error)) from None
-        batch = {
-            name: sample[name].cuda(non_blocking=True) if sample.get(name) is not None else None
-            for name in FIELDS
-        }
+        for name in FIELDS:
+            value = sample.get(name)
+            batch[name] = None if value is None else value.cuda(non_blocking=True)
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
@@ -152,11 +146,9 @@ def get_batch(data_iterator: Iterator[dict], vp_stage: int | None = None) -> dic
 
 
 def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Sum of the token losses, number of tokens, and the pair as Megatron reports it.
+    """Sum of the token losses in nats, number of tokens, and the pair as Megatron reports it.
 
-    Args:
-        loss_mask: [micro-batch, sequence], 1 where a token counts.
-        losses: [micro-batch, sequence], cross entropy in nats.
+    ``losses`` and ``loss_mask``, which is 1 where a token counts, are [micro-batch, sequence].
     """
     args = get_args()
     mask = loss_mask.reshape(-1).float()
@@ -170,8 +162,7 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
         is_large = get_rerun_state_machine().is_unexpectedly_large
         is_spike = partial(is_large, threshold=SPIKE_FACTOR, context="loss")
         check(loss, is_spike, "loss spike", tolerance=0.0, fatal=False)
-    report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
-    return loss, num_tokens, {"lm loss": report}
+    return loss, num_tokens, {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
 
 
 def forward_step(
@@ -179,18 +170,13 @@ def forward_step(
 ) -> tuple[Any, Callable]:
     """Run ``model`` on the next micro-batch; return its output and the loss function to apply to it.
 
-    With ``return_schedule_plan`` (``--overlap-moe-expert-parallel-comm``) nothing runs yet, and in place of
-    the output comes Megatron's plan, in which the passes of two micro-batches take turns.
+    With ``return_schedule_plan`` (``--overlap-moe-expert-parallel-comm``) nothing runs yet, and Megatron's
+    plan for two micro-batches by turns comes in place of the output.
     """
     with stragglers(bdata=True):
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     run = model.build_schedule_plan if return_schedule_plan else model
+    inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
     with stragglers:
-        output = run(
-            batch["tokens"],
-            batch["position_ids"],
-            batch["attention_mask"],
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-        )
+        output = run(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return output, partial(loss_func, batch["loss_mask"])

@@ -1,13 +1,13 @@
 """Files and flags into a run that is ready to start: ``parse``, ``merge``, ``adapt`` and ``validate``.
 
-``prepare`` does the four for training. A rehearsal (``planning.rehearsal``) takes the same steps and changes
-the arguments before they are validated.
+A rehearsal (``planning.rehearsal``) takes the same steps and changes the arguments before they are validated.
 """
 
 import os
 import re
 import socket
 import sys
+import traceback
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Any
 from megatron_router_upcycling.config import agreement, manifest
 from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config.yaml_files import read_yaml
-from megatron_router_upcycling.errors import OneRankError, Parser, UserError
+from megatron_router_upcycling.errors import OneRankError, Parser, UserError, reason
 from megatron_router_upcycling.files import blocked_by
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training import arguments, data, device
@@ -60,9 +60,7 @@ class Origin:
 def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     """Parse and validate everything, choose the device, and set Megatron's global arguments.
 
-    Args:
-        argv: this package's flags and Megatron's.
-        needs_checkpoint: the run reads the checkpoint in ``--load`` and trains and saves nothing.
+    With ``needs_checkpoint`` the run reads the checkpoint in ``--load`` and trains and saves nothing.
     """
     request = parse(argv)
     save = None if needs_checkpoint else request.flags.save
@@ -84,20 +82,18 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     _say(args, data.choose_tokenizer(args, request.argv, origin.load))
     adapt(args, place)
     validate(args)
-    if not needs_checkpoint:
-        from megatron_router_upcycling.training import resuming
-
-        arguments.check(args)
-        data.check_data(args)
-        _say(args, data.check_validation(args))
-        if origin.load:
-            resuming.check_format(args, origin.load)
-            resuming.check(args, origin.load)
+    if needs_checkpoint:
+        set_global(args)
+        return Run(args, router, origin.load)
+    arguments.check(args)
+    data.check_data(args)
+    _say(args, data.check_validation(args))
+    if origin.load:
+        arguments.check_resuming(args, origin.load)
     set_global(args)
-    if not needs_checkpoint:
-        if not args.skip_train:
-            arguments.check_schedule(args)
-        data.check_tokens(args, origin.load)
+    if not args.skip_train:
+        arguments.check_schedule(args)
+    data.check_tokens(args, origin.load)
     folders = [save] if save and origin.load != save else []
     if args.ckpt_convert_format is not None:
         _check_writable("--ckpt-convert-save", args.ckpt_convert_save)
@@ -118,15 +114,11 @@ def parse(argv: list[str]) -> Request:
         allow_abbrev=False,
     )
     config_flags.add_arguments(parser)
-    checkpoints = parser.add_argument_group("checkpoints (Megatron's flags)")
-    checkpoints.add_argument("--load", metavar="CHECKPOINT", help="start from this checkpoint's root folder")
-    checkpoints.add_argument("--save", metavar="FOLDER", help="save there, and resume from what is there")
-    checkpoints.add_argument(
-        "--pretrained-checkpoint", metavar="CHECKPOINT", help="weights to start from where --load has none"
-    )
-    checkpoints.add_argument(
-        "--ckpt-step", metavar="ITERATION", type=int, help="of --load (default: the newest)"
-    )
+    add = parser.add_argument_group("checkpoints (Megatron's flags)").add_argument
+    add("--load", metavar="CHECKPOINT", help="start from this checkpoint's root folder")
+    add("--save", metavar="FOLDER", help="save there, and resume from what is there")
+    add("--pretrained-checkpoint", metavar="CHECKPOINT", help="weights to start from where --load has none")
+    add("--ckpt-step", metavar="ITERATION", type=int, help="of --load (default: the newest)")
     for name in CUT:
         parser.add_argument(config_flags.flag_of(name), type=int, help=SUPPRESS)
     for name in FSDP:
@@ -164,10 +156,7 @@ def find_origin(request: Request, save: str | None) -> Origin:
 
 
 def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, RouterConfig | None]:
-    """Megatron's arguments and the router: manifest, YAML file and flags in rising precedence.
-
-    This imports Megatron; on the CPU it is bridged first (``cpu_backend``).
-    """
+    """Megatron's arguments and the router: manifest, YAML file and flags in rising precedence."""
     if place == "cpu":
         from megatron_router_upcycling.training.patches import cpu_backend
 
@@ -181,9 +170,7 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
 
     def extend(parser: ArgumentParser) -> ArgumentParser:
         parsers.append(parser)
-        arguments.refuse_what_is_not_taken(parser)
-        _extend(parser, request, origin)
-        return parser
+        return _extend(parser, request, origin)
 
     sys.argv = [sys.argv[0], *request.argv]  # which Megatron parses
     args = parse_args(extend)
@@ -195,29 +182,27 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
     return args, router
 
 
-def _extend(parser: ArgumentParser, request: Request, origin: Origin) -> None:
+def _extend(parser: ArgumentParser, request: Request, origin: Origin) -> ArgumentParser:
     """Add this package's flags to Megatron's parser, and let manifest and YAML file stand as defaults."""
+    arguments.refuse_what_is_not_taken(parser)
     parser.error = partial(Parser.error, parser)  # type: ignore[method-assign, arg-type]
     for action in parser._actions:  # some of Megatron's texts have a bare %, which argparse stumbles over
         action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
     parser.add_argument("--help-megatron", action="help", help="list all flags, Megatron's included")
     config_flags.add_arguments(parser)
-    # A checkpoint that any other TP, PP and EP can resume.
-    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
-    # As Qwen and the paper (section 4.1) train; Megatron's own default is 0.1.
-    parser.set_defaults(attention_dropout=0.0, hidden_dropout=0.0)
+    # Checkpoints that any other TP, PP and EP can resume; no dropout, as Qwen and the paper (section 4.1).
+    reshardable = {"dist_ckpt_optim_fully_reshardable": True}
+    parser.set_defaults(**reshardable, attention_dropout=0.0, hidden_dropout=0.0)
     if origin.recorded:
         config_flags.set_defaults(parser, origin.recorded["model"], str(origin.source))
         shared = config_flags.SHARED_WITH_MEGATRON.items()
         parser.set_defaults(**{name: getattr(origin.router, field) for name, field in shared})
     config_flags.set_defaults(parser, request.entries, str(request.flags.config))
+    return parser
 
 
 def adapt(args: Namespace, place: str) -> None:
-    """Set the flags and patch the parts of Megatron that must differ on this machine.
-
-    One line on rank 0 says which flags.
-    """
+    """Set the flags and patch the parts of Megatron that must differ on this machine; rank 0 says which."""
     device.use_built_dataset_helper()
     _say(args, device.adapt(args, place))
     from megatron_router_upcycling.training.patches import added_state, layers, optimizer
@@ -231,7 +216,6 @@ def adapt(args: Namespace, place: str) -> None:
         layers.install_without_te(attention)
     if place == "cuda":
         _say(args, f"GPU: {'; '.join(layers.install_on_gpu(args, with_te, attention))}")
-    _say(args, device.cost_of_attention(args, attention))
     if args.attention_backend.name == "local":
         # The module is chosen; Megatron's check of this value reads a --spec that is not given here.
         args.attention_backend = type(args.attention_backend).unfused
@@ -246,23 +230,28 @@ def validate(args: Namespace) -> None:
     """Let Megatron check its arguments and fill in those that follow from others."""
     from megatron.training import arguments as megatrons
 
-    from megatron_router_upcycling.training.objections import megatrons_objection
+    from megatron_router_upcycling.training import objections
 
     megatrons._print_args = lambda title, args: None  # 500 lines: see run_log.files
     for line in arguments.complete(args):
         _say(args, line)
-    with megatrons_objection(args):
+    with objections.megatrons_objection(args):
         megatrons.validate_args(args)
 
 
 def set_global(args: Namespace) -> None:
-    """Make ``args`` Megatron's global arguments; builds the tokenizer and the loggers."""
+    """Make ``args`` Megatron's global arguments; builds the tokenizer, whose libraries raise anything."""
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_router_upcycling.training import objections
-
-    with objections.tokenizer_named(args):
+    try:
         set_global_variables(args)
+    except Exception as error:
+        if not any(frame.name == "build_tokenizer" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise UserError(
+            f"--tokenizer-model {args.tokenizer_model}: --tokenizer-type {args.tokenizer_type} finds no"
+            f" tokenizer there ({reason(error)})"
+        ) from None
 
 
 def _hand_on(args: Namespace, save: str, origin: Origin, router: RouterConfig | None) -> None:
@@ -290,16 +279,13 @@ def stand_alone(rank: int = 0, world_size: int = 1) -> None:
     os.environ.update(place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
-def first_to_say() -> bool:
-    """Whether no other rank of this run has asked before; True where ranks are not connected yet."""
-    from torch import distributed
+def _first_to_say() -> bool:
+    """Whether no other rank of this run has asked before."""
     from torch.distributed.distributed_c10d import _get_default_store
 
-    if not distributed.is_initialized():
-        return True
     try:
         return int(_get_default_store().add("megatron_router_upcycling error", 1)) == 1
-    except (RuntimeError, ValueError):  # the process that held the store has gone
+    except (RuntimeError, ValueError):  # not connected yet, or the process that held the store has gone
         return True
 
 
@@ -309,6 +295,6 @@ def exit_on_user_error(command: Callable[[], object]) -> None:
     try:
         command()
     except UserError as error:
-        if first_to_say() if isinstance(error, OneRankError) else is_first:
+        if _first_to_say() if isinstance(error, OneRankError) else is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

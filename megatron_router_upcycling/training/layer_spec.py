@@ -1,12 +1,9 @@
 """Megatron's layer spec with an upcycled router in ``MoESubmodules.router``.
 
-``layer_spec_for(router)`` is what ``GPTModelConfig.transformer_layer_spec`` takes. Megatron-LM's own
-``pretrain_gpt.py`` reaches the same through one flag, with nothing of it changed::
-
-    pretrain_gpt.py --spec megatron_router_upcycling.layer_spec upcycled_layer_spec --load MOE ...
-
-The router's options then come from the checkpoint's manifest or, to train a model from scratch, from the
-``upcycling:`` section of a YAML file that the environment variable MEGATRON_ROUTER_UPCYCLING_CONFIG names.
+``layer_spec_for(router)`` is what ``GPTModelConfig.transformer_layer_spec`` takes. Megatron-LM's unchanged
+``pretrain_gpt.py`` takes ``--spec megatron_router_upcycling.layer_spec upcycled_layer_spec``, which reads the
+router's options from the checkpoint's manifest or, to train from scratch, from the ``upcycling:`` section of
+a YAML file that the environment variable MEGATRON_ROUTER_UPCYCLING_CONFIG names.
 
 Multi-token-prediction layers keep Megatron's linear router: Megatron builds their spec apart
 (``megatron.training.models.gpt.mtp_block_spec``), and they have no dense layer to start from.
@@ -26,7 +23,6 @@ from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training import get_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
@@ -38,7 +34,7 @@ from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
 from megatron_router_upcycling.routers.base import builder
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training import device
-from megatron_router_upcycling.training.patches import muon, patching
+from megatron_router_upcycling.training.patches import optimizer, patching
 
 ENVIRONMENT = "MEGATRON_ROUTER_UPCYCLING_CONFIG"
 
@@ -103,11 +99,9 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
             raise UserError(
                 f"{flag} {found}: the router is made for {expected}; give the flag as it was then"
             )
-    muon.install()
+    optimizer.install_muon()
     for name in router.kind.metrics:
         report_also(name)  # here, where every rank comes: a pipeline stage without experts reports as well
-    if not isinstance(spec, TransformerBlockSubmodules):
-        raise _unknown("default_layer_spec of an MoE", "TransformerBlockSubmodules", spec)
     return replace(spec, layer_specs=[_with_router(layer, router) for layer in spec.layer_specs])
 
 
@@ -133,22 +127,17 @@ def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
     Megatron's specs without Transformer Engine save that norm as ``mlp.linear_fc1.layer_norm_weight``, those
     with it as ``pre_mlp_layernorm.weight``. With one name, what was trained with it loads without it.
     """
-    submodules = getattr(layer, "submodules", None)
-    if not isinstance(submodules, TransformerLayerSubmodules):
-        raise _unknown("ModuleSpec.submodules", "TransformerLayerSubmodules", submodules)
-    mlp: Any = submodules.mlp
+    submodules: Any = layer.submodules
+    mlp: Any = getattr(submodules, "mlp", None)
     inner = mlp.keywords.get("submodules") if isinstance(mlp, partial) else None
     if isinstance(inner, MLPSubmodules):
         return layer
     if not isinstance(inner, MoESubmodules) or mlp.func is not MoELayer:
-        raise _unknown("TransformerLayerSubmodules.mlp", "partial(MoELayer, submodules=MoESubmodules)", mlp)
+        expected = "partial(MoELayer, submodules=MoESubmodules)"
+        raise patching.changed("layer_spec", f"the mlp of a layer's spec is {mlp!r}, not {expected},")
     if router.kind.module is not None:
         inner = replace(inner, router=builder(router))
     routed = partial(UpcycledMoELayer, *mlp.args, **(mlp.keywords | {"submodules": inner}))
     norm = within_layer(SEPARATE_NORM)
     names = {k: v for k, v in submodules.sharded_state_dict_keys_map.items() if k != norm}
     return replace(layer, submodules=replace(submodules, mlp=routed, sharded_state_dict_keys_map=names))
-
-
-def _unknown(symbol: str, expected: str, found: Any) -> RuntimeError:
-    return patching.changed("layer_spec", f"Megatron's {symbol} is {found!r}, not {expected}")

@@ -1,14 +1,12 @@
-"""What Megatron raises about a run's arguments, its tokenizer or a full disk, in one line that names flags.
+"""What Megatron raises about a run's arguments or a full disk, in one line that names flags.
 
-Its checks are assertions, many without a message. Its writers report a broken disk in the middle of their
-logs and raise something else.
+Its checks are assertions, many without a message. What its writers raise need not name the disk.
 """
 
 import contextlib
 import errno
 import functools
 import linecache
-import logging
 import os
 import re
 import traceback
@@ -22,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_router_upcycling.checkpoint.format.files import TRACKER
 from megatron_router_upcycling.config.flags import flag_of
-from megatron_router_upcycling.errors import OneRankError, UserError, reason
+from megatron_router_upcycling.errors import OneRankError, UserError
 from megatron_router_upcycling.training.patches import patching
 
 MEGATRON = Path(megatron.core.__file__).parents[1]
@@ -47,9 +45,8 @@ NEARLY_FULL = 1 << 20  # bytes of free space below which a failed write is taken
 def megatrons_objection(args: Namespace, *, raised_by_megatron: bool = False) -> Iterator[None]:
     """Megatron's objection to ``args`` in one line; an assertion without a message shows its source.
 
-    Args:
-        raised_by_megatron: of OBJECTIONS take those that Megatron itself raises, and not what goes wrong
-            below it, such as a lack of memory or of a connection; else AssertionErrors and ValueErrors.
+    These are AssertionErrors and ValueErrors; or, ``raised_by_megatron``, OBJECTIONS from its own code, not
+    what goes wrong below it, such as a lack of memory or of a connection.
     """
     try:
         yield
@@ -73,9 +70,8 @@ def megatrons_objection(args: Namespace, *, raised_by_megatron: bool = False) ->
 def _values_read_in(source: str, args: Namespace) -> str:
     """The arguments that a line of source reads, as flags with their values."""
     names = dict.fromkeys(re.findall(r"\b(?:args|self|config)\.(\w+)", source))
-    arguments = [OF_SCHEDULER.get(name, name) for name in names]
-    if args.train_samples:
-        arguments = [name.replace("_iters", "_samples") for name in arguments]
+    unit = "_samples" if args.train_samples else "_iters"
+    arguments = [OF_SCHEDULER.get(name, name).replace("_iters", unit) for name in names]
     return ", ".join(f"{flag_of(name)} {getattr(args, name)}" for name in arguments if hasattr(args, name))
 
 
@@ -86,20 +82,6 @@ def _with_flags(message: str, args: Namespace) -> str:
         lambda found: flag_of(found[0]) if hasattr(args, found[0]) and found[0] not in DERIVED else found[0],
         message,
     )
-
-
-@contextlib.contextmanager
-def tokenizer_named(args: Namespace) -> Iterator[None]:
-    """What goes wrong where Megatron builds the tokenizer, in one line: its libraries raise anything."""
-    try:
-        yield
-    except Exception as error:
-        if not any(frame.name == "build_tokenizer" for frame in traceback.extract_tb(error.__traceback__)):
-            raise
-        raise UserError(
-            f"--tokenizer-model {args.tokenizer_model}: --tokenizer-type {args.tokenizer_type} finds no"
-            f" tokenizer there ({reason(error)})"
-        ) from None
 
 
 def install(args: Namespace) -> None:
@@ -126,14 +108,13 @@ def _objecting(args: Namespace, original: Callable[..., Any], *positional: Any, 
 
 
 def _naming_the_disk(args: Namespace, save: Callable[..., Any], *positional: Any, **options: Any) -> Any:
-    with _errors_logged() as logged:
-        try:
-            return save(*positional, **options)
-        except UserError:
+    try:
+        return save(*positional, **options)
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        if (why := _disk_error(error, Path(args.save))) is None:
             raise
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
-            if (why := _disk_error(error, logged, Path(args.save))) is None:
-                raise
     try:
         last = (Path(args.save) / TRACKER).read_text().strip()
         way_out = f"make room, and the same command resumes from iteration {last}"
@@ -142,30 +123,12 @@ def _naming_the_disk(args: Namespace, save: Callable[..., Any], *positional: Any
     raise OneRankError(f"--save {args.save}: a checkpoint could not be written ({why}); {way_out}")
 
 
-def _disk_error(error: BaseException, logged: list[str], folder: Path) -> str | None:
-    """What the system said of the disk, in ``error`` or in what was ``logged``, if that is why it failed."""
-    for text in (*traceback.format_exception(error), *logged):
-        if found := SYSTEM_ERROR.search(text):
-            return os.strerror(int(found[1]))
+def _disk_error(error: BaseException, folder: Path) -> str | None:
+    """What the system says of the disk, if that is why a save failed with ``error``."""
+    if found := SYSTEM_ERROR.search("".join(traceback.format_exception(error))):
+        return os.strerror(int(found[1]))
     try:
         disk = os.statvfs(folder)
     except OSError as gone:
         return gone.strerror
     return os.strerror(errno.ENOSPC) if disk.f_bavail * disk.f_frsize < NEARLY_FULL else None
-
-
-@contextlib.contextmanager
-def _errors_logged() -> Iterator[list[str]]:
-    """The errors that any library logs meanwhile."""
-    texts: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            texts.append(record.getMessage())
-
-    handler = Keep(logging.ERROR)
-    logging.getLogger().addHandler(handler)
-    try:
-        yield texts
-    finally:
-        logging.getLogger().removeHandler(handler)

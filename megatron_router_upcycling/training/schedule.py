@@ -3,9 +3,9 @@
 ``--lr-decay-style warmup-step-decay`` (section 4.1): linear warm-up (``--lr-warmup-fraction 0.01`` in the
 paper), constant, x0.316 at 80% of ``--lr-decay-iters`` and x0.316 again at 90%.
 
-An optimizer's parameters are in groups, each with settings of its own. Megatron knows a saved group by all
-of them, the learning rates among them, so that after a change of ``--lr`` it finds none. Here a group is
-known by what kind of parameters it holds, and its rates are settings that the schedule's flags decide on.
+Megatron knows a saved group of parameters by all its settings, the learning rates among them, so that after
+a change of ``--lr`` it finds none. Here a group is known by what kind of parameters it holds, and its rates
+are settings that the schedule's flags decide on.
 """
 
 from argparse import ArgumentParser
@@ -72,7 +72,6 @@ class StepDecayScheduler(OptimizerParamScheduler):
 
 
 def _another_schedule(difference: str) -> UserError:
-    """The error for a run that is resumed with another schedule than its checkpoint's, and no flag for it."""
     return UserError(
         "the checkpoint was saved with another learning-rate schedule, as after a change of --lr or"
         f" --train-iters ({difference}; iterations count in samples); pass --override-opt-param-scheduler to"
@@ -124,12 +123,9 @@ def _rates(group: Group) -> tuple[float, ...]:
 
 
 def settle(current: list[Group], saved: list[Group], follow: str | None) -> None:
-    """Make the settings of groups and saved groups equal, in place.
+    """Make the settings of all groups and of those saved, which are about to be loaded, equal in place.
 
-    Args:
-        current: all groups of this run's optimizers.
-        saved: those of the checkpoint, which are about to be loaded.
-        follow: whose settings both get: "run", "checkpoint", or None where they must be equal.
+    ``follow`` says whose both get: "run", "checkpoint", or None where they must be equal.
     """
     pairs = list(zip(current, counterparts(current, saved), strict=True))
     for group, other in sorted(pairs, key=lambda pair: _has_own_rate(pair[0])):

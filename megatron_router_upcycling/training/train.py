@@ -7,8 +7,8 @@ from typing import Any
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.launch import Run
 
-# File in --save that says running, stopped (saved before its end: a signal, --exit-*) or finished. A script
-# that starts a run again needs to know, and torchrun passes no exit status on.
+# File in --save that says running, stopped (saved before its end: a signal, --exit-*) or finished.
+# A script that starts a run again needs it, for torchrun passes no exit status on.
 RUN_STATE = "run_state"
 RESTART_TO_TELL_CAUSE = 16  # exit status of Megatron's rerun state machine, which saved and wants a restart
 
@@ -75,7 +75,6 @@ def train(run: Run) -> None:
 
 
 def _write_state(args: Namespace, state: str) -> None:
-    """Write to ``--save`` how far this run is."""
     if args.save and args.rank == 0:
         try:
             Path(args.save).mkdir(parents=True, exist_ok=True)

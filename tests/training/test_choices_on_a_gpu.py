@@ -14,8 +14,6 @@ from tests import launch
 from tests.layers import one_rank
 
 ARGS: dict[str, Any] = {"context_parallel_size": 1, "multi_latent_attention": False, "fp8": None}
-ARGS |= {"seq_length": 4096, "micro_batch_size": 4, "num_attention_heads": 16, "num_layers": 24}
-ARGS |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "bf16": True, "fp16": False}
 
 
 @pytest.mark.parametrize(
@@ -30,24 +28,13 @@ ARGS |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "bf
 )
 def test_the_users_word_decides(backend: str, without_te: str, with_te: str) -> None:
     args = Namespace(**ARGS, attention_backend=AttnBackend[backend])
-    found = [device.choose_attention(args, te) for te in (False, True)]
-    assert found == [without_te, with_te]
-    for chosen in found:
-        line = device.cost_of_attention(args, chosen)
-        assert (line is not None) == (backend in ("unfused", "local"))
-        # 4 x 16 heads x 4096 x 4096 scores of two bytes.
-        assert line is None or "2.0 GiB of scores a layer, 48.0 GiB in 24 layers" in line
-        args.seq_length = 1024
-        assert device.cost_of_attention(args, chosen) is None
-        args.seq_length = 4096
+    assert [device.choose_attention(args, te) for te in (False, True)] == [without_te, with_te]
 
 
-@pytest.mark.parametrize(
-    "change", [{"context_parallel_size": 2}, {"fp8": "hybrid"}, {"multi_latent_attention": True}]
-)
-def test_what_pytorchs_attention_cannot_do_is_transformer_engines(change: dict[str, Any]) -> None:
-    args = Namespace(**ARGS | change, attention_backend=AttnBackend.auto)
-    assert device.choose_attention(args, True) == ENGINE
+def test_what_pytorchs_attention_cannot_do_is_transformer_engines() -> None:
+    for name, value in (("context_parallel_size", 2), ("fp8", "hybrid"), ("multi_latent_attention", True)):
+        args = Namespace(**ARGS | {name: value}, attention_backend=AttnBackend.auto)
+        assert device.choose_attention(args, True) == ENGINE
 
 
 def test_transformer_engines_specs_take_pytorchs_products() -> None:
@@ -95,16 +82,6 @@ def check_specs() -> None:
     assert type(ours) is GroupedExperts and type(loop) is SequentialMLP
     # What does not fit is Megatron's own module, which without Transformer Engine is the loop.
     assert type(build(True, add_bias_linear=True)) is SequentialMLP
-
-    def keys(module: Any) -> set[str]:
-        from megatron.core.dist_checkpointing.dict_utils import nested_values
-        from megatron.core.dist_checkpointing.mapping import apply_factories
-
-        state = module.sharded_state_dict("experts.")
-        apply_factories(state)
-        return {entry.key for entry in nested_values(state)}
-
-    assert keys(ours) == keys(loop) and keys(ours)
 
 
 def check_addition() -> None:

@@ -4,9 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
-import subprocess
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training import arguments, language_model
 from megatron_router_upcycling.training import data as run_data
-from tests import launch
 
 GROUPS = ("data and dataloader", "sft", "Logits Distillation", *arguments.GROUPS)
 # Arguments of those groups that Megatron's training loop, its loaders or its tokenizers read themselves.
@@ -177,32 +174,19 @@ def test_nothing_is_validated_without_validation_data(given: dict[str, Any]) -> 
     assert args.eval_iters == 0
 
 
-@pytest.fixture
-def read_only(tmp_path: Path, data: Path) -> Iterator[Path]:
-    """The data on a file system that nothing can be written to."""
+def test_the_index_of_data_on_a_read_only_file_system_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "--bind", str(data.parent), str(disk)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a file system can only be mounted by root")
-    try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
-        yield disk / data.name
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_data_on_a_read_only_file_system_train_with_their_index_elsewhere(
-    tmp_path: Path, read_only: Path, moe: Path, moe_config: Path
-) -> None:
-    config = tmp_path / "moe.yaml"
-    config.write_text(f"base: {moe_config}\ndata_cache_path: null\n")
-    save = tmp_path / "run"
-    command = ("--config", config, "--load", moe, "--data-path", read_only, "--train-iters", 1)
-    output = launch.ranks(1, "pretrain", *command)
-    assert output.returncode == 2 and "Traceback" not in output.text
-    assert output.errors[0].startswith(f"error: --data-path {read_only}: ")
-    assert output.errors[0].endswith("give --data-cache-path FOLDER")
-    output = launch.ranks(1, "pretrain", *command, "--save", save).ok()
-    assert f"the index of the data goes to {save / 'data_cache'}" in output.text
-    assert list((save / "data_cache").iterdir()) and list(output.losses) == [1]
+    monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to(disk))
+    args = sources(data_cache_path=None, save=None, rank=0)
+    with pytest.raises(UserError, match=f"--data-path {disk}/a: .* give --data-cache-path FOLDER"):
+        run_data.choose_cache(args, [f"{disk}/a"])
+    args.save = str(tmp_path)
+    run_data.choose_cache(args, [f"{tmp_path}/b"])
+    assert args.data_cache_path is None
+    run_data.choose_cache(args, [f"{tmp_path}/b", f"{disk}/a"])
+    assert args.data_cache_path == f"{tmp_path}/data_cache"
+    with pytest.raises(UserError, match=f"--data-cache-path {disk}: cannot write in"):
+        run_data.choose_cache(sources(data_cache_path=str(disk)), [])

@@ -26,6 +26,8 @@ def test_all_flags_can_be_listed() -> None:
         ("rehearse", (), "--gpus: give the number of GPUs of the run"),
         ("rehearse", ("--gpus", 4, "--rehearse-rank", 4), "--rehearse-rank 4: must be between 0 and 3"),
         ("pretrain", ("--rehearse-rank", 4), "--rehearse-rank, --rehearse-seq-length: need --rehearse"),
+        ("pretrain", ("--config", "none.yaml"), "--config none.yaml: no such file"),
+        ("pretrain", ("--load", "/nowhere"), "--load /nowhere: no checkpoint there"),
         ("collect_keys", (), "--output: name the file to write"),
         ("collect_keys", ("--output", "x", "--router-samples", -1), "--router-samples -1: must be 0"),
     ],

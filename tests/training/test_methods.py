@@ -18,9 +18,8 @@ EP2 = ("--expert-model-parallel-size", 2, "--use-distributed-optimizer")
 
 def over_the_tests_model(folder: Path, method: str, moe_config: Path, **changes: object) -> Path:
     """The method's file over the test's model in place of the demonstration's."""
-    common, own = (
-        yaml.safe_load((CONFIGS / f"methods/{name}.yaml").read_text()) for name in ("base", method)
-    )
+    files = (CONFIGS / f"methods/{name}.yaml" for name in ("base", method))
+    common, own = (yaml.safe_load(file.read_text()) for file in files)
     entries = common | own | {"base": str(moe_config)} | changes
     path = folder / f"{method}.yaml"
     path.write_text(yaml.safe_dump(entries))

@@ -11,7 +11,7 @@ from megatron.core import optimizer
 from megatron.core.optimizer import emerging_optimizers as megatrons
 
 from megatron_router_upcycling.layers import STACK
-from megatron_router_upcycling.training.patches import muon
+from megatron_router_upcycling.training.patches.optimizer import install_muon
 from tests import launch, pretrain_as_asked
 
 FLAGS = ("--optimizer", "muon", "--train-iters", 4, "--eval-iters", 0, "--global-batch-size", 16)
@@ -29,7 +29,7 @@ def stepped(parameters: list[torch.nn.Parameter], gradients: list[list[torch.Ten
 
 @pytest.mark.parametrize("shape", [(4, 24, 16), (4, 16, 24)])
 def test_a_stack_is_updated_as_its_matrices_would_be(shape: tuple[int, ...]) -> None:
-    muon.install()
+    install_muon()
     generator = torch.Generator().manual_seed(0)
     values, *gradients = (torch.randn(shape, generator=generator) for _ in range(3))
     (stack,) = stepped([torch.nn.Parameter(values.clone())], [[gradient] for gradient in gradients])
@@ -39,7 +39,7 @@ def test_a_stack_is_updated_as_its_matrices_would_be(shape: tuple[int, ...]) -> 
 
 
 def test_what_is_marked_as_a_stack_is_muons_and_other_parameters_of_three_axes_are_not() -> None:
-    muon.install()
+    install_muon()
     matrix, vector, stack, kernel = (torch.nn.Parameter(torch.zeros(*(2,) * axes)) for axes in (2, 1, 3, 3))
     embedding = torch.nn.Parameter(torch.zeros(2, 2))
     embedding.is_embedding_or_output_parameter = True

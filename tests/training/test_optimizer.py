@@ -47,12 +47,9 @@ def test_two_optimizers_into_one(mixed_precision: bool) -> None:
         loaded[position] = wrapped(mixed_precision, saved)
     fitted = fit(loaded, [current])
     assert not any(isinstance(name, int) for name in fitted) and ASKED not in fitted
-    torch_state = inner(fitted, mixed_precision)
-    assert torch_state["state"] == states | {"common_step": 3}
-    assert torch_state["param_groups"] == [
-        group(wd_mult=0.0, lr=0, params=[0]),
-        group(wd_mult=1.0, lr=0, params=[1]),
-    ]
+    groups = [group(wd_mult=wd, lr=0, params=[number]) for number, wd in enumerate((0.0, 1.0))]
+    expected = {"state": states | {"common_step": 3}, "param_groups": groups}
+    assert inner(fitted, mixed_precision) == expected
 
 
 @pytest.mark.parametrize("mixed_precision", [False, True], ids=["fp32", "bf16"])
@@ -68,16 +65,12 @@ def test_one_optimizer_into_two(mixed_precision: bool) -> None:
     asked = {i: wrapped(mixed_precision, frame) for i, frame in enumerate(own)}
     fitted = fit(saved | {ASKED: asked}, current)
     assert list(fitted) == [0, 1]
-    dense, experts = (inner(fitted[i], mixed_precision) for i in (0, 1))
-    assert dense["state"] == {0: {"exp_avg": "a"}, "common_step": 7}
-    assert experts["state"] == {0: {"exp_avg": "b"}, "common_step": 7}
-    assert dense["param_groups"] == [
-        group(wd_mult=0.0, lr=6, params=[0]),
-        group(wd_mult=1.0, lr=5, params=[1]),
-    ]
-    assert experts["param_groups"] == [group(True, wd_mult=1.0, lr=5, params=[0])]
-    if mixed_precision:
-        assert all(fitted[i]["grad_scaler"] == {"scale": 2.0} for i in (0, 1))
+    groups = [group(wd_mult=0.0, lr=6, params=[0]), group(wd_mult=1.0, lr=5, params=[1])]
+    experts = [group(True, wd_mult=1.0, lr=5, params=[0])]
+    for i, exp_avg, expected in ((0, "a", groups), (1, "b", experts)):
+        state = {0: {"exp_avg": exp_avg}, "common_step": 7}
+        assert inner(fitted[i], mixed_precision) == {"state": state, "param_groups": expected}
+        assert not mixed_precision or fitted[i]["grad_scaler"] == {"scale": 2.0}
 
 
 def test_muon_and_adam_are_told_apart_however_many_there_are() -> None:
@@ -89,11 +82,9 @@ def test_muon_and_adam_are_told_apart_however_many_there_are() -> None:
     current = [optimizer(group()), optimizer(group(True)), optimizer(group(**ADAM))]
     frame = {"state": {0: {}}, "param_groups": [{"params": [0]}]}
     fitted = fit(saved | {ASKED: dict.fromkeys(range(3), frame)}, current)
-    assert [fitted[i]["param_groups"][0] for i in range(3)] == [
-        group(params=[0], **MUON),
-        group(True, params=[0], **MUON),
-        group(params=[0], **ADAM),
-    ]
+    expected = [(False, MUON), (True, MUON), (False, ADAM)]
+    found = [fitted[i]["param_groups"] for i in range(3)]
+    assert found == [[group(expert, params=[0], **kind)] for expert, kind in expected]
     assert ["common_step" in fitted[i]["state"] for i in range(3)] == [False, False, True]
 
 
@@ -151,14 +142,8 @@ def test_the_papers_schedule_warms_up_and_takes_two_steps_down(min_lr: float) ->
     paper = scheduler(1000, min_lr=min_lr)
     for step in range(1, 1101):
         paper.step(1)
-        if step <= 10:
-            expected = 5e-4 * step / 10
-        elif step < 800:
-            expected = 5e-4
-        elif step < 900:
-            expected = 5e-4 * 0.316
-        else:
-            expected = max(5e-4 * 0.316 * 0.316, min_lr)
+        factor = step / 10 if step <= 10 else 0.316 ** ((step >= 800) + (step >= 900))
+        expected = max(5e-4 * factor, min_lr) if step >= 800 else 5e-4 * factor
         assert paper.optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12)
 
 

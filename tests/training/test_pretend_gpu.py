@@ -50,9 +50,7 @@ def test_cuda_graphs_take_the_mixtures_routers(
     flags = (*load, *graphs, "--distributed-backend", "gloo", "--no-check-for-nan-in-loss-and-grad")
     command = (sys.executable, *ON_GPU, "-m", "megatron_router_upcycling.pretrain", *flags)
     output = launch.run(*command, **gpu).ok()
-    count = (
-        2 * LAYERS
-    )  # forward and backward of each layer; Megatron's own line about them depends on logging
+    count = 2 * LAYERS  # forward and backward of each
     assert f" {count}/{count} [" in output.text and "create cuda graphs" in output.text
     assert "routing diagnostics: none" in output.text
 

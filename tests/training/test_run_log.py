@@ -63,15 +63,13 @@ def test_agreement_and_gates_beside_loops(random: torch.Generator, pooling: str,
         alone = torch.stack([key @ (query[j] @ x) for j in range(m)])
         pooled = first(alone.sum(dim=0) if pooling == "sum" else alone.amax(dim=0))
         agreed += sum(first(scores) == pooled for scores in alone)
-    assert likeness.router_agreement(tokens, query, key, EXPERTS, pooling) == pytest.approx(
-        agreed / (TOKENS * m)
-    )
+    found = likeness.router_agreement(tokens, query, key, EXPERTS, pooling)
+    assert found == pytest.approx(agreed / (TOKENS * m))
     gates = [key @ query[j] for j in range(m)]
     gates = [(gate - gate.mean(dim=0)).flatten() for gate in gates]
-    cosines = [
-        torch.nn.functional.cosine_similarity(gates[a], gates[b], dim=0) for a in range(m) for b in range(a)
-    ]
-    assert likeness.gate_cosine(query, key) == pytest.approx(float(sum(cosines)) / len(cosines), abs=1e-5)
+    cosine = torch.nn.functional.cosine_similarity
+    cosines = [float(cosine(gates[a], gates[b], dim=0)) for a in range(m) for b in range(a)]
+    assert likeness.gate_cosine(query, key) == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
 
 
 def test_spread_is_the_root_mean_square_distance_of_pairs(random: torch.Generator) -> None:
@@ -93,11 +91,8 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     assert [line["iteration"] for line in files.read(path)] == [2, 4, 6]
     files.keep_until(path, 4)
     files.append(path, {"iteration": 6, "lm_loss": 3.5})
-    assert files.read(path) == [
-        {"iteration": 2, "lm_loss": None},
-        {"iteration": 4, "lm_loss": 4.0},
-        {"iteration": 6, "lm_loss": 3.5},
-    ]
+    expected = {2: None, 4: 4.0, 6: 3.5}
+    assert files.read(path) == [{"iteration": i, "lm_loss": loss} for i, loss in expected.items()]
 
 
 def test_a_run_writes_its_losses_and_what_its_routers_did(unbroken: tuple[Path, dict[int, float]]) -> None:
@@ -106,9 +101,8 @@ def test_a_run_writes_its_losses_and_what_its_routers_did(unbroken: tuple[Path, 
     train = [line for line in lines if line["kind"] == "train"]
     assert {line["iteration"]: line["lm_loss"] for line in train} == pytest.approx(losses, rel=1e-6)
     assert [line["tokens"] for line in train] == [8 * 32 * iteration for iteration in range(1, 9)]
-    assert [(line["iteration"], line["set"]) for line in lines if line["kind"] == "held_out"] == [
-        (8, "validation")
-    ]
+    held_out = [(line["iteration"], line["set"]) for line in lines if line["kind"] == "held_out"]
+    assert held_out == [(8, "validation")]
     routing = files.read(save / files.ROUTING)
     assert [line["iteration"] for line in routing] == list(range(1, 9))
     for line in routing:

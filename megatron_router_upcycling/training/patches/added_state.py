@@ -1,8 +1,7 @@
 """Load a checkpoint into a model whose flags, or Transformer Engine, add something to its layers.
 
-Two of those states are corrections that training starts from zero, and so they do here. Transformer Engine's
-extra states (fp8 scales; empty without fp8) are left out where there are none. What else is missing would
-have to be invented: the flag that adds it is named instead, as is a tensor of another shape.
+Corrections that training starts from zero begin there; Transformer Engine's extra states (fp8 scales) are
+left out where there are none. What else is missing is refused by the flag that adds it.
 """
 
 import re
@@ -47,12 +46,14 @@ def _of_what_is_there(
     if not path.is_file():
         return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
     saved, objects = parse_metadata(read_record(path), path)
-    asked = _everywhere(set(_keys(sharded_state_dict)))
+    by_rank: list[set[str]] = [set()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(by_rank, set(_keys(sharded_state_dict)))
+    asked = set().union(*by_rank)  # a stage of the pipeline asks for its own layers alone
     missing = asked - set(saved)
-    if others := sorted(key for key in missing if _flag_from_zero(key) is None):
+    if others := sorted(key for key in missing if not key.endswith(tuple(FROM_ZERO))):
         raise UserError(f"{added_by(others[0], saved)}: {path.parent} has no {others[0]}; {WAY_OUT}")
-    _tell({_flag_from_zero(key) for key in missing}, "the checkpoint has no such bias; it begins at zero")
-    left_out = {_flag_from_zero(key) for key in set(saved) - asked if not key.startswith("optimizer.")}
+    _tell(missing, "the checkpoint has no such bias; it begins at zero")
+    left_out = {key for key in set(saved) - asked if not key.startswith("optimizer.")}
     _tell(left_out, "is not given, and the checkpoint has such a bias; it is left out")
     added, wanted = extract_matching_values(
         without_missing_states(sharded_state_dict, objects),
@@ -81,9 +82,9 @@ def without_missing_states(sharded_state_dict: Any, saved: Container[str]) -> An
     return extract_matching_values(sharded_state_dict, is_missing)[1]
 
 
-def _tell(flags: set[str | None], what: str) -> None:
-    if torch.distributed.get_rank() == 0:
-        for flag in sorted(flag for flag in flags if flag):
+def _tell(keys: set[str], what: str) -> None:
+    for end, flag in FROM_ZERO.items():
+        if torch.distributed.get_rank() == 0 and any(key.endswith(end) for key in keys):
             print(f"{flag}: {what}", flush=True)
 
 
@@ -92,10 +93,6 @@ def added_by(key: str, saved: Container[str]) -> str:
     if re.sub(r"\.layers\.\d+\.", ".layers.", key) in saved:
         return "--moe-layer-freq"
     return next((flag for pattern, flag in names.ADDED_BY.items() if re.search(pattern, key)), "--load")
-
-
-def _flag_from_zero(key: str) -> str | None:
-    return next((flag for end, flag in FROM_ZERO.items() if key.endswith(end)), None)
 
 
 def _keys(sharded_state_dict: dict[str, Any]) -> Iterator[str]:
@@ -108,15 +105,7 @@ def _keys(sharded_state_dict: dict[str, Any]) -> Iterator[str]:
                 yield from (tensor.key for tensor in tensors if isinstance(tensor, ShardedTensor))
 
 
-def _everywhere(keys: set[str]) -> set[str]:
-    """Those of all ranks: a stage of the pipeline asks for its own layers alone."""
-    found: list[set[str]] = [set()] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, keys)
-    return set().union(*found)
-
-
 def _own_values(added: dict[str, Any]) -> dict[str, Any]:
-    """The model's own tensors in place of what was asked for."""
     return {
         name: _own_values(value) if isinstance(value, dict) else value.data for name, value in added.items()
     }

@@ -2,8 +2,7 @@
 
 Megatron-Core asks for CUDA by name: ``device='cuda'``, streams, events, memory statistics, the CUDA
 random state. ``install()`` answers each of those requests with the CPU, so that the unmodified
-``megatron.training`` loop runs where there is no GPU. Parallelism is real: torchrun starts processes
-that talk over Gloo. Where there is a GPU, ``install()`` refuses and nothing is ever touched.
+``megatron.training`` loop runs where there is no GPU.
 """
 
 import contextlib
@@ -52,16 +51,18 @@ def install() -> None:
     _bridge_torch_cuda()
     # Gloo takes no CUDA device to bind a process group or a barrier to.
     for name, argument in (("init_process_group", "device_id"), ("barrier", "device_ids")):
-        _wrap(torch.distributed, name, functools.partial(_without, argument))
+        _wrap(torch.distributed, name, functools.partial(_with, {argument: None}))
     _bridge_megatron()
+
+
+def _with(changes: dict[str, Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs | changes)
 
 
 def _on_cpu(device: Any) -> Any:
     """The CPU for any way of naming a CUDA device; anything else as it is."""
-    if isinstance(device, torch.device):
-        return CPU if device.type == "cuda" else device
-    if isinstance(device, str):
-        return CPU if device.startswith("cuda") else device
+    if isinstance(device, str | torch.device):
+        return CPU if str(device).startswith("cuda") else device
     # torch.cuda.current_device() gives an integer, and so may reach us as a device.
     return CPU if isinstance(device, int) and not isinstance(device, bool) else device
 
@@ -72,12 +73,10 @@ def _with_device_on_cpu(original: Callable[..., Any], *args: Any, **kwargs: Any)
     return original(*args, **kwargs)
 
 
-def _move_to_cpu(
-    tensor_to: Callable[..., Any], self: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
+def _move_to_cpu(to: Callable[..., Any], self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if args and isinstance(args[0], str | int | torch.device):
         args = (_on_cpu(args[0]), *args[1:])
-    return _with_device_on_cpu(tensor_to, self, *args, **kwargs)
+    return _with_device_on_cpu(to, self, *args, **kwargs)
 
 
 def _named_as_on_cuda(
@@ -102,31 +101,27 @@ def _bridge_devices() -> None:
     _replace(torch.Tensor, "record_stream", _always(None))
 
 
-class _Done:
-    """What streams and events of CUDA share on a device that does things in order: waiting is always over."""
+class _Event:
+    """Of a device that does things in order, by the host's clock: waiting is always over."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait(self, *args: Any) -> None: ...
 
-    wait_stream = wait_event = synchronize = wait
+    synchronize = wait
 
     def query(self) -> bool:
         return True
-
-
-class _Event(_Done):
-    """It keeps the host's clock; ``elapsed_time`` is in milliseconds."""
-
-    seconds = 0.0
 
     def record(self, *args: Any) -> None:
         self.seconds = time.perf_counter()
 
     def elapsed_time(self, end: "_Event") -> float:
-        return (end.seconds - self.seconds) * 1e3
+        return (end.seconds - self.seconds) * 1e3  # milliseconds
 
 
-class _Stream(_Done):
+class _Stream(_Event):
+    wait_stream = wait_event = _Event.wait
+
     def record_event(self, event: _Event | None = None) -> _Event:
         event = event or _Event()
         event.record()
@@ -139,7 +134,6 @@ def _always(value: Any) -> Callable[..., Any]:
 
 
 def _bridge_torch_cuda() -> None:
-    """Answer ``torch.cuda``'s questions for a machine with one device, the CPU."""
     # From generation 10 on Megatron does not ask for CUDA_DEVICE_MAX_CONNECTIONS, which it refuses with FSDP.
     properties = SimpleNamespace(name="CPU", major=10, minor=0, multi_processor_count=0, total_memory=0)
     stream = _Stream()
@@ -168,11 +162,6 @@ def _bridge_torch_cuda() -> None:
         _replace(owner, "set_rng_state", _set_rng_state)
 
 
-def _without(argument: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    kwargs.pop(argument, None)
-    return original(*args, **kwargs)
-
-
 class _SplitSizes(list):
     """Split sizes as Gloo takes them, a list, with the one method of an array that Megatron calls."""
 
@@ -188,10 +177,6 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.manual_seed(state.view(torch.int64)[0].item())
 
 
-def _allow_no_cuda(initialize: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return initialize(*args, **kwargs | {"allow_no_cuda": True})
-
-
 def _bridge_megatron() -> None:
     """Replace what Megatron binds to CUDA by value, or does only with a GPU's libraries."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -202,14 +187,12 @@ def _bridge_megatron() -> None:
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", _set_rng_state)
 
-    # The dispatcher hands split sizes to all_to_all as numpy arrays once they have left the GPU;
-    # a tensor that was always on the CPU must become a list here.
+    # The dispatcher hands split sizes to all_to_all as numpy arrays; Gloo takes lists.
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return _SplitSizes(tensor.tolist()) if as_numpy and torch.is_tensor(tensor) else tensor
 
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)
     device.use_built_dataset_helper()
-    # What a save wrote is passed on through a queue. Megatron's is in a process that each rank starts for it
-    # and that imports PyTorch; where no save is asynchronous (device.ON_CPU), one process does it all.
+    # Megatron's queue is in a process of its own; no save is asynchronous here (device.ON_CPU).
     _replace(filesystem_async, "get_write_results_queue", _always(queue.Queue()))
-    _wrap(training, "initialize_megatron", _allow_no_cuda)
+    _wrap(training, "initialize_megatron", functools.partial(_with, {"allow_no_cuda": True}))

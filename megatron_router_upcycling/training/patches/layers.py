@@ -1,8 +1,4 @@
-"""What Megatron builds its layers and its loss of: plain PyTorch mended, and faster kernels on a GPU.
-
-Without Transformer Engine megatron-core 0.19 falls back to plain PyTorch, whose norm refuses sequence
-parallelism and whose attention materialises its scores.
-"""
+"""What Megatron builds its layers and its loss of: plain PyTorch mended, and faster kernels on a GPU."""
 
 import functools
 from argparse import Namespace
@@ -31,11 +27,7 @@ _wrap_on_gpu = functools.partial(patching.wrap, "layers on a GPU")
 
 
 def install_without_te(attention: str = device.SDPA) -> None:
-    """Where Transformer Engine is not installed: fix the norm, let local layer specs build what is faster.
-
-    Args:
-        attention: as ``device.choose_attention`` chose it.
-    """
+    """Where Transformer Engine is not installed: fix the norm, let local layer specs build what is faster."""
     _wrap(torch_norm.WrappedTorchNorm, "__new__", _allow_sequence_parallel)
     if attention != device.MEGATRON:
         _wrap(LocalSpecProvider, "core_attention", lambda original, self: SdpaAttention)
@@ -79,7 +71,6 @@ def install_on_gpu(args: Namespace, with_te: bool, attention: str) -> list[str]:
 
 def _group_experts(original: Callable[..., Any], self: Any, moe_use_grouped_gemm: bool) -> Any:
     """PyTorch's grouped products where they cover the model, else what Megatron has."""
-
     theirs = original(self, moe_use_grouped_gemm)
     if not moe_use_grouped_gemm:
         return theirs
@@ -96,13 +87,11 @@ def _group_experts(original: Callable[..., Any], self: Any, moe_use_grouped_gemm
 def _allow_sequence_parallel(
     original: Callable[..., Any], cls: type, config: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Let PyTorch's norm run under sequence parallelism.
+    """Let PyTorch's norm run under sequence parallelism, which ``WrappedTorchNorm`` refuses.
 
-    ``WrappedTorchNorm`` refuses it, and MoE with tensor parallelism needs it. The norm acts on each token
-    alone, so it is right there as long as its parameters are marked ``sequence_parallel``, which makes
+    It acts on each token alone: right as long as its parameters are marked ``sequence_parallel``, which makes
     Megatron sum their gradients over the tensor-parallel ranks (``finalize_model_grads``).
     """
-
     sequence_parallel = config.sequence_parallel
     config.sequence_parallel = False
     try:
@@ -140,7 +129,6 @@ def _add_bias_in_product(
     **others: Any,
 ) -> Tensor:
     """A linear layer with a bias (Qwen's queries, keys and values) as one product, if nothing overlaps it."""
-
     flags = gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel
     if bias is None or any(flags) or grad_output_buffer is not None:
         return original(input, weight, bias, *flags, grad_output_buffer, **others)
@@ -173,7 +161,6 @@ def _add_gradients_faster(
     original: Callable[..., Any], self: Any, param: torch.nn.Parameter
 ) -> Callable[..., Any]:
     """The hook that adds a parameter's gradient to its buffer, with our addition for PyTorch's."""
-
     hook = original(self, param)
 
     def call(*unused: Any) -> None:

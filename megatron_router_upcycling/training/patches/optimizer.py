@@ -1,21 +1,27 @@
-"""Resume an optimizer at another layout, at another learning rate, or with another library's Adam.
+"""Optimizers: Muon for stacks of matrices, and states of another layout, learning rate or library.
+
+Megatron gives Muon what has two axes and is neither embedding nor output layer, and the rest to AdamW.
+Grouped experts [n, out, in] and query maps [m, d', D] are marked with ``layers.STACK``: they count as
+matrices, and the update of each is orthogonalised alone, as Muon does to experts that are stored one by one.
 
 At EP 1 Megatron keeps experts and dense parameters in one optimizer; at EP > 1 the experts have one of their
-own, and with Muon each of them is two. The tensors carry the names of the model's parameters, so that all
-read each other's. Only the frame around them differs (the nesting by optimizer, with its step and settings),
-which Megatron merges by position. Here the saved frames are kept apart, and this run's are filled from them
-by what their groups hold (``schedule.counterparts``).
+own, and with Muon each of them is two. The tensors carry the model's names. The frame around them differs
+(the nesting by optimizer, with its step and settings), which Megatron merges by position. Here the saved
+frames are kept apart, and this run's are filled by what their groups hold (``schedule.counterparts``).
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core import dist_checkpointing, optimizer
+from megatron.core.optimizer import distrib_optimizer, emerging_optimizers, layer_wise_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.training import get_args
 
+from megatron_router_upcycling.layers import STACK
 from megatron_router_upcycling.training import schedule
 from megatron_router_upcycling.training.patches import patching
 
@@ -28,10 +34,7 @@ type Frame = dict[Any, Any]
 
 def install(has_te: bool) -> None:
     """Wrap what loads a checkpoint, and what the optimizers then make of their part of it."""
-
-    def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        patching.wrap("optimizer", owner, name, wrapper)
-
+    wrap = functools.partial(patching.wrap, "optimizer")
     wrap(dist_checkpointing, "load", _frames_apart)
     wrap(ChainedOptimizer, "load_state_dict", _fitting)
     if has_te:
@@ -45,6 +48,30 @@ def install(has_te: bool) -> None:
         wrap(distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", _allow_no_step)
 
 
+def install_muon() -> None:
+    """Replace Megatron's rule of which parameters are matrices, and wrap Muon's orthogonalisation."""
+    entries = patching.find("muon", emerging_optimizers, "_EMERGING_OPTIMIZERS")
+    others = ParamKey(predicate=ParamPredicate(name="no_matrix", fn=lambda param: not is_matrix(param)))
+    entries["muon"].default_param_overrides = {others: {"optimizer": "adam"}}
+    for owner in (layer_wise_optimizer, optimizer):
+        patching.replace("muon", owner, "is_managed_by_layer_wise_optimizer", is_matrix)
+    patching.wrap("muon", emerging_optimizers.TensorParallelMuon, "orthogonalize", _each_alone)
+
+
+def is_matrix(param: torch.Tensor) -> bool:
+    """Whether ``param`` is a matrix, or a stack of them, that Muon updates."""
+    axes = 3 if getattr(param, STACK, False) else 2
+    return param.dim() == axes and not getattr(param, "is_embedding_or_output_parameter", False)
+
+
+def _each_alone(
+    orthogonalize: Callable[..., torch.Tensor], self: Any, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    if grad.dim() == 2:
+        return orthogonalize(self, p, grad, **kwargs)
+    return torch.stack([orthogonalize(self, p, matrix, **kwargs) for matrix in grad])
+
+
 def _frames_apart(load: Callable[..., Any], sharded_state_dict: Frame, *args: Any, **kwargs: Any) -> Any:
     asked = sharded_state_dict.get("optimizer")
     if isinstance(asked, dict) and ASKED not in asked:
@@ -53,8 +80,6 @@ def _frames_apart(load: Callable[..., Any], sharded_state_dict: Frame, *args: An
 
 
 def _fitting(load_state_dict: Callable[..., None], self: Any, state_dict: Any) -> None:
-    """Take a state of another number of optimizers, or rate."""
-
     args, fitted = get_args(), fit(state_dict, self.chained_optimizers)
     saved = _groups(frames(fitted))
     if saved:  # none in a form that this package does not know (Megatron-FSDP's)
@@ -67,9 +92,8 @@ def _fitting(load_state_dict: Callable[..., None], self: Any, state_dict: Any) -
 def fit(state_dict: Any, optimizers: list[Any]) -> Any:
     """The frame that ``optimizers`` expect, one for all of them or one each by position.
 
-    Args:
-        state_dict: the frames that were saved, in their nesting, and under ``ASKED`` those of this run, with
-            tensors where the optimizers want them. Without ``ASKED`` it is returned as it is.
+    ``state_dict`` holds the frames that were saved, in their nesting, and under ``ASKED`` those of this run,
+    with tensors where the optimizers want them. Without ``ASKED`` it is returned as it is.
     """
     if not isinstance(state_dict, dict) or ASKED not in state_dict:
         return state_dict
@@ -126,7 +150,6 @@ def _torch_state(frame: Frame) -> Frame:
 
 def _with_own_defaults(load_state_dict: Callable[..., Any], self: Any, state_dict: dict[str, Any]) -> Any:
     """Transformer Engine's Adam has settings that PyTorch's has not, and counts its steps in integers."""
-
     groups = [self.defaults | group for group in state_dict["param_groups"]]
     for group in groups:
         step = group.get("step")
@@ -137,7 +160,6 @@ def _with_own_defaults(load_state_dict: Callable[..., Any], self: Any, state_dic
 
 def _give_first_step(state_dict: Callable[..., Any], self: Any) -> Any:
     """``state_dict()``, called to load, expects a step; Adam has none before its first one."""
-
     inner = self.optimizer
     parameters = [p for group in inner.param_groups for p in group["params"]]
     if any(inner.state.values()) or not parameters:
@@ -152,7 +174,6 @@ def _give_first_step(state_dict: Callable[..., Any], self: Any) -> Any:
 @torch.no_grad()  # in float32 the optimizer's shard is a view of the parameter itself
 def _give_each_its_step(load_state_dict: Callable[..., Any], self: Any, state_dict: Any) -> None:
     """Megatron hands one tensor to all parameters: Adam would count it up once for each."""
-
     load_state_dict(self, state_dict)
     for state in self.optimizer.state.values():
         state["step"] = state["step"].clone()

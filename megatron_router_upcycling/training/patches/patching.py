@@ -1,7 +1,4 @@
-"""Wrap or replace a symbol of Megatron or PyTorch; where it has gone or changed, one error says so.
-
-``by`` is the part of this package that needs the symbol; errors begin with it.
-"""
+"""Wrap or replace a symbol of Megatron or PyTorch; where it has gone, an error names it and who needs it."""
 
 import functools
 import inspect
@@ -21,10 +18,7 @@ def changed(by: str, what: str, instead: str = "") -> RuntimeError:
 
 
 def find(by: str, owner: Any, name: str, *, place: str = "", reads: Iterable[str] = ()) -> Any:
-    """``owner.name``, once it is known to be there and, as a function, to have the parameters ``reads``.
-
-    Errors name ``owner`` as ``place``, or by its own name.
-    """
+    """``owner.name``, once it is known to be there and, as a function, to have the parameters ``reads``."""
     where = f"{place or getattr(owner, '__name__', repr(owner))}.{name}"
     # A class of Megatron's must have the method itself: what it would inherit does something else.
     own_only = inspect.isclass(owner) and owner.__module__.startswith("megatron.")
@@ -43,10 +37,7 @@ def replace(by: str, owner: Any, name: str, new: Any) -> None:
 
 
 def wrap(by: str, owner: Any, name: str, outer: Callable[..., Any], reads: Iterable[str] = ()) -> None:
-    """Let ``owner.name(...)`` be ``outer(original, ...)`` from now on; a second call changes nothing.
-
-    The original stays at ``__wrapped__``.
-    """
+    """Let ``owner.name(...)`` be ``outer(original, ...)`` from now on; a second call changes nothing."""
     original = find(by, owner, name, reads=reads)
     if getattr(original, "wrapped_by", None) == by:
         return

@@ -7,6 +7,7 @@ recomputation or an evaluation runs again is not counted.
 
 import math
 import re
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import safetensors.torch
 import torch
 
 from megatron_router_upcycling.files import write_whole
-from megatron_router_upcycling.training.patches import patching
 from megatron_router_upcycling.training.run_log import measures
 
 # Measures that cost more and change slowly: how often one router's first choice is the mixture's, the cosine
@@ -31,47 +31,30 @@ FC1 = re.compile(r"(?:local_experts\.\d+\.)?linear_fc1[._]weight\d*")
 
 
 class RoutingCollector:
-    """Collects from the routers of this rank's ``model`` chunks while ``wanted`` says so.
+    """Collects from the routers of this rank's ``model`` chunks while ``wanted()`` says so."""
 
-    Args:
-        wanted: whether the present iteration's routing is collected.
-        save: the run's folder, for the routers' initial parameters; None keeps them in memory.
-        fresh: the run starts here and does not resume from a checkpoint of its own.
-        whole: parameters are whole on each rank; else there are no RARE measures, which read them.
-    """
-
-    def __init__(
-        self,
-        model: Sequence[torch.nn.Module],
-        num_layers: int,
-        num_experts: int,
-        wanted: Callable[[], bool],
-        save: Path | None,
-        fresh: bool,
-        whole: bool = True,
-    ) -> None:
+    def __init__(self, model: Sequence[torch.nn.Module], args: Namespace, wanted: Callable[[], bool]) -> None:
         from megatron.core.transformer.moe.moe_layer import MoELayer
 
-        self.wanted, self.whole = wanted, whole
+        self.wanted = wanted
+        # Else parameters are not whole on each rank, and there are no RARE measures, which read them.
+        self.whole = not (args.use_megatron_fsdp or args.use_torch_fsdp2)
         self.layers: dict[int, Any] = {}  # of this rank: layer from 0 -> its MoELayer
         for module in (module for chunk in model for module in chunk.modules()):
             if isinstance(module, MoELayer) and not getattr(module.router, "is_mtp_layer", False):
-                if not callable(getattr(module.router, "routing", None)):
-                    raise _unknown("TopKRouter.routing")
                 self.layers[module.router.layer_number - 1] = module
-        columns = len(measures.SUMS) + num_experts
+        size = args.num_layers, len(measures.SUMS) + args.num_experts
         device = next(model[0].parameters()).device
-        self.sums = torch.zeros((num_layers, columns), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         self.samples: dict[int, torch.Tensor] = {}
         self.sampling = False  # whether the next inputs of the routers are kept for router_agreement
-        self.initial = {
-            i: _initial(i, layer.router, save, fresh) for i, layer in self.layers.items() if whole
-        }
+        self.initial: dict[int, dict[str, torch.Tensor]] = {}
         for index, layer in self.layers.items():
+            if self.whole:
+                self.initial[index] = _initial(index, layer.router, args)
             self._attach(index, layer.router)
 
     def _attach(self, index: int, router: Any) -> None:
-        """Wrap the instance's ``routing``; look at its input on the way."""
         original = router.routing
 
         def routing(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -97,10 +80,9 @@ class RoutingCollector:
 
     @torch.no_grad()
     def gather(self, with_rare: bool) -> dict[str, Any]:
-        """What all ranks collected since the last call, one entry a measure; every rank must call.
+        """What all ranks collected since the last call; every rank must call.
 
-        Returns:
-            ``layers``, the MoE layers from 0, and for each measure a list over them; ``rare`` likewise.
+        ``layers``, the MoE layers from 0, and for each measure a list over them; ``rare`` likewise.
         """
         rare = torch.zeros((len(self.sums), len(RARE), 2), dtype=torch.float64)  # sum over ranks, ranks
         with_rare = with_rare and self.whole
@@ -108,7 +90,7 @@ class RoutingCollector:
             for index, values in self._rare().items():
                 for column, name in enumerate(RARE):
                     if not math.isnan(value := values.get(name, math.nan)):
-                        rare[index, column] += torch.tensor((value, 1.0))
+                        rare[index, column] = torch.tensor((value, 1.0))
         everything = torch.cat((self.sums, rare.flatten(1).to(self.sums.device)), dim=1)
         # Layers of other pipeline stages are zero here, and tensor-parallel ranks that see the same tokens
         # add the same to numerators and denominators: one sum over all ranks does for all.
@@ -129,7 +111,7 @@ class RoutingCollector:
         return record
 
     def _rare(self) -> dict[int, dict[str, float]]:
-        found: dict[int, dict[str, float]] = {}
+        found = {}
         distances = _expert_distances(self.layers)
         for index, layer in self.layers.items():
             router, initial = layer.router, self.initial[index]
@@ -171,8 +153,6 @@ def _expert_distances(layers: dict[int, Any]) -> dict[int, float]:
     for layer in layers.values():
         found = [p for name, p in layer.experts.named_parameters() if FC1.fullmatch(name)]
         weights = [w for p in found for w in (p.unbind() if p.dim() == 3 else (p,)) if w.dim() == 2]
-        if not weights:
-            raise _unknown("MoELayer.experts with a matrix linear_fc1.weight for each expert")
         rows = torch.stack([w[:: max(1, len(w) // SAMPLE_ROWS)][:SAMPLE_ROWS].flatten() for w in weights])
         rows = rows.double()  # a small difference of large sums
         counts = torch.stack((rows.square().sum(), rows.new_tensor(len(rows))))
@@ -185,15 +165,15 @@ def _expert_distances(layers: dict[int, Any]) -> dict[int, float]:
     return dict(zip(layers, spreads, strict=True))
 
 
-def _initial(index: int, router: Any, save: Path | None, fresh: bool) -> dict[str, torch.Tensor]:
+def _initial(index: int, router: Any, args: Namespace) -> dict[str, torch.Tensor]:
     """A router's parameters at the run's start; kept in the run's folder for when it resumes."""
     from megatron.core import parallel_state
 
     now = {name: p.detach().clone() for name, p in router.named_parameters()}
-    if save is None or not now:
+    if not args.save or not now:
         return now
-    path = save / INITIAL / f"layer_{index:03}.safetensors"
-    if not fresh and path.is_file():
+    path = Path(args.save) / INITIAL / f"layer_{index:03}.safetensors"
+    if args.iteration and path.is_file():
         return safetensors.torch.load_file(path, device=str(next(iter(now.values())).device))
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     if replica == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -201,13 +181,5 @@ def _initial(index: int, router: Any, save: Path | None, fresh: bool) -> dict[st
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, safetensors.torch.save({name: p.contiguous().cpu() for name, p in now.items()}))
         except OSError as error:
-            print(
-                f"{path}: cannot be written ({error.strerror}); a resumed run measures drift from its start"
-            )
+            print(f"{path}: cannot be written ({error.strerror}); after a resume drift counts from there")
     return now
-
-
-def _unknown(symbol: str) -> RuntimeError:
-    return patching.changed(
-        "routing diagnostics", f"no {symbol}", "--no-routing-diagnostics trains without them"
-    )

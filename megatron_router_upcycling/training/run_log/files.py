@@ -1,7 +1,6 @@
 """The files of a run: ``run.jsonl`` (losses) and ``routing.jsonl`` (routers), beside its checkpoints.
 
-One JSON object a line, each with its ``iteration``. A run that resumes from a checkpoint first drops the
-lines of later iterations, so that a file tells of one run without gaps or repeats.
+One JSON object a line. A run that resumes from a checkpoint first drops the lines of later iterations.
 
 ``run.jsonl``: ``{"kind": "train", "iteration", "tokens", "lm_loss", "over", "learning_rate", "grad_norm",
 "time"}``, where ``lm_loss`` is the mean over the last ``over`` iterations, and ``{"kind": "held_out",
@@ -51,12 +50,9 @@ def append(path: Path, line: dict[str, Any]) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines in order; none where there is no file. A line cut short by a crash is passed over."""
     lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
+    for text in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("iteration"), int):
                 lines.append(line)
     return lines

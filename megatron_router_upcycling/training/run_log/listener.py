@@ -7,6 +7,7 @@ is there), ``training_log`` (an iteration is over), ``evaluate_and_print_results
 import functools
 import inspect
 import logging
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -66,17 +67,11 @@ class RunLog:
             return result
         if routers_in_cuda_graphs(args):
             if args.rank == 0:
-                print(
-                    "routing diagnostics: none; a CUDA graph replays routers without calling them", flush=True
-                )
+                print("routing diagnostics: none; a CUDA graph replays routers uncalled", flush=True)
             return result
         from megatron_router_upcycling.training.run_log.collector import RoutingCollector
 
-        whole = not (args.use_megatron_fsdp or args.use_torch_fsdp2)
-        sizes = args.num_layers, args.num_experts
-        self.collector = RoutingCollector(
-            result[0], *sizes, self._is_wanted, self.save, fresh=args.iteration == 0, whole=whole
-        )
+        self.collector = RoutingCollector(result[0], args, self._is_wanted)
         self.collector.sampling = self._is_rare(args.iteration + 1)
         self._keep_moe_losses()
         return result
@@ -84,9 +79,7 @@ class RunLog:
     def _training_log(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
         iteration = given["iteration"]
         if iteration % self.args.log_interval == 0:
-            # Megatron prints a run's first iteration and keeps it in the running sums; where that is a
-            # logging boundary anyway, the next line would average over it once more, and the losses would
-            # depend on where a run was started.
+            # Megatron keeps the sums of a run's first iteration; the next line would average over it again.
             given["is_first_iteration"] = False
         line = self._losses(given)  # before Megatron resets its sums
         self.moe_losses = {}
@@ -122,11 +115,8 @@ class RunLog:
         try:
             files.append(self.save / name, line)
         except OSError as error:
-            print(
-                f"{self.save / name}: the line of iteration {line['iteration']} could not be written"
-                f" ({error.strerror}); training continues",
-                flush=True,
-            )
+            lost = f"the line of iteration {line['iteration']} could not be written ({error.strerror})"
+            print(f"{self.save / name}: {lost}; training continues", flush=True)
 
     def _is_wanted(self, iteration: int | None = None) -> bool:
         """Whether this iteration's routing is written; without a number, the one that is running."""
@@ -166,10 +156,7 @@ class RunLog:
         }
 
     def _keep_moe_losses(self) -> None:
-        """Keep Megatron's auxiliary losses a layer, which it forgets once it has reported their mean.
-
-        ``report`` sums the tracker's values over the ranks and clears them last.
-        """
+        """Keep the auxiliary losses of each layer, which Megatron clears once it has reported their mean."""
         from megatron.core.num_microbatches_calculator import get_num_microbatches
         from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
@@ -178,10 +165,8 @@ class RunLog:
 
         def keep_and_clear() -> None:
             if self._is_wanted() and self._writes():
-                self.moe_losses = {
-                    name: (entry.values.float() / get_num_microbatches()).tolist()
-                    for name, entry in tracker.metrics.items()
-                }
+                for name, entry in tracker.metrics.items():
+                    self.moe_losses[name] = (entry.values.float() / get_num_microbatches()).tolist()
             clear()
 
         tracker.clear = keep_and_clear  # type: ignore[method-assign]
@@ -195,7 +180,14 @@ class RunLog:
         for name, values in self.moe_losses.items():
             record[name] = [values[layer] for layer in record["layers"]]
         self._append(files.ROUTING, {"iteration": iteration, "tokens": self._tokens(), **record})
-        scalars = _scalars(record)
+        # For loggers the mean over layers, and each layer.
+        scalars: dict[str, float] = {}
+        lists = {name: values for name, values in record.items() if name not in ("layers", "load", "rare")}
+        for name, values in (lists | record.get("rare", {})).items():
+            present = {n: v for n, v in zip(record["layers"], values, strict=True) if not math.isnan(v)}
+            if present:
+                scalars[f"routing/{name}"] = sum(present.values()) / len(present)
+            scalars |= {f"routing/{name}/layer_{layer}": value for layer, value in present.items()}
         if writer := get_tensorboard_writer():
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, iteration)
@@ -203,30 +195,16 @@ class RunLog:
             wandb.log(scalars, iteration)
 
 
-def _scalars(record: dict[str, Any]) -> dict[str, float]:
-    """For loggers: each measure's mean over layers, ``routing/NAME``, and each ``routing/NAME/layer_N``."""
-    scalars = {}
-    lists = {name: values for name, values in record.items() if name not in ("layers", "load", "rare")}
-    for name, values in (lists | record.get("rare", {})).items():
-        present = [(layer, v) for layer, v in zip(record["layers"], values, strict=True) if v == v]
-        if present:
-            scalars[f"routing/{name}"] = sum(v for _, v in present) / len(present)
-        scalars |= {f"routing/{name}/layer_{layer}": v for layer, v in present}
-    return scalars
-
-
 def routers_in_cuda_graphs(args: Namespace) -> bool:
     """Whether Megatron captures routers: whole layers (no modules named) or parts of an MoE layer."""
-    modules = [getattr(module, "name", module) for module in args.cuda_graph_modules or ()]
-    return args.cuda_graph_impl != "none" and (
-        not modules or any(module.startswith("moe") for module in modules)
-    )
+    modules = [getattr(module, "name", module) for module in args.cuda_graph_modules or ("moe",)]
+    return args.cuda_graph_impl != "none" and any(module.startswith("moe") for module in modules)
 
 
 def _wrap(name: str, outer: Callable[[Callable[[], Any], dict[str, Any]], Any], *reads: str) -> None:
-    """Wrap ``megatron.training.training.NAME`` in ``outer``(call, given), ``given`` its arguments by name.
+    """Wrap ``megatron.training.training.NAME`` in ``outer``(call, given).
 
-    What ``outer`` changes in ``given``, the call sees.
+    ``given`` are its arguments by name, which ``outer`` may change.
     """
     from megatron.training import training
 

@@ -36,11 +36,8 @@ def routing_sums(scores: Tensor, weights: Tensor, routing_map: Tensor, top_k: in
 def summarise(sums: Tensor) -> dict[str, Any]:
     """The measures of one layer, from the sums of ``routing_sums``; empty where there were no tokens.
 
-    Returns:
-        ``load``, each expert's share of all choices that were kept, and numbers: the busiest expert's tokens
-        and the standard deviation of all experts' over their mean, the experts without a token; a token's
-        entropy in nats, largest probability and sum of weights, each the mean over tokens; and the share of
-        choices that capacity dropped.
+    ``load`` is each expert's share of the choices that were kept, ``load_cv`` its standard deviation over its
+    mean; entropy (nats), largest probability and sum of weights are means over tokens.
     """
     tokens, entropy, top1, weight_sum, dropped = sums[: len(SUMS)].tolist()
     load = sums[len(SUMS) :].double()
@@ -72,11 +69,8 @@ def choose(logits: Tensor, top_k: int, pre_softmax: bool) -> tuple[Tensor, Tenso
 def spread(total: Tensor, square_total: float, count: int) -> float:
     """Root mean square distance of every two of ``count`` vectors, over their root mean square norm.
 
-    0 when they are equal, sqrt(2) when they are orthogonal and of one length.
-
-    Args:
-        total: the vectors' sum.
-        square_total: the sum of their squared norms.
+    0 when they are equal, sqrt(2) when they are orthogonal and of one length. ``total`` is the vectors' sum,
+    ``square_total`` the sum of their squared norms.
     """
     if count < 2 or not square_total:
         return math.nan
