@@ -73,7 +73,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from megatron_router_upcycling.data import prepare, sources
-    from megatron_router_upcycling.data.options import Options
+    from megatron_router_upcycling.data.record import Options
 
     start = time.monotonic()
     if (args.tokenizer is None) == (args.train_tokenizer is None):

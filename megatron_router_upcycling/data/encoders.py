@@ -2,20 +2,12 @@
 
 import json
 import os
-import re
 import unicodedata
 from collections.abc import Callable
 from typing import Any
 
-import numpy
-
 # GPT-2's rule, which the ByteLevel pre-tokeniser applies by itself.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Byte-level tokens write each byte as a character: itself where it can be printed, or one from 256 on.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {
-    chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))
-}
 # What two tokenizers could disagree about: scripts, white space, digits, accents, code, emoji.
 SAMPLE = [
     "The quick brown fox's 12345 jumps; don't, I'LL we'd it\u2019s e\u0301 naïve Straße ŒUVRE ǅ ﬁ ½ ² ⅷ",
@@ -30,12 +22,12 @@ SAMPLE = [
 Encoder = Callable[[str], Any]  # a text into its tokens [N]
 
 
-def of(definition: str | bytes, encode_special_tokens: bool, tiktoken: bool) -> Encoder:
-    """The encoder of a tokenizer.json, or of a sentencepiece model.
+class Unsuited(Exception):
+    """Why tiktoken cannot give the tokens of a tokenizer.json."""
 
-    Raises:
-        Unsuited: tiktoken shall give the tokens of tokenizer.json, and cannot.
-    """
+
+def of(definition: str | bytes, encode_special_tokens: bool, tiktoken: bool) -> Encoder:
+    """The encoder of a tokenizer.json (by tiktoken, else ``Unsuited`` is raised) or sentencepiece model."""
     if isinstance(definition, bytes):
         import sentencepiece
 
@@ -49,57 +41,44 @@ def of(definition: str | bytes, encode_special_tokens: bool, tiktoken: bool) -> 
     def encode(text: str) -> list[int]:
         return tokenizer.encode_batch_fast([text])[0].ids  # without the places of characters
 
-    return TikToken(json.loads(definition), tokenizer, encode) if tiktoken else encode
+    return _by_tiktoken(json.loads(definition), tokenizer, encode) if tiktoken else encode
 
 
-class Unsuited(Exception):
-    """Why tiktoken does not serve."""
-
-
-class TikToken:
-    """A byte-level BPE of tokenizer.json by tiktoken, several times as fast as by ``tokenizers``.
+def _by_tiktoken(content: dict[str, Any], tokenizer: Any, slow: Encoder) -> Encoder:
+    """The encoder of a byte-level BPE by tiktoken, several times as fast as ``slow`` by ``tokenizers``.
 
     tiktoken merges whatever gives a token, lowest number first; ``tokenizers`` merges listed pairs in their
     order. That is the same where numbers rise with the order of merges and every token's own bytes are merged
     into that token: two neighbours that give a token have come about as they do in the token alone.
-
-    Raises:
-        Unsuited: the tokenizer is of another kind, or gives other tokens for ``SAMPLE``.
     """
+    import tiktoken
 
-    def __init__(self, content: dict[str, Any], tokenizer: Any, slow: Encoder) -> None:
-        import tiktoken
+    normalizer = tokenizer.normalizer
+    if (content["normalizer"] or {}).get("type", "NFC") != "NFC":
+        raise Unsuited("its normaliser is not NFC")
+    if slow(""):
+        raise Unsuited("it puts tokens around a text")
+    added = _added(content, tokenizer.encode_special_tokens)
+    ranks = _ranks(content, tokenizer.encode_special_tokens)
+    # With no special token at all, tiktoken would look for the empty one at every character.
+    special = added or {"\0\0none": max(ranks.values()) + 1}
+    rule = _rule(content["pre_tokenizer"])
+    fast = tiktoken.Encoding("", pat_str=rule, mergeable_ranks=ranks, special_tokens=special)
 
-        self._slow, self._normalizer = slow, tokenizer.normalizer
-        if (content["normalizer"] or {}).get("type", "NFC") != "NFC":
-            raise Unsuited("its normaliser is not NFC")
-        if slow(""):
-            raise Unsuited("it puts tokens around a text")
-        self._added = _added(content, tokenizer.encode_special_tokens)
-        longest_first = sorted(self._added, key=len, reverse=True)
-        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
-        ranks = _ranks(content, tokenizer.encode_special_tokens)
-        # With no special token at all, tiktoken would look for the empty one at every character.
-        none = {"\0\0none": max(ranks.values()) + 1}
-        rule = _rule(content["pre_tokenizer"])
-        self._tiktoken = tiktoken.Encoding("", pat_str=rule, mergeable_ranks=ranks, special_tokens=none)
-        if any(list(self(text)) != slow(text) for text in SAMPLE):
-            raise Unsuited("its tokens differ for a sample of text")
-
-    def __call__(self, text: str) -> Any:
-        if not self._split or not self._split.search(text):
-            return self._of_plain(text)
-        parts = self._split.split(text)  # plain text and added tokens take turns
-        found = [[self._added[part]] if n % 2 else self._of_plain(part) for n, part in enumerate(parts)]
-        return numpy.concatenate([numpy.asarray(ids, numpy.uint32) for ids in found])
-
-    def _of_plain(self, text: str) -> Any:
-        if self._normalizer and not text.isascii() and not unicodedata.is_normalized("NFC", text):
-            text = self._normalizer.normalize_str(text)
+    def encode(text: str) -> Any:
+        found: set[str] = set(added)
+        if normalizer and not text.isascii() and not unicodedata.is_normalized("NFC", text):
+            if any(token in text for token in added):  # only what lies between them is normalised
+                return slow(text)
+            text, found = normalizer.normalize_str(text), set()
         try:
-            return self._tiktoken.encode_to_numpy(text, disallowed_special=())
+            return fast.encode_to_numpy(text, allowed_special=found, disallowed_special=())
         except ValueError:  # a million spaces in a row are too many for its regular expressions
-            return self._slow(text)
+            return slow(text)
+
+    if any(list(encode(text)) != slow(text) for text in SAMPLE):
+        raise Unsuited("its tokens differ for a sample of text")
+    return encode
 
 
 def _added(content: dict[str, Any], encode_special_tokens: bool) -> dict[str, int]:
@@ -111,6 +90,8 @@ def _added(content: dict[str, Any], encode_special_tokens: bool) -> dict[str, in
             raise Unsuited(f"its token {token['content']} is looked for otherwise than as it stands")
         if not (token["special"] and encode_special_tokens):
             found[token["content"]] = token["id"]
+    if any(one != other and one.startswith(other) for one in found for other in found):
+        raise Unsuited("one of its added tokens begins with another")
     return found
 
 
@@ -131,7 +112,9 @@ def _rule(pre_tokenizer: dict[str, Any] | None) -> str:
 def _ranks(content: dict[str, Any], encode_special_tokens: bool) -> dict[bytes, int]:
     """Bytes of all tokens that merges can give, and their numbers."""
     import tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     model = content["model"]
     odd = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if model["type"] != "BPE" or any(model.get(name) for name in odd):
@@ -146,8 +129,8 @@ def _ranks(content: dict[str, Any], encode_special_tokens: bool) -> dict[bytes, 
     ranks = {}
     tokens = list(vocabulary)
     for token, merged in zip(tokens, merging.encode_batch(tokens), strict=True):
-        if merged.ids == [vocabulary[token]] and all(character in BYTE_OF for character in token):
-            ranks[bytes(BYTE_OF[character] for character in token)] = vocabulary[token]
+        if merged.ids == [vocabulary[token]] and byte_of.keys() >= set(token):
+            ranks[bytes(byte_of[character] for character in token)] = vocabulary[token]
         elif token not in added or (model.get("ignore_merges") and encode_special_tokens):
             raise Unsuited(f"its merges do not give its token {vocabulary[token]}")
     if not all(bytes([byte]) in ranks for byte in range(256)):

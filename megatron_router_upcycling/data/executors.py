@@ -42,15 +42,14 @@ class Local(LocalPipelineExecutor):
                 for future in as_completed(running):
                     future.result()
                     yield running[future]
-            except BaseException as error:
-                for child in multiprocessing.active_children():
-                    child.kill()
-                if not isinstance(error, BrokenProcessPool):
-                    raise
+            except BrokenProcessPool:
                 raise WorkerLost(
                     "--workers: one was killed, perhaps since memory ran out; fewer workers, or shorter"
                     " documents (--max-document-bytes), need less;"
                 ) from None
+            finally:
+                for child in multiprocessing.active_children():
+                    child.kill()
 
 
 _executor: Local | None = None  # of a worker
@@ -62,8 +61,7 @@ def _begin(executor: Local) -> None:
     _executor = executor
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with contextlib.suppress(OSError, AttributeError):  # where there is no such call
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (the library logs errors there, and in a file)
 
 
@@ -80,9 +78,8 @@ class Slurm(SlurmPipelineExecutor):
     ) -> None:
         if "SLURM_ARRAY_TASK_ID" in os.environ:
             raise UserError("--executor slurm: this is a task of an array job; run it outside of one")
-        for name in ("partition", "time"):
-            if name not in options:
-                raise UserError(f"--executor slurm: needs --slurm {name}=..., as sbatch's --{name}")
+        if not {"partition", "time"} <= options.keys():
+            raise UserError("--executor slurm: needs --slurm partition=... and --slurm time=..., for sbatch")
         python = f"export PATH={Path(sys.executable).parent}:$PATH"
         name = f"{options.get('job-name', 'prepare-data')}-{secrets.token_hex(4)}"  # what squeue is asked for
         super().__init__(

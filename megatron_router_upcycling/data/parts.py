@@ -16,7 +16,7 @@ import numpy
 from datatrove.pipeline.base import PipelineStep
 
 from megatron_router_upcycling.data import encoders, readers
-from megatron_router_upcycling.data.options import Options
+from megatron_router_upcycling.data.record import Options
 from megatron_router_upcycling.data.tokenizer import Tokenizer
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.files import write_whole
@@ -70,13 +70,11 @@ class Tokenise(PipelineStep):
         return self.tokenizer.encoder(tiktoken=True) if self.tiktoken else slow, slow
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """Do the task ``rank``."""
         path = self.options.work / f"{rank:07d}.tokens"
-        partial = path.with_suffix(f".{os.getpid()}")
+        partial, content, counts = path.with_suffix(f".{os.getpid()}"), io.BytesIO(), Counts()
         try:
             with partial.open("wb") as file:
-                table, counts = self._write_tokens(rank, file)
-            content = io.BytesIO()
+                table = list(self._write_tokens(rank, file, counts))
             rows = numpy.array(table, dtype=numpy.int64).reshape(-1, 3)
             numpy.savez(content, table=rows, counts=json.dumps(vars(counts)))
             write_whole(path.with_suffix(".npz"), content.getvalue())
@@ -86,11 +84,11 @@ class Tokenise(PipelineStep):
         finally:
             partial.unlink(missing_ok=True)
 
-    def _write_tokens(self, rank: int, file: Any) -> tuple[list[tuple[int, int, bool]], Counts]:
-        """Write a part's tokens; its table (see ``load``) and counts."""
-        options, dtype, table, counts = self.options, self.tokenizer.dtype, [], Counts()
+    def _write_tokens(self, rank: int, file: Any, counts: Counts) -> Iterator[tuple[int, int, bool]]:
+        """Write the tokens of a part's documents; each one's row in the table (see ``load``)."""
+        options, dtype = self.options, self.tokenizer.dtype
         end = self.tokenizer.end_of_document if options.end_of_document else None
-        ends = numpy.array([] if end is None else [end], dtype)
+        ends = [] if end is None else [end]
         encode, slow = self._encoders
         compared = 0 if self.tiktoken else SAMPLED
         for text in documents(self.tasks[rank], options, counts):
@@ -104,10 +102,9 @@ class Tokenise(PipelineStep):
                 counts.empty += 1
                 continue
             file.write(numpy.asarray(ids, dtype))
-            file.write(ends)
+            file.write(numpy.asarray(ends, dtype))
             held_out = is_held_out(text, options.held_out, options.seed)
-            table.append((len(ids) + len(ends), readers.size_of(text), held_out))
-        return table, counts
+            yield len(ids) + len(ends), readers.size_of(text), held_out
 
 
 def documents(task: readers.Task, options: Options, counts: Counts) -> Iterator[str]:
@@ -131,15 +128,12 @@ def is_held_out(text: str, share: float, seed: int) -> bool:
 
     So a document stays where it is when others come or go, and copies of it never fall on both sides.
     """
-    if not share:
-        return False
     digest = hashlib.sha256(f"{seed}:".encode() + text.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def load(folder: Path, rank: int, dtype: Any) -> tuple[Any, Any, Counts]:
-    """A part's tokens [N]; its table [D, 3]: each document's tokens, bytes and whether it is held out; and
-    what was no document."""
+    """A part's tokens [N]; table [D, 3] of documents: tokens, bytes, whether held out; and counts."""
     path = folder / f"{rank:07d}.npz"
     try:
         with numpy.load(path, allow_pickle=False) as file:
@@ -148,7 +142,5 @@ def load(folder: Path, rank: int, dtype: Any) -> tuple[Any, Any, Counts]:
         if count:
             tokens = numpy.memmap(path.with_suffix(".tokens"), dtype, "r", shape=(count,))
     except Exception as error:  # a machine that fails may damage files
-        raise UserError(
-            f"{path}: was damaged ({reason(error)}); remove {folder} and run the command again"
-        ) from None
+        raise UserError(f"{path}: was damaged ({reason(error)}); run the command again") from None
     return tokens, table, counts

@@ -13,15 +13,15 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_router_upcycling.checkpoint.publish.folder import held
-from megatron_router_upcycling.data import executors, parts, publish, readers, tokenizer
-from megatron_router_upcycling.data.options import Options
+from megatron_router_upcycling.data import encoders, executors, parts, publish, readers, tokenizer
 from megatron_router_upcycling.data.publish import Output
-from megatron_router_upcycling.data.record import Record
+from megatron_router_upcycling.data.record import Options, Record
 from megatron_router_upcycling.data.sources import Source
 from megatron_router_upcycling.data.tokenizer import Tokenizer
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.files import versions, write_whole
 
 FORMAT = 3  # of the parts
@@ -40,33 +40,26 @@ def check(sources: list[Source], options: Options) -> None:
 def run(
     sources: list[Source], left_out: Counter[str], options: Options, progress: Progress
 ) -> tuple[list[Record], str]:
-    """Make the data.
+    """Make the data. A failure leaves nothing, but a run that was stopped, or lost a worker, its parts.
 
     Args:
         left_out: files of no known kind in the folders, for the record.
 
     Returns:
         The records of the prefixes, and why tokens came by tokenizers and not tiktoken, where they did.
-
-    Raises:
-        UserError: the text cannot be used, or the disk not be written; nothing is left then.
-        KeyboardInterrupt: or its subclass for SIGTERM, with a text that says what was left.
     """
-    output, work = options.output, options.work
+    output, work, keep = options.output, options.work, False
     created = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with held(output, "--output"):
-            keep = False
             try:
                 return _make(sources, left_out, options, progress)
             except (KeyboardInterrupt, executors.WorkerLost) as error:
-                done = len(list(work.glob("*.npz")))
-                keep = done > 0 or isinstance(error, executors.WorkerLost)
-                if not keep:
-                    raise
-                left = f"{done} finished parts are in {work}; run the same command again to resume"
-                raise type(error)(f"{error} {left}".strip()) from None
+                keep = True
+                left = f"{len(list(work.glob('*.npz')))} finished parts are in {work}"
+                again = f"{error} {left}; run the same command again to resume"
+                raise type(error)(again.strip()) from None
             finally:
                 if not keep:
                     shutil.rmtree(work, ignore_errors=True)
@@ -75,8 +68,7 @@ def run(
             with contextlib.suppress(OSError):  # a run that was stopped keeps its parts there
                 parent.rmdir()
         if isinstance(error, OSError):
-            why = error.strerror or error
-            raise UserError(f"--output {output}: cannot be written ({why}); make room") from None
+            raise UserError(f"--output {output}: cannot be written ({reason(error)}); make room") from None
         raise
 
 
@@ -89,10 +81,27 @@ def _make(
     made = given or tokenizer.load(_trained(options, tasks))
     if options.end_of_document and made.end_of_document is None:
         raise UserError(f"--tokenizer {made.place}: has no end-of-document token; pass --no-end-of-document")
-    slow = made.why_slow()
+    slow = ""
+    try:
+        made.encoder(tiktoken=True)
+    except encoders.Unsuited as why:
+        slow = str(why)
     prefixes = [options.work / "out" / prefix.name for prefix in options.prefixes]
     outputs = [Output(prefix, made.dtype, n > 0) for n, prefix in enumerate(prefixes)]
     counts = _join(parts.Tokenise(tasks, options, made, not slow), outputs, progress)
+    common: dict[str, Any] = {
+        "vocab_size": made.vocab_size,
+        "tokenizer": str(made.place.absolute() if given else options.trained_tokenizer),
+        "tokenizer_sha256": made.sha256,
+        "end_of_document": made.end_of_document if options.end_of_document else None,
+        "empty": counts.empty,
+        "skipped_count": counts.bad_count,
+        "skipped": counts.bad,
+        "left_out": dict(left_out.most_common()),
+        "options": options.decisive() | {"sources": [source.path for source in sources[: parts.LISTED]]},
+        "versions": versions("megatron-router-upcycling", "megatron-core", "tokenizers", "sentencepiece"),
+    }
+    records = []
     for output in outputs:
         if not output.documents:
             side = "held-out data" if output.held_out else "training"
@@ -101,7 +110,9 @@ def _make(
                 f" ({counts.empty} are empty); more text, or another share, would do"
             )
         output.write_index()
-    records = [_record(sources, left_out, options, made, counts, output) for output in outputs]
+        own = {name: getattr(output, name) for name in ("documents", "tokens", "bytes", "longest_document")}
+        ratio = round(output.bytes / max(output.tokens, 1), 4)
+        records.append(Record(dtype=output.dtype.name, bytes_per_token=ratio, **own, **common))
     publish.publish(options, outputs, records)
     if counts.tiktoken_differs:
         slow = f"in {counts.tiktoken_differs} of {len(tasks)} parts tiktoken gives other tokens"
@@ -130,7 +141,7 @@ def _open(sources: list[Source], options: Options, given: Tokenizer | None) -> N
 def _trained(options: Options, tasks: list[readers.Task]) -> Path:
     """The file of a tokenizer trained on the documents that are not held out."""
     assert options.train_tokenizer
-    file = options.work / publish.TOKENIZER
+    file = options.work / options.trained_tokenizer.name
     if not file.is_file():
         write_whole(file, tokenizer.train(_training_texts(options, tasks), options.train_tokenizer))
     return file
@@ -153,12 +164,10 @@ def _training_texts(options: Options, tasks: list[readers.Task]) -> Iterator[str
 def _join(step: parts.Tokenise, outputs: list[Output], progress: Progress) -> parts.Counts:
     """Run the tasks and write their parts in order."""
     options, logs, count = step.options, step.options.work / "tasks", len(step.tasks)
-    executor: executors.Local | executors.Slurm
+    workers = min(options.workers or len(os.sched_getaffinity(0)), count)
+    executor: executors.Local | executors.Slurm = executors.Local([step], count, workers, str(logs))
     if options.executor == "slurm":
         executor = executors.Slurm([step], count, options.workers, logs, options.slurm)
-    else:
-        workers = options.workers or len(os.sched_getaffinity(0))
-        executor = executors.Local([step], count, min(workers, count), str(logs))
     todo = executor.get_incomplete_ranks()
     counts, done = parts.Counts(), set(range(count)).difference(todo)
     with contextlib.closing(executor.finished(todo)) as finished:
@@ -167,39 +176,10 @@ def _join(step: parts.Tokenise, outputs: list[Output], progress: Progress) -> pa
                 done.add(next(finished))
             tokens, table, part = parts.load(options.work, rank, step.tokenizer.dtype)
             counts.add(part, options.max_bad)
-            fit = publish.fitting(table, outputs, options.max_tokens, options.max_bytes)
+            fit = publish.fitting(table, outputs, options)
             for output in outputs:
                 output.append(tokens, table[:fit])
             progress(sum(piece.size for piece in task))
             if fit < len(table):
                 break
     return counts
-
-
-def _record(
-    sources: list[Source],
-    left_out: Counter[str],
-    options: Options,
-    made: Tokenizer,
-    counts: parts.Counts,
-    output: Output,
-) -> Record:
-    place = publish.tokenizer_of(options.output) if options.train_tokenizer else made.place.absolute()
-    return Record(
-        documents=output.documents,
-        tokens=output.tokens,
-        bytes=output.bytes,
-        bytes_per_token=round(output.bytes / max(output.tokens, 1), 4),
-        longest_document=output.longest_document,
-        vocab_size=made.vocab_size,
-        tokenizer=str(place),
-        tokenizer_sha256=made.sha256,
-        dtype=output.dtype.name,
-        end_of_document=made.end_of_document if options.end_of_document else None,
-        empty=counts.empty,
-        skipped_count=counts.bad_count,
-        skipped=counts.bad,
-        left_out=dict(left_out.most_common()),
-        options=options.decisive() | {"sources": [source.path for source in sources[: parts.LISTED]]},
-        versions=versions("megatron-router-upcycling", "megatron-core", "tokenizers", "sentencepiece"),
-    )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from megatron_router_upcycling.data import record
-from megatron_router_upcycling.data.options import Options
+from megatron_router_upcycling.data.record import Options
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sync
 
@@ -22,8 +22,8 @@ from megatron_router_upcycling.files import sync
 MARK, HEADER = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
 DTYPE_CODES = {"uint16": 8, "int32": 4}
 DOCUMENTS = 1 << 14  # that are copied at a time
-TOKENIZER = "tokenizer.model"
 PUBLISHING = "publishing"  # stands in the folder of parts once old data may be gone
+SUFFIXES = (".json", ".idx", ".bin")  # in the order in which old files go
 
 
 class Output:
@@ -37,13 +37,13 @@ class Output:
         self.prefix, self.dtype, self.held_out = prefix, numpy.dtype(dtype), held_out
         self.documents = self.tokens = self.bytes = self.longest_document = 0
         self._lengths: list[Any] = [numpy.empty(0, numpy.int32)]
-        _file(prefix, ".bin").touch()
+        file_of(prefix, ".bin").touch()
 
     def append(self, tokens: Any, table: Any) -> None:
         """Append its documents of a part: tokens [N] and table [D, 3] (see ``parts.load``)."""
         ends = numpy.concatenate([[0], table[:, 0].cumsum()])
         mine = table[:, 2] == self.held_out
-        with _file(self.prefix, ".bin").open("ab") as file:
+        with file_of(self.prefix, ".bin").open("ab") as file:
             for first in range(0, len(table), DOCUMENTS):
                 last = min(first + DOCUMENTS, len(table))
                 chosen: Any = numpy.repeat(mine[first:last], table[first:last, 0])
@@ -57,39 +57,28 @@ class Output:
 
     def write_index(self) -> None:
         lengths = numpy.concatenate(self._lengths)
-        ends = lengths.cumsum(dtype=numpy.int64) * self.dtype.itemsize
-        with _file(self.prefix, ".idx").open("wb") as file:
+        places = (lengths.cumsum(dtype=numpy.int64) - lengths) * self.dtype.itemsize
+        arrays: tuple[Any, ...] = (lengths, places, numpy.arange(self.documents + 1, dtype=numpy.int64))
+        with file_of(self.prefix, ".idx").open("wb") as file:
             code = DTYPE_CODES[self.dtype.name]
             file.write(HEADER.pack(MARK, 1, code, self.documents, self.documents + 1))
-            file.write(lengths)
-            file.write(ends - lengths * numpy.int64(self.dtype.itemsize))
-            file.write(numpy.arange(self.documents + 1, dtype=numpy.int64))
+            for array in arrays:
+                file.write(array)
 
 
-def fitting(table: Any, outputs: list[Output], max_tokens: int | None, max_bytes: int | None) -> int:
+def fitting(table: Any, outputs: list[Output], options: Options) -> int:
     """How many of a part's documents come before the first that exceeds a limit, all outputs together."""
-    count = len(table)
-    for column, limit, before in (
-        (0, max_tokens, sum(output.tokens for output in outputs)),
-        (1, max_bytes, sum(output.bytes for output in outputs)),
-    ):
-        if limit is not None:
-            count = min(count, int((before + table[:, column].cumsum() <= limit).sum()))
-    return count
+    tokens, size = (sum(getattr(output, name) for output in outputs) for name in ("tokens", "bytes"))
+    fits: Any = numpy.ones(len(table), bool)
+    if options.max_tokens is not None:
+        fits &= tokens + table[:, 0].cumsum() <= options.max_tokens
+    if options.max_bytes is not None:
+        fits &= size + table[:, 1].cumsum() <= options.max_bytes
+    return int(fits.sum())
 
 
-def tokenizer_of(prefix: Path) -> Path:
-    """The place of a tokenizer that was trained on the text."""
-    return prefix.with_name(f"{prefix.name}.{TOKENIZER}")
-
-
-def _file(prefix: Path, suffix: str) -> Path:
+def file_of(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
-
-
-def _files(prefix: Path) -> list[Path]:
-    """The files of a prefix, in the order in which they go."""
-    return [_file(prefix, suffix) for suffix in (".json", ".idx", ".bin")]
 
 
 def check(options: Options, sources: Iterable[Path]) -> None:
@@ -98,10 +87,11 @@ def check(options: Options, sources: Iterable[Path]) -> None:
     if not output.name or output.is_dir():
         raise UserError(f"--output {output}: is a folder; add the name that the files shall begin with")
     for prefix in options.prefixes:
-        for path in (*_files(prefix), tokenizer_of(prefix)):
+        files = [file_of(prefix, suffix) for suffix in SUFFIXES]
+        for path in (*files, options.trained_tokenizer):
             if path.resolve() in texts:
                 raise UserError(f"--output {output}: {path} is one of the sources; name another place")
-        there = [path for path in _files(prefix) if path.exists()]
+        there = [path for path in files if path.exists()]
         if not there or (options.work / PUBLISHING).exists():
             continue  # what is there is half of the data that will be made now
         if not options.overwrite or record.read(prefix) is None:
@@ -113,21 +103,20 @@ def check(options: Options, sources: Iterable[Path]) -> None:
 
 def publish(options: Options, outputs: list[Output], records: list[record.Record]) -> None:
     """Give the files of the outputs their names, held-out data first, and write the records."""
-    target, work = options.output, options.work
     for output in outputs:
-        for file in _files(output.prefix)[1:]:
-            sync(file)
-    old = record.read(target)
-    held_out = old is not None and bool(old.options.get("held_out"))
-    (work / PUBLISHING).touch()
-    for prefix in options.prefixes + [options.held_out_prefix] * held_out:
-        for file in _files(prefix):
-            file.unlink(missing_ok=True)
-    tokenizer_of(target).unlink(missing_ok=True)
-    if (work / TOKENIZER).exists():
-        os.replace(work / TOKENIZER, tokenizer_of(target))
+        sync(file_of(output.prefix, ".bin"))
+        sync(file_of(output.prefix, ".idx"))
+    old, trained = record.read(options.output), options.work / options.trained_tokenizer.name
+    (options.work / PUBLISHING).touch()
+    for prefix in (options.output, options.held_out_prefix):
+        if prefix in options.prefixes or (old and old.options.get("held_out")):
+            for suffix in SUFFIXES:
+                file_of(prefix, suffix).unlink(missing_ok=True)
+    options.trained_tokenizer.unlink(missing_ok=True)
+    if trained.exists():
+        os.replace(trained, options.trained_tokenizer)
     for output, prefix, entries in reversed(list(zip(outputs, options.prefixes, records, strict=True))):
         for suffix in (".bin", ".idx"):
-            os.replace(_file(output.prefix, suffix), _file(prefix, suffix))
+            os.replace(file_of(output.prefix, suffix), file_of(prefix, suffix))
         entries.write(prefix)
-    sync(target.parent)
+    sync(options.output.parent)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_router_upcycling.data.options import Options
-from megatron_router_upcycling.data.sources import Source, blamed, file_system
+from megatron_router_upcycling.data.record import Options
+from megatron_router_upcycling.data.sources import COMPRESSED, Source, blamed, file_system
 from megatron_router_upcycling.errors import reason
 
 SMALLEST_TASK, LARGEST_TASK = 1 << 22, 1 << 26  # bytes of files
@@ -46,7 +46,8 @@ def tasks(sources: list[Source]) -> list[Task]:
     made: list[Task] = [[]]
     filled = 0
     for source in sources:
-        step = size if source.kind in ("lines", "parquet") and not source.compressed else sys.maxsize
+        whole = source.kind not in ("lines", "parquet") or source.path.lower().endswith(COMPRESSED)
+        step = sys.maxsize if whole else size
         for start in range(0, max(source.size, 1), step):
             if filled >= size:
                 made.append([])
@@ -63,7 +64,7 @@ def read(piece: Piece, options: Options) -> Iterator[tuple[str, str]]:
     with blamed(piece.source.path), files.open(path, "rb", compression="infer") as stored:
         for row in READERS[kind](io.BufferedReader(stored, 1 << 18), piece, options):
             try:
-                text, why = _text_of(row, kind, options.text_key, options.max_document_bytes), ""
+                text, why = _text_of(row, kind, options), ""
             except (ValueError, RecursionError) as error:
                 text, why = "", reason(error)
             yield text, why
@@ -74,12 +75,13 @@ def size_of(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _text_of(row: Any, kind: str, key: str, longest: int) -> str:
-    """The text of a row: bytes of a line or file, a page, or an object with the text under ``key``.
+def _text_of(row: Any, kind: str, options: Options) -> str:
+    """The text of a row: bytes of a line or file, a page, or an object with the text under a key.
 
     Raises:
         ValueError, RecursionError: why there is none.
     """
+    key, longest = options.text_key, options.max_document_bytes
     too_long = f"is longer than {longest:,} bytes; cut it into documents, or raise --max-document-bytes"
     if isinstance(row, bytes):
         if len(row.removesuffix(b"\n")) > longest:
@@ -100,25 +102,19 @@ def _text_of(row: Any, kind: str, key: str, longest: int) -> str:
 
 def _lines(file: Any, piece: Piece, options: Options) -> Iterator[bytes]:
     """Lines, each with its end; of those that are too long the beginning."""
-    place = piece.start
+    place = max(piece.start - 1, 0)
     if place:
-        file.seek(place - 1)
-        place += _finish_line(file) - 1
+        file.seek(place)
+    begun_before = piece.start > 0  # the first line, or only its end, is of the piece before
     while place < piece.end and (line := file.readline(options.max_document_bytes + 2)):
         place += len(line)
-        if not line.endswith(b"\n"):
-            place += _finish_line(file)
-        yield line
-
-
-def _finish_line(file: Any) -> int:
-    """Read to the end of a line; the bytes that it took."""
-    taken = 0
-    while part := file.readline(1 << 20):
-        taken += len(part)
-        if part.endswith(b"\n"):
-            break
-    return taken
+        part = line
+        while part and not part.endswith(b"\n"):
+            part = file.readline(1 << 20)
+            place += len(part)
+        if not begun_before:
+            yield line
+        begun_before = False
 
 
 def _json(file: Any, piece: Piece, options: Options) -> Iterable[Any]:
@@ -126,10 +122,6 @@ def _json(file: Any, piece: Piece, options: Options) -> Iterable[Any]:
     if file.peek()[:1024].decode("utf-8-sig", "ignore").lstrip().startswith("["):
         return json.load(file)
     return _lines(file, piece, options)
-
-
-def _text(file: Any, piece: Piece, options: Options) -> list[bytes]:
-    return [file.read(options.max_document_bytes + 2)]
 
 
 def _parquet(file: Any, piece: Piece, options: Options) -> Iterator[Any]:
@@ -172,5 +164,5 @@ READERS: dict[str, Callable[[Any, Piece, Options], Iterable[Any]]] = {
     "csv": _csv,
     "arrow": _arrow,
     "warc": _warc,
-    "text": _text,
+    "text": lambda file, _, options: [file.read(options.max_document_bytes + 2)],
 }

@@ -1,4 +1,4 @@
-"""What ``prepare-data`` writes down beside its data.
+"""What ``prepare-data`` is asked for, and what it writes down beside its data.
 
 ``PREFIX.json`` stands beside ``PREFIX.bin`` and ``PREFIX.idx`` and comes last, so that data with a record is
 whole. This module imports nothing heavy: whoever is about to train may ask it before Megatron starts.
@@ -10,11 +10,54 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.errors import UserError, reason, shown
+from megatron_router_upcycling.errors import UserError, described, shown
 from megatron_router_upcycling.files import write_whole
 
-FORMAT = 2
-EARLIER = 1  # where ``tokenizer_sha256`` is of the tokenizer's files
+FORMAT = 2  # and 1, where ``tokenizer_sha256`` is of the tokenizer's files
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags of ``prepare-data``, which say what they mean."""
+
+    output: Path
+    tokenizer: Path | None  # or one is trained
+    train_tokenizer: int | None
+    text_key: str
+    held_out: float
+    seed: int
+    end_of_document: bool
+    max_tokens: int | None
+    max_bytes: int | None
+    max_document_bytes: int
+    max_bad: int
+    workers: int | None  # at a time: None for one a core, or for Slurm as many as it has room for
+    executor: str
+    slurm: dict[str, str]  # options of sbatch
+    overwrite: bool
+
+    @property
+    def held_out_prefix(self) -> Path:
+        return self.output.with_name(f"{self.output.name}_held_out")
+
+    @property
+    def prefixes(self) -> list[Path]:
+        """Of training and, where some are held out, of held-out documents."""
+        return [self.output, self.held_out_prefix] if self.held_out else [self.output]
+
+    @property
+    def work(self) -> Path:
+        """The hidden folder of the parts."""
+        return self.output.with_name(f".{self.output.name}.parts")
+
+    @property
+    def trained_tokenizer(self) -> Path:
+        return self.output.with_name(f"{self.output.name}.tokenizer.model")
+
+    def decisive(self) -> dict[str, Any]:
+        """The options that change what is written, the tokenizer aside."""
+        others = ("output", "tokenizer", "workers", "executor", "slurm", "overwrite")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
 
 @dataclass(frozen=True)
@@ -58,13 +101,11 @@ def read(prefix: Path) -> Record | None:
         for field in dataclasses.fields(Record):
             if field.type in (int, str) and type(kept[field.name]) is not field.type:
                 raise ValueError(f"{field.name} is {shown(kept[field.name])}")
-        if kept["format"] not in (EARLIER, FORMAT):
-            raise ValueError(
-                f"it is of format {kept['format']}, and this version reads {EARLIER} and {FORMAT}"
-            )
+        if kept["format"] not in (1, FORMAT):
+            raise ValueError(f"it is of format {kept['format']}, and this version reads 1 and {FORMAT}")
+        return Record(**kept)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        why = f"it lacks {error}" if isinstance(error, KeyError) else reason(error)
+        why = described(error)
         raise UserError(f"{path}: is no record of prepare-data ({why}); run prepare-data again") from None
-    return Record(**kept)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_router_upcycling.errors import UserError, described, reason
+from megatron_router_upcycling.errors import UserError, described
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # Of .json either lines or one array; .arrow is of a saved data set.
@@ -28,9 +29,9 @@ KINDS |= dict.fromkeys(
     "text",
 )
 READ = ".jsonl, .json, .parquet, .csv, .warc, .txt or code"
+HIDDEN = re.compile(r"\.|__pycache__$")
 # In the standard library: tests, other people's packages, tables of characters, what a build wrote.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}
-SKIPPED_PREFIX = "_sysconfigdata"
+SKIPPED = re.compile("/(test|tests|idle_test|site-packages|dist-packages|encodings)/|/_sysconfigdata")
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,6 @@ class Source:
     kind: str
     size: int  # bytes as stored; 0 where a server does not say
     state: str  # changes when the file is written
-
-    @property
-    def compressed(self) -> bool:
-        return self.path.lower().endswith(COMPRESSED)
 
 
 @contextlib.contextmanager
@@ -105,12 +102,7 @@ def find(places: Iterable[str | Path]) -> tuple[list[Source], Counter[str]]:
 def python_library() -> list[Source]:
     """The Python standard library, without what of it is not worth learning from."""
     library = sysconfig.get_path("stdlib")
-    paths = {source: Path(source.path).relative_to(library) for source in _python(library)}
-    return [
-        source
-        for source, path in paths.items()
-        if not SKIPPED_FOLDERS.intersection(path.parts) and not path.name.startswith(SKIPPED_PREFIX)
-    ]
+    return [source for source in _python(library) if not SKIPPED.search(source.path.removeprefix(library))]
 
 
 def python_packages() -> list[Source]:
@@ -135,13 +127,12 @@ def _suffix(path: str) -> str:
 
 
 def _source(path: str, size: int, state: Any) -> Source:
-    kind = KINDS.get(_suffix(path))
-    if kind is None:
+    if _suffix(path) not in KINDS:
         raise UserError(
             f"SOURCE {path}: its name says no known kind; give {READ} (also as .gz, .bz2, .xz or .zst), a"
             " folder of these, or a data set saved to disk"
         )
-    return Source(path, kind, size, str(state))
+    return Source(path, KINDS[_suffix(path)], size, str(state))
 
 
 def _local(path: str) -> Source:
@@ -166,24 +157,21 @@ def _in_folder(folder: str, left_out: Counter[str]) -> list[Source]:
     names: dict[str, str] = {}
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"SOURCE {error.filename}: cannot be read ({reason(error)})") from None
+        raise error
 
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
-        paths = (os.path.join(parent, name) for name in files)
-        names |= {os.path.relpath(path, folder): path for path in paths if os.path.isfile(path)}
+    with blamed(folder):
+        for parent, folders, files in os.walk(folder, onerror=refuse):
+            folders[:] = [name for name in folders if not HIDDEN.match(name)]
+            paths = (os.path.join(parent, name) for name in files)
+            names |= {os.path.relpath(path, folder): path for path in paths if os.path.isfile(path)}
     return [_local(path) for path in _known(folder, names, left_out)]
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__"
 
 
 def _known(folder: str, names: dict[str, str], left_out: Counter[str]) -> list[str]:
     """The paths of a folder's files of known kinds in order. ``names``: all, by their names in the folder."""
     known = []
     for name in sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest()):
-        if any(map(_is_hidden, PurePosixPath(name).parts)):
+        if any(map(HIDDEN.match, PurePosixPath(name).parts)):
             continue
         if _suffix(name) in KINDS:
             known.append(names[name])

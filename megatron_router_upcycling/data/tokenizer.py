@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy
 
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.data import encoders
-from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.errors import UserError, described
 
 TOKENIZER_JSON = "tokenizer.json"
 # Lines from which a tokenizer is trained, at most: sentencepiece holds them in memory.
@@ -39,37 +39,52 @@ class Tokenizer:
     def encoder(self, tiktoken: bool = False) -> encoders.Encoder:
         return encoders.of(self.definition, self.encode_special_tokens, tiktoken)
 
-    def why_slow(self) -> str:
-        """Why tiktoken cannot give its tokens; "" if it can."""
-        try:
-            self.encoder(tiktoken=True)
-        except encoders.Unsuited as why:
-            return str(why)
-        return ""
-
 
 def check(place: Path, flag: str = "--tokenizer") -> None:
     """Refuse a place without a tokenizer. ``flag`` is named in errors."""
-    if not place.exists():
-        raise UserError(f"{flag} {place}: there is no such folder or file")
-    if place.is_dir() and not beside.is_tokenizer(place):
-        raise UserError(f"{flag} {place}: holds none of {', '.join(beside.TOKENIZER_FILES)}")
+    if not place.is_file() and not beside.is_tokenizer(place):
+        names = " or ".join(beside.TOKENIZER_FILES)
+        raise UserError(f"{flag} {place}: is no file, and no folder with {names}")
 
 
 def load(place: Path, flag: str = "--tokenizer") -> Tokenizer:
     """The tokenizer in ``place``: a Hugging Face folder, or a file of sentencepiece."""
     check(place, flag)
-    return _load_sentencepiece(place, flag) if place.is_file() else _load_hugging_face(place, flag)
+    try:
+        return _of_sentencepiece(place) if place.is_file() else _of_hugging_face(place)
+    except Exception as error:  # whatever the many parts of transformers raise, or that it has slow code only
+        kind = "is no model of sentencepiece" if place.is_file() else "transformers cannot load it"
+        raise UserError(f"{flag} {place}: {kind} ({described(error)}); give another") from None
+
+
+def _of_hugging_face(place: Path) -> Tokenizer:
+    loaded = of_folder(place)
+    ends = (loaded.eos_token_id, loaded.sep_token_id)  # as Megatron's tokenizer chooses
+    return Tokenizer(
+        place,
+        sha256_of(loaded),
+        max(len(loaded), *(token + 1 for token in loaded.get_vocab().values())),
+        next((token for token in ends if token is not None), None),
+        loaded.backend_tokenizer.to_str(),
+        bool(getattr(loaded, "split_special_tokens", False)),
+    )
+
+
+def _of_sentencepiece(place: Path) -> Tokenizer:
+    import sentencepiece
+
+    definition = place.read_bytes()
+    model, digest = sentencepiece.SentencePieceProcessor(model_proto=definition), hashlib.sha256(definition)
+    end = model.eos_id() if model.eos_id() >= 0 else None
+    return Tokenizer(place, digest.hexdigest(), model.get_piece_size(), end, definition)
 
 
 def of_folder(place: Path, trust_remote_code: bool = False) -> Any:
     """transformers' tokenizer of a folder: by the rules in its tokenizer.json, where it holds one.
 
-    ``AutoTokenizer`` would not do. transformers 5 takes the class that the folder names, or for
-    ``model_type: qwen2`` always Qwen2Tokenizer, and replaces the file's rules for splitting and normalising
-    text by those of the class: the same file gives other tokens beside the config.json of another model, such
-    as the exported one. The file's own rules are what the tokenizer was made and saved with, and what
-    transformers 4 and the tokenizers library read. Only vocab.json and merges.txt need a class.
+    ``AutoTokenizer`` would not do: transformers 5 takes the class that the folder names, or for
+    ``model_type: qwen2`` always Qwen2Tokenizer, and that class's rules replace the file's. The same file then
+    gives other tokens beside the config.json of another model. Only vocab.json and merges.txt need a class.
     """
     if (place / TOKENIZER_JSON).is_file():
         from transformers import PreTrainedTokenizerFast as Kind
@@ -81,9 +96,8 @@ def of_folder(place: Path, trust_remote_code: bool = False) -> Any:
 def sha256_of(loaded: Any) -> str:
     """A digest of all that decides the tokens of a text: equal for all forms in which a tokenizer is saved.
 
-    Of ``loaded``, a fast tokenizer of transformers, count vocabulary and model, normaliser and pre-tokeniser,
-    added tokens with their flags, and the tokens that it puts around a text; not in which files and in which
-    form these were, what turns tokens into text, or places of characters.
+    ``loaded`` is a fast tokenizer of transformers. What turns tokens into text, and places of characters, do
+    not count.
     """
     backend = loaded.backend_tokenizer
     backend.no_truncation()
@@ -118,58 +132,19 @@ def _decisive(part: Any) -> Any:
     return items[0] if kept.get("type") == "Sequence" and items and len(items) == 1 else kept
 
 
-def _load_hugging_face(place: Path, flag: str) -> Tokenizer:
-    try:
-        loaded = of_folder(place)
-        digest = sha256_of(loaded)
-    except ImportError:
-        raise UserError(f"{flag} {place}: needs transformers; pip install transformers") from None
-    except Exception as error:  # whatever its many parts raise, or that it has slow code only
-        why = f"transformers cannot load it as a fast tokenizer ({reason(error)})"
-        raise UserError(f"{flag} {place}: {why}; give one with {TOKENIZER_JSON}") from None
-    ends = (loaded.eos_token_id, loaded.sep_token_id)  # as Megatron's tokenizer chooses
-    return Tokenizer(
-        place,
-        digest,
-        max(len(loaded), *(token + 1 for token in loaded.get_vocab().values())),
-        next((token for token in ends if token is not None), None),
-        loaded.backend_tokenizer.to_str(),
-        bool(getattr(loaded, "split_special_tokens", False)),
-    )
-
-
-def _load_sentencepiece(place: Path, flag: str) -> Tokenizer:
-    import sentencepiece
-
-    try:
-        definition = place.read_bytes()
-        model = sentencepiece.SentencePieceProcessor(model_proto=definition)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{flag} {place}: is no model of sentencepiece ({reason(error)})") from None
-    end = model.eos_id()
-    digest = hashlib.sha256(definition).hexdigest()
-    return Tokenizer(place, digest, model.get_piece_size(), end if end >= 0 else None, definition)
-
-
 def train(documents: Iterable[str], vocab_size: int) -> bytes:
     """Train a byte-pair model that gives every text back exactly, indentation and line ends included.
 
-    The first ``TRAINING_LINES`` lines decide it. What ``documents`` raises comes through as it is.
+    The first ``TRAINING_LINES`` lines decide it.
     """
     import sentencepiece
 
-    raised: list[BaseException] = []
-
-    def lines() -> Iterator[str]:
-        try:
-            yield from (line for text in documents for line in text.split("\n") if line)
-        except (Exception, KeyboardInterrupt) as error:  # sentencepiece would hide it in an error of its own
-            raised.append(error)
-
+    # Not read by sentencepiece, which would hide an error in the text in one of its own.
+    lines = list(islice((line for text in documents for line in text.split("\n") if line), TRAINING_LINES))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=islice(lines(), TRAINING_LINES),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -187,9 +162,6 @@ def train(documents: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        if not raised:
-            why = str(error).rsplit("] ", 1)[-1].strip() or "sentencepiece gives no reason"
-            raise UserError(f"--train-tokenizer {vocab_size}: does not suit this text: {why}") from None
-    if raised:
-        raise raised[0]
+        why = str(error).rsplit("] ", 1)[-1].strip() or "sentencepiece gives no reason"
+        raise UserError(f"--train-tokenizer {vocab_size}: does not suit this text: {why}") from None
     return model.getvalue()

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_router_upcycling import cli
-from megatron_router_upcycling.data.options import Options
+from megatron_router_upcycling.data.record import Options
 
 # Qwen2's own, from its tokenizer.json.
 PATTERN = (

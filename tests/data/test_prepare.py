@@ -265,7 +265,7 @@ MISTAKES = {
     "two tokenizers": (["good.jsonl", "--train-tokenizer", 300], "--tokenizer: name one"),
     "training": (["null.jsonl", "--train-tokenizer", 300], "null.jsonl line 2: has no text"),
     "too large": (["good.jsonl", "--train-tokenizer", 40000], "--train-tokenizer 40000: does not suit"),
-    "no tokenizer": (["good.jsonl", "--tokenizer", "{folder}"], "holds none of tokenizer.json"),
+    "no tokenizer": (["good.jsonl", "--tokenizer", "{folder}"], "is no file, and no folder with"),
     "other model": (["good.jsonl", "--tokenizer", "{folder}/good.jsonl"], "is no model of sentencepiece"),
     "a folder": (["good.jsonl", "--output", "{folder}"], "is a folder; add the name"),
     "itself": (["own.json", "--output", "{folder}/own", "--overwrite"], "own.json is one of the sources"),
