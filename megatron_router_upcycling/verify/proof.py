@@ -25,8 +25,7 @@ from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.file import load as load_key_stats
 from megatron_router_upcycling.verify import arguments, structure
 from megatron_router_upcycling.verify.findings import Findings, Verification, has_trained, section
-from megatron_router_upcycling.verify.sources import Sources
-from megatron_router_upcycling.verify.values import Comparison, Progress
+from megatron_router_upcycling.verify.values import Comparison, Progress, Sources
 
 TRAINED = "the checkpoint has trained"
 

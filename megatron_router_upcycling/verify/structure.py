@@ -7,7 +7,7 @@ from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
 from megatron_router_upcycling.checkpoint.names import ROUTER, TRAINING_STATE, other_norm, split_key
-from megatron_router_upcycling.checkpoint.publish.completeness import content_digests
+from megatron_router_upcycling.checkpoint.publish.checks import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.expected import Expected
 from megatron_router_upcycling.conversion.steps import Keep

@@ -26,7 +26,7 @@ from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint import writer
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
-from megatron_router_upcycling.checkpoint.publish import completeness
+from megatron_router_upcycling.checkpoint.publish import checks
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion import convert
@@ -36,7 +36,6 @@ from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import proof, values
 from megatron_router_upcycling.verify.findings import Finding, Findings
-from megatron_router_upcycling.verify.sources import Sources
 from tests import dense_checkpoint
 from tests.conversion.test_convert import EXPERTS, ROUTER
 from tests.dense_checkpoint import ATTENTION, LAYERS, MLP, make_stats
@@ -118,8 +117,8 @@ class Conversion:
             digests: dict[str, str] = {}
             with contextlib.suppress(Exception):  # where it cannot be read, that is what is found
                 moe = open_checkpoint(self.moe, lambda key, what: None)
-                identities = completeness.examine_all(self.release, moe.tensors, moe.objects)
-                digests = completeness.content_digests(identities)
+                identities = checks.examine_all(self.release, moe.tensors, moe.objects)
+                digests = checks.content_digests(identities)
             for name, entry in (record["files"] | record["linked"]).items():
                 path = self.moe / name
                 entry["bytes"] = path.stat().st_size
@@ -548,7 +547,7 @@ def test_chunks_of_another_grid_are_compared(
     for one, other in itertools.permutations(stored, 2):
         source, target = (open_checkpoint(tmp_path / name / "iter_0000008") for name in (one, other))
         found, read = Findings(), list[int]()
-        comparison = values.Comparison(target, Sources(source), found, read.append)
+        comparison = values.Comparison(target, values.Sources(source), found, read.append)
         comparison.compare("w", copy_of(source, "w", "untouched"))
         assert sum(read) == tensor.nbytes
         said = [finding.what for finding in found.found]
