@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
-from megatron_router_upcycling.checkpoint.format.files import TRACKER, iteration_dir
+from megatron_router_upcycling.checkpoint.format.files import TRACKER, locate
 from megatron_router_upcycling.checkpoint.names import LEFT_OUT, TRAINING_STATE
 from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.publish import checks
@@ -60,7 +60,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     """Read and check everything; write nothing."""
     options.router.check_trains(options.megatron)
     out = Path(out)
-    read = [path for path in (options.key_stats,) if path] + list(iteration_dir(Path(root)).rglob("*"))
+    read = [path for path in (options.key_stats,) if path] + list(locate(Path(root))[1].rglob("*"))
     sources = Stamps(read)  # before anything is read
     dense = open_dense(root, options.config)
     publish.check_target(out, dense.root, options.overwrite)

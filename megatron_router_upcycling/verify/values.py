@@ -1,8 +1,7 @@
 """Read every chunk of a checkpoint in blocks and compare it with what it must be.
 
-Each block of bytes goes into the chunk's checksum, is looked through for NaN and infinity, and is compared
-with its expectation. Where a chunk names the very bytes of the dense checkpoint (a hard link), that proves
-them equal; the bytes are read all the same, for their checksum.
+Where a chunk names the very bytes of the dense checkpoint (a hard link), that proves them equal; the bytes
+are read all the same, for their checksum.
 """
 
 import math

@@ -10,7 +10,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.transformer.enums import CudaGraphModule
 
-from megatron_router_upcycling.checkpoint.format.files import iteration_dir, read_record
+from megatron_router_upcycling.checkpoint.format.files import locate, read_record
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, parse_metadata
 from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.run_log.listener import routers_in_cuda_graphs
@@ -102,7 +102,7 @@ def test_only_extra_states_that_a_checkpoint_lacks_are_not_asked_for(dense: Path
         },
         "iteration": 3,
     }
-    path = iteration_dir(dense) / METADATA
+    path = locate(dense)[1] / METADATA
     found = without_missing_states(wanted, parse_metadata(read_record(path), path)[1])
     assert found["model"].keys() == {"attention", "weight"} and found["iteration"] == 3
     assert found["model"]["attention"] is attention

@@ -85,10 +85,7 @@ class PickledTensor(NamedTuple):
 
 
 class TorchSaveFile:
-    """A file that ``torch.save`` wrote, open for reading; ``records`` are by the zip archive's names.
-
-    A damaged file raises exceptions of any kind, here and in all methods.
-    """
+    """A file that ``torch.save`` wrote, open for reading; a damaged one raises exceptions of any kind."""
 
     def __init__(self, content: BinaryIO) -> None:
         self.archive = zipfile.ZipFile(content)
@@ -123,10 +120,7 @@ class TorchSaveFile:
 
 
 def pickled_tensor(value: Any) -> PickledTensor | None:
-    """A tensor among what ``safe_pickle`` read; None for anything else, a ``Parameter`` too.
-
-    What only looks like a tensor raises an exception of any kind.
-    """
+    """A tensor among what ``safe_pickle`` read, else None. What only looks like one raises anything."""
     if type(value).__name__ != "_rebuild_tensor_v2":
         return None
     storage, first, sizes, stride, *_ = value.args
@@ -145,11 +139,7 @@ class Contents(NamedTuple):
 def examine(folder: Path, blob: Blob, promised: tuple[Shape, torch.dtype] | None = None) -> Contents:
     """Read and check all of the ``torch.save`` file at ``blob`` but the values of a plain tensor.
 
-    Args:
-        promised: sizes and dtype that a plain tensor must have.
-
-    Raises:
-        Damaged: it is missing, a record is not what its checksum says, it holds another tensor, ...
+    Raises ``Damaged``, also where a plain tensor has not the ``promised`` sizes and dtype.
     """
     try:
         with open(folder / blob.file, "rb", buffering=0) as file:
@@ -190,10 +180,9 @@ def _examine(content: BinaryIO, blob: Blob, promised: tuple[Shape, torch.dtype] 
 
 
 def read_values(path: Path, values: Values, lengths: Sequence[int] = ()) -> Iterator[memoryview]:
-    """A tensor's bytes in pieces of ``lengths``, each piece in the place of the one before.
+    """A tensor's bytes in pieces of ``lengths``, each in the place of the one before.
 
-    Raises:
-        Damaged: they cannot be read or, once all were, do not match their checksum.
+    Raises ``Damaged``, where they cannot be read or, once all were, do not match their checksum.
     """
     whole, rest = divmod(values.length, BLOCK_BYTES)
     lengths = lengths or (*[BLOCK_BYTES] * whole, *[rest] * bool(rest))

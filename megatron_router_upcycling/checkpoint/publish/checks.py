@@ -106,10 +106,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def intact_check(checkpoint: Checkpoint, keys: Iterable[str]) -> Iterator[Future[None]]:
-    """Check the tensors ``keys`` in a thread of its own, until the context is left.
-
-    The result comes once all were found right; it raises where values are not what was saved, or not finite.
-    """
+    """Check in a thread, while in the context, that ``keys`` are what was saved, and finite."""
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as aside:
         try:
