@@ -18,13 +18,14 @@ from megatron_router_upcycling.checkpoint.dense_model import (
     megatron_arguments,
 )
 from megatron_router_upcycling.config.yaml_files import read_yaml
-from megatron_router_upcycling.errors import UserError, described, shown
+from megatron_router_upcycling.errors import UserError, described, reason, shown
 
 RUN_CONFIG, CONFIG_JSON = "run_config.yaml", "config.json"
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")
 WAY_OUT = "describe the model with --config model.yaml, a YAML file of its Megatron flags"
-# A dense model's flags, beside those that MODEL_DEFAULTS holds.
-FLAGS = {*ARCHITECTURE, *NEGATED, "num_query_groups", "vocab_size", "max_position_embeddings"}
+# A dense model's flags.
+FLAGS = {*ARCHITECTURE, *NEGATED, *MODEL_DEFAULTS} - {"num_experts"}
+FLAGS |= {"num_query_groups", "vocab_size", "max_position_embeddings"}
 # Megatron-Bridge's name -> Megatron's argument, where they differ.
 OF_BRIDGE = {
     "seq_length": "max_position_embeddings",
@@ -38,7 +39,10 @@ ACTIVATIONS = {
     (False, "squared_relu"): "squared_relu",
     (False, "gelu"): None,
 }
-UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError)
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError),
+    yaml.YAMLError,
+)
 POSITIONS = ("rope", "learned_absolute", "none")
 
 
@@ -68,9 +72,13 @@ def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str]
 
 def of_yaml(config: Path) -> dict[str, Any] | None:
     """A dense model's flags in a YAML file; None where it gives no architecture, as a method's file."""
-    known = FLAGS | {name for name in MODEL_DEFAULTS if name != "num_experts"}
-    flags = {name: _number(value) for name, value in read_yaml(config).items() if name in known}
-    return flags if all(flags.get(name) is not None for name in SIZES) else None
+    flags = {name: _number(value) for name, value in read_yaml(config).items() if name in FLAGS}
+    if any(flags.get(name) is None for name in SIZES):
+        return None
+    try:
+        return flags | {name: int(flags[name]) for name in SIZES}
+    except UNREADABLE as error:
+        raise UserError(f"--config {config}: {', '.join(SIZES)} are no numbers ({reason(error)})") from None
 
 
 def check(config: Path, args: Namespace, root: Path) -> None:

@@ -146,9 +146,10 @@ class RankFile:
 def _is_carried(name: Any, value: Any) -> bool:
     """Whether an argument names no class of an older Megatron, which a new one could not import again."""
     try:
-        return bool(safe_pickle.dumps(value)) and isinstance(name, str)
+        safe_pickle.dumps(value)
     except Exception:  # pickle raises what it likes
         return False
+    return isinstance(name, str)
 
 
 @dataclass(frozen=True)
