@@ -5,12 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.checkpoint.format.files import (
-    BACKEND,
-    CONFIG,
-    locate,
-    read_record,
-)
+from megatron_router_upcycling.checkpoint.format.files import BACKEND, CONFIG, locate, read_record
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, Report, parse_metadata
 from megatron_router_upcycling.checkpoint.layers import stack_layers
 from megatron_router_upcycling.checkpoint.legacy import LegacyCheckpoint
