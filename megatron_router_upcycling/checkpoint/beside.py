@@ -1,7 +1,6 @@
 """What stands beside a model's weights: its tokenizer, chat templates, generation settings, licence.
 
-Each checkpoint keeps these files in a folder of its own, ``ROOT/tokenizer``, linked to those of the one
-before it. So nothing is lost when an earlier one is moved or removed. Pure: no torch.
+Each checkpoint keeps them in ``ROOT/tokenizer``, linked to those of the one before it. Pure: no torch.
 """
 
 import contextlib
@@ -9,8 +8,8 @@ import fnmatch
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = "tokenizer"  # of a checkpoint's root
 # A folder with one of these holds a tokenizer that transformers loads.
@@ -42,12 +41,11 @@ LARGEST = 256 << 20  # bytes; the largest tokenizers have 35 million
 NAMED = 20  # of what is left out
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """The files of a folder but for its weights, by their paths in it, and names of what else there is."""
 
-    carried: tuple[Path, ...]
-    left_out: tuple[str, ...]
+    carried: list[Path]
+    left_out: list[str]
 
 
 def look(folder: Path, weights: Iterable[Path] = ()) -> Found:
@@ -64,19 +62,17 @@ def look(folder: Path, weights: Iterable[Path] = ()) -> Found:
             left_out.append(f"{path.name}{'/' * path.is_dir()}")
     if (more := len(left_out) - NAMED) > 0:
         left_out[NAMED:] = [f"{more} more"]
-    return Found(tuple(carried), tuple(left_out))
+    return Found(carried, left_out)
 
 
 def _goes_along(path: Path, folder: Path) -> bool:
     """Whether a file in ``folder``, or in a folder there, is copied."""
-    name = str(path.relative_to(folder)).lower()
 
     def matches(patterns: Iterable[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        return any(fnmatch.fnmatchcase(str(path.relative_to(folder)).lower(), one) for one in patterns)
 
-    if not path.is_file() or path.stat().st_size > LARGEST:
-        return False
-    return matches(COPIED_FOLDERS) if path.parent != folder else matches(COPIED) and not matches(NOT_COPIED)
+    wanted = matches(COPIED_FOLDERS) if path.parent != folder else matches(COPIED) and not matches(NOT_COPIED)
+    return wanted and path.is_file() and path.stat().st_size <= LARGEST
 
 
 def is_tokenizer(folder: Path) -> bool:
@@ -84,7 +80,7 @@ def is_tokenizer(folder: Path) -> bool:
     return any((folder / file).is_file() for file in TOKENIZER_FILES)
 
 
-def copy(source: Path, files: tuple[Path, ...], target: Path, *, link: bool = False) -> None:
+def copy(source: Path, files: Iterable[Path], target: Path, *, link: bool = False) -> None:
     """Copy ``files`` of ``source`` to the same places in ``target``; with ``link``, as hard links."""
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
@@ -96,11 +92,8 @@ def copy(source: Path, files: tuple[Path, ...], target: Path, *, link: bool = Fa
 
 
 def hand_on(place: Path, root: Path) -> None:
-    """Give the checkpoint in ``root`` what ``place`` holds: a folder, or one file (sentencepiece's model).
-
-    What is there under the same name gives way.
-    """
-    files = look(place).carried if place.is_dir() else (Path(place.name),)
+    """Give the checkpoint in ``root`` what ``place`` holds, a folder or one file; it replaces others."""
+    files = look(place).carried if place.is_dir() else [Path(place.name)]
     source = place if place.is_dir() else place.parent
     target = root / FOLDER
     if not files or (target.is_dir() and target.samefile(source)):
@@ -110,13 +103,8 @@ def hand_on(place: Path, root: Path) -> None:
     copy(source, files, target, link=True)
 
 
-def tokenizer_in(root: Path) -> tuple[str, Path] | None:
-    """Megatron's ``--tokenizer-type`` and ``--tokenizer-model`` for what stands in ``root``, if any."""
-    return tokenizer_of(root / FOLDER)
-
-
 def tokenizer_of(folder: Path) -> tuple[str, Path] | None:
-    """The same for a folder of a tokenizer's files."""
+    """Megatron's ``--tokenizer-type`` and ``--tokenizer-model`` for what stands in ``folder``, if any."""
     if any((folder / file).is_file() for file in TOKENIZER_FILES[:2]):
         return "HuggingFaceTokenizer", folder
     models = sorted(folder.glob("*.model")) if folder.is_dir() else []

@@ -1,8 +1,6 @@
 """A model's architecture: its sizes, and all that makes two models' parameters mean the same. Pure: no torch.
 
-``Architecture`` is the one description of a model in this package. Here it is made of Megatron's training
-arguments; ``hf`` makes it of a config.json and adds what that says beyond it. ``DenseModel`` is the
-architecture of a dense model in a checkpoint.
+Here it is made of Megatron's training arguments; ``hf`` makes it of a config.json and adds what that says.
 """
 
 from argparse import Namespace
@@ -114,7 +112,7 @@ class Architecture:
             **{name: int(getattr(args, name)) for name in sizes},
             num_query_groups=int(groups),
             init_method_std=float(args.init_method_std),
-            flags=flags_of(args),
+            flags=_flags_of(args),
             **more,
         )
 
@@ -202,12 +200,8 @@ def megatron_arguments(flags: dict[str, Any]) -> Namespace:
     return Namespace(**arguments)
 
 
-def flags_of(args: Namespace) -> dict[str, Any]:
-    """The architecture's flags in Megatron's arguments, but for those without a value.
-
-    Raises:
-        AttributeError, ValueError: an argument that is needed is missing, or its value is no flag's.
-    """
+def _flags_of(args: Namespace) -> dict[str, Any]:
+    """The architecture's flags in Megatron's arguments, but for those without a value."""
     flags = {flag: getattr(args, name, None) for flag, name in ARCHITECTURE.items()}
     flags |= {flag: not getattr(args, name) for flag, name in NEGATED.items()}
     if args.group_query_attention:

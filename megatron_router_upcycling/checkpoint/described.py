@@ -1,7 +1,6 @@
 """What describes a checkpoint's architecture where its training arguments do not. Pure: no torch.
 
-Megatron-Bridge writes ``run_config.yaml`` into an iteration's folder, ms-swift a Hugging Face
-``config.json`` into the checkpoint's. A YAML file of Megatron's flags (``--config``) describes any.
+Megatron-Bridge writes ``run_config.yaml``, ms-swift ``config.json``; ``--config`` describes any checkpoint.
 """
 
 import json
@@ -24,8 +23,9 @@ from megatron_router_upcycling.errors import UserError, described, reason, shown
 RUN_CONFIG, CONFIG_JSON = "run_config.yaml", "config.json"
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")
 WAY_OUT = "describe the model with --config model.yaml, a YAML file of its Megatron flags"
-# A dense model's flags, beside those that MODEL_DEFAULTS holds.
-FLAGS = {*ARCHITECTURE, *NEGATED, "num_query_groups", "vocab_size", "max_position_embeddings"}
+# A dense model's flags.
+FLAGS = {*ARCHITECTURE, *NEGATED, *MODEL_DEFAULTS} - {"num_experts"}
+FLAGS |= {"num_query_groups", "vocab_size", "max_position_embeddings"}
 # Megatron-Bridge's name -> Megatron's argument, where they differ.
 OF_BRIDGE = {
     "seq_length": "max_position_embeddings",
@@ -39,7 +39,10 @@ ACTIVATIONS = {
     (False, "squared_relu"): "squared_relu",
     (False, "gelu"): None,
 }
-UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError)
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError),
+    yaml.YAMLError,
+)
 POSITIONS = ("rope", "learned_absolute", "none")
 
 
@@ -52,15 +55,16 @@ def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str]
     """Megatron's arguments of the model in ``folder``, an iteration of ``root``, and what they are from."""
     if config and (flags := of_yaml(config)):
         return megatron_arguments(flags), f"--config {config}"
-    if (path := folder / RUN_CONFIG).is_file():
-        return _of_run_config(path), str(path)
-    for path in (root / CONFIG_JSON, folder / CONFIG_JSON):
+    for path in (folder / RUN_CONFIG, root / CONFIG_JSON, folder / CONFIG_JSON):
         if path.is_file():
             try:
-                flags = read_config_json.to_flags(json.loads(path.read_text("utf-8")), path, 1)
+                text = path.read_text("utf-8")
+                if path.name == RUN_CONFIG:
+                    return megatron_arguments(_of_run_config(yaml.safe_load(text)["model"])), str(path)
+                return megatron_arguments(read_config_json.to_flags(json.loads(text), path, 1)), str(path)
             except UNREADABLE as error:
-                raise UserError(f"{path}: cannot be read ({reason(error)}); {WAY_OUT}") from None
-            return megatron_arguments(flags), str(path)
+                why = f"holds no model that can be read ({described(error)})"
+                raise UserError(f"{path}: {why}; {WAY_OUT}") from None
     raise UserError(
         f"{folder}: holds no training arguments of Megatron's, no {RUN_CONFIG}, no {CONFIG_JSON}; {WAY_OUT}"
     )
@@ -68,9 +72,13 @@ def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str]
 
 def of_yaml(config: Path) -> dict[str, Any] | None:
     """A dense model's flags in a YAML file; None where it gives no architecture, as a method's file."""
-    known = FLAGS | {name for name in MODEL_DEFAULTS if name != "num_experts"}
-    flags = {name: _number(value) for name, value in read_yaml(config).items() if name in known}
-    return flags if all(flags.get(name) is not None for name in SIZES) else None
+    flags = {name: _number(value) for name, value in read_yaml(config).items() if name in FLAGS}
+    if any(flags.get(name) is None for name in SIZES):
+        return None
+    try:
+        return flags | {name: int(flags[name]) for name in SIZES}
+    except UNREADABLE as error:
+        raise UserError(f"--config {config}: {', '.join(SIZES)} are no numbers ({reason(error)})") from None
 
 
 def check(config: Path, args: Namespace, root: Path) -> None:
@@ -93,33 +101,25 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _of_run_config(path: Path) -> Namespace:
-    try:
-        section = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-        section = section | (section.get("transformer") or {})  # which newer versions keep apart
-        values = {OF_BRIDGE.get(name, name): value for name, value in section.items()}
-        gated = bool(values.get("gated_linear_unit"))
-        activation = values.get("activation_func") or ("silu" if gated else "gelu")
-        if isinstance(activation, dict):
-            activation = activation["_target_"]
-        activation = str(activation).rpartition(".")[2]
-        sizes = {name: values[name] for name in SIZES}
-        positions = values.get("position_embedding_type", "learned_absolute")
-        if not all(isinstance(size, int) for size in sizes.values()):
-            raise TypeError(f"{', '.join(SIZES)} are no numbers")
-        if (gated, activation) not in ACTIVATIONS or positions not in POSITIONS:
-            what = f"{'gated ' * gated}{shown(activation)} and position embedding {shown(positions)}"
-            raise ValueError(f"{what}, which together are not covered")
-    except UNREADABLE as error:
-        raise UserError(f"{path}: holds no model that can be read ({described(error)}); {WAY_OUT}") from None
+def _of_run_config(section: dict[str, Any]) -> dict[str, Any]:
+    """Megatron's arguments, by name, in what Megatron-Bridge says of a model."""
+    section = section | (section.get("transformer") or {})  # which newer versions keep apart
+    values = {OF_BRIDGE.get(name, name): value for name, value in section.items()}
+    gated = bool(values.get("gated_linear_unit"))
+    activation = values.get("activation_func") or ("silu" if gated else "gelu")
+    if isinstance(activation, dict):
+        activation = activation["_target_"]
+    activation = str(activation).rpartition(".")[2]
+    positions = values.get("position_embedding_type", "learned_absolute")
+    if (gated, activation) not in ACTIVATIONS or positions not in POSITIONS:
+        what = f"{'gated ' * gated}{shown(activation)} and position embedding {shown(positions)}"
+        raise ValueError(f"{what}, which together are not covered")
     names = {*MODEL_DEFAULTS, *(ARCHITECTURE | NEGATED).values(), "vocab_size", "max_position_embeddings"}
-    flags = {name: values[name] for name in names & values.keys() if values[name] is not None}
-    flags |= {
-        "num_query_groups": values.get("num_query_groups") or sizes["num_attention_heads"],
-        "group_query_attention": True,
-        "untie_embeddings_and_output_weights": not values.get("share_embeddings_and_output_weights", True),
-    }
+    found = {name: values[name] for name in names & values.keys() if values[name] is not None}
+    found["num_query_groups"] = values.get("num_query_groups") or values["num_attention_heads"]
+    found["group_query_attention"] = True
+    found["untie_embeddings_and_output_weights"] = not values.get("share_embeddings_and_output_weights", True)
     if switch := ACTIVATIONS[gated, activation]:
-        flags[switch] = True
-    default = megatron_arguments(sizes | {"ffn_hidden_size": 4 * sizes["hidden_size"]})
-    return Namespace(**vars(default) | flags)
+        found[switch] = True
+    sizes = {name: int(values[name]) for name in SIZES}
+    return {"ffn_hidden_size": 4 * sizes["hidden_size"]} | found | sizes

@@ -6,9 +6,9 @@ Megatron stores ``decoder.layers.mlp.linear_fc2.weight`` [L, D, F] where all lay
 and ``weight_v`` (up).
 """
 
-import dataclasses
 import re
 from collections.abc import Collection
+from dataclasses import replace
 
 from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.checkpoint.format.metadata import Chunk, StoredTensor
@@ -21,11 +21,8 @@ HALVES = re.compile(rf"({re.escape(names.within_layer(names.FC1))}\.(?:weight|bi
 def stack_layers(checkpoint: Checkpoint, with_experts: Collection[int] | None = None) -> Checkpoint:
     """``checkpoint`` with a layer axis in front of what it stores layer by layer; else as it is.
 
-    Layers that differ in their parameters, shapes or dtypes are refused.
-
-    Args:
-        with_experts: the layers that have experts where the others have an FFN; each is stacked over the
-            layers that have it, in their order. None: all layers are alike.
+    ``with_experts``: the layers that have experts where the others have an FFN; each is stacked over the
+    layers that have it, in their order. None: all layers are alike, or are refused.
     """
     tensors: dict[str, StoredTensor] = {}
     layers: dict[str, dict[int, StoredTensor]] = {}
@@ -46,7 +43,7 @@ def stack_layers(checkpoint: Checkpoint, with_experts: Collection[int] | None = 
             raise UserError(f"{where} is in layers {there} and should be in layers {asked}")
         tensors[f"{names.LAYERS}.{key}"] = _stack([found[layer] for layer in expected], where)
     objects = {names.stacked_state(key, count) or key: blob for key, blob in checkpoint.objects.items()}
-    return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
+    return replace(checkpoint, tensors=tensors, objects=objects)
 
 
 def _layers_of(key: str, count: int, with_experts: Collection[int] | None) -> list[int]:
@@ -68,23 +65,20 @@ def split_layers(checkpoint: Checkpoint) -> Checkpoint:
         layers: list[list[Chunk]] = [[] for _ in range(stored.shape[0])]
         for chunk in stored.chunks:
             if chunk.sizes[0] != 1:
-                raise UserError(
-                    f"{checkpoint.root}: stores several layers of {key} in one piece; leave --layers out"
-                )
+                root = checkpoint.root
+                raise UserError(f"{root}: stores several layers of {key} in one piece; leave --layers out")
             apart = Chunk(chunk.offsets[1:], chunk.sizes[1:], chunk.blob, chunk.stored_sizes)
             layers[chunk.offsets[0]].append(apart)
         for layer, chunks in enumerate(layers):
             tensors[names.at_layer(key, layer)] = StoredTensor(stored.shape[1:], stored.dtype, tuple(chunks))
     objects = {names.own_state(key) or key: blob for key, blob in checkpoint.objects.items()}
-    return dataclasses.replace(checkpoint, tensors=tensors, objects=objects)
+    return replace(checkpoint, tensors=tensors, objects=objects)
 
 
 def _stack(layers: list[StoredTensor], where: str) -> StoredTensor:
     first = layers[0]
     if any((tensor.shape, tensor.dtype) != (first.shape, first.dtype) for tensor in layers):
-        raise UserError(
-            f"{where} is not of one shape and dtype in all layers; convert takes layers that are alike"
-        )
+        raise UserError(f"{where} is not of one shape and dtype in all layers, which convert needs")
     chunks = tuple(
         Chunk((layer, *chunk.offsets), (1, *chunk.sizes), chunk.blob, chunk.sizes)
         for layer, tensor in enumerate(layers)
@@ -103,9 +97,6 @@ def _join_halves(layers: dict[str, dict[int, StoredTensor]]) -> dict[str, dict[i
 
 
 def _concatenate(gate: StoredTensor, up: StoredTensor) -> StoredTensor:
-    rows = gate.shape[0]
-    moved = [
-        dataclasses.replace(chunk, offsets=(rows + chunk.offsets[0], *chunk.offsets[1:]))
-        for chunk in up.chunks
-    ]
-    return StoredTensor((rows + up.shape[0], *gate.shape[1:]), gate.dtype, (*gate.chunks, *moved))
+    rows, *columns = gate.shape
+    moved = [replace(chunk, offsets=(rows + chunk.offsets[0], *chunk.offsets[1:])) for chunk in up.chunks]
+    return StoredTensor((rows + up.shape[0], *columns), gate.dtype, (*gate.chunks, *moved))

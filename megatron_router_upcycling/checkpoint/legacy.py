@@ -2,11 +2,8 @@
 
 An iteration's folder holds ``mp_rank_XX[_YYY]/model_optim_rng.pt`` for each tensor-parallel rank XX and
 pipeline stage YYY: a ``torch.save`` file of arguments, one state dict per virtual stage (``model``, or
-``model0``, ``model1``, ...), optimizer and random state. Layers are numbered from 0 in each state dict.
-
-Only the pickles are read, through the allow-list of ``safe_pickle``; a tensor's values stay in the file,
-uncompressed and row after row, until someone asks for a chunk. One storage may hold many tensors: with the
-distributed optimizer, all of a rank's.
+``model0``, ``model1``, ...), optimizer and random state. Layers are numbered from 0 in each state dict. Only
+the pickles are read; values stay in the file. One storage may hold many tensors, or all of a rank's.
 """
 
 import functools
@@ -34,6 +31,11 @@ from megatron_router_upcycling.errors import UserError, described, reason, shown
 RANK_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"  # of the distributed optimizer
 COMMON = ("checkpoint_version", "iteration")
+TRAINING_STATE = {
+    "optimizer": "optimizer.",
+    "rng_state": "rng_state/",
+    "rerun_state_machine": "rerun_state_machine_state/",
+}
 MODEL = re.compile(r"model(\d{0,3})")  # one state dict, or one for each virtual pipeline stage
 READ_BYTES = 8 << 20
 CHUNK_BYTES = 1 << 30  # larger shards are cut between rows
@@ -86,34 +88,28 @@ class RankFile:
                 file = TorchSaveFile(content)
                 pickled = file.pickle()
         except Exception as error:  # a damaged archive may fail in any way
-            raise UserError(
-                f"{self.path}: missing, damaged, half-written or saved by PyTorch before 1.6"
-                f" ({reason(error)}); use a checkpoint that was saved whole"
-            ) from None
+            why = f"missing, damaged, half-written or saved by PyTorch before 1.6 ({reason(error)})"
+            raise UserError(f"{self.path}: {why}; use a checkpoint that was saved whole") from None
         self.prefix, self.records = file.prefix, file.records
         self.state = safe_pickle.loads(pickled, self.path)
         if not isinstance(self.state, dict) or not isinstance(self.state.get("args"), Namespace):
             raise UserError(f"{self.path}: not a checkpoint that Megatron's training saved")
         self.args = self.state["args"]
 
-    def digest(self) -> str:
-        """SHA-256 over the pickle and the checksums of all values."""
+    def identity(self) -> str:
+        """The file's name, and a SHA-256 over the pickle's and all values' checksums."""
         lines = [f"{name} {values.length} {values.checksum}\n" for name, values in self.records.items()]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return f"{self.file} {hashlib.sha256(''.join(lines).encode()).hexdigest()}\n"
 
     def common(self) -> dict[str, Any]:
         """What all ranks share: arguments, iteration and version."""
         common = {key: self.state[key] for key in COMMON if key in self.state}
-        # Without options that name classes of an older Megatron, which a new one could not import again.
-        values = vars(self.args).items()
-        args = {name: value for name, value in values if isinstance(name, str) and _is_carried(value)}
+        args = {name: value for name, value in vars(self.args).items() if _is_carried(name, value)}
         return common | {"args": safe_pickle.namespace(args)}
 
     def training_state(self) -> dict[str, Blob]:
         """What is not the model's: named only."""
-        kinds = {"optimizer": "optimizer.", "rng_state": "rng_state/"}
-        kinds["rerun_state_machine"] = "rerun_state_machine_state/"
-        found = [f"{name}{self.name}" for kind, name in kinds.items() if kind in self.state]
+        found = [f"{name}{self.name}" for kind, name in TRAINING_STATE.items() if kind in self.state]
         if (self.path.parent / OPTIMIZER_FILE).is_file():
             found.append(f"optimizer.{self.name}/{OPTIMIZER_FILE}")
         return dict.fromkeys(found, Blob(self.file, 0, 0))
@@ -122,12 +118,9 @@ class RankFile:
         """The state dicts of this rank's virtual pipeline stages, in order."""
         found = {int(match[1] or 0): key for key in self.state if (match := MODEL.fullmatch(str(key)))}
         models = [self.state[key] for _, key in sorted(found.items())]
-        if not models or sorted(found) != list(range(len(found))):
-            raise UserError(f"{self.path}: holds no model")
-        if any(not isinstance(model, dict) or "language_model" in model for model in models):
-            raise UserError(
-                f"{self.path}: a model from before Megatron-Core; convert it to Megatron-Core first"
-            )
+        older = any(not isinstance(model, dict) or "language_model" in model for model in models)
+        if not models or sorted(found) != list(range(len(found))) or older:
+            raise UserError(f"{self.path}: no model of Megatron-Core; convert an older one to that first")
         return models
 
     def shard(self, key: str, value: Any) -> Shard:
@@ -150,20 +143,18 @@ class RankFile:
         return Shard(shape, dtype, Blob(self.file, storage.offset + begin, length), storage)
 
 
-def _is_carried(value: Any) -> bool:
+def _is_carried(name: Any, value: Any) -> bool:
+    """Whether an argument names no class of an older Megatron, which a new one could not import again."""
     try:
         safe_pickle.dumps(value)
     except Exception:  # pickle raises what it likes
         return False
-    return True
+    return isinstance(name, str)
 
 
 @dataclass(frozen=True)
 class LegacyCheckpoint(Checkpoint):
-    """A legacy checkpoint with the interface of a torch_dist one.
-
-    A chunk's ``blob`` is its bare values. ``objects``, the training state, are named only.
-    """
+    """A chunk's ``blob`` is its bare values. ``objects``, the training state, are named only."""
 
     storages: dict[Blob, Values] = field(default_factory=dict)  # of each chunk
     verified: set[tuple[str, Values]] = field(default_factory=set)
@@ -176,9 +167,7 @@ class LegacyCheckpoint(Checkpoint):
         stages = _open_ranks(folder, first)
         parameters = _collect(stages)
         ranks = list(itertools.chain(*stages))
-        identity = "".join(f"{rank.file} {rank.digest()}\n" for rank in ranks)
-        digest = hashlib.sha256(identity.encode()).hexdigest()
-        self = cls(root, folder, {}, {}, first.common(), identity=digest)
+        self = cls(root, folder, {}, {}, first.common(), identity="".join(rank.identity() for rank in ranks))
         if not getattr(first.args, "untie_embeddings_and_output_weights", True):
             self._tie(parameters)
         gated = bool(getattr(first.args, "swiglu", False) or getattr(first.args, "quick_geglu", False))
@@ -189,34 +178,28 @@ class LegacyCheckpoint(Checkpoint):
         return self
 
     def digest(self) -> str:
-        """SHA-256 over the ranks' pickles and the checksums of all values."""
-        return self.identity
+        return hashlib.sha256(self.identity.encode()).hexdigest()
 
     def _find_values(self, chunk: Chunk, dtype: torch.dtype) -> Values:
-        """Where a chunk's values lie, once their storage is known to hold what was saved."""
-        storage, file = self.storages[chunk.blob], chunk.blob.file
-        if (file, storage) not in self.verified:
-            if self._checksum(Blob(file, storage.offset, storage.length)) != storage.checksum:
-                where = f"{storage.length} bytes at {storage.offset}"
-                path = self.iteration_dir / file
-                raise UserError(f"{path}: damaged within {where} (checksum); use another copy")
-            self.verified.add((file, storage))
-        place = chunk.blob.offset, chunk.blob.length
-        return storage if place == storage[:2] else Values(*place, self._checksum(chunk.blob))
+        storage, blob = self.storages[chunk.blob], chunk.blob
+        if (blob.file, storage) not in self.verified:
+            if self._checksum(Blob(blob.file, storage.offset, storage.length)) != storage.checksum:
+                raise self._damaged(chunk, ValueError("checksum"))
+            self.verified.add((blob.file, storage))
+        place = blob.offset, blob.length
+        return storage if place == storage[:2] else Values(*place, self._checksum(blob))
 
     def _checksum(self, blob: Blob) -> int:
         return functools.reduce(lambda crc, block: zlib.crc32(block, crc), self._read_blocks(blob), 0)
 
     def _read_blocks(self, blob: Blob) -> Iterator[bytes]:
-        """A blob's bytes, ``READ_BYTES`` at a time."""
-        path = self.iteration_dir / blob.file
         try:
-            with open(path, "rb") as file:
+            with open(self.iteration_dir / blob.file, "rb") as file:
                 file.seek(blob.offset)
                 for done in range(0, blob.length, READ_BYTES):
                     yield file.read(min(READ_BYTES, blob.length - done))
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{self.iteration_dir / blob.file}: cannot be read ({error.strerror})") from None
 
     def _assemble(self, key: str, layers: list[list[Shard]], gated: bool) -> StoredTensor:
         """The global tensor of ``layers``' shards; a layer's parameter gets an axis over layers in front."""
@@ -261,7 +244,7 @@ class LegacyCheckpoint(Checkpoint):
 
 
 def _open_ranks(folder: Path, first: RankFile) -> list[list[RankFile]]:
-    """The files by pipeline stage, then tensor-parallel rank, as the arguments in ``first`` say."""
+    """The files by pipeline stage, then tensor-parallel rank."""
     version = first.state.get("checkpoint_version")
     if not isinstance(version, int | float) or version < QKV_PER_GROUP:
         raise UserError(
@@ -280,17 +263,13 @@ def _open_ranks(folder: Path, first: RankFile) -> list[list[RankFile]]:
             f" {shown(tensor)}, pipeline parallel {shown(pipeline)}, as the arguments in {first.file} say"
         )
     files = [[RankFile(folder, name) for name in stage] for stage in stages]
-    for rank in itertools.chain(*files):
-        if rank.state.get("iteration") != first.state.get("iteration"):
-            raise UserError(f"{rank.path}: of another iteration than {first.path}; use a whole checkpoint")
+    if len({shown(rank.state.get("iteration")) for rank in itertools.chain(*files)}) > 1:
+        raise UserError(f"{folder}: its ranks are of different iterations; use a whole checkpoint")
     return files
 
 
 def _collect(stages: list[list[RankFile]]) -> dict[str, list[list[Shard]]]:
-    """Every parameter's shards by layer, then tensor-parallel rank, under torch_dist's keys.
-
-    Extra states are left: scaling factors of 8-bit training, which Transformer Engine makes anew.
-    """
+    """Every parameter's shards by layer, then tensor-parallel rank, by torch_dist's keys; no extra states."""
     folder = stages[0][0].path.parents[1]
     models = [[rank.models() for rank in stage] for stage in stages]
     parts = {len(model) for stage in models for model in stage}
@@ -325,9 +304,8 @@ def _collect(stages: list[list[RankFile]]) -> dict[str, list[list[Shard]]]:
 def _global_key(name: Any, path: Path) -> tuple[str, int | None]:
     """torch_dist's key for an entry of a state dict, and its layer within the stage."""
     key, layer = names.split_key(str(name))
-    for separate, fused in FUSED_NORMS.items():
-        if layer is not None and key.startswith(separate):
-            key = fused + key.removeprefix(separate)
+    for separate, fused in FUSED_NORMS.items() if layer is not None else ():
+        key = fused + key.removeprefix(separate) if key.startswith(separate) else key
     if key not in AXES or names.is_of_layers(key) != (layer is not None):
         raise UserError(f"{path}: holds {str(name)[:200]!r}, which convert does not know what to make of")
     return key, layer
@@ -344,12 +322,10 @@ def _place(shards: list[Shard], axis: int | None, gated: bool) -> tuple[list[tup
         size = shape[axis]
         pieces = [(rank * size, shard) for rank, shard in enumerate(shards)]
         if gated:
-            half, pieces = size // 2, []
-            for rank, shard in enumerate(shards):
-                pieces += [
-                    (rank * half, shard.rows(0, half)),
-                    ((count + rank) * half, shard.rows(half, size)),
-                ]
+            half = size // 2
+            gates = [(rank * half, shard.rows(0, half)) for rank, shard in enumerate(shards)]
+            ups = [((count + rank) * half, shard.rows(half, size)) for rank, shard in enumerate(shards)]
+            pieces = gates + ups
         shape[axis] = count * size
     placed: list[tuple[Shape, Shard]] = []
     for offset, piece in pieces:

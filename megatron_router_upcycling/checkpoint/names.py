@@ -107,10 +107,9 @@ def other_norm(key: str) -> str | None:
     name, layer = split_key(key)
     if EXTRA_STATE in name:
         return None
-    if name.startswith(FUSED_NORM):
-        return at_layer(SEPARATE_NORM + name.removeprefix(FUSED_NORM), layer)
-    if name.startswith(SEPARATE_NORM):
-        return at_layer(FUSED_NORM + name.removeprefix(SEPARATE_NORM), layer)
+    for one, other in (NORM_BEFORE_FFN, NORM_BEFORE_FFN[::-1]):
+        if name.startswith(one):
+            return at_layer(other + name.removeprefix(one), layer)
     return None
 
 
@@ -139,13 +138,10 @@ def extra_states(
     shared_expert: bool = False,
     layers: tuple[int, ...] | None = None,
 ) -> list[str]:
-    """Names of the extra states that a model with or without Transformer Engine looks for.
+    """Names of the extra states that a model looks for, with or without Transformer Engine.
 
-    Megatron stops where one is missing, and ignores those that it does not look for.
-
-    Args:
-        num_experts: 0 for a dense model.
-        layers: those with experts, where every layer has names of its own; None: all, stacked.
+    Megatron stops where one is missing, and ignores others. A dense model has 0 experts. ``layers``: those
+    with experts, where every layer has names of its own; None: all, stacked.
     """
     modules = [SEPARATE_NORM.removesuffix(".")] if num_experts else []
     modules += [CORE_ATTENTION, QKV_LINEAR, PROJECTION, *((QUERY_NORM, KEY_NORM) if qk_layernorm else ())]

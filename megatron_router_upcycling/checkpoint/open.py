@@ -5,13 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.checkpoint.format.files import (
-    BACKEND,
-    CONFIG,
-    iteration_dir,
-    locate,
-    read_record,
-)
+from megatron_router_upcycling.checkpoint.format.files import BACKEND, CONFIG, locate, read_record
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, Report, parse_metadata
 from megatron_router_upcycling.checkpoint.layers import stack_layers
 from megatron_router_upcycling.checkpoint.legacy import LegacyCheckpoint
@@ -30,12 +24,9 @@ def open_dense(root: str | Path, config: Path | None = None) -> Checkpoint:
 
 
 def open_checkpoint(root: str | Path, report: Report | None = None) -> Checkpoint:
-    """Open the newest checkpoint under ``root``, torch_dist or legacy, and check that it is whole.
+    """Open the newest checkpoint under ``root``, or the iteration whose folder that is, where it is whole.
 
-    Args:
-        root: or the folder of one of its iterations, which chooses that.
-        report: called with tensor or file and fault, instead of raising, where the checkpoint is not
-            whole or not self-consistent.
+    ``report``: called with tensor or file and fault, instead of raising, where it is not whole or consistent.
     """
     root, folder = locate(Path(root))
     if _is_legacy(folder):
@@ -67,7 +58,7 @@ def format_of(root: str | Path, step: int | None = None) -> str | None:
 
 
 def _folder(root: str | Path, step: int | None) -> Path:
-    return iteration_dir(Path(root)) if step is None else Path(root) / f"iter_{step:07d}"
+    return locate(Path(root))[1] if step is None else Path(root) / f"iter_{step:07d}"
 
 
 def _is_legacy(folder: Path) -> bool:

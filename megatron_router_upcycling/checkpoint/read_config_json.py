@@ -38,10 +38,7 @@ ROPE_ENTRIES = ("rope_scaling", "rope_parameters")  # two names of one object; t
 
 
 def to_flags(config: dict[str, Any], path: Path, vocabulary_multiple: int) -> dict[str, Any]:
-    """Megatron's flags (underscores for dashes) that build the dense model of the config.json at ``path``.
-
-    ``vocabulary_multiple``: Megatron's embedding is padded to a multiple of it.
-    """
+    """Megatron's flags that build the dense model; its embedding is padded to ``vocabulary_multiple``."""
     if vocabulary_multiple < 1:
         raise UserError(f"--make-vocab-size-divisible-by {vocabulary_multiple}: must be at least 1")
     try:
@@ -82,41 +79,28 @@ def _family(config: dict[str, Any]) -> str:
 
 
 def _refuse_features(config: dict[str, Any], family: str) -> None:
-    for entry in ("quantization_config", "quantization"):  # the second is MLX's
-        if quantization := config.get(entry):
-            method = (
-                quantization.get("quant_method", entry) if isinstance(quantization, dict) else quantization
-            )
-            raise ValueError(f"quantised weights ({method}); name the folder of the unquantised model")
-    if chunks := config.get("dual_chunk_attention_config"):
-        raise ValueError(
-            "dual_chunk_attention_config is not covered; without it the model holds for"
-            f" {chunks.get('original_max_position_embeddings')} positions: take the entry out and set"
-            " max_position_embeddings to that"
-        )
-    layers = config.get("layer_types") or ["sliding_attention" * _uses_window(config) or "full_attention"]
-    if other := [kind for kind in layers if kind != "full_attention"]:
-        raise ValueError(f"layers of {other[0]} are not covered; full attention in every layer is")
-    for entry in ROPE_ENTRIES:
-        rope = config.get(entry) or {}
-        if any(isinstance(value, dict) for value in rope.values()):
-            raise ValueError(f"{entry} that differ by kind of layer are not covered; one for all is")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{entry} of type {kind!r} is not covered; plain rotary embedding is")
-    if _rope(config, "partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor is not covered")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {config['hidden_act']!r} is not covered; 'silu' is")
-    if family == "qwen3" and config.get("attention_bias"):
-        raise ValueError("attention_bias is not covered for Qwen3")
-
-
-def _uses_window(config: dict[str, Any]) -> bool:
-    """Whether a layer has a sliding window; the defaults are those of transformers."""
-    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
-        return False
-    return bool(config.get("max_window_layers", 28) < config.get("num_hidden_layers", 0))
+    ropes = [config.get(entry) or {} for entry in ROPE_ENTRIES]
+    window = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
+    window = window and config.get("max_window_layers", 28) < config.get("num_hidden_layers", 0)
+    layers = config.get("layer_types") or ["sliding_attention"] * bool(window)
+    asked = {
+        "quantised weights (name the folder of the unquantised model)": config.get("quantization_config")
+        or config.get("quantization"),  # MLX's
+        "dual_chunk_attention_config (it may be taken out where max_position_embeddings is set to its"
+        " original_max_position_embeddings)": config.get("dual_chunk_attention_config"),
+        "layer_types or a sliding window other than full_attention in every layer": layers
+        and set(layers) != {"full_attention"},
+        "rope_scaling or rope_parameters other than of type 'default', the same in all layers": any(
+            rope.get("rope_type", rope.get("type", "default")) != "default"
+            or any(isinstance(value, dict) for value in rope.values())
+            for rope in ropes
+        ),
+        "partial_rotary_factor": _rope(config, "partial_rotary_factor", 1.0) != 1.0,
+        "hidden_act other than 'silu'": config.get("hidden_act", "silu") != "silu",
+        "attention_bias in Qwen3": family == "qwen3" and config.get("attention_bias"),
+    }
+    if found := [what for what, there in asked.items() if there]:
+        raise ValueError(f"{found[0]}: not covered")
 
 
 def _values(config: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 import zlib
+from typing import Any
 
 import torch
 
@@ -26,26 +27,19 @@ def read_model(checkpoint: Checkpoint) -> DenseModel:
         _check_numbers(model)
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         why = f"has no {error.name}" if isinstance(error, AttributeError) else reason(error)
-        raise UserError(
-            f"{checkpoint.described_by}: do not give the architecture ({why}); {described.WAY_OUT}"
-        ) from None
+        source = checkpoint.described_by
+        raise UserError(f"{source}: do not give the architecture ({why}); {described.WAY_OUT}") from None
     vocabulary = getattr(checkpoint.args, "vocab_size", None)
     rows = [vocabulary] if isinstance(vocabulary, int) else [0]  # more of them are stored where it is padded
     if names.EMBEDDING in tensors:
         rows += tensors[names.EMBEDDING].shape[:1]
     expected = model.parameters(max(rows))
     for either, shape in expected.items():
-        stored = [name for name in either if name in tensors]
-        if not stored:
-            raise UserError(
-                f"{root}: has no tensor {either[0]}, which {checkpoint.described_by} asks for;"
-                " convert takes a dense GPT model"
-            )
-        for name in stored:
-            if (found := tensors[name].shape) != shape:
-                raise UserError(
-                    f"{root}: {name} is {list(found)}, where {checkpoint.described_by} ask for {list(shape)}"
-                )
+        stored: dict[str, Any] = {name: list(tensors[name].shape) for name in either if name in tensors}
+        for name, found in (stored or {either[0]: "missing"}).items():
+            if found != list(shape):
+                asked = f"where {checkpoint.described_by} ask for {list(shape)}"
+                raise UserError(f"{root}: {name} is {found}, {asked}; convert takes a dense GPT model")
     known = {names.POSITIONS, *(name for either in expected for name in either)}
     for name in tensors:
         if names.MODEL_STATE.match(name) and name not in known:
@@ -58,12 +52,10 @@ def query_key_digest(checkpoint: Checkpoint) -> str:
     """SHA-256 over places and CRC-32s of the attention's input weights, which any training step changes.
 
     ``Checkpoint.digest`` does not see values. No value is read where ``torch.save`` wrote its checksum.
-    ``checkpoint`` is stacked over layers, as ``open_dense`` gives it.
     """
     stored, digest = checkpoint.tensors[names.QKV], hashlib.sha256()
     for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets):
-        values = checkpoint.find_values(chunk, stored.dtype)
-        if values:
+        if values := checkpoint.find_values(chunk, stored.dtype):
             checksum = values.checksum
         else:
             tensor = checkpoint.read_chunk(chunk, stored.dtype, bytearray()).contiguous()
@@ -94,7 +86,7 @@ def count_experts(checkpoint: Checkpoint) -> int | None:
 
 
 def _check_numbers(model: DenseModel) -> None:
-    """Raises: ValueError, where a size or the deviation of the first weights is none."""
+    """Refuse, by ``ValueError``, what is no size or no deviation of the first weights."""
     for name in (*SIZES, "ffn_hidden_size", "num_query_groups", "kv_channels"):
         if getattr(model, name) < 1:
             raise ValueError(f"{name} is {getattr(model, name)}")

@@ -1,8 +1,4 @@
-"""Read Megatron's torch_dist checkpoints chunk by chunk.
-
-A checkpoint root holds ``latest_checkpointed_iteration.txt`` and the folder that it names; that folder
-is a torch.distributed.checkpoint folder with global tensors; its ``.metadata`` says where they are stored.
-"""
+"""Megatron's torch_dist checkpoints, read chunk by chunk: a folder of torch.distributed.checkpoint's."""
 
 import functools
 import hashlib
@@ -46,7 +42,6 @@ class Checkpoint:
 
     @classmethod
     def open_folder(cls, root: Path, folder: Path, report: Report | None = None) -> "Checkpoint":
-        """Open one iteration's torch_dist folder and check that it is whole; see ``open_checkpoint``."""
         content = files.read_record(folder / METADATA)
         checkpoint = cls(root, folder, *metadata.parse_metadata(content, folder / METADATA, report), {})
         checkpoint.check_files(report)
@@ -83,7 +78,6 @@ class Checkpoint:
         return found, source
 
     def blobs(self, key: str) -> list[Blob]:
-        """Where the values of a tensor or an object are stored."""
         if key in self.objects:
             return [self.objects[key]]
         return [chunk.blob for chunk in self.tensors[key].chunks]
@@ -117,8 +111,8 @@ class Checkpoint:
         return self._found[place]
 
     def _find_values(self, chunk: Chunk, dtype: torch.dtype) -> torch_save_file.Values | None:
+        promised = chunk.stored_sizes, dtype
         try:
-            promised = chunk.stored_sizes, dtype
             return torch_save_file.examine(self.iteration_dir, chunk.blob, promised).values
         except torch_save_file.Damaged as error:
             raise self._damaged(chunk, error) from None
@@ -192,23 +186,19 @@ class Checkpoint:
                 needed[blob.file] = max(needed.get(blob.file, 0), blob.offset + blob.length)
         for name, end in sorted(needed.items()):
             path = self.iteration_dir / name
-            if not os.path.isfile(path):  # False for a name that cannot be one, too
-                fault = "missing"
-            elif path.stat().st_size < end:
-                fault = f"half-written ({path.stat().st_size} bytes of at least {end})"
-            else:
-                continue
-            if report is None:
-                raise UserError(f"{path}: {fault}; use a checkpoint that was saved whole")
-            report(name, fault)
+            size = path.stat().st_size if os.path.isfile(path) else -1  # also for a name that cannot be one
+            if size < end:
+                fault = "missing" if size < 0 else f"half-written ({size} bytes of at least {end})"
+                if report is None:
+                    raise UserError(f"{path}: {fault}; use a checkpoint that was saved whole")
+                report(name, fault)
 
     def _common_bytes(self) -> bytes:
-        if COMMON_STATE not in self.objects:
-            return files.read_record(self.iteration_dir / COMMON_FILE)
-        blob = self.objects[COMMON_STATE]
-        if blob.length > files.LARGEST_RECORD:
-            raise UserError(f"{self.iteration_dir}: common state of {blob.length} bytes")
-        return self.read_blob(blob)
+        if blob := self.objects.get(COMMON_STATE):
+            if blob.length > files.LARGEST_RECORD:
+                raise UserError(f"{self.iteration_dir}: common state of {blob.length} bytes")
+            return self.read_blob(blob)
+        return files.read_record(self.iteration_dir / COMMON_FILE)
 
     def _read_common(self) -> dict[str, Any]:
         source = f"{self.iteration_dir}: common state"

@@ -1,11 +1,8 @@
-"""Write a torch_dist checkpoint folder chunk by chunk.
-
-What a source checkpoint already holds is taken over by linking its data files; several chunks may name
-the same bytes, so that equal experts are stored once.
-"""
+"""Write a torch_dist checkpoint folder: a source's files are linked, equal experts' bytes stored once."""
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import zlib
@@ -33,6 +30,7 @@ from megatron_router_upcycling.files import sync
 COPY_BYTES = 8 << 20
 # Another disk, another owner, too many links, or a file system without them.
 CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EINVAL)
+CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # in the kernel
 
 Progress = Callable[[int], None]
 
@@ -46,6 +44,16 @@ class InFile(NamedTuple):
     dtype: torch.dtype
 
 
+def stored_values(
+    source: Checkpoint, chunk: Chunk, dtype: torch.dtype, sizes: Shape
+) -> torch.Tensor | InFile:
+    """A chunk of another checkpoint, seen as of ``sizes``, to write."""
+    place = source.find_values(chunk, dtype)
+    if place and place.length < ZIP32_LIMIT:
+        return InFile(source.iteration_dir / chunk.blob.file, place, sizes, dtype)
+    return source.read_chunk(chunk, dtype, bytearray()).view(sizes)
+
+
 class CheckpointWriter:
     """Fills one iteration's folder; ``finish`` makes it a checkpoint.
 
@@ -57,8 +65,8 @@ class CheckpointWriter:
         self.folder, self.prefix, self.progress = folder, prefix, progress
         self.tensors: dict[str, tuple[Shape, torch.dtype, list[Chunk]]] = {}
         self.objects: dict[str, Blob] = {}
-        self._linked: dict[str, bool] = {}
-        self._copied: dict[Blob, Blob] = {}
+        self._is_linked = functools.cache(self._link)
+        self._copy = functools.cache(self._copy_blob)
         self._flushing: list[Future[None]] = []
         self._aside = ThreadPoolExecutor(1)
         self._file = self._open()
@@ -98,41 +106,34 @@ class CheckpointWriter:
                 blob = self._take_blob(source, chunk.blob, copy)
                 chunks.append(Chunk(chunk.offsets, chunk.sizes, blob))
             else:
-                place = [chunk.offsets]
-                self.store_chunk(source, chunk, stored.dtype, name, stored.shape, chunk.sizes, place)
+                values = stored_values(source, chunk, stored.dtype, chunk.sizes)
+                self.write_chunk(name, stored.shape, values, [chunk.offsets])
 
     def _take_blob(self, source: Checkpoint, blob: Blob, copy: bool) -> Blob:
         path = source.iteration_dir / blob.file
-        if not copy and self._is_linked(path):
-            return blob
-        if blob not in self._copied:
-            self._copied[blob] = self._written(lambda: self._copy_range(path, blob.offset, blob.length))
-        return self._copied[blob]
+        return blob if not copy and self._is_linked(path) else self._copy(path, blob)
 
-    def _is_linked(self, path: Path) -> bool:
-        if path.name not in self._linked:
-            try:
-                os.link(path.resolve(), self.folder / path.name)
-                self._linked[path.name] = True
-            except OSError as error:
-                if error.errno not in CANNOT_LINK:
-                    raise
-                self._linked[path.name] = False
-        return self._linked[path.name]
+    def _copy_blob(self, path: Path, blob: Blob) -> Blob:
+        return self._written(lambda: self._copy_range(path, blob.offset, blob.length))
+
+    def _link(self, path: Path) -> bool:
+        try:
+            os.link(path.resolve(), self.folder / path.name)
+        except OSError as error:
+            if error.errno not in CANNOT_LINK:
+                raise
+            return False
+        return True
 
     def _written(self, write: Callable[[], object]) -> Blob:
-        """What ``write`` writes to the file."""
         start = self._file.tell()
         write()
         length = self._file.tell() - start
         self.progress(length)
         return Blob(Path(self._file.name).name, start, length)
 
-    def add_object(self, key: str, blob: Blob) -> None:
-        self.objects[key] = blob
-
     def write_object(self, archive: bytes) -> Blob:
-        """Write a ``torch.save`` file's bytes and return where they are."""
+        """Write a ``torch.save`` file's bytes."""
         return self._written(lambda: self._file.write(archive))
 
     def write_chunk(
@@ -171,30 +172,8 @@ class CheckpointWriter:
             head, tail = wrap_values(Values(0, values.nbytes, known), sizes, values.dtype)
             self._file.writelines((head, content, tail))
         else:
-            part = (
-                values.untyped_storage().nbytes() != values.nbytes
-            )  # of something larger, which would go along
-            torch.save(values.clone() if part else values, self._file)
-
-    def store_chunk(
-        self,
-        source: Checkpoint,
-        chunk: Chunk,
-        dtype: torch.dtype,
-        key: str,
-        shape: Shape,
-        sizes: Shape,
-        offsets: Iterable[Shape],
-        copies: bool = False,
-    ) -> None:
-        """``write_chunk`` with a chunk of another checkpoint, seen as of ``sizes``."""
-        place = source.find_values(chunk, dtype)
-        values: torch.Tensor | InFile
-        if place and place.length < ZIP32_LIMIT:
-            values = InFile(source.iteration_dir / chunk.blob.file, place, sizes, dtype)
-        else:
-            values = source.read_chunk(chunk, dtype, bytearray()).view(sizes)
-        self.write_chunk(key, shape, values, offsets, copies)
+            is_view = values.untyped_storage().nbytes() != values.nbytes  # of what would be saved too
+            torch.save(values.clone() if is_view else values, self._file)
 
     def _copy_range(self, source: Path, offset: int, length: int) -> None:
         self._file.flush()
@@ -204,7 +183,13 @@ class CheckpointWriter:
             raise UserError(f"{source}: cannot be read ({error.strerror})") from None
         with file:
             while length:
-                count = _copy_some(file.fileno(), self._file.fileno(), offset, length)
+                try:
+                    count = os.copy_file_range(file.fileno(), self._file.fileno(), length, offset)
+                except OSError as error:
+                    if error.errno not in CANNOT_COPY:
+                        raise
+                    content = os.pread(file.fileno(), min(length, COPY_BYTES), offset)
+                    count = os.write(self._file.fileno(), content)
                 if not count:
                     raise UserError(f"{source}: ends early; it has changed since it was opened")
                 offset, length = offset + count, length - count
@@ -228,13 +213,3 @@ class CheckpointWriter:
             flushed.result()
         sync(self.folder)
         return tensors
-
-
-def _copy_some(source: int, target: int, offset: int, length: int) -> int:
-    """Copy bytes from file to file, in the kernel where it can; return how many, 0 at the source's end."""
-    try:
-        return os.copy_file_range(source, target, length, offset)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        return os.write(target, os.pread(source, min(length, COPY_BYTES), offset))

@@ -10,12 +10,12 @@ from typing import Any
 
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
-from megatron_router_upcycling.checkpoint.format.files import TRACKER, iteration_dir
+from megatron_router_upcycling.checkpoint.format.files import TRACKER, locate
 from megatron_router_upcycling.checkpoint.names import LEFT_OUT, TRAINING_STATE
 from megatron_router_upcycling.checkpoint.open import open_dense
-from megatron_router_upcycling.checkpoint.publish import completeness
+from megatron_router_upcycling.checkpoint.publish import checks
 from megatron_router_upcycling.checkpoint.publish import folder as publish
-from megatron_router_upcycling.checkpoint.publish.source_check import Stamps, intact_check
+from megatron_router_upcycling.checkpoint.publish.checks import Stamps, intact_check
 from megatron_router_upcycling.checkpoint.read_model import query_key_digest, read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
@@ -60,7 +60,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     """Read and check everything; write nothing."""
     options.router.check_trains(options.megatron)
     out = Path(out)
-    read = [path for path in (options.key_stats,) if path] + list(iteration_dir(Path(root)).rglob("*"))
+    read = [path for path in (options.key_stats,) if path] + list(locate(Path(root))[1].rglob("*"))
     sources = Stamps(read)  # before anything is read
     dense = open_dense(root, options.config)
     publish.check_target(out, dense.root, options.overwrite)
@@ -115,8 +115,8 @@ def _write(conversion: Conversion, folder: Path, progress: Callable[[int], None]
         plan.run(conversion.stats, writer)
         tensors = writer.finish()
         intact.result()
-    completeness.check_whole(tensors, writer.objects, plan.makes())
-    return completeness.content_digests(completeness.examine_all(folder, tensors, writer.objects))
+    checks.check_whole(tensors, writer.objects, plan.makes())
+    return checks.content_digests(checks.examine_all(folder, tensors, writer.objects))
 
 
 def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[str, str]) -> dict[str, Any]:

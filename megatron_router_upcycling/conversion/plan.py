@@ -12,7 +12,7 @@ from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
 from megatron_router_upcycling.checkpoint.layers import split_layers
 from megatron_router_upcycling.checkpoint.names import at_layer, split_key
-from megatron_router_upcycling.checkpoint.publish.completeness import Target
+from megatron_router_upcycling.checkpoint.publish.checks import Target
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.conversion import fine_grained

@@ -18,7 +18,7 @@ from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
 from megatron_router_upcycling.checkpoint.names import at_layer, split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
+from megatron_router_upcycling.checkpoint.writer import CheckpointWriter, stored_values
 from megatron_router_upcycling.conversion.expected import Computed, Expected, InTurn, Origin, copy_of
 from megatron_router_upcycling.conversion.fine_grained import SHARE, Cut
 from megatron_router_upcycling.conversion.moe_arguments import moe_common_state
@@ -167,8 +167,8 @@ class CopyExperts(Step):
         for chunk in stored.chunks:
             sizes = self._at_experts(chunk.sizes, 1)
             offsets = [self._at_experts(chunk.offsets, expert) for expert in range(self.num_experts)]
-            copies = work.options.materialize
-            writer.store_chunk(work.source, chunk, stored.dtype, self.target, shape, sizes, offsets, copies)
+            values = stored_values(work.source, chunk, stored.dtype, sizes)
+            writer.write_chunk(self.target, shape, values, offsets, work.options.materialize)
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class AddExtraStates(Step):
     def run(self, work: Work, writer: CheckpointWriter) -> None:
         empty = writer.write_object(torch_save_file.dump([None]))
         for key in self.added:
-            writer.add_object(key, empty)
+            writer.objects[key] = empty
 
 
 @dataclass(frozen=True)
@@ -290,4 +290,4 @@ class WriteCommonState(Step):
         if self.as_file:
             writer.write_file(COMMON_FILE, torch_save_file.dump(common))
         else:
-            writer.add_object(COMMON_STATE, writer.write_object(torch_save_file.dump([common])))
+            writer.objects[COMMON_STATE] = writer.write_object(torch_save_file.dump([common]))

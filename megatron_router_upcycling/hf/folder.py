@@ -69,7 +69,7 @@ def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
 def _copy_beside(source: Path, target: Path) -> dict[str, Any]:
     """Copy what stands beside the weights; return the ids of special tokens as config.json has them."""
     files = [file for file in beside.look(source).carried if str(file) not in (CONFIG, CARD, RECORD)]
-    beside.copy(source, tuple(files), target)
+    beside.copy(source, files, target)
     for file in (CONFIG, GENERATION_CONFIG):
         if (source / file).is_file():
             found = read_json(source / file)

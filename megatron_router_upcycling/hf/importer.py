@@ -128,7 +128,7 @@ def _record(job: Import) -> dict[str, Any]:
             },
         },
         "architecture": job.model.describe(),
-        "left_out": list(job.beside.left_out),
+        "left_out": job.beside.left_out,
         "dtype": dtype_name(job.dtype),
         "model": job.flags,
         "versions": versions(),
@@ -140,7 +140,7 @@ def _write(job: Import, writer: CheckpointWriter) -> None:
         writer.write_chunk(tensor.name, tensor.shape, values, [offset], checksum=checksum)
     empty = writer.write_object(torch_save_file.dump([None]))
     for name in extra_states(job.model.num_layers, 0, qk_layernorm=job.model.qk_norm):
-        writer.add_object(name, empty)
+        writer.objects[name] = empty
     of_run = {
         "params_dtype": job.dtype,
         "make_vocab_size_divisible_by": job.options.vocabulary_multiple,
@@ -153,7 +153,7 @@ def _write(job: Import, writer: CheckpointWriter) -> None:
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    writer.add_object(COMMON_STATE, writer.write_object(torch_save_file.dump([common])))
+    writer.objects[COMMON_STATE] = writer.write_object(torch_save_file.dump([common]))
     writer.finish()
 
 

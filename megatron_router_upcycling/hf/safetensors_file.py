@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_router_upcycling.checkpoint.publish.source_check import all_finite
+from megatron_router_upcycling.checkpoint.publish.checks import all_finite
 from megatron_router_upcycling.errors import UserError, reason
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F64": torch.float64}

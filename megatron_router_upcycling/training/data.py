@@ -47,7 +47,7 @@ def choose_tokenizer(args: Namespace, argv: list[str], load: str | None) -> str 
     named = args.tokenizer_model
     if load is None or any(word.partition("=")[0] == "--tokenizer-model" for word in argv):
         return None
-    found = None if named and Path(named).exists() else beside.tokenizer_in(Path(load))
+    found = None if named and Path(named).exists() else beside.tokenizer_of(Path(load) / beside.FOLDER)
     if found is None or args.tokenizer_type not in (None, found[0]):
         return None
     args.tokenizer_type, args.tokenizer_model = found[0], str(found[1])
@@ -171,7 +171,7 @@ def choose_cache(args: Namespace, paths: list[str]) -> None:
 
 def check_tokens(args: Namespace, load: str | None) -> None:
     """Refuse data of another tokenizer, or with tokens that the model does not know. After ``set_global``."""
-    beside_load = beside.tokenizer_in(Path(load)) if load else None
+    beside_load = beside.tokenizer_of(Path(load) / beside.FOLDER) if load else None
     named = Path(args.tokenizer_model) if args.tokenizer_model else None
     tokenizer = beside_load[1] if beside_load else named
     known = tokenizer if tokenizer and tokenizer.exists() else None

@@ -13,7 +13,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
 FRESH_ITERATION = "release"  # the iteration of a checkpoint that convert made
-ROWS_SHOWN = 30
+SHOWN = 10  # findings of a check
 
 # What is proved -> in words. The order is that of the table.
 CHECKS = {
@@ -69,21 +69,14 @@ class Findings:
             lines.append(f"  {verdict:<9} {words}{f' ({more})' * bool(more)}")
         if self.found:
             rows = [("differs", "layer", "expert", "how")]
-            rows += [(found.name, found.layer, found.expert, found.what) for found in self._first()]
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            widths[-1] = 0
+            for check in CHECKS:  # some of every check, so that many of one do not hide the others
+                rows += [(one.name, one.layer, one.expert, one.what) for one in self.of(check)[:SHOWN]]
+            *widths, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
             lines.append("")
-            for row in rows:
-                lines.append("  " + "  ".join(map(str.ljust, row, widths)))
-            if (hidden := len(self.found) - ROWS_SHOWN) > 0:
+            lines += ["  " + "  ".join(map(str.ljust, row, (*widths, 0))) for row in rows]
+            if hidden := len(self.found) + 1 - len(rows):
                 lines.append(f"and {hidden} more; --json FILE writes them all")
         return "\n".join(lines)
-
-    def _first(self) -> list[Finding]:
-        """Some of every check, so that many of one do not hide the others."""
-        share = max(3, ROWS_SHOWN // len({finding.check for finding in self.found}))
-        first = [finding for check in CHECKS for finding in self.of(check)[:share]]
-        return first[:ROWS_SHOWN]
 
     def to_json(self, **more: Any) -> str:
         checks = [
@@ -131,12 +124,9 @@ class Verification:
             for stored in self.moe.tensors.values()
         )
 
-    def section(self, name: str) -> dict[str, Any]:
-        return section(self.moe, self.record, name)
-
     def recorded_files(self, name: str) -> dict[str, dict[str, Any]]:
         """What section ``name`` of the manifest says of each file."""
-        files = self.section(name)
+        files = section(self.moe, self.record, name)
         for path, entry in files.items():
             if not isinstance(entry, dict) or Path(path).is_absolute() or ".." in Path(path).parts:
                 raise UserError(

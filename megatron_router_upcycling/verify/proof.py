@@ -1,8 +1,7 @@
 """Is an upcycled checkpoint what it must be? Proved by reading it and the dense checkpoint it came from.
 
 ``prepare`` opens both and plans the conversion again, with the options that the manifest records; ``run``
-compares the checkpoint with what each step of that plan expects. (The tests hold the steps against slow code
-that shares nothing with them.) Of a checkpoint that has trained since, the structure alone can be checked.
+compares. Of a checkpoint that has trained since, the structure alone can be checked.
 """
 
 from dataclasses import replace
@@ -23,10 +22,9 @@ from megatron_router_upcycling.files import format_bytes, sha256
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.file import load as load_key_stats
-from megatron_router_upcycling.verify import arguments, structure
+from megatron_router_upcycling.verify import structure
 from megatron_router_upcycling.verify.findings import Findings, Verification, has_trained, section
-from megatron_router_upcycling.verify.sources import Sources
-from megatron_router_upcycling.verify.values import Comparison, Progress
+from megatron_router_upcycling.verify.values import Comparison, Progress, Sources
 
 TRAINED = "the checkpoint has trained"
 
@@ -37,21 +35,15 @@ def prepare(
     key_stats_file: Path | None = None,
     config: Path | None = None,
 ) -> Verification:
-    """Open everything that is needed.
-
-    Args:
-        key_stats_file: what the routers were made from; by default the file that the manifest names.
-        config: a YAML file that describes the dense model, where its checkpoint does not.
-    """
+    """Open everything; ``key_stats_file`` is by default the one that the manifest names, ``config`` describes
+    the dense model where its checkpoint does not."""
     dense = open_dense(dense_root, config)
     findings = Findings()
     moe = open_checkpoint(moe_root, lambda name, what: findings.add("metadata", name, what))
     record = manifest.read(moe.root)
     if record is None:
-        raise UserError(
-            f"MOE {moe.root}: has no {manifest.NAME}; name a checkpoint that convert made, or that was"
-            " trained from one with megatron_router_upcycling.pretrain"
-        )
+        which = "name a checkpoint that convert made, or that pretrain trained from one"
+        raise UserError(f"MOE {moe.root}: has no {manifest.NAME}; {which}")
     model = read_model(dense)
     options = recorded_options(moe.root, record, model.num_layers)
     options.init.check(options.router)
@@ -90,20 +82,15 @@ def _key_stats(
     if path is None:
         path = Path(str(recorded.get("path")))
         if not path.is_file():
-            raise UserError(
-                f"--key-stats: {path}, from which the routers were made, is gone; name where it is now"
-            )
+            raise UserError(f"--key-stats: {path}, which the routers were made from, is gone; name its place")
     stats = load_key_stats(path)
     expected = (model.num_layers, model.num_query_groups, model.kv_channels)
     if tuple(stats.mean.shape) != expected:
-        raise UserError(
-            f"--key-stats {path}: of another model: keys {list(stats.mean.shape)} where DENSE has"
-            f" {list(expected)}"
-        )
+        found = f"keys {list(stats.mean.shape)} where DENSE has {list(expected)}"
+        raise UserError(f"--key-stats {path}: of another model: {found}")
     if sha256(path) != recorded.get("sha256"):
-        findings.add(
-            "files", str(path), "is not the file of key statistics whose SHA-256 the manifest records"
-        )
+        what = "is not the file of key statistics whose SHA-256 the manifest records"
+        findings.add("files", str(path), what)
     return stats, path
 
 
@@ -114,8 +101,8 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
     expected = verification.plan.expects(verification.stats)
     comparable = structure.check_tensors(verification, expected)
     identities = structure.check_objects(verification)
-    arguments.check_arguments(verification)
-    arguments.check_manifest(verification)
+    structure.check_arguments(verification)
+    structure.check_manifest(verification)
     for key in moe.tensors:
         comparison.compare(key, expected[key] if key in comparable and not trained else None)
     whole_files: set[str] = set()
@@ -132,9 +119,8 @@ def _say_what_was_seen(verification: Verification, comparison: Comparison) -> No
     findings, moe = verification.findings, verification.moe
     chunks = sum(len(stored.chunks) for stored in moe.tensors.values())
     findings.looked_at["metadata"] = f"{len(moe.tensors)} tensors, {chunks} chunks"
-    findings.looked_at["damage"] = (
-        f"{len(comparison.identities)} of them stored, {format_bytes(comparison.read)}"
-    )
+    stored = len(comparison.identities)
+    findings.looked_at["damage"] = f"{stored} of them stored, {format_bytes(comparison.read)}"
     findings.looked_at["states"] = f"{len(moe.objects)} objects"
     for check in ("experts", "untouched", "norms", "routers"):
         if verification.trained:

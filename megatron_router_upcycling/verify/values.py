@@ -1,32 +1,56 @@
 """Read every chunk of a checkpoint in blocks and compare it with what it must be.
 
-Each block of bytes goes into the chunk's checksum, is looked through for NaN and infinity, and is compared
-with its expectation. Where a chunk names the very bytes of the dense checkpoint (a hard link), that proves
-them equal; the bytes are read all the same, for their checksum.
+Where a chunk names the very bytes of the dense checkpoint (a hard link), that proves them equal; the bytes
+are read all the same, for their checksum.
 """
 
 import math
-import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from megatron_router_upcycling.checkpoint.format.boxes import Box
-from megatron_router_upcycling.checkpoint.format.files import read_exactly
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
-from megatron_router_upcycling.checkpoint.format.torch_save_file import Damaged, Values, examine
+from megatron_router_upcycling.checkpoint.format.torch_save_file import Damaged, Values, examine, read_values
 from megatron_router_upcycling.checkpoint.names import EXPERTS, is_of_layers, split_key
-from megatron_router_upcycling.checkpoint.publish.source_check import all_finite
+from megatron_router_upcycling.checkpoint.publish.checks import all_finite
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.conversion.expected import Expected
+from megatron_router_upcycling.conversion.expected import Computed, Expected
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.verify.findings import Findings, span
-from megatron_router_upcycling.verify.sources import WORDS, Sources, as_words, place_of
 
 BLOCK_BYTES = 2 << 20  # stays in a processor's cache between the checksum and the comparison
+WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by a dtype's size
 
 Progress = Callable[[int], None]
+
+
+class Sources:
+    """The values that ``Origin`` names: those of a key of ``checkpoint``, or computed ones."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._computed: dict[Computed, tuple[Box, np.ndarray]] = {}  # the box computed last
+
+    def read(self, source: str | Computed, box: Box) -> np.ndarray:
+        if isinstance(source, str):
+            return as_words(self.checkpoint.read_box(source, box))
+        joined: np.ndarray | None = None
+        for whole in source.boxes(box):
+            values, part = self._compute(source, whole), whole.overlap(box)
+            assert part is not None
+            if joined is None:
+                joined = np.empty(box.sizes, values.dtype)
+            joined[part.within(box.offsets)] = values[part.within(whole.offsets)]
+        assert joined is not None
+        return joined
+
+    def _compute(self, source: Computed, box: Box) -> np.ndarray:
+        last = self._computed.get(source)
+        if last is None or last[0] != box:
+            last = self._computed[source] = box, as_words(source.values(box)).reshape(box.sizes)
+        return last[1]
 
 
 class Comparison:
@@ -41,7 +65,6 @@ class Comparison:
         self.identities: dict[Blob, bytes] = {}
         self.compared: dict[str, int] = {}
         self.read = 0
-        self._buffer = bytearray(BLOCK_BYTES)
 
     def compare(self, key: str, expected: Expected | None) -> None:
         """Read tensor ``key`` and compare it; without ``expected`` it is read alone."""
@@ -88,34 +111,28 @@ class Comparison:
 
     def _is_linked(self, chunk: Chunk, expected: Expected) -> bool:
         """Whether the chunk is a hard link to the dense checkpoint's bytes, and so equal to them."""
-        origins = list(expected.origins(chunk.box))
-        found = self.sources.place(origins[0].source, origins[0].place) if len(origins) == 1 else None
-        return found == place_of(self.moe, chunk.blob)
+        origins, dense = list(expected.origins(chunk.box)), self.sources.checkpoint
+        if len(origins) != 1 or not isinstance(source := origins[0].source, str):
+            return False
+        place = origins[0].place
+        here = [other.blob for other, _ in dense.tensors[source].overlapping(place) if other.box == place]
+        return place_of(self.moe, chunk.blob) in [place_of(dense, blob) for blob in here]
 
     def _blocks(
         self, chunk: Chunk, dtype: torch.dtype, values: Values | None
     ) -> Iterator[tuple[Box, np.ndarray]]:
-        """A chunk's values, each block of them in the place of the one before.
-
-        Raises:
-            Damaged: they cannot be read or, once all were, do not match their checksum.
-        """
-        try:
-            if values is None:  # they do not lie row after row, and PyTorch reads them
+        """A chunk's values, each block of them in the place of the one before; raises ``Damaged``."""
+        if values is None:  # they do not lie row after row, and PyTorch reads them
+            try:
                 yield chunk.box, as_words(self.moe.read_chunk(chunk, dtype, bytearray()))
-                return
-            checksum = 0
-            with open(self.moe.iteration_dir / chunk.blob.file, "rb", buffering=0) as file:
-                file.seek(values.offset)
-                for block in blocks(chunk.box, BLOCK_BYTES // dtype.itemsize):
-                    view = memoryview(self._buffer)[: math.prod(block.sizes) * dtype.itemsize]
-                    read_exactly(file, view)
-                    checksum = zlib.crc32(view, checksum)
-                    yield block, np.frombuffer(view, WORDS[dtype.itemsize]).reshape(block.sizes)
-        except (OSError, EOFError, UserError) as error:
-            raise Damaged(str(error)) from None
-        if checksum != values.checksum:
-            raise Damaged("the values do not match their checksum")
+            except UserError as error:
+                raise Damaged(str(error)) from None
+            return
+        boxes = list(blocks(chunk.box, BLOCK_BYTES // dtype.itemsize))
+        lengths = [math.prod(box.sizes) * dtype.itemsize for box in boxes]
+        path = self.moe.iteration_dir / chunk.blob.file
+        for box, view in zip(boxes, read_values(path, values, lengths), strict=True):
+            yield box, np.frombuffer(view, WORDS[dtype.itemsize]).reshape(box.sizes)
 
 
 def blocks(box: Box, most: int) -> Iterator[Box]:
@@ -146,3 +163,15 @@ def where(key: str, chunks: list[Chunk]) -> tuple[str, str]:
     layers = along(0) if layer is None else str(layer)
     experts = along(int(layer is None)) if name.startswith(EXPERTS) else ""
     return layers, experts
+
+
+def place_of(checkpoint: Checkpoint, blob: Blob) -> tuple[int, int, int, int]:
+    """Device, inode, offset and length of a chunk's bytes."""
+    status = (checkpoint.iteration_dir / blob.file).stat()
+    return status.st_dev, status.st_ino, blob.offset, blob.length
+
+
+def as_words(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's bits, as unsigned integers of its dtype's size: equal means bitwise equal."""
+    tensor = tensor.contiguous()
+    return tensor.flatten().view(torch.uint8).numpy().view(WORDS[tensor.itemsize]).reshape(tensor.shape)

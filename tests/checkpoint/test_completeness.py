@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, StoredTensor
-from megatron_router_upcycling.checkpoint.publish.completeness import (
+from megatron_router_upcycling.checkpoint.publish.checks import (
+    all_finite,
     check_whole,
     content_digests,
     examine_all,
 )
-from megatron_router_upcycling.checkpoint.publish.source_check import all_finite
 from megatron_router_upcycling.errors import UserError
 
 BLOB = Blob("a", 0, 1)

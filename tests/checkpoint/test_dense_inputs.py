@@ -119,17 +119,6 @@ def test_converts_to_the_same(tmp_path: Path, layout: str, dtype: torch.dtype) -
     assert not proof.run(proof.prepare(tmp_path / "dense", tmp_path / "moe"))
 
 
-def test_extra_states_keep_their_bytes(tmp_path: Path) -> None:
-    """But for the dense FFN's, whose modules are gone."""
-    transformer_engine(tmp_path / "dense", dense_checkpoint.tensors())
-    convert(tmp_path / "dense", tmp_path / "moe")
-    dense, moe = open_checkpoint(tmp_path / "dense"), open_checkpoint(tmp_path / "moe")
-    kept = [key for key in dense.objects if "_extra_state" in key and "linear_fc1" not in key]
-    assert len(kept) == 2 * LAYERS + 1
-    for key in kept:
-        assert moe.read_blob(moe.objects[key]) == dense.read_blob(dense.objects[key])
-
-
 DIFFERENT = "is not of one shape and dtype in all layers"
 
 

@@ -8,7 +8,6 @@ import torch
 
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.conversion.convert import EXPERT_FILE
 from megatron_router_upcycling.conversion.options import parse_layers
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.verify import proof
@@ -70,15 +69,6 @@ def test_extra_states_arguments_and_manifest(tmp_path: Path) -> None:
     assert moe.args.moe_layer_freq == [0, 1, 0]
     record = manifest.read(tmp_path / "moe")
     assert record is not None and record["model"]["moe_layer_freq"] == "[0,1,0]"
-
-
-def test_all_layers_are_stacked_as_ever(tmp_path: Path) -> None:
-    dense_checkpoint.write(tmp_path / "dense")
-    convert(tmp_path / "dense", tmp_path / "moe")
-    convert(tmp_path / "dense", tmp_path / "listed", "0-2")
-    for name in (".metadata", EXPERT_FILE):
-        paths = (tmp_path / root / "release" / name for root in ("moe", "listed"))
-        assert next(paths).read_bytes() == next(paths).read_bytes()
 
 
 def test_list_of_layers() -> None:

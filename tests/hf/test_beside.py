@@ -51,13 +51,7 @@ def test_all_that_is_not_weights_goes_along_or_is_named(
     before = (source / "tokenizer_config.json").read_bytes()
     said = output(capsys, "import-hf", source, tmp_path / "dense")
     assert "left out: adapter_config.json, adapter_model.safetensors, " in said
-    for name in (
-        "checkpoint-5/",
-        "runs/",
-        "modeling_other.py (code)",
-        "optimizer.pt",
-        "hf_quant_config.json",
-    ):
+    for name in ("checkpoint-5/", "runs/", "modeling_other.py", "optimizer.pt", "hf_quant_config.json"):
         assert name in said
     assert " model.safetensors" not in said
     tokenizer_files = {"tokenizer.json", "tokenizer_config.json"}
@@ -217,7 +211,7 @@ def test_run_takes_the_checkpoints_tokenizer_and_hands_it_on(tmp_path: Path) -> 
         tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "sp/tokenizer.model")
     )
     run_data.hand_on_tokenizer(args, None, str(tmp_path / "second"))
-    assert beside.tokenizer_in(tmp_path / "second") == (
+    assert beside.tokenizer_of(tmp_path / "second" / beside.FOLDER) == (
         "SentencePieceTokenizer",
         tmp_path / "second/tokenizer/tokenizer.model",
     )

@@ -9,7 +9,7 @@ import pytest
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.transformer.enums import CudaGraphModule
 
-from megatron_router_upcycling.checkpoint.format.files import iteration_dir, read_record
+from megatron_router_upcycling.checkpoint.format.files import locate, read_record
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, parse_metadata
 from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.run_log.listener import routers_in_cuda_graphs
@@ -94,7 +94,7 @@ def test_only_extra_states_that_a_checkpoint_lacks_are_not_asked_for(dense: Path
         "attention": state("decoder.layers.self_attention.linear_qkv._extra_state", 1, 4),
         "weight": state("decoder.final_layernorm.weights", 0, 1),  # no extra state, so asked for
     }
-    path = iteration_dir(dense) / METADATA
+    path = locate(dense)[1] / METADATA
     found = without_missing_states(
         {"model": wanted, "iteration": 3}, parse_metadata(read_record(path), path)[1]
     )

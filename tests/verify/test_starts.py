@@ -16,8 +16,7 @@ from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.verify import proof
-from megatron_router_upcycling.verify.sources import WORDS, Sources
-from megatron_router_upcycling.verify.values import blocks
+from megatron_router_upcycling.verify.values import WORDS, Sources, blocks
 from tests import dense_checkpoint
 from tests.dense_checkpoint import ATTENTION, GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP
 from tests.reference.upcycled import upcycle

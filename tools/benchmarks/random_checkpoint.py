@@ -42,7 +42,7 @@ def make_dense(root: Path, shape: Shape) -> None:
     with CheckpointWriter(root / "iter_0000001") as writer:
         _write_tensors(writer, shape)
         common = {"args": _arguments(shape), "checkpoint_version": 3.0, "iteration": 1}
-        writer.add_object(COMMON_STATE, writer.write_object(torch_save_file.dump([common])))
+        writer.objects[COMMON_STATE] = writer.write_object(torch_save_file.dump([common]))
         writer.finish()
     (root / TRACKER).write_text("1")
 

@@ -45,8 +45,7 @@ def is_inside(shape: Shape, box: Box) -> bool:
 def faults(shape: Shape, boxes: Sequence[Box], prefix: Box = Box((), ())) -> Iterator[tuple[int, Box]]:
     """The parts of a tensor that are in no box, or in several: how many boxes, and where.
 
-    The time taken grows with the number of boxes where they form a grid, as Megatron's do. ``prefix``: the
-    slab along the first axes that ``boxes``, all of them inside ``shape``, are looked at in.
+    ``prefix``: the slab along the first axes that ``boxes``, all of them inside ``shape``, are looked at in.
     """
     axis = len(prefix.offsets)
     if not math.prod(shape):

@@ -18,7 +18,7 @@ LARGEST_RECORD = 1 << 30  # bytes of metadata or common state; Megatron's are a 
 
 
 class FileRange(io.RawIOBase):
-    """A range of a file as a file of its own, for ``torch.load``; nothing is copied twice."""
+    """A range of a file as a file of its own."""
 
     def __init__(self, file: BinaryIO, blob: Blob) -> None:
         self.file, self.blob, self.position = file, blob, 0
@@ -49,11 +49,6 @@ def read_exactly(file: io.RawIOBase, view: memoryview) -> None:
         if not count:
             raise EOFError("the file ends early")
         done += count
-
-
-def iteration_dir(root: Path) -> Path:
-    """The folder of the newest iteration under ``root``; see ``locate``."""
-    return locate(root)[1]
 
 
 def locate(root: Path) -> tuple[Path, Path]:

@@ -1,18 +1,18 @@
 """What a torch_dist checkpoint's ``.metadata`` says: its tensors, and where their chunks are stored.
 
-It maps every chunk of every global tensor to a range of bytes in a data file, a ``torch.save`` file of its
-own. It is a pickle, which is read without running what it names (``safe_pickle``).
+It is a pickle, which maps every chunk to a range of bytes in a data file: a ``torch.save`` file of its own.
 """
 
 import functools
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from megatron_router_upcycling.checkpoint.format import boxes, safe_pickle
 from megatron_router_upcycling.errors import UserError, described, shown
@@ -68,22 +68,23 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @functools.cached_property
-    def _in_order(self) -> tuple[list[Chunk], list[boxes.Shape], int]:
-        """The chunks by their offsets, their offsets on the first axis, and the largest size there."""
+    def _in_order(self) -> tuple[list[Chunk], int]:
+        """The chunks by their offsets, and the largest size on the first axis."""
         chunks = sorted(self.chunks, key=lambda chunk: chunk.offsets)
-        longest = max((size for chunk in chunks for size in chunk.sizes[:1]), default=0)
-        return chunks, [chunk.offsets[:1] for chunk in chunks], longest
+        return chunks, max((size for chunk in chunks for size in chunk.sizes[:1]), default=0)
 
     def overlapping(self, box: boxes.Box) -> Iterator[tuple[Chunk, boxes.Box]]:
-        """The chunks that hold a part of ``box``, each with that part."""
-        chunks, starts, longest = self._in_order
-        first, last = 0, len(chunks)
-        if box.offsets:  # reading every expert of a large model must not look at every chunk each time
-            first = bisect_left(starts, (box.offsets[0] - longest + 1,))
-            last = bisect_left(starts, (box.ends[0],))
-        for chunk in chunks[first:last]:
+        """The chunks that hold a part of ``box``, each with that part; not every chunk is looked at."""
+        chunks, longest = self._in_order
+        low = tuple(place - longest + 1 for place in box.offsets[:1])
+        high = tuple(end - 1 for end in box.ends[:1])
+        for chunk in chunks[bisect_left(chunks, low, key=_start) : bisect_right(chunks, high, key=_start)]:
             if part := box.overlap(chunk.box):
                 yield chunk, part
+
+
+def _start(chunk: Chunk) -> boxes.Shape:
+    return chunk.offsets[:1]
 
 
 def parse_metadata(
@@ -92,8 +93,8 @@ def parse_metadata(
     """Tensors and objects by key, from the bytes of a ``.metadata`` file.
 
     Args:
-        report: called with key and fault for whatever is not self-consistent, such as elements in several
-            chunks, instead of raising; what can be used is returned. Unused bytes are reported too.
+        report: called with key and fault, instead of raising, for whatever is not self-consistent; what can
+            be used is returned. Unused bytes are reported too.
         to_train: refuse what the installed PyTorch cannot load, though this module can read it.
     """
 
@@ -116,12 +117,9 @@ def parse_metadata(
             if not isinstance(key, str):
                 raise TypeError(f"an entry is called {shown(key)}")
             if type(entry).__name__ == "TensorStorageMetadata":
-                if to_train and (found := len(entry.state["properties"].state)) > _properties():
-                    raise UserError(
-                        f"{source}: was saved by a later torch than {torch.__version__}, which cannot load it"
-                        f" ({found} properties a tensor, of which it knows {_properties()}); train with"
-                        " torch 2.15 or later"
-                    )
+                if to_train and len(entry.state["properties"].state) > len(TensorProperties().__getstate__()):
+                    later = f"a later torch than {torch.__version__}, which cannot load it"
+                    raise UserError(f"{source}: was saved by {later}; train with torch 2.15 or later")
                 tensors[key] = _stored_tensor(key, entry.state, blobs, fault)
                 for chunk in tensors[key].chunks:
                     unnamed.pop((key, chunk.offsets), None)
@@ -158,14 +156,6 @@ def _stored_tensor(key: str, state: dict[str, Any], blobs: dict[Any, Blob], faul
         how = f"has {count} chunks" if count else "is not covered by its chunks"
         fault(key, f"{list(shape)} {how} at {list(box.offsets)} of {list(box.sizes)}")
     return StoredTensor(shape, dtype, tuple(chunks))
-
-
-@functools.cache
-def _properties() -> int:
-    """How many properties of a tensor the installed PyTorch writes, and reads."""
-    from torch.distributed.checkpoint.metadata import TensorProperties
-
-    return len(TensorProperties().__getstate__())
 
 
 def _sizes(value: Any) -> boxes.Shape | None:

@@ -92,10 +92,6 @@ def inert(module: str, name: str, *args: Any, state: Any = None) -> Inert:
     return record
 
 
-def _refuse(self: Any) -> None:
-    raise UserError("holds an integer or an array of bytes that no checkpoint needs")
-
-
 def _counting(make: Callable[[Any], None]) -> Callable[[Any], None]:
     """An operation that makes a tuple or a frozenset, and counts what is within."""
 
@@ -110,18 +106,23 @@ def _counting(make: Callable[[Any], None]) -> Callable[[Any], None]:
     return load
 
 
-def _build(self: Any) -> None:
-    if not isinstance(self.stack[-2], Inert | argparse.Namespace | types.SimpleNamespace | dict):
-        raise UserError("changes a class")
-    self.load_build()
-
-
 class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     """Python's own unpickler, whose memo is no array: a place far away in it takes no memory.
 
-    The hash of tuples of tuples overflows the stack or takes for ever, so their items are counted. Attributes
-    are set on objects, and not on a class, which would change the process.
+    The hash of tuples of tuples overflows the stack or takes for ever, so their items are counted.
     """
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+        self.items: dict[int, int] = {}  # of the tuple of that id, with those within
+
+    def _build(self: Any) -> None:
+        if not isinstance(self.stack[-2], Inert | argparse.Namespace | types.SimpleNamespace | dict):
+            raise UserError("changes a class")
+        self.load_build()
+
+    def _refuse(self) -> None:
+        raise UserError("holds an integer or an array of bytes that no checkpoint needs")
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **PYTHONS,
@@ -129,10 +130,6 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         pickle.BUILD[0]: _build,
         **dict.fromkeys((pickle.LONG4[0], pickle.BYTEARRAY8[0]), _refuse),  # huge ones
     }
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__(io.BytesIO(content))
-        self.items: dict[int, int] = {}  # of the tuple of that id, with those within
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in REAL:
@@ -148,10 +145,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
 
 
 class Pickler(pickle.Pickler):
-    """Writes records under the names they stand for, which pickle looks up in the modules of that name.
-
-    While it writes, modules that hold the record classes alone stand in their place.
-    """
+    """Writes records under the names they stand for; meanwhile modules of these replace others."""
 
     def dump(self, value: Any) -> None:
         modules: dict[str, types.ModuleType] = {}

@@ -14,6 +14,7 @@ import struct
 import types
 import zipfile
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint.format import safe_pickle
 from megatron_router_upcycling.checkpoint.format.boxes import Shape
-from megatron_router_upcycling.checkpoint.format.files import FileRange
+from megatron_router_upcycling.checkpoint.format.files import FileRange, read_exactly
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
 from megatron_router_upcycling.errors import UserError, reason
 
@@ -32,6 +33,7 @@ VERSION_NEEDED = 20
 ZIP32_LIMIT = 1 << 31  # values of as many bytes need fields that ``wrap_values`` does not write
 PICKLE = "data.pkl"
 END_MAGIC = b"PK\x05\x06"
+BLOCK_BYTES = 2 << 20  # stays in a processor's cache between the checksum and another look at it
 FLAGS = 0x808  # of a record: its sizes follow it as well, its name is UTF-8
 
 # The classes of torch that a tensor's pickle names its dtype by.
@@ -73,10 +75,8 @@ class PickledTensor(NamedTuple):
 
     @property
     def row_major(self) -> bool:
-        """Whether its values lie row after row. The stride of an axis of size 1 means nothing."""
-        steps = (math.prod(self.sizes[axis + 1 :]) for axis in range(len(self.sizes)))
-        places = zip(self.sizes, steps, self.stride, strict=True)
-        return all(size == 1 or step == own for size, step, own in places)
+        """Whether its values lie row after row."""
+        return torch.empty_strided(self.sizes, self.stride, device="meta").is_contiguous()
 
     @property
     def is_whole(self) -> bool:
@@ -85,28 +85,24 @@ class PickledTensor(NamedTuple):
 
 
 class TorchSaveFile:
-    """A file that ``torch.save`` wrote, open for reading; ``records`` are by the zip archive's names.
-
-    A damaged file raises exceptions of any kind, here and in all methods.
-    """
+    """A file that ``torch.save`` wrote, open for reading; a damaged one raises exceptions of any kind."""
 
     def __init__(self, content: BinaryIO) -> None:
-        self._archive = zipfile.ZipFile(content)
-        infos = self._archive.infolist()
+        self.archive = zipfile.ZipFile(content)
+        infos = self.archive.infolist()
         (name,) = [info.filename for info in infos if info.filename.endswith(PICKLE)]
         self.prefix = name.removesuffix(PICKLE)
         if min(info.header_offset for info in infos) != 0:
             raise ValueError("does not begin as a torch.save file")
         self.records: dict[str, Values] = {}
         for info in infos:
-            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-                raise ValueError(f"{info.filename} is compressed, which torch.save never does")
-            if info.flag_bits & ~FLAGS:
-                raise ValueError(f"{info.filename} is encrypted")
+            packed = info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size
+            if packed or info.flag_bits & ~FLAGS:
+                raise ValueError(f"{info.filename} is compressed or encrypted, which torch.save never does")
             content.seek(info.header_offset)
             *_, name_length, extra_length = LOCAL_HEADER.unpack(content.read(LOCAL_HEADER.size))
             begin = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
-            if begin + info.file_size > self._archive.start_dir:
+            if begin + info.file_size > self.archive.start_dir:
                 raise ValueError(f"{info.filename} does not lie within the file")
             self.records[info.filename] = Values(begin, info.file_size, info.CRC)
         if len(self.records) < len(infos):
@@ -117,21 +113,14 @@ class TorchSaveFile:
 
     def read(self, name: str) -> bytes:
         """A record's content, checked against its CRC-32."""
-        return self._archive.read(name)
-
-    def check_header(self, name: str) -> None:
-        """Compare what stands before a record's content with the archive's directory, as ``read`` does."""
-        self._archive.open(name).close()
+        return self.archive.read(name)
 
     def pickle(self) -> bytes:
         return self.read(self.prefix + PICKLE)
 
 
 def pickled_tensor(value: Any) -> PickledTensor | None:
-    """A tensor among what ``safe_pickle`` read; None for anything else, a ``Parameter`` too.
-
-    What only looks like a tensor raises an exception of any kind.
-    """
+    """A tensor among what ``safe_pickle`` read, else None. What only looks like one raises anything."""
     if type(value).__name__ != "_rebuild_tensor_v2":
         return None
     storage, first, sizes, stride, *_ = value.args
@@ -150,40 +139,27 @@ class Contents(NamedTuple):
 def examine(folder: Path, blob: Blob, promised: tuple[Shape, torch.dtype] | None = None) -> Contents:
     """Read and check all of the ``torch.save`` file at ``blob`` but the values of a plain tensor.
 
-    Args:
-        promised: sizes and dtype that a plain tensor must have.
-
-    Raises:
-        Damaged: it is missing, a record is not what its checksum says, it holds another tensor, ...
+    Raises ``Damaged``, also where a plain tensor has not the ``promised`` sizes and dtype.
     """
     try:
         with open(folder / blob.file, "rb", buffering=0) as file:
-            content = io.BufferedReader(FileRange(file, blob))
-            content.seek(max(0, blob.length - END.size))
-            end = content.read(END.size)
-            if len(end) < END.size or end[:4] != END_MAGIC or end[-2:] != b"\0\0":
-                raise ValueError("does not end as a torch.save file")
-            contents, tensor = _examine(content)
+            return _examine(io.BufferedReader(FileRange(file, blob)), blob, promised)
     except Exception as error:  # zipfile and pickle fail in many ways on damaged bytes
         raise Damaged(reason(error)) from None
-    if contents.values is None or tensor is None:
-        return contents
-    if promised not in (None, (tensor.sizes, tensor.dtype)):
-        raise Damaged(f"holds {tensor.dtype} {list(tensor.sizes)}")
-    values = contents.values
-    return contents._replace(values=values._replace(offset=blob.offset + values.offset))
 
 
-def _examine(content: BinaryIO) -> tuple[Contents, PickledTensor | None]:
+def _examine(content: BinaryIO, blob: Blob, promised: tuple[Shape, torch.dtype] | None) -> Contents:
+    content.seek(max(0, blob.length - END.size))
+    end = content.read(END.size)
+    if len(end) < END.size or end[:4] != END_MAGIC or end[-2:] != b"\0\0":
+        raise ValueError("does not end as a torch.save file")
     file = TorchSaveFile(content)
     content.seek(0)
     reader = torch._C.PyTorchFileReader(content)  # Python's zip module forgives what this does not
     if sorted(file.prefix + name for name in reader.get_all_records()) != sorted(file.records):
         raise ValueError("PyTorch finds other records in it than Python does")
     tensor = pickled_tensor(safe_pickle.loads(file.pickle(), "its pickle"))
-    if tensor and not tensor.is_whole:
-        tensor = None
-    of_values = file.prefix + tensor.record if tensor else None
+    of_values = file.prefix + tensor.record if tensor and tensor.is_whole else None
     for name in file.records:
         # Reading checks the CRC-32.
         if name != of_values and reader.get_record(name.removeprefix(file.prefix)) != file.read(name):
@@ -191,14 +167,38 @@ def _examine(content: BinaryIO) -> tuple[Contents, PickledTensor | None]:
     records = sorted((name, record.length, record.checksum) for name, record in file.records.items())
     identity = hashlib.sha256(repr(records).encode()).digest()
     if tensor is None or of_values is None:
-        return Contents(identity, None), None
+        return Contents(identity, None)
     values = file.records[of_values]
     if values.length != math.prod(tensor.sizes) * tensor.dtype.itemsize:
         raise ValueError(f"{values.length} bytes of values for {tensor.dtype} {list(tensor.sizes)}")
-    file.check_header(of_values)
+    file.archive.open(of_values).close()  # compares the header before the values, as reading does
     if values.offset != reader.get_record_offset(tensor.record):
         raise ValueError("PyTorch finds its values elsewhere than Python does")
-    return Contents(identity, values), tensor
+    if promised not in (None, (tensor.sizes, tensor.dtype)):
+        raise ValueError(f"holds {tensor.dtype} {list(tensor.sizes)}")
+    return Contents(identity, values._replace(offset=blob.offset + values.offset))
+
+
+def read_values(path: Path, values: Values, lengths: Sequence[int] = ()) -> Iterator[memoryview]:
+    """A tensor's bytes in pieces of ``lengths``, each in the place of the one before.
+
+    Raises ``Damaged``, where they cannot be read or, once all were, do not match their checksum.
+    """
+    whole, rest = divmod(values.length, BLOCK_BYTES)
+    lengths = lengths or (*[BLOCK_BYTES] * whole, *[rest] * bool(rest))
+    buffer, checksum = bytearray(max(lengths, default=0)), 0
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(values.offset)
+            for length in lengths:
+                view = memoryview(buffer)[:length]
+                read_exactly(file, view)
+                checksum = zlib.crc32(view, checksum)
+                yield view
+    except (OSError, EOFError) as error:
+        raise Damaged(f"cannot be read ({reason(error)})") from None
+    if checksum != values.checksum:
+        raise Damaged("is not what was saved (checksum)")
 
 
 def load(content: bytes, source: Any) -> Any:

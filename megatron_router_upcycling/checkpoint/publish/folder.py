@@ -39,19 +39,17 @@ def check_target(
     here, there = out.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UserError(f"OUT {out}: is, holds or lies in {source_name} {source}; name a folder beside it")
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir() or out.is_symlink():
-        raise UserError(f"OUT {out}: exists and is not a folder; name another")
-    if not overwrite:
-        raise UserError(f"OUT {out}: exists; pass --overwrite to replace it or name another folder")
-    if not (out / made_by).is_file() and any(out.iterdir()):
-        raise UserError(f"OUT {out}: holds no {made_by}, so --overwrite leaves it alone; name another folder")
-    if trained := sorted(path.name for path in out.glob("iter_*")):
-        raise UserError(
-            f"OUT {out}: training has saved {trained[-1]} there, which --overwrite would lose;"
-            " name another folder"
-        )
+    fault = ""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        fault = "exists and is not a folder: remove it"
+    elif out.exists() and not overwrite:
+        fault = "exists; pass --overwrite to replace it"
+    elif out.exists() and any(out.iterdir()) and not (out / made_by).is_file():
+        fault = f"holds no {made_by}, so --overwrite leaves it alone: remove it"
+    elif trained := sorted(path.name for path in out.glob("iter_*")):
+        fault = f"training has saved {trained[-1]} there, which --overwrite would lose: move it"
+    if fault:
+        raise UserError(f"OUT {out}: {fault}, or name another folder")
 
 
 def check_space(out: Path, count: int) -> None:
@@ -61,10 +59,8 @@ def check_space(out: Path, count: int) -> None:
         statuses = [path.lstat() for folder in _left_behind(out.resolve()) for path in folder.rglob("*")]
         free += sum(status.st_size for status in statuses if status.st_nlink == 1)
     if count > free:
-        raise UserError(
-            f"OUT {out}: needs {format_bytes(count)} and the disk has {format_bytes(free)}"
-            " free; make room or name a folder on another disk"
-        )
+        sizes = f"needs {format_bytes(count)} and the disk has {format_bytes(free)} free"
+        raise UserError(f"OUT {out}: {sizes}; make room or name a folder on another disk")
 
 
 @contextlib.contextmanager
@@ -78,9 +74,8 @@ def held(out: Path, name: str = "OUT") -> Iterator[bool]:
         holder = "another process"
         with contextlib.suppress(OSError):
             holder = path.read_text(encoding="utf-8", errors="replace")[:200] or holder
-        raise UserError(
-            f"{name} {out}: being made by {holder}; let it finish or name another place"
-        ) from None
+        what = f"being made by {holder}; let it finish or name another place"
+        raise UserError(f"{name} {out}: {what}") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -98,10 +93,7 @@ def held(out: Path, name: str = "OUT") -> Iterator[bool]:
 
 @contextlib.contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out`` when the context ends without an exception.
-
-    On any exception it is removed with what it holds and nothing else has changed.
-    """
+    """A folder to fill, which becomes ``out`` at the context's end; on any exception nothing has changed."""
     out = out.resolve()
     created = [parent for parent in out.parents if not parent.exists()]
     try:
@@ -112,7 +104,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
                 for path in (_replaced(out), *_left_behind(out)):
                     shutil.rmtree(path, ignore_errors=True)
             if out.exists() and not overwrite:
-                raise UserError(f"OUT {out}: exists; pass --overwrite to replace it or name another folder")
+                raise UserError(f"OUT {out}: exists; pass --overwrite or name another folder")
             partial = out.with_name(f".{out.name}.partial-{os.getpid()}-{socket.gethostname()}")
             try:
                 partial.mkdir()
@@ -153,23 +145,15 @@ def _put_back(out: Path) -> None:
 
 
 def _exchange(partial: Path, out: Path) -> None:
-    """Put ``partial`` in the place of ``out``; the old ``out`` is then called ``partial``.
-
-    Where the file system cannot do it in one step, ``out`` is missing between two renames; the next run
-    gives the old one its name back.
-    """
-    if rename_exchange(partial, out):
-        return
-    os.rename(out, _replaced(out))
-    os.rename(partial, out)
-    os.rename(_replaced(out), partial)
+    """Exchange the two names. Where that takes steps and is cut off, the next run puts ``out`` back."""
+    if not rename_exchange(partial, out):
+        os.rename(out, _replaced(out))
+        os.rename(partial, out)
+        os.rename(_replaced(out), partial)
 
 
 def rename_exchange(first: Path, second: Path) -> bool:
     """Exchange two names in one step; False where system or file system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    rename = getattr(ctypes.CDLL(None), "renameat2", lambda *arguments: -1)
     paths = os.fsencode(first), os.fsencode(second)
-    return (
-        hasattr(libc, "renameat2")
-        and libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0
-    )
+    return bool(rename(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0)
