@@ -22,7 +22,7 @@ from megatron_router_upcycling.conversion.convert import Conversion
 from megatron_router_upcycling.conversion.moe_arguments import moe_common_state
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sync, versions
-from megatron_router_upcycling.hf import name_table, rounding
+from megatron_router_upcycling.hf import model_card, name_table, rounding
 from megatron_router_upcycling.hf.architecture import QwenModel, check_exportable, from_megatron
 from megatron_router_upcycling.hf.export_job import Export, Options, Output, stored_name
 from megatron_router_upcycling.hf.files import CARD
@@ -72,13 +72,19 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
             f"MOE {root}: its router {why}, which no stock class computes; pass --modelling-code to write a"
             " modelling file beside the weights, which is loaded with trust_remote_code"
         )
+    asked, own = options.shared_expert_width, model.shared_expert_size
+    if asked is not None and (asked < 0 or own):
+        raise UserError(
+            f"--shared-expert-width {asked}: must be 0 or more, and be left out where the model has a shared"
+            f" expert of its own (here of width {own})"
+        )
     _check_tensors(checkpoint, model, router)
     job = Export(
         checkpoint=checkpoint,
         out=out,
         model=model,
         router=router,
-        shared_expert_width=_shared_expert_width(options.shared_expert_width, model),
+        shared_expert_width=own or (WIDTH_OF_ZEROS if asked is None else asked),
         dtype=options.dtype or checkpoint.tensors[name_table.PROJECTION].dtype,
         beside=find_beside(options.tokenizer, checkpoint),
         options=options,
@@ -86,17 +92,6 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
     )
     publish.check_space(out, job.bytes_to_write)
     return job
-
-
-def _shared_expert_width(asked: int | None, model: QwenModel) -> int:
-    """The model's own; else that of the expert of zeros."""
-    own = model.shared_expert_size
-    if asked is not None and (asked < 0 or own):
-        must = (
-            f"is given by the model's own shared expert: {own}; leave it out" if own else "must be 0 or more"
-        )
-        raise UserError(f"--shared-expert-width {asked}: {must}")
-    return own or (WIDTH_OF_ZEROS if asked is None else asked)
 
 
 def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: QwenModel) -> RouterConfig:
@@ -189,12 +184,11 @@ def _record(job: Export) -> dict[str, Any]:
 
 def describe_result(job: Export, record: dict[str, Any], seconds: float) -> str:
     """What was made, and how to load it."""
-    size = format_bytes(job.bytes_to_write)
     what = f"{job.class_name}, {record['architecture']}, {record['dtype']}"
-    lines = [f"{job.out}: {what}, {size} in {seconds:.1f} s"]
+    lines = [f"{job.out}: {what}, {format_bytes(job.bytes_to_write)} in {seconds:.1f} s"]
     if record["rounding"]:
         lines.append(rounding.describe(record))
-    lines += job.faults
+    lines += model_card.faults(job)
     if (why := record.get("no_tokenizer")) or not beside.is_tokenizer(job.out):
         what = f"written: {why}" if why else "found"
         lines.append(

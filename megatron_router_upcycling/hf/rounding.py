@@ -27,22 +27,15 @@ def measure(job: Export) -> dict[str, int] | None:
 def changed_choices(
     gate: Gate, norm: torch.Tensor, router: RouterConfig, layer: int, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Compare a layer's choices of experts with its gate as it is and in ``dtype``.
+    """Compare a layer's choices of experts with its gate, in float32, as it is and in ``dtype``.
 
     The sample is what a router sees of random hidden states of unit variance: the output of the norm before
-    it, in ``dtype``.
-
-    Args:
-        gate: the folded router, in float32.
-        norm: [D], the norm's weight.
-
-    Returns:
-        ``choices``: how many there are; ``by_rounding``: how many change with the gate alone in ``dtype``,
-        ``by_arithmetic``: and with the logits too, as a model in that dtype computes them.
+    it, whose weight is ``norm`` [D], in ``dtype``. Of all ``choices``, those that change with the gate alone
+    in ``dtype`` are ``by_rounding``; with the logits too, as a model in that dtype computes them,
+    ``by_arithmetic``.
     """
     generator = torch.Generator().manual_seed(layer)
-    tokens = torch.randn(SAMPLE_TOKENS, len(norm), generator=generator) * norm.float()
-    tokens = tokens.to(dtype)
+    tokens = (torch.randn(SAMPLE_TOKENS, len(norm), generator=generator) * norm.float()).to(dtype)
 
     def choose(tokens: torch.Tensor, kept: torch.dtype) -> torch.Tensor:
         """The choices with weights kept in ``kept``, computed in the dtype of ``tokens``."""
