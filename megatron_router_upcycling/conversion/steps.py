@@ -53,10 +53,7 @@ class Step:
     """One step of a plan."""
 
     def expects(self, work: Work) -> Made:
-        """The entries that it makes: what a tensor must be, None for an object.
-
-        Nothing is computed before a value is asked for.
-        """
+        """The entries that it makes: what a tensor must be, computed when asked for; None for an object."""
         raise NotImplementedError
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:

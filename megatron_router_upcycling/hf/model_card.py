@@ -17,7 +17,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_router_upcycling.hf import rounding
 from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import MODELLING_FILE
 from megatron_router_upcycling.routers.config import RouterConfig
@@ -126,9 +125,21 @@ def _router_section(job: Export, record: dict[str, Any]) -> str:
 
 {router.num_experts} experts, {router.top_k} a token; the router is {kind}; {_order(router)}. {folded}{notes}
 
-Precision: {rounding.describe(record)}
+Precision: {precision(record)}
 (random hidden states of unit variance, through each layer's norm).
 {elsewhere}"""
+
+
+def precision(record: dict[str, Any]) -> str:
+    """What the record of an export says of rounding, in words."""
+    dtype, found = record["dtype"], record["rounding"]
+    if dtype == "float32":
+        return "the gates are kept as they were folded, in float32"
+    return (
+        f"routers in {dtype}, not float32: of {found['choices']} choices of an expert for random tokens"
+        f" {found['by_rounding']} are others ({found['by_arithmetic']} where logits are computed in {dtype}"
+        " too)"
+    )
 
 
 def _notes(job: Export) -> Iterator[str]:

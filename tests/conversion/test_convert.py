@@ -18,15 +18,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.routers.config import RouterConfig
 from tests import dense_checkpoint
-from tests.dense_checkpoint import (
-    ATTENTION,
-    FFN,
-    GROUPS,
-    LAYERS,
-    MLP,
-    is_ffn,
-    make_stats,
-)
+from tests.dense_checkpoint import ATTENTION, FFN, GROUPS, LAYERS, MLP, is_ffn, make_stats
 
 EXPERTS = f"{MLP}.experts.experts"
 ROUTER = f"{MLP}.router"
@@ -124,12 +116,8 @@ def test_common_state_is_that_of_a_fresh_run(tmp_path: Path) -> None:
     }  # fmt: skip
     assert common["iteration"] == 0
     args, dense = vars(common["args"]), vars(dense_checkpoint.arguments())
-    changed = {
-        "num_experts": 4,
-        "moe_router_topk": 3,
-        "moe_router_pre_softmax": False,
-        "moe_ffn_hidden_size": FFN,
-    }
+    changed = {"num_experts": 4, "moe_router_topk": 3, "moe_router_pre_softmax": False}
+    changed["moe_ffn_hidden_size"] = FFN
     assert {name: args[name] for name in changed} == changed
     assert args["consumed_train_samples"] == args["iteration"] == 0
     assert "moe_grouped_gemm" not in args

@@ -281,16 +281,6 @@ def test_everything_is_on_the_disk_before_the_name_appears(shop: Workshop) -> No
     assert ("fsync", str(shop.folder)) in log[published:]
 
 
-def test_a_run_that_is_told_to_end_leaves_nothing(shop: Workshop) -> None:
-    def interrupt(count: int) -> None:
-        if count > 1000:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt, match="^$"):
-        shop.convert(interrupt)
-    assert shop.listing() == ["dense", "ks"]
-
-
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=["full disk", "broken disk"])
 def test_every_change_that_fails(shop: Workshop, error: int) -> None:
     """One line and nothing left; or, where the last flush fails, the whole result."""

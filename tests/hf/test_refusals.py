@@ -146,33 +146,23 @@ def test_bad_flags_of_export(
         assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda tensors: tensors.pop("decoder.final_layernorm.weight"), "has no tensor decoder.final_layer"),
-        (
-            lambda tensors: tensors.update({"decoder.other": torch.ones(2)}),
-            "holds decoder.other, which has",
-        ),
-        (
-            lambda tensors: tensors.update({"output_layer.weight": torch.ones(41, 32)}),
-            r"output_layer.weight is \[41, 32\] where the training arguments give \[40, 32\]",
-        ),
-        (
-            lambda tensors: with_nan(tensors["decoder.layers.mlp.linear_fc2.weight"]),
-            "linear_fc2.weight: holds NaN or infinite values",
-        ),
-    ],
-    ids=["missing", "extra", "shape", "NaN"],
-)
+NORM, FC2 = "decoder.final_layernorm.weight", "decoder.layers.mlp.linear_fc2.weight"
+BAD_TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    f"has no tensor {NORM}": lambda tensors: tensors.pop(NORM),
+    "holds decoder.other, which has": lambda tensors: tensors.update({"decoder.other": torch.ones(2)}),
+    r"output_layer.weight is \[41, 32\] where the training arguments give \[40, 32\]": lambda tensors: (
+        tensors.update({"output_layer.weight": torch.ones(41, 32)})
+    ),
+    f"{FC2}: holds NaN or infinite values": lambda tensors: with_nan(tensors[FC2]),
+}
+
+
+@pytest.mark.parametrize("message", BAD_TENSORS)
 def test_a_bad_checkpoint_is_not_exported(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    spoil: Callable[[dict[str, torch.Tensor]], Any],
-    message: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], message: str
 ) -> None:
     tensors = dense_checkpoint.tensors()
-    spoil(tensors)
+    BAD_TENSORS[message](tensors)
     args = dense_checkpoint.arguments(max_position_embeddings=16)
     dense_checkpoint.write(tmp_path / "dense", tensors, args=args)
     assert re.search(message, refused(capsys, "export-hf", tmp_path / "dense", tmp_path / "hf"))
