@@ -98,7 +98,7 @@ def main() -> None:
     if model is None:
         model = out / "hf"
         make_small_model(model)
-    importer.run(importer.prepare(model, dense, importer.Options(overwrite=True)))
+    importer.run(importer.prepare(model, dense, overwrite=True))
     collect_keys(model, keys)
 
     router = RouterConfig(router="mixture", num_experts=8, top_k=2)

@@ -91,7 +91,7 @@ def main(stages: str, nodes: str, gpus: str, dry_run: str, *flags: str) -> None:
         from megatron_router_upcycling.hf import importer
 
         multiple = import_args.make_vocab_size_divisible_by
-        importer.prepare(HF, DENSE, importer.Options(None, multiple, import_args.overwrite))
+        importer.prepare(HF, DENSE, None, multiple, import_args.overwrite)
     if not dry_run:
         try:
             WORK.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def _compare(given: dict[str, str]) -> None:
 def _model(vocabulary_multiple: int) -> tuple[Any, dict[str, Any]]:
     """The dense model's architecture, and Megatron's arguments for it where they are known."""
     if HAS_HF and not IMPORTED.is_file():
-        files.refuse_adapter(HF, "--hf")
+        files.refuse_other_folders(HF, "--hf")
         path = HF / "config.json"
         flags = read_config_json.to_flags(files.read_json(path), path, vocabulary_multiple)
         return architecture.from_flags(flags), flags

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     file, router, init = method(args)
     import torch
 
-    from megatron_router_upcycling.conversion import convert, describe
+    from megatron_router_upcycling.conversion import convert
     from megatron_router_upcycling.conversion.options import Options
     from megatron_router_upcycling.diagnostics import ties
     from megatron_router_upcycling.hf import exporter
@@ -124,12 +124,12 @@ def run(args: argparse.Namespace) -> None:
     if note and not args.quiet:
         print(note)
     if args.dry_run:
-        print(describe.describe_plan(ready))
+        print(convert.describe_plan(ready))
         return
     with progress_bar("convert", ready.bytes_to_write, args.quiet) as progress:
         record = convert.convert(ready, progress)
     if not args.quiet:
-        print(describe.describe_result(ready, record, time.monotonic() - start))
+        print(convert.describe_result(ready, record, time.monotonic() - start))
     if warning := ties.warn(args.out):
         print(warning, file=sys.stderr)
 

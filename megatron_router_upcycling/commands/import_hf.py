@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # the work is moving bytes
     start = time.monotonic()
     dtype = args.dtype and getattr(torch, args.dtype)
-    options = importer.Options(dtype, args.make_vocab_size_divisible_by, args.overwrite)
-    job = importer.prepare(args.folder, args.out, options)
+    multiple = args.make_vocab_size_divisible_by
+    job = importer.prepare(args.folder, args.out, dtype, multiple, args.overwrite)
     with progress_bar("import-hf", job.bytes_to_write, args.quiet) as progress:
         record = importer.run(job, progress)
     if not args.quiet:

@@ -23,8 +23,9 @@ from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion.moe_arguments import model_flags
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.conversion.plan import Plan, plan
+from megatron_router_upcycling.conversion.steps import CopyExperts
 from megatron_router_upcycling.errors import UserError, reason
-from megatron_router_upcycling.files import on_one_disk, sha256, versions
+from megatron_router_upcycling.files import format_bytes, on_one_disk, sha256, versions
 from megatron_router_upcycling.initialisation.first_routers import choose_head_key, router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
@@ -163,14 +164,6 @@ def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> K
         what = f"--router {kind.name}" if kind.of_heads else "this --config"
         raise UserError(f"--key-stats: {what} needs the file that collect_keys wrote")
     stats = key_stats_file.load(path)
-    _check_key_stats(stats, options, dense, model)
-    if options.init.needs_router_input:
-        key_stats_file.read_router_input(path, 0)
-    return stats
-
-
-def _check_key_stats(stats: KeyStats, options: Options, dense: Checkpoint, model: DenseModel) -> None:
-    """Refuse statistics of another model, or of other keys than --config asks for."""
     sizes = ("num_layers", "num_query_groups", "kv_channels", "num_attention_heads", "hidden_size")
     wanted: dict[str, Callable[[], Any]] = {size: partial(getattr, model, size) for size in sizes}
     wanted["key_source"] = lambda: options.key_source
@@ -184,3 +177,57 @@ def _check_key_stats(stats: KeyStats, options: Options, dense: Checkpoint, model
                 f"--key-stats {stats.path}: of another model or other keys: its {name} is {recorded}, and"
                 f" {needed} is needed; collect them{source} from {dense.root}"
             )
+    if options.init.needs_router_input:
+        key_stats_file.read_router_input(path, 0)
+    return stats
+
+
+def describe_plan(conversion: Conversion) -> str:
+    """What would be done, in a few lines."""
+    plan = conversion.plan
+    model, options = plan.model, plan.options
+    experts = sum(isinstance(step, CopyExperts) for step in plan.steps)
+    how = "linked, not written" if conversion.links else "copied"
+    apart = options.materialize or options.init.alters_experts
+    copies = f"{options.router.num_experts} times" if apart else "once"
+    routers = "; ".join(f"{key} {list(shape)}" for key, shape in router_parameters(model, options.router))
+    return (
+        f"{plan.dense.iteration_dir}: {model.describe()}\n"
+        f"  take over  {format_bytes(plan.kept_bytes)} in {len(plan.kept)} entries, {how}\n"
+        f"  experts    {format_bytes(plan.expert_bytes)} of {experts} tensors, each written {copies}\n"
+        f"  routers    {format_bytes(plan.router_bytes)}: {routers}\n"
+        f"  leave out  {len(plan.left_out)} entries of training state\n"
+        f"would write {format_bytes(conversion.bytes_to_write)} to {conversion.out},"
+        f" with at most {format_bytes(plan.memory_bytes)} of the model in memory"
+    )
+
+
+def describe_result(conversion: Conversion, record: dict[str, Any], seconds: float) -> str:
+    """What was made, what to expect of its first step, and what to run next."""
+    plan, out = conversion.plan, conversion.out
+    options, router = plan.options, plan.options.router
+    written = sum(file["bytes"] for file in record["files"].values())
+    cut = f" (copies cut {router.granularity} ways)" * (router.granularity > 1)
+    cut += ", a shared expert" * options.shared_expert
+    linked = plan.kept_bytes - plan.changed_bytes
+    shared = f", {format_bytes(linked)} linked to {plan.dense.root}" if conversion.links else ""
+    order = "top-k, then softmax (--no-moe-router-pre-softmax)"
+    if router.pre_softmax:
+        order = "softmax, then top-k (--moe-router-pre-softmax)"
+        first = (
+            f"the loss is above the dense model's: a token's {router.top_k} experts have less than the whole"
+            f" weight, of which all {router.num_experts} have a share; training makes up for it"
+        )
+    elif options.init.alters_experts:
+        first = "it is near the dense model, as far as its experts still are its FFN"
+    else:
+        first = "it is exactly the dense model"
+        if router.granularity == 1:
+            first += "; its loss gives the router no gradient until the experts differ"
+    return (
+        f"{out}: in each layer {router.num_experts} experts{cut} and {router.describe()},"
+        f" {format_bytes(written)} written in {seconds:.1f} s{shared}\n"
+        f"prepared for {order}; before training {first}\n"
+        "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config YAML"
+        f" --load {out} --save RUN"
+    )

@@ -64,10 +64,7 @@ def copy_of(source: Checkpoint, key: str, check: str) -> Expected:
 
 
 class InTurn:
-    """The items that ``make`` yields one after the other, by their number; one is kept.
-
-    Random routers come from one generator, so that a layer's values need those of the layers before it.
-    """
+    """The items that ``make`` yields, by number; one is kept (a random router needs those before it)."""
 
     def __init__(self, make: Callable[[], Iterator[tuple[torch.Tensor, ...]]]) -> None:
         self.make = make

@@ -38,13 +38,6 @@ class Cut:
     parts: int  # 2 for a gated FC1: gate, up
     granularity: int
 
-    @classmethod
-    def of(cls, key: str, model: DenseModel, granularity: int, front: int) -> "Cut":
-        """``front``: 1 where ``key`` is stacked over layers, else 0."""
-        if key.startswith(f"{FC1}."):
-            return cls(front, 1 + model.gated, granularity)
-        return cls(front + 1, 1, granularity)
-
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a shard, of the dense parameter's."""
         return (*shape[: self.axis], shape[self.axis] // self.granularity, *shape[self.axis + 1 :])
@@ -85,7 +78,6 @@ class Cut:
 
 
 def check(dense: Checkpoint, model: DenseModel, granularity: int, shared_expert: bool) -> None:
-    """Refuse what cannot be cut or shared."""
     check_width(model, granularity)
     flag = "--granularity" if granularity > 1 else "--shared-expert" if shared_expert else None
     if flag and any(f"{linear}.bias" in dense.tensors for linear in (FC1, FC2)):
@@ -93,11 +85,7 @@ def check(dense: Checkpoint, model: DenseModel, granularity: int, shared_expert:
 
 
 def check_width(model: Architecture, granularity: int) -> None:
-    """Refuse a width F of the FFN that is not a multiple of G; the nearest G that divide it are named."""
-    F = model.ffn_hidden_size
-    if F % granularity:
-        near = sorted((G for G in range(1, F + 1) if F % G == 0), key=lambda G: abs(G - granularity))[:3]
+    if (width := model.ffn_hidden_size) % granularity:
         raise UserError(
-            f"--granularity {granularity}: does not divide the FFN's width {F}; nearest that do: "
-            + ", ".join(map(str, sorted(near)))
+            f"--granularity {granularity}: does not divide the FFN's width {width}; give a divisor"
         )

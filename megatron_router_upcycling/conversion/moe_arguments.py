@@ -26,14 +26,6 @@ FRESH = {
 # Which experts to build is the business of the machine that trains: --use-checkpoint-args must not say.
 DECIDED_LATER = ("moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias")
 
-# Of the architecture, what the manifest records beside the dense model's flags.
-SIZES = (
-    "moe_ffn_hidden_size",
-    "moe_router_topk_scaling_factor",
-    "moe_shared_expert_intermediate_size",
-    "moe_layer_freq",
-)
-
 
 def moe_arguments(model: DenseModel, options: Options, layers: tuple[int, ...] | None) -> dict[str, Any]:
     """Megatron's arguments of the MoE's architecture, beside the dense model's; ``layers`` have experts."""
@@ -51,14 +43,16 @@ def moe_arguments(model: DenseModel, options: Options, layers: tuple[int, ...] |
 
 
 def model_flags(model: DenseModel, options: Options, layers: tuple[int, ...] | None) -> dict[str, Any]:
-    """Those of them that are neither Megatron's defaults nor the router's, as flags."""
+    """Those of them that are neither Megatron's defaults nor the router's, as flags: for the manifest."""
+    given = {
+        "moe_ffn_hidden_size": options.router.granularity > 1,
+        "moe_router_topk_scaling_factor": True,
+        "moe_shared_expert_intermediate_size": True,
+        "moe_layer_freq": layers is not None,
+    }
     arguments = moe_arguments(model, options, layers)
-    flags = {name: arguments[name] for name in SIZES if arguments[name] is not None}
-    if options.router.granularity == 1:
-        del flags["moe_ffn_hidden_size"]
-    if layers is None:
-        del flags["moe_layer_freq"]
-    else:
+    flags = {name: arguments[name] for name in given if given[name] and arguments[name] is not None}
+    if layers is not None:
         flags["moe_layer_freq"] = expert_layers.as_flag(flags["moe_layer_freq"])
     return flags
 

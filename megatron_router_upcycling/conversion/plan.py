@@ -20,18 +20,16 @@ from megatron_router_upcycling.conversion.expected import Expected
 from megatron_router_upcycling.conversion.fine_grained import Cut
 from megatron_router_upcycling.conversion.options import Options, parse_layers
 from megatron_router_upcycling.conversion.steps import (
-    AddExtraStates,
     AlterExperts,
     CopyExperts,
     CutExperts,
-    Keep,
     Made,
     MakeRouters,
-    Repeat,
     ShareOutput,
     Step,
+    Take,
     Work,
-    WriteCommonState,
+    WriteStates,
 )
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
@@ -110,23 +108,33 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     for key in kept:
         if not names.MODEL_STATE.match(key):
             raise UserError(f"DENSE {source.root}: holds {key}, which convert does not know what to make of")
+    # The norms before the experts under their other name, where the dense checkpoint has one of the two.
+    others = {key: names.other_norm(key) for key in kept if _gets_experts(key, layers)}
+    norms = {key: other for key, other in others.items() if other and other not in kept}
     experts = [_expert(key, model, options) for key in ffn]
     shared = [_shared(key) for key in ffn] if options.shared_expert else []
     states = names.extra_states(
         model.num_layers, router.num_experts, model.qk_norm, options.shared_expert, layers
     )
     steps = [
-        Keep(kept),
-        *_norms(kept, layers),
+        Take({key: key for key in kept}, "untouched"),
+        Take(norms, "norms"),
         *experts,
         *shared,
         MakeRouters(),
-        AddExtraStates(tuple(key for key in states if key in gone or key not in source.objects)),
-        WriteCommonState(as_file=(dense.iteration_dir / COMMON_FILE).is_file()),
+        WriteStates(
+            tuple(key for key in states if key in gone or key not in source.objects),
+            common_as_file=(dense.iteration_dir / COMMON_FILE).is_file(),
+        ),
     ]
     copies = router.num_copies if options.materialize or options.init.alters_experts else 1
     read = [at_layer(names.QKV, None if layers is None else 0)]
-    read += [step.key for step in (*experts, *shared) if type(step) not in (CopyExperts, Repeat)]
+    made = (
+        AlterExperts,
+        CutExperts,
+        ShareOutput,
+    )  # whose values are read, and not taken over
+    read += [step.key for step in (*experts, *shared) if isinstance(step, made)]
     num_routers = model.num_layers if layers is None else len(layers)
     return Plan(
         dense=dense,
@@ -151,12 +159,6 @@ def _gets_experts(key: str, layers: tuple[int, ...] | None) -> bool:
     return layers is None or split_key(key)[1] in layers
 
 
-def _norms(kept: tuple[str, ...], layers: tuple[int, ...] | None) -> list[Repeat]:
-    """The norms before the experts under their other name, where the dense checkpoint has one of the two."""
-    others = [(key, names.other_norm(key)) for key in kept if _gets_experts(key, layers)]
-    return [Repeat(key, other, "norms") for key, other in others if other and other not in kept]
-
-
 def _expert(key: str, model: DenseModel, options: Options) -> CopyExperts:
     """The experts' parameter that is made of the FFN's ``key``."""
     router, (name, layer) = options.router, split_key(key)
@@ -164,13 +166,17 @@ def _expert(key: str, model: DenseModel, options: Options) -> CopyExperts:
     if options.init.alters_experts and name.endswith(".weight"):
         return AlterExperts(key, target, router.num_experts)
     if router.granularity > 1:
-        cut = Cut.of(name, model, router.granularity, front=int(layer is None))
+        axis = int(layer is None)  # of FC1's rows; it is FC2's columns that are cut
+        if name.startswith(f"{names.FC1}."):
+            cut = Cut(axis, 1 + model.gated, router.granularity)
+        else:
+            cut = Cut(axis + 1, 1, router.granularity)
         return CutExperts(key, target, router.num_experts, cut)
     return CopyExperts(key, target, router.num_experts)
 
 
-def _shared(key: str) -> Repeat | ShareOutput:
+def _shared(key: str) -> Take | ShareOutput:
     """The shared expert's parameter that is made of the FFN's ``key``."""
     name, layer = split_key(key)
     target = at_layer(names.SHARED_EXPERT + name.removeprefix(names.MLP), layer)
-    return ShareOutput(key, target) if name.startswith(names.FC2) else Repeat(key, target, "experts")
+    return ShareOutput(key, target) if name.startswith(names.FC2) else Take({key: target}, "experts")

@@ -53,45 +53,30 @@ class Step:
     """One step of a plan."""
 
     def expects(self, work: Work) -> Made:
-        """The entries that it makes: what a tensor must be, None for an object.
-
-        Nothing is computed before a value is asked for.
-        """
+        """The entries that it makes: what a tensor must be, computed when asked for; None for an object."""
         raise NotImplementedError
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
-        """Do it."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Keep(Step):
-    """Take tensors and objects over under their own names, their bytes untouched."""
+class Take(Step):
+    """Take tensors and objects over, their bytes untouched; ``targets``: key of ``source`` -> its new key."""
 
-    keys: tuple[str, ...]
-
-    def expects(self, work: Work) -> Made:
-        tensors = work.source.tensors
-        return {key: copy_of(work.source, key, "untouched") if key in tensors else None for key in self.keys}
-
-    def run(self, work: Work, writer: CheckpointWriter) -> None:
-        for key in self.keys:
-            writer.take_over(work.source, key, key, copy=work.options.materialize)
-
-
-@dataclass(frozen=True)
-class Repeat(Step):
-    """Take a tensor over under another name: a norm before the FFN, FC1 of the shared expert."""
-
-    key: str
-    target: str
+    targets: dict[str, str]
     check: str
 
     def expects(self, work: Work) -> Made:
-        return {self.target: copy_of(work.source, self.key, self.check)}
+        source = work.source
+        return {
+            target: copy_of(source, key, self.check) if key in source.tensors else None
+            for key, target in self.targets.items()
+        }
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
-        writer.take_over(work.source, self.key, self.target, copy=work.options.materialize)
+        for key, target in self.targets.items():
+            writer.take_over(work.source, key, target, copy=work.options.materialize)
 
 
 @dataclass(frozen=True)
@@ -262,32 +247,21 @@ class MakeRouters(Step):
 
 
 @dataclass(frozen=True)
-class AddExtraStates(Step):
-    """Write the empty entries that modules of an MoE layer look for."""
+class WriteStates(Step):
+    """Write the empty entries that modules of an MoE layer look for, and the common state of a fresh run."""
 
-    added: tuple[str, ...]
-
-    def expects(self, work: Work) -> Made:
-        return dict.fromkeys(self.added)
-
-    def run(self, work: Work, writer: CheckpointWriter) -> None:
-        empty = writer.write_object(torch_save_file.dump([None]))
-        for key in self.added:
-            writer.objects[key] = empty
-
-
-@dataclass(frozen=True)
-class WriteCommonState(Step):
-    """Write the common state of a fresh MoE run, as an object or as a file."""
-
-    as_file: bool
+    empty: tuple[str, ...]
+    common_as_file: bool  # else as an object
 
     def expects(self, work: Work) -> Made:
-        return {} if self.as_file else {COMMON_STATE: None}
+        return dict.fromkeys(self.empty if self.common_as_file else (*self.empty, COMMON_STATE))
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
+        blob = writer.write_object(torch_save_file.dump([None]))
+        for key in self.empty:
+            writer.objects[key] = blob
         common = moe_common_state(work.dense, work.model, work.options, work.layers)
-        if self.as_file:
+        if self.common_as_file:
             writer.write_file(COMMON_FILE, torch_save_file.dump(common))
         else:
             writer.objects[COMMON_STATE] = writer.write_object(torch_save_file.dump([common]))

@@ -107,14 +107,10 @@ def from_megatron(args: Namespace, root: Path, embedding_rows: int) -> QwenModel
 
 def check_exportable(args: Namespace, model: Architecture, root: Path) -> None:
     """Refuse a model that no Qwen class holds; ``args`` need not be complete."""
-    for name in UNKNOWN_LAYERS:
-        if value := getattr(args, name, None):
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{root}: trained with {flag} {value}, which no Qwen class has")
     routing = EXPECTED_ROUTING if getattr(args, "num_experts", None) else {}
-    for name, expected in (EXPECTED_ARGUMENTS | routing).items():
+    for name, expected in (dict.fromkeys(UNKNOWN_LAYERS) | EXPECTED_ARGUMENTS | routing).items():
         found = getattr(args, name, expected)
-        if found != expected:
+        if found != expected and (found or expected):  # None and False both say that something is off
             raise UserError(
                 f"{root}: trained with {name} {found!r} where a Qwen class has {expected!r};"
                 " it cannot be exported"

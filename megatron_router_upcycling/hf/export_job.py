@@ -11,8 +11,9 @@ import torch
 
 from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.names import ROUTER, other_norm
+from megatron_router_upcycling.checkpoint.read_config_json import DENSE_CLASSES
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, tensor_in
-from megatron_router_upcycling.hf import config_json, name_table, other_tools
+from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import QwenModel
 from megatron_router_upcycling.hf.files import SINGLE_FILE, numbered
 from megatron_router_upcycling.hf.name_table import Index, Tensor
@@ -20,7 +21,7 @@ from megatron_router_upcycling.hf.safetensors_file import cast
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
 
-CONVERTED = "release"  # the iteration of a checkpoint that convert made
+MOE_CLASSES = {"qwen2": "Qwen2MoeForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}
 SIZE_BESIDE_ZEROS = 2.0**-6  # of a gate that weighs zeros: any size does
 SIZE_OF_HALF = 2.0**-40  # of a gate whose sigmoid is to be one half: it is, rounded to float32
 
@@ -104,34 +105,8 @@ class Export:
     @property
     def class_name(self) -> str:
         """The class that loads the folder."""
-        stock = config_json.class_name(self.model)
+        stock = (MOE_CLASSES if self.router else DENSE_CLASSES)[self.model.family]
         return stock if self.is_stock else f"Upcycled{stock}"
-
-    @property
-    def faults(self) -> list[str]:
-        """Which tools do not compute what the stock classes do, and why."""
-        if self.router is None or not self.is_stock:
-            return []
-        return other_tools.faults(self.model, self.router, self.shared_expert_width)
-
-    @property
-    def is_untrained(self) -> bool:
-        """Whether the experts are as ``convert`` made them."""
-        return self.manifest is not None and self.checkpoint.iteration_dir.name == CONVERTED
-
-    @property
-    def aux_losses(self) -> dict[str, float]:
-        """What balanced the experts' load in training, or is to balance it in the first."""
-        if self.router is None:
-            return {}
-        return other_tools.UNTRAINED if self.is_untrained else other_tools.balanced_by(self.checkpoint.args)
-
-    @property
-    def aux_loss_coefficient(self) -> float:
-        """What transformers multiplies its load balancing loss by."""
-        assert self.router is not None
-        layers = len(self.model.expert_layers)
-        return other_tools.loss_coefficient(self.aux_losses, layers, self.router.top_k)
 
 
 def stored_name(checkpoint: Checkpoint, name: str) -> str:
@@ -155,8 +130,11 @@ def outputs(job: Export) -> Iterator[Output]:
                 yield from _moved(job, tensor, layer)
         if layer in model.expert_layers:
             for name, shape in job.gate.items():
-                make = functools.partial(_part_of_gate, read_gate, layer, name)
-                yield _made(job, f"{name_table.GATE.format(layer=layer)}.{name}", shape, make)
+
+                def part(layer: int = layer, name: str = name) -> torch.Tensor:
+                    return read_gate(layer)[name]
+
+                yield _made(job, f"{name_table.GATE.format(layer=layer)}.{name}", shape, part)
             if model.family == "qwen2":
                 yield from _shared_expert(job, layer)
     for tensor in others:
@@ -206,10 +184,6 @@ def _made(job: Export, name: str, shape: tuple[int, ...], make: Callable[[], tor
         return cast(make()[start:stop], job.dtype, f"{job.checkpoint.root}: {name}")
 
     return Output(name, shape, read)
-
-
-def _part_of_gate(read_gate: Callable[[int], Gate], layer: int, name: str) -> torch.Tensor:
-    return read_gate(layer)[name]
 
 
 def _shared_expert(job: Export, layer: int) -> Iterator[Output]:

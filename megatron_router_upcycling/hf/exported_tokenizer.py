@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.data import tokenizer
 from megatron_router_upcycling.errors import described
 
@@ -84,55 +83,34 @@ def _given(folder: Path) -> tuple[str, str]:
         return "", described(error)
 
 
-def find_sentencepiece(folder: Path) -> Path | None:
-    """The only model of sentencepiece in ``folder``, where no Hugging Face tokenizer is beside it."""
-    found = beside.tokenizer_of(folder)
-    return found[1] if found and found[1].is_file() else None
-
-
-def special_tokens(model: Path) -> dict[str, int]:
-    """The ids of special tokens as config.json has them."""
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        own = SentencePieceProcessor(model_file=str(model))
-    except (OSError, RuntimeError):
-        return {}
-    return {f"{name}_id": number for name, number in _tokens(own).items() if name != "unk_token"}
-
-
-def convert(model: Path, folder: Path) -> str:
-    """Write ``model`` to ``folder``, which holds a config.json, as transformers converts it.
+def convert(model: Path, folder: Path) -> tuple[str, dict[str, int]]:
+    """Write ``model`` of sentencepiece to ``folder``, which holds a config.json, as transformers converts it.
 
     Returns:
-        Why nothing was written; "" where all was.
+        Why nothing was written, "" where all was; and the ids of its special tokens, as config.json has them.
     """
+    ids: dict[str, int] = {}
     try:
         from sentencepiece import SentencePieceProcessor
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         own = SentencePieceProcessor(model_file=str(model))
+        found = {f"{name}_token_id": getattr(own, f"{name}_id")() for name in ("bos", "eos", "pad", "unk")}
+        ids = {name: number for name, number in found.items() if number >= 0}
         with tempfile.TemporaryDirectory() as place:
             shutil.copyfile(model, Path(place) / "tokenizer.model")  # the name that transformers looks for
             made = PreTrainedTokenizerFast.from_pretrained(place, local_files_only=True)
         made.backend_tokenizer.save(str(folder / tokenizer.TOKENIZER_JSON))
-        tokens = {name: own.id_to_piece(number) for name, number in _tokens(own).items()}
         entries = {"tokenizer_class": BY_THE_FILE, "clean_up_tokenization_spaces": False}
-        text = json.dumps(entries | tokens, indent=2)
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        entries |= {name.removesuffix("_id"): own.id_to_piece(number) for name, number in ids.items()}
+        (folder / CONFIG).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         texts = (*SAMPLES, Path(__file__).read_text(encoding="utf-8"))
         if all(loaded.encode(text, add_special_tokens=False) == own.encode(text) for text in texts):
-            return ""
+            return "", ids
         fault = f"for {model.name} transformers would load a {type(loaded).__name__} with other tokens"
     except Exception as error:  # of one of these libraries, or that it is not installed
         fault = f"{model.name} cannot be converted ({described(error)})"
     for file in (tokenizer.TOKENIZER_JSON, CONFIG):
         (folder / file).unlink(missing_ok=True)
-    return fault
-
-
-def _tokens(own: Any) -> dict[str, int]:
-    """The special tokens that a model of sentencepiece has, by transformers' names."""
-    ids = {f"{name}_token": getattr(own, f"{name}_id")() for name in ("bos", "eos", "pad", "unk")}
-    return {name: number for name, number in ids.items() if number >= 0}
+    return fault, ids

@@ -5,11 +5,13 @@ into one linear gate ``Qwen2MoeForCausalLM`` or ``Qwen3MoeForCausalLM``: stock c
 vLLM and SGLang load without code of ours. Values are streamed, block by block.
 """
 
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.layers import stack_layers
@@ -21,10 +23,10 @@ from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion.convert import Conversion
 from megatron_router_upcycling.conversion.moe_arguments import moe_common_state
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.files import format_bytes, sync, versions
-from megatron_router_upcycling.hf import name_table, rounding
+from megatron_router_upcycling.files import format_bytes, versions
+from megatron_router_upcycling.hf import model_card, name_table
 from megatron_router_upcycling.hf.architecture import QwenModel, check_exportable, from_megatron
-from megatron_router_upcycling.hf.export_job import Export, Options, Output, stored_name
+from megatron_router_upcycling.hf.export_job import Export, Gate, Options, Output, stored_name
 from megatron_router_upcycling.hf.files import CARD
 from megatron_router_upcycling.hf.folder import RECORD, find_beside, write_folder
 from megatron_router_upcycling.hf.safetensors_file import ahead, as_bytes, blocks, dtype_name, format_header
@@ -33,6 +35,7 @@ from megatron_router_upcycling.routers.config import RouterConfig
 
 WIDTH_OF_ZEROS = 128  # of the shared expert that adds nothing
 VALUE_BYTES = 4  # of a stored value, at most
+SAMPLE_TOKENS = 1024  # of a layer, to measure what rounding its gate changes
 
 
 def check_conversion(conversion: Conversion) -> str | None:
@@ -72,13 +75,19 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
             f"MOE {root}: its router {why}, which no stock class computes; pass --modelling-code to write a"
             " modelling file beside the weights, which is loaded with trust_remote_code"
         )
+    asked, own = options.shared_expert_width, model.shared_expert_size
+    if asked is not None and (asked < 0 or own):
+        raise UserError(
+            f"--shared-expert-width {asked}: must be 0 or more, and be left out where the model has a shared"
+            f" expert of its own (here of width {own})"
+        )
     _check_tensors(checkpoint, model, router)
     job = Export(
         checkpoint=checkpoint,
         out=out,
         model=model,
         router=router,
-        shared_expert_width=_shared_expert_width(options.shared_expert_width, model),
+        shared_expert_width=own or (WIDTH_OF_ZEROS if asked is None else asked),
         dtype=options.dtype or checkpoint.tensors[name_table.PROJECTION].dtype,
         beside=find_beside(options.tokenizer, checkpoint),
         options=options,
@@ -86,17 +95,6 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
     )
     publish.check_space(out, job.bytes_to_write)
     return job
-
-
-def _shared_expert_width(asked: int | None, model: QwenModel) -> int:
-    """The model's own; else that of the expert of zeros."""
-    own = model.shared_expert_size
-    if asked is not None and (asked < 0 or own):
-        must = (
-            f"is given by the model's own shared expert: {own}; leave it out" if own else "must be 0 or more"
-        )
-        raise UserError(f"--shared-expert-width {asked}: {must}")
-    return own or (WIDTH_OF_ZEROS if asked is None else asked)
 
 
 def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: QwenModel) -> RouterConfig:
@@ -139,18 +137,11 @@ def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> di
     ``progress`` is called with the number of bytes after each write.
     """
     try:
-        with (
-            publish.new_folder(job.out, job.options.overwrite) as folder,
-            ThreadPoolExecutor(1) as aside,
-        ):
-            flushed = []
+        with publish.new_folder(job.out, job.options.overwrite) as folder:
             for file, shard in job.shards.items():
                 _write_shard(job, shard, folder / file, progress)
-                flushed.append(aside.submit(sync, folder / file))
             record = _record(job)
             write_folder(job, folder, record)
-            for flush in flushed:
-                flush.result()
     except OSError as error:
         raise UserError(
             f"OUT {job.out}: cannot be written ({error.strerror}); nothing was left behind"
@@ -181,20 +172,58 @@ def _record(job: Export) -> dict[str, Any]:
         "architecture": job.model.describe(),
         "dtype": dtype_name(job.dtype),
         "router": job.router.to_dict() if job.router else None,
-        "rounding": rounding.measure(job),
+        "rounding": _measure_rounding(job),
         "upcycled": {name: upcycled[name] for name in ("seed", "versions") if name in upcycled} or None,
         "versions": versions(),
     }
 
 
+def _measure_rounding(job: Export) -> dict[str, int] | None:
+    """What rounding the folded routers to the dtype changes: ``changed_choices`` of all layers together."""
+    if job.router is None:
+        return None
+    norm = stored_name(job.checkpoint, name_table.NORM_BEFORE_FFN)
+    total: Counter[str] = Counter()
+    for layer in job.model.expert_layers:
+        gain = job.checkpoint.read_layer(norm, layer, bytearray())
+        total.update(changed_choices(job.read_gate(layer), gain, job.router, layer, job.dtype))
+    return dict(total)
+
+
+def changed_choices(
+    gate: Gate, norm: torch.Tensor, router: RouterConfig, layer: int, dtype: torch.dtype
+) -> dict[str, int]:
+    """Compare a layer's choices of experts with its gate, in float32, as it is and in ``dtype``.
+
+    The sample is what a router sees of random hidden states of unit variance: the output of the norm before
+    it, whose weight is ``norm`` [D], in ``dtype``. Of all ``choices``, those that change with the gate alone
+    in ``dtype`` are ``by_rounding``; with the logits too, as a model in that dtype computes them,
+    ``by_arithmetic``.
+    """
+    generator = torch.Generator().manual_seed(layer)
+    tokens = (torch.randn(SAMPLE_TOKENS, len(norm), generator=generator) * norm.float()).to(dtype)
+
+    def choose(tokens: torch.Tensor, kept: torch.dtype) -> torch.Tensor:
+        """The choices with weights kept in ``kept``, computed in the dtype of ``tokens``."""
+        rounded = {name: value.to(kept).to(tokens.dtype) for name, value in gate.items()}
+        logits = router.kind.logits(rounded, tokens, router).float()
+        return torch.zeros(logits.shape).scatter_(1, logits.topk(router.top_k, dim=1).indices, 1.0)
+
+    exact = choose(tokens.float(), torch.float32)
+    return {
+        "choices": SAMPLE_TOKENS * router.top_k,
+        "by_rounding": int((exact > choose(tokens.float(), dtype)).sum()),
+        "by_arithmetic": int((exact > choose(tokens, dtype)).sum()),
+    }
+
+
 def describe_result(job: Export, record: dict[str, Any], seconds: float) -> str:
     """What was made, and how to load it."""
-    size = format_bytes(job.bytes_to_write)
     what = f"{job.class_name}, {record['architecture']}, {record['dtype']}"
-    lines = [f"{job.out}: {what}, {size} in {seconds:.1f} s"]
+    lines = [f"{job.out}: {what}, {format_bytes(job.bytes_to_write)} in {seconds:.1f} s"]
     if record["rounding"]:
-        lines.append(rounding.describe(record))
-    lines += job.faults
+        lines.append(model_card.precision(record))
+    lines += model_card.faults(job)
     if (why := record.get("no_tokenizer")) or not beside.is_tokenizer(job.out):
         what = f"written: {why}" if why else "found"
         lines.append(

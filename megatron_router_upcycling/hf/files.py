@@ -12,6 +12,13 @@ MODELLING_FILE = "modeling_upcycled_qwen_moe.py"
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"  # one file of weights, or several
 
 LFS_POINTER = b"version https://git-lfs"
+# A file that tells what a folder without a whole model is -> what that is, and what to give in its place.
+OTHER_KINDS = {
+    beside.ADAPTER: "an adapter: merge it into its base model (peft: merge_and_unload()) and name that",
+    "*.gguf": "a model in GGUF: name the folder of the same in safetensors",
+    "quant*_config.json": "a quantised model (GPTQ, AWQ): name the folder of the unquantised one",
+    "snapshots/*": "the hub's cache: name {found}",
+}
 
 
 def numbered(number: int, count: int) -> str:
@@ -19,26 +26,24 @@ def numbered(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def refuse_other_folders(folder: Path) -> None:
-    """Refuse HF_DIR by what it is where it is not a model's."""
+def refuse_other_folders(folder: Path, flag: str) -> None:
+    """Refuse the folder that ``flag`` gave by what it is where it is not a model's."""
     if not folder.is_dir():
-        raise UserError(f"HF_DIR {folder}: no such folder; name the folder of a model's {CONFIG}")
-    refuse_adapter(folder, "HF_DIR")
-    if not (folder / CONFIG).exists() and (snapshots := sorted((folder / "snapshots").glob("*"))):
-        raise UserError(f"HF_DIR {folder}: a model's folder in the hub's cache; name {snapshots[-1]}")
+        raise UserError(f"{flag} {folder}: no such folder; name the folder of a model's {CONFIG}")
+    weights = [path for name in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(name)]
+    if not (weights and (folder / CONFIG).is_file()) and (other := what_else(folder)):
+        raise UserError(f"{flag} {folder}: holds no model{other}")
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
             raise UserError(f"{path}: a Git LFS pointer in place of the file; run git lfs pull in {folder}")
 
 
-def refuse_adapter(folder: Path, flag: str) -> None:
-    """Refuse the folder that ``flag`` gave where it holds an adapter and no model."""
-    weights = [path for name in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(name)]
-    if (folder / beside.ADAPTER).is_file() and not (weights and (folder / CONFIG).is_file()):
-        raise UserError(
-            f"{flag} {folder}: holds an adapter ({beside.ADAPTER}) and no model; merge it into its base model"
-            " (peft: merge_and_unload(), then save_pretrained) and name that folder"
-        )
+def what_else(folder: Path) -> str:
+    """What a folder without a whole model may be, as the end of a message; "" where nothing tells."""
+    for pattern, kind in OTHER_KINDS.items():
+        for found in sorted(folder.glob(pattern), reverse=True):
+            return f"; {found.name} is of {kind.format(found=found)}"
+    return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

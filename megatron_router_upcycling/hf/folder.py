@@ -6,19 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.checkpoint import beside
+from megatron_router_upcycling.checkpoint.read_config_json import ENTRIES
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.hf import config_json, exported_tokenizer
+from megatron_router_upcycling.hf import exported_tokenizer, files, model_card
+from megatron_router_upcycling.hf.architecture import QwenModel
 from megatron_router_upcycling.hf.export_job import Export
-from megatron_router_upcycling.hf.files import (
-    CARD,
-    CONFIG,
-    GENERATION_CONFIG,
-    INDEX,
-    MODELLING_FILE,
-    read_json,
-)
-from megatron_router_upcycling.hf.model_card import model_card
+from megatron_router_upcycling.hf.files import CARD, CONFIG, GENERATION_CONFIG, INDEX, MODELLING_FILE
 from megatron_router_upcycling.hf.safetensors_file import dtype_name
 from megatron_router_upcycling.routers.kinds import Kind
 
@@ -45,12 +39,12 @@ def find_beside(asked: Path | None, checkpoint: Checkpoint) -> Path | None:
 def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     """Write everything but the weights; what is said of the tokenizer goes into ``record`` as well."""
     special = _copy_beside(job.beside, folder) if job.beside else {}
-    model = exported_tokenizer.find_sentencepiece(job.beside) if job.beside else None
-    if model:
-        special |= exported_tokenizer.special_tokens(model)
     _write_json(folder / CONFIG, _config(job) | special)
-    if model:
-        record["no_tokenizer"] = exported_tokenizer.convert(model, folder)
+    kind, model = (job.beside and beside.tokenizer_of(job.beside)) or ("", folder)
+    if kind == "SentencePieceTokenizer":
+        record["no_tokenizer"], ids = exported_tokenizer.convert(model, folder)
+        special |= {name: ids[name] for name in SPECIAL_TOKENS if name in ids}
+        _write_json(folder / CONFIG, _config(job) | special)
     elif job.beside and beside.is_tokenizer(job.beside):
         own = find_beside(None, job.checkpoint)
         other = own if own != job.beside and own and beside.is_tokenizer(own) else None
@@ -63,7 +57,7 @@ def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     if job.router is not None and not job.is_stock:
         (folder / MODELLING_FILE).write_text(_modelling_file(job.router.kind), encoding="utf-8")
     _write_json(folder / RECORD, record)
-    (folder / CARD).write_text(model_card(job, record), encoding="utf-8")
+    (folder / CARD).write_text(model_card.model_card(job, record), encoding="utf-8")
 
 
 def _copy_beside(source: Path, target: Path) -> dict[str, Any]:
@@ -72,7 +66,7 @@ def _copy_beside(source: Path, target: Path) -> dict[str, Any]:
     beside.copy(source, files, target)
     for file in (CONFIG, GENERATION_CONFIG):
         if (source / file).is_file():
-            found = read_json(source / file)
+            found = files.read_json(source / file)
             return {name: found[name] for name in SPECIAL_TOKENS if found.get(name) is not None}
     return {}
 
@@ -91,20 +85,51 @@ def _modelling_file(kind: Kind) -> str:
 
 def _config(job: Export) -> dict[str, Any]:
     """The config.json, but for special tokens."""
-    values = config_json.from_model(job.model) | {
-        "architectures": [job.class_name],
-        "max_window_layers": job.model.num_layers,
-        "torch_dtype": dtype_name(job.dtype),
+    model, router = job.model, job.router
+    config = from_model(model, job.class_name) | {"torch_dtype": dtype_name(job.dtype)}
+    if router is None:
+        return config
+    losses = model_card.aux_losses(job)
+    config |= {
+        "num_experts": router.num_experts,
+        "num_experts_per_tok": router.top_k,
+        "moe_intermediate_size": model.expert_ffn_size,
+        # softmax over all experts, then top-k as they are; or renormalised, which is top-k, then softmax
+        "norm_topk_prob": not router.pre_softmax,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(model.dense_layers),
+        "output_router_logits": False,
+        "router_aux_loss_coef": model_card.loss_coefficient(losses, len(model.expert_layers), router.top_k),
     }
-    if job.router is None:
-        return values
-    width, coefficient = job.shared_expert_width, job.aux_loss_coefficient
-    values |= config_json.of_experts(job.model, job.router, width, coefficient)
-    if job.is_stock:
-        return values
-    module = MODELLING_FILE.removesuffix(".py")
-    return values | {
-        "auto_map": {"AutoModelForCausalLM": f"{module}.{job.class_name}"},
-        "upcycled_router": job.router.to_dict(),
-        "upcycled_gate": job.gate,
+    if model.family == "qwen3":
+        config["num_local_experts"] = router.num_experts  # the name that transformers 5 saves
+    else:
+        config |= {"qkv_bias": True, "shared_expert_intermediate_size": job.shared_expert_width}
+    if not job.is_stock:
+        module = MODELLING_FILE.removesuffix(".py")
+        config["auto_map"] = {"AutoModelForCausalLM": f"{module}.{job.class_name}"}
+        config |= {"upcycled_router": router.to_dict(), "upcycled_gate": job.gate}
+    return config
+
+
+def from_model(model: QwenModel, class_name: str) -> dict[str, Any]:
+    """What a dense and an MoE config.json have in common; ``read_config_json`` is the way back."""
+    config = {entry: getattr(model, attribute) for entry, (attribute, _) in ENTRIES.items()}
+    config |= {
+        "model_type": model.family + "_moe" * bool(model.num_experts),
+        "architectures": [class_name],
+        "num_key_value_heads": model.num_query_groups,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        # transformers 5 reads the one, transformers 4 and the inference engines the other
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
+        "rope_theta": float(model.rotary_base),
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "use_cache": True,
     }
+    if model.qk_norm:
+        config["attention_bias"] = False
+    if model.qk_norm or model.kv_channels * model.num_attention_heads != model.hidden_size:
+        config["head_dim"] = model.kv_channels
+    return config | {"max_window_layers": model.num_layers}

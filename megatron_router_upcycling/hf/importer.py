@@ -28,29 +28,15 @@ from megatron_router_upcycling.checkpoint.torch_dist import tensor_in
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sha256, versions
-from megatron_router_upcycling.hf import name_table
+from megatron_router_upcycling.hf import files, name_table, safetensors_file
 from megatron_router_upcycling.hf.architecture import QwenModel, from_flags
-from megatron_router_upcycling.hf.files import CONFIG, INDEX, read_json, refuse_other_folders
-from megatron_router_upcycling.hf.name_table import Index, Tensor
-from megatron_router_upcycling.hf.safetensors_file import (
-    ahead,
-    as_bytes,
-    blocks,
-    cast,
-    dtype_name,
-    sample_digest,
-)
-from megatron_router_upcycling.hf.weights import Weights, choose_dtype, read_weights
+from megatron_router_upcycling.hf.files import CONFIG, INDEX, SINGLE_FILE, read_json
+from megatron_router_upcycling.hf.name_table import BODY, EMBED_TOKENS, LM_HEAD, Index, Tensor
+from megatron_router_upcycling.hf.safetensors_file import DTYPES, Stored, as_bytes, blocks, dtype_name
 
+IGNORED = ".rotary_emb.inv_freq"  # old versions of transformers saved such tensors, and no version reads them
 RECORD = "import_hf.json"
 MODEL_YAML = "model.yaml"
-
-
-@dataclass(frozen=True)
-class Options:
-    dtype: torch.dtype | None = None
-    vocabulary_multiple: int = 128
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,10 +47,11 @@ class Import:
     out: Path
     flags: dict[str, Any]  # Megatron's, that build the model
     model: QwenModel
-    weights: Weights
+    weights: dict[str, Stored]  # by the names of ``name_table``
     beside: beside.Found  # the other files of ``folder``
     dtype: torch.dtype
-    options: Options
+    vocabulary_multiple: int  # Megatron's embedding is padded to a multiple of it
+    overwrite: bool
 
     @property
     def tokenizer(self) -> dict[str, Any]:
@@ -79,19 +66,111 @@ class Import:
         return sum(math.prod(tensor.shape) for tensor in name_table.tensors(self.model)) * self.dtype.itemsize
 
 
-def prepare(folder: Path, out: Path, options: Options) -> Import:
-    """Read and check everything but the values; write nothing."""
-    refuse_other_folders(folder)
-    publish.check_target(out, folder, options.overwrite, source_name="HF_DIR", made_by=RECORD)
+def prepare(
+    folder: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    vocabulary_multiple: int = 128,
+    overwrite: bool = False,
+) -> Import:
+    """Read and check everything but the values; write nothing. ``dtype``: None for that of the weights."""
+    files.refuse_other_folders(folder, "HF_DIR")
+    publish.check_target(out, folder, overwrite, source_name="HF_DIR", made_by=RECORD)
     path = folder / CONFIG
-    flags = read_config_json.to_flags(read_json(path), path, options.vocabulary_multiple)
+    flags = read_config_json.to_flags(read_json(path), path, vocabulary_multiple)
     model = from_flags(flags)
-    weights = read_weights(folder, model)
-    dtype = choose_dtype(weights, options.dtype)
-    found = beside.look(folder, [*weights.paths, folder / INDEX])
-    job = Import(folder, out, flags, model, weights, found, dtype, options)
+    weights = _read_weights(folder, model)
+    dtype = dtype or _dtype_of(weights)
+    found = beside.look(folder, [*(stored.path for stored in weights.values()), folder / INDEX])
+    job = Import(folder, out, flags, model, weights, found, dtype, vocabulary_multiple, overwrite)
     publish.check_space(out, job.bytes_to_write)
     return job
+
+
+def _read_weights(folder: Path, model: QwenModel) -> dict[str, Stored]:
+    """Read the headers of all files in ``folder``, and hold what they say against ``model``."""
+    found = _all_tensors(folder)
+    if model.tied and EMBED_TOKENS not in found and LM_HEAD in found:
+        found[EMBED_TOKENS] = found.pop(LM_HEAD)
+    shapes = {}
+    for name, shape in name_table.hf_tensors(model):
+        if name not in found:  # before config.json has asked for a billion
+            why = f"which {CONFIG} asks for; the model is incomplete{files.what_else(folder)}"
+            if name == LM_HEAD:
+                why = f"and {CONFIG} does not tie the output layer to the embedding (tie_word_embeddings)"
+            raise UserError(f"{folder}: has no tensor {name}, {why}")
+        shapes[name] = shape
+    tied_head = {LM_HEAD} & found.keys() if model.tied else set()
+    for name in sorted(found.keys() - shapes.keys() - tied_head):
+        if not name.endswith(IGNORED):
+            path = found[name].path
+            raise UserError(
+                f"{path}: {name} is in no {model.family} model of this {CONFIG}; is it quantised?"
+            )
+    for name in (*shapes, *tied_head):
+        stored, shape = found[name], shapes.get(name, shapes[EMBED_TOKENS])
+        what = f"{stored.path}: {name} is"
+        if stored.shape != shape:
+            raise UserError(f"{what} {list(stored.shape)} where {CONFIG} gives {list(shape)}")
+        if stored.dtype not in DTYPES:
+            raise UserError(f"{what} {stored.dtype}, perhaps quantised; covered: {', '.join(DTYPES)}")
+    if tied_head:
+        _check_tied(found[LM_HEAD], found[EMBED_TOKENS])
+    return {name: found[name] for name in shapes}
+
+
+def _check_tied(head: Stored, embedding: Stored) -> None:
+    """Where embeddings are tied and the output layer was saved all the same, it must be the embedding."""
+    for rows in blocks(head.shape, DTYPES[head.dtype].itemsize):
+        if not head.rows(*rows).view(torch.uint8).equal(embedding.rows(*rows).view(torch.uint8)):
+            raise UserError(
+                f"{head.path}: {LM_HEAD} differs from {EMBED_TOKENS} though {CONFIG} ties them;"
+                " set tie_word_embeddings to false there"
+            )
+
+
+def _dtype_of(weights: dict[str, Stored]) -> torch.dtype:
+    """That of all tensors; float32 for float64, which no training is done in."""
+    found = {stored.dtype: stored for stored in weights.values()}
+    if len(found) > 1:
+        both = " and ".join(f"{dtype} ({stored.name} in {stored.path})" for dtype, stored in found.items())
+        raise UserError(f"HF_DIR: holds {both}; choose one with --dtype")
+    (stored,) = found
+    return torch.float32 if stored == "F64" else DTYPES[stored]
+
+
+def _all_tensors(folder: Path) -> dict[str, Stored]:
+    """What the files of weights hold, by the names of ``name_table``."""
+    found: dict[str, Stored] = {}
+    for file in _files(folder):
+        for name, stored in safetensors_file.read_header(folder / file).items():
+            if name in found:
+                raise UserError(f"{stored.path}: holds {name}, which {found[name].path} has; remove one")
+            found[name] = stored
+    # The body of a model saved by itself (Qwen3-Embedding) has names without the body's own.
+    lacks = "" if any(name.startswith(BODY) for name in found) else BODY
+    return {name if name == LM_HEAD else lacks + name: stored for name, stored in found.items()}
+
+
+def _files(folder: Path) -> list[str]:
+    """The names of the files of weights."""
+    if (folder / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
+    if (folder / INDEX).is_file():
+        places = read_json(folder / INDEX).get("weight_map")
+        names = list(places.values()) if isinstance(places, dict) else []
+        if not names or not all(isinstance(file, str) and Path(file).name == file for file in names):
+            raise UserError(
+                f"{folder / INDEX}: its weight_map names no files of this folder; download it again"
+            )
+        return sorted(set(names))
+    found = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))  # without their index
+    if not found or found != [files.numbered(number + 1, len(found)) for number in range(len(found))]:
+        raise UserError(
+            f"HF_DIR {folder}: holds neither {SINGLE_FILE}, {INDEX} nor all of model-...-of-...safetensors;"
+            " save or download the model as safetensors, whole"
+        )
+    return found
 
 
 def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
@@ -100,7 +179,7 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
     ``progress`` is called with the number of bytes after each write.
     """
     try:
-        with publish.new_folder(job.out, job.options.overwrite) as folder:
+        with publish.new_folder(job.out, job.overwrite) as folder:
             record = _record(job)
             with CheckpointWriter(folder / "release", "__0_", progress) as writer:
                 _write(job, writer)
@@ -117,16 +196,14 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
 
 def _record(job: Import) -> dict[str, Any]:
     """What the checkpoint is made from."""
+    digests = {
+        path.name: {"bytes": path.stat().st_size, "sample_sha256": safetensors_file.sample_digest(path)}
+        for path in sorted({stored.path for stored in job.weights.values()})
+    }
+    source = {"path": str(job.folder.absolute()), "config_sha256": sha256(job.folder / CONFIG)}
     return {
         "format": 1,
-        "source": {
-            "path": str(job.folder.absolute()),
-            "config_sha256": sha256(job.folder / CONFIG),
-            "files": {
-                path.name: {"bytes": path.stat().st_size, "sample_sha256": sample_digest(path)}
-                for path in job.weights.paths
-            },
-        },
+        "source": source | {"files": digests},
         "architecture": job.model.describe(),
         "left_out": job.beside.left_out,
         "dtype": dtype_name(job.dtype),
@@ -136,14 +213,14 @@ def _record(job: Import) -> dict[str, Any]:
 
 
 def _write(job: Import, writer: CheckpointWriter) -> None:
-    for tensor, offset, values, checksum in ahead(_tasks(job)):
+    for tensor, offset, values, checksum in safetensors_file.ahead(_tasks(job)):
         writer.write_chunk(tensor.name, tensor.shape, values, [offset], checksum=checksum)
     empty = writer.write_object(torch_save_file.dump([None]))
     for name in extra_states(job.model.num_layers, 0, qk_layernorm=job.model.qk_norm):
         writer.objects[name] = empty
     of_run = {
         "params_dtype": job.dtype,
-        "make_vocab_size_divisible_by": job.options.vocabulary_multiple,
+        "make_vocab_size_divisible_by": job.vocabulary_multiple,
         "bf16": job.dtype == torch.bfloat16,
     }
     common = {
@@ -174,18 +251,18 @@ def _read_block(
     job: Import, tensor: Tensor, index: Index, start: int, stop: int, scratch: bytearray
 ) -> Block:
     """The rows ``start`` .. ``stop`` of what ``tensor`` has at ``index``, each read to where it belongs."""
-    parts = [job.weights.tensors[name_table.name(part, index)] for part in tensor.parts]
+    parts = [job.weights[name_table.name(part, index)] for part in tensor.parts]
     where = f"{parts[0].path}: {' and '.join(part.name for part in parts)}"
     columns = tensor.shape[len(index) + 1 :]
     values = tensor_in(scratch, job.dtype, (stop - start, *columns))
-    ranges = [(segment.start, segment.stop) for segment in tensor.segments]
+    ranges = [(first, last) for _, first, last in tensor.segments]
     for number, first, last, place in name_table.cut(ranges, start, stop):
-        part = tensor.segments[number].part
+        part, *_ = tensor.segments[number]
         target = values[place : place + last - first]
         if part is None:
             target.zero_()
         else:
-            target.copy_(cast(parts[part].rows(first, last), job.dtype, where))
+            target.copy_(safetensors_file.cast(parts[part].rows(first, last), job.dtype, where))
     offset = (*index, start, *(0 for _ in columns))
     return tensor, offset, values[(None,) * len(index)], zlib.crc32(as_bytes(values))
 
@@ -194,9 +271,9 @@ def _model_yaml(job: Import) -> str:
     entries = job.flags | job.tokenizer
     if job.tokenizer:
         entries["tokenizer_model"] = beside.FOLDER  # beside this file, wherever it is moved
-    entries |= {"make_vocab_size_divisible_by": job.options.vocabulary_multiple}
+    entries["make_vocab_size_divisible_by"] = job.vocabulary_multiple
     if job.dtype == torch.bfloat16:
-        entries |= {"bf16": True}
+        entries["bf16"] = True
     return (
         f"# {job.folder.absolute().name}, as Megatron's arguments. Build a configuration on it with\n"
         f"# base: {MODEL_YAML}, or give it as --config beside flags for data and training.\n"
@@ -206,12 +283,12 @@ def _model_yaml(job: Import) -> str:
 
 def describe_result(job: Import, record: dict[str, Any], seconds: float) -> str:
     """What was made, and what to run next."""
-    size = format_bytes(job.bytes_to_write)
+    size, flags = format_bytes(job.bytes_to_write), job.out / MODEL_YAML
     left_out = f"left out: {', '.join(job.beside.left_out)}\n" if job.beside.left_out else ""
     tokenizer = "" if job.tokenizer else " --tokenizer-type HuggingFaceTokenizer --tokenizer-model TOKENIZER"
     return (
         f"{job.out}: {record['architecture']}, {record['dtype']}, {size} in {seconds:.1f} s\n{left_out}"
-        f"the model's flags: {job.out / MODEL_YAML}\n"
+        f"the model's flags: {flags}\n"
         "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys"
-        f" --config {job.out / MODEL_YAML} --load {job.out} --output KEY_STATS{tokenizer} [flags for data]"
+        f" --config {flags} --load {job.out} --output KEY_STATS{tokenizer} [flags for data]"
     )

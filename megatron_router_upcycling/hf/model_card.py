@@ -1,12 +1,84 @@
-"""The model card of an exported folder."""
+"""The model card of an exported folder, and what other tools make of the model.
+
+llama.cpp and mbridge do not read every entry of config.json: as of the versions in docs/hugging_face.md,
+whether the chosen experts' weights are renormalised depends on the class alone, and every layer must have
+experts.
+
+transformers trains the export with the load balancing loss of config.json. Of one layer, n experts, k a
+token, T tokens: f_i tokens chose expert i, P_i is the sum of their softmax. Megatron adds
+c n / (k T^2) sum_i f_i P_i for every layer; transformers, only with ``output_router_logits``,
+r n / (L T)^2 sum_i F_i Q_i once, where F and Q are sums of f and P over all L layers. With r = c L / k the
+gradients by P_i, c n f_i / (k T^2) and r n F_i / (L T)^2, are equal where the layers' counts are
+(F_i = L f_i), as in a single layer; elsewhere each layer's counts are replaced by their mean over the layers.
+"""
 
 import math
+from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_router_upcycling.hf import rounding
 from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import MODELLING_FILE
+from megatron_router_upcycling.routers.config import RouterConfig
+
+CONVERTED = "release"  # the iteration of a checkpoint that convert made
+# Of a model whose experts have not trained yet, so that whoever trains it first balances their load: the c of
+# the paper (section 4.1) and of configs/methods.
+UNTRAINED = {"aux_loss": 0.02}
+# Megatron's kinds of this loss: f_i counts a micro-batch, a sequence, or what came so far of a global batch.
+BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+
+
+def balanced_by(args: Namespace) -> dict[str, float]:
+    """Kind of loss in ``BALANCING`` -> its coefficient, of Megatron's arguments; only those above 0."""
+    given = (
+        getattr(args, "moe_router_load_balancing_type", "aux_loss"),
+        getattr(args, "moe_aux_loss_coeff", 0),
+    )
+    kinds, coefficients = (value if isinstance(value, list | tuple) else [value] for value in given)
+    return {
+        kind: float(value)
+        for kind, value in zip(kinds, coefficients, strict=False)
+        if kind in BALANCING and isinstance(value, int | float) and value > 0
+    }
+
+
+def aux_losses(job: Export) -> dict[str, float]:
+    """What balanced the experts' load in training, or is to balance it in the first."""
+    is_trained = job.manifest is None or job.checkpoint.iteration_dir.name != CONVERTED
+    return balanced_by(job.checkpoint.args) if is_trained else UNTRAINED
+
+
+def loss_coefficient(trained: dict[str, float], num_layers: int, top_k: int) -> float:
+    """``router_aux_loss_coef`` for ``num_layers`` layers with experts."""
+    return sum(trained.values()) * num_layers / top_k
+
+
+def _order(router: RouterConfig) -> str:
+    return "softmax, then top-k" if router.pre_softmax else "top-k, then softmax"
+
+
+def faults(job: Export) -> list[str]:
+    """Why llama.cpp and mbridge do not compute a model that stock classes hold; none where they do."""
+    model, router = job.model, job.router
+    if router is None or not job.is_stock:
+        return []
+    name, is_qwen2 = f"{model.family.capitalize()}-MoE", model.family == "qwen2"
+    order = None
+    if router.pre_softmax != is_qwen2 and router.top_k != router.num_experts:
+        order = (
+            f"computes another model: it {'never' if is_qwen2 else 'always'} renormalises the chosen experts'"
+            f" weights in {name}, and this one routes by {_order(router)}"
+        )
+    llama_cpp = mbridge = order
+    if model.dense_layers:
+        mbridge = "does not load this model: it wants experts in every layer"
+        llama_cpp = f"{mbridge} of {name}"
+    elif is_qwen2 and not job.shared_expert_width:
+        llama_cpp = f"does not load this model: it wants a shared expert in {name}"
+    if is_qwen2 and model.shared_expert_size:
+        mbridge = "computes another model: it leaves out the gate of Qwen2-MoE's shared expert"
+    return [f"{tool} {why}" for tool, why in (("llama.cpp", llama_cpp), ("mbridge", mbridge)) if why]
 
 
 def model_card(job: Export, record: dict[str, Any]) -> str:
@@ -41,23 +113,33 @@ def _router_section(job: Export, record: dict[str, Any]) -> str:
     router = job.router
     assert router is not None
     kind = router.kind.card.format(router=router)
-    order = "softmax, then top-k" if router.pre_softmax else "top-k, then softmax"
-    if job.is_stock:
-        folded = "It is linear in the hidden state, and stands here as one gate a layer, folded in float32."
-    else:
+    folded = "It is linear in the hidden state, and stands here as one gate a layer, folded in float32."
+    elsewhere = "\n## In other tools\n\n" + "".join(f"- {sentence}.\n" for sentence in _elsewhere(job))
+    if not job.is_stock:
         how = router.kind.exported.format(rows=job.gate["weight"][0])
         folded = f"It stands here {how}: see `{MODELLING_FILE}`, which needs transformers 5."
+        elsewhere = ""
     notes = "".join(f"\n\n{note}" for note in _notes(job))
-    tools = "".join(f"- {sentence}.\n" for sentence in _elsewhere(job))
-    elsewhere = f"\n## In other tools\n\n{tools}" if job.is_stock else ""
     return f"""
 ## Router
 
-{router.num_experts} experts, {router.top_k} a token; the router is {kind}; {order}. {folded}{notes}
+{router.num_experts} experts, {router.top_k} a token; the router is {kind}; {_order(router)}. {folded}{notes}
 
-Precision: {rounding.describe(record)}
+Precision: {precision(record)}
 (random hidden states of unit variance, through each layer's norm).
 {elsewhere}"""
+
+
+def precision(record: dict[str, Any]) -> str:
+    """What the record of an export says of rounding, in words."""
+    dtype, found = record["dtype"], record["rounding"]
+    if dtype == "float32":
+        return "the gates are kept as they were folded, in float32"
+    return (
+        f"routers in {dtype}, not float32: of {found['choices']} choices of an expert for random tokens"
+        f" {found['by_rounding']} are others ({found['by_arithmetic']} where logits are computed in {dtype}"
+        " too)"
+    )
 
 
 def _notes(job: Export) -> Iterator[str]:
@@ -79,25 +161,25 @@ def _notes(job: Export) -> Iterator[str]:
             f"The routed experts' outputs were scaled by {scale:g} in training; the factor is in their"
             f" `down_proj`, {'exactly' if exact else 'rounded to the dtype of the weights'}."
         )
-    if job.aux_losses:
+    if losses := aux_losses(job):
         assert job.router is not None
-        given = " and ".join(f"`{kind}` {value:g}" for kind, value in job.aux_losses.items())
+        given = " and ".join(f"`{kind}` {value:g}" for kind, value in losses.items())
         what = f"trained with Megatron's {given}"
-        if job.is_untrained:
+        if losses is UNTRAINED:
             what = f"the experts have not been trained yet; for their training the paper's {given}"
         count, k = len(model.expert_layers), job.router.top_k
         yield (
             f"Load balancing: {what}, added up over {count} layers. transformers has one loss over all layers"
             f" together, which counts each of a token's {k} choices, and adds it only with"
-            f" `output_router_logits=True`. `router_aux_loss_coef` {job.aux_loss_coefficient:g} (that times"
-            f" {count}/{k}) gives routers the same gradients where the layers load their experts alike, and"
-            " otherwise those of the mean load over layers."
+            f" `output_router_logits=True`. `router_aux_loss_coef` {loss_coefficient(losses, count, k):g}"
+            f" (that times {count}/{k}) gives routers the same gradients where the layers load their experts"
+            " alike, and otherwise those of the mean load over layers."
         )
 
 
 def _elsewhere(job: Export) -> Iterator[str]:
     """Where other tools take the folder for another model, or train other parts of it, without a word."""
-    yield from job.faults
+    yield from faults(job)
     yield (
         "transformers 5 saves config.json without `rope_theta` (and Qwen3-MoE's without `num_experts`), and"
         " transformers 4 then takes its own defaults. Put them back before it, or a tool of its time, reads"

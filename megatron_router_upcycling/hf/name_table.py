@@ -24,6 +24,9 @@ NORM_BEFORE_FFN = names.NORMS[1][0]
 PROJECTION = f"{names.PROJECTION}.weight"
 
 type Index = tuple[int, ...]
+type Segment = tuple[
+    int | None, int, int
+]  # number of a part (None: zeros), and which of its rows: start, stop
 
 # How the rows of several tensors become those of one.
 PADDED = "padded"  # one tensor, then rows of zeros up to Megatron's vocabulary
@@ -52,18 +55,13 @@ def _part(name: str, *shape: str) -> Part:
 
 
 def _qkv(kind: str, *columns: str) -> tuple[Part, ...]:
-    """Query, key and value projection of a layer."""
     rows = (("q", "Q"), ("k", "K"), ("v", "K"))
     return tuple(_part(f"self_attn.{name}_proj.{kind}", symbol, *columns) for name, symbol in rows)
 
 
 def _ffn(place: str, width: str) -> tuple[Part, Part, Part]:
-    """Gate, up and down projection of an FFN."""
-    return (
-        _part(f"{place}.gate_proj.weight", width, "D"),
-        _part(f"{place}.up_proj.weight", width, "D"),
-        _part(f"{place}.down_proj.weight", "D", width),
-    )
+    gate, up = (_part(f"{place}.{name}_proj.weight", width, "D") for name in ("gate", "up"))
+    return gate, up, _part(f"{place}.down_proj.weight", "D", width)
 
 
 DENSE, ROUTED = _ffn("mlp", "F"), _ffn(EXPERT, "E")
@@ -93,14 +91,6 @@ TABLE = (
 )
 
 GATE = f"{LAYER}.mlp.gate"  # the router's tensors, which are made and not moved (``Kind.gate``)
-
-
-class Segment(NamedTuple):
-    """Rows ``start`` .. ``stop`` of part number ``part``; zeros where it is None."""
-
-    part: int | None
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -156,16 +146,9 @@ def _tensor(row: Row, layers: Sequence[int], model: QwenModel) -> Tensor:
     experts: Sequence[Index] = ((),)
     if EXPERT in row.parts[0].name:
         stack, experts = (*stack, model.num_experts), [(expert,) for expert in range(model.num_experts)]
-    height = sum(segment.stop - segment.start for segment in segments)
-    return Tensor(
-        row.megatron,
-        (*stack, height, *shapes[0][1:]),
-        row.parts,
-        shapes,
-        segments,
-        layers if stack else (None,),
-        experts,
-    )
+    height = sum(stop - start for _, start, stop in segments)
+    whole, of_layers = (*stack, height, *shapes[0][1:]), layers if stack else (None,)
+    return Tensor(row.megatron, whole, row.parts, shapes, segments, of_layers, experts)
 
 
 def shape(part: Part, model: QwenModel, shared_expert_width: int = 0) -> tuple[int, ...]:
@@ -194,12 +177,12 @@ def _segments(row: Row, model: QwenModel) -> Iterator[Segment]:
         d, queries = model.kv_channels, model.num_attention_heads // model.num_query_groups
         for group in range(model.num_query_groups):
             for part, heads in enumerate((queries, 1, 1)):
-                yield Segment(part, group * heads * d, (group + 1) * heads * d)
+                yield part, group * heads * d, (group + 1) * heads * d
         return
     for number, whole in enumerate(row.parts):
-        yield Segment(number, 0, shape(whole, model)[0])
+        yield number, 0, shape(whole, model)[0]
     if row.order == PADDED and model.padded_vocab_size > model.vocab_size:
-        yield Segment(None, model.vocab_size, model.padded_vocab_size)
+        yield None, model.vocab_size, model.padded_vocab_size
 
 
 def cut(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:

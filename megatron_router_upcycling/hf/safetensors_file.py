@@ -54,11 +54,10 @@ def read_header(path: Path) -> dict[str, Stored]:
         with safe_open(path, framework="pt"), open(path, "rb") as file:
             (length,) = LENGTH.unpack(file.read(LENGTH.size))
             header = json.loads(file.read(length))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path}: cut short, damaged or not a safetensors file ({reason(error)}); download it again"
+            f"{path}: cannot be read, or is cut short, damaged or no safetensors file ({reason(error)});"
+            " download it again"
         ) from None
     values = LENGTH.size + length
     return {
@@ -102,7 +101,7 @@ def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
 def ahead[T](tasks: Iterable[Callable[[bytearray], T]]) -> Iterator[T]:
     """The results of ``tasks``, in order, each made in another thread while the one before is in use.
 
-    A task gets memory to make its result in, which is its own until the result after it is asked for.
+    A task gets memory for its result, which is its own until the result after it is asked for.
     """
     scratch, spare = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
     with ThreadPoolExecutor(1) as thread:
@@ -126,20 +125,10 @@ def as_bytes(values: torch.Tensor) -> memoryview:
 
 
 def cast(values: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
-    """``values`` in ``dtype``; in ``dtype`` already, they are returned as they are.
-
-    A value that is NaN or infinite, or becomes so, is refused; ``where`` names the file and the tensor.
-    """
-    _check_finite(values, f"{where}: holds NaN or infinite values; use another copy of the model")
-    if values.dtype == dtype:
-        return values
-    converted = values.to(dtype)
-    _check_finite(
-        converted, f"{where}: holds values too large for {dtype_name(dtype)}; choose another --dtype"
-    )
-    return converted
-
-
-def _check_finite(values: torch.Tensor, fault: str) -> None:
+    """``values`` in ``dtype``, each finite; ``where`` names the file and the tensor."""
     if not all_finite(values):
-        raise UserError(fault)
+        raise UserError(f"{where}: holds NaN or infinite values; use another copy of the model")
+    converted = values.to(dtype)
+    if converted is not values and not all_finite(converted):
+        raise UserError(f"{where}: holds values too large for {dtype_name(dtype)}; choose another --dtype")
+    return converted

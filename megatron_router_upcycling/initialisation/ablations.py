@@ -89,11 +89,9 @@ def alter_router(
     layer: int,
     inputs: Tensor | None,
 ) -> dict[str, Tensor]:
-    """One layer's router as ``init`` wants it.
+    """One layer's router as ``init`` wants it: of its parameters by name, in the checkpoint's dtype.
 
-    Args:
-        values: the parameters by name, in the checkpoint's dtype.
-        inputs: where it is needed, a sample of the layer's router inputs [S, D].
+    ``inputs``: where it is needed, a sample of the layer's router inputs [S, D].
     """
     dtype = next(iter(values.values())).dtype
     made = dict(values)

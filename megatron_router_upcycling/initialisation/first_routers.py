@@ -22,8 +22,8 @@ from megatron_router_upcycling.routers.config import RouterConfig
 
 def router_parameters(model: DenseModel, router: RouterConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Global keys and shapes of the routers' parameters."""
-    L, made = model.num_layers, kinds.all_parameters(router, _sizes(model))
-    return tuple((f"{ROUTER}.{parameter.name}", (L, *parameter.shape)) for parameter in made)
+    made = kinds.all_parameters(router, _sizes(model))
+    return tuple((f"{ROUTER}.{one.name}", (model.num_layers, *one.shape)) for one in made)
 
 
 def _sizes(model: DenseModel) -> kinds.Sizes:
@@ -50,8 +50,8 @@ def router_values(
             assert stats is not None
             qkv = dense.read_layer(QKV, layer, bytearray())
             queries = query_heads(qkv, model.num_attention_heads, model.num_query_groups)
-            query_weight, expert_key = init_mixture(queries, _head_keys(init, stats, model, layer), router)
-            values = {"query_weight": query_weight, "expert_key": expert_key}
+            made = init_mixture(queries, _head_keys(init, stats, model, layer), router)
+            values = dict(zip(("query_weight", "expert_key"), made, strict=True))
         else:
             values = _drawn(model, router, generator)
         values = {name: value.to(model.dtype) for name, value in values.items()}
@@ -61,24 +61,20 @@ def router_values(
                 assert stats is not None and stats.path is not None
                 inputs = read_router_input(stats.path, layer)
             values = alter_router(values, router, init, seed, layer, inputs)
-        yield tuple(
-            values[parameter.name]
-            if parameter.name in values
-            else torch.zeros(parameter.shape, dtype=model.dtype)  # the bias
-            for parameter in parameters
-        )
+        for parameter in parameters:
+            if parameter.name not in values:  # the bias
+                values[parameter.name] = torch.zeros(parameter.shape, dtype=model.dtype)
+        yield tuple(values[parameter.name] for parameter in parameters)
 
 
 def choose_head_key(init: InitConfig, stats: KeyStats, model: DenseModel) -> str:
-    """Which key of a head equation 4 takes, ``mean`` or ``attended``.
+    """Which key of a head equation 4 takes: ``mean`` (the paper's) or ``attended``.
 
-    Where ``init`` leaves it open: the paper's mean key, and the attended key where heads share query groups
-    and ``stats`` has it.
+    Where ``init`` leaves it open, the attended key where heads share query groups and ``stats`` has it.
     """
     if init.head_key == "attended" and stats.attended is None:
         raise UserError(
-            "--key-stats: holds no attended keys (its format is 1), which --head-key attended needs; collect"
-            " the statistics again"
+            "--key-stats: holds no attended keys, which --head-key attended needs; collect them again"
         )
     if init.head_key:
         return init.head_key

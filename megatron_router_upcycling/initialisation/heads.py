@@ -39,14 +39,10 @@ def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -
     first; where m = H nothing else merges, and the n/m experts of one head start with equal keys. Where m
     does not divide H, every head is part of several routers, of each once (``overlapping_sets``).
 
-    Args:
-        query_heads: [H, d, D], the rows of the query projection by head.
-        key_heads: [H, d], each head's average key: the mean key of its query group, or its attended key.
-
-    Returns:
-        query_weight [m, d', D] in the dtype of ``query_heads``, and expert_key [n*c, d'] in float32, of
-        which expert i owns rows i*c .. i*c + c-1. With granularity G, each of n copies' keys stand G
-        times, and there are n*G*c rows.
+    Of ``query_heads`` [H, d, D], the rows of the query projection by head, and ``key_heads`` [H, d], each
+    head's average key: query_weight [m, d', D] in the dtype of ``query_heads``, and expert_key [n*c, d'] in
+    float32, of which expert i owns rows i*c .. i*c + c-1. With granularity G, each of n copies' keys stand G
+    times, and there are n*G*c rows.
     """
     num_heads, head_dim, hidden = query_heads.shape
     assert key_heads.shape == (num_heads, head_dim)
@@ -126,8 +122,7 @@ def overlapping_sets(keys: Tensor, num_sets: int, size: int, grouping: str) -> S
     have been in the fewest sets together come first, and the most similar ones among these. So no two sets
     are equal.
 
-    Of keys [H, d], of which ``size`` divides H and is less: ``num_sets`` different sets, round after round, a
-    multiple of H / size.
+    Of keys [H, d]: ``num_sets`` different sets, a multiple of H / size, which is whole and above 1.
     """
     sets = made = group_heads(keys, len(keys) // size, grouping)
     heads = range(len(keys))
@@ -170,7 +165,7 @@ def _least_together(similarity: list[list[float]], together: list[list[int]], si
 
 
 def _exchange_known(made: Sets, known: Sets, num_sets: int) -> Sets:
-    """``made`` without a set of ``known``: the first exchange of two heads of two sets that parts them."""
+    """``made`` without a set of ``known``: the first exchange of two heads that parts them."""
     for first, second in itertools.permutations(range(len(made)), 2):
         for a, b in itertools.product(made[first], made[second]) if made[first] in known else ():
             swapped = [sorted({*made[first], b} - {a}), sorted({*made[second], a} - {b})]
@@ -184,8 +179,7 @@ def _exchange_known(made: Sets, known: Sets, num_sets: int) -> Sets:
 
 def _prime_factors(number: int) -> list[int]:
     """Prime factors in rising order, repeated: 12 -> [2, 2, 3]."""
-    factors = []
-    prime = 2
+    factors, prime = [], 2
     while number > 1:
         while number % prime == 0:
             factors.append(prime)

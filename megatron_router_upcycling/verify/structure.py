@@ -19,7 +19,6 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.expected import Expected
 from megatron_router_upcycling.conversion.moe_arguments import model_flags, moe_arguments, moe_common_state
 from megatron_router_upcycling.conversion.plan import Plan
-from megatron_router_upcycling.conversion.steps import Keep
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sha256
 from megatron_router_upcycling.verify.findings import Findings, Verification, section
@@ -78,7 +77,7 @@ def check_objects(verification: Verification) -> dict[Blob, bytes]:
     """Compare extra states with the dense model's; return the identities of all objects' bytes."""
     moe, plan, findings = verification.moe, verification.plan, verification.findings
     dense = plan.source
-    kept = {key for step in plan.steps if isinstance(step, Keep) for key in step.keys if key in dense.objects}
+    kept = {key for key in plan.kept if key in dense.objects}
     wanted = {key for key, target in plan.makes().items() if target is None} - {COMMON_STATE}
 
     def fault(key: str, blob: Blob) -> str | None:

@@ -281,16 +281,6 @@ def test_everything_is_on_the_disk_before_the_name_appears(shop: Workshop) -> No
     assert ("fsync", str(shop.folder)) in log[published:]
 
 
-def test_a_run_that_is_told_to_end_leaves_nothing(shop: Workshop) -> None:
-    def interrupt(count: int) -> None:
-        if count > 1000:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt, match="^$"):
-        shop.convert(interrupt)
-    assert shop.listing() == ["dense", "ks"]
-
-
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=["full disk", "broken disk"])
 def test_every_change_that_fails(shop: Workshop, error: int) -> None:
     """One line and nothing left; or, where the last flush fails, the whole result."""
@@ -482,17 +472,14 @@ def test_four_at_once(shop: Workshop, overwrite: bool) -> None:
     assert shop.listing() == ["dense", "ks", "moe"]
 
 
-def test_what_other_machines_left(shop: Workshop) -> None:
-    (shop.folder / ".moe.partial-1-another").mkdir()
-    shop.convert()
-    assert shop.listing() == ["dense", "ks", "moe"]
-
-
 def test_file_system_without_locks(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_lock(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", no_lock)
-    (shop.folder / f".moe.partial-1-{socket.gethostname()}").mkdir()
+    (shop.folder / ".moe.partial-1-another").mkdir()
     shop.convert()
-    assert shop.listing() == [f".moe.partial-1-{socket.gethostname()}", "dense", "ks", "moe"]
+    assert shop.listing() == [".moe.partial-1-another", "dense", "ks", "moe"]
+    monkeypatch.undo()  # with locks, nobody else works there: what other machines left goes
+    shop.convert(overwrite=True)
+    assert shop.listing() == ["dense", "ks", "moe"]

@@ -70,10 +70,8 @@ def test_shared_expert_and_chosen_experts_are_the_dense_model(tmp_path: Path, gr
         tmp_path, shared_expert=True, num_experts=4 * G, top_k=2 * G, granularity=G, pre_softmax=False
     )
     args = open_checkpoint(tmp_path / "moe").args
-    assert (
-        args.moe_shared_expert_intermediate_size == FFN
-        and (args.moe_router_topk_scaling_factor or 1) == G / 2
-    )
+    assert args.moe_shared_expert_intermediate_size == FFN
+    assert (args.moe_router_topk_scaling_factor or 1) == G / 2
     generator = torch.Generator().manual_seed(0)
     for layer in range(LAYERS):
         for _ in range(8):
@@ -127,21 +125,16 @@ def test_without_either_the_model_is_as_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"granularity": 5, "num_experts": 20, "top_k": 5},
-            "--granularity 5: does not divide the FFN's width 24",
-        ),
-        ({"granularity": 0, "num_experts": 4}, "--granularity 0: must be at least 1"),
-        ({"granularity": 2, "num_experts": 4, "top_k": 3}, "--granularity 2: must divide"),
-    ],
+    ("granularity", "options", "message"),
+    [(5, {"num_experts": 20, "top_k": 5}, "does not divide the FFN's width 24")]
+    + [(0, {"num_experts": 4}, "must be at least 1"), (2, {"num_experts": 4, "top_k": 3}, "must divide")],
 )
-def test_what_does_not_divide_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_what_does_not_divide_is_refused(
+    tmp_path: Path, granularity: int, options: dict[str, Any], message: str
+) -> None:
     dense_checkpoint.write(tmp_path / "dense")
-    with pytest.raises(UserError) as raised:
-        convert(tmp_path, **options)
-    assert message in str(raised.value)
+    with pytest.raises(UserError, match=f"--granularity {granularity}: {message}"):
+        convert(tmp_path, granularity=granularity, **options)
 
 
 @pytest.mark.parametrize("flag", ["--granularity", "--shared-expert"])

@@ -48,17 +48,9 @@ def convert(folder: Path, out: Path, file: Path, *flags: object) -> dict[str, to
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_method_is_one_file(folder: Path, tmp_path: Path, method: str) -> None:
-    values = convert(folder, tmp_path / "moe", CONFIGS / "methods" / f"{method}.yaml")
-    shapes = {
-        key.removeprefix(f"{ROUTER}."): tuple(value.shape) for key, value in values.items() if ROUTER in key
-    }
-    row = KINDS[kind_of(method)]
-    assert shapes == {name: (L, *shape) for name, shape in row.shapes.items()}
-    record = manifest.read(tmp_path / "moe")
-    assert record is not None
-    assert record["router"]["top_k"] == row.top_k and record["router"]["pre_softmax"]
-    assert cli.main(["verify", str(folder / "dense"), str(tmp_path / "moe"), "--quiet"]) == 0
+def test_methods_choose_as_many_experts_as_their_papers(method: str) -> None:
+    router = RouterConfig(**read_method(CONFIGS / f"methods/{method}.yaml").router)
+    assert router.top_k == KINDS[router.router].top_k and router.pre_softmax
 
 
 # METHOD, over H = 16 heads of size 64 as in the paper: m, n, c, d'.

@@ -9,7 +9,7 @@ from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, megat
 from megatron_router_upcycling.checkpoint.read_config_json import to_flags
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.hf.architecture import from_flags, from_megatron
-from megatron_router_upcycling.hf.config_json import from_model
+from megatron_router_upcycling.hf.folder import from_model
 
 CONFIG = {
     "model_type": "qwen3",
@@ -28,9 +28,23 @@ def test_config_to_flags_to_arguments_and_back() -> None:
     flags = to_flags(CONFIG | {"rope_theta": 1e6}, Path("config.json"), 64)
     model, args = from_flags(flags), megatron_arguments(flags)
     assert (model.kv_channels, model.family, model.rotary_base) == (128, "qwen3", 1000000)
-    assert to_flags(from_model(model), Path("config.json"), 64) == flags
+    assert to_flags(from_model(model, "Qwen3ForCausalLM"), Path("config.json"), 64) == flags
     assert from_megatron(args, Path("root"), 64) == model
     assert not [name for name in ARCHITECTURE.values() if name not in args]
+
+
+ROPE = {"rope_type": "default", "rope_theta": 5e6}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rope_scaling": ROPE}, {"rope_parameters": ROPE}, {"rope_theta": 5e6}]
+    + [{"rope_scaling": ROPE, "rope_theta": 1e4}],
+)
+def test_rope_theta_is_found_where_transformers_finds_it(changes: dict[str, object]) -> None:
+    switched_off = {"tie_word_embeddings": None}  # a null
+    flags = to_flags(CONFIG | changes | switched_off, Path("config.json"), 1)
+    assert flags["rotary_base"] == 5000000 and flags["untie_embeddings_and_output_weights"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +101,7 @@ def test_a_window_that_no_layer_uses_is_covered() -> None:
         ({"rotary_percent": 0.5}, "rotary_percent 0.5"),
         ({"qk_layernorm": True}, "both of QKV bias and query/key norms"),
         ({"add_qkv_bias": False}, "neither of QKV bias and query/key norms"),
-        ({"multi_latent_attention": True}, "--multi-latent-attention True"),
+        ({"multi_latent_attention": True}, "multi_latent_attention True"),
         ({"num_experts": 4, "moe_router_score_function": "sigmoid"}, "moe_router_score_function 'sigmoid'"),
         ({"num_experts": 4, "moe_router_num_groups": 2}, "moe_router_num_groups 2"),
         ({"num_layers": "many"}, "do not give the architecture"),

@@ -73,7 +73,7 @@ def test_all_that_is_not_weights_goes_along_or_is_named(
     assert run("export-hf", tmp_path / "dense", tmp_path / "other", "--tokenizer", adapter) == 0
     assert files_in(tmp_path / "other") == tokenizer_files | {"config.json", "generation_config.json"} | made
     said = refused(capsys, "import-hf", adapter, tmp_path / "none")
-    assert "holds an adapter (adapter_config.json) and no model; merge it" in said
+    assert "holds no model; adapter_config.json is of an adapter: merge it" in said
     of_another_kind(tmp_path / "third")
     words = ("export-hf", tmp_path / "dense", tmp_path / "third-export", "--tokenizer", tmp_path / "third")
     assert "asked for gives other tokens than the one beside the checkpoint" in output(capsys, *words)
@@ -180,41 +180,34 @@ def test_run_takes_the_checkpoints_tokenizer_and_hands_it_on(tmp_path: Path) -> 
         (folder / "additional").mkdir(parents=True)
         write_tokenizer(folder)
         (folder / "additional/x.jinja").write_text(folder.name)
+    (tmp_path / "sp").mkdir()
+    (model := tmp_path / "sp/tokenizer.model").write_bytes(b"model")
 
     def choose(kind: str | None, model: object, *argv: str) -> tuple[Namespace, str | None]:
         args = Namespace(tokenizer_type=kind, tokenizer_model=model and str(model))
         return args, run_data.choose_tokenizer(args, list(argv), str(load))
 
-    for kind, model in ((None, None), ("HuggingFaceTokenizer", None), (None, tmp_path / "moved")):
-        args, line = choose(kind, model)
-        assert args.tokenizer_type == "HuggingFaceTokenizer"
-        assert args.tokenizer_model == str(load / beside.FOLDER)
-        assert line and (("is not there" in line) == (model is not None))
-    for kind, model, *argv in (
-        ("HuggingFaceTokenizer", other),
-        ("NullTokenizer", None),
-        ("HuggingFaceTokenizer", tmp_path / "wrong", "--tokenizer-model", str(tmp_path / "wrong")),
-    ):
-        args, line = choose(kind, model, *argv)
-        assert (args.tokenizer_type, args.tokenizer_model, line) == (kind, model and str(model), None)
+    fast, null = "HuggingFaceTokenizer", "NullTokenizer"
+    for kind, asked in ((None, None), (fast, None), (None, tmp_path / "moved")):
+        args, line = choose(kind, asked)
+        assert (args.tokenizer_type, args.tokenizer_model) == (fast, str(load / beside.FOLDER))
+        assert line and (("is not there" in line) == (asked is not None))
+    wrong = str(tmp_path / "wrong")
+    for kind, asked, *argv in ((fast, other), (null, None), (fast, wrong, "--tokenizer-model", wrong)):
+        args, line = choose(kind, asked, *argv)
+        assert (args.tokenizer_type, args.tokenizer_model, line) == (kind, asked and str(asked), None)
 
-    run_data.hand_on_tokenizer(choose("NullTokenizer", None)[0], str(load), str(save))
+    run_data.hand_on_tokenizer(choose(null, None)[0], str(load), str(save))
     assert (save / "tokenizer/additional/x.jinja").read_text() == "tokenizer"
     assert (save / "tokenizer/tokenizer.json").samefile(load / "tokenizer/tokenizer.json")
     for _ in range(2):  # as a run that is started again
         run_data.hand_on_tokenizer(choose(None, other)[0], str(load), str(save))
         assert (save / "tokenizer/additional/x.jinja").read_text() == "other"
     assert (load / "tokenizer/additional/x.jinja").read_text() == "tokenizer"
-    (tmp_path / "sp").mkdir()
-    (tmp_path / "sp/tokenizer.model").write_bytes(b"model")
-    args = Namespace(
-        tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "sp/tokenizer.model")
-    )
-    run_data.hand_on_tokenizer(args, None, str(tmp_path / "second"))
-    assert beside.tokenizer_of(tmp_path / "second" / beside.FOLDER) == (
-        "SentencePieceTokenizer",
-        tmp_path / "second/tokenizer/tokenizer.model",
-    )
+    args = Namespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
+    run_data.hand_on_tokenizer(args, None, str(save / "second"))
+    copied = save / "second/tokenizer/tokenizer.model"
+    assert beside.tokenizer_of(save / "second" / beside.FOLDER) == ("SentencePieceTokenizer", copied)
 
 
 def test_a_sentencepiece_tokenizer_is_exported_as_transformers_loads_it(

@@ -8,7 +8,7 @@ import pytest
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from tests import dense_checkpoint, hf_models, legacy_checkpoint
-from tests.hf.folders import TOKENS, assert_equal, make_moe, run, write_moe
+from tests.hf.folders import TOKENS, assert_equal, make_moe, run
 
 
 def test_a_checkpoint_saved_at_tensor_parallel_2_by_transformer_engine_or_in_legacy_format(
@@ -32,19 +32,6 @@ def test_a_checkpoint_saved_at_tensor_parallel_2_by_transformer_engine_or_in_leg
     assert_equal(hf_models.tensors(tmp_path / "hf legacy"), found)
 
     assert found["lm_head.weight"].shape == (37, dense_checkpoint.HIDDEN)
-
-
-def test_layers_under_keys_of_their_own(tmp_path: Path) -> None:
-    """As Megatron stores them where they may be unlike, here alike all the same."""
-    args = dense_checkpoint.arguments(max_position_embeddings=16)
-    tensors = dense_checkpoint.write(tmp_path / "stacked", args=args)
-    for key in [key for key in tensors if key.startswith("decoder.layers.")]:
-        for layer, value in enumerate(tensors.pop(key)):
-            tensors[key.replace("layers.", f"layers.{layer}.", 1)] = value
-    write_moe(tmp_path / "apart", tensors, args)
-    for name in ("stacked", "apart"):
-        assert run("export-hf", tmp_path / name, tmp_path / f"hf {name}") == 0
-    assert_equal(hf_models.tensors(tmp_path / "hf apart"), hf_models.tensors(tmp_path / "hf stacked"))
 
 
 def test_equal_experts_are_the_dense_model(models: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """What ``import-hf`` and ``export-hf`` refuse, in one line and before anything is left on the disk."""
 
 import json
+import os
 import re
-import struct
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,12 @@ from tests import dense_checkpoint, hf_models
 from tests.hf.folders import assert_equal, copy, edit, make_moe, refused, run
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--pooling", "max"), "takes the maximum over routers (--pooling max)"),
-        (("--num-routers", 8), "takes the maximum over 2 keys an expert"),
-        (("--router", "mlp"), "has a hidden layer (--router mlp)"),
-    ],
-    ids=["max", "two keys", "mlp"],
-)
 def test_what_stock_classes_cannot_hold_is_refused_with_the_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[object, ...], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    moe = make_moe(tmp_path, 4, "--num-experts", 4, *options)
+    moe = make_moe(tmp_path, 4, "--num-experts", 4, "--pooling", "max")
     said = refused(capsys, "export-hf", moe, tmp_path / "hf")
-    assert message in said and "--modelling-code" in said
+    assert "takes the maximum over routers (--pooling max)" in said and "--modelling-code" in said
     assert not (tmp_path / "hf").exists()
 
 
@@ -49,14 +41,6 @@ def with_nan(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def with_header(header: bytes) -> Callable[[Path], object]:
-    content = struct.pack("<Q", len(header)) + header + bytes(8)
-    return lambda folder: (folder / "model.safetensors").write_bytes(content)
-
-
-ENORMOUS = {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}
-
-
 UP = "model.layers.1.mlp.up_proj.weight"
 INDEX = "model.safetensors.index.json"
 
@@ -69,13 +53,18 @@ def with_index(**files: object) -> Callable[[Path], None]:
     return apply
 
 
+def twice(folder: Path) -> None:
+    shutil.copy(folder / "model-00001-of-00006.safetensors", folder / "more.safetensors")
+    with_index(more="more.safetensors")(folder)
+
+
 BAD_FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no config": ("qwen1.5", lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
     "config no JSON": ("qwen1.5", lambda f: (f / "config.json").write_text("{"), "not a JSON object"),
     "config too deep": ("qwen1.5", lambda f: (f / "config.json").write_text('{"x":' * 10**5), "not a JSON"),
     "config a list": ("qwen1.5", lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
     "no weights": ("qwen1.5", lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetens"),
-    "shape enormous": ("qwen1.5", with_header(json.dumps({"x": ENORMOUS}).encode()), "overflow"),
+    "cut short": ("qwen1.5", lambda f: os.truncate(f / "model.safetensors", 500), "cut short"),
     "wider than config": (
         "qwen1.5",
         lambda f: edit(f / "config.json", intermediate_size=95),
@@ -108,16 +97,7 @@ BAD_FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "shard outside": ("qwen2.5", with_index(x="../x.safetensors"), "names no files of this folder"),
     "index of nothing": ("qwen2.5", lambda f: edit(f / INDEX, weight_map={}), "names no files of this"),
     "index of numbers": ("qwen2.5", with_index(x=1), "names no files of this folder"),
-    "shard without its tensor": (
-        "qwen2.5",
-        with_index(other="model-00002-of-00006.safetensors"),
-        "model-00002-of-00006.safetensors: has no other, though",
-    ),
-    "tensor elsewhere": (
-        "qwen2.5",
-        with_index(**{"model.norm.weight": "model-00001-of-00006.safetensors"}),
-        "holds model.norm.weight, which another file has or",
-    ),
+    "tensor twice": ("qwen2.5", twice, "holds model.embed_tokens.weight, which .*-00001-of-.* has"),
 }
 
 
@@ -132,19 +112,6 @@ def test_a_bad_folder_is_refused_in_one_line(
 
     assert re.search(message, said), said
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
-def test_a_file_cut_anywhere_is_refused(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = copy(models, "qwen1.5", tmp_path / "hf")
-    path = source / "model.safetensors"
-    content = path.read_bytes()
-    for length in (0, 7, 8, 500, len(content) - 1):
-        path.write_bytes(content[:length])
-        assert "cut short" in refused(capsys, "import-hf", source, tmp_path / "dense")
-    path.write_bytes(content + b"x")
-    assert "not fully covered" in refused(capsys, "import-hf", source, tmp_path / "dense")
 
 
 def test_a_folder_that_was_not_made_here_is_not_replaced(
@@ -179,33 +146,23 @@ def test_bad_flags_of_export(
         assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda tensors: tensors.pop("decoder.final_layernorm.weight"), "has no tensor decoder.final_layer"),
-        (
-            lambda tensors: tensors.update({"decoder.other": torch.ones(2)}),
-            "holds decoder.other, which has",
-        ),
-        (
-            lambda tensors: tensors.update({"output_layer.weight": torch.ones(41, 32)}),
-            r"output_layer.weight is \[41, 32\] where the training arguments give \[40, 32\]",
-        ),
-        (
-            lambda tensors: with_nan(tensors["decoder.layers.mlp.linear_fc2.weight"]),
-            "linear_fc2.weight: holds NaN or infinite values",
-        ),
-    ],
-    ids=["missing", "extra", "shape", "NaN"],
-)
+NORM, FC2 = "decoder.final_layernorm.weight", "decoder.layers.mlp.linear_fc2.weight"
+BAD_TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    f"has no tensor {NORM}": lambda tensors: tensors.pop(NORM),
+    "holds decoder.other, which has": lambda tensors: tensors.update({"decoder.other": torch.ones(2)}),
+    r"output_layer.weight is \[41, 32\] where the training arguments give \[40, 32\]": lambda tensors: (
+        tensors.update({"output_layer.weight": torch.ones(41, 32)})
+    ),
+    f"{FC2}: holds NaN or infinite values": lambda tensors: with_nan(tensors[FC2]),
+}
+
+
+@pytest.mark.parametrize("message", BAD_TENSORS)
 def test_a_bad_checkpoint_is_not_exported(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    spoil: Callable[[dict[str, torch.Tensor]], Any],
-    message: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], message: str
 ) -> None:
     tensors = dense_checkpoint.tensors()
-    spoil(tensors)
+    BAD_TENSORS[message](tensors)
     args = dense_checkpoint.arguments(max_position_embeddings=16)
     dense_checkpoint.write(tmp_path / "dense", tensors, args=args)
     assert re.search(message, refused(capsys, "export-hf", tmp_path / "dense", tmp_path / "hf"))
