@@ -31,7 +31,7 @@ def pretrain(argv: list[str]) -> None:
     if flags.rehearse is not None:
         from megatron_router_upcycling.planning.rehearsal.run import rehearse
 
-        rehearse(argv, "--rehearse")
+        rehearse(argv)
     elif flags.rehearse_rank or flags.rehearse_seq_length is not None:
         raise UserError("--rehearse-rank, --rehearse-seq-length: need --rehearse WORLD_SIZE")
     else:

@@ -19,7 +19,7 @@ TOKENS = 64  # random ones, which tell gates apart if anything does
 
 
 def warn(root: str | Path) -> str | None:
-    """The warning of ``describe`` about the converted checkpoint in ``root``, before it has trained."""
+    """The warning about the converted checkpoint in ``root``, before it has trained."""
     root, folder = locate(Path(root))
     record = manifest.read(root)
     if record is None or folder.name != FRESH_ITERATION:
@@ -31,12 +31,13 @@ def warn(root: str | Path) -> str | None:
         layer: tied_experts(read_router(checkpoint, router, layer).logits(tokens), router.granularity)
         for layer in router_layers(checkpoint)
     }
-    warning = describe({layer: pairs for layer, pairs in found.items() if pairs}, record)
+    warning = describe(found, record)
     return f"warning: {warning}" if warning else None
 
 
-def describe(found: Ties, record: dict[str, Any]) -> str | None:
+def describe(ties: Ties, record: dict[str, Any]) -> str | None:
     """Which experts are tied, and what would part them by the manifest ``record``; None where none are."""
+    found = {layer: pairs for layer, pairs in ties.items() if pairs}
     router, init = manifest.router_config(record, manifest.NAME), manifest.init_config(record, manifest.NAME)
     if not found or init.alters_experts:
         return None

@@ -1,4 +1,4 @@
-"""Parameters, memory, arithmetic and communication of a run, as formulas.
+"""Parameters, memory, arithmetic, communication and time of a run, as formulas.
 
 Parameters are exact, rank by rank. Memory of weights, gradients and optimizer states follows from them and is
 exact but for padding; activations and communication are estimates, and each function says of what.
@@ -276,3 +276,52 @@ def _sent_by_tensor_parallelism(s: Setup, layers: int, moe: int, hidden: float, 
     times = (5 if s.sequence_parallel else 4) * (2 * layers - moe + shared)
     of_experts = (2 + 2 * 4 / s.element_size) * copies * (s.expert_tensor_parallel_size - 1) * moe
     return times * hidden * (1 - 1 / s.tensor_model_parallel_size) + of_experts
+
+
+# Time, from what a step took on a GPU, part by part: Qwen1.5-0.5B as 8x0.5B with the mixture of routers, one
+# rank of 64, one micro-batch of 4 x 4096 tokens, on one NVIDIA H200, without Transformer Engine and without
+# communication (docs/performance.md has hardware, versions and command).
+MEASURED_ON = "one rank of an H200"
+PEAK_TFLOPS = 989  # bfloat16, dense, of an H100 and an H200
+TOKENS, LAYERS, D, F, V = 4 * 4096, 24, 1024, 2816, 151936
+# Milliseconds of each part's kernels, and what they grow with: arithmetic, hidden states read, or parameters.
+MEASURED = {
+    "experts": (65.8, TOKENS * LAYERS * D * 2 * F),
+    "attention": (30.6, TOKENS * 4096 * LAYERS * D),
+    "projections": (15.8, TOKENS * LAYERS * 4 * D * D),
+    "head and loss": (22.4, TOKENS * D * V),
+    "gradients and optimizer": (10.2, 2_098_086_912),
+    "routers and dispatch": (4.6 + 3.1, TOKENS * D * LAYERS),
+    "norms, rotary, residuals": (3.9 + 1.8 + 5.3 + 0.6, TOKENS * D * LAYERS),  # and the embedding
+}
+# A step over its kernels: where the host launches them in time (micro-batches of 8), and where not (4).
+WALL_OVER_KERNELS = {"host keeps up": 339.8 / 314.7, "host falls behind": 219.4 / 164.0}
+
+
+def kernel_ms(s: Setup) -> dict[str, float]:
+    """Milliseconds of kernels of a micro-batch on one GPU, by part: ``MEASURED``, scaled.
+
+    Work is taken to be even over pipeline stages.
+    """
+    H, G, d = s.num_attention_heads, s.num_query_groups, s.kv_channels
+    tokens = tokens_on_gpu(s) / (s.tensor_model_parallel_size * s.pipeline_model_parallel_size)
+    states = tokens * s.hidden_size
+    work = {
+        "experts": states * ffn_widths(s) * (3 if s.swiglu else 2) / 3,
+        "attention": tokens * s.seq_length * s.num_layers * H * d,
+        "projections": states * s.num_layers * (2 * H + 2 * G) * d,
+        "head and loss": states * s.padded_vocab_size,
+        "gradients and optimizer": sum(parameters(s, fullest(s)).values()),
+        "routers and dispatch": states * sum(s.has_experts()),
+        "norms, rotary, residuals": states * s.num_layers,
+    }
+    return {part: ms * work[part] / measured for part, (ms, measured) in MEASURED.items()}
+
+
+def step_seconds(setup: Setup, peak_tflops: float) -> dict[str, float]:
+    """Time of a step by how well the host keeps up, on GPUs whose speed goes by their peak.
+
+    Communication and recomputation are not in it.
+    """
+    kernels = sum(kernel_ms(setup).values()) / 1e3 * setup.num_microbatches * PEAK_TFLOPS / peak_tflops
+    return {name: kernels * ratio for name, ratio in WALL_OVER_KERNELS.items()}

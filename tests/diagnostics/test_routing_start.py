@@ -1,6 +1,8 @@
 """``inspect`` of a converted checkpoint: its routers' start beside the paper's equations as loops."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,16 +11,17 @@ import torch
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.config import manifest
 from tests import dense_checkpoint
 from tests.conftest import HIDDEN, LAYERS
 
 EXPERTS, TOP_K, SAMPLES = 8, 2, 60
 
 
-def with_samples(path: Path, key_stats_file: Path, samples: torch.Tensor | None) -> Path:
+def with_samples(path: Path, key_stats_file: Path, samples: torch.Tensor | None, **other: str) -> Path:
     """The session's key statistics with ``samples`` [L, S, D] as what routers see, or with none."""
     with safetensors.safe_open(key_stats_file, framework="pt") as file:
-        metadata = file.metadata()
+        metadata = file.metadata() | other
     held = safetensors.torch.load_file(key_stats_file).items()
     tensors = {name: value for name, value in held if name != "router_input"}
     given = {} if samples is None else {"router_input": samples.bfloat16()}
@@ -123,6 +126,15 @@ def test_recorded_samples_are_taken_and_random_tokens_stand_in(
     assert cli.main(["inspect", str(moe), "--key-stats", str(none)]) == 0
     text = capsys.readouterr().out
     assert "1024 random tokens, " in text and f"({none} holds no samples; name key statistics" in text
+    # What the manifest names is of another model now, or gone.
+    foreign = with_samples(tmp_path / "foreign", key_stats_file, None, checkpoint_digest='"0"')
+    copied = shutil.copytree(moe, tmp_path / "copied")
+    record = json.loads((moe / manifest.NAME).read_text())
+    for path, why in ((foreign, "of another model"), (tmp_path / "gone", "no such file")):
+        record["key_stats"]["path"] = str(path)
+        (copied / manifest.NAME).write_text(json.dumps(record))
+        assert cli.main(["inspect", str(copied)]) == 0
+        assert f"than real ones (--key-stats {path}: {why};" in capsys.readouterr().out
     linear = tmp_path / "linear"
     assert cli.main(["convert", str(dense), str(linear), "--router", "linear", "--layers", "1,3"]) == 0
     assert cli.main(["inspect", str(linear)]) == 0
@@ -136,9 +148,11 @@ def test_mistakes(
 ) -> None:
     narrow = with_samples(tmp_path / "narrow", key_stats_file, torch.zeros(LAYERS, 4, HIDDEN // 2))
     short = with_samples(tmp_path / "short", key_stats_file, torch.zeros(LAYERS - 1, 4, HIDDEN))
+    foreign = with_samples(tmp_path / "foreign", key_stats_file, None, checkpoint_digest='"0"')
     for checkpoint, stats, message in (
         (moe, narrow, "[4, 4, 32] and the model has 4 layers of width 64"),
         (moe, short, "router_input is [3, 4, 64]"),
+        (moe, foreign, "of another model"),
         (dense, narrow, "has no routers"),
         (moe, tmp_path / "nowhere", "no such file"),
     ):

@@ -152,14 +152,14 @@ def test_a_wrong_layout_is_one_line(config: Path) -> None:
     flags = ("--rehearse", WORLD, "--tensor-model-parallel-size", 3)
     done = launch.python("-m", DOOR, "--config", config, *flags)
     assert done.returncode == 2 and "Traceback" not in done.text
-    assert done.errors == ["error: --rehearse 64: is not divisible by TP x PP x CP = 3; 63 or 66 would be"]
+    assert done.errors == ["error: --gpus 64: is not divisible by TP x PP x CP = 3; 63 or 66 would be"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--rehearse-rank", 64), "--rehearse-rank 64: must be between 0 and 63"),
-        (("--rehearse", 0), "--rehearse: give the number of GPUs of the run, at least 1"),
+        (("--rehearse", 0), "--gpus: give the number of GPUs of the run, at least 1"),
         (("--rehearse-seq-length", 0), "--rehearse-seq-length 0: must be at least 1"),
         (("--output", "/nowhere/found.json"), "--output /nowhere/found.json: there is no folder /nowhere;"),
         (("--router", "mixtur"), "argument --router: invalid choice: 'mixtur'"),

@@ -32,21 +32,19 @@ def parameters_by_part(model: Model) -> dict[str, int]:
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             of_ffn = "experts" if holds_experts([name]) else "ffn"
-            counts[next((part for piece, part in NAMES.items() if piece in name), of_ffn)] += (
-                parameter.numel()
-            )
+            part = next((part for piece, part in NAMES.items() if piece in name), of_ffn)
+            counts[part] += parameter.numel()
     return counts
 
 
-def held_bytes(model: Model, optimizer: Any, copies: bool) -> dict[str, float]:
+def held_bytes(model: Sequence[Any], optimizer: Any, copies: bool) -> dict[str, float]:
     """Of weights, of the buffers in which gradients are reduced, padding included, and of Adam's states.
 
     Args:
+        model: chunks in Megatron's DDP.
         copies: the optimizer keeps float32 copies of 16-bit weights, which count.
     """
-    buffers: list[Any] = []
-    for chunk in model:
-        buffers += [*chunk.buffers, *chunk.expert_parallel_buffers]  # type: ignore[misc]
+    buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     states = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in part.optimizer.param_groups:
