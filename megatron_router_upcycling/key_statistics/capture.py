@@ -21,8 +21,7 @@ def capture_keys(model: Sequence[torch.nn.Module], sums: KeySums, key_source: st
     """While the context lasts, every forward pass of ``model`` adds its keys to ``sums``.
 
     Args:
-        model: this rank's model chunks (several under virtual pipeline parallelism), wrapped or not.
-        sums: of the whole model's size; this rank adds to its own layers and heads.
+        model: this rank's model chunks, wrapped or not.
         key_source: ``pre_rope``: the key as ``SelfAttention.get_query_key_value_tensors`` returns it,
             with its bias and its key norm. ``post_rope``: the key that core attention is called with.
     """
@@ -61,9 +60,7 @@ def _taker(attention: Any, sums: KeySums) -> Take:
 
     def take(query: torch.Tensor, key: torch.Tensor) -> None:
         assert tuple(key.shape[-2:]) == (num_groups, size), f"{SELF_ATTENTION}: keys of {list(key.shape)}"
-        with torch.no_grad():
-            heads = attending_heads(query, key, attention.pg_collection.cp)
-        sums.add(layer, first_group, key, heads)
+        sums.add(layer, first_group, key, attending_heads(query, key, attention.pg_collection.cp))
 
     return take
 
@@ -102,7 +99,7 @@ def _take_after_rotary(attention: Any, take: Take) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def capture_router_input(model: Sequence[torch.nn.Module], sample: RouterInput) -> Iterator[None]:
-    """While the context lasts, every forward pass of ``model`` (dense) gives its tokens to ``sample``."""
+    """While the context lasts, every forward pass of ``model`` gives its tokens to ``sample``."""
     from megatron.core.utils import get_attr_wrapped_model
 
     with contextlib.ExitStack() as stack:

@@ -19,7 +19,7 @@ SEED = 0
 class RouterInput:
     """This rank's part of a sample of the tokens in ``collect_iters`` global batches.
 
-    It fills the rows and layers that are its own. ``ranks`` is its place, by the names "dp", "cp" and "tp".
+    ``ranks`` is its place, by the names "dp", "cp" and "tp".
     """
 
     def __init__(self, args: Namespace, num_tokens: int, ranks: dict[str, int]) -> None:
