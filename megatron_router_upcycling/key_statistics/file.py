@@ -29,8 +29,8 @@ class KeyStats:
     attended: torch.Tensor | None = None  # float32 [L, H, d], of each head
     # JSON values: what the keys are, which model they come from and what made them.
     metadata: dict[str, Any] = field(default_factory=dict)
-    # [L, S, D], a sample of what routers see, for ``save``. ``load`` gives its shape alone: of a file's sample
-    # ``read_router_input`` reads a layer.
+    # [L, S, D], a sample of what routers see, for ``save``. ``load`` gives its shape alone, and
+    # ``read_router_input`` a layer of it.
     router_input: torch.Tensor | None = None
     sample_shape: list[int] | None = None
     path: Path | None = None  # of the file that ``load`` has read

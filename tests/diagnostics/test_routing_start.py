@@ -56,9 +56,8 @@ def test_the_table_holds_what_the_equations_give(
             for i in sorted(range(EXPERTS), key=lambda i: -shares[i])[:TOP_K]:
                 load[i] += 1
                 weights += shares[i]
-        cosines = [
-            float(torch.cosine_similarity(key[a], key[b], dim=0)) for a in range(EXPERTS) for b in range(a)
-        ]
+        pairs = [(a, b) for a in range(EXPERTS) for b in range(a)]
+        cosines = [float(torch.cosine_similarity(key[a], key[b], dim=0)) for a, b in pairs]
         assert row[0] == str(layer)
         expected = {1: sum(cosines) / len(cosines), 2: max(cosines), 3: 0, 5: load.count(0)}
         expected |= {6: entropy / SAMPLES, 8: weights / SAMPLES}
@@ -161,36 +160,14 @@ def test_mistakes(
         assert error.startswith(f"error: --key-stats {stats}: ") and message in error
 
 
-def megatron_norm(centered: bool, weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """What Megatron's norm makes of some tokens, with PyTorch's kernel in the place of apex's."""
-    from megatron.core.fusions import fused_layer_norm
-    from megatron.core.transformer import TransformerConfig
-
-    class Kernel:
-        def forward() -> None:  # type: ignore[misc]  # Megatron looks at its arguments
-            ...
-
-        @staticmethod
-        def apply(tokens, weight, bias, shape, eps):  # type: ignore[no-untyped-def]
-            return torch.nn.functional.layer_norm(tokens, shape, weight, bias, eps)
-
-    monkeypatch.setattr(fused_layer_norm, "HAVE_FUSED_LAYER_NORM", True)
-    monkeypatch.setattr(fused_layer_norm, "FusedLayerNormAffineFunction", Kernel, raising=False)
-    sizes = {"num_layers": 1, "hidden_size": len(weight), "num_attention_heads": 1}
-    config = TransformerConfig(**sizes, layernorm_zero_centered_gamma=centered)
-    norm = fused_layer_norm.FusedLayerNorm(config, len(weight))
-    norm.weight.data.copy_(weight)
-    return norm(torch.randn(7, len(weight), generator=torch.Generator().manual_seed(0)))
-
-
 def test_a_gain_that_is_stored_as_its_distance_from_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """--apply-layernorm-1p: two checkpoints whose norms Megatron takes for the same start alike."""
     name = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
     shape = (dense_checkpoint.LAYERS, dense_checkpoint.HIDDEN)
     gains = torch.randint(32, 256, shape, generator=torch.Generator().manual_seed(6)) / 64
-    normed, tables = {}, {}
+    tables = []
     for centered, stored in ((False, gains), (True, gains - 1), (False, gains - 1)):
         root = tmp_path / f"{centered} {float(stored.sum())}"
         args = dense_checkpoint.arguments(normalization="LayerNorm", layernorm_zero_centered_gamma=centered)
@@ -202,8 +179,6 @@ def test_a_gain_that_is_stored_as_its_distance_from_1(
         assert cli.main(["convert", str(root / "dense"), str(root / "moe"), *flags]) == 0
         assert cli.main(["inspect", str(root / "moe")]) == 0
         said = capsys.readouterr().out
-        tables[root.name] = said[said.index("routing at the start") :].splitlines()[:5]
-        normed[root.name] = megatron_norm(centered, stored[0], monkeypatch)
-    (plain, same, other), (norm, same_norm, other_norm) = tables.values(), normed.values()
-    assert torch.equal(norm, same_norm) and plain == same and "1024 random tokens" in plain[0]
-    assert not torch.equal(norm, other_norm) and plain != other  # else nothing would depend on it
+        tables.append(said[said.index("routing at the start") :].splitlines()[:5])
+    plain, same, other = tables
+    assert plain == same != other and "1024 random tokens" in plain[0]
