@@ -19,11 +19,9 @@ SAVED_AT = ("consumed_train_samples", "tensor_model_parallel_size", "pipeline_mo
 
 
 def describe(root: str | Path, everything: bool = False, config: Path | None = None) -> str:
-    """Kind, architecture, tensors and manifest of the checkpoint under ``root``.
+    """Kind, architecture, tensors (``everything``: optimizer state too) and manifest of a checkpoint.
 
-    Args:
-        everything: list optimizer state and objects that hold no weights as well.
-        config: a YAML file that describes the model, where the checkpoint does not.
+    ``config`` is a YAML file that describes the model, where the checkpoint does not.
     """
     checkpoint = dataclasses.replace(open_checkpoint(root), config=config)
     listed = [key for key in checkpoint.tensors if everything or not TRAINING_STATE.match(key)]

@@ -17,20 +17,22 @@ from torch import Tensor
 
 from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE
+from megatron_router_upcycling.checkpoint.format.files import locate
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.diagnostics import ties
 from megatron_router_upcycling.diagnostics.stored_router import read_layer, read_router, router_layers
-from megatron_router_upcycling.diagnostics.ties import named
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.initialisation.heads import cosine_similarity
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.likeness import tied_experts
 from megatron_router_upcycling.training.run_log import measures
+from megatron_router_upcycling.verify.findings import FRESH_ITERATION
 
 RANDOM_TOKENS = 1024
+NAMED = 8  # experts or layers that a warning names
+TOKENS_FOR_TIES = 64  # random ones, which tell gates apart if anything does
 SATURATED = 0.9  # mean largest probability from which softmax passes next to no gradient
 # Routing entropies as shares of even routing (ln n). In docs/comparison/sharpness, of a small model with 8
 # experts, starts at 0.38 to 0.87 ended lowest, of routers of heads and of random ones; 0.19 and 0.96 ended
@@ -182,17 +184,17 @@ def _warnings(found: list[dict[str, Any]], router: RouterConfig, record: dict[st
     if collapsed and n > router.top_k:
         worst = min(collapsed, key=effective.__getitem__)
         yield (
-            f"warning: routing would start collapsed in {named(collapsed)}: at worst (layer {worst}) it is as"
-            f" uneven as if {effective[worst]:.1f} of {n} experts did all the work. Wide differences between"
-            " keys, such as biases give, do this"
+            f"warning: routing would start collapsed in {_named(collapsed)}: at worst (layer {worst}) it is"
+            f" as uneven as if {effective[worst]:.1f} of {n} experts did all the work. Wide differences"
+            " between keys, such as biases give, do this"
         )
     if saturated := [row["layer"] for row in found if row["top1_probability"] > SATURATED]:
         yield (
-            f"warning: routing would start saturated in {named(saturated)}: the largest probability is above"
+            f"warning: routing would start saturated in {_named(saturated)}: the largest probability is above"
             f" {SATURATED} in the mean, and softmax passes little gradient"
         )
-    if tied := ties.describe({row["layer"]: row["ties"] for row in found}, record):
-        yield f"warning: {tied}"
+    if tied := _tied({row["layer"]: row["ties"] for row in found}, record):
+        yield tied
 
 
 def _hints(
@@ -210,11 +212,56 @@ def _hints(
     is_calibrated = suits and manifest.init_config(record, manifest.NAME).target_entropy is not None
     if not (sure or spread) or not suits or is_calibrated:
         return
-    where = [f"very sure of themselves in {named(sure)}"] * bool(sure)
-    where += [f"next to even in {named(spread)}"] * bool(spread)
+    where = [f"very sure of themselves in {_named(sure)}"] * bool(sure)
+    where += [f"next to even in {_named(spread)}"] * bool(spread)
     lowest, highest = (pick(entropies[layer] for layer in sure + spread) for pick in (min, max))
     yield (
         f"hint: routers would start {' and '.join(where)} (entropies of {lowest:.2f} to {highest:.2f} nats,"
         f" even routing has {even:.2f}). In comparisons of a small model such starts ended behind calibrated"
         f" ones: convert again with --target-entropy {CALIBRATED * even:.1f} (docs/comparison.md)"
     )
+
+
+def warn_of_ties(root: str | Path) -> str | None:
+    """The warning about tied experts in the converted checkpoint in ``root``, before it has trained."""
+    root, folder = locate(Path(root))
+    record = manifest.read(root)
+    if record is None or folder.name != FRESH_ITERATION:
+        return None
+    checkpoint = open_checkpoint(root)
+    router = manifest.router_config(record, checkpoint.root / manifest.NAME)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(TOKENS_FOR_TIES, checkpoint.args.hidden_size, generator=generator)
+    found = {
+        layer: tied_experts(read_router(checkpoint, router, layer).logits(tokens), router.granularity)
+        for layer in router_layers(checkpoint)
+    }
+    return _tied(found, record)
+
+
+def _tied(ties: dict[int, tuple[tuple[int, int], ...]], record: dict[str, Any]) -> str | None:
+    """Which experts are tied, and what would part them by the manifest ``record``; None where none are."""
+    found = {layer: pairs for layer, pairs in ties.items() if pairs}
+    router, init = manifest.router_config(record, manifest.NAME), manifest.init_config(record, manifest.NAME)
+    if not found or init.alters_experts:
+        return None
+    stats = (record.get("key_stats") or {}).get("metadata", {})
+    shares_keys = stats.get("num_query_groups", 0) < stats.get("num_attention_heads", 0)
+    if router.kind.of_heads and init.head_key != "attended" and shares_keys:
+        remedy = "convert again with --head-key attended, from key statistics that collect_keys writes now"
+    elif router.num_routers is not None and router.num_routers < router.num_copies:
+        remedy = f"convert again with --num-routers {router.num_copies}"
+    else:
+        remedy = "convert again with --config configs/ablations/expert_noise.yaml, whose experts differ"
+    layer, pairs = next(iter(found.items()))
+    shown = ", ".join(f"{a} and {b}" for a, b in pairs[:NAMED]) + ", ..." * (len(pairs) > NAMED)
+    return (
+        f"warning: experts are tied in {_named(list(found))} (layer {layer}: {shown}): their gates and their"
+        f" weights are equal, so that training keeps them equal; {remedy}"
+    )
+
+
+def _named(layers: list[int]) -> str:
+    """Layers in words, the first of them by number."""
+    more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers[:NAMED]))}{more}"

@@ -1,7 +1,4 @@
-"""One layer's router out of a checkpoint, as plain tensors: Megatron is not needed.
-
-Symbols: n experts, k experts a token, D hidden size.
-"""
+"""One layer's router out of a checkpoint, as plain tensors: n experts, k of them a token, D hidden size."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +35,7 @@ class Router:
         return logits + self.parameters[BIAS] if BIAS in self.parameters else logits
 
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Where tokens [..., D] go (eq. 9): weights and indices of the chosen experts, both [..., k].
-
-        Of capacity, expert bias and auxiliary losses, which Megatron adds in training, there is nothing.
-        """
+        """Where tokens [..., D] go (eq. 9), without capacity: weights and indices of experts, [..., k]."""
         logits = self.logits(hidden)
         top = logits.topk(self.config.top_k, dim=-1)
         if self.config.pre_softmax:

@@ -16,7 +16,7 @@ from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.read_model import query_key_digest, read_model
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions
-from megatron_router_upcycling.key_statistics import capture, router_sample
+from megatron_router_upcycling.key_statistics import capture
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.moments import KeySums
@@ -36,7 +36,7 @@ def collect(run: launch.Run) -> None:
         "cp": parallel_state.get_context_parallel_rank(),
         "tp": parallel_state.get_tensor_model_parallel_rank(),
     }
-    sample = router_sample.RouterInput(args, args.router_samples, ranks)
+    sample = capture.RouterInput(args, args.router_samples, ranks)
     data = train_iterators(args, len(model), args.collect_iters)
     batches = tqdm(
         range(args.collect_iters),
@@ -57,27 +57,21 @@ def collect(run: launch.Run) -> None:
 
 
 def new_sums(args: Namespace) -> KeySums:
-    """Empty sums of the whole model's size, on this rank's device."""
-    heads, groups, size = args.num_attention_heads, num_query_groups(args), args.kv_channels
-    return KeySums(args.num_layers, heads, groups, size, torch.cuda.current_device())
+    sizes = args.num_layers, args.num_attention_heads, num_query_groups(args), args.kv_channels
+    return KeySums(*sizes, torch.cuda.current_device())
 
 
 def write(args: Namespace, sums: KeySums, inputs: torch.Tensor | None, losses: torch.Tensor) -> None:
     """Write ``--output`` from what all ranks saw, and say so in a line."""
-    loss_sum, loss_tokens = losses.tolist()
-    metadata = provenance(args) | {"lm_loss": loss_sum / loss_tokens}
-    seen, expected = sums.tokens, metadata["tokens"]
-    if seen != expected:
-        raise RuntimeError(f"key statistics: {seen} tokens seen where {expected} were read")
-    stats = KeyStats(sums.mean(), torch.full((args.num_layers,), seen), sums.attended(), metadata, inputs)
+    metadata = provenance(args) | {"lm_loss": float(losses[0] / losses[1])}
+    count = torch.full((args.num_layers,), sums.tokens)
+    stats = KeyStats(sums.mean(), count, sums.attended(), metadata, inputs)
     if not stats.mean.isfinite().all():
         raise UserError(f"--load {args.load}: the model's keys hold NaN or infinite values; train it again")
     key_stats_file.save(args.output, stats, args.overwrite)
-    groups, loss = metadata["num_query_groups"], metadata["lm_loss"]
-    keys = (
-        f"{args.key_source} keys of {args.num_layers} layers x {groups} query groups over {expected} tokens"
-    )
-    print(f"{args.output}: {keys}; LM loss of the dense model {loss:.4f}", flush=True)
+    keys = f"{args.key_source} keys of {args.num_layers} layers x {metadata['num_query_groups']} query groups"
+    loss = f"LM loss of the dense model {metadata['lm_loss']:.4f}"
+    print(f"{args.output}: {keys} over {sums.tokens} tokens; {loss}", flush=True)
 
 
 def check_flags(flags: Namespace) -> None:

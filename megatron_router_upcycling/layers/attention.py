@@ -34,8 +34,7 @@ class SdpaAttention(DotProductAttention):
 
         Args:
             attention_mask: bool [b or 1, 1, s, s], True where a key must not be seen (Megatron's sense);
-                None: causal, or everything, by the module's ``attn_mask_type``.
-            attn_mask_type: not used, as in Megatron's.
+                None: causal, or everything, by the module's ``attn_mask_type``, never by the argument.
         """
         if (
             packed_seq_params is not None

@@ -100,8 +100,7 @@ def test_a_shard_is_loaded_as_megatron_places_it(moe: Path, moe_config: Path, tm
         "--rehearse 16 --rehearse-rank 13 --tensor-model-parallel-size 2 --sequence-parallel"
         " --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --global-batch-size 64"
     )
-    output = launch.python("-c", code, "--config", moe_config, "--load", moe, *layout.split()).ok()
-    assert "shard is right" in output.text
+    launch.python("-c", code, "--config", moe_config, "--load", moe, *layout.split()).ok()
 
 
 def check_shard(argv: list[str]) -> None:
@@ -142,7 +141,6 @@ def check_shard(argv: list[str]) -> None:
         "mlp.experts.local_experts.1.linear_fc1.weight": torch.cat([gate.chunk(2)[tp], up.chunk(2)[tp]]),
     }.items():
         assert torch.equal(parameters[f"decoder.layers.0.{name}"], expected), name
-    print("shard is right")
 
 
 def test_a_wrong_layout_is_one_line(config: Path) -> None:

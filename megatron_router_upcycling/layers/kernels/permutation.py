@@ -6,8 +6,7 @@ memory that another one writes, so results do not change from run to run.
 Symbols: T tokens, n experts, k experts a token, R = T * k rows, D hidden size.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from megatron_router_upcycling.layers.kernels import tl, triton
 TOKENS = 128  # a program's
 
 
-@dataclass(frozen=True)
-class Places:
+class Places(NamedTuple):
     """Where each token's rows are."""
 
     row_of: Tensor  # int32 [T, k]: a token's rows in the order of its experts

@@ -1,8 +1,4 @@
-"""What one rank's step holds and sends, measured: parameters, gradients, optimizer, activations, collectives.
-
-Bytes are counted where they are held, not by the process's size, so that the figures are the same on the CPU
-and on a GPU and do not depend on an allocator.
-"""
+"""What one rank's step holds and sends, counted where it is held: the same on the CPU and on a GPU."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -91,10 +87,9 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes that this rank sends in c10d's collectives, by process group, as rings send them.
+    """Bytes that this rank sends in c10d's collectives, as rings send them, and between pipeline stages.
 
-    Of ``groups``, name by process group's ``group_name``; others count as ``other``. Sends, in full, are
-    between pipeline stages (of two stages Megatron sends one way through the group of all ranks). Autograd's
+    By kind: ``groups`` has it by a process group's ``group_name``; others count as ``other``. Autograd's
     threads are seen too: they take over the caller's dispatch modes.
     """
 

@@ -1,8 +1,7 @@
 """One real rank of a run of any size is built, steps once, and is measured beside the plan of the run.
 
 Megatron's ``--fake-process-group`` takes the place of the other ranks: collectives return at once and move
-nothing. So this rank builds its real shard of the model, its gradient buffers and its share of the optimizer,
-and trains for one step, of one micro-batch (with pipeline parallelism as many as there are stages) of random
+nothing. The step is of one micro-batch (with pipeline parallelism as many as there are stages) of random
 tokens that go to experts by lot. Sizes are real; the loss is not.
 """
 
@@ -137,7 +136,7 @@ def load_shard(model: Sequence[Any], root: str) -> None:
 
 
 def random_batches(args: Namespace, vocabulary: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches of random tokens, as Megatron's data loader hands them out."""
+    """Micro-batches as Megatron's data loader hands them out."""
     generator = torch.Generator().manual_seed(args.seed)
     shape = (args.micro_batch_size, args.seq_length)
     while True:
