@@ -31,7 +31,7 @@ def pretrain(argv: list[str]) -> None:
     if flags.rehearse is not None:
         from megatron_router_upcycling.planning.rehearsal.run import rehearse
 
-        rehearse(argv, "--rehearse")
+        rehearse(argv)
     elif flags.rehearse_rank or flags.rehearse_seq_length is not None:
         raise UserError("--rehearse-rank, --rehearse-seq-length: need --rehearse WORLD_SIZE")
     else:
@@ -42,9 +42,9 @@ def pretrain(argv: list[str]) -> None:
 
 def warn_of_ties(run: launch.Run) -> None:
     """Print which experts of a converted checkpoint would stay equal, on rank 0."""
-    from megatron_router_upcycling.diagnostics import ties
+    from megatron_router_upcycling.diagnostics import routing_start
 
-    if run.load and run.router and run.args.rank == 0 and (warning := ties.warn(run.load)):
+    if run.load and run.router and run.args.rank == 0 and (warning := routing_start.warn_of_ties(run.load)):
         print(warning, flush=True)
 
 

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
 
     from megatron_router_upcycling.conversion import convert
     from megatron_router_upcycling.conversion.options import Options
-    from megatron_router_upcycling.diagnostics import ties
+    from megatron_router_upcycling.diagnostics import routing_start
     from megatron_router_upcycling.hf import exporter
 
     torch.set_num_threads(1)  # the work is moving bytes; more threads only wait for each other
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         record = convert.convert(ready, progress)
     if not args.quiet:
         print(convert.describe_result(ready, record, time.monotonic() - start))
-    if warning := ties.warn(args.out):
+    if warning := routing_start.warn_of_ties(args.out):
         print(warning, file=sys.stderr)
 
 

@@ -34,7 +34,7 @@ def add_flags(verify: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from megatron_router_upcycling.diagnostics import ties
+    from megatron_router_upcycling.diagnostics import routing_start
     from megatron_router_upcycling.verify import proof
 
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
@@ -51,6 +51,6 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--json {args.json}: cannot be written ({error.strerror})") from None
     if findings or not args.quiet:
         print(proof.describe(ready, time.monotonic() - start))
-    if not findings and (warning := ties.warn(args.moe)):
+    if not findings and (warning := routing_start.warn_of_ties(args.moe)):
         print(warning)
     return 1 if findings else 0

@@ -19,11 +19,9 @@ SAVED_AT = ("consumed_train_samples", "tensor_model_parallel_size", "pipeline_mo
 
 
 def describe(root: str | Path, everything: bool = False, config: Path | None = None) -> str:
-    """Kind, architecture, tensors and manifest of the checkpoint under ``root``.
+    """Kind, architecture, tensors (``everything``: optimizer state too) and manifest of a checkpoint.
 
-    Args:
-        everything: list optimizer state and objects that hold no weights as well.
-        config: a YAML file that describes the model, where the checkpoint does not.
+    ``config`` is a YAML file that describes the model, where the checkpoint does not.
     """
     checkpoint = dataclasses.replace(open_checkpoint(root), config=config)
     listed = [key for key in checkpoint.tensors if everything or not TRAINING_STATE.match(key)]
@@ -42,23 +40,19 @@ def describe(root: str | Path, everything: bool = False, config: Path | None = N
 
 
 def _summary(checkpoint: Checkpoint, recorded: bool) -> list[str]:
-    """What the tensors are, and what describes them, a line a subject.
-
-    Args:
-        recorded: a manifest stands beside them.
-    """
+    """What the tensors are, and what describes them; ``recorded``: a manifest stands beside them."""
     iteration = f"iteration {shown(checkpoint.common['iteration'])}" * ("iteration" in checkpoint.common)
     has_experts = holds_experts(checkpoint.tensors)
-    if not has_experts:
-        lines = [_joined(f"{checkpoint.iteration_dir}: dense", iteration)]
-    else:
+    parts = [f"{checkpoint.iteration_dir}: dense", iteration]
+    if has_experts:
         args = checkpoint.common.get("args")
         count = getattr(args, "num_experts", None) or count_experts(checkpoint)
         experts = f"{shown(count)} experts" if count else ""
         whose = "" if recorded else f"of another tool (no {manifest.NAME})"
-        lines = [_joined(f"{checkpoint.iteration_dir}: Mixture-of-Experts", experts, whose, iteration)]
-        if not gives_architecture(args):
-            return lines
+        parts = [f"{checkpoint.iteration_dir}: Mixture-of-Experts", experts, whose, iteration]
+    lines = [", ".join(filter(None, parts))]
+    if has_experts and not gives_architecture(args):
+        return lines
     try:
         args = checkpoint.args
         by = "" if args is checkpoint.common.get("args") else f" (by {checkpoint.described_by})"
@@ -78,10 +72,6 @@ def _summary(checkpoint: Checkpoint, recorded: bool) -> list[str]:
         if said := [f"{name} {shown(value)}" for name, value in values.items() if value is not None]:
             lines.append(f"{subject}: {', '.join(said)}")
     return lines
-
-
-def _joined(*parts: str) -> str:
-    return ", ".join(filter(None, parts))
 
 
 def _table(checkpoint: Checkpoint, keys: list[str]) -> list[str]:

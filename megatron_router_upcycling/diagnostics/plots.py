@@ -18,14 +18,11 @@ SETS = (None, "validation")  # whose losses are drawn: training's lines name no 
 
 @dataclass(frozen=True)
 class RunData:
-    """What one run left: its name in the report, the lines of its two files, and its manifest.
-
-    The rare measures of ``routing`` stand beside the others.
-    """
+    """What one run left: its name in the report, the lines of its two files, and its manifest."""
 
     name: str
     losses: list[dict[str, Any]]
-    routing: list[dict[str, Any]]
+    routing: list[dict[str, Any]]  # the rare measures beside the others
     manifest: dict[str, Any] = field(default_factory=dict)
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
@@ -124,8 +121,8 @@ def _grid(routed: Sequence[tuple[int, RunData]], panels: Panels) -> Any:
 
     present = {name: panel for name, panel in panels.items() if any(_series(run, name) for _, run in routed)}
     rows = math.ceil(len(present) / COLUMNS)
-    size = (11.5, 2.75 * rows + 0.5)
-    figure, grid = pyplot.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
+    look: dict[str, Any] = {"figsize": (11.5, 2.75 * rows + 0.5), "layout": "constrained"}
+    figure, grid = pyplot.subplots(rows, COLUMNS, squeeze=False, **look)
     figure.get_layout_engine().set(h_pad=0.11, w_pad=0.08)
     for axes, (name, (title, ideal)) in zip(grid.flat, present.items(), strict=False):
         _panel(axes, routed, name, ideal)
@@ -157,11 +154,8 @@ def _panel(axes: Any, routed: Sequence[tuple[int, RunData]], name: str, ideal: I
 
 def _series(run: RunData, name: str) -> list[tuple[int, list[float]]]:
     """(tokens, finite values over layers) of each line that has the measure."""
-    found = []
-    for line in run.routing:
-        if values := [value for value in line.get(name, ()) if value is not None]:
-            found.append((line["tokens"], values))
-    return found
+    found = ((line["tokens"], [v for v in line.get(name, ()) if v is not None]) for line in run.routing)
+    return [(tokens, values) for tokens, values in found if values]
 
 
 def _load_map(run: RunData) -> Any:
@@ -174,10 +168,8 @@ def _load_map(run: RunData) -> Any:
     count, num_layers, num_experts = loads.shape
     powers = numpy.log2(numpy.maximum(loads * num_experts, 2.0 ** (-EVEN_RANGE - 1)))
     height = min(9.0, max(3.3, 1.6 + 0.055 * num_layers * num_experts))
-    size, widths = (11.5, height), (1, 1, 1, 2.6)
-    figure, (*snapshots, timeline) = pyplot.subplots(
-        1, 4, figsize=size, width_ratios=widths, layout="constrained"
-    )
+    look = {"figsize": (11.5, height), "width_ratios": (1, 1, 1, 2.6), "layout": "constrained"}
+    figure, (*snapshots, timeline) = pyplot.subplots(1, 4, **look)
     shares: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -EVEN_RANGE, "vmax": EVEN_RANGE}
     named = range(0, num_layers, math.ceil(num_layers / MOST_LABELS))
     labels = [str(run.routing[-1]["layers"][row]) for row in named]

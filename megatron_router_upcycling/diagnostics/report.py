@@ -1,7 +1,4 @@
-"""One page over training runs: losses, what the routers did, what the experts became.
-
-What the page says is gathered here; how it looks is in ``templates/report.html.j2``.
-"""
+"""What a page over training runs says; how it looks is in ``templates/report.html.j2``."""
 
 import base64
 import os
@@ -56,22 +53,17 @@ OVER_TIME = {
     "weight_sum": ("sum of k weights", ".2f"),
     "dropped_fraction": ("dropped", ".1%"),
 }
-NOTHING = "–"
+LOSSES, NOTHING = ("train", "held_out"), "–"
 NO_VALIDATION = "no validation yet, or none at all: eval_iters 0, as submit.sh has it under 200 documents"
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
     """What the runs that saved to ``folders`` left there."""
-    seen: set[Path] = set()
+    common = os.path.commonpath([folder.resolve().parent for folder in folders])
+    runs = []
     for folder in folders:
         if not (folder / files.RUN).is_file():
             raise UserError(f"{folder}: no {files.RUN} there; name a folder that pretrain saves to")
-        if folder.resolve() in seen:
-            raise UserError(f"{folder}: is named twice")
-        seen.add(folder.resolve())
-    common = os.path.commonpath([folder.parent for folder in seen])
-    runs = []
-    for folder in folders:
         lines = [line | (line.get("rare") or {}) for line in files.read(folder / files.ROUTING)]
         routing = [line for line in lines if line.get("load")]
         alike = [line for line in routing if line["layers"] == routing[-1]["layers"]]
@@ -106,7 +98,14 @@ def render(runs: Sequence[RunData], drawn: dict[str, list[Path]]) -> str:
         runs=[row | {"colour": plots.colour(index)} for index, row in enumerate(summary(runs))],
         over_time={name: title for name, (title, _) in OVER_TIME.items()},
         sections=[
-            {"title": title, "text": text, "images": [_image(title, path) for path in drawn[name]]}
+            {
+                "title": title,
+                "text": text,
+                "images": [
+                    {"alt": f"{title}: {path.stem}", "data": base64.b64encode(path.read_bytes()).decode()}
+                    for path in drawn[name]
+                ],
+            }
             for name, (title, text) in SECTIONS.items()
             if name in drawn
         ],
@@ -116,31 +115,22 @@ def render(runs: Sequence[RunData], drawn: dict[str, list[Path]]) -> str:
     )
 
 
-def _image(title: str, path: Path) -> dict[str, str]:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return {"alt": f"{title}: {path.stem}", "data": data}
-
-
 def summary(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """A run's name, router, last losses and measures over time as text; ``best``: it has the lowest loss."""
-    held_out = [_last_loss(run, "held_out") for run in runs]
-    compared = [loss for loss in held_out if loss is not None]
+    last = [{kind: [line["lm_loss"] for line in run.lines(kind)[-1:]] for kind in LOSSES} for run in runs]
+    compared = [loss for losses in last for loss in losses["held_out"]]
     rows = []
-    for run, held in zip(runs, held_out, strict=True):
+    for run, losses in zip(runs, last, strict=True):
         row = {
             "name": run.name,
             "router": _router(run.manifest.get("router")),
             "tokens": f"{max(line['tokens'] for line in run.losses):,}",
-            "training": _number(_last_loss(run, "train"), ".4f"),
-            "held_out": _number(held, ".4f"),
-            "best": len(compared) > 1 and held == min(compared),
+            "training": f"{losses['train'][0]:.4f}" if losses["train"] else NOTHING,
+            "held_out": f"{losses['held_out'][0]:.4f}" if losses["held_out"] else NOTHING,
+            "best": len(compared) > 1 and losses["held_out"] == [min(compared)],
         }
         rows.append(row | {name: _over_time(run, name) for name in OVER_TIME})
     return rows
-
-
-def _last_loss(run: RunData, kind: str) -> float | None:
-    return next((line["lm_loss"] for line in reversed(run.lines(kind))), None)
 
 
 def _over_time(run: RunData, measure: str) -> str:
@@ -178,10 +168,6 @@ def conversion(runs: Sequence[RunData]) -> dict[str, list[str]]:
     return {
         name.replace("_", " "): [shown(column.get(name, NOTHING)) for column in columns] for name in names
     }
-
-
-def _number(value: float | None, form: str) -> str:
-    return NOTHING if value is None else f"{value:{form}}"
 
 
 def summary_lines(runs: Sequence[RunData]) -> list[str]:

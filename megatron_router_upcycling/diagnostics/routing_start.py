@@ -17,20 +17,22 @@ from torch import Tensor
 
 from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE
+from megatron_router_upcycling.checkpoint.format.files import locate
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.diagnostics import ties
 from megatron_router_upcycling.diagnostics.stored_router import read_layer, read_router, router_layers
-from megatron_router_upcycling.diagnostics.ties import named
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.initialisation.heads import cosine_similarity
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.likeness import tied_experts
 from megatron_router_upcycling.training.run_log import measures
+from megatron_router_upcycling.verify.findings import FRESH_ITERATION
 
 RANDOM_TOKENS = 1024
+NAMED = 8  # experts or layers that a warning names
+TOKENS_FOR_TIES = 64  # random ones, which tell gates apart if anything does
 SATURATED = 0.9  # mean largest probability from which softmax passes next to no gradient
 # Routing entropies as shares of even routing (ln n). In docs/comparison/sharpness, of a small model with 8
 # experts, starts at 0.38 to 0.87 ended lowest, of routers of heads and of random ones; 0.19 and 0.96 ended
@@ -61,69 +63,57 @@ def describe(root: Path, stats: Path | None) -> str:
 
     Args:
         stats: key statistics, whose ``router_input`` is routed; None takes those that the manifest names.
-            Where they have none, random tokens stand in.
+            Where these do not serve, random tokens stand in, and the title says why.
     """
     checkpoint = open_checkpoint(root)
     record = manifest.read(checkpoint.root)
     if record is None or not router_layers(checkpoint):
         if stats is not None:
-            raise UserError(
-                f"--key-stats {stats}: {checkpoint.root} has no routers to route its samples with"
-            )
+            raise UserError(f"--key-stats {stats}: {checkpoint.root} has no routers to route samples with")
         return ""
     router = manifest.router_config(record, checkpoint.root / manifest.NAME)
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "kv_channels"):
-        if not isinstance(getattr(checkpoint.args, name, None), int):
-            raise UserError(f"{root}: its arguments tell no {name}; convert the model again")
-    source = _samples(checkpoint, record, stats)
-    found = []
-    for layer in router_layers(checkpoint):
-        try:
-            found.append(_look(checkpoint, router, layer, source))
-        except (RuntimeError, IndexError, ValueError) as error:  # shapes that do not go together
-            raise UserError(
-                f"{root}: layer {layer}'s router does not fit {manifest.NAME} ({reason(error)})"
-            ) from None
-    title = f"routing at the start, of {_describe_inputs(source, stats)}:"
+    sizes = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels")
+    if missing := [name for name in sizes if not isinstance(getattr(checkpoint.args, name, None), int)]:
+        raise UserError(f"{root}: its arguments tell no {missing[0]}; convert the model again")
+    source, why_none = _samples(checkpoint, record, stats)
+    inputs = f"hidden states of the dense model, sampled in {source}"
+    if source is None:
+        inputs = (
+            f"{RANDOM_TOKENS} random tokens, scaled by the norm's gain, which route more evenly than real"
+            f" ones ({why_none}; name key statistics collected with --router-samples as --key-stats)"
+        )
+    try:
+        found = [_look(checkpoint, router, layer, source) for layer in router_layers(checkpoint)]
+    except (RuntimeError, IndexError, ValueError) as error:  # shapes that do not go together
+        raise UserError(f"{root}: its routers do not fit {manifest.NAME} ({reason(error)})") from None
+    title = f"routing at the start, of {inputs}:"
     said = [*_warnings(found, router, record), *_hints(found, router, record, source is not None)]
-    return "\n".join(
-        [title, *_table(found), LEGEND, *_expectation(found, router), *([""] if said else []), *said]
-    )
+    return "\n".join([title, *_table(found), LEGEND, *_expectation(found, router), *[""] * bool(said), *said])
 
 
-def _samples(checkpoint: Checkpoint, record: dict[str, Any], asked: Path | None) -> Path | None:
-    """The key statistics whose samples are routed; None where there are none.
-
-    Args:
-        asked: they must fit; None takes those that the manifest names, if they are still there and fit.
-    """
-    recorded = record.get("key_stats")
-    path = asked or (recorded.get("path") if isinstance(recorded, dict) else None)
+def _samples(checkpoint: Checkpoint, record: dict[str, Any], asked: Path | None) -> tuple[Path | None, str]:
+    """The key statistics whose samples are routed, or None and why: they are refused only where ``asked``."""
+    parts = (record.get(name) for name in ("key_stats", "source"))
+    recorded, made_of = (part if isinstance(part, dict) else {} for part in parts)
+    path = asked or recorded.get("path")
     if not isinstance(path, str | Path):
-        return None
+        return None, "the checkpoint was made without key statistics"
     layers, width = checkpoint.args.num_layers, checkpoint.args.hidden_size
     try:
-        shape = key_stats_file.load(path).sample_shape
+        stats = key_stats_file.load(path)
+        shape, dense = stats.sample_shape, made_of.get("digest")
         if shape and (shape[0], shape[2]) != (layers, width):
             raise UserError(
                 f"--key-stats {path}: its router_input is {shape} and the model has {layers} layers of width"
                 f" {width}; name the statistics of the dense model that was converted"
             )
-    except UserError:
+        if dense and stats.metadata.get("checkpoint_digest", dense) != dense:
+            raise UserError(f"--key-stats {path}: of another model; name those of the one that was converted")
+    except UserError as error:
         if asked:
             raise
-        return None
-    return Path(path) if shape else None
-
-
-def _describe_inputs(source: Path | None, stats: Path | None) -> str:
-    if source is not None:
-        return f"hidden states of the dense model, sampled in {source}"
-    none = f"{stats} holds no samples; " if stats else ""
-    return (
-        f"{RANDOM_TOKENS} random tokens, scaled by the norm's gain, which route more evenly than real ones"
-        f" ({none}name key statistics that were collected with --router-samples as --key-stats)"
-    )
+        return None, str(error)
+    return (Path(path), "") if shape else (None, f"{path} holds no samples")
 
 
 def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
@@ -140,31 +130,29 @@ def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
 
 
 def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> dict[str, Any]:
-    """One layer's router before training: ``measures.summarise`` of its routing, and what COLUMNS has beside.
+    """``measures.summarise`` of one layer's routing, and what COLUMNS has beside.
 
-    Cosines are of experts' keys, None for kinds without. ``softmax_first`` is the mean sum of the k weights
-    where softmax comes before top-k.
+    Cosines are None for routers without keys. ``softmax_first`` is the mean sum of the k weights where
+    softmax comes before top-k.
     """
     stored = read_router(checkpoint, router, layer)
     logits = stored.logits(_inputs(checkpoint, layer, source))
     if logits.shape[1] != router.num_experts:
-        raise UserError(
-            f"{checkpoint.root}: layer {layer}'s router is no router of {router.num_experts} experts"
-        )
+        raise ValueError(f"layer {layer}: {logits.shape[1]} experts")
     mean, most = None, None
     if router.kind.expert_keys:
         key = stored.parameters[router.kind.expert_keys]
         pairs = cosine_similarity(key)[tuple(torch.triu_indices(len(key), len(key), offset=1))]
         mean, most = (float(pairs.mean()), float(pairs.max())) if len(pairs) else (math.nan, math.nan)
-    pairs_tied = tied_experts(logits, router.granularity)
+    tied = tied_experts(logits, router.granularity)
     decided = {first: measures.choose(logits, router.top_k, first) for first in (True, router.pre_softmax)}
     sums = measures.routing_sums(*decided[router.pre_softmax], top_k=router.top_k)
     return measures.summarise(sums) | {
         "layer": layer,
         "mean_cosine": mean,
         "max_cosine": most,
-        "ties": pairs_tied,
-        "num_ties": len(pairs_tied),
+        "ties": tied,
+        "num_ties": len(tied),
         "softmax_first": float(decided[True][1].sum(dim=1).mean()),
     }
 
@@ -177,7 +165,6 @@ def _table(found: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _expectation(found: list[dict[str, Any]], router: RouterConfig) -> list[str]:
-    """What step 0 does to the FFN's output under both orders of softmax and top-k."""
     sums = [row["softmax_first"] for row in found]
     return [
         f"prepared for softmax {'before' if router.pre_softmax else 'after'} top-k. While experts are equal,"
@@ -197,17 +184,17 @@ def _warnings(found: list[dict[str, Any]], router: RouterConfig, record: dict[st
     if collapsed and n > router.top_k:
         worst = min(collapsed, key=effective.__getitem__)
         yield (
-            f"warning: routing would start collapsed in {named(collapsed)}: at worst (layer {worst}) it is as"
-            f" uneven as if {effective[worst]:.1f} of {n} experts did all the work. Wide differences between"
-            " keys, such as biases give, do this"
+            f"warning: routing would start collapsed in {_named(collapsed)}: at worst (layer {worst}) it is"
+            f" as uneven as if {effective[worst]:.1f} of {n} experts did all the work. Wide differences"
+            " between keys, such as biases give, do this"
         )
     if saturated := [row["layer"] for row in found if row["top1_probability"] > SATURATED]:
         yield (
-            f"warning: routing would start saturated in {named(saturated)}: the largest probability is above"
+            f"warning: routing would start saturated in {_named(saturated)}: the largest probability is above"
             f" {SATURATED} in the mean, and softmax passes little gradient"
         )
-    if tied := ties.describe({row["layer"]: row["ties"] for row in found if row["ties"]}, record):
-        yield f"warning: {tied}"
+    if tied := _tied({row["layer"]: row["ties"] for row in found}, record):
+        yield tied
 
 
 def _hints(
@@ -225,11 +212,56 @@ def _hints(
     is_calibrated = suits and manifest.init_config(record, manifest.NAME).target_entropy is not None
     if not (sure or spread) or not suits or is_calibrated:
         return
-    where = [f"very sure of themselves in {named(sure)}"] * bool(sure)
-    where += [f"next to even in {named(spread)}"] * bool(spread)
+    where = [f"very sure of themselves in {_named(sure)}"] * bool(sure)
+    where += [f"next to even in {_named(spread)}"] * bool(spread)
     lowest, highest = (pick(entropies[layer] for layer in sure + spread) for pick in (min, max))
     yield (
         f"hint: routers would start {' and '.join(where)} (entropies of {lowest:.2f} to {highest:.2f} nats,"
         f" even routing has {even:.2f}). In comparisons of a small model such starts ended behind calibrated"
         f" ones: convert again with --target-entropy {CALIBRATED * even:.1f} (docs/comparison.md)"
     )
+
+
+def warn_of_ties(root: str | Path) -> str | None:
+    """The warning about tied experts in the converted checkpoint in ``root``, before it has trained."""
+    root, folder = locate(Path(root))
+    record = manifest.read(root)
+    if record is None or folder.name != FRESH_ITERATION:
+        return None
+    checkpoint = open_checkpoint(root)
+    router = manifest.router_config(record, checkpoint.root / manifest.NAME)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(TOKENS_FOR_TIES, checkpoint.args.hidden_size, generator=generator)
+    found = {
+        layer: tied_experts(read_router(checkpoint, router, layer).logits(tokens), router.granularity)
+        for layer in router_layers(checkpoint)
+    }
+    return _tied(found, record)
+
+
+def _tied(ties: dict[int, tuple[tuple[int, int], ...]], record: dict[str, Any]) -> str | None:
+    """Which experts are tied, and what would part them by the manifest ``record``; None where none are."""
+    found = {layer: pairs for layer, pairs in ties.items() if pairs}
+    router, init = manifest.router_config(record, manifest.NAME), manifest.init_config(record, manifest.NAME)
+    if not found or init.alters_experts:
+        return None
+    stats = (record.get("key_stats") or {}).get("metadata", {})
+    shares_keys = stats.get("num_query_groups", 0) < stats.get("num_attention_heads", 0)
+    if router.kind.of_heads and init.head_key != "attended" and shares_keys:
+        remedy = "convert again with --head-key attended, from key statistics that collect_keys writes now"
+    elif router.num_routers is not None and router.num_routers < router.num_copies:
+        remedy = f"convert again with --num-routers {router.num_copies}"
+    else:
+        remedy = "convert again with --config configs/ablations/expert_noise.yaml, whose experts differ"
+    layer, pairs = next(iter(found.items()))
+    shown = ", ".join(f"{a} and {b}" for a, b in pairs[:NAMED]) + ", ..." * (len(pairs) > NAMED)
+    return (
+        f"warning: experts are tied in {_named(list(found))} (layer {layer}: {shown}): their gates and their"
+        f" weights are equal, so that training keeps them equal; {remedy}"
+    )
+
+
+def _named(layers: list[int]) -> str:
+    """Layers in words, the first of them by number."""
+    more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers[:NAMED]))}{more}"

@@ -1,7 +1,4 @@
-"""One layer's router out of a checkpoint, as plain tensors: Megatron is not needed.
-
-Symbols: n experts, k experts a token, D hidden size.
-"""
+"""One layer's router out of a checkpoint, as plain tensors: n experts, k of them a token, D hidden size."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +19,7 @@ BIAS = "bias"
 
 @dataclass(frozen=True)
 class Router:
-    """A layer's router: its options as the manifest records them, float32 parameters by name, and D.
+    """A layer's router: its options, its float32 parameters by name, and D.
 
     A mixture has ``query_weight`` [m, d', D] and ``expert_key`` [n*c, d'].
     """
@@ -31,20 +28,14 @@ class Router:
     parameters: dict[str, Tensor]
     hidden_size: int
 
-    def gate(self) -> dict[str, Tensor]:
-        """The parameters folded as far as they can be, by name: what logits are computed from."""
-        return self.config.kind.gate(self.parameters, self.config, self.hidden_size, torch.float32)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """The experts' scores (eq. 6 to 8), [..., n], of hidden states behind the FFN's norm, [..., D]."""
-        logits = self.config.kind.logits(self.gate(), hidden.float(), self.config)
+        gate = self.config.kind.gate(self.parameters, self.config, self.hidden_size, torch.float32)
+        logits = self.config.kind.logits(gate, hidden.float(), self.config)
         return logits + self.parameters[BIAS] if BIAS in self.parameters else logits
 
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Where tokens [..., D] go (eq. 9): weights and indices of the chosen experts, both [..., k].
-
-        Of capacity, expert bias and auxiliary losses, which Megatron adds in training, there is nothing.
-        """
+        """Where tokens [..., D] go (eq. 9), without capacity: weights and indices of experts, [..., k]."""
         logits = self.logits(hidden)
         top = logits.topk(self.config.top_k, dim=-1)
         if self.config.pre_softmax:
@@ -54,9 +45,6 @@ class Router:
 
 def load_router(checkpoint: str | Path, layer: int = 0) -> Router:
     """Read the router of ``layer``, from 0, of an upcycled checkpoint's root, before or after training.
-
-    Raises:
-        UserError: no whole checkpoint there, no upcycled one, or ``layer`` has no router in it.
 
     Example:
         >>> router = load_router("ckpt/moe", layer=3)
@@ -86,11 +74,11 @@ def read_router(checkpoint: Checkpoint, config: RouterConfig, layer: int) -> Rou
 def read_layer(checkpoint: Checkpoint, name: str, layer: int) -> Tensor:
     """One layer's float32 values of the parameter whose stacked tensor is ``name``, stored so or by layer."""
     own = names.at_layer(name, layer)
-    if name not in checkpoint.tensors and own in checkpoint.tensors:
+    if name in checkpoint.tensors:
+        return checkpoint.read_layer(name, layer, bytearray()).float()
+    if own in checkpoint.tensors:
         return checkpoint.read_box(own).float()
-    if name not in checkpoint.tensors:
-        raise UserError(f"{checkpoint.root}: has no {name}, which its {manifest.NAME} promises")
-    return checkpoint.read_layer(name, layer, bytearray()).float()
+    raise UserError(f"{checkpoint.root}: has no {name}, which its {manifest.NAME} promises")
 
 
 def router_layers(checkpoint: Checkpoint) -> list[int]:

@@ -62,8 +62,8 @@ def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
 
 def _copy_beside(source: Path, target: Path) -> dict[str, Any]:
     """Copy what stands beside the weights; return the ids of special tokens as config.json has them."""
-    files = [file for file in beside.look(source).carried if str(file) not in (CONFIG, CARD, RECORD)]
-    beside.copy(source, files, target)
+    carried = beside.look(source).carried
+    beside.copy(source, [file for file in carried if str(file) not in (CONFIG, CARD, RECORD)], target)
     for file in (CONFIG, GENERATION_CONFIG):
         if (source / file).is_file():
             found = files.read_json(source / file)

@@ -1,17 +1,20 @@
 """Take key vectors and router inputs out of a running Megatron model."""
 
 import contextlib
+from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics.moments import KeySums, attending_heads
-from megatron_router_upcycling.key_statistics.router_sample import RouterInput
 from megatron_router_upcycling.training.patches import patching
 
+SEED = 0
 SELF_ATTENTION = "megatron.core.transformer.attention.SelfAttention"
 type Take = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -21,8 +24,7 @@ def capture_keys(model: Sequence[torch.nn.Module], sums: KeySums, key_source: st
     """While the context lasts, every forward pass of ``model`` adds its keys to ``sums``.
 
     Args:
-        model: this rank's model chunks (several under virtual pipeline parallelism), wrapped or not.
-        sums: of the whole model's size; this rank adds to its own layers and heads.
+        model: this rank's model chunks, wrapped or not.
         key_source: ``pre_rope``: the key as ``SelfAttention.get_query_key_value_tensors`` returns it,
             with its bias and its key norm. ``post_rope``: the key that core attention is called with.
     """
@@ -52,7 +54,7 @@ def self_attentions(model: Sequence[torch.nn.Module]) -> list[Any]:
 
 
 def _taker(attention: Any, sums: KeySums) -> Take:
-    """A function that adds one layer's keys [..., groups, d], given queries [..., heads, d], to ``sums``."""
+    """Adds one layer's keys [..., groups, d], given queries [..., heads, d], to ``sums``."""
     from megatron.core.utils import get_pg_rank
 
     layer = attention.layer_number - 1  # Megatron counts layers from 1, over all pipeline stages
@@ -61,9 +63,7 @@ def _taker(attention: Any, sums: KeySums) -> Take:
 
     def take(query: torch.Tensor, key: torch.Tensor) -> None:
         assert tuple(key.shape[-2:]) == (num_groups, size), f"{SELF_ATTENTION}: keys of {list(key.shape)}"
-        with torch.no_grad():
-            heads = attending_heads(query, key, attention.pg_collection.cp)
-        sums.add(layer, first_group, key, heads)
+        sums.add(layer, first_group, key, attending_heads(query, key, attention.pg_collection.cp))
 
     return take
 
@@ -100,9 +100,84 @@ def _take_after_rotary(attention: Any, take: Take) -> Callable[[], None]:
     return core.register_forward_pre_hook(hook, with_kwargs=True).remove
 
 
+class RouterInput:
+    """This rank's part of a sample [L, S, D] of what routers will see: hidden states behind the FFN's norm.
+
+    Which tokens of ``collect_iters`` global batches are taken is decided beforehand, by their places in the
+    data, and so is the same at any layout. ``ranks`` is this rank's place, by "dp", "cp" and "tp".
+    """
+
+    def __init__(self, args: Namespace, num_tokens: int, ranks: dict[str, int]) -> None:
+        total = args.collect_iters * args.global_batch_size * args.seq_length
+        self.num_tokens = min(num_tokens, total)
+        self.hidden_size, self.dtype = args.hidden_size, args.params_dtype
+        self.calls: dict[int, int] = {}  # layer -> forward passes so far
+        self.taken: dict[int, torch.Tensor] = {}  # layer -> [S, D], rows of other ranks being zero
+        self.places = defaultdict[int, list](list)  # forward pass -> (row, position, sample) of its tokens
+        chosen = np.random.default_rng(SEED).choice(total, self.num_tokens, replace=False)
+        for row, token in enumerate(sorted(chosen.tolist())):
+            call, position, sample, is_own = _place(args, token, ranks)
+            if is_own:
+                self.places[call].append((row, position, sample))
+
+    def take(self, layer: int, norm: Any, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """A hook before an FFN: take this forward pass's rows of its input, each through ``norm``."""
+        hidden = args[0]  # (sequence, batch, D)
+        call = self.calls.get(layer, 0)
+        self.calls[layer] = call + 1
+        if layer not in self.taken:
+            shape = (self.num_tokens, self.hidden_size)
+            self.taken[layer] = torch.zeros(shape, dtype=self.dtype, device=hidden.device)
+        if call in self.places:
+            rows, positions, samples = map(list, zip(*self.places[call], strict=True))
+            self.taken[layer][rows] = norm(hidden[positions, samples]).to(self.dtype)
+
+    def gather(self, num_layers: int) -> torch.Tensor:
+        """[L, S, D] on the CPU, merged over all ranks."""
+        device = torch.cuda.current_device()
+        merged = torch.empty((num_layers, self.num_tokens, self.hidden_size), dtype=self.dtype)
+        for layer in range(num_layers):
+            values = torch.zeros((self.num_tokens, self.hidden_size + 1), device=device)
+            if layer in self.taken:
+                values[:, :-1] = self.taken[layer]
+                calls = [call for call in self.places if call < self.calls[layer]]
+                values[[row for call in calls for row, _, _ in self.places[call]], -1] = 1
+            torch.distributed.all_reduce(values)
+            if not (values[:, -1] == 1).all():
+                raise RuntimeError(
+                    f"router input: of layer {layer}, {int((values[:, -1] != 1).sum())} tokens of the sample"
+                    " were not seen by exactly one rank"
+                )
+            merged[layer] = values[:, :-1].to(self.dtype)
+        return merged
+
+
+def _place(args: Namespace, token: int, ranks: dict[str, int]) -> tuple[int, int, int, bool]:
+    """Where ``token`` is: forward pass, position and sample in the batch of a rank, and whether of this rank.
+
+    Context parallel ranks hold two of 2c parts of a sequence, one from each end.
+    """
+    sample, position = divmod(token, args.seq_length)
+    iteration, sample = divmod(sample, args.global_batch_size)
+    micro_batch, sample = divmod(sample, args.micro_batch_size * args.data_parallel_size)
+    data_rank, sample = divmod(sample, args.micro_batch_size)
+    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    context, context_rank, tensor_rank = args.context_parallel_size, 0, 0
+    if context > 1:
+        length = args.seq_length // (2 * context)
+        part, position = divmod(position, length)
+        context_rank = min(part, 2 * context - 1 - part)
+        position += (part >= context) * length
+    if args.sequence_parallel:
+        slice_length = args.seq_length // context // args.tensor_model_parallel_size
+        tensor_rank, position = divmod(position, slice_length)
+    is_own = (data_rank, context_rank, tensor_rank) == (ranks["dp"], ranks["cp"], ranks["tp"])
+    return iteration * micro_batches + micro_batch, position, sample, is_own
+
+
 @contextlib.contextmanager
 def capture_router_input(model: Sequence[torch.nn.Module], sample: RouterInput) -> Iterator[None]:
-    """While the context lasts, every forward pass of ``model`` (dense) gives its tokens to ``sample``."""
+    """While the context lasts, every forward pass of ``model`` gives its tokens to ``sample``."""
     from megatron.core.utils import get_attr_wrapped_model
 
     with contextlib.ExitStack() as stack:

@@ -16,7 +16,7 @@ from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.read_model import query_key_digest, read_model
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions
-from megatron_router_upcycling.key_statistics import capture, router_sample
+from megatron_router_upcycling.key_statistics import capture
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.moments import KeySums
@@ -36,7 +36,7 @@ def collect(run: launch.Run) -> None:
         "cp": parallel_state.get_context_parallel_rank(),
         "tp": parallel_state.get_tensor_model_parallel_rank(),
     }
-    sample = router_sample.RouterInput(args, args.router_samples, ranks)
+    sample = capture.RouterInput(args, args.router_samples, ranks)
     data = train_iterators(args, len(model), args.collect_iters)
     batches = tqdm(
         range(args.collect_iters),
@@ -57,27 +57,21 @@ def collect(run: launch.Run) -> None:
 
 
 def new_sums(args: Namespace) -> KeySums:
-    """Empty sums of the whole model's size, on this rank's device."""
-    heads, groups, size = args.num_attention_heads, num_query_groups(args), args.kv_channels
-    return KeySums(args.num_layers, heads, groups, size, torch.cuda.current_device())
+    sizes = args.num_layers, args.num_attention_heads, num_query_groups(args), args.kv_channels
+    return KeySums(*sizes, torch.cuda.current_device())
 
 
 def write(args: Namespace, sums: KeySums, inputs: torch.Tensor | None, losses: torch.Tensor) -> None:
     """Write ``--output`` from what all ranks saw, and say so in a line."""
-    loss_sum, loss_tokens = losses.tolist()
-    metadata = provenance(args) | {"lm_loss": loss_sum / loss_tokens}
-    seen, expected = sums.tokens, metadata["tokens"]
-    if seen != expected:
-        raise RuntimeError(f"key statistics: {seen} tokens seen where {expected} were read")
-    stats = KeyStats(sums.mean(), torch.full((args.num_layers,), seen), sums.attended(), metadata, inputs)
+    metadata = provenance(args) | {"lm_loss": float(losses[0] / losses[1])}
+    count = torch.full((args.num_layers,), sums.tokens)
+    stats = KeyStats(sums.mean(), count, sums.attended(), metadata, inputs)
     if not stats.mean.isfinite().all():
         raise UserError(f"--load {args.load}: the model's keys hold NaN or infinite values; train it again")
     key_stats_file.save(args.output, stats, args.overwrite)
-    print(
-        f"{args.output}: {args.key_source} keys of {args.num_layers} layers x {num_query_groups(args)}"
-        f" query groups over {expected} tokens; LM loss of the dense model {metadata['lm_loss']:.4f}",
-        flush=True,
-    )
+    keys = f"{args.key_source} keys of {args.num_layers} layers x {metadata['num_query_groups']} query groups"
+    loss = f"LM loss of the dense model {metadata['lm_loss']:.4f}"
+    print(f"{args.output}: {keys} over {sums.tokens} tokens; {loss}", flush=True)
 
 
 def check_flags(flags: Namespace) -> None:
@@ -92,7 +86,7 @@ def check_flags(flags: Namespace) -> None:
 
 
 def check(run: launch.Run) -> None:
-    """Refuse what does not fit the checkpoint or the data, before anything is built and on every rank."""
+    """Refuse what does not fit the checkpoint or the data, before anything is built."""
     from megatron_router_upcycling.training.data import check_data, check_tokens
 
     args = run.args
@@ -133,7 +127,7 @@ def num_query_groups(args: Namespace) -> int:
 
 
 def load_model(args: Namespace) -> list[torch.nn.Module]:
-    """This rank's chunks of the dense model in ``--load``, in evaluation mode, without an optimizer."""
+    """This rank's chunks of the dense model in ``--load``, in evaluation mode."""
     from megatron.training.argument_utils import gpt_config_from_args
 
     args.skip_train = True  # neither an optimizer nor gradient buffers
@@ -149,7 +143,7 @@ def load_model(args: Namespace) -> list[torch.nn.Module]:
 
 
 def train_iterators(args: Namespace, num_chunks: int, iterations: int) -> Any:
-    """Iterators over ``iterations`` global batches of the training data, as Megatron's loop has them.
+    """Over ``iterations`` global batches of the training data, as Megatron's loop has it.
 
     One iterator, or under virtual pipeline parallelism a list with one for each model chunk.
     """
@@ -172,11 +166,9 @@ def train_iterators(args: Namespace, num_chunks: int, iterations: int) -> Any:
 
 
 def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.Tensor:
-    """Run one global batch forward through Megatron's pipeline schedule.
+    """Run one global batch forward: float64 [2], the sum of the token losses and their number on this rank.
 
-    Returns:
-        float64 [2] on this rank: the sum of the token losses and their number; zeros on ranks that do
-        not hold the last pipeline stage.
+    They are zero on ranks that do not hold the last pipeline stage.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -207,9 +199,9 @@ def provenance(args: Namespace) -> dict[str, Any]:
     blend, per_split = get_blend_and_blend_per_split(args)
     blend = per_split[0] if per_split else blend
     recorded = (
-        "key_source num_layers kv_channels num_attention_heads hidden_size"
-        " seq_length global_batch_size micro_batch_size split seed config"
-        " tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size data_parallel_size"
+        "key_source num_layers kv_channels num_attention_heads hidden_size seq_length global_batch_size"
+        " micro_batch_size split seed config tensor_model_parallel_size pipeline_model_parallel_size"
+        " context_parallel_size data_parallel_size"
     )
     return {name: getattr(args, name) for name in recorded.split()} | {
         "num_query_groups": num_query_groups(args),

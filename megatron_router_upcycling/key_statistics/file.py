@@ -22,25 +22,18 @@ AGAIN = "collect the statistics again"
 
 @dataclass
 class KeyStats:
-    """What the converter needs to know of a dense model's keys.
+    """What the converter needs to know of a dense model's keys."""
 
-    - ``mean``: float32 [L, G, d], the mean key of each query group.
-    - ``count``: int64 [L], the tokens that ``mean`` is over.
-    - ``attended``: float32 [L, H, d], the attended key of each query head (``moments``); None in a file of
-      format 1.
-    - ``metadata``: JSON values: what the keys are, which model they come from and what made them.
-    - ``router_input``: [L, S, D], a sample of what routers see, for ``save``; ``load`` leaves it in the file,
-      from which ``read_router_input`` takes a layer's, and gives its shape as ``sample_shape``.
-    - ``path``: of the file that ``load`` has read.
-    """
-
-    mean: torch.Tensor
-    count: torch.Tensor
-    attended: torch.Tensor | None = None
+    mean: torch.Tensor  # float32 [L, G, d], the mean key of each query group
+    count: torch.Tensor  # int64 [L], the tokens that it is over
+    attended: torch.Tensor | None = None  # float32 [L, H, d], of each head
+    # JSON values: what the keys are, which model they come from and what made them.
     metadata: dict[str, Any] = field(default_factory=dict)
+    # [L, S, D], a sample of what routers see, for ``save``. ``load`` gives its shape alone, and
+    # ``read_router_input`` a layer of it.
     router_input: torch.Tensor | None = None
     sample_shape: list[int] | None = None
-    path: Path | None = None
+    path: Path | None = None  # of the file that ``load`` has read
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> None:
@@ -53,11 +46,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
 
 
 def save(path: str | Path, stats: KeyStats, overwrite: bool = False) -> None:
-    """Write ``stats`` to ``path``, whole or not at all.
-
-    Raises:
-        UserError: the file exists and ``overwrite`` is not set, or it cannot be written.
-    """
+    """Write ``stats`` to ``path``, whole or not at all."""
     check_output(path, overwrite)
     path = Path(path)
     tensors = {"key_mean": stats.mean, "key_attended": stats.attended, "key_count": stats.count}
@@ -74,17 +63,10 @@ def save(path: str | Path, stats: KeyStats, overwrite: bool = False) -> None:
 
 
 def load(path: str | Path) -> KeyStats:
-    """Read and check the statistics in ``path``.
-
-    Raises:
-        UserError: the file is missing, is not a whole safetensors file of this format, or its values
-            cannot be statistics (shape, dtype, NaN, no tokens, numbers that its metadata contradict).
-    """
+    """Read and check the statistics in ``path``."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(
-            f"--key-stats {path}: no such file; write one with megatron_router_upcycling.collect_keys"
-        )
+        raise UserError(f"--key-stats {path}: no such file; write one with collect_keys")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -95,9 +77,8 @@ def load(path: str | Path) -> KeyStats:
         raise UserError(f"--key-stats {path}: cannot be read ({reason(error)}); {AGAIN}") from None
     if problem := _problem(tensors, sample, metadata):
         raise UserError(f"--key-stats {path}: {problem}; {AGAIN}")
-    mean, count, attended = (tensors.get(f"key_{name}") for name in ("mean", "count", "attended"))
-    assert mean is not None and count is not None
-    return KeyStats(mean, count, attended, metadata, sample_shape=sample, path=path)
+    mean, count = tensors["key_mean"], tensors["key_count"]
+    return KeyStats(mean, count, tensors.get("key_attended"), metadata, sample_shape=sample, path=path)
 
 
 def read_router_input(path: str | Path, layer: int) -> torch.Tensor:

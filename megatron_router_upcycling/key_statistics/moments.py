@@ -16,10 +16,9 @@ TOKENS_PER_BLOCK = 1024
 
 
 class KeySums:
-    """Running sums of keys and numbers of tokens for a whole model.
+    """Running sums of keys and numbers of tokens; each token's key of a query group goes to one of its heads.
 
-    Each token's key of a query group is added to one head of the group. Every rank holds sums of the model's
-    full size and adds to its own layers and heads, so that merging ranks is one addition.
+    Every rank holds sums of the whole model's size and adds to its own layers and heads.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class KeySums:
         return tokens
 
     def mean(self) -> torch.Tensor:
-        """The mean key of each query group, [L, G, d] in float32 on the CPU, rounded once from the sums."""
+        """The mean key of each query group, [L, G, d] in float32 on the CPU."""
         return (self.total.unflatten(1, (self.num_groups, -1)).sum(2) / self.tokens).float().cpu()
 
     def attended(self) -> torch.Tensor:
@@ -99,6 +98,7 @@ def sum_over_tokens(keys: torch.Tensor) -> torch.Tensor:
     return total
 
 
+@torch.no_grad()
 def attending_heads(
     query: torch.Tensor, key: torch.Tensor, context_parallel: Any | None = None
 ) -> torch.Tensor | None:

@@ -1,8 +1,7 @@
 """Attention through PyTorch's ``scaled_dot_product_attention``, where Transformer Engine is not in use.
 
 Megatron's own ``DotProductAttention`` writes the whole [batch * heads, queries, keys] matrix of scores to
-memory, several times over. PyTorch's kernel (FlashAttention on a GPU, a blocked one on the CPU) never does,
-and takes grouped keys as they are. What it cannot do is left to Megatron's.
+memory, several times over; PyTorch's kernel never does, and takes grouped keys as they are.
 """
 
 import contextlib
@@ -16,9 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class SdpaAttention(DotProductAttention):
-    """A ``DotProductAttention`` without parameters of its own and without a materialised score matrix.
+    """A ``DotProductAttention`` without a materialised score matrix, equal to Megatron's up to rounding.
 
-    Equal to Megatron's up to rounding where dropout is off. Context parallelism is refused, as there.
     Sliding windows, softmax offsets, query-key layer scaling and decoding with a cache take Megatron's path.
     """
 
@@ -36,8 +34,7 @@ class SdpaAttention(DotProductAttention):
 
         Args:
             attention_mask: bool [b or 1, 1, s, s], True where a key must not be seen (Megatron's sense);
-                None: causal, or everything, by the module's ``attn_mask_type``.
-            attn_mask_type: not used, as in Megatron's.
+                None: causal, or everything, by the module's ``attn_mask_type``, never by the argument.
         """
         if (
             packed_seq_params is not None

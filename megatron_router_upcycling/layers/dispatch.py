@@ -1,9 +1,7 @@
 """A token dispatcher for layers whose experts are all on one rank: nothing is sent or waits for the host.
 
-Megatron's dispatchers are made for tokens that travel. On one expert-parallel rank they still sort twice, add
-rows up with atomic operations and copy the experts' counts to the host. Here a token has exactly k rows, so
-all shapes are known beforehand (a CUDA graph can hold the layer), and the counts stay on the device. With
-more than one rank Megatron's dispatchers stay in use.
+There Megatron's dispatchers still sort twice, add rows up with atomic operations and copy the experts' counts
+to the host. Here a token has exactly k rows: all shapes are known beforehand, and a CUDA graph can hold them.
 """
 
 from typing import Any
@@ -54,12 +52,7 @@ class OneRankDispatcher(MoETokenDispatcher):
 
 
 def covers(config: Any, expert_ranks: int) -> bool:
-    """Whether every token has k rows, all of them on this rank.
-
-    Args:
-        config: a TransformerConfig, or Megatron's arguments.
-        expert_ranks: over how many ranks a layer's experts are spread or cut.
-    """
+    """Whether every token has k rows, all on this rank; ``config`` may be Megatron's arguments."""
     return (
         expert_ranks == 1
         and config.moe_token_dispatcher_type in ("alltoall", "allgather")

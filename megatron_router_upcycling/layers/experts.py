@@ -1,8 +1,7 @@
 """A layer's experts as two stacked parameters, multiplied by all their tokens in two grouped products.
 
-Megatron's ``SequentialMLP`` has each expert's matrices in modules of their own and multiplies expert by
-expert. In a checkpoint both are the same tensors under the same names, and so are Transformer Engine's
-grouped experts.
+In a checkpoint they are the same tensors under the same names as those of Megatron's ``SequentialMLP``, which
+multiplies expert by expert, and of Transformer Engine's grouped experts.
 
 Symbols: R rows (a token's copy for one expert), n local experts, D hidden size, F the experts' FFN width.
 """
@@ -32,19 +31,14 @@ LINEARS = ("linear_fc1", "linear_fc2")
 def grouped_product(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """``rows`` [R, in], sorted by expert, times their expert's ``weights`` [n, out, in]: [R, out].
 
-    Args:
-        counts: int [n] on the device of ``rows``, how many rows each expert has; they sum to R.
+    ``counts``, int [n] on the same device, says how many rows each expert has.
     """
     ends = counts.cumsum(0, dtype=torch.int32)
     return torch.nn.functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
 
 
 def covers(config: TransformerConfig, expert_tensor_size: int) -> bool:
-    """Whether ``GroupedExperts`` can be the experts of a model.
-
-    Not covered: biases, other activations than SwiGLU, fp8, tensor-parallel experts, probabilities on the
-    input, recomputed activations, and on a GPU all but bfloat16.
-    """
+    """Whether ``GroupedExperts`` can be the experts of a model."""
     return (
         config.gated_linear_unit
         and config.activation_func is silu
@@ -60,10 +54,7 @@ def covers(config: TransformerConfig, expert_tensor_size: int) -> bool:
 
 
 class GroupedExperts(MegatronModule):
-    """Parameters ``linear_fc1_weight`` [n, 2F, D], gate first, and ``linear_fc2_weight`` [n, D, F].
-
-    They are drawn as those of ``SequentialMLP`` are.
-    """
+    """``linear_fc1_weight`` [n, 2F, D], gate first, and ``linear_fc2_weight`` [n, D, F]."""
 
     def __init__(
         self,
@@ -150,13 +141,11 @@ def _shards(
     replica_id: Any,
     flattened: Any = None,
 ) -> list[ShardedTensor]:
-    """A stacked parameter [n, out, in] as Megatron's shards: one an expert, gate and up apart.
+    """A stacked parameter [n, out, in] as Megatron's shards: one an expert, gate and up (2 ``halves``) apart.
 
     Args:
         places: each local expert's number, and its offset among all experts (none if ``singleton``).
-        offsets: of the layer, as Megatron passes them.
         singleton: each expert has a key of its own instead of an offset.
-        halves: 2 where gate and up lie in one tensor.
         key: and what follows it: as ``ShardedTensorFactory`` passes them.
     """
     found = []
@@ -181,10 +170,7 @@ def _stack(halves: int, parts: list[Tensor]) -> Tensor:
 
 @functools.cache
 def usable(device: str) -> str | None:
-    """Why grouped products are not to be used on ``device`` ('cpu' or 'cuda'); None where they are right.
-
-    A small product and its gradients are computed and compared with a loop, once a process.
-    """
+    """Why grouped products are not to be used on ``device`` ('cpu' or 'cuda'); None where they are right."""
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return f"PyTorch {torch.__version__} has no grouped_mm"
     if device == "cuda" and torch.cuda.get_device_capability() < HOPPER:
@@ -200,14 +186,13 @@ def usable(device: str) -> str | None:
         results = []
         for product in (grouped_product, _loop):
             output = product(tokens, weights, counts)
-            results.append([output, *torch.autograd.grad(output, (tokens, weights), grad)])
+            found = output, *torch.autograd.grad(output, (tokens, weights), grad)
+            results.append([value.float() for value in found])
     except (RuntimeError, NotImplementedError) as error:
         return f"grouped_mm fails here: {str(error).splitlines()[0]}"
     tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-4
-    for found, expected in zip(*results, strict=True):
-        if not torch.allclose(found.float(), expected.float(), rtol=tolerance, atol=tolerance * 8):
-            return "grouped_mm differs from a loop over the experts"
-    return None
+    same = (torch.allclose(*pair, rtol=tolerance, atol=tolerance * 8) for pair in zip(*results, strict=True))
+    return None if all(same) else "grouped_mm differs from a loop over the experts"
 
 
 def _loop(tokens: Tensor, weights: Tensor, counts: Tensor) -> Tensor:

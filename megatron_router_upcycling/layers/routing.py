@@ -48,20 +48,18 @@ class FusedRoutingRouter(TopKRouter):
         config, size = self.config, self.tp_cp_group.size()
         coefficient = config.moe_z_loss_coeff / size
         z_loss = mean_square * coefficient
-        scale = probs.shape[0] * size if self.calculate_per_token_loss else 1
-        probs = MoEAuxLossAutoScaler.apply(probs, z_loss * scale)
         layers = config.num_layers + (config.mtp_num_layers or 0)
         get_moe_metrics_tracker().record(
             "z_loss", z_loss / coefficient, self.layer_number, layers, avg_group=self.tp_dp_cp_group
         )
-        return probs
+        scale = probs.shape[0] * size if self.calculate_per_token_loss else 1
+        return MoEAuxLossAutoScaler.apply(probs, z_loss * scale)
 
 
 class ParameterHolder(torch.nn.Module):
-    """Parameters that a checkpoint has under a name of their own; calling it reads one.
+    """Parameters that a checkpoint has under a name of their own.
 
-    Megatron waits for a parameter's gather, and starts the next, before a module that owns parameters is
-    called.
+    Calling it reads one: Megatron waits for a parameter's gather before the module that owns it is called.
     """
 
     def forward(self, name: str) -> Tensor:

@@ -1,8 +1,7 @@
-"""Parameters, memory, arithmetic and communication of a run, as formulas.
+"""Parameters, memory, arithmetic, communication and time of a run, as formulas.
 
-Parameters are exact, rank by rank. Memory of weights, gradients and optimizer states follows from them and is
-exact but for padding; activations and communication are estimates, and each function says of what.
-Memory is that of this package's kernels on a GPU.
+Parameters are exact, rank by rank; so is memory of weights, gradients and optimizer states but for padding.
+Activations, of this package's kernels on a GPU, communication and time are estimates.
 
 A ``setup`` is a complete one, a ``stage`` a pipeline rank. Pure: imports neither torch nor Megatron.
 
@@ -61,7 +60,6 @@ def _layers(s: Setup, stage: int) -> tuple[int, int]:
 
 
 def _attention_parameters(s: Setup) -> int:
-    """Of one layer on one GPU."""
     D, H, t = s.hidden_size, s.num_attention_heads, s.tensor_model_parallel_size
     qkv = (H + 2 * s.num_query_groups) * s.kv_channels
     biases = qkv // t if s.add_bias_linear or s.add_qkv_bias else 0
@@ -76,13 +74,12 @@ def _ffn_parameters(s: Setup, width: int, shards: int) -> int:
 
 
 def _experts_and_rest(setup: Setup, stage: int) -> tuple[int, int]:
-    """Parameters of experts, and all others, on one GPU."""
     counts = parameters(setup, stage)
     return counts["experts"], sum(counts.values()) - counts["experts"]
 
 
 def total_and_active(setup: Setup) -> tuple[int, int]:
-    """Parameters of the whole model, and of those what one token passes: k of n experts in each layer."""
+    """Parameters of the whole model, and those of them that one token passes."""
     alone: dict[str, Any] = dict.fromkeys(PARALLEL, 1) | {"expert_tensor_parallel_size": 1}
     alone |= {"decoder_first_pipeline_num_layers": 0, "decoder_last_pipeline_num_layers": 0}
     experts, others = _experts_and_rest(replace(setup, **alone), 0)
@@ -123,9 +120,8 @@ def tokens_on_gpu(setup: Setup) -> int:
 def logits(setup: Setup) -> float:
     """Bytes that the output layer and cross entropy hold where the backward pass begins.
 
-    Logits once, whose gradient takes their place, and the gradient of the output layer's weights. Megatron's
-    own cross entropy, in use with tensor parallelism or without ``--cross-entropy-loss-fusion``, holds
-    two float32 copies of the logits beside them.
+    Logits, whose gradient takes their place, and the gradient of the output layer's weights. Megatron's own
+    cross entropy holds two float32 copies of the logits beside them.
     """
     columns = setup.padded_vocab_size / setup.tensor_model_parallel_size
     once = setup.cross_entropy_loss_fusion and setup.tensor_model_parallel_size == 1
@@ -136,9 +132,8 @@ def logits(setup: Setup) -> float:
 def activations(setup: Setup, stage: int, fused: bool = True) -> float:
     """Bytes that layers keep for the backward pass, of all micro-batches in flight (an estimate).
 
-    Attention without a materialised score matrix (FlashAttention). A token is counted at k experts on this
-    GPU whatever the expert parallel size, which holds where the load is even. ``fused``: norms and SwiGLU in
-    one kernel each, as on a GPU; PyTorch's separate operators, as on the CPU, keep more.
+    Attention is FlashAttention, and the load even. ``fused``: norms and SwiGLU in one kernel each, as on a
+    GPU; PyTorch's separate operators, as on the CPU, keep more.
     """
     layers = setup.layers_of_stage(stage)
     tokens, flying = tokens_on_gpu(setup), in_flight(setup, stage)
@@ -223,8 +218,7 @@ def ffn_widths(s: Setup) -> int:
 def flops_per_token(setup: Setup) -> float:
     """Floating-point operations of a training step a token: forward and twice that backward.
 
-    Matrix products of the parameters that a token passes, and causal attention at half of the square, as
-    Megatron counts them; recomputation is not counted.
+    Causal attention counts half of the square, as Megatron has it; recomputation is not counted.
     """
     s, D = setup, setup.hidden_size
     H, G, d = s.num_attention_heads, s.num_query_groups, s.kv_channels
@@ -268,11 +262,59 @@ def _sent_by_data_parallelism(setup: Setup, stage: int) -> float:
 def _sent_by_tensor_parallelism(s: Setup, layers: int, moe: int, hidden: float, copies: float) -> float:
     """For a micro-batch, by a stage of ``layers``, ``moe`` of them with experts.
 
-    With sequence parallelism five gathers or scatters for attention and for a dense or shared FFN each; else
-    two all-reduces each, of twice the volume. Experts' tokens are gathered and, in the router's float32,
-    scattered among the ranks that share an expert; the same backward.
+    Five gathers or scatters for attention and for a dense or shared FFN each, or without sequence parallelism
+    two all-reduces of twice the volume. Experts' tokens are gathered and, in float32, scattered; both twice.
     """
     shared = moe if s.moe_shared_expert_intermediate_size else 0
     times = (5 if s.sequence_parallel else 4) * (2 * layers - moe + shared)
     of_experts = (2 + 2 * 4 / s.element_size) * copies * (s.expert_tensor_parallel_size - 1) * moe
     return times * hidden * (1 - 1 / s.tensor_model_parallel_size) + of_experts
+
+
+# Time, from what a step took on a GPU, part by part: Qwen1.5-0.5B as 8x0.5B with the mixture of routers, one
+# rank of 64, one micro-batch of 4 x 4096 tokens, on one NVIDIA H200, without Transformer Engine and without
+# communication (docs/performance.md has hardware, versions and command).
+MEASURED_ON = "one rank of an H200"
+PEAK_TFLOPS = 989  # bfloat16, dense, of an H100 and an H200
+TOKENS, LAYERS, D, F, V = 4 * 4096, 24, 1024, 2816, 151936
+# Milliseconds of each part's kernels, and what they grow with: arithmetic, hidden states read, or parameters.
+MEASURED = {
+    "experts": (65.8, TOKENS * LAYERS * D * 2 * F),
+    "attention": (30.6, TOKENS * 4096 * LAYERS * D),
+    "projections": (15.8, TOKENS * LAYERS * 4 * D * D),
+    "head and loss": (22.4, TOKENS * D * V),
+    "gradients and optimizer": (10.2, 2_098_086_912),
+    "routers and dispatch": (4.6 + 3.1, TOKENS * D * LAYERS),
+    "norms, rotary, residuals": (3.9 + 1.8 + 5.3 + 0.6, TOKENS * D * LAYERS),  # and the embedding
+}
+# A step over its kernels: where the host launches them in time (micro-batches of 8), and where not (4).
+WALL_OVER_KERNELS = {"host keeps up": 339.8 / 314.7, "host falls behind": 219.4 / 164.0}
+
+
+def kernel_ms(s: Setup) -> dict[str, float]:
+    """Milliseconds of kernels of a micro-batch on one GPU, by part: ``MEASURED``, scaled.
+
+    Work is taken to be even over pipeline stages.
+    """
+    H, G, d = s.num_attention_heads, s.num_query_groups, s.kv_channels
+    tokens = tokens_on_gpu(s) / (s.tensor_model_parallel_size * s.pipeline_model_parallel_size)
+    states = tokens * s.hidden_size
+    work = {
+        "experts": states * ffn_widths(s) * (3 if s.swiglu else 2) / 3,
+        "attention": tokens * s.seq_length * s.num_layers * H * d,
+        "projections": states * s.num_layers * (2 * H + 2 * G) * d,
+        "head and loss": states * s.padded_vocab_size,
+        "gradients and optimizer": sum(parameters(s, fullest(s)).values()),
+        "routers and dispatch": states * sum(s.has_experts()),
+        "norms, rotary, residuals": states * s.num_layers,
+    }
+    return {part: ms * work[part] / measured for part, (ms, measured) in MEASURED.items()}
+
+
+def step_seconds(setup: Setup, peak_tflops: float) -> dict[str, float]:
+    """Time of a step by how well the host keeps up, on GPUs whose speed goes by their peak.
+
+    Communication and recomputation are not in it.
+    """
+    kernels = sum(kernel_ms(setup).values()) / 1e3 * setup.num_microbatches * PEAK_TFLOPS / peak_tflops
+    return {name: kernels * ratio for name, ratio in WALL_OVER_KERNELS.items()}

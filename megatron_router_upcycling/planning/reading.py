@@ -34,17 +34,8 @@ SIMILAR, OTHERS = 0.89, {"pad_vocab_size"}
 IN_WORDS = {bool: "true or false", int: "a whole number, not negative", str: "a name"}
 
 
-class NotCovered(UserError):
-    """A model or layout that a plan is not for, and training may be."""
-
-
 def read(config_file: Path | None, load: Path | None, flags: Sequence[str], world_size: int) -> Setup:
-    """The run that a YAML file, a checkpoint's manifest and Megatron flags describe, in rising precedence.
-
-    Raises:
-        UserError: a file that is missing or damaged, a value of the wrong kind, a model that a plan does
-            not cover, or a layout that cannot work.
-    """
+    """The run that a checkpoint's manifest, a YAML file and Megatron flags describe, in rising precedence."""
     entries: dict[str, Any] = yaml_files.read_yaml(config_file) if config_file else {"upcycling": {}}
     router, _ = config_flags.split_section(entries.pop("upcycling"), str(config_file))
     values = entries | parse_flags(flags)
@@ -67,12 +58,10 @@ def _read_manifest(load: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return recorded["model"] | {name: getattr(router, field) for name, field in shared}, router.to_dict()
 
 
-def from_values(values: dict[str, Any], router: dict[str, Any], source: str, gpus: str = "--gpus") -> Setup:
-    """A complete Setup from Megatron's arguments (other names are left alone) and router options.
+def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> Setup:
+    """A complete Setup from Megatron's arguments and router options; errors name ``source``.
 
-    Args:
-        source: what errors name for a wrong value.
-        gpus: the flag that gave ``world_size``.
+    Other arguments than a Setup's are left alone.
     """
     known = {field.name: field.type for field in dataclasses.fields(Setup) if field.name != "router"}
     taken: dict[str, Any] = {}
@@ -81,12 +70,12 @@ def from_values(values: dict[str, Any], router: dict[str, Any], source: str, gpu
         if near and name not in OTHERS:
             raise UserError(f"{source}: unknown argument {name!r}; did you mean {near[0]!r}?")
         if (name in NOT_COVERED and value) or (name == "optimizer" and value not in (None, "adam")):
-            raise NotCovered(f"{source}: {flag_of(name)} is not covered by plan and --rehearse")
+            raise UserError(f"{source}: {flag_of(name)} is not covered by plan and --rehearse")
         if name in NEGATED:
             taken[NEGATED[name]] = not value
         elif name in known and value is not None:
             taken[name] = _checked(name, value, known[name], source)
-    setup = complete(Setup(**taken), gpus)
+    setup = complete(Setup(**taken))
     if not setup.num_experts:
         return setup
     names = [field.name for field in dataclasses.fields(RouterConfig)]
@@ -114,19 +103,16 @@ def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
 def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
     """Megatron's flags as argument names and values; several values are a list, none is True."""
     found: dict[str, list[Any]] = {}
-    name = None
     for word in flags:
         if word.startswith("--"):
-            name, _, value = word[2:].replace("-", "_").partition("=")
+            name, _, value = word[2:].partition("=")
+            name = name.replace("-", "_")
             found[name] = [_value(value)] if value else []
-        elif name is None:
+        elif not found:
             raise UserError(f"{word}: belongs to no flag; flags of Megatron begin with --")
         else:
             found[name].append(_value(word))
-    return {
-        name: True if not values else values[0] if len(values) == 1 else values
-        for name, values in found.items()
-    }
+    return {name: values if len(values) > 1 else (values or [True])[0] for name, values in found.items()}
 
 
 def _value(word: str) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_router_upcycling.planning import figures, speed
+from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.figures import GIB
 from megatron_router_upcycling.planning.setup import Setup
 
@@ -39,7 +39,7 @@ def warnings(s: Setup, gpu_memory_gib: float) -> Iterator[str]:
 
 
 def too_large(s: Setup, gpu_memory_gib: float) -> str | None:
-    """Why the run cannot fit a GPU's memory, in one line with the flags that would help; None if it fits."""
+    """Why the run cannot fit a GPU's memory, with the flags that would help; None if it fits."""
     need = figures.memory(s, figures.fullest(s))
     total = sum(need.values()) / GIB
     if total <= gpu_memory_gib:
@@ -60,30 +60,28 @@ def too_large(s: Setup, gpu_memory_gib: float) -> str | None:
 
 def as_json(s: Setup, gpu_memory_gib: float, peak_tflops: float) -> dict[str, Any]:
     """All figures; bytes, seconds and counts."""
-    total, active = figures.total_and_active(s)
-    flops, step = figures.flops_per_token(s), speed.step_seconds(s, peak_tflops)
-    stages = {
-        str(stage): {
-            "parameters": figures.parameters(s, stage),
-            "memory": (need := figures.memory(s, stage)) | {"total": sum(need.values())},
-            "communication": figures.communication(s, stage),
-        }
-        for stage in range(s.pipeline_model_parallel_size)
-    }
+    flops, step = figures.flops_per_token(s), figures.step_seconds(s, peak_tflops)
+    derived = {"data_parallel_size": s.data_parallel_size, "num_microbatches": s.num_microbatches}
     return {
-        "setup": dataclasses.asdict(s)
-        | {"data_parallel_size": s.data_parallel_size, "num_microbatches": s.num_microbatches},
-        "parameters": {"total": total, "active": active},
-        "stages": stages,
+        "setup": dataclasses.asdict(s) | derived,
+        "parameters": dict(zip(("total", "active"), figures.total_and_active(s), strict=True)),
+        "stages": {
+            str(stage): {
+                "parameters": figures.parameters(s, stage),
+                "memory": (need := figures.memory(s, stage)) | {"total": sum(need.values())},
+                "communication": figures.communication(s, stage),
+            }
+            for stage in range(s.pipeline_model_parallel_size)
+        },
         "flops_per_token": flops,
         "tokens": s.train_iters * s.tokens_per_step,
-        "kernel_ms": speed.kernel_ms(s),
+        "kernel_ms": figures.kernel_ms(s),
         "seconds": {name: seconds * s.train_iters for name, seconds in step.items()},
         "utilisation": {
             name: flops * s.tokens_per_step / (seconds * s.world_size * peak_tflops * 1e12)
             for name, seconds in step.items()
         },
-        "measured_on": speed.MEASURED_ON,
+        "measured_on": figures.MEASURED_ON,
         "warnings": [*warnings(s, gpu_memory_gib)],
     }
 
@@ -93,8 +91,15 @@ def describe(s: Setup, gpu_memory_gib: float, peak_tflops: float) -> str:
     found = as_json(s, gpu_memory_gib, peak_tflops)
     lines = [*_model(s, **found["parameters"])]
     for stage in sorted({0, figures.fullest(s), s.pipeline_model_parallel_size - 1}):
+        of_stage = found["stages"][str(stage)]
         where = f" (pipeline rank {stage})" if s.pipeline_model_parallel_size > 1 else ""
-        lines += _stage(where, gpu_memory_gib, **found["stages"][str(stage)])
+        counts, need = of_stage["parameters"], of_stage["memory"].pop("total")
+        parts = ", ".join(f"{part} {_size(count)}" for part, count in counts.items() if count)
+        lines += [
+            f"per GPU{where}  {sum(counts.values())} parameters: {parts}",
+            f"memory     {_gib(of_stage['memory'])}: ~{need / GIB:.2f} GiB of {gpu_memory_gib:g}",
+            f"sent a step  ~{_gib(of_stage['communication']) or 'nothing'}",
+        ]
     lines += _speed(s, found, peak_tflops)
     return "\n".join([*lines, *(f"warning: {warning}" for warning in found["warnings"])])
 
@@ -130,36 +135,19 @@ def _model(s: Setup, total: int, active: int) -> Iterator[str]:
     )
 
 
-def _stage(
-    where: str,
-    available: float,
-    parameters: dict[str, int],
-    memory: dict[str, float],
-    communication: dict[str, float],
-) -> Iterator[str]:
-    """What one GPU of a pipeline rank holds and sends."""
-    parts = ", ".join(f"{part} {_size(count)}" for part, count in parameters.items() if count)
-    need = memory.pop("total")
-    yield f"per GPU{where}  {sum(parameters.values())} parameters: {parts}"
-    yield f"memory     {_gib(memory)}: ~{need / GIB:.2f} GiB of {available:g}"
-    yield f"sent a step  ~{_gib(communication) or 'nothing'}"
-
-
 def _speed(s: Setup, found: dict[str, Any], peak_tflops: float) -> Iterator[str]:
     """Arithmetic, and the time that it takes by what was measured."""
     flops, step, tokens = found["flops_per_token"], s.tokens_per_step, found["tokens"]
-    yield (
-        f"arithmetic  {flops / 1e9:.2f} GFLOP a token (forward and backward), "
-        f"{flops * step / 1e15:.2f} PFLOP a step"
-    )
+    work = f"{flops / 1e9:.2f} GFLOP a token (forward and backward), {flops * step / 1e15:.2f} PFLOP a step"
+    yield f"arithmetic  {work}"
     length = f"{_size(tokens)} tokens in {s.train_iters} steps" if tokens else "100 B tokens"
     parts = ", ".join(f"{part} {ms:.1f}" for part, ms in found["kernel_ms"].items())
     yield (
-        f"time       measured on {speed.MEASURED_ON}, without Transformer Engine, and scaled to this run;"
+        f"time       measured on {figures.MEASURED_ON}, without Transformer Engine, and scaled to this run;"
         " communication and recomputation are not in it"
     )
-    yield f"           kernels of a micro-batch, ms at {speed.PEAK_TFLOPS} TFLOP/s: {parts}"
-    for name, seconds in speed.step_seconds(s, peak_tflops).items():
+    yield f"           kernels of a micro-batch, ms at {figures.PEAK_TFLOPS} TFLOP/s: {parts}"
+    for name, seconds in figures.step_seconds(s, peak_tflops).items():
         yield (
             f"{name:18}{found['utilisation'][name]:.0%} of {peak_tflops:g} TFLOP/s,"
             f" {step / seconds / s.world_size:,.0f} tokens/s a GPU, {step / seconds:,.0f} tokens/s in all,"

@@ -99,8 +99,8 @@ class Setup:
     def weight_gathers(self) -> int:
         """How often the distributed optimizer gathers all weights in a step.
 
-        With expert parallelism Megatron has two optimizers, for experts and for the rest. Unless gathering
-        overlaps with the forward pass, each of them gathers everything (seen in rehearsals of 0.19).
+        With expert parallelism Megatron has two, each of which gathers everything unless that overlaps with
+        the forward pass (seen in rehearsals of 0.19).
         """
         return 2 if self.expert_model_parallel_size > 1 and not self.overlap_param_gather else 1
 
@@ -153,26 +153,19 @@ PARALLEL = [f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model
 PARALLEL.append("num_virtual_stages_per_pipeline_rank")
 
 
-def complete(setup: Setup, gpus: str = "--gpus") -> Setup:
-    """``setup`` with the arguments that Megatron fills in where they are not given.
-
-    Args:
-        gpus: the flag that gave the number of GPUs.
-
-    Raises:
-        UserError: the first thing that cannot work; it names a flag and what would work.
-    """
+def complete(setup: Setup) -> Setup:
+    """``setup`` with the arguments that Megatron fills in; UserError for the first thing that cannot work."""
     names = (*NEEDED, *PARALLEL, "num_query_groups", "make_vocab_size_divisible_by")
-    needed = {gpus: setup.world_size} | {flag_of(name): getattr(setup, name) for name in names}
+    needed = {"--gpus": setup.world_size} | {flag_of(name): getattr(setup, name) for name in names}
     needed["--vocab-size"] = setup.vocab_size or setup.padded_vocab_size
     for flag, value in needed.items():
         if value < 1:
             raise UserError(
                 f"{flag} {value}: must be at least 1; give it as a flag, in the YAML file or by --load MOE"
             )
-    _check_multiple(gpus, setup.world_size, "TP x PP x CP", setup.model_parallel_size)
+    _check_multiple("--gpus", setup.world_size, "TP x PP x CP", setup.model_parallel_size)
     filled = _filled(setup)
-    _check(filled, gpus)
+    _check(filled)
     return filled
 
 
@@ -182,7 +175,7 @@ def flag_of(name: str) -> str:
 
 
 def _filled(s: Setup) -> Setup:
-    """``s`` as Megatron's ``validate_args`` leaves it, and with the vocabulary padded."""
+    """As Megatron's ``validate_args`` leaves it, and with the vocabulary padded."""
     ffn = s.ffn_hidden_size or (int(4 * s.hidden_size * 2 / 3 / 64) * 64 if s.swiglu else 4 * s.hidden_size)
     multiple = s.make_vocab_size_divisible_by * s.tensor_model_parallel_size
     batch = s.global_batch_size or s.micro_batch_size * s.data_parallel_size
@@ -204,8 +197,8 @@ def _filled(s: Setup) -> Setup:
     )
 
 
-def _check(s: Setup, gpus: str) -> None:
-    """Refuse sizes that do not divide, and what would cost GPU hours or a wait to find out."""
+def _check(s: Setup) -> None:
+    """Refuse what would cost GPU hours or a wait to find out."""
     P, t, ep = s.pipeline_model_parallel_size, s.tensor_model_parallel_size, s.expert_model_parallel_size
     chunks, etp = s.num_virtual_stages_per_pipeline_rank, s.expert_tensor_parallel_size
     virtual, tensor = s.num_layers_per_virtual_pipeline_stage, "--tensor-model-parallel-size"
@@ -219,16 +212,13 @@ def _check(s: Setup, gpus: str) -> None:
         ("--expert-tensor-parallel-size", etp, s.moe_ffn_hidden_size, "columns of an expert's FFN"),
     ):
         if count % size:
-            raise UserError(
-                f"{flag} {size}: does not divide the {count} {what}; use one of {_divisors(count)}"
-            )
+            raise UserError(f"{flag} {size}: does not divide the {count} {what}; {_divisors(count)}")
     if sum(len(s.layers_of_stage(stage)) for stage in range(P)) != s.num_layers:
         raise UserError(
-            f"--pipeline-model-parallel-size {P}: its stages and their model chunks cannot share the"
-            f" {s.num_layers} layers evenly; without uneven or virtual stages use one of"
-            f" {_divisors(s.num_layers)}"
+            f"--pipeline-model-parallel-size {P}: its stages and model chunks cannot share the {s.num_layers}"
+            f" layers evenly; without uneven or virtual stages {_divisors(s.num_layers)}"
         )
-    _check_multiple(gpus, s.world_size, "expert TP x EP x PP", etp * ep * P)
+    _check_multiple("--gpus", s.world_size, "expert TP x EP x PP", etp * ep * P)
     step = s.micro_batch_size * s.data_parallel_size * (P if chunks > 1 else 1)
     what = f"--micro-batch-size x data parallel size{' x pipeline stages' * (chunks > 1)}"
     _check_multiple("--global-batch-size", s.global_batch_size, what, step)
@@ -253,5 +243,5 @@ def _check_multiple(flag: str, number: int, what: str, size: int) -> None:
 
 
 def _divisors(number: int) -> str:
-    """Those up to 64."""
-    return ", ".join(str(d) for d in range(1, min(number, 64) + 1) if number % d == 0)
+    """Those up to 64, as advice."""
+    return f"use one of {', '.join(str(d) for d in range(1, min(number, 64) + 1) if number % d == 0)}"

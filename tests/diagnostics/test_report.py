@@ -65,11 +65,8 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
     for folder in folders:
         folder.mkdir(parents=True)
         files.append(folder / files.RUN, {"iteration": 1, "kind": "train", "lm_loss": 1.0})
-    assert [run.name for run in report.read_runs(folders)] == [
-        "seed1/mixture",
-        "seed2/mixture",
-        "seed1/linear",
-    ]
+    names = [run.name for run in report.read_runs(folders)]
+    assert names == ["seed1/mixture", "seed2/mixture", "seed1/linear"]
     assert [run.name for run in report.read_runs(folders[::2])] == ["mixture", "linear"]
 
 

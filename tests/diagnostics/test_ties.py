@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_router_upcycling import cli, pretrain
-from megatron_router_upcycling.diagnostics import ties
+from megatron_router_upcycling.diagnostics import routing_start
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.likeness import tied_experts
 from megatron_router_upcycling.training.launch import Run
@@ -55,14 +55,14 @@ def test_nothing_is_said_where_experts_differ(
     folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[object, ...]
 ) -> None:
     assert convert(folder, *flags) == 0 and capsys.readouterr().err == ""
-    assert ties.warn(folder / "moe") is None
+    assert routing_start.warn_of_ties(folder / "moe") is None
 
 
 def test_a_checkpoint_that_convert_did_not_make_is_not_opened(tmp_path: Path) -> None:
     """Such as a Mixture-of-Experts in Megatron's older format, which a run resumes."""
     (tmp_path / "iter_0000002/mp_rank_00_000").mkdir(parents=True)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
-    assert ties.warn(tmp_path) is None
+    assert routing_start.warn_of_ties(tmp_path) is None
 
 
 def test_shards_of_one_copy_are_not_ties() -> None:

@@ -51,13 +51,9 @@ def gradients(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Ten
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = [output.detach().double().clone() for output in outputs]
-    weights = [
-        draw(*output.shape, seed=7).to(output.dtype) if output.dim() else output.new_tensor(0.3)
-        for output in outputs
-    ]
-    torch.autograd.backward(outputs, weights)
-    assert all(leaf.grad is not None for leaf in leaves)
-    return results + [leaf.grad.double() for leaf in leaves if leaf.grad is not None]
+    weights = [draw(*output.shape, seed=7).to(output.dtype) for output in outputs]
+    grads = torch.autograd.grad(outputs, leaves, weights)
+    return results + [grad.double() for grad in grads]
 
 
 def compare(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:

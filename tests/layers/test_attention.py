@@ -14,7 +14,6 @@ TOLERANCE = 5e-6
 
 
 def test_equal_to_megatrons_forward_and_backward() -> None:
-    """In a process of its own: Megatron's module runs on the CPU through the bridge alone."""
     launch.python("-c", "from tests.layers import test_attention; test_attention.compare()").ok()
 
 
@@ -34,13 +33,10 @@ def compare() -> None:
         assert not list(ours.parameters())
         expected, found = run(theirs, groups, mask), run(ours, groups, mask)
         for name, tensor in expected.items():
-            torch.testing.assert_close(
-                found[name], tensor, rtol=0, atol=TOLERANCE, msg=lambda m, n=name: n + m
-            )
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=TOLERANCE)
     window = {"window_size": (4, 0)}
-    expected, found = (
-        run(build(kind, 2, **window), 2, None) for kind in (DotProductAttention, SdpaAttention)
-    )
+    kinds = DotProductAttention, SdpaAttention
+    expected, found = (run(build(kind, 2, **window), 2, None) for kind in kinds)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not torch.allclose(found["output"], run(build(SdpaAttention, 2), 2, None)["output"], atol=1e-3)
     dropping = build(SdpaAttention, 2, attention_dropout=0.5)

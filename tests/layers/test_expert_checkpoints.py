@@ -50,9 +50,7 @@ def train(config: Path, load: Path, experts: str, layout: Layout, *flags: object
 
 
 @functools.cache
-def unbroken_run(
-    folder: Path, config: Path, moe: Path, experts: str, layout: Layout
-) -> tuple[Path, dict[int, float]]:
+def unbroken_run(folder: Path, config: Path, moe: Path, experts: str, layout: Layout) -> tuple:
     """From the converted checkpoint: the folder with the run's checkpoints, and its losses."""
     save = folder / f"{experts}, {layout}"
     losses = train(config, moe, experts, layout, "--save", save)
@@ -97,8 +95,5 @@ def test_a_converted_checkpoint_starts_both_alike(
     assert losses == pytest.approx(unbroken[1], rel=1e-4)
     logged, expected = (files.read(root / files.ROUTING)[-1]["rare"] for root in (save, unbroken[0]))
     assert logged["expert_distance"] == pytest.approx(expected["expert_distance"], rel=1e-2)
-    shapes = [
-        {key: tensor.shape for key, tensor in open_checkpoint(root).tensors.items()}
-        for root in (save, unbroken[0])
-    ]
-    assert shapes[0] == shapes[1]
+    ours, theirs = (open_checkpoint(root).tensors for root in (save, unbroken[0]))
+    assert {key: tensor.shape for key, tensor in ours.items()} == {k: t.shape for k, t in theirs.items()}

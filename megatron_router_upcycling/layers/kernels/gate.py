@@ -63,10 +63,9 @@ class _GateLogits(torch.autograd.Function):
         parts = min(32, kernels.blocks(T, 64))
         partial = gate.new_empty(parts, n, D)
         columns = kernels.block_size(D, 64)
+        sizes = T, D, n, kernels.blocks(T, 64 * parts)
         constants = kernels.block_size(n), 64, columns, kernels.INTERPRETED
-        _gate_grad_weight[(kernels.blocks(D, columns), parts)](
-            *(grad, tokens, partial, T, D, n, kernels.blocks(T, 64 * parts)), *constants
-        )
+        _gate_grad_weight[(kernels.blocks(D, columns), parts)](grad, tokens, partial, *sizes, *constants)
         return grad_tokens, partial.sum(0)
 
 

@@ -1,14 +1,12 @@
 """Tokens into rows sorted by expert, and back, where all experts are on this rank.
 
-A token goes to exactly k experts, so there are R = T * k rows and every shape is known beforehand: nothing is
-copied to the host. Both directions gather; no kernel adds to memory that another one writes, so results do
-not change from run to run.
+Every shape is known beforehand: nothing is copied to the host. Both directions gather, and no kernel adds to
+memory that another one writes, so results do not change from run to run.
 
 Symbols: T tokens, n experts, k experts a token, R = T * k rows, D hidden size.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +18,7 @@ from megatron_router_upcycling.layers.kernels import tl, triton
 TOKENS = 128  # a program's
 
 
-@dataclass(frozen=True)
-class Places:
+class Places(NamedTuple):
     """Where each token's rows are."""
 
     row_of: Tensor  # int32 [T, k]: a token's rows in the order of its experts
@@ -31,11 +28,7 @@ class Places:
 
 
 def find_places(routing_map: Tensor, top_k: int) -> Places:
-    """Sort by expert, and within an expert by token.
-
-    Args:
-        routing_map: bool [T, n] with exactly ``top_k`` True a row.
-    """
+    """Sort by expert, and within an expert by token: ``routing_map`` is bool [T, n], ``top_k`` True a row."""
     T, n = routing_map.shape
     routing_map = routing_map.contiguous()
     if not kernels.usable(routing_map):
@@ -45,9 +38,8 @@ def find_places(routing_map: Tensor, top_k: int) -> Places:
     partial, row_of, token_of, counts = (routing_map.new_empty(s, dtype=torch.int32) for s in shapes)
     as_bytes = routing_map.view(torch.uint8)
     _rows_count[(blocks,)](as_bytes, partial, T, n, TOKENS, width)
-    _rows_place[(blocks,)](
-        *(as_bytes, partial, row_of, token_of, counts, T, n, blocks), *(top_k, TOKENS, width, 32)
-    )
+    tensors = as_bytes, partial, row_of, token_of, counts
+    _rows_place[(blocks,)](*tensors, T, n, blocks, top_k, TOKENS, width, 32)
     return Places(row_of, token_of, counts, routing_map)
 
 
@@ -135,10 +127,9 @@ def _spread_probs(grad: Tensor, places: Places) -> Tensor:
 def _move_probs(dense: Tensor, rows: Tensor, places: Places, to_rows: bool) -> None:
     """Between ``dense`` [T, n] and ``rows`` [R]."""
     (T, n), top_k = dense.shape, places.row_of.shape[1]
-    _rows_probs[(kernels.blocks(T, TOKENS),)](
-        *(dense, places.routing_map.view(torch.uint8), places.row_of, rows, T, n),
-        *(top_k, to_rows, TOKENS, kernels.block_size(n)),
-    )
+    tensors = dense, places.routing_map.view(torch.uint8), places.row_of, rows
+    constants = top_k, to_rows, TOKENS, kernels.block_size(n)
+    _rows_probs[(kernels.blocks(T, TOKENS),)](*tensors, T, n, *constants)
 
 
 @triton.jit

@@ -17,11 +17,8 @@ def rotate(heads: Tensor, angles: Tensor) -> Tensor:
     """x cos + rotate_half(x) sin, in float32 inside (RoFormer, in the layout of GPT-NeoX and Qwen).
 
     Args:
-        heads: [s, b, h, d], whose last axis is dense; a view of a larger tensor will do.
+        heads: [s, b, h, d]; a view of a larger tensor will do. The result is dense.
         angles: float32 [s, 1, 1, r] with r <= d even; what is beyond r stays as it is.
-
-    Returns:
-        [s, b, h, d], dense.
     """
     if kernels.usable(heads, angles) and heads.stride(-1) == 1:
         return _Rotate.apply(heads, angles)
@@ -52,12 +49,9 @@ class _Rotate(torch.autograd.Function):
 def _turn(heads: Tensor, angles: Tensor, back: bool) -> Tensor:
     s, b, h, d = heads.shape
     output = heads.new_empty(heads.shape)
-    covers_h, covers_d = (1 << (size - 1).bit_length() for size in (h, d))
-    _rotary[(s, b)](
-        *(heads, angles.reshape(s, -1), output, *heads.stride()[:3], b, h, d, angles.shape[-1]),
-        *(back, covers_h, covers_d),
-        num_warps=2,
-    )
+    covers = (1 << (size - 1).bit_length() for size in (h, d))
+    sizes = *heads.stride()[:3], b, h, d, angles.shape[-1]
+    _rotary[(s, b)](heads, angles.reshape(s, -1), output, *sizes, back, *covers, num_warps=2)
     return output
 
 

@@ -60,10 +60,8 @@ class _Route(torch.autograd.Function):
         probs = torch.empty_like(logits)
         routing_map = torch.empty_like(logits, dtype=torch.bool)
         sums = logits.new_empty(programs, n + 1)
-        _routing[(programs,)](
-            *(logits, probs, routing_map.view(torch.uint8), sums, T, n),
-            *(top_k, pre_softmax, TOKENS, kernels.block_size(n)),
-        )
+        tensors = logits, probs, routing_map.view(torch.uint8), sums
+        _routing[(programs,)](*tensors, T, n, top_k, pre_softmax, TOKENS, kernels.block_size(n))
         total = sums.sum(0)
         ctx.pre_softmax = pre_softmax
         ctx.save_for_backward(logits, routing_map)
@@ -76,10 +74,16 @@ class _Route(torch.autograd.Function):
         logits, routing_map = ctx.saved_tensors
         T, n = logits.shape
         grad_logits = torch.empty_like(logits)
+        grads = grad_probs.contiguous(), grad_sums.contiguous(), grad_square, grad_logits
         _routing_grad[(kernels.blocks(T, TOKENS),)](
-            *(logits, routing_map.view(torch.uint8), grad_probs.contiguous(), grad_sums.contiguous()),
-            *(grad_square, grad_logits, T, n),
-            *(ctx.pre_softmax, TOKENS, kernels.block_size(n)),
+            logits,
+            routing_map.view(torch.uint8),
+            *grads,
+            T,
+            n,
+            ctx.pre_softmax,
+            TOKENS,
+            kernels.block_size(n),
         )
         return grad_logits, None, None
 

@@ -14,14 +14,9 @@ from megatron_router_upcycling.layers.kernels import tl, triton
 
 
 def weighted_swiglu(hidden: Tensor, probs: Tensor) -> Tensor:
-    """silu(gate) * up * probability, in float32 inside.
+    """silu(gate) * up * probability, in float32 inside: [R, F] in the dtype of ``hidden``.
 
-    Args:
-        hidden: [R, 2F], the gate's half first.
-        probs: [R], of any float dtype.
-
-    Returns:
-        [R, F] in the dtype of ``hidden``.
+    ``hidden`` is [R, 2F], the gate's half first; ``probs`` [R] of any float dtype.
     """
     if kernels.usable(hidden, probs) and hidden.shape[0] > 0:
         return _WeightedSwiGLU.apply(hidden, probs)

@@ -1,8 +1,4 @@
-"""What one rank's step holds and sends, measured: parameters, gradients, optimizer, activations, collectives.
-
-Bytes are counted where they are held, not by the process's size, so that the figures are the same on the CPU
-and on a GPU and do not depend on an allocator.
-"""
+"""What one rank's step holds and sends, counted where it is held: the same on the CPU and on a GPU."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,21 +28,19 @@ def parameters_by_part(model: Model) -> dict[str, int]:
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             of_ffn = "experts" if holds_experts([name]) else "ffn"
-            counts[next((part for piece, part in NAMES.items() if piece in name), of_ffn)] += (
-                parameter.numel()
-            )
+            part = next((part for piece, part in NAMES.items() if piece in name), of_ffn)
+            counts[part] += parameter.numel()
     return counts
 
 
-def held_bytes(model: Model, optimizer: Any, copies: bool) -> dict[str, float]:
+def held_bytes(model: Sequence[Any], optimizer: Any, copies: bool) -> dict[str, float]:
     """Of weights, of the buffers in which gradients are reduced, padding included, and of Adam's states.
 
     Args:
+        model: chunks in Megatron's DDP.
         copies: the optimizer keeps float32 copies of 16-bit weights, which count.
     """
-    buffers: list[Any] = []
-    for chunk in model:
-        buffers += [*chunk.buffers, *chunk.expert_parallel_buffers]  # type: ignore[misc]
+    buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     states = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in part.optimizer.param_groups:
@@ -93,10 +87,9 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes that this rank sends in c10d's collectives, by process group, as rings send them.
+    """Bytes that this rank sends in c10d's collectives, as rings send them, and between pipeline stages.
 
-    Of ``groups``, name by process group's ``group_name``; others count as ``other``. Sends, in full, are
-    between pipeline stages (of two stages Megatron sends one way through the group of all ranks). Autograd's
+    By kind: ``groups`` has it by a process group's ``group_name``; others count as ``other``. Autograd's
     threads are seen too: they take over the caller's dispatch modes.
     """
 

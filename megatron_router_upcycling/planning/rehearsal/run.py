@@ -1,8 +1,7 @@
-"""One real rank of a run of any size: it is built and steps once, and is measured beside the plan of the run.
+"""One real rank of a run of any size is built, steps once, and is measured beside the plan of the run.
 
 Megatron's ``--fake-process-group`` takes the place of the other ranks: collectives return at once and move
-nothing. So this rank builds its real shard of the model, its gradient buffers and its share of the optimizer,
-and trains for one step, of one micro-batch (with pipeline parallelism as many as there are stages) of random
+nothing. The step is of one micro-batch (with pipeline parallelism as many as there are stages) of random
 tokens that go to experts by lot. Sizes are real; the loss is not.
 """
 
@@ -27,29 +26,24 @@ from megatron_router_upcycling.training import device, launch
 TOKENS_ON_CPU = 256  # of a micro-batch; activations grow with tokens and are scaled up
 
 
-def rehearse(argv: list[str], gpus: str = "--gpus") -> None:
-    """Prepare, build, load, step and measure one rank; print the report and write ``--output``.
-
-    Args:
-        argv: flags as ``pretrain`` takes them, with the number of GPUs.
-        gpus: the flag by which errors name that number.
-    """
-    run, planned = prepare(argv, gpus)
+def rehearse(argv: list[str]) -> None:
+    """Build, load, step and measure one rank, by the flags of ``pretrain``; print and write the figures."""
+    run, planned = prepare(argv)
     from megatron.training.theoretical_memory_usage import report_theoretical_memory
 
     found = measure(run, planned)
     print(*describe(run, planned, found), sep="\n", flush=True)
-    # Megatron's own estimate: a formula that knows dense models.
+    # A formula that knows dense models.
     whole = {"seq_length": planned.seq_length, "global_batch_size": planned.global_batch_size}
     report_theoretical_memory(Namespace(**vars(run.args) | whole), planned.num_microbatches)
     if run.args.output:
         Path(run.args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def prepare(argv: list[str], gpus: str = "--gpus") -> tuple[launch.Run, Setup]:
+def prepare(argv: list[str]) -> tuple[launch.Run, Setup]:
     """One rank that is ready to step, by the stages of ``launch.prepare``, and the plan of the whole run."""
     request = launch.parse(argv)
-    _check_flags(request.flags, gpus)
+    _check_flags(request.flags)
     launch.stand_alone(request.flags.rehearse_rank, request.flags.rehearse)
     origin = launch.find_origin(request, save=None)
     place = device.choose(request.flags.device)
@@ -57,20 +51,20 @@ def prepare(argv: list[str], gpus: str = "--gpus") -> tuple[launch.Run, Setup]:
     configured = {name: value for name, value in vars(args).items() if name != "router"}
     launch.adapt(args, place)
     options = router.to_dict() if router else {}
-    planned = reading.from_values(configured | {"world_size": args.rehearse}, options, gpus, gpus)
+    planned = reading.from_values(configured | {"world_size": args.rehearse}, options, "--gpus")
     _cut_down(args, planned, place)
     launch.validate(args)
     launch.set_global(args)
     return launch.Run(args, router, origin.load), planned
 
 
-def _check_flags(flags: Namespace, gpus: str) -> None:
+def _check_flags(flags: Namespace) -> None:
     """Refuse what can be refused before Megatron is imported."""
     size, tokens = flags.rehearse, flags.rehearse_seq_length
     if size is None or size < 1:
-        raise UserError(f"{gpus}: give the number of GPUs of the run, at least 1")
+        raise UserError("--gpus: give the number of GPUs of the run, at least 1")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"{gpus} {size}: is one process; start it with python -m, not torchrun")
+        raise UserError(f"--gpus {size}: is one process; start it with python -m, not torchrun")
     if not 0 <= flags.rehearse_rank < size:
         raise UserError(f"--rehearse-rank {flags.rehearse_rank}: must be between 0 and {size - 1}")
     if tokens is not None and tokens < 1:
@@ -111,11 +105,8 @@ def _cut_down(args: Namespace, planned: Setup, place: str) -> None:
 def load_shard(model: Sequence[Any], root: str) -> None:
     """Fill the parameters of ``model`` (chunks in DDP) from the checkpoint, without a word to other ranks.
 
-    Megatron's own loading agrees over collectives on who reads what. Here the other ranks do not exist, so
-    this rank reads for itself what its ``sharded_state_dict`` says is its own.
-
-    Raises:
-        UserError: the checkpoint lacks a parameter or has it in another shape.
+    Megatron's own loading agrees over collectives on who reads what. Here this rank reads for itself what its
+    ``sharded_state_dict`` says is its own.
     """
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -145,7 +136,7 @@ def load_shard(model: Sequence[Any], root: str) -> None:
 
 
 def random_batches(args: Namespace, vocabulary: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches of random tokens, as Megatron's data loader hands them out."""
+    """Micro-batches as Megatron's data loader hands them out."""
     generator = torch.Generator().manual_seed(args.seed)
     shape = (args.micro_batch_size, args.seq_length)
     while True:
@@ -230,17 +221,16 @@ def describe(run: launch.Run, planned: Setup, found: dict[str, Any]) -> Iterator
     """The report, for people."""
     args = run.args
     yield (
-        f"rehearsal of rank {args.rank} of {planned.world_size} (pipeline rank {found['pipeline_rank']},"
-        f" DP {planned.data_parallel_size}, EP {planned.expert_model_parallel_size}); the other ranks are not"
+        f"rehearsal of rank {args.rank} of {planned.world_size} (pipeline rank {found['pipeline_rank']}, DP"
+        f" {planned.data_parallel_size}, EP {planned.expert_model_parallel_size}); the other ranks are not"
         " there"
     )
     yield f"weights: {f'this rank’s shard of {run.load}' if run.load else 'random'}"
-    shortened = args.seq_length < planned.seq_length
+    scaled = f"; activations are scaled up to {planned.seq_length} tokens a sequence"
     yield (
         f"step of {found['tokens_of_the_step']} tokens in micro-batches of {args.micro_batch_size} x"
-        f" {args.seq_length}: {found['step_seconds']:.1f} s here,"
-        f" after {found['build_seconds']:.1f} s to build"
-        + (f"; activations are scaled up to {planned.seq_length} tokens a sequence" if shortened else "")
+        f" {args.seq_length}: {found['step_seconds']:.1f} s here, after {found['build_seconds']:.1f} s to"
+        f" build{scaled * (args.seq_length < planned.seq_length)}"
     )
     counts = found["parameters"]
     parts = {part: {kind: counts[kind][part] for kind in counts} for part in figures.PARTS}
