@@ -30,8 +30,6 @@ COMMANDS = (prepare_data, import_hf, convert, export_hf, verify, inspect, report
 
 
 class _Parser(Parser):
-    """The parser of ``router-upcycle``, and of each command."""
-
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
         self.register("type", Path, _local_path)
@@ -39,10 +37,7 @@ class _Parser(Parser):
 
 def _local_path(text: str) -> Path:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
-        raise argparse.ArgumentTypeError(
-            f"{text}: object stores and other URLs are not supported; name a folder on a disk of this machine"
-            " (copy it there, or mount it)"
-        )
+        raise argparse.ArgumentTypeError(f"{text}: URLs are not supported; copy it to a disk, or mount it")
     return Path(text)
 
 
@@ -65,11 +60,7 @@ def add_commands(parser: argparse.ArgumentParser) -> dict[str, argparse.Argument
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command's arguments, with its function ``run`` and, where it takes them, flags of Megatron.
-
-    Raises:
-        UserError: an argument is wrong, missing or unknown.
-    """
+    """The command's arguments, with its function ``run`` and, where it takes them, flags of Megatron."""
     parser = _Parser(
         prog="router-upcycle",
         description="Turn a dense Megatron checkpoint into a Mixture-of-Experts by Router Upcycling.",

@@ -25,9 +25,8 @@ for every token: half of the output comes from it, half from the chosen experts.
 
 --target-entropy E scales each layer's logits so that the routing distribution over all experts has a mean
 entropy of E nats (uniform over n experts: ln n, 2.08 for 8) on the hidden states that collect_keys keeps
-(--router-samples). Head-based routers can start over-confident, random ones too uniform: inspect shows each
-layer's entropy and suggests the flag where it would help. For mixture, linear, switch and mlp routers;
-configs/methods/calibrated.yaml and calibrated_topk_first.yaml use 1.5; docs/comparison.md has results.
+(--router-samples): inspect shows each layer's entropy and suggests the flag where it would help. For mixture,
+linear, switch and mlp routers; configs/methods/calibrated.yaml uses 1.5; docs/comparison.md has results.
 
 what to expect of the first step:
   --moe-router-pre-softmax      softmax over all experts, then top-k (the paper): the k weights sum to less
@@ -138,9 +137,6 @@ def method(args: argparse.Namespace) -> tuple[Method, RouterConfig, InitConfig]:
     """The YAML file's method, and the router and its start with the flags' values over the file's.
 
     Flags count copies of the dense FFN, a file's ``num_experts`` and ``moe_router_topk`` Megatron's experts.
-
-    Raises:
-        UserError: an option does not exist, cannot have its value, or does not suit the router.
     """
     file = read_method(args.config)
     flags = _given(args, ("router", "num_routers", "pooling", "grouping", "pre_softmax"))

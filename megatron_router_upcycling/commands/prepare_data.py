@@ -104,9 +104,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _sbatch_options(args: argparse.Namespace) -> dict[str, str]:
-    if args.slurm and args.executor != "slurm":
-        raise UserError("--slurm: is for --executor slurm")
-    for option in args.slurm:
-        if "=" not in option:
-            raise UserError(f"--slurm {option}: is not of the form KEY=VALUE, as partition=cpu")
+    if args.slurm and (args.executor != "slurm" or not all("=" in option for option in args.slurm)):
+        raise UserError("--slurm: is for --executor slurm, and of the form KEY=VALUE, as partition=cpu")
     return dict(option.removeprefix("--").split("=", 1) for option in args.slurm)

@@ -2,8 +2,7 @@
 
 An entry of a YAML file is one of Megatron's argument names (``num_layers: 24`` is ``--num-layers 24``;
 ``swiglu: true`` is ``--swiglu``), ``base:`` with one or more files to inherit from, or ``upcycling:`` with
-this package's options. The YAML file overrides the checkpoint's manifest, and flags override both. An unknown
-name is an error.
+this package's options. The YAML file overrides the checkpoint's manifest, and flags override both.
 
 Pure: imports neither torch nor Megatron, whose parser the caller passes in.
 """
@@ -130,10 +129,8 @@ def flag_of(name: str) -> str:
 
 def options(parser: ArgumentParser) -> dict[str, tuple[str, argparse.Action]]:
     """The parser's flags by their names in a YAML file: ``num_layers`` -> (``--num-layers``, its action)."""
-    return {
-        flag.lstrip("-").replace("-", "_"): (flag, action)
-        for flag, action in parser._option_string_actions.items()
-    }
+    actions = parser._option_string_actions
+    return {flag.lstrip("-").replace("-", "_"): (flag, action) for flag, action in actions.items()}
 
 
 def set_defaults(parser: ArgumentParser, entries: dict[str, Any], source: str | Path) -> list[str]:
@@ -141,9 +138,6 @@ def set_defaults(parser: ArgumentParser, entries: dict[str, Any], source: str | 
 
     They are defaults, not flags put before the user's, because no flag undoes a switch that a manifest or a
     ``base:`` file sets, as ``false`` does, or a value, as ``null`` does.
-
-    Raises:
-        UserError: a name that the parser does not know (the nearest is suggested) or a value that it refuses.
     """
     known = options(parser)
     values: dict[str, Any] = {}
@@ -189,8 +183,7 @@ def _parsed(parser: ArgumentParser, action: argparse.Action, value: Any, where: 
 
 def split_section(section: dict[str, Any], source: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """An ``upcycling:`` section's values of flags, and its values of ``InitConfig``."""
-    for name in section:
-        if name not in SECTION:
-            raise UserError(f"{source}: unknown upcycling option {name!r}; known: {', '.join(SECTION)}")
+    if unknown := [name for name in section if name not in SECTION]:
+        raise UserError(f"{source}: unknown upcycling option {unknown[0]!r}; known: {', '.join(SECTION)}")
     init = {name: value for name, value in section.items() if name in start.NAMES}
     return {name: value for name, value in section.items() if name not in init}, init

@@ -27,9 +27,7 @@ def read(root: str | Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: cannot be read as JSON ({reason(error)}); convert the model again"
-        ) from None
+        raise UserError(f"{path}: not readable as JSON ({reason(error)}); convert the model again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or depth > MOST_NESTED:
         raise UserError(f"{path}: not a manifest of format {FORMAT}; convert the model again")
     return manifest

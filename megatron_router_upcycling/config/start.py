@@ -1,7 +1,6 @@
 """How a Mixture-of-Experts starts: the ablations' options, whose defaults are the paper's.
 
-Pure: imports neither torch nor Megatron. An ``InitConfig`` comes from the ``upcycling:`` section of the YAML
-file that ``convert`` is given, decides values and no shapes, and is ``init`` in the manifest.
+Pure: imports neither torch nor Megatron. It decides values, not shapes, and is ``init`` in the manifest.
 """
 
 import math
@@ -96,10 +95,7 @@ class InitConfig(Recorded):
                 f" ln {router.num_experts} = {math.log(router.num_experts):.4f}, that of uniform routing"
             )
         if router.granularity > 1 and self.alters_experts:
-            raise UserError(
-                f"--granularity {router.granularity}: expert_noise and drop_upcycling need whole experts;"
-                " leave it out"
-            )
+            raise UserError("--granularity: leave it out; expert_noise and drop_upcycling need whole experts")
 
 
 NAMES = tuple(field.name for field in fields(InitConfig))

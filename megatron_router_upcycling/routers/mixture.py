@@ -29,10 +29,7 @@ class MixtureRouter(OwnParametersRouter):
     """Parameters ``query_weight`` [m, d', D] and ``expert_key`` [n*c, d'], in ``config.params_dtype``."""
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits [..., n] of tokens [..., D], in ``moe_router_dtype`` (default: the input's dtype).
-
-        The gate is folded in float32 or better whatever the parameters' dtype.
-        """
+        """Logits [..., n] of tokens [..., D]; the gate is folded in float32 or better."""
         dtype, options = router_dtype(self.config, input), self.options
         fold_dtype = torch.promote_types(dtype, torch.float32)
         parts = self.query_weight, self.expert_key
@@ -55,8 +52,7 @@ class MixtureRouter(OwnParametersRouter):
         parts = self.query_weight, self.expert_key
         found = {"gate_cosine": gate_cosine(*parts)}
         if tokens is not None:
-            n, pooling = self.options.num_experts, self.options.pooling
-            found["router_agreement"] = router_agreement(tokens, *parts, n, pooling)
+            found["router_agreement"] = router_agreement(tokens, *parts, self.options)
         return found
 
 

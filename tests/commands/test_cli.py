@@ -73,7 +73,7 @@ def test_how_a_command_ends(
         (["convrt"], "argument COMMAND: invalid choice: 'convrt'"),
         (["verify", "a", "b", "--quit"], "unrecognized arguments: --quit; did you mean --quiet?"),
         (["verify", "a", "b", "--xyz"], "unrecognized arguments: --xyz; see router-upcycle verify --help"),
-        (["verify", "s3://bucket/dense", "b"], "s3://bucket/dense: object stores and other URLs"),
+        (["verify", "s3://bucket/dense", "b"], "s3://bucket/dense: URLs are not supported"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_switch_jitter_is_for_training() -> None:
 
 def test_a_hidden_size_that_experts_do_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="6 experts do not divide a hidden size of 32"):
-        kinds.all_parameters(RouterConfig(router="locmoe", num_experts=6), kinds.Sizes(32, 4, 8))
+        kinds.all_parameters(RouterConfig(router="locmoe", num_experts=6), transformer_config(), False)
 
 
 def test_what_routers_record_is_reported() -> None:

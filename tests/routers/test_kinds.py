@@ -11,7 +11,6 @@ from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
-from megatron_router_upcycling.routers.kinds import Sizes
 from tests import dense_checkpoint, hf_models
 from tests.dense_checkpoint import HEAD_DIM, HEADS
 from tests.hf.folders import make_moe, refused, run
@@ -57,9 +56,8 @@ def test_no_other_file_asks_for_a_kind_by_its_name() -> None:
 def test_parameters_are_megatrons_and_the_plans(kind: str, bias: bool) -> None:
     """Of the row, of the class that trains and of ``plan`` (whose count of an MLP router lacked the bias)."""
     expected = KINDS[kind].shapes | ({"bias": (EXPERTS,)} if bias and KINDS[kind].bias else {})
-    sizes = Sizes(**SIZES, add_bias_linear=bias)
-    assert {p.name: p.shape for p in kinds.all_parameters(options(kind), sizes)} == expected
     config = transformer_config(**SIZES, add_bias_linear=bias, moe_router_topk=KINDS[kind].top_k)
+    assert {p.name: p.shape for p in kinds.all_parameters(options(kind), config, bias)} == expected
     made = build(options(kind), config)
     assert {name: tuple(p.shape) for name, p in made.named_parameters()} == expected
     assert {name for name in made.state_dict() if not name.endswith("_extra_state")} == set(expected)
@@ -94,7 +92,7 @@ def test_logits_are_the_methods(kind: str) -> None:
     assert trained.dtype == torch.float32
     torch.testing.assert_close(trained.double(), reference(kind, values, rounded), rtol=1e-4, atol=1e-4)
     shapes = {name: tuple(value.shape) for name, value in gate.items()}
-    assert kinds.gate_shapes(options(kind), Sizes(**SIZES)) == shapes
+    assert kinds.gate_shapes(options(kind), config) == shapes
     assert (row.not_stock(options(kind)) is None) == KINDS[kind].stock
     if KINDS[kind].stock:
         assert shapes == {"weight": (EXPERTS, D)}
