@@ -94,10 +94,8 @@ def write(
 def detached(model: dict[str, Any]) -> dict[str, Any]:
     """Every tensor in a storage of its own, a norm as the ``Parameter`` that ``keep_vars`` keeps."""
     copies = {key: value if value is None else value.clone() for key, value in model.items()}
-    for key, value in copies.items():
-        if "norm" in key and value is not None:
-            copies[key] = torch.nn.Parameter(value)
-    return copies
+    norms = {key: torch.nn.Parameter(value) for key, value in copies.items() if "norm" in key}
+    return copies | norms
 
 
 def in_one_buffer(model: dict[str, Any]) -> dict[str, Any]:

@@ -36,14 +36,11 @@ def room_of(module: str) -> str:
     return parts[0] if parts else "public names"
 
 
-def test_circles_are_found() -> None:
+def test_no_file_imports_one_that_imports_it() -> None:
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"e"}, "f": {"a", "d"}}
     assert circles(graph) == [["a", "b", "c"], ["e"]]
     # Imports inside functions count.
     assert f"{PACKAGE}.diagnostics.checkpoint" in import_graph(PACKAGE)[f"{PACKAGE}.commands.inspect"]
-
-
-def test_no_file_imports_one_that_imports_it() -> None:
     assert circles(import_graph(PACKAGE, "tools")) == []
 
 
@@ -105,12 +102,9 @@ def test_pure_rooms_need_neither_megatron_nor_cuda() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_no_file_is_long() -> None:
+def test_no_file_is_long_and_the_main_path_is_read_in_an_hour() -> None:
     long = {module: count for module, count in LINES.items() if count > LONGEST_FILE}
     assert not long, f"over {LONGEST_FILE} lines: {long}"
-
-
-def test_the_main_path_is_read_in_an_hour() -> None:
     path = {module: count for module, count in LINES.items() if within(module, MAIN_PATH)}
     for name in MAIN_PATH:
         assert any(within(module, (name,)) for module in path), f"{name} is not there"

@@ -83,7 +83,6 @@ def test_dry_run_writes_nothing(tmp_path: Path, dense: Path, capsys: pytest.Capt
         (("--key-stats", "damaged"), "--key-stats damaged: cannot be read"),
         (("--key-stats", "nan"), "--key-stats nan: key_mean holds NaN"),
         (("--router", "best"), "argument --router: invalid choice: 'best'"),
-        (("--num-experts", "many"), "argument --num-experts: invalid int value: 'many'"),
     ],
 )
 def test_mistake_is_one_line_and_status_2(
@@ -104,7 +103,6 @@ def test_mistake_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("dense", "is, holds or lies in DENSE"),
         ("dense/moe", "is, holds or lies in DENSE"),
         (".", "is, holds or lies in DENSE"),
         ("ks", "exists and is not a folder"),

@@ -21,10 +21,8 @@ def of_heads(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's query_weight [m, d', D] and expert_key [n*c, d'] (eq. 4, 5).
 
-    Args:
-        fused: the query-key-value projection [(H + 2G)*d, D]: group after group, its query heads, its key,
-            its value.
-        head_keys: float32 [H, d], the key of each query head.
+    ``fused`` is the query-key-value projection [(H + 2G)*d, D]: group after group, its query heads, its key,
+    its value. ``head_keys``, float32 [H, d], has the key of each query head.
     """
     assert router.num_routers is not None
     num_heads, head_size = head_keys.shape

@@ -37,11 +37,8 @@ def seen(count: int = 20) -> torch.Tensor:
     return torch.randn(count, D, generator=torch.Generator().manual_seed(1))
 
 
-def test_every_kind_has_a_row_among_the_tests() -> None:
+def test_every_kind_has_a_row_here_and_no_other_file_asks_for_it_by_its_name() -> None:
     assert list(KINDS) == list(kinds.KINDS)
-
-
-def test_no_other_file_asks_for_a_kind_by_its_name() -> None:
     package = pathlib.Path(kinds.__file__).parents[1]
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -69,9 +66,8 @@ def test_parameters_are_megatrons_and_the_plans(kind: str, bias: bool) -> None:
 @all_kinds
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_parameters_are_of_the_models_dtype_and_marked(kind: str, sequence_parallel: bool) -> None:
-    config = transformer_config(
-        params_dtype=torch.bfloat16, bf16=True, add_bias_linear=True, moe_router_topk=KINDS[kind].top_k
-    )
+    dtype = {"params_dtype": torch.bfloat16, "bf16": True}
+    config = transformer_config(**dtype, add_bias_linear=True, moe_router_topk=KINDS[kind].top_k)
     config.sequence_parallel = sequence_parallel
     for parameter in build(options(kind), config).parameters():
         assert parameter.dtype == torch.bfloat16 and parameter.sequence_parallel is sequence_parallel

@@ -5,25 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 from torch.utils.checkpoint import checkpoint
 
 from megatron_router_upcycling.routers.config import POOLINGS, RouterConfig
 from megatron_router_upcycling.routers.fold import fold
-from megatron_router_upcycling.routers.mixture import MixtureRouter
 from tests.routers.conftest import BATCH, EXPERTS, HIDDEN, SEQUENCE, build, tokens, transformer_config
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 MIXTURE = RouterConfig(num_experts=EXPERTS)
-
-
-def stock_twin(mixture: MixtureRouter) -> TopKRouter:
-    """The stock router whose linear gate is what ``mixture`` folds to."""
-    stock = build(None, mixture.config)
-    stock.weight.data.copy_(fold(mixture.query_weight, mixture.expert_key, "sum"))
-    if mixture.bias is not None:
-        stock.bias.data.copy_(mixture.bias)
-    return stock
 
 
 def direct_logits(
@@ -123,7 +112,10 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
 def test_routing_is_the_stock_routers_bit_for_bit(changes: dict[str, Any]) -> None:
     mixture = build(MIXTURE, transformer_config(**changes))
-    stock = stock_twin(mixture)
+    stock = build(None, mixture.config)
+    stock.weight.data.copy_(fold(mixture.query_weight, mixture.expert_key, "sum"))
+    if mixture.bias is not None:
+        stock.bias.data.copy_(mixture.bias)
     found = []
     for router in (mixture, stock):
         if router.expert_bias is not None:
