@@ -44,8 +44,7 @@ def _local_path(text: str) -> Path:
 def add_commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """Add the commands to ``parser`` and return their parsers by name.
 
-    A command is a file with a function ``add_flags`` and a function ``run``. The docstring of the file is the
-    help: a title, a paragraph of description, and what follows the flags, examples first.
+    A command file's docstring is its help: a title, a paragraph, and what follows the flags, examples first.
     """
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for module in COMMANDS:

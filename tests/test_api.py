@@ -85,8 +85,7 @@ def test_a_mixture_computes_equations_6_to_8(folder: Path, name: str, layer: int
 def test_routes_to_the_best(folder: Path, name: str) -> None:
     router = load_router(folder / name, 1)
     x = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0))
-    logits, (weights, experts) = router.logits(x), router.route(x)
-    k = router.config.top_k
+    logits, (weights, experts), k = router.logits(x), router.route(x), router.config.top_k
     assert weights.shape == experts.shape == (2, 3, k)
     for at in [(b, t) for b in range(2) for t in range(3)]:
         scores, chosen = logits[at].tolist(), experts[at].tolist()

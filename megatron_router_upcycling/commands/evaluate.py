@@ -38,15 +38,9 @@ def add_flags(evaluate: argparse.ArgumentParser) -> None:
     )
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     evaluate.add_argument("--batch-size", type=at_least(1), default=8, help="questions at a time")
-    evaluate.add_argument(
-        "--dense", metavar="HF_DIR", type=Path, help="score the original dense model too, for comparison"
-    )
-    evaluate.add_argument(
-        "--data-dir", metavar="FOLDER", type=Path, help="read the tasks' data here and download nothing"
-    )
-    evaluate.add_argument(
-        "--output", metavar="DIR", type=Path, help="for the results (default: evaluation/NAME of HF_DIR)"
-    )
+    evaluate.add_argument("--dense", metavar="HF_DIR", type=Path, help="the dense model, to score it as well")
+    evaluate.add_argument("--data-dir", metavar="FOLDER", type=Path, help="the tasks' data; download nothing")
+    evaluate.add_argument("--output", metavar="DIR", type=Path, help="(default: evaluation/NAME of HF_DIR)")
     evaluate.add_argument("--overwrite", action="store_true", help="replace results in --output")
     evaluate.add_argument(
         "--trust-remote-code", action="store_true", help="run modelling code that HF_DIR brings with it"

@@ -26,10 +26,7 @@ def check_start(start: dict[str, Any], recorded: dict[str, Any] | None, source: 
 def router_config(
     args: Namespace, recorded: RouterConfig | None, source: str | Path | None
 ) -> RouterConfig | None:
-    """The router that a run trains, None for a dense model: the recorded one as flags and YAML change it.
-
-    ``recorded`` is of the manifest that was found in ``source``; None without one.
-    """
+    """The router that a run trains, None for a dense model: the manifest's as flags and YAML change it."""
     if args.num_experts is None:
         return None
     asked = {name: getattr(args, name) for name in OF_ROUTER if getattr(args, name) is not None}

@@ -1,8 +1,4 @@
-"""The record that a converted checkpoint carries: ``router_upcycling.json`` in its root.
-
-JSON, so that reading it runs no code. ``pretrain`` and ``layer_spec`` take a checkpoint's router options from
-it, and write it again to the checkpoints that training saves.
-"""
+"""The record in a converted checkpoint's root, which training keeps: ``router_upcycling.json``."""
 
 import json
 from pathlib import Path

@@ -56,8 +56,8 @@ class Kind:
     - ``words``: in messages, after "experts and"; ``card``: in a model card, after "the router is". Both may
       name fields of ``router``, the options.
     - ``parameters``: of one layer, without Megatron's bias. Raises UserError where they do not fit the model.
-    - ``gate``: (values, options, D, dtype) -> the tensors that logits are computed from, one of them named
-      ``weight``: the parameters folded as far as possible. An exported model holds these.
+    - ``gate``: (values, options, D, dtype) -> what logits are computed from and exports hold, one named
+      ``weight``: the parameters folded as far as possible.
     - ``logits``: (gate, hidden states [..., D], options) -> [..., n]. It uses only fields of the options that
       ``RouterConfig.to_dict`` has, and nothing of its module but ``helpers``: the modelling file of an export
       that no stock class suits holds the source of both.
@@ -76,8 +76,7 @@ class Kind:
     fill_in: Callable[[Options], dict[str, Any]] = lambda options: {}
     not_stock: Callable[[Options], str | None] = lambda options: None
     exported: str = "as it is"
-    # The class that trains it, MODULE:NAME, called with Megatron's (config, pg_collection, is_mtp_layer) and
-    # router=options; None: Megatron's own TopKRouter.
+    # The class that trains it, MODULE:NAME, built with router=options; None: Megatron's own TopKRouter.
     module: str | None = "megatron_router_upcycling.routers.base:OwnParametersRouter"
     has_bias: bool = True  # where Megatron's linear layers have biases
     of_heads: bool = False  # initialised from attention heads and key statistics, not as in ``Parameter``

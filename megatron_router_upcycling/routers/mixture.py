@@ -1,8 +1,7 @@
 """The mixture of routers in Megatron's MoE layer (arXiv 2509.00679, eq. 6-9).
 
 The logits are computed folded: with sum pooling and one key an expert, eq. 6-8 are one linear gate,
-A = K (sum_j W^j) / sqrt(d'), made from the weights alone once a forward pass; with max pooling or more
-keys they are a maximum over such gates. The gradients are those of eq. 6-8.
+A = K (sum_j W^j) / sqrt(d'), else a maximum over such gates. The gradients are those of eq. 6-8.
 
 Symbols: m routers, n experts, c keys an expert, d' router width, D hidden size.
 """
@@ -59,8 +58,7 @@ class MixtureRouter(OwnParametersRouter):
 class _GateProduct(torch.autograd.Function):
     """input [..., D] times gate [rows, D], in the router's dtype; saves the input in its own dtype.
 
-    The arithmetic of Megatron's ``router_gating_linear`` without Transformer Engine. With it, that
-    function's GEMM refuses a float32 gate beside a bfloat16 input, and rounds float32 to TF32.
+    Transformer Engine's GEMM in Megatron's ``router_gating_linear`` refuses a float32 gate beside bfloat16.
     """
 
     @staticmethod

@@ -111,10 +111,8 @@ def _scale(logits: Array, target: float) -> float:
         return float(-(p * (scaled - np.log(total))).sum(axis=1).mean())
 
     low, high = math.log(1e-8), math.log(1e8)
-    while high - low > 1e-15 * max(abs(low), abs(high)):
+    for _ in range(100):
         middle = low + (high - low) / 2
-        if middle in (low, high):
-            break
         low, high = (middle, high) if entropy(middle) > target else (low, middle)
     return float(np.float32(math.exp(low)))
 

@@ -96,12 +96,10 @@ def test_equal_to_megatrons(
 
 def test_the_losses_gradients_are_felt(fused: list[tuple[Any, ...]]) -> None:
     """So that their equality above says something."""
-    gradients = []
-    for losses in ({}, {"moe_z_loss_coeff": None}, {"moe_router_load_balancing_type": "none"}):
-        router = build(ROUTER, transformer_config(**losses))
-        gradients.append(routed(router.routing, draw())["gradient 0"])
-    for other in gradients[1:]:
-        assert (gradients[0] - other).abs().max() > 1e-5
+    unbalanced: dict[str, Any] = {"moe_router_load_balancing_type": "none"}
+    choices = ({}, {"moe_z_loss_coeff": None}, unbalanced)
+    both, *others = (routed(build(ROUTER, transformer_config(**c)).routing, draw()) for c in choices)
+    assert all((both["gradient 0"] - other["gradient 0"]).abs().max() > 1e-5 for other in others)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +121,8 @@ def test_what_else_a_configuration_asks_for_is_megatrons(
     fused: list[tuple[Any, ...]], changes: dict[str, Any]
 ) -> None:
     router = build(ROUTER, transformer_config(**changes))
-    expected, found = (
-        routed(route, draw()) for route in (lambda x: TopKRouter.routing(router, x), router.routing)
-    )
+    expected = routed(lambda x: TopKRouter.routing(router, x), draw())
+    found = routed(router.routing, draw())
     assert not fused
     for name, value in expected.items():
         if not name.startswith("metric global"):  # which counts on

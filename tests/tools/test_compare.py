@@ -20,7 +20,7 @@ from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files
-from tools.experiments import claims, compare, foundation, pictures, report, results
+from tools.experiments import claims, compare, foundation, report, results
 from tools.experiments.comparison import Claim, Comparison, read
 from tools.experiments.plan import QUICK_QUESTIONS, Plan
 from tools.experiments.results import RunResult, differences, interval
@@ -281,21 +281,6 @@ def test_report_names_every_run(tmp_path: Path) -> None:
     assert "- The dense model that was upcycled has a held-out loss of 4.75000, over" in text
     assert "a: never crosses it and ends 0.1250 below it" in text
     assert len(json.loads((tmp_path / "out/results.json").read_text())["runs"]) == 4
-
-
-def test_differences_are_drawn_to_the_scale_of_what_is_near() -> None:
-    """b and c are 0.01 and 0.02 from a; far, which is 2 off, would flatten them and is named instead."""
-    off = {"b": 0.01, "a": 0.0, "c": -0.02, "far": 2.0}
-    found = [
-        replace(run, training={4096 * step: 5.0 - step / 10 + off[run.name] for step in range(1, 7)})
-        for run in runs(**{name: [4.0 + by, 5.0 + by] for name, by in off.items()})
-    ]
-    (axes,) = pictures.differences_over_tokens(comparison_of("b", "a", "c", "far"), found).axes
-    assert axes.get_ylim() == pytest.approx((-0.025, 0.025))
-    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-    assert lines["b"] == pytest.approx([0.01] * 6) and lines["c"] == pytest.approx([-0.02] * 6)
-    assert not {"a", "far"} & lines.keys()
-    assert "out of the picture: far (+2.00 at the end)" in axes.get_title()
 
 
 @pytest.mark.slow
