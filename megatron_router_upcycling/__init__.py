@@ -1,7 +1,5 @@
 """Dense language models into Mixture-of-Experts by Router Upcycling, for Megatron-LM (arXiv 2509.00679).
 
-For scripts:
-
     from megatron_router_upcycling import RouterConfig, convert_checkpoint, verify_checkpoint
 
     convert_checkpoint("ckpt/dense", "ckpt/moe", RouterConfig(num_experts=8), "ckpt/key_stats.safetensors")

@@ -1,7 +1,4 @@
-"""The public functions, which do what the commands of the same names do.
-
-``megatron_router_upcycling`` itself offers all of this, and imports it when it is first used.
-"""
+"""The public functions: they do what the commands of the same names do, and raise ``UserError``."""
 
 from pathlib import Path
 from typing import Any
@@ -41,9 +38,6 @@ def convert_checkpoint(
     Returns:
         The manifest, which is also in ``out``, in ``router_upcycling.json``.
 
-    Raises:
-        UserError: an input is not what it must be, or ``out`` cannot be written.
-
     Example:
         >>> linear = RouterConfig(router="linear", num_experts=8, top_k=2)
         >>> convert_checkpoint("ckpt/dense", "ckpt/moe", linear, overwrite=True)
@@ -64,9 +58,6 @@ def verify_checkpoint(dense: str | Path, moe: str | Path, key_stats: str | Path 
     Returns:
         All differences; false where there are none. ``table()`` describes them.
 
-    Raises:
-        UserError: not a dense checkpoint and an upcycled one, or the key statistics are gone.
-
     Example:
         >>> findings = verify_checkpoint("ckpt/dense", "ckpt/moe")
         >>> assert not findings, findings.table()
@@ -80,9 +71,6 @@ def inspect_checkpoint(checkpoint: str | Path, key_stats: str | Path | None = No
     Args:
         checkpoint: root folder of any checkpoint, dense or upcycled.
         key_stats: a file whose hidden states are routed; default: the recorded one, else random states.
-
-    Raises:
-        UserError: no whole checkpoint there, or ``key_stats`` does not fit.
 
     Example:
         >>> print(inspect_checkpoint("ckpt/moe"))

@@ -30,8 +30,6 @@ COMMANDS = (prepare_data, import_hf, convert, export_hf, verify, inspect, report
 
 
 class _Parser(Parser):
-    """The parser of ``router-upcycle``, and of each command."""
-
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
         self.register("type", Path, _local_path)
@@ -39,18 +37,14 @@ class _Parser(Parser):
 
 def _local_path(text: str) -> Path:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
-        raise argparse.ArgumentTypeError(
-            f"{text}: object stores and other URLs are not supported; name a folder on a disk of this machine"
-            " (copy it there, or mount it)"
-        )
+        raise argparse.ArgumentTypeError(f"{text}: URLs are not supported; copy it to a disk, or mount it")
     return Path(text)
 
 
 def add_commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """Add the commands to ``parser`` and return their parsers by name.
 
-    A command is a file with a function ``add_flags`` and a function ``run``. The docstring of the file is the
-    help: a title, a paragraph of description, and what follows the flags, examples first.
+    A command file's docstring is its help: a title, a paragraph, and what follows the flags, examples first.
     """
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for module in COMMANDS:
@@ -65,11 +59,7 @@ def add_commands(parser: argparse.ArgumentParser) -> dict[str, argparse.Argument
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command's arguments, with its function ``run`` and, where it takes them, flags of Megatron.
-
-    Raises:
-        UserError: an argument is wrong, missing or unknown.
-    """
+    """The command's arguments, with its function ``run`` and, where it takes them, flags of Megatron."""
     parser = _Parser(
         prog="router-upcycle",
         description="Turn a dense Megatron checkpoint into a Mixture-of-Experts by Router Upcycling.",

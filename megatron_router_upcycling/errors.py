@@ -10,8 +10,7 @@ class UserError(Exception):
     """A mistake that the user can fix.
 
     The message is one line that names the flag or file and says what would work. Every command prints it as
-    ``error: MESSAGE`` on stderr, without a traceback, and exits with status 2. Any function that reads what a
-    user gave may raise it; a docstring lists it only where it says more than that.
+    ``error: MESSAGE`` on stderr and exits with status 2. Any function that reads user input may raise it.
     """
 
     def __init__(self, message: str) -> None:

@@ -9,7 +9,6 @@ Pure: imports neither torch nor Megatron.
 
 import ast
 import re
-from collections.abc import Collection
 from typing import Any
 
 from megatron_router_upcycling.errors import UserError
@@ -20,11 +19,7 @@ TEXT = re.compile(r"[\d\[\]()+*,\s]+")
 
 
 def layer_frequency(value: Any, source: str = "--moe-layer-freq") -> int | list[int]:
-    """``value`` (a text, a number or a list) as Megatron means it; ``source`` begins an error.
-
-    Raises:
-        UserError: neither a number of at least 1 nor a list of 0 and 1.
-    """
+    """``value`` (a text, a number or a list) as Megatron means it; ``source`` begins an error."""
     found = value
     if isinstance(value, str):
         try:
@@ -47,19 +42,9 @@ def has_experts(frequency: int | list[int], num_layers: int) -> list[bool]:
     return [bool(one) for one in frequency]
 
 
-def frequency_of(layers: Collection[int], num_layers: int) -> list[int]:
-    """The list that gives experts to ``layers``."""
-    return [int(layer in layers) for layer in range(num_layers)]
-
-
-def as_flag(frequency: list[int]) -> str:
-    """A list as the flag takes it."""
-    return str(frequency).replace(" ", "")
-
-
 def _value(node: ast.expr) -> Any:
     """The value of numbers, lists, sums and products; ValueError or TypeError for all else."""
-    value: Any
+    value: Any = None
     match node:
         case ast.Constant(value=int(number)):
             value = number
@@ -70,8 +55,6 @@ def _value(node: ast.expr) -> Any:
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             first, second = _value(left), _value(right)
             value = first * second if _size(first) * _size(second) <= MOST_LAYERS else None
-        case _:
-            value = None
     if value is None or _size(value) > MOST_LAYERS:
         raise ValueError
     return value

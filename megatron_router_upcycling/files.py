@@ -19,10 +19,6 @@ def blocked_by(path: Path) -> Path | None:
     return None if place.is_dir() and os.access(place, os.W_OK) else place
 
 
-def on_one_disk(source: Path, out: Path) -> bool:
-    return os.stat(source).st_dev == os.stat(existing(out.absolute().parent)).st_dev
-
-
 def format_bytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
@@ -37,13 +33,7 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write ``path`` whole or not at all, in a folder that exists; text as UTF-8.
-
-    The content goes to a hidden file beside it, which is flushed and renamed. A failed write leaves nothing.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write ``path`` whole, by a hidden file beside it that is flushed and renamed, or raise OSError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)

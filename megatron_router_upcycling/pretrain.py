@@ -35,17 +35,12 @@ def pretrain(argv: list[str]) -> None:
     elif flags.rehearse_rank or flags.rehearse_seq_length is not None:
         raise UserError("--rehearse-rank, --rehearse-seq-length: need --rehearse WORLD_SIZE")
     else:
+        from megatron_router_upcycling.diagnostics.routing_start import warn_of_ties
+
         run = launch.prepare(argv)
-        warn_of_ties(run)
+        if run.load and run.router and run.args.rank == 0 and (warning := warn_of_ties(run.load)):
+            print(warning, flush=True)
         train(run)
-
-
-def warn_of_ties(run: launch.Run) -> None:
-    """Print which experts of a converted checkpoint would stay equal, on rank 0."""
-    from megatron_router_upcycling.diagnostics import routing_start
-
-    if run.load and run.router and run.args.rank == 0 and (warning := routing_start.warn_of_ties(run.load)):
-        print(warning, flush=True)
 
 
 def main() -> None:

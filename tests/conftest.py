@@ -96,13 +96,9 @@ def dense_config(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 def moe_config(dense_config: Path) -> Path:
     """YAML that continues as a Mixture-of-Experts; the checkpoint brings the architecture."""
     path = dense_config.with_name("moe.yaml")
-    losses = {
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": 0.02,
-        "moe_z_loss_coeff": 1e-3,
-    }
-    dispatch = {"moe_token_dispatcher_type": "alltoall", "moe_router_dtype": "fp32"}
-    path.write_text(yaml.safe_dump({"base": dense_config.name} | losses | dispatch))
+    losses = {"moe_aux_loss_coeff": 0.02, "moe_z_loss_coeff": 1e-3}
+    kinds = {"moe_router_load_balancing_type": "aux_loss", "moe_token_dispatcher_type": "alltoall"}
+    path.write_text(yaml.safe_dump({"base": dense_config.name, "moe_router_dtype": "fp32"} | losses | kinds))
     return path
 
 

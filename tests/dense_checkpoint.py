@@ -47,17 +47,15 @@ class Folder:
             self.storage[index] = _StorageInfo(file, stream.tell(), len(buffer.getvalue()))
             stream.write(buffer.getvalue())
 
-    def add(
-        self, key: str, value: torch.Tensor, pieces: tuple[int, ...], rank_axis: int | None = None
-    ) -> None:
-        """Store ``value`` as a grid of chunks: ``pieces`` of them along each axis, a file a rank."""
+    def add(self, key: str, value: torch.Tensor, pieces: tuple[int, ...], axis: int | None = None) -> None:
+        """Store ``value`` as a grid of chunks, ``pieces`` along each axis, a file for each along ``axis``."""
         sizes = [size // count for size, count in zip(value.shape, pieces, strict=True)]
         chunks = []
         for cell in torch.cartesian_prod(*(torch.arange(count) for count in pieces)).reshape(-1, len(pieces)):
             offsets = [int(i) * size for i, size in zip(cell, sizes, strict=True)]
             part = value[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))].clone()
             chunks.append(ChunkStorageMetadata(torch.Size(offsets), part.shape))
-            rank = int(cell[rank_axis]) if rank_axis is not None else 0
+            rank = int(cell[axis]) if axis is not None else 0
             self._append(MetadataIndex(key, offsets), part, f"__{rank}_0.distcp")
         properties = TensorProperties(dtype=value.dtype)
         self.entries[key] = TensorStorageMetadata(properties, value.shape, chunks)
@@ -69,9 +67,8 @@ class Folder:
     def finish(self) -> None:
         metadata = Metadata(self.entries, storage_data=self.storage, version="1.0.0")
         (self.path / ".metadata").write_bytes(pickle.dumps(metadata))
-        (self.path / "metadata.json").write_text(
-            json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-        )
+        backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        (self.path / "metadata.json").write_text(json.dumps(backend))
         tracker = self.path.parent / "latest_checkpointed_iteration.txt"
         tracker.write_text(self.path.name.removeprefix("iter_").lstrip("0"))
 
@@ -109,8 +106,7 @@ def tensors(
     }
     if bias:
         shapes[f"{MLP}.linear_fc1.bias"] = (LAYERS, (1 + gated) * FFN)
-        shapes[f"{MLP}.linear_fc2.bias"] = (LAYERS, HIDDEN)
-        shapes[f"{ATTENTION}.linear_proj.bias"] = (LAYERS, HIDDEN)
+        shapes |= dict.fromkeys((f"{MLP}.linear_fc2.bias", f"{ATTENTION}.linear_proj.bias"), (LAYERS, HIDDEN))
     return {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in shapes.items()}
 
 

@@ -7,15 +7,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-SIZES = {
-    "vocab_size": 250,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-}
+SIZES = {"vocab_size": 250, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
 # Name -> configuration class, what differs from SIZES, and how it is saved.
 FAMILIES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "qwen1.5": (transformers.Qwen2Config, {"num_key_value_heads": 8, "vocab_size": 256}, {}),

@@ -44,9 +44,7 @@ class Output:
     def validation(self) -> float:
         """The last validation LM loss."""
         where = r"validation loss at iteration \d+(?: on validation set)? \| lm loss value: (\S+)"
-        found = re.findall(where, self.text)
-        assert found, self.text[-4000:]
-        return float(found[-1])
+        return float(re.findall(where, self.ok().text)[-1])
 
     @property
     def errors(self) -> list[str]:
@@ -67,11 +65,9 @@ def free_port() -> int:
 
 
 def _torchrun(ranks: int, module: str, args: tuple[object, ...]) -> list[str]:
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
-        *("--master-addr", "127.0.0.1", "--master-port", str(free_port())),
-        *("-m", f"megatron_router_upcycling.{module}", *map(str, args)),
-    ]
+    program = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks)
+    address = ("--master-addr", "127.0.0.1", "--master-port", free_port())
+    return [str(part) for part in (*program, *address, "-m", f"megatron_router_upcycling.{module}", *args)]
 
 
 def torchrun(ranks: int, module: str, *args: object, **environment: str) -> Output:
@@ -136,8 +132,6 @@ def torchrun_killed(ranks: int, module: str, *args: object, when: str, log: Path
 
 
 def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [*_children(child), child]
-    return found
+    lists = (path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    children = [int(child) for one in lists for child in one]
+    return [below for child in children for below in (*_children(child), child)]

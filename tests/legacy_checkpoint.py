@@ -46,11 +46,9 @@ def write(
 ) -> dict[str, torch.Tensor]:
     """Write a checkpoint of iteration 8 under ``root``; return its tensors, stacked over layers.
 
-    Args:
-        stages: the layers of each part, in the order in which a token passes them: with S pipeline stages,
-            part i is held by stage i % S.
-        virtual: parts a stage.
-        one_buffer: a rank's parameters lie in one storage, as with the distributed optimizer.
+    ``stages`` are the layers of each part, in order, of which S pipeline stages hold ``virtual`` each: part i
+    is in stage i % S. With ``one_buffer``, a rank's parameters lie in one storage, as with the distributed
+    optimizer.
     """
     values = values or dense_checkpoint.tensors()
     args = args or dense_checkpoint.arguments()
@@ -94,21 +92,13 @@ def write(
 def detached(model: dict[str, Any]) -> dict[str, Any]:
     """Every tensor in a storage of its own, a norm as the ``Parameter`` that ``keep_vars`` keeps."""
     copies = {key: value if value is None else value.clone() for key, value in model.items()}
-    for key, value in copies.items():
-        if "norm" in key and value is not None:
-            copies[key] = torch.nn.Parameter(value)
-    return copies
+    norms = {key: torch.nn.Parameter(value) for key, value in copies.items() if "norm" in key}
+    return copies | norms
 
 
 def in_one_buffer(model: dict[str, Any]) -> dict[str, Any]:
-    """Every parameter a view of one storage, with gaps between."""
-    gap = 5
-    found = {key: value for key, value in model.items() if value is not None and value.is_floating_point()}
-    dtype = next(iter(found.values())).dtype
-    buffer = torch.zeros(gap + sum(value.numel() + gap for value in found.values()), dtype=dtype)
-    begin, views = gap, {}
-    for key, value in reversed(found.items()):
-        views[key] = buffer[begin : begin + value.numel()].view(value.shape)
-        views[key].copy_(value)
-        begin += value.numel() + gap
-    return {key: views.get(key, value) for key, value in model.items()}
+    """Every parameter a view of one storage, the last first."""
+    found = {k: v for k, v in reversed(model.items()) if v is not None and v.is_floating_point()}
+    buffer = torch.cat([value.flatten() for value in found.values()])
+    parts = buffer.split([value.numel() for value in found.values()])
+    return model | {key: part.view(found[key].shape) for key, part in zip(found, parts, strict=True)}

@@ -1,7 +1,6 @@
 """``pretrain`` on the CPU with flags that ``device.adapt`` turns off there: tests of what they do on a GPU.
 
-Usage: as ``-m megatron_router_upcycling.pretrain``. Grouped expert products and the overlap of communication
-stay as the flags say. Each rank prints which class its experts are of.
+Each rank prints which class its experts are of.
 """
 
 from argparse import Namespace
@@ -25,25 +24,21 @@ def main() -> None:
         vars(args).update(asked)
         return line
 
-    def install_with_capability() -> None:
+    def install_and_tell() -> None:
         install()
         torch.cuda.get_device_capability = lambda *args: (9, 0)  # Megatron asks before it groups products
-        _tell_experts()
+        from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    device.adapt, cpu_backend.install = adapt_but_keep, install_with_capability
+        set_layer_number = MoELayer.set_layer_number
+
+        def tell(self: Any, layer_number: int) -> None:
+            set_layer_number(self, layer_number)
+            print(f"experts of layer {layer_number}: {type(self.experts).__name__}", flush=True)
+
+        MoELayer.set_layer_number = tell
+
+    device.adapt, cpu_backend.install = adapt_but_keep, install_and_tell
     pretrain.main()
-
-
-def _tell_experts() -> None:
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-
-    set_layer_number = MoELayer.set_layer_number
-
-    def tell(self: Any, layer_number: int) -> None:
-        set_layer_number(self, layer_number)
-        print(f"experts of layer {layer_number}: {type(self.experts).__name__}", flush=True)
-
-    MoELayer.set_layer_number = tell
 
 
 if __name__ == "__main__":

@@ -19,16 +19,11 @@ def repository_files() -> list[Path]:
     return [Path(line) for line in listed.splitlines() if (ROOT / line).is_file()]
 
 
-def module_of(file: Path) -> str:
-    """``a/b.py`` -> ``a.b``, ``a/__init__.py`` -> ``a``; ``file`` is relative to the repository."""
-    parts = file.with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
 def source_files(*folders: str) -> dict[str, Path]:
-    """Module -> file, of every Python file under ``folders`` of the repository."""
+    """Module -> file of all Python under ``folders``: ``a/b.py`` is ``a.b``, ``a/__init__.py`` is ``a``."""
     found = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
-    return {module_of(path.relative_to(ROOT)): path for path in found}
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in found}
+    return {name.removesuffix(".__init__"): path for name, path in names.items()}
 
 
 def imported(path: Path, modules: dict[str, Path]) -> set[str]:

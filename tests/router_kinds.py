@@ -1,7 +1,4 @@
-"""The kinds of router that the tests go through, one row each: written from the paper, not from the package.
-
-A new kind needs a row here; ``tests/routers/test_kinds.py`` tells when one is missing.
-"""
+"""The kinds of router that the tests go through, a row each, written from the paper, not from the package."""
 
 import math
 from collections.abc import Callable

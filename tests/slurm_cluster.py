@@ -91,16 +91,14 @@ def cluster() -> Iterator[Cluster]:
             ends.callback(process.wait, 30)
             ends.callback(process.terminate)
 
+        def log() -> str:
+            return "".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.log")))
+
         files = (f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed"))
         start("munged", "--foreground", f"--socket={munge / 'socket'}", *files)
-        wait_until((munge / "socket").exists, lambda: (folder / "munged.log").read_text(), 10)
-        start("slurmctld", "-D")
-        start("slurmd", "-D", "-N", "node1")
-        start("slurmd", "-D", "-N", "node2")
-
-        def log() -> str:
-            return "".join(path.read_text()[-2000:] for path in sorted(folder.glob("slurm*.log")))
-
+        wait_until((munge / "socket").exists, log, 10)
+        for daemon in (("slurmctld", "-D"), ("slurmd", "-D", "-N", "node1"), ("slurmd", "-D", "-N", "node2")):
+            start(*daemon)
         idle = ("sinfo", "-h", "-t", "idle", "-o", "%D")
         wait_until(lambda: here.run(*idle).text.strip() == "2", log, seconds=30)
         ends.callback(lambda: wait_until(lambda: not here.jobs(), log, seconds=60))

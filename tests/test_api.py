@@ -10,15 +10,7 @@ import pytest
 import torch
 
 import megatron_router_upcycling
-from megatron_router_upcycling import (
-    RouterConfig,
-    UserError,
-    api,
-    convert_checkpoint,
-    inspect_checkpoint,
-    load_router,
-    verify_checkpoint,
-)
+from megatron_router_upcycling import RouterConfig, UserError, api, convert_checkpoint, load_router
 from tests import dense_checkpoint
 from tests.dense_checkpoint import HEADS, HIDDEN, LAYERS
 
@@ -66,15 +58,15 @@ def test_every_public_name_is_documented() -> None:
 
 def test_conversions_are_right_and_a_difference_is_found(folder: Path) -> None:
     for name in CONFIGS:
-        findings = verify_checkpoint(folder / "dense", folder / name)
+        findings = api.verify_checkpoint(folder / "dense", folder / name)
         assert not findings, findings.table()
-    text = inspect_checkpoint(folder / "linear")
+    text = api.inspect_checkpoint(folder / "linear")
     assert "Mixture-of-Experts" in text and "routing at the start" in text
     # The manifest names another seed than the one that the router was drawn from.
     convert_checkpoint(folder / "dense", folder / "altered", CONFIGS["linear"], seed=1)
     manifest = folder / "altered" / "router_upcycling.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"seed": 2}))
-    assert verify_checkpoint(folder / "dense", folder / "altered").of("routers")
+    assert api.verify_checkpoint(folder / "dense", folder / "altered").of("routers")
 
 
 @pytest.mark.parametrize(("name", "layer"), [("mixture", 0), ("max", 1), ("two-keys", 2)])
@@ -93,8 +85,7 @@ def test_a_mixture_computes_equations_6_to_8(folder: Path, name: str, layer: int
 def test_routes_to_the_best(folder: Path, name: str) -> None:
     router = load_router(folder / name, 1)
     x = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0))
-    logits, (weights, experts) = router.logits(x), router.route(x)
-    k = router.config.top_k
+    logits, (weights, experts), k = router.logits(x), router.route(x), router.config.top_k
     assert weights.shape == experts.shape == (2, 3, k)
     for at in [(b, t) for b in range(2) for t in range(3)]:
         scores, chosen = logits[at].tolist(), experts[at].tolist()

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from argparse import ArgumentParser
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -31,17 +32,12 @@ def test_what_is_accepted_is_what_python_makes_of_it(text: str, other: str) -> N
         assert expert_layers.layer_frequency(other) == eval(other.strip())
 
 
-@pytest.mark.parametrize("text", ["3", "[0,1,1]", "[0]+[1]*23", "([0]+[1]*3)*6", "([1]*3+[0]*2)*2", "[1,]"])
-def test_megatrons_own_forms(text: str) -> None:
-    from megatron.training.arguments import moe_freq_type
-
-    assert expert_layers.layer_frequency(text) == moe_freq_type(text)
-
-
 def test_megatrons_parser_evaluates_nothing() -> None:
     """Whether the text stands on the command line, in a YAML file or in a checkpoint's manifest."""
-    from megatron.training.arguments import add_megatron_arguments
+    from megatron.training.arguments import add_megatron_arguments, moe_freq_type
 
+    for text in ("3", "[0,1,1]", "[0]+[1]*23", "([0]+[1]*3)*6", "([1]*3+[0]*2)*2", "[1,]"):
+        assert expert_layers.layer_frequency(text) == moe_freq_type(text)
     parser = flags.add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     assert parser.parse_args(["--moe-layer-freq", "[0]+[1]*3"]).moe_layer_freq == [0, 1, 1, 1]
     with pytest.raises(UserError, match="--moe-layer-freq .*must be a number"):
@@ -53,22 +49,11 @@ def test_megatrons_parser_evaluates_nothing() -> None:
 LARGE = ["[0]*10**12", "9**9**9", "[1]*9999*9999", "99999*99999*99999*[]", "[1]*" + "9" * 1_000_000]
 LARGE += ["(" * 100_000, "(" * 5_000 + "[1]" + ")" * 5_000, "[" + "1," * 10_000_000 + "1]"]
 LARGE += ["+".join(["[1]*9999"] * 10_000), "+".join(["[1]*9999"] * 500)]
-WRONG = [
-    "__import__('os').system('true')",
-    "[0x1]",
-    "[1 0]",
-    "[[1]]",
-    "[2]",
-    "(1,0)*2",
-    "[1]-[0]",
-    "[1",
-    "",
-    "0",
-]
-VALUES = [0, True, None, 1.5, [0, 2], [True], {"a": 1}]
+WRONG: list[Any] = ["__import__('os').system('true')", "[0x1]", "[1 0]", "[[1]]", "[2]", "(1,0)*2"]
+WRONG += ["[1]-[0]", "[1", "", "0", 0, True, None, 1.5, [0, 2], [True], {"a": 1}]
 
 
-@pytest.mark.parametrize("text", [*LARGE, *WRONG, *VALUES], ids=lambda text: str(text)[:20])
+@pytest.mark.parametrize("text", [*LARGE, *WRONG], ids=lambda text: str(text)[:20])
 def test_a_hostile_or_wrong_value_is_one_line_at_once(text: object) -> None:
     start = time.monotonic()
     with pytest.raises(UserError, match="--moe-layer-freq .*must be a number, or a list") as refused:
@@ -78,6 +63,4 @@ def test_a_hostile_or_wrong_value_is_one_line_at_once(text: object) -> None:
 
 def test_numbers_and_lists_say_which_layers() -> None:
     assert expert_layers.has_experts(2, 5) == [True, False, True, False, True]
-    listed = expert_layers.frequency_of({0, 3}, 4)
-    assert listed == [1, 0, 0, 1] and expert_layers.has_experts(listed, 4) == [True, False, False, True]
-    assert expert_layers.layer_frequency(expert_layers.as_flag(listed)) == listed
+    assert expert_layers.has_experts([1, 0, 0, 1], 4) == [True, False, False, True]

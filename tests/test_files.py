@@ -10,8 +10,7 @@ from megatron_router_upcycling import files
 
 @pytest.mark.parametrize("content", ["ä\n", b"\xc3\xa4\n"], ids=["text", "bytes"])
 def test_a_file_takes_the_place_of_another(tmp_path: Path, content: str | bytes) -> None:
-    path = tmp_path / "file"
-    path.write_text("before")
+    (path := tmp_path / "file").write_text("before")
     files.write_whole(path, content)
     assert path.read_bytes() == b"\xc3\xa4\n" and list(tmp_path.iterdir()) == [path]
 
@@ -23,8 +22,7 @@ def test_a_write_that_fails_leaves_what_was_there(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    path = tmp_path / "file"
-    path.write_text("before")
+    (path := tmp_path / "file").write_text("before")
     monkeypatch.setattr(os, step, fail)
     with pytest.raises(OSError, match="No space"):
         files.write_whole(path, "after")

@@ -1,9 +1,7 @@
 """Python programs that start warm: forked from a process that has imported torch and Megatron already.
 
-Those imports are most of what a short run costs. What is forked goes on as ``python ARGUMENTS`` does: its
-arguments, environment, output and exit status are its own, and it imports this package itself. What differs:
-the ranks of a run share the seed of string hashes, and torchrun has no part. ``launch.torchrun`` is the real
-thing.
+Those imports are most of what a short run costs. Otherwise it is as ``python ARGUMENTS``, but that the ranks
+of a run share the seed of string hashes. ``launch.torchrun`` is the real thing.
 """
 
 import atexit
@@ -20,14 +18,8 @@ from unittest import mock
 LAST_WORDS = 5.0  # seconds that ranks have after another one failed
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "megatron.training.training",
-        "megatron.training.argument_utils",
-        "megatron.core.tokenizers.text",
-        "torch.utils.tensorboard",
-    ]
-)
+IMPORTED = ["megatron.training.training", "megatron.training.argument_utils", "megatron.core.tokenizers.text"]
+_context.set_forkserver_preload([*IMPORTED, "torch.utils.tensorboard"])
 
 
 def start(arguments: list[str], environment: dict[str, str], log: Path) -> ForkServerProcess:
@@ -39,11 +31,7 @@ def start(arguments: list[str], environment: dict[str, str], log: Path) -> ForkS
 
 
 def wait(processes: list[ForkServerProcess], seconds: float) -> int:
-    """Wait for all, and a little for the others of one that fails; return its exit status, or 0.
-
-    Raises:
-        TimeoutError: after ``seconds``.
-    """
+    """Wait for all, and a little for the others of one that fails; return its exit status, or 0."""
     status, deadline = 0, time.monotonic() + seconds
     try:
         while running := [process for process in processes if process.exitcode is None]:

@@ -25,9 +25,8 @@ for every token: half of the output comes from it, half from the chosen experts.
 
 --target-entropy E scales each layer's logits so that the routing distribution over all experts has a mean
 entropy of E nats (uniform over n experts: ln n, 2.08 for 8) on the hidden states that collect_keys keeps
-(--router-samples). Head-based routers can start over-confident, random ones too uniform: inspect shows each
-layer's entropy and suggests the flag where it would help. For mixture, linear, switch and mlp routers;
-configs/methods/calibrated.yaml and calibrated_topk_first.yaml use 1.5; docs/comparison.md has results.
+(--router-samples): inspect shows each layer's entropy and suggests the flag where it would help. For mixture,
+linear, switch and mlp routers; configs/methods/calibrated.yaml uses 1.5; docs/comparison.md has results.
 
 what to expect of the first step:
   --moe-router-pre-softmax      softmax over all experts, then top-k (the paper): the k weights sum to less
@@ -39,7 +38,7 @@ what to expect of the first step:
 where the model can be served (export-hf): transformers, vLLM and SGLang compute either order. llama.cpp has
 one for each family: for it, give a Qwen3 --no-moe-router-pre-softmax and a Qwen1.5, 2 or 2.5
 --moe-router-pre-softmax, and no --layers. No class of transformers holds a Qwen3 with --shared-expert, which
-needs --allow-no-export. Other models than Qwen are converted, with a note that they cannot be exported.
+needs --allow-no-export.
 """
 
 import argparse
@@ -65,19 +64,15 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("--config", metavar="YAML", type=Path, help="the method, as in configs/methods")
     convert.add_argument("--num-experts", type=int, help="experts a layer (default: 8)")
     convert.add_argument("--top-k", type=int, help="experts a token goes to (default: 2; 1 for switch)")
-    convert.add_argument(
-        "--granularity", metavar="G", type=int, default=1, help="cut each expert into G narrower ones"
-    )
-    convert.add_argument(
-        "--layers", metavar="LIST", help="give experts to these layers, as 1,3,5-7 or 1-23:2 (default: all)"
-    )
+    convert.add_argument("--granularity", metavar="G", type=int, default=1, help="cut each expert into G")
+    convert.add_argument("--layers", metavar="LIST", help="with experts, as 1,3,5-7 or 1-23:2 (default: all)")
     convert.add_argument("--shared-expert", action="store_true", help="keep the dense FFN for every token")
     add_router(convert)
     convert.add_argument(
         "--head-key",
         choices=HEAD_KEYS,
-        help="a head's key: the mean key of its query group (the paper's), or what the head attends to"
-        " (default: mean; attended where a model has fewer query groups than heads)",
+        help="a head's key: the mean of its query group (the paper's default), or what the head attends to"
+        " (default where heads share groups)",
     )
     convert.add_argument(
         "--target-entropy", metavar="E", type=float, help="scale the logits to this mean entropy, in nats"
@@ -138,9 +133,6 @@ def method(args: argparse.Namespace) -> tuple[Method, RouterConfig, InitConfig]:
     """The YAML file's method, and the router and its start with the flags' values over the file's.
 
     Flags count copies of the dense FFN, a file's ``num_experts`` and ``moe_router_topk`` Megatron's experts.
-
-    Raises:
-        UserError: an option does not exist, cannot have its value, or does not suit the router.
     """
     file = read_method(args.config)
     flags = _given(args, ("router", "num_routers", "pooling", "grouping", "pre_softmax"))
@@ -156,5 +148,4 @@ def method(args: argparse.Namespace) -> tuple[Method, RouterConfig, InitConfig]:
 
 
 def _given(args: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:
-    """Those of the arguments that have a value."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -38,34 +38,20 @@ def add_flags(evaluate: argparse.ArgumentParser) -> None:
     )
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     evaluate.add_argument("--batch-size", type=at_least(1), default=8, help="questions at a time")
-    evaluate.add_argument(
-        "--dense", metavar="HF_DIR", type=Path, help="score the original dense model too, for comparison"
-    )
-    evaluate.add_argument(
-        "--data-dir", metavar="FOLDER", type=Path, help="read the tasks' data here and download nothing"
-    )
-    evaluate.add_argument(
-        "--output", metavar="DIR", type=Path, help="for the results (default: evaluation/NAME of HF_DIR)"
-    )
+    evaluate.add_argument("--dense", metavar="HF_DIR", type=Path, help="the dense model, to score it as well")
+    evaluate.add_argument("--data-dir", metavar="FOLDER", type=Path, help="the tasks' data; download nothing")
+    evaluate.add_argument("--output", metavar="DIR", type=Path, help="(default: evaluation/NAME of HF_DIR)")
     evaluate.add_argument("--overwrite", action="store_true", help="replace results in --output")
     evaluate.add_argument(
         "--trust-remote-code", action="store_true", help="run modelling code that HF_DIR brings with it"
     )
 
 
-def options(args: argparse.Namespace) -> Any:
-    """What the flags ask for, as ``runner.Options``."""
-    from megatron_router_upcycling.evaluation import runner
-
-    names = (field.name for field in dataclasses.fields(runner.Options))
-    asked = {name: getattr(args, name) for name in names}
-    return runner.Options(**asked | {"tasks": runner.parse_tasks(args.tasks)})
-
-
 def run(args: argparse.Namespace) -> None:
     from megatron_router_upcycling.evaluation import report, runner
 
-    asked = options(args)
+    args.tasks = runner.parse_tasks(args.tasks)
+    asked = runner.Options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(runner.Options)})
     output = args.output or Path("evaluation") / args.model.resolve().name
     report.check_output(output, args.overwrite)
     last: dict[str, Any] = {}
@@ -77,11 +63,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         runner.evaluate(args.model, asked, done)
     except KeyboardInterrupt as interrupted:
-        kept = (
-            f"{len(last['tasks'])} of {len(asked.tasks)} tasks are in {output}"
-            if last
-            else "no task was complete"
-        )
-        raise type(interrupted)(kept) from None
+        count = len(last.get("tasks", ()))
+        raise type(interrupted)(f"{count} of {len(asked.tasks)} tasks are in {output}") from None
     print(report.markdown(last))
     print(f"saved as {output / report.JSON_NAME} and {output / report.MARKDOWN_NAME}")

@@ -1,9 +1,8 @@
 """Describe a checkpoint and how its routers would start.
 
 Describe a checkpoint (torch_dist, or dense in the legacy format) and list its tensors. Nothing in it is
-executed. For a Mixture-of-Experts also show how similar its experts' keys are, how its routers would spread
-tokens and how far the first step scales the output, with a warning where routing would start collapsed or
-over-confident or where experts are tied.
+executed. For a Mixture-of-Experts also show how similar its experts' keys are and how its routers would
+spread tokens, with a warning where routing would start collapsed or over-confident or experts are tied.
 
 examples:
   router-upcycle inspect ckpt/dense

@@ -25,10 +25,7 @@ from megatron_router_upcycling.planning import reading, report
 def add_flags(plan: argparse.ArgumentParser) -> None:
     plan.usage = "router-upcycle plan [CONFIG] --gpus N [--load CHECKPOINT] [options] [Megatron flags]"
     plan.add_argument(
-        "--config",
-        metavar="CONFIG",
-        type=Path,
-        help="a YAML file as pretrain takes it; --config may be left out",
+        "--config", metavar="CONFIG", type=Path, help="as of pretrain; --config may be left out"
     )
     plan.add_argument("--gpus", metavar="N", type=int, required=True, help="all GPUs of the run")
     plan.add_argument("--load", metavar="CHECKPOINT", type=Path, help="the converted checkpoint")

@@ -78,7 +78,10 @@ def run(args: argparse.Namespace) -> None:
     start = time.monotonic()
     if (args.tokenizer is None) == (args.train_tokenizer is None):
         raise UserError("--tokenizer: name one, or train one with --train-tokenizer N, not both")
-    args.output, args.slurm = args.output.absolute(), _sbatch_options(args)
+    if args.slurm and (args.executor != "slurm" or not all("=" in option for option in args.slurm)):
+        raise UserError("--slurm: is for --executor slurm, and of the form KEY=VALUE, as partition=cpu")
+    args.slurm = dict(option.removeprefix("--").split("=", 1) for option in args.slurm)
+    args.output = args.output.absolute()
     options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
     found, left_out = sources.find(args.sources)
     found += sources.python_library() if args.source_library else []
@@ -101,12 +104,3 @@ def run(args: argparse.Namespace) -> None:
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(5))
     others = f"; left out: {kinds}" if kinds else ""
     print(f"{time.monotonic() - start:.1f} s{skipped}{others}; see {options.output}.json")
-
-
-def _sbatch_options(args: argparse.Namespace) -> dict[str, str]:
-    if args.slurm and args.executor != "slurm":
-        raise UserError("--slurm: is for --executor slurm")
-    for option in args.slurm:
-        if "=" not in option:
-            raise UserError(f"--slurm {option}: is not of the form KEY=VALUE, as partition=cpu")
-    return dict(option.removeprefix("--").split("=", 1) for option in args.slurm)

@@ -7,20 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.config.flags import OF_ROUTER, SHARED_WITH_MEGATRON, set_defaults
+from megatron_router_upcycling.config.flags import OF_ROUTER, SHARED_WITH_MEGATRON, flag_of, set_defaults
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 
 
 def check_start(start: dict[str, Any], recorded: dict[str, Any] | None, source: str | Path | None) -> None:
-    """Compare a YAML file's values of ``InitConfig`` with those that the checkpoint was converted with.
-
-    Args:
-        recorded: the checkpoint's manifest, found in ``source``; None without one.
-    """
-    if recorded is None:
-        return
-    made = manifest.init_config(recorded, str(source)).to_dict()
+    """Compare a YAML file's values of ``InitConfig`` with those of the manifest found in ``source``."""
+    made = start if recorded is None else manifest.init_config(recorded, str(source)).to_dict()
     for name, value in start.items():
         if made[name] != value:
             raise UserError(
@@ -32,12 +26,7 @@ def check_start(start: dict[str, Any], recorded: dict[str, Any] | None, source: 
 def router_config(
     args: Namespace, recorded: RouterConfig | None, source: str | Path | None
 ) -> RouterConfig | None:
-    """The router that a run trains, None for a dense model: the recorded one as flags and YAML change it.
-
-    Args:
-        args: Megatron's parsed arguments with this package's.
-        recorded: the router in the checkpoint's manifest, found in ``source``; None without one.
-    """
+    """The router that a run trains, None for a dense model: the manifest's as flags and YAML change it."""
     if args.num_experts is None:
         return None
     asked = {name: getattr(args, name) for name in OF_ROUTER if getattr(args, name) is not None}
@@ -47,8 +36,8 @@ def router_config(
     for name in ("router", "num_experts", "num_routers"):
         if name in asked and asked[name] != getattr(recorded, name):
             raise UserError(
-                f"--{name.replace('_', '-')} {asked[name]}: {source} was converted with"
-                f" {getattr(recorded, name)}; leave the flag out or convert again"
+                f"{flag_of(name)} {asked[name]}: {source} was converted with {getattr(recorded, name)};"
+                " leave the flag out or convert again"
             )
     return dataclasses.replace(recorded, **asked)
 
@@ -61,7 +50,7 @@ def check_architecture(
         expected, found = parser.get_default(attribute), getattr(args, attribute)
         if found != expected:
             raise UserError(
-                f"--{attribute.replace('_', '-')} {found}: the checkpoint {source} has {expected};"
+                f"{flag_of(attribute)} {found}: the checkpoint {source} has {expected};"
                 " leave it out of the flags and the YAML file"
             )
 

@@ -2,8 +2,7 @@
 
 An entry of a YAML file is one of Megatron's argument names (``num_layers: 24`` is ``--num-layers 24``;
 ``swiglu: true`` is ``--swiglu``), ``base:`` with one or more files to inherit from, or ``upcycling:`` with
-this package's options. The YAML file overrides the checkpoint's manifest, and flags override both. An unknown
-name is an error.
+this package's options. The YAML file overrides the checkpoint's manifest, and flags override both.
 
 Pure: imports neither torch nor Megatron, whose parser the caller passes in.
 """
@@ -57,9 +56,7 @@ def add_gpu(group: Any) -> None:
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add this package's flags to Megatron's parser; the ``upcycling:`` section has the same names."""
     run = parser.add_argument_group("configuration")
-    run.add_argument(
-        "--config", metavar="YAML", help="values of flags; flags on the command line override it"
-    )
+    run.add_argument("--config", metavar="YAML", help="values of flags; the command line's override them")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     run.add_argument("--output", metavar="FILE", help="written by collect_keys, and by a rehearsal as JSON")
 
@@ -80,9 +77,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     keys = parser.add_argument_group("key statistics (collect_keys)")
     keys.add_argument("--collect-iters", metavar="N", type=int, default=10, help="batches to average over")
     keys.add_argument("--router-samples", metavar="N", type=int, default=512, help="hidden states to keep")
-    keys.add_argument(
-        "--key-source", choices=("pre_rope", "post_rope"), default="pre_rope", help="before or after RoPE"
-    )
+    sources = ("pre_rope", "post_rope")
+    keys.add_argument("--key-source", choices=sources, default="pre_rope", help="before or after RoPE")
     add_output(keys)
 
     routing = parser.add_argument_group("routing diagnostics")
@@ -108,7 +104,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--rehearse-seq-length",
         metavar="TOKENS",
         type=int,
-        help="of the step (default: as configured; on the CPU, short enough for 256 tokens a micro-batch)",
+        help="(default: as configured; on the CPU, short)",
     )
     add_gpu(rehearsal)
     if frequency := parser._option_string_actions.get("--moe-layer-freq"):
@@ -130,10 +126,8 @@ def flag_of(name: str) -> str:
 
 def options(parser: ArgumentParser) -> dict[str, tuple[str, argparse.Action]]:
     """The parser's flags by their names in a YAML file: ``num_layers`` -> (``--num-layers``, its action)."""
-    return {
-        flag.lstrip("-").replace("-", "_"): (flag, action)
-        for flag, action in parser._option_string_actions.items()
-    }
+    actions = parser._option_string_actions
+    return {flag.lstrip("-").replace("-", "_"): (flag, action) for flag, action in actions.items()}
 
 
 def set_defaults(parser: ArgumentParser, entries: dict[str, Any], source: str | Path) -> list[str]:
@@ -141,9 +135,6 @@ def set_defaults(parser: ArgumentParser, entries: dict[str, Any], source: str | 
 
     They are defaults, not flags put before the user's, because no flag undoes a switch that a manifest or a
     ``base:`` file sets, as ``false`` does, or a value, as ``null`` does.
-
-    Raises:
-        UserError: a name that the parser does not know (the nearest is suggested) or a value that it refuses.
     """
     known = options(parser)
     values: dict[str, Any] = {}
@@ -157,27 +148,22 @@ def set_defaults(parser: ArgumentParser, entries: dict[str, Any], source: str | 
         where = f"{source}: {key}: {reprlib.repr(value)}"
         if value is None:
             values[action.dest] = None
-        elif action.nargs == 0:
-            values[action.dest] = _switched(flag, action, value, where)
         else:
-            values[action.dest] = _parsed(parser, action, value, where)
+            values[action.dest] = _parsed(parser, flag, action, value, where)
     parser.set_defaults(**values)
     return list(values)
 
 
-def _switched(flag: str, action: argparse.Action, value: Any, where: str) -> Any:
-    """What a switch stores where a YAML file has ``value``; ``where`` begins an error."""
-    if not isinstance(value, bool):
-        raise UserError(f"{where} is a switch; write true or false")
-    if isinstance(action, argparse.BooleanOptionalAction):
-        return value != flag.startswith("--no-")
-    if isinstance(action.const, bool):
-        return action.const == value
-    return action.const if value else action.default
-
-
-def _parsed(parser: ArgumentParser, action: argparse.Action, value: Any, where: str) -> Any:
-    """A YAML file's ``value`` as the command line would give it."""
+def _parsed(parser: ArgumentParser, flag: str, action: argparse.Action, value: Any, where: str) -> Any:
+    """What the flag's action stores for a YAML file's ``value``; ``where`` begins an error."""
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f"{where} is a switch; write true or false")
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return value != flag.startswith("--no-")
+        if isinstance(action.const, bool):
+            return action.const == value
+        return action.const if value else action.default
     items = value if isinstance(value, list) and action.nargs not in (None, "?") else [value]
     if any(isinstance(item, list | dict | set) for item in items):
         raise UserError(f"{where} must be one value, or a list where the flag takes several")
@@ -189,8 +175,7 @@ def _parsed(parser: ArgumentParser, action: argparse.Action, value: Any, where: 
 
 def split_section(section: dict[str, Any], source: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """An ``upcycling:`` section's values of flags, and its values of ``InitConfig``."""
-    for name in section:
-        if name not in SECTION:
-            raise UserError(f"{source}: unknown upcycling option {name!r}; known: {', '.join(SECTION)}")
+    if unknown := [name for name in section if name not in SECTION]:
+        raise UserError(f"{source}: unknown upcycling option {unknown[0]!r}; known: {', '.join(SECTION)}")
     init = {name: value for name, value in section.items() if name in start.NAMES}
     return {name: value for name, value in section.items() if name not in init}, init

@@ -1,8 +1,4 @@
-"""The record that a converted checkpoint carries: ``router_upcycling.json`` in its root.
-
-JSON, so that reading it runs no code. ``pretrain`` and ``layer_spec`` take a checkpoint's router options from
-it, and write it again to the checkpoints that training saves.
-"""
+"""The record in a converted checkpoint's root, which training keeps: ``router_upcycling.json``."""
 
 import json
 from pathlib import Path
@@ -27,9 +23,7 @@ def read(root: str | Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: cannot be read as JSON ({reason(error)}); convert the model again"
-        ) from None
+        raise UserError(f"{path}: not readable as JSON ({reason(error)}); convert the model again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or depth > MOST_NESTED:
         raise UserError(f"{path}: not a manifest of format {FORMAT}; convert the model again")
     return manifest

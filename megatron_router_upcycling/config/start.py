@@ -1,7 +1,6 @@
 """How a Mixture-of-Experts starts: the ablations' options, whose defaults are the paper's.
 
-Pure: imports neither torch nor Megatron. An ``InitConfig`` comes from the ``upcycling:`` section of the YAML
-file that ``convert`` is given, decides values and no shapes, and is ``init`` in the manifest.
+Pure: imports neither torch nor Megatron. It decides values, not shapes, and is ``init`` in the manifest.
 """
 
 import math
@@ -28,9 +27,8 @@ class InitConfig(Recorded):
 
     - ``queries``, ``keys``: ``random`` draws the mixture's query maps or expert keys from a normal
       distribution, each with the norm of the one from attention heads.
-    - ``head_key``: which key of an attention head equation 4 takes: the ``mean`` key of its query group, or
-      the head's ``attended`` key (``key_statistics.capture``); None: ``mean``, and ``attended`` where a model
-      has fewer query groups than heads, whose heads would otherwise share their keys.
+    - ``head_key``: equation 4's key of an attention head, the ``mean`` of its query group's or what the head
+      ``attended`` to (``key_statistics.capture``); None: ``attended`` where heads would share a mean key.
     - ``gate``: of a linear router, ``centroid`` makes it of the centres of clusters of its inputs.
     - ``logit_scale``: multiplies every logit.
     - ``target_entropy``: in nats, the mean entropy of a token's routing distribution over all experts, to
@@ -88,18 +86,16 @@ class InitConfig(Recorded):
         for name, value in self.to_dict().items():
             if value != default[name]:
                 router.kind.check_has(name, f"{name} {value}")
-        if self.target_entropy is not None and self.logit_scale != 1:
+        target, uniform = self.target_entropy, math.log(router.num_experts)
+        if target is not None and self.logit_scale != 1:
             raise UserError("--target-entropy sets the logits' scale; leave logit_scale out")
-        if self.target_entropy is not None and not 0 < self.target_entropy < math.log(router.num_experts):
+        if target is not None and not 0 < target < uniform:
             raise UserError(
-                f"--target-entropy {self.target_entropy}: is in nats and must be between 0 and"
-                f" ln {router.num_experts} = {math.log(router.num_experts):.4f}, that of uniform routing"
+                f"--target-entropy {target}: is in nats and must be between 0 and ln {router.num_experts} ="
+                f" {uniform:.4f}, that of uniform routing"
             )
         if router.granularity > 1 and self.alters_experts:
-            raise UserError(
-                f"--granularity {router.granularity}: expert_noise and drop_upcycling need whole experts;"
-                " leave it out"
-            )
+            raise UserError("--granularity: leave it out; expert_noise and drop_upcycling need whole experts")
 
 
 NAMES = tuple(field.name for field in fields(InitConfig))

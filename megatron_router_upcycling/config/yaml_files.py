@@ -9,11 +9,7 @@ from megatron_router_upcycling.errors import UserError, reason
 
 
 def read_yaml(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The entries of a configuration, over those of its ``base:`` files (a name or a list, later ones win).
-
-    Raises:
-        UserError: a file that is missing or is not a YAML mapping, or one that is its own base.
-    """
+    """A configuration's entries, over those of its ``base:`` files (a name or a list, later ones win)."""
     current = Path(path)
     try:
         if current.resolve() in (seen.resolve() for seen in _above):
@@ -34,9 +30,7 @@ def read_yaml(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]
     section = entries.pop("upcycling", None) or {}
     bases = base if isinstance(base, list) else [base]
     if not isinstance(section, dict) or not all(isinstance(name, str) for name in bases):
-        raise UserError(
-            f"{current}: 'upcycling:' must be a mapping, and 'base:' a file name or a list of them"
-        )
+        raise UserError(f"{current}: 'upcycling:' must be a mapping, and 'base:' one file name or a list")
     merged: dict[str, Any] = {"upcycling": {}}
     for name in bases:
         below = read_yaml(current.parent / name, (*_above, current))

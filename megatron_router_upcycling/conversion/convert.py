@@ -25,7 +25,7 @@ from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.conversion.plan import Plan, plan
 from megatron_router_upcycling.conversion.steps import CopyExperts
 from megatron_router_upcycling.errors import UserError, reason
-from megatron_router_upcycling.files import format_bytes, on_one_disk, sha256, versions
+from megatron_router_upcycling.files import existing, format_bytes, sha256, versions
 from megatron_router_upcycling.initialisation.first_routers import choose_head_key, router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
@@ -48,7 +48,10 @@ class Conversion:
         """Whether what does not change is linked rather than copied."""
         plan = self.plan
         linkable = plan.kept_bytes > plan.changed_bytes and not plan.options.materialize
-        return linkable and on_one_disk(plan.dense.iteration_dir, self.out)
+        disks = {
+            path.stat().st_dev for path in (plan.dense.iteration_dir, existing(self.out.absolute().parent))
+        }
+        return linkable and len(disks) == 1
 
     @property
     def bytes_to_write(self) -> int:

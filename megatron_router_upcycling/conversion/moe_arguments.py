@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from megatron_router_upcycling import expert_layers
 from megatron_router_upcycling.checkpoint.dense_model import BUILD_DEFAULTS, MODEL_DEFAULTS, DenseModel
 from megatron_router_upcycling.checkpoint.format import safe_pickle
 from megatron_router_upcycling.checkpoint.format.files import BACKEND
@@ -30,12 +29,13 @@ DECIDED_LATER = ("moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_gr
 def moe_arguments(model: DenseModel, options: Options, layers: tuple[int, ...] | None) -> dict[str, Any]:
     """Megatron's arguments of the MoE's architecture, beside the dense model's; ``layers`` have experts."""
     F, router = model.ffn_hidden_size, options.router
+    frequency = 1 if layers is None else [int(layer in layers) for layer in range(model.num_layers)]
     scale = router.granularity * (1 - SHARE if options.shared_expert else 1)
     return {
         "moe_ffn_hidden_size": F // router.granularity,
         "moe_router_topk_scaling_factor": None if scale == 1 else float(scale),
         "moe_shared_expert_intermediate_size": F if options.shared_expert else None,
-        "moe_layer_freq": 1 if layers is None else expert_layers.frequency_of(layers, model.num_layers),
+        "moe_layer_freq": frequency,
         "num_experts": router.num_experts,
         "moe_router_topk": router.top_k,
         "moe_router_pre_softmax": router.pre_softmax,
@@ -53,7 +53,7 @@ def model_flags(model: DenseModel, options: Options, layers: tuple[int, ...] | N
     arguments = moe_arguments(model, options, layers)
     flags = {name: arguments[name] for name in given if given[name] and arguments[name] is not None}
     if layers is not None:
-        flags["moe_layer_freq"] = expert_layers.as_flag(flags["moe_layer_freq"])
+        flags["moe_layer_freq"] = str(flags["moe_layer_freq"]).replace(" ", "")
     return flags
 
 

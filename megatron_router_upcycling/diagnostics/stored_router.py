@@ -12,7 +12,7 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
-from megatron_router_upcycling.routers.kinds import Sizes, all_parameters
+from megatron_router_upcycling.routers.kinds import all_parameters
 
 BIAS = "bias"
 
@@ -63,12 +63,12 @@ def load_router(checkpoint: str | Path, layer: int = 0) -> Router:
 
 def read_router(checkpoint: Checkpoint, config: RouterConfig, layer: int) -> Router:
     """The router of one layer of an open checkpoint."""
-    sizes = Sizes.of(checkpoint.args, bool(getattr(checkpoint.args, "add_bias_linear", False)))
+    args = checkpoint.args
     parameters = {
         parameter.name: read_layer(checkpoint, f"{names.ROUTER}.{parameter.name}", layer)
-        for parameter in all_parameters(config, sizes)
+        for parameter in all_parameters(config, args, getattr(args, "add_bias_linear", False))
     }
-    return Router(config, parameters, sizes.hidden_size)
+    return Router(config, parameters, args.hidden_size)
 
 
 def read_layer(checkpoint: Checkpoint, name: str, layer: int) -> Tensor:

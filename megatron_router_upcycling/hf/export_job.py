@@ -63,7 +63,7 @@ class Export:
     @functools.cached_property
     def gate(self) -> dict[str, tuple[int, ...]]:
         """The tensors of a layer's folded router, with their shapes; none in a dense model."""
-        return kinds.gate_shapes(self.router, kinds.Sizes.of(self.model)) if self.router else {}
+        return kinds.gate_shapes(self.router, self.model) if self.router else {}
 
     @functools.cached_property
     def shards(self) -> dict[str, list[Output]]:
@@ -88,14 +88,14 @@ class Export:
 
     def read_gate(self, layer: int) -> Gate:
         """A layer's router as ``Kind.gate`` folds it, in float32."""
-        router, sizes = self.router, kinds.Sizes.of(self.model)
+        router = self.router
         assert router is not None
         place = self.model.expert_layers.index(layer)
         values = {
             parameter.name: self.checkpoint.read_layer(f"{ROUTER}.{parameter.name}", place, bytearray())
-            for parameter in router.kind.parameters(router, sizes)
+            for parameter in router.kind.parameters(router, self.model)
         }
-        return router.kind.gate(values, router, sizes.hidden_size, torch.float32)
+        return router.kind.gate(values, router, self.model.hidden_size, torch.float32)
 
     @property
     def is_stock(self) -> bool:

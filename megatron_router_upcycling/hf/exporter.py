@@ -30,7 +30,6 @@ from megatron_router_upcycling.hf.export_job import Export, Gate, Options, Outpu
 from megatron_router_upcycling.hf.files import CARD
 from megatron_router_upcycling.hf.folder import RECORD, find_beside, write_folder
 from megatron_router_upcycling.hf.safetensors_file import ahead, as_bytes, blocks, dtype_name, format_header
-from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
 
 WIDTH_OF_ZEROS = 128  # of the shared expert that adds nothing
@@ -117,7 +116,7 @@ def _check_tensors(checkpoint: Checkpoint, model: QwenModel, router: RouterConfi
     """Compare the checkpoint's tensors with the architecture."""
     root, tensors = checkpoint.root, checkpoint.tensors
     expected = {stored_name(checkpoint, tensor.name): tensor.shape for tensor in name_table.tensors(model)}
-    for parameter in router.kind.parameters(router, kinds.Sizes.of(model)) if router else ():
+    for parameter in router.kind.parameters(router, model) if router else ():
         expected[f"{ROUTER}.{parameter.name}"] = (len(model.expert_layers), *parameter.shape)
     for name, shape in expected.items():
         if name not in tensors:

@@ -22,12 +22,8 @@ from megatron_router_upcycling.routers.config import RouterConfig
 
 def router_parameters(model: DenseModel, router: RouterConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Global keys and shapes of the routers' parameters."""
-    made = kinds.all_parameters(router, _sizes(model))
+    made = kinds.all_parameters(router, model, model.linear_bias)
     return tuple((f"{ROUTER}.{one.name}", (model.num_layers, *one.shape)) for one in made)
-
-
-def _sizes(model: DenseModel) -> kinds.Sizes:
-    return kinds.Sizes.of(model, add_bias_linear=model.linear_bias)
 
 
 def router_values(
@@ -43,7 +39,7 @@ def router_values(
 
     A bias is zero: the paper's routers have none.
     """
-    parameters = kinds.all_parameters(router, _sizes(model))
+    parameters = kinds.all_parameters(router, model, model.linear_bias)
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
         if router.kind.of_heads:
@@ -94,7 +90,7 @@ def _drawn(model: DenseModel, router: RouterConfig, generator: torch.Generator) 
     """A random router, in float32; one layer after the other comes from one generator."""
     copies = replace(router, num_experts=router.num_copies, top_k=1, granularity=1)
     values = {}
-    for parameter in router.kind.parameters(copies, _sizes(model)):
+    for parameter in router.kind.parameters(copies, model):
         value = torch.empty(parameter.shape)
         if parameter.constant is None:
             value.normal_(std=model.init_method_std, generator=generator)

@@ -8,6 +8,7 @@ A ``setup`` is a complete one, a ``stage`` a pipeline rank. Pure: imports neithe
 Symbols: D hidden size, H heads, G query groups, d head size, V vocabulary, t tensor parallel size.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,8 @@ GIB = 2**30
 
 def router_parameters(router: RouterConfig, setup: Setup) -> int:
     """Of one layer's router, which every rank holds whole."""
-    return kinds.num_parameters(router, kinds.Sizes.of(setup, setup.add_bias_linear))
+    parameters = kinds.all_parameters(router, setup, setup.add_bias_linear)
+    return sum(math.prod(parameter.shape) for parameter in parameters)
 
 
 def parameters(setup: Setup, stage: int) -> dict[str, int]:

@@ -1,8 +1,4 @@
-"""A Megatron router that computes its logits as its row in ``kinds.KINDS`` says.
-
-A ``TopKRouter`` with other parameters and logits: all that follows the logits (z-loss, softmax, top-k,
-auxiliary losses, token dropping, expert bias, replay) is inherited.
-"""
+"""A Megatron router that computes its logits by its row in ``kinds.KINDS`` and inherits the rest."""
 
 import importlib
 from collections.abc import Callable
@@ -17,7 +13,6 @@ from torch import Tensor
 from megatron_router_upcycling.layers import STACK
 from megatron_router_upcycling.layers.routing import FusedRoutingRouter, ParameterHolder
 from megatron_router_upcycling.routers.config import RouterConfig
-from megatron_router_upcycling.routers.kinds import Sizes
 
 
 class OwnParametersRouter(FusedRoutingRouter):
@@ -38,7 +33,7 @@ class OwnParametersRouter(FusedRoutingRouter):
         self.register_parameter("weight", None)
         if not router.kind.has_bias:
             self.bias = None  # a parameter where linear layers have biases, else None already
-        self.own = router.kind.parameters(router, Sizes.of(config))
+        self.own = router.kind.parameters(router, config)
         for parameter in self.own:
             *modules, name = parameter.name.split(".")
             owner: torch.nn.Module = self
@@ -67,13 +62,10 @@ class OwnParametersRouter(FusedRoutingRouter):
     def gating(self, input: Tensor) -> Tensor:
         """Logits [..., n] of tokens [..., D], in ``moe_router_dtype`` (default: the input's dtype)."""
         dtype = router_dtype(self.config, input)
-        logits = self.options.kind.logits(self.folded(dtype), input.to(dtype), self.options)
+        options, values = self.options, {parameter.name: self._read(parameter.name) for parameter in self.own}
+        gate = options.kind.gate(values, options, self.config.hidden_size, dtype)
+        logits = options.kind.logits(gate, input.to(dtype), options)
         return logits if self.bias is None else logits + self.bias.to(dtype)
-
-    def folded(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What logits are computed from, ``weight`` among it; see ``kinds.Kind.gate``."""
-        values = {parameter.name: self._read(parameter.name) for parameter in self.own}
-        return self.options.kind.gate(values, self.options, self.config.hidden_size, dtype)
 
     def _read(self, name: str) -> Tensor:
         owner, _, last = name.rpartition(".")

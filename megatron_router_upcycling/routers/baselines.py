@@ -1,10 +1,7 @@
 """The paper's baselines in Megatron's MoE layer (arXiv 2509.00679, section 4.3).
 
-Each is a ``TopKRouter`` that adds something to the routing; aux loss, z-loss, top-k and token dropping are
-inherited. Vanilla upcycling and training from scratch use ``TopKRouter`` itself, the MLP router
-``base.OwnParametersRouter``.
-
-Symbols: n experts, D hidden size.
+Each is a ``TopKRouter`` with an addition to the routing. Vanilla upcycling and training from scratch use
+``TopKRouter`` itself, the MLP router ``base.OwnParametersRouter``. Symbols: n experts, D hidden size.
 """
 
 import math
@@ -22,10 +19,9 @@ from megatron_router_upcycling.routers.kinds import DROPPED, LOCAL, LOCALITY
 
 
 class SwitchRouter(TopKRouter):
-    """Switch Transformer (arXiv 2101.03961): top-1 by softmax, expert capacity, input jitter.
+    """Switch Transformer (arXiv 2101.03961): top-1 by softmax, with Megatron's expert capacity and jitter.
 
-    Capacity and jitter are Megatron's, by ``moe_expert_capacity_factor`` and ``moe_input_jitter_eps``; as in
-    the original, jitter is for training only. The share of dropped tokens is in Megatron's log.
+    As in the original, jitter is for training only. The share of dropped tokens is in Megatron's log.
     """
 
     def __init__(self, *args: Any, router: RouterConfig, **kwargs: Any) -> None:
@@ -42,7 +38,7 @@ class SwitchRouter(TopKRouter):
                 weights = without_padding(probs, padding_mask)
                 routed = len(weights) * self.topk
                 dropped = routed - (weights > 0).sum()
-                record(self, DROPPED, dropped / max(routed, 1), avg_group=self.tp_dp_cp_group)
+                record(self, DROPPED, dropped / max(routed, 1))
         return probs, routing_map
 
 
@@ -54,14 +50,10 @@ class LocMoERouter(OwnParametersRouter):
     and the rank's mean routing distribution P, which is -log(sum of P over them); 0 at EP 1.
     """
 
-    def __init__(
-        self, *args: Any, pg_collection: ProcessGroupCollection, router: RouterConfig, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, pg_collection=pg_collection, router=router, **kwargs)
-        assert router.locality_loss_coeff is not None
-        self.locality_loss_coeff = router.locality_loss_coeff
+    def __init__(self, *args: Any, pg_collection: ProcessGroupCollection, **kwargs: Any) -> None:
+        super().__init__(*args, pg_collection=pg_collection, **kwargs)
         ranks, rank = pg_collection.ep.size(), pg_collection.ep.rank()
-        local = router.num_experts // ranks
+        local = self.options.num_experts // ranks
         self.local_experts = slice(rank * local, (rank + 1) * local)
         self.expert_parallel = ranks > 1
 
@@ -77,14 +69,14 @@ class LocMoERouter(OwnParametersRouter):
         with torch.no_grad():
             chosen = without_padding(routing_map, padding_mask)
             share = chosen[:, self.local_experts].sum() / chosen.sum().clamp(min=1)
-            record(self, LOCAL, share, avg_group=self.tp_dp_cp_group)
-        if self.locality_loss_coeff > 0:
+            record(self, LOCAL, share)
+        if coefficient := self.options.locality_loss_coeff:
             loss = locality_loss(logits, self.local_experts, padding_mask)
             # Logged and scaled as Megatron's own auxiliary losses: a sum over TP and CP, a mean over DP.
             probs = self.attach_and_log_load_balancing_loss(
                 probs,
-                self.locality_loss_coeff,
-                loss * self.locality_loss_coeff / self.tp_cp_group.size(),
+                coefficient,
+                loss * coefficient / self.tp_cp_group.size(),
                 LOCALITY,
                 self.tp_cp_group,
                 valid_token_count=len(chosen),
@@ -110,10 +102,11 @@ def without_padding(rows: Tensor, padding_mask: Tensor | None) -> Tensor:
     return rows if padding_mask is None else rows[~padding_mask.reshape(-1)]
 
 
-def record(router: TopKRouter, name: str, value: Tensor, **groups: Any) -> None:
-    """Put ``value`` of this layer and micro-batch among Megatron's MoE metrics."""
+def record(router: TopKRouter, name: str, value: Tensor) -> None:
+    """Put ``value`` of this layer and micro-batch among Megatron's MoE metrics, to be averaged over ranks."""
     config, layer = router.config, router.layer_number
     num_layers = config.num_layers + (config.mtp_num_layers or 0)
     if layer is not None:
         layer += config.num_layers * router.is_mtp_layer
-    get_moe_metrics_tracker().record(name, value, layer, num_layers, **groups)
+    group = router.tp_dp_cp_group
+    get_moe_metrics_tracker().record(name, value, layer, num_layers, avg_group=group)

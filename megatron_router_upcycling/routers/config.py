@@ -27,9 +27,8 @@ class Recorded:
         """Raise UserError, which names ``source``, unless all entries are fields of their types."""
         if not isinstance(values, dict):
             raise UserError(f"{source}: must be a mapping of options")
-        types = {
-            field.name: typing.get_args(field.type) or (field.type,) for field in dataclasses.fields(cls)
-        }
+        fields = dataclasses.fields(cls)
+        types = {field.name: typing.get_args(field.type) or (field.type,) for field in fields}
         for name, value in values.items():
             if name not in types:
                 raise UserError(f"{source}: unknown option {name!r}; known: {', '.join(types)}")
@@ -63,8 +62,6 @@ class RouterConfig(Recorded):
 
     ``num_experts`` and ``top_k`` count Megatron's experts. With ``granularity`` G they are shards of
     ``num_copies`` n = ``num_experts`` / G copies of the dense FFN; shards of one copy start with equal keys.
-
-    ``locality_loss_coeff`` is for LocMoE and for training only.
     """
 
     router: str = "mixture"
@@ -75,7 +72,7 @@ class RouterConfig(Recorded):
     grouping: str = "greedy"
     pre_softmax: bool = True
     granularity: int = 1
-    locality_loss_coeff: float | None = None
+    locality_loss_coeff: float | None = None  # of LocMoE's training
 
     @property
     def num_copies(self) -> int:
@@ -112,9 +109,8 @@ class RouterConfig(Recorded):
         sinkhorn = flags.get("moe_router_load_balancing_type") == "sinkhorn"
         if self.top_k == 1 and not self.pre_softmax and softmax and not sinkhorn:
             raise UserError(
-                "--top-k 1 with --no-moe-router-pre-softmax: the weight of a token's only expert is always 1:"
-                " the router cannot learn from the loss, and Megatron refuses to train it; pass"
-                " --moe-router-pre-softmax, or --top-k 2"
+                "--top-k 1 with --no-moe-router-pre-softmax: the weight of a token's only expert is always 1,"
+                " from which the router cannot learn; pass --moe-router-pre-softmax, or --top-k 2"
             )
         groups, chosen = flags.get("moe_router_num_groups"), flags.get("moe_router_group_topk")
         if not isinstance(chosen, int) or not isinstance(groups, int | None):
@@ -136,9 +132,6 @@ class RouterConfig(Recorded):
         m = n: one key an expert. m < n: the keys' heads are duplicated n/m times. m > n: m/n keys an expert.
         m > H: each head is first split in m/H parts. Where m neither divides H nor is a multiple of it, heads
         are duplicated too: each is part of r = m / gcd(H, m) routers of H / gcd(H, m) heads.
-
-        Raises:
-            UserError: the numbers do not divide; names them and the nearest number of routers that works.
         """
         m, n, H, d = self.num_routers, self.num_copies, num_heads, head_dim
         assert m is not None

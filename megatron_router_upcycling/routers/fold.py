@@ -20,9 +20,7 @@ def fold(
     i, and so is its sum over j. ``pool_logits`` takes the maximum over routers and keys afterwards.
 
     Args:
-        query_weight: [m, d', D].
-        expert_key: [n*c, d'].
-        pooling: ``sum`` or ``max`` over the routers.
+        query_weight, expert_key: [m, d', D] and [n*c, d'].
         dtype: arithmetic and result, whatever the parameters' dtype (default: float32).
 
     Returns:
@@ -40,14 +38,9 @@ def fold(
 def pool_logits(logits: "Tensor", num_experts: int, keys_per_expert: int) -> "Tensor":
     """An expert's score: the largest over its keys, and over the routers in ``max`` pooling (section 5.2).
 
+    ``logits`` [..., n*c] or [..., m*n*c] are tokens times the rows of a folded gate; the result is [..., n].
     Where several are equal the first gets the gradient, so that keys which start out equal (those of one
     query group, under grouped-query attention) do not stay so.
-
-    Args:
-        logits: [..., n*c] or [..., m*n*c], tokens times the rows of a folded gate.
-
-    Returns:
-        [..., n]; ``logits`` itself where each expert has one.
     """
     if logits.shape[-1] == num_experts:
         return logits

@@ -22,27 +22,13 @@ if TYPE_CHECKING:
 
 type Values = dict[str, "Tensor"]
 type Options = Any  # a RouterConfig, whose file imports this one
+type Sizes = Any  # a model's description: has hidden_size, num_attention_heads and kv_channels
 
 LOCALITY_LOSS_COEFF = 0.01
 # Names among Megatron's MoE metrics.
 DROPPED = "dropped token share"
 LOCALITY = "locality_loss"
 LOCAL = "local token share"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a model that a router's parameters depend on, by Megatron's names."""
-
-    hidden_size: int
-    num_attention_heads: int
-    kv_channels: int
-    add_bias_linear: bool = False  # whether Megatron's linear layers, and its routers, have biases
-
-    @classmethod
-    def of(cls, model: Any, add_bias_linear: bool = False) -> "Sizes":
-        """The sizes of an object that has attributes of these names."""
-        return cls(model.hidden_size, model.num_attention_heads, model.kv_channels, add_bias_linear)
 
 
 @dataclass(frozen=True)
@@ -67,11 +53,11 @@ def linear_logits(gate: Values, hidden: "Tensor", options: Options) -> "Tensor":
 class Kind:
     """One kind of router.
 
-    - ``words``: in messages, after "experts and"; ``card``: in a model card, after "the router is". Both are
-      format strings that may name fields of ``router``, the options.
+    - ``words``: in messages, after "experts and"; ``card``: in a model card, after "the router is". Both may
+      name fields of ``router``, the options.
     - ``parameters``: of one layer, without Megatron's bias. Raises UserError where they do not fit the model.
-    - ``gate``: (values, options, D, dtype) -> the tensors that logits are computed from, one of them named
-      ``weight``: the parameters folded as far as possible. An exported model holds these.
+    - ``gate``: (values, options, D, dtype) -> what logits are computed from and exports hold, one named
+      ``weight``: the parameters folded as far as possible.
     - ``logits``: (gate, hidden states [..., D], options) -> [..., n]. It uses only fields of the options that
       ``RouterConfig.to_dict`` has, and nothing of its module but ``helpers``: the modelling file of an export
       that no stock class suits holds the source of both.
@@ -90,8 +76,7 @@ class Kind:
     fill_in: Callable[[Options], dict[str, Any]] = lambda options: {}
     not_stock: Callable[[Options], str | None] = lambda options: None
     exported: str = "as it is"
-    # The class that trains it, MODULE:NAME, called with Megatron's (config, pg_collection, is_mtp_layer) and
-    # router=options; None: Megatron's own TopKRouter.
+    # The class that trains it, MODULE:NAME, built with router=options; None: Megatron's own TopKRouter.
     module: str | None = "megatron_router_upcycling.routers.base:OwnParametersRouter"
     has_bias: bool = True  # where Megatron's linear layers have biases
     of_heads: bool = False  # initialised from attention heads and key statistics, not as in ``Parameter``
@@ -123,22 +108,18 @@ def _linear_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
 
 def _mixture_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
     width = options.shape(sizes.num_attention_heads, sizes.kv_channels).router_width
+    queries = Parameter("query_weight", (options.num_routers, width, sizes.hidden_size))
     keys = options.num_experts * keys_per_expert(options)
-    return (
-        Parameter("query_weight", (options.num_routers, width, sizes.hidden_size)),
-        Parameter("expert_key", (keys, width), per_expert=True),
-    )
-
-
-def _mixture_fill_in(options: Options) -> dict[str, Any]:
-    if options.num_routers is None:
-        return {"num_routers": options.num_copies}
-    return {}
+    return queries, Parameter("expert_key", (keys, width), per_expert=True)
 
 
 def _mixture_gate(values: Values, options: Options, hidden_size: int, dtype: "torch.dtype") -> Values:
     """[n*c, D], or [m*n*c, D] in max pooling; see ``fold``."""
     return {"weight": fold(values["query_weight"], values["expert_key"], options.pooling, dtype)}
+
+
+def _mixture_fill_in(options: Options) -> dict[str, Any]:
+    return {"num_routers": options.num_copies} if options.num_routers is None else {}
 
 
 def keys_per_expert(options: Options) -> int:
@@ -178,31 +159,25 @@ def mlp_logits(gate: Values, hidden: "Tensor", options: Options) -> "Tensor":
 
 def _switch_fill_in(options: Options) -> dict[str, Any]:
     if options.top_k != 1 or not options.pre_softmax:
-        raise UserError(
-            "--router switch: sends a token to one expert, weighted by its softmax (Switch Transformer); pass"
-            " --top-k 1 and --moe-router-pre-softmax"
-        )
+        raise UserError("--router switch: needs --top-k 1 and --moe-router-pre-softmax (Switch Transformer)")
     return {}
 
 
 def _locmoe_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
-    if sizes.hidden_size % options.num_experts:
-        raise UserError(
-            "--router locmoe: averages a slice of the hidden state for each expert, and"
-            f" {options.num_experts} experts do not divide a hidden size of {sizes.hidden_size}"
-        )
+    n, D = options.num_experts, sizes.hidden_size
+    if D % n:
+        raise UserError(f"--router locmoe: {n} experts do not divide a hidden size of {D}")
     return ()
 
 
 def _locmoe_fill_in(options: Options) -> dict[str, Any]:
-    if options.granularity > 1:
-        raise UserError(
-            f"--granularity {options.granularity}: --router locmoe has no keys to share; leave it out"
-        )
-    if options.locality_loss_coeff is None:
+    granularity, coefficient = options.granularity, options.locality_loss_coeff
+    if granularity > 1:
+        raise UserError(f"--granularity {granularity}: --router locmoe has no keys to share; leave it out")
+    if coefficient is None:
         return {"locality_loss_coeff": LOCALITY_LOSS_COEFF}
-    if not 0 <= options.locality_loss_coeff < math.inf:
-        raise UserError(f"locality_loss_coeff {options.locality_loss_coeff}: must be 0 or more")
+    if not 0 <= coefficient < math.inf:
+        raise UserError(f"locality_loss_coeff {coefficient}: must be 0 or more")
     return {}
 
 
@@ -295,18 +270,11 @@ def names_with(field: str) -> list[str]:
     return [kind.name for kind in KINDS.values() if field in kind.options + kind.starts]
 
 
-def all_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
-    """The parameters of one layer's router, Megatron's bias [n] at the end where it has one."""
+def all_parameters(options: Options, sizes: Sizes, linear_bias: bool) -> tuple[Parameter, ...]:
+    """The parameters of one layer's router, with a bias [n] where Megatron's linear layers have biases."""
     kind = get(options.router)
-    own = kind.parameters(options, sizes)
-    if not (kind.has_bias and sizes.add_bias_linear):
-        return own
-    return *own, Parameter("bias", (options.num_experts,), per_expert=True, constant=0.0)
-
-
-def num_parameters(options: Options, sizes: Sizes) -> int:
-    """Elements of one layer's router."""
-    return sum(math.prod(parameter.shape) for parameter in all_parameters(options, sizes))
+    bias = Parameter("bias", (options.num_experts,), per_expert=True, constant=0.0)
+    return kind.parameters(options, sizes) + ((bias,) if linear_bias and kind.has_bias else ())
 
 
 def gate_shapes(options: Options, sizes: Sizes) -> dict[str, tuple[int, ...]]:

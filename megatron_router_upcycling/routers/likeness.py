@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.fold import fold
 
 
@@ -27,31 +28,23 @@ def tied_experts(logits: Tensor, granularity: int = 1) -> tuple[tuple[int, int],
 
 
 def router_agreement(
-    tokens: Tensor, query_weight: Tensor, expert_key: Tensor, num_experts: int, pooling: str
+    tokens: Tensor, query_weight: Tensor, expert_key: Tensor, options: RouterConfig
 ) -> float:
-    """How often a single router's first choice is the mixture's, the mean over routers.
+    """How often a single router's first choice for ``tokens`` [T, D] is the mixture's, the mean over routers.
 
     1/n when routers have nothing in common, 1 when all choose alike.
-
-    Args:
-        tokens: [T, D], router inputs.
-        query_weight, expert_key: [m, d', D] and [n*c, d'], the mixture's parameters.
-        pooling: ``sum`` or ``max`` over the routers.
     """
     gates = fold(query_weight, expert_key, "max")  # all routers' apart
-    scores = (tokens.float() @ gates.t()).unflatten(-1, (len(query_weight), num_experts, -1))  # [T, m, n, c]
-    pooled = (scores.sum(dim=1) if pooling == "sum" else scores.amax(dim=1)).amax(dim=-1)
-    alone = scores.amax(dim=-1).argmax(dim=-1)  # [T, m]
+    scores = (tokens.float() @ gates.t()).unflatten(-1, (len(query_weight), options.num_experts, -1))
+    pooled = (scores.sum(dim=1) if options.pooling == "sum" else scores.amax(dim=1)).amax(dim=-1)
+    alone = scores.amax(dim=-1).argmax(dim=-1)  # [T, m], of scores [T, m, n, c]
     return float((alone == pooled.argmax(dim=-1, keepdim=True)).float().mean())
 
 
 def gate_cosine(query_weight: Tensor, expert_key: Tensor) -> float:
-    """Mean cosine between every two routers' folded gates.
-
-    The mean over a router's experts is subtracted first: it cannot change the routing.
-    """
+    """Mean cosine between every two routers' folded gates."""
     gates = fold(query_weight, expert_key, "max").unflatten(0, (len(query_weight), -1))  # [m, n*c, D]
-    gates = gates - gates.mean(dim=1, keepdim=True)
+    gates = gates - gates.mean(dim=1, keepdim=True)  # the mean over experts cannot change the routing
     return mean_cosine(gates.flatten(1))
 
 

@@ -1,8 +1,7 @@
 """The mixture of routers in Megatron's MoE layer (arXiv 2509.00679, eq. 6-9).
 
 The logits are computed folded: with sum pooling and one key an expert, eq. 6-8 are one linear gate,
-A = K (sum_j W^j) / sqrt(d'), made from the weights alone once a forward pass; with max pooling or more
-keys they are a maximum over such gates. The gradients are those of eq. 6-8.
+A = K (sum_j W^j) / sqrt(d'), else a maximum over such gates. The gradients are those of eq. 6-8.
 
 Symbols: m routers, n experts, c keys an expert, d' router width, D hidden size.
 """
@@ -29,10 +28,7 @@ class MixtureRouter(OwnParametersRouter):
     """Parameters ``query_weight`` [m, d', D] and ``expert_key`` [n*c, d'], in ``config.params_dtype``."""
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits [..., n] of tokens [..., D], in ``moe_router_dtype`` (default: the input's dtype).
-
-        The gate is folded in float32 or better whatever the parameters' dtype.
-        """
+        """Logits [..., n] of tokens [..., D]; the gate is folded in float32 or better."""
         dtype, options = router_dtype(self.config, input), self.options
         fold_dtype = torch.promote_types(dtype, torch.float32)
         parts = self.query_weight, self.expert_key
@@ -55,16 +51,14 @@ class MixtureRouter(OwnParametersRouter):
         parts = self.query_weight, self.expert_key
         found = {"gate_cosine": gate_cosine(*parts)}
         if tokens is not None:
-            n, pooling = self.options.num_experts, self.options.pooling
-            found["router_agreement"] = router_agreement(tokens, *parts, n, pooling)
+            found["router_agreement"] = router_agreement(tokens, *parts, self.options)
         return found
 
 
 class _GateProduct(torch.autograd.Function):
     """input [..., D] times gate [rows, D], in the router's dtype; saves the input in its own dtype.
 
-    The arithmetic of Megatron's ``router_gating_linear`` without Transformer Engine. With it, that
-    function's GEMM refuses a float32 gate beside a bfloat16 input, and rounds float32 to TF32.
+    Transformer Engine's GEMM in Megatron's ``router_gating_linear`` refuses a float32 gate beside bfloat16.
     """
 
     @staticmethod

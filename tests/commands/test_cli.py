@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 import pytest
 
 from megatron_router_upcycling import cli
-from megatron_router_upcycling.errors import Terminated, UserError
+from megatron_router_upcycling.errors import UserError
 from tests.launch import ENVIRONMENT
 
 COMMANDS = ("prepare-data", "import-hf", "convert", "export-hf")
@@ -51,14 +52,14 @@ def test_help_of_a_command_teaches_and_imports_nothing_slow(command: str) -> Non
     ("raised", "status", "said"),
     [
         (UserError("--flag: no\nsuch thing"), 2, "error: --flag: no\\nsuch thing\n"),
-        (KeyboardInterrupt(), 130, "interrupted; nothing was left behind\n"),
-        (Terminated("2 of 3 are here"), 143, "interrupted; 2 of 3 are here\n"),
+        (KeyboardInterrupt("2 of 3 are here"), 130, "interrupted; 2 of 3 are here\n"),
+        (signal.SIGTERM, 143, "interrupted; nothing was left behind\n"),
     ],
 )
-def test_how_a_command_ends(
-    monkeypatch: Any, capsys: Any, raised: BaseException, status: int, said: str
-) -> None:
+def test_how_a_command_ends(monkeypatch: Any, capsys: Any, raised: Any, status: int, said: str) -> None:
     def run(args: Namespace) -> NoReturn:
+        if isinstance(raised, signal.Signals):
+            signal.raise_signal(raised)
         raise raised
 
     monkeypatch.setattr(cli, "parse", lambda argv: Namespace(run=run))
@@ -73,7 +74,7 @@ def test_how_a_command_ends(
         (["convrt"], "argument COMMAND: invalid choice: 'convrt'"),
         (["verify", "a", "b", "--quit"], "unrecognized arguments: --quit; did you mean --quiet?"),
         (["verify", "a", "b", "--xyz"], "unrecognized arguments: --xyz; see router-upcycle verify --help"),
-        (["verify", "s3://bucket/dense", "b"], "s3://bucket/dense: object stores and other URLs"),
+        (["verify", "s3://bucket/dense", "b"], "s3://bucket/dense: URLs are not supported"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

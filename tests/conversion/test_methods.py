@@ -145,7 +145,7 @@ def test_the_flag_stands_above_the_file(
         ({"expert_noise": "much"}, "option expert_noise cannot be 'much'"),
         ({"entropy": 1}, "unknown upcycling option 'entropy'"),
         ({"router": "locmoe", "locality_loss_coeff": -1}, "locality_loss_coeff -1: must be 0 or more"),
-        ({"router": "switch"}, "--router switch: sends a token to one expert"),
+        ({"router": "switch"}, "--router switch: needs --top-k 1"),
     ],
 )
 def test_what_a_start_cannot_be_is_one_line(

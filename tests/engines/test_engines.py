@@ -1,14 +1,12 @@
 """Exports in vLLM and in llama.cpp: they load, and give tokens the probabilities that transformers gives.
 
-``make test-engines`` makes the engines' environments and runs this; without them tests are skipped. Lines
-that begin with ``figure:`` are what docs/hugging_face.md reports.
+``make test-engines`` makes the engines' environments. docs/hugging_face.md reports the ``figure:`` lines.
 """
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -106,43 +104,33 @@ def figure(engine: str, what: str, found: torch.Tensor, folder: Path) -> float:
 def test_vllm(exported: dict[str, Path], tmp_path: Path, tensor_parallel: int) -> None:
     """Every model in float32 and bfloat16; each family and order at tensor parallel 2 as well, in float32."""
     python, jobs = python_of("vllm"), tmp_path / "jobs.json"
-    if tensor_parallel == 1:
-        runs = [(name, dtype) for name in MODELS for dtype in ("float32", "bfloat16")]
-    else:
+    runs = [(name, dtype) for name in MODELS for dtype in ("float32", "bfloat16")]
+    if tensor_parallel > 1:
         runs = [(name, "float32") for name in MODELS if "first" in name]
     jobs.write_text(json.dumps([(str(exported[name]), dtype, tensor_parallel) for name, dtype in runs]))
     found, version = ask(tmp_path, python, HERE / "in_vllm.py", jobs)
-    wrong = []
     for (name, dtype), logprobs in zip(runs, found, strict=True):
         what = f"{name}, {dtype}, TP {tensor_parallel}"
         difference = figure(f"vLLM {version}", what, logprobs, exported[name])
-        if not difference < (1e-4 if dtype == "float32" else 0.5):
-            wrong.append(what)
-    assert not wrong
+        assert difference < (1e-4 if dtype == "float32" else 0.5), what
 
 
-@pytest.fixture(scope="module")
-def files(exported: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The GGUF file of one of MODELS, in float32."""
-    folder = tmp_path_factory.mktemp("gguf")
-
-    def make(name: str) -> Path:
-        python_of("llama_cpp")
-        file = folder / f"{exported[name].name}.gguf"
-        if not file.exists():
-            run(sys.executable, HERE / "to_gguf.py", ENGINES / "llama_cpp/source", exported[name], file)
-        return file
-
-    return make
+def gguf(folder: Path) -> Path:
+    """The exported model as a GGUF file beside its folder, in float32."""
+    python_of("llama_cpp")
+    file = folder.with_suffix(".gguf")
+    if not file.exists():
+        run(sys.executable, HERE / "to_gguf.py", ENGINES / "llama_cpp/source", folder, file)
+    return file
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "some layers"])
 @pytest.mark.parametrize(("quantisation", "tolerance"), [("none", 1e-3), ("Q8_0", 0.5), ("Q4_K_M", 3.0)])
 def test_llama_cpp(
-    exported: dict[str, Path], files: Any, tmp_path: Path, name: str, quantisation: str, tolerance: float
+    exported: dict[str, Path], tmp_path: Path, name: str, quantisation: str, tolerance: float
 ) -> None:
     """In the other order it computes another model, as export-hf says: else it has learned norm_topk_prob."""
-    script = (python_of("llama_cpp"), HERE / "in_llama_cpp.py", files(name), quantisation)
+    script = (python_of("llama_cpp"), HERE / "in_llama_cpp.py", gguf(exported[name]), quantisation)
     found, version = ask(tmp_path, *script)
     difference = figure(f"llama.cpp {version}", f"{name}, {quantisation}", found, exported[name])
     if name not in OTHER_ORDER:
@@ -151,7 +139,7 @@ def test_llama_cpp(
         assert difference > 0.01
 
 
-def test_llama_cpp_does_not_take_a_model_with_experts_in_some_layers(files: Any) -> None:
+def test_llama_cpp_does_not_take_a_model_with_experts_in_some_layers(exported: dict[str, Path]) -> None:
     """What export-hf says. Its converter stops."""
     with pytest.raises(AssertionError, match="Can not map tensor 'model.layers.0.mlp.down_proj.weight'"):
-        files("some layers")
+        gguf(exported["some layers"])

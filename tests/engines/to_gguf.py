@@ -1,7 +1,6 @@
-"""llama.cpp's converter on a folder with a tokenizer that it has no name for: SOURCE FOLDER OUT.
+"""llama.cpp's converter on a folder whose tokenizer it has no name for: SOURCE FOLDER OUT.
 
-SOURCE is the root of llama-cpp-python's source package. The converter names pre-tokenizers by a digest of
-what they make of a text, which those of tests do not have.
+SOURCE is the root of llama-cpp-python's source package.
 """
 
 import sys

@@ -11,7 +11,7 @@ from megatron_router_upcycling.checkpoint.read_config_json import FIXED_FLAGS
 from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import QwenModel, from_flags
 from megatron_router_upcycling.hf.name_table import Tensor
-from tests.reference.fused import merge_gated_fc1, merge_qkv
+from tests.reference.megatron_ffn import merge_gated_fc1, merge_qkv
 
 FLAGS = FIXED_FLAGS | {
     "num_layers": 2, "hidden_size": 24, "ffn_hidden_size": 20, "num_attention_heads": 6,

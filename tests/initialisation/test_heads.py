@@ -18,7 +18,7 @@ from megatron_router_upcycling.routers.config import GROUPINGS, POOLINGS, Router
 from megatron_router_upcycling.routers.fold import fold, pool_logits
 from megatron_router_upcycling.routers.kinds import keys_per_expert
 from tests.reference import mixture
-from tests.reference.fused import merge_qkv
+from tests.reference.megatron_ffn import merge_qkv
 
 HIDDEN = 12
 

@@ -1,9 +1,11 @@
 """The ablations of the start, in NumPy: routers and experts that are not the paper's.
 
 Statistics are float64 rounded to float32; what is changed is rounded to the checkpoint's dtype after every
-change.
+change. What is drawn at random is of PyTorch's normal generator on the CPU, in float32, whose seed is the
+first eight bytes, little-endian, of SHA-256 of "seed:what:what:...".
 """
 
+import hashlib
 import math
 
 import numpy as np
@@ -11,10 +13,18 @@ import torch
 
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.routers.config import RouterConfig
-from tests.reference.drawn import generator, normal
 
 Array = np.ndarray
 Values = dict[str, torch.Tensor]
+
+
+def generator(seed: int, *what: object) -> torch.Generator:
+    digest = hashlib.sha256(":".join(map(str, (seed, *what))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def normal(shape: tuple[int, ...], random: torch.Generator, std: float = 1.0) -> torch.Tensor:
+    return torch.empty(shape).normal_(0.0, std, generator=random)
 
 
 def _rounded(values: Array, dtype: torch.dtype) -> torch.Tensor:
@@ -26,18 +36,9 @@ def _numbers(values: torch.Tensor) -> Array:
 
 
 def router(
-    values: Values,
-    config: RouterConfig,
-    init: InitConfig,
-    seed: int,
-    layer: int,
-    router_input: torch.Tensor,
+    values: Values, config: RouterConfig, init: InitConfig, seed: int, layer: int, router_input: torch.Tensor
 ) -> Values:
-    """One layer's parameters, from those that the paper's way or chance gives.
-
-    Args:
-        router_input: a sample of what the layer's router sees, [S, D].
-    """
+    """One layer's parameters, from those that the paper's way or chance gives; ``router_input`` is [S, D]."""
     dtype, inputs = next(iter(values.values())).dtype, _numbers(router_input)
     values = dict(values)
     for wanted, name in ((init.queries, "query_weight"), (init.keys, "expert_key")):
@@ -110,10 +111,8 @@ def _scale(logits: Array, target: float) -> float:
         return float(-(p * (scaled - np.log(total))).sum(axis=1).mean())
 
     low, high = math.log(1e-8), math.log(1e8)
-    while high - low > 1e-15 * max(abs(low), abs(high)):
+    for _ in range(100):
         middle = low + (high - low) / 2
-        if middle in (low, high):
-            break
         low, high = (middle, high) if entropy(middle) > target else (low, middle)
     return float(np.float32(math.exp(low)))
 

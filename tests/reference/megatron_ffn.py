@@ -1,15 +1,16 @@
-"""What Megatron computes of a layer's FFN or experts, token by token, of tensors as a checkpoint has them."""
+"""What Megatron computes of a layer's FFN or experts, token by token, and its fused projections."""
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import silu
 
 
 class MegatronFFN(torch.nn.Module):
     """Of ``layer``, stacked or under keys of its own; ``args``: Megatron's, and ``pooling`` of a mixture."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], layer: int, args: Any) -> None:
+    def __init__(self, tensors: dict[str, Tensor], layer: int, args: Any) -> None:
         super().__init__()
         self.args = args
         self.values = {}
@@ -20,14 +21,14 @@ class MegatronFFN(torch.nn.Module):
             elif key.startswith("decoder.layers.mlp."):
                 self.values[key.removeprefix("decoder.layers.mlp.")] = value[layer]
 
-    def ffn(self, x: torch.Tensor, name: str, expert: int | None = None) -> torch.Tensor:
+    def ffn(self, x: Tensor, name: str, expert: int | None = None) -> Tensor:
         fc1, fc2 = (self.values[f"{name}linear_fc{number}.weight"] for number in (1, 2))
         if expert is not None:
             fc1, fc2 = fc1[expert], fc2[expert]
         gate, up = (x @ fc1.t()).chunk(2, -1)
         return (silu(gate) * up) @ fc2.t()
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         if "router.weight" in self.values:
             return x @ self.values["router.weight"].t()
         query, key = self.values["router.query_weight"], self.values["router.expert_key"]
@@ -35,7 +36,7 @@ class MegatronFFN(torch.nn.Module):
         pooled = scores.amax(0) if len(query) == 4 and self.args.pooling == "max" else scores.sum(0)
         return pooled.unflatten(0, (self.args.num_experts, -1)).amax(-1)
 
-    def token(self, x: torch.Tensor) -> torch.Tensor:
+    def token(self, x: Tensor) -> Tensor:
         if "linear_fc1.weight" in self.values:
             return self.ffn(x, "")
         logits, k = self.logits(x), self.args.moe_router_topk
@@ -53,5 +54,22 @@ class MegatronFFN(torch.nn.Module):
             output = output + shared
         return output
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         return torch.stack([self.token(x) for x in hidden.flatten(0, 1)]).view(hidden.shape)
+
+
+def merge_qkv(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, num_groups: int, dim: int = -2
+) -> Tensor:
+    """``linear_qkv``: group after group, its query heads, its key, its value."""
+    by_group = [
+        part.unflatten(dim, (num_groups, heads, -1))
+        for part, heads in ((query, num_heads // num_groups), (key, 1), (value, 1))
+    ]
+    dim %= query.dim()
+    return torch.cat(by_group, dim=dim + 1).flatten(dim, dim + 2)
+
+
+def merge_gated_fc1(gate: Tensor, up: Tensor, dim: int = -2) -> Tensor:
+    """A gated ``linear_fc1`` [..., 2F, D] of gate and up projection, gate first."""
+    return torch.cat((gate, up), dim=dim)

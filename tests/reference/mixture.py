@@ -21,10 +21,8 @@ def of_heads(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's query_weight [m, d', D] and expert_key [n*c, d'] (eq. 4, 5).
 
-    Args:
-        fused: the query-key-value projection [(H + 2G)*d, D]: group after group, its query heads, its key,
-            its value.
-        head_keys: float32 [H, d], the key of each query head.
+    ``fused`` is the query-key-value projection [(H + 2G)*d, D]: group after group, its query heads, its key,
+    its value. ``head_keys``, float32 [H, d], has the key of each query head.
     """
     assert router.num_routers is not None
     num_heads, head_size = head_keys.shape
@@ -149,25 +147,22 @@ def _group(vectors: list[Vector], similar: list[list[float]], num_sets: int, gro
 
 
 def _ranked(similar: list[list[float]]) -> list[tuple[int, int]]:
-    count = len(similar)
-    ranked = [(-similar[i][j], i, j) for i in range(count) for j in range(i + 1, count)]
-    return [(i, j) for _, i, j in sorted(ranked)]
+    pairs = [(i, j) for i in range(len(similar)) for j in range(i + 1, len(similar))]
+    return sorted(pairs, key=lambda pair: (-similar[pair[0]][pair[1]], *pair))
 
 
 def _greedy(means: list[Vector], similar: list[list[float]], count: int) -> Sets:
     """The most similar free pair, joined by the free sets nearest to the mean until there are ``count``."""
-    free = [True] * len(means)
-    merged = []
+    free, merged = set(range(len(means))), []
     for i, j in _ranked(similar):
-        if not (free[i] and free[j]):
+        if not {i, j} <= free:
             continue
         together = [i, j]
-        free[i] = free[j] = False
         while len(together) < count:
             mean = _mean([means[k] for k in together])
-            best = max((k for k in range(len(means)) if free[k]), key=lambda k: (_cosine(mean, means[k]), -k))
-            together.append(best)
-            free[best] = False
+            rest = free - set(together)
+            together.append(max(rest, key=lambda k: (_cosine(mean, means[k]), -k)))  # noqa: B023
+        free -= set(together)
         merged.append(together)
     return merged
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.routers.config import RouterConfig
-from tests.reference import ablations, drawn, mixture
+from tests.reference import ablations, mixture
 
 LAYERS = "decoder.layers."
 ROUTER = "decoder.layers.mlp.router."
@@ -38,14 +38,9 @@ def upcycle(
     shared_expert: bool = False,
     layers: Sequence[int] | None = None,
 ) -> Tensors:
-    """Every tensor by its name.
+    """Every tensor by its name, of ``dense`` stacked over layers, ``head_keys`` [L, H, d], inputs [L, S, D].
 
-    Args:
-        dense: the dense model's, stacked over layers [L, ...].
-        args: Megatron's arguments.
-        head_keys: each query head's key [L, H, d].
-        router_input: [L, S, D].
-        layers: those that get experts, each layer having names of its own; None: all, stacked.
+    ``layers`` get experts, each layer having names of its own; None: all, stacked.
     """
     job, num_layers = Job(args, router, init, seed), args.num_layers
     moe = with_experts(dense, job, shared_expert)
@@ -119,13 +114,12 @@ def routers(
                 parts = mixture.of_heads(dense[QKV][layer], keys, groups, router)
                 values["query_weight"], values["expert_key"] = parts[0], parts[1].to(dtype)
             case "linear" | "switch":
-                values["weight"] = drawn.normal((copies, D), random, std).to(dtype)
+                values["weight"] = ablations.normal((copies, D), random, std).to(dtype)
             case "mlp":
-                values["fc1.weight"] = drawn.normal((D, D), random, std).to(dtype)
-                values["fc2.weight"] = drawn.normal((copies, D), random, std).to(dtype)
-        for name in ("weight", "fc2.weight"):  # a row for each copy: its shards begin alike
-            if name in values:
-                values[name] = torch.stack([values[name][i // router.granularity] for i in range(n)])
+                values["fc1.weight"] = ablations.normal((D, D), random, std).to(dtype)
+                values["fc2.weight"] = ablations.normal((copies, D), random, std).to(dtype)
+        for name in values.keys() & {"weight", "fc2.weight"}:  # a row for each copy: its shards begin alike
+            values[name] = torch.stack([values[name][i // router.granularity] for i in range(n)])
         if values:
             values = ablations.router(values, router, init, seed, layer, router_input[layer])
         if args.add_bias_linear and values:

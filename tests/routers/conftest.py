@@ -42,11 +42,8 @@ def transformer_config(**changes: Any) -> TransformerConfig:
     sizes = {"num_layers": 2, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "kv_channels": HEAD_DIM}
     experts = {"ffn_hidden_size": 4 * HIDDEN, "num_moe_experts": EXPERTS, "moe_router_topk": 2}
     routing = {"moe_router_pre_softmax": True, "moe_router_dtype": "fp32", "add_bias_linear": False}
-    losses = {
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": 0.02,
-        "moe_z_loss_coeff": 1e-3,
-    }
+    losses = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.02}
+    changes = {"moe_z_loss_coeff": 1e-3} | changes
     return TransformerConfig(**(sizes | experts | routing | losses | changes))
 
 

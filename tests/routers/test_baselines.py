@@ -18,8 +18,9 @@ from tests.routers.conftest import BATCH, EXPERTS, SEQUENCE, build, recorded, to
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
-SWITCH = RouterConfig(router="switch", num_experts=EXPERTS, top_k=1)
+CAPACITY = {"moe_expert_capacity_factor": 1.0, "moe_token_dispatcher_type": "alltoall"}
 PADDED = 10  # positions at the end of each sequence
+MASK = torch.arange(SEQUENCE)[:, None].expand(SEQUENCE, BATCH) >= SEQUENCE - PADDED
 
 
 def test_locality_loss_is_the_log_of_the_mass_that_stays() -> None:
@@ -35,24 +36,15 @@ def test_no_expert_parallelism_no_locality_loss() -> None:
     """At EP 1 everything is local: gradients are those without the loss."""
     grads = []
     for coefficient in (0.0, 100.0):
-        router = RouterConfig(router="locmoe", num_experts=EXPERTS, top_k=2, locality_loss_coeff=coefficient)
-        x = tokens()
-        made = build(router, transformer_config())
-        made(x)[0].square().sum().backward()
-        assert isinstance(made, LocMoERouter) and x.grad.any()
+        x, router = tokens(), RouterConfig(router="locmoe", locality_loss_coeff=coefficient)
+        build(router, transformer_config())(x)[0].square().sum().backward()
         grads.append(x.grad)
-    assert torch.equal(*grads)
+    assert torch.equal(*grads) and grads[0].any()
 
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_switch_counts_what_it_drops(pad: bool) -> None:
-    config = transformer_config(
-        moe_router_topk=1,
-        moe_expert_capacity_factor=1.0,
-        moe_token_dispatcher_type="alltoall",
-        moe_pad_expert_input_to_capacity=pad,
-    )
-    router = build(SWITCH, config)
+    router = made("switch", **CAPACITY, moe_pad_expert_input_to_capacity=pad)
     x = tokens()
     probs, _ = router(x)
     chosen = router.gating(x).flatten(0, 1).argmax(dim=-1)
@@ -65,8 +57,7 @@ def test_switch_counts_what_it_drops(pad: bool) -> None:
 
 
 def test_switch_jitter_is_for_training() -> None:
-    config = transformer_config(moe_router_topk=1, moe_input_jitter_eps=0.1)
-    router = build(SWITCH, config)
+    router = made("switch", moe_input_jitter_eps=0.1)
     x = tokens()
     jittered = router.apply_input_jitter(x) / x
     assert 0.85 < jittered.min() < 0.95 and 1.05 < jittered.max() < 1.15
@@ -76,7 +67,7 @@ def test_switch_jitter_is_for_training() -> None:
 
 def test_a_hidden_size_that_experts_do_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="6 experts do not divide a hidden size of 32"):
-        kinds.all_parameters(RouterConfig(router="locmoe", num_experts=6), kinds.Sizes(32, 4, 8))
+        kinds.all_parameters(RouterConfig(router="locmoe", num_experts=6), transformer_config(), False)
 
 
 def test_what_routers_record_is_reported() -> None:
@@ -87,10 +78,8 @@ def test_what_routers_record_is_reported() -> None:
             report_also(name)
     tracker = MoEMetricsTracker()
     tracker.record(LOCAL, torch.tensor(0.75), 1, 1)
-    said = tracker.report(
-        loss_scale=1.0, iteration=1, track_names=["z_loss"], num_layers=1, force_initialize=True
-    )
-    assert f"{LOCAL}: 0.75" in said
+    options = {"track_names": ["z_loss"], "num_layers": 1, "force_initialize": True}
+    assert f"{LOCAL}: 0.75" in tracker.report(loss_scale=1.0, iteration=1, **options)
 
 
 def made(kind: str, **changes: Any) -> TopKRouter:
@@ -120,9 +109,7 @@ def test_padding_changes_no_loss(kind: str, per_token: bool) -> None:
     router = made(kind)
     router.calculate_per_token_loss = per_token
     x = tokens().detach()
-    mask = torch.arange(SEQUENCE)[:, None].expand(SEQUENCE, BATCH) >= SEQUENCE - PADDED
-    alone = gradients(router, x[:-PADDED], None)
-    padded = gradients(router, x, mask)
+    alone, padded = gradients(router, x[:-PADDED], None), gradients(router, x, MASK)
     assert alone[0].abs().sum() > 0
     torch.testing.assert_close(padded[0][:-PADDED], alone[0], rtol=1e-5, atol=1e-9)
     assert not padded[0][-PADDED:].any()
@@ -136,8 +123,6 @@ def test_nothing_but_padding_has_no_locality_loss() -> None:
 
 
 def test_switch_counts_no_padding() -> None:
-    router = made("switch", moe_expert_capacity_factor=1.0, moe_token_dispatcher_type="alltoall")
-    mask = torch.arange(SEQUENCE)[:, None].expand(SEQUENCE, BATCH) >= SEQUENCE - PADDED
-    probs, _ = router(tokens(), padding_mask=mask)
+    probs, _ = made("switch", **CAPACITY)(tokens(), padding_mask=MASK)
     kept = int((probs.unflatten(0, (SEQUENCE, BATCH))[:-PADDED] > 0).sum())
     assert recorded(DROPPED) == pytest.approx(1 - kept / ((SEQUENCE - PADDED) * BATCH))

@@ -17,6 +17,7 @@ from tests.routers.conftest import BATCH, EXPERTS, SEQUENCE, build, transformer_
 
 ROUTER = RouterConfig(num_experts=EXPERTS, top_k=2)
 SCALE = 0.25  # of the auxiliary losses' gradients
+SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False}
 
 
 @pytest.fixture
@@ -86,23 +87,19 @@ def test_equal_to_megatrons(
     expected = routed(lambda x: TopKRouter.routing(router, x), logits)
     assert not fused
     found = routed(router.routing, logits)
-    assert len(fused) == 2
-    assert found.keys() == expected.keys()
-    metrics = {name for name in found if name.startswith("metric ")}
+    assert len(fused) == 2 and found.keys() == expected.keys()
     names = {"both": 2, "z-loss": 1, "balancing": 1, "list": 1 + 1, "none": 0}[losses] if training else 0
-    assert len(metrics) == names
+    assert len([name for name in found if name.startswith("metric ")]) == names
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=2e-6, atol=2e-7, msg=lambda m, n=name: n + m)
 
 
 def test_the_losses_gradients_are_felt(fused: list[tuple[Any, ...]]) -> None:
     """So that their equality above says something."""
-    gradients = []
-    for losses in ({}, {"moe_z_loss_coeff": None}, {"moe_router_load_balancing_type": "none"}):
-        router = build(ROUTER, transformer_config(**losses))
-        gradients.append(routed(router.routing, draw())["gradient 0"])
-    for other in gradients[1:]:
-        assert (gradients[0] - other).abs().max() > 1e-5
+    unbalanced: dict[str, Any] = {"moe_router_load_balancing_type": "none"}
+    choices = ({}, {"moe_z_loss_coeff": None}, unbalanced)
+    both, *others = (routed(build(ROUTER, transformer_config(**c)).routing, draw()) for c in choices)
+    assert all((both["gradient 0"] - other["gradient 0"]).abs().max() > 1e-5 for other in others)
 
 
 @pytest.mark.parametrize(
@@ -111,12 +108,8 @@ def test_the_losses_gradients_are_felt(fused: list[tuple[Any, ...]]) -> None:
         {"moe_router_load_balancing_type": "seq_aux_loss"},
         {"moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.0},
         {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0.1, 0.1]},
-        {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False},
-        {
-            "moe_router_score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
-            "moe_router_pre_softmax": False,
-        },
+        SIGMOID,
+        SIGMOID | {"moe_router_enable_expert_bias": True},
         {"moe_router_topk_scaling_factor": 2.5},
         {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
         {"moe_expert_capacity_factor": 1.0},
@@ -128,9 +121,8 @@ def test_what_else_a_configuration_asks_for_is_megatrons(
     fused: list[tuple[Any, ...]], changes: dict[str, Any]
 ) -> None:
     router = build(ROUTER, transformer_config(**changes))
-    expected, found = (
-        routed(route, draw()) for route in (lambda x: TopKRouter.routing(router, x), router.routing)
-    )
+    expected = routed(lambda x: TopKRouter.routing(router, x), draw())
+    found = routed(router.routing, draw())
     assert not fused
     for name, value in expected.items():
         if not name.startswith("metric global"):  # which counts on

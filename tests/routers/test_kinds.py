@@ -11,7 +11,6 @@ from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
-from megatron_router_upcycling.routers.kinds import Sizes
 from tests import dense_checkpoint, hf_models
 from tests.dense_checkpoint import HEAD_DIM, HEADS
 from tests.hf.folders import make_moe, refused, run
@@ -38,11 +37,8 @@ def seen(count: int = 20) -> torch.Tensor:
     return torch.randn(count, D, generator=torch.Generator().manual_seed(1))
 
 
-def test_every_kind_has_a_row_among_the_tests() -> None:
+def test_every_kind_has_a_row_here_and_no_other_file_asks_for_it_by_its_name() -> None:
     assert list(KINDS) == list(kinds.KINDS)
-
-
-def test_no_other_file_asks_for_a_kind_by_its_name() -> None:
     package = pathlib.Path(kinds.__file__).parents[1]
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -57,9 +53,8 @@ def test_no_other_file_asks_for_a_kind_by_its_name() -> None:
 def test_parameters_are_megatrons_and_the_plans(kind: str, bias: bool) -> None:
     """Of the row, of the class that trains and of ``plan`` (whose count of an MLP router lacked the bias)."""
     expected = KINDS[kind].shapes | ({"bias": (EXPERTS,)} if bias and KINDS[kind].bias else {})
-    sizes = Sizes(**SIZES, add_bias_linear=bias)
-    assert {p.name: p.shape for p in kinds.all_parameters(options(kind), sizes)} == expected
     config = transformer_config(**SIZES, add_bias_linear=bias, moe_router_topk=KINDS[kind].top_k)
+    assert {p.name: p.shape for p in kinds.all_parameters(options(kind), config, bias)} == expected
     made = build(options(kind), config)
     assert {name: tuple(p.shape) for name, p in made.named_parameters()} == expected
     assert {name for name in made.state_dict() if not name.endswith("_extra_state")} == set(expected)
@@ -71,9 +66,8 @@ def test_parameters_are_megatrons_and_the_plans(kind: str, bias: bool) -> None:
 @all_kinds
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_parameters_are_of_the_models_dtype_and_marked(kind: str, sequence_parallel: bool) -> None:
-    config = transformer_config(
-        params_dtype=torch.bfloat16, bf16=True, add_bias_linear=True, moe_router_topk=KINDS[kind].top_k
-    )
+    dtype = {"params_dtype": torch.bfloat16, "bf16": True}
+    config = transformer_config(**dtype, add_bias_linear=True, moe_router_topk=KINDS[kind].top_k)
     config.sequence_parallel = sequence_parallel
     for parameter in build(options(kind), config).parameters():
         assert parameter.dtype == torch.bfloat16 and parameter.sequence_parallel is sequence_parallel
@@ -94,7 +88,7 @@ def test_logits_are_the_methods(kind: str) -> None:
     assert trained.dtype == torch.float32
     torch.testing.assert_close(trained.double(), reference(kind, values, rounded), rtol=1e-4, atol=1e-4)
     shapes = {name: tuple(value.shape) for name, value in gate.items()}
-    assert kinds.gate_shapes(options(kind), Sizes(**SIZES)) == shapes
+    assert kinds.gate_shapes(options(kind), config) == shapes
     assert (row.not_stock(options(kind)) is None) == KINDS[kind].stock
     if KINDS[kind].stock:
         assert shapes == {"weight": (EXPERTS, D)}

@@ -5,25 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 from torch.utils.checkpoint import checkpoint
 
 from megatron_router_upcycling.routers.config import POOLINGS, RouterConfig
 from megatron_router_upcycling.routers.fold import fold
-from megatron_router_upcycling.routers.mixture import MixtureRouter
 from tests.routers.conftest import BATCH, EXPERTS, HIDDEN, SEQUENCE, build, tokens, transformer_config
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 MIXTURE = RouterConfig(num_experts=EXPERTS)
-
-
-def stock_twin(mixture: MixtureRouter) -> TopKRouter:
-    """The stock router whose linear gate is what ``mixture`` folds to."""
-    stock = build(None, mixture.config)
-    stock.weight.data.copy_(fold(mixture.query_weight, mixture.expert_key, "sum"))
-    if mixture.bias is not None:
-        stock.bias.data.copy_(mixture.bias)
-    return stock
 
 
 def direct_logits(
@@ -64,13 +53,11 @@ def test_logits_and_gradients_equal_the_direct_form(num_routers: int, experts: i
         num_moe_experts=experts, moe_router_dtype="fp64", params_dtype=torch.float64, moe_z_loss_coeff=None
     )
     router = build(RouterConfig(num_experts=experts, num_routers=num_routers, pooling=pooling), config)
-    parameters = (router.query_weight, router.expert_key)
-    x = tokens(torch.float64)
-    folded = router.gating(x)
-    direct = direct_logits(x, *parameters, experts, pooling)
+    leaves = (x := tokens(torch.float64), router.query_weight, router.expert_key)
+    folded, direct = router.gating(x), direct_logits(*leaves, experts, pooling)
     grad = torch.randn_like(folded)
-    found = (folded, *torch.autograd.grad(folded, (x, *parameters), grad))
-    expected = (direct, *torch.autograd.grad(direct, (x, *parameters), grad))
+    found = (folded, *torch.autograd.grad(folded, leaves, grad))
+    expected = (direct, *torch.autograd.grad(direct, leaves, grad))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.float64 and (a - b).abs().max() <= 1e-13 * b.abs().max()
 
@@ -98,13 +85,9 @@ def test_a_bfloat16_model_routes_in_float32() -> None:
 
 def test_activation_recompute_gives_the_same_gradients() -> None:
     router = build(MIXTURE, transformer_config())
-    grads = []
-    for recompute in (False, True):
-        router.zero_grad()
-        x = tokens()
-        probs, _ = checkpoint(router, x, use_reentrant=False) if recompute else router(x)
-        probs.square().sum().backward()
-        grads.append([x.grad, *(parameter.grad for parameter in router.parameters())])
+    wanted, grads = [x := tokens(), *router.parameters()], []
+    for probs, _ in (router(x), checkpoint(router, x, use_reentrant=False)):
+        grads.append(torch.autograd.grad(probs.square().sum(), wanted))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
@@ -123,7 +106,10 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
 def test_routing_is_the_stock_routers_bit_for_bit(changes: dict[str, Any]) -> None:
     mixture = build(MIXTURE, transformer_config(**changes))
-    stock = stock_twin(mixture)
+    stock = build(None, mixture.config)
+    stock.weight.data.copy_(fold(mixture.query_weight, mixture.expert_key, "sum"))
+    if mixture.bias is not None:
+        stock.bias.data.copy_(mixture.bias)
     found = []
     for router in (mixture, stock):
         if router.expert_bias is not None:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,8 +14,6 @@ import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
-# What the script itself needs, and nothing else: no Python, no pyenv, no uv.
-SHELL_TOOLS = ("bash", "env")
 
 
 class Machine:
@@ -24,9 +23,8 @@ class Machine:
         self.path, self.home = folder / "bin", folder / "home"
         self.path.mkdir()
         self.home.mkdir()
-        for tool in SHELL_TOOLS:
-            found = subprocess.run(["which", tool], capture_output=True, text=True, check=True).stdout.strip()
-            (self.path / tool).symlink_to(found)
+        for tool in ("bash", "env"):  # what the script itself needs: no Python, no pyenv, no uv
+            (self.path / tool).symlink_to(str(shutil.which(tool)))
 
     def add(self, path: Path, script: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +47,6 @@ class Machine:
         env = {"PATH": str(self.path), "HOME": str(self.home)}
         return subprocess.run(command, env=env, cwd=self.home, capture_output=True, text=True, timeout=60)
 
-    def found(self) -> str:
-        return self.find().stdout.strip()
-
 
 @pytest.fixture
 def machine(tmp_path) -> Machine:
@@ -63,19 +58,19 @@ def test_a_shim_that_fails_is_passed_over_for_an_inactive_pyenv_version(machine)
     machine.pretending(machine.path / "python3", (3, 11))
     machine.pretending(machine.home / ".pyenv/versions/3.9.18/bin/python3", (3, 9))
     python = machine.real(machine.home / ".pyenv/versions/3.12.1/bin/python3")
-    assert machine.found() == str(python)
+    assert machine.find().stdout.strip() == str(python)
 
 
 def test_a_python_without_venv_is_passed_over(machine):
     machine.pretending(machine.path / "python3.12", (3, 12), venv=False)
     python = machine.pretending(machine.path / "python3.13", (3, 13))
-    assert machine.found() == str(python)
+    assert machine.find().stdout.strip() == str(python)
 
 
 def test_the_virtual_environment_that_is_to_be_made_anew_is_passed_over(machine):
     """It may be the active one, and making it clears it first."""
     python = machine.real(machine.path / "python3.12")
-    assert machine.found() == str(python)
+    assert machine.find().stdout.strip() == str(python)
     (machine.home / ".venv").symlink_to(sys.prefix)
     assert machine.find().returncode == 2
 
@@ -89,14 +84,14 @@ def test_uv_brings_one_when_there_is_none(machine, tmp_path):
         f'case "$*" in "python find --system 3.12") [[ -e {mark} ]] && echo "{python}" ;;'
         f' "python install 3.12") : >{mark} ;; *) exit 2 ;; esac',
     )
-    assert machine.found() == str(python)
+    assert machine.find().stdout.strip() == str(python)
 
 
 def test_a_newer_python_is_the_last_resort(machine):
     newer = machine.pretending(machine.path / "python3", (3, 15))
-    assert machine.found() == str(newer)
+    assert machine.find().stdout.strip() == str(newer)
     tested = machine.real(machine.home / ".pyenv/versions/3.12.1/bin/python3")
-    assert machine.found() == str(tested)
+    assert machine.find().stdout.strip() == str(tested)
 
 
 def test_one_line_says_what_is_missing(machine):
@@ -138,8 +133,3 @@ def test_requirements():
     assert not [one for one in needed if not one.specifier.contains(version(one.name))]
     names = {one.name.lower() for one in needed + gpu}
     assert {"megatron-core", "transformer-engine"} <= names and "apex" not in names
-
-
-def test_entry_point_is_there():
-    command = Path(sys.executable).with_name("router-upcycle")
-    assert "convert" in subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout

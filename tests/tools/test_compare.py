@@ -20,7 +20,7 @@ from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files
-from tools.experiments import claims, compare, foundation, pictures, report, results
+from tools.experiments import claims, compare, foundation, report, results
 from tools.experiments.comparison import Claim, Comparison, read
 from tools.experiments.plan import QUICK_QUESTIONS, Plan
 from tools.experiments.results import RunResult, differences, interval
@@ -153,17 +153,14 @@ def test_entries_in_place_of_a_file_are_written_to_one(tmp_path: Path) -> None:
     [
         ("- x", "needs 'runs:'"),
         ("{", "cannot be read"),
-        ("runs: {}", "needs 'runs:'"),
         ("seed: [1]\ndense: d.yaml", "unknown entry 'seed'"),
         ("seeds: [1, 1]\ndense: d.yaml", "different whole numbers"),
         ("title: t", "either 'dense:'"),
         ("checkpoint: d", "needs 'key_stats:' beside it"),
         ("reference: b\ndense: d.yaml", "'b' is none of the runs"),
         ("dense: d.yaml\nruns: {a: missing.yaml}", "no such file"),
-        ("dense: d.yaml\nruns: {a: {base: missing.yaml}}", "no such file"),
         ("claims: [{better: a}]\ndense: d.yaml", "claims"),
         ("tasks: nope\ndense: d.yaml", "'tasks:' is evaluate's --tasks: no task 'nope'"),
-        ("ranks: 0\ndense: d.yaml", "'ranks:' must be a whole number"),
         ("flags: [a]\ndense: d.yaml", "'flags:' must be a mapping"),
         ("checkpoint: d\nkey_stats: k\ncorpus: {}", "'corpus:' is for a dense model"),
         ("corpus: {held_out: 0.1}\ndense: d.yaml", "'corpus:' needs 'train_tokenizer:'"),
@@ -197,17 +194,14 @@ def test_some_runs_and_seeds_are_chosen() -> None:
 
 
 def test_quick_runs_are_short_whatever_the_file_says(tmp_path: Path) -> None:
-    """As are those of one_gpu.yaml, on one rank."""
     comparison = read(ROOT / "configs/compare/one_gpu.yaml", tmp_path)
     for quick, words in ((True, ("6", "256", "16")), (False, ("320", "512", "64"))):
         plan = Plan(comparison, quick)
-        command = plan.train("calibrated", 1).command
+        command, corpus = plan.train("calibrated", 1).command, plan.stages()[0].command
         given = dict(itertools.pairwise(command))
         assert (given["--train-iters"], given["--seq-length"], given["--global-batch-size"]) == words
         assert (given["--nproc-per-node"], given["--lr"]) == ("1", "0.0005")
-        assert "--bf16" in command and command.count("--train-iters") == 1
-        corpus = plan.stages()[0].command
-        assert "--source-packages" in corpus and ("--max-bytes" in corpus) == quick
+        assert command.count("--train-iters") == 1 and ("--max-bytes" in corpus) == quick
 
 
 def test_runs_side_by_side_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +215,6 @@ def test_runs_side_by_side_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
-    """Before any run; with a run of one side; with both; with its sides swapped, or its run changed."""
     for experts, name in enumerate("abc", start=4):
         (tmp_path / f"{name}.yaml").write_text(f"num_experts: {experts}\n")
     file, output = tmp_path / "c.yaml", tmp_path / "out"
@@ -249,10 +242,6 @@ def test_a_claim_that_was_added_after_looking_is_marked(tmp_path: Path) -> None:
     begin("an older name of c", "c")
     assert "added after looking" in marks("bc")[0]
     (tmp_path / "b.yaml").write_text("num_experts: 8\n")
-    assert "added after looking" in marks("ab")[0]
-    (tmp_path / "b.yaml").write_text("num_experts: 5\n")
-    assert marks("ab") == [""]
-    (output / "c/claims.json").unlink()
     assert "added after looking" in marks("ab")[0]
     (output / "c/claims.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
@@ -292,46 +281,6 @@ def test_report_names_every_run(tmp_path: Path) -> None:
     assert "- The dense model that was upcycled has a held-out loss of 4.75000, over" in text
     assert "a: never crosses it and ends 0.1250 below it" in text
     assert len(json.loads((tmp_path / "out/results.json").read_text())["runs"]) == 4
-
-
-def shifted(**off: float) -> list[RunResult]:
-    """Two seeds of each run, whose training losses fall alike, so far off."""
-    curve = {4096 * step: 5.0 - step / 10 for step in range(1, 7)}
-    return [
-        replace(run, training={at: loss + off[run.name] for at, loss in curve.items()})
-        for run in runs(**{name: [4.0 + by, 5.0 + by] for name, by in off.items()})
-    ]
-
-
-def test_differences_are_drawn_to_the_scale_of_what_is_near() -> None:
-    """b and c are 0.01 and 0.02 from a; far, which is 2 off, would flatten them and is named instead."""
-    found = shifted(b=0.01, a=0.0, c=-0.02, far=2.0)
-    (axes,) = pictures.differences_over_tokens(comparison_of("b", "a", "c", "far"), found).axes
-    assert axes.get_ylim() == pytest.approx((-0.025, 0.025))
-    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-    assert lines["b"] == pytest.approx([0.01] * 6) and lines["c"] == pytest.approx([-0.02] * 6)
-    assert not {"a", "far"} & lines.keys()
-    assert "out of the picture: far (+2.00 at the end)" in axes.get_title()
-
-
-def test_of_many_curves_a_few_are_named_and_the_rest_are_grey() -> None:
-    """The first, the reference, and those that end lowest and highest; names stand at the edge, apart."""
-    names = [f"run {number}" for number in range(20)]
-    found = shifted(**{name: number / 1e4 for number, name in enumerate(names)})
-    comparison = comparison_of("run 9", "run 7", *(name for name in names if name not in ("run 9", "run 7")))
-    left, right = pictures.curves(comparison, found).axes
-    grey = {line.get_label() for line in left.lines if line.get_color() == pictures.GREY}
-    places = {text.get_text(): text.get_position()[1] for text in left.texts}
-    assert places.pop("grey: 12 others") and places.keys() == set(names) - grey
-    assert places.keys() == {f"run {number}" for number in (0, 1, 2, 7, 9, 17, 18, 19)}
-    low, high = left.get_ylim()
-    at = sorted(places.values())
-    assert low <= at[0] and at[-1] <= high
-    assert min(b - a for a, b in itertools.pairwise(at)) > 0.02 * (high - low)
-    assert [label.get_text() for label in right.get_yticklabels()] == list(comparison.runs)
-    # Of losses alone, as a report has them, the held-out differences are drawn.
-    (only,) = pictures.curves(comparison, [replace(run, training={}) for run in found]).axes
-    assert [label.get_text() for label in only.get_yticklabels()] == list(comparison.runs)
 
 
 @pytest.mark.slow

@@ -43,9 +43,8 @@ def test_whole_check_on_the_cpu(tmp_path: Path) -> None:
     assert len(resumed["losses"]) == 6 and resumed["from the unbroken run's"] < 2e-3
     exported = checks["transformers' loss of the export from CPU on CPU"]["figures"]
     assert exported["megatron"] == pytest.approx(exported["transformers"], rel=1e-3)
-    assert checks["CPU, micro-batch 4"]["figures"]["mixture over stock"] > 0
-    assert checks["bench_router"]["figures"]["folded over stock"] > 0
-    assert checks["bench_collect_keys"]["figures"]["collecting over plain"] > 0
+    for name, ratio in (("CPU, micro-batch 4", "mixture over stock"), ("bench_router", "folded over stock")):
+        assert checks[name]["figures"][ratio] > 0
     missing = "\n".join(f"{entry['what']}: {entry['why']}" for entry in found["not_run"])
     for what in ("CUDA graphs", "NCCL", "Transformer Engine", "saving while training goes on"):
         assert what in missing and what in page
@@ -58,8 +57,7 @@ def test_whole_check_on_the_cpu(tmp_path: Path) -> None:
 def test_part_that_fails_stops_nothing_else(tmp_path: Path) -> None:
     flags = ("--parts", "train", "steps", "--limit", "train", "0.5", "--limit", "steps", "400")
     status, printed, found, page = check(tmp_path / "out", *flags)
-    assert status == 1
-    assert found["parts"]["train"]["outcome"] == "failed"
+    assert status == 1 and found["parts"]["train"]["outcome"] == "failed"
     assert "its limit is over" in found["parts"]["train"]["checks"][0]["note"]
     assert found["parts"]["steps"]["outcome"] == "ok", printed
     assert {"what": "kernels", "why": "not asked for (--parts)"} in found["not_run"]

@@ -64,7 +64,7 @@ REFUSED: list[tuple[str, str, str, str]] = [
     ("", "--transformer-impl inference_optimized", "--transformer-impl inference_optimized: is for text",
      "--transformer-impl local"),
     ("", f"{MOE} --top-k 5", "--top-k 5: must be between 1 and --num-experts 4", "--top-k 4"),
-    ("", "--num-experts 4 --router switch", "--router switch: sends a token to one expert",
+    ("", "--num-experts 4 --router switch", "--router switch: needs --top-k 1",
      "--top-k 1 --moe-router-pre-softmax"),
     ("", f"{MOE} --locality-loss-coeff 1", "locality_loss_coeff 1.0: is for --router locmoe, not for linear",
      "--router locmoe"),

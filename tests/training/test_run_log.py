@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_router_upcycling.routers import likeness
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files, measures
 from megatron_router_upcycling.training.run_log.collector import RARE
 
@@ -63,7 +64,8 @@ def test_agreement_and_gates_beside_loops(random: torch.Generator, pooling: str,
         alone = torch.stack([key @ (query[j] @ x) for j in range(m)])
         pooled = first(alone.sum(dim=0) if pooling == "sum" else alone.amax(dim=0))
         agreed += sum(first(scores) == pooled for scores in alone)
-    found = likeness.router_agreement(tokens, query, key, EXPERTS, pooling)
+    options = RouterConfig(num_experts=EXPERTS, pooling=pooling)
+    found = likeness.router_agreement(tokens, query, key, options)
     assert found == pytest.approx(agreed / (TOKENS * m))
     gates = [key @ query[j] for j in range(m)]
     gates = [(gate - gate.mean(dim=0)).flatten() for gate in gates]
