@@ -18,7 +18,6 @@ from megatron_router_upcycling.checkpoint.publish.checks import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.expected import Expected
 from megatron_router_upcycling.conversion.moe_arguments import model_flags, moe_arguments, moe_common_state
-from megatron_router_upcycling.conversion.plan import Plan
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sha256
 from megatron_router_upcycling.verify.findings import Findings, Verification, section
@@ -133,16 +132,18 @@ def check_arguments(verification: Verification) -> None:
     try:
         args = vars(moe.args)
         fresh = moe_common_state(plan.dense, plan.model, plan.options, plan.layers)
-        wanted = _architecture(plan) if verification.trained else vars(fresh["args"])
     except UserError as error:
         findings.add("arguments", COMMON_STATE, str(error))
         return
-    if verification.trained:
+    if verification.trained:  # it leaves these as they are
+        dense, names = vars(plan.dense.args), (*(ARCHITECTURE | NEGATED).values(), "num_query_groups")
+        wanted = {name: dense[name] for name in names if dense.get(name) is not None}
+        wanted |= moe_arguments(plan.model, plan.options, plan.layers)
         args = {name: value for name, value in args.items() if name in wanted}
     else:
         # What Megatron asks for and the dense run did not record; older conversions lack it.
         added = (MODEL_DEFAULTS | BUILD_DEFAULTS).keys() - vars(plan.dense.args).keys() - args.keys()
-        wanted = {name: value for name, value in wanted.items() if name not in added}
+        wanted = {name: value for name, value in vars(fresh["args"]).items() if name not in added}
         common, fresh = (
             {name: state[name] for name in state.keys() - VERSIONS} for state in (moe.common, fresh)
         )
@@ -160,14 +161,6 @@ def _compare(findings: Findings, found: dict[str, Any], wanted: dict[str, Any]) 
         elif repr(found[name]) != repr(wanted[name]):
             what = f"is {found[name]!r:.60} where {wanted[name]!r:.60} is expected"
             findings.add("arguments", name, what)
-
-
-def _architecture(plan: Plan) -> dict[str, Any]:
-    """What training leaves as it is."""
-    dense = vars(plan.dense.args)
-    names = (*(ARCHITECTURE | NEGATED).values(), "num_query_groups")
-    kept = {name: dense[name] for name in names if dense.get(name) is not None}
-    return kept | moe_arguments(plan.model, plan.options, plan.layers)
 
 
 def check_manifest(verification: Verification) -> None:

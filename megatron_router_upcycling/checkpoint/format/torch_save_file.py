@@ -78,11 +78,6 @@ class PickledTensor(NamedTuple):
         """Whether its values lie row after row."""
         return torch.empty_strided(self.sizes, self.stride, device="meta").is_contiguous()
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is all of its storage, row after row."""
-        return self.first == 0 and self.num_stored == math.prod(self.sizes) and self.row_major
-
 
 class TorchSaveFile:
     """A file that ``torch.save`` wrote, open for reading; a damaged one raises exceptions of any kind."""
@@ -159,7 +154,9 @@ def _examine(content: BinaryIO, blob: Blob, promised: tuple[Shape, torch.dtype] 
     if sorted(file.prefix + name for name in reader.get_all_records()) != sorted(file.records):
         raise ValueError("PyTorch finds other records in it than Python does")
     tensor = pickled_tensor(safe_pickle.loads(file.pickle(), "its pickle"))
-    of_values = file.prefix + tensor.record if tensor and tensor.is_whole else None
+    # All of its storage, row after row?
+    plain = tensor and tensor.first == 0 and tensor.num_stored == math.prod(tensor.sizes) and tensor.row_major
+    of_values = file.prefix + tensor.record if tensor and plain else None
     for name in file.records:
         # Reading checks the CRC-32.
         if name != of_values and reader.get_record(name.removeprefix(file.prefix)) != file.read(name):
