@@ -48,9 +48,7 @@ def add_output(group: Any) -> None:
 def add_gpu(group: Any) -> None:
     """The flags that describe a GPU, for ``plan`` and a rehearsal."""
     group.add_argument("--gpu-memory-gib", metavar="GIB", type=positive, default=80, help="of one GPU")
-    group.add_argument(
-        "--peak-tflops", type=positive, default=989, help="of one GPU, dense, in bfloat16; 989 is an H100's"
-    )
+    group.add_argument("--peak-tflops", type=positive, default=989, help="dense, in bfloat16; 989: an H100")
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
