@@ -40,10 +40,7 @@ def choose_source(args: Namespace, argv: list[str]) -> None:
 
 
 def choose_tokenizer(args: Namespace, argv: list[str], load: str | None) -> str | None:
-    """Set ``args``' tokenizer to that beside ``load`` where no other is there; a line to say so.
-
-    A path in a YAML file that leads nowhere counts as none; one given as a flag stands.
-    """
+    """Set ``args``' tokenizer to that beside ``load`` where no flag and no existing path names another."""
     named = args.tokenizer_model
     if load is None or any(word.partition("=")[0] == "--tokenizer-model" for word in argv):
         return None

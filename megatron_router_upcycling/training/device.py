@@ -123,10 +123,7 @@ def adapt(args: Namespace, device: str) -> str | None:
 
 
 def _graphs_that_work(args: Namespace) -> dict[str, Any]:
-    """What ``--cuda-graph-impl`` needs beside it: random states that a graph can hold.
-
-    Where the dispatcher talks to the host, attention and router in place of the whole layer too.
-    """
+    """What ``--cuda-graph-impl`` needs: random states for graphs, no dispatcher that talks to the host."""
     if args.cuda_graph_impl == "none":
         return {}
     needed: dict[str, Any] = {"te_rng_tracker": True}

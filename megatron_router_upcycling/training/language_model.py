@@ -72,12 +72,9 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Train, validation and test datasets for ``num_samples`` (train, valid, test) sequences."""
     args = get_args()
-
-    def is_built_here() -> bool:
-        return parallel_state.get_tensor_model_parallel_rank() == 0 and reads_data(args, vp_stage)
-
+    is_read = parallel_state.get_tensor_model_parallel_rank() == 0 and reads_data(args, vp_stage)
     kind = MockGPTDataset if args.mock_data else GPTFIMDataset if args.fim_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(kind, num_samples, is_built_here, dataset_config(args)).build()
+    return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: is_read, dataset_config(args)).build()
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # read by Megatron's data loaders

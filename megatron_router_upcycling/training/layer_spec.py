@@ -122,10 +122,10 @@ def _with_more_names(
 
 
 def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
-    """A copy of a layer's spec whose MoE layer builds ``router``, and whose norm before it has one name.
+    """A copy of a layer's spec whose MoE layer builds ``router``; the norm before it has one name.
 
-    Megatron's specs without Transformer Engine save that norm as ``mlp.linear_fc1.layer_norm_weight``, those
-    with it as ``pre_mlp_layernorm.weight``. With one name, what was trained with it loads without it.
+    Without Transformer Engine Megatron saves that norm as ``mlp.linear_fc1.layer_norm_weight``, with it as
+    ``pre_mlp_layernorm.weight``, which loads in both.
     """
     submodules: Any = layer.submodules
     mlp: Any = getattr(submodules, "mlp", None)

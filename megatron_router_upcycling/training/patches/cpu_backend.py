@@ -38,10 +38,7 @@ _wrap = functools.partial(patching.wrap, "cpu_backend")
 
 
 def install() -> None:
-    """Bridge torch.cuda and Megatron to the CPU for the life of the process; a second call changes nothing.
-
-    Call it before Megatron builds anything; importing Megatron first is fine.
-    """
+    """Bridge torch.cuda and Megatron to the CPU, before it builds anything; a second call changes nothing."""
     if torch.cuda.is_available():
         raise RuntimeError("the CPU backend was asked for on a machine with a GPU; use --device cuda")
     # Dynamo traces the bridge's Python functions without gain, and compiles for minutes on CPU.
@@ -103,6 +100,8 @@ def _bridge_devices() -> None:
 
 class _Event:
     """Of a device that does things in order, by the host's clock: waiting is always over."""
+
+    seconds = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait(self, *args: Any) -> None: ...

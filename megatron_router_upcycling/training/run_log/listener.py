@@ -67,7 +67,7 @@ class RunLog:
             return result
         if routers_in_cuda_graphs(args):
             if args.rank == 0:
-                print("routing diagnostics: none; a CUDA graph replays routers uncalled", flush=True)
+                print("routing diagnostics: none; CUDA graphs do not call routers", flush=True)
             return result
         from megatron_router_upcycling.training.run_log.collector import RoutingCollector
 
@@ -95,10 +95,9 @@ class RunLog:
     def _evaluate_and_print(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
         name = "test" if "test set" in given["prefix"] else "validation"
         self.evaluating = given["iteration"], name
-        try:
-            return call()
-        finally:
-            self.evaluating = None
+        result = call()
+        self.evaluating = None
+        return result
 
     def _evaluate(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
         result = call()
@@ -202,10 +201,7 @@ def routers_in_cuda_graphs(args: Namespace) -> bool:
 
 
 def _wrap(name: str, outer: Callable[[Callable[[], Any], dict[str, Any]], Any], *reads: str) -> None:
-    """Wrap ``megatron.training.training.NAME`` in ``outer``(call, given).
-
-    ``given`` are its arguments by name, which ``outer`` may change.
-    """
+    """Wrap ``megatron.training.training.NAME`` in ``outer``(call, its arguments by name, open to change)."""
     from megatron.training import training
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
