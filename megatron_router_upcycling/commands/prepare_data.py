@@ -88,7 +88,6 @@ def run(args: argparse.Namespace) -> None:
     found += sources.python_packages() if args.source_packages else []
     if not found:
         raise UserError("SOURCE: name files or folders of text, or give --source-packages")
-    prepare.check(found, options)
     with progress_bar("prepare-data", sum(source.size for source in found), args.quiet) as progress:
         records, slow = prepare.run(found, left_out, options, progress)
     if args.quiet:

@@ -28,15 +28,6 @@ FORMAT = 3  # of the parts
 Progress = Callable[[int], None]  # called after each task with the bytes of its files
 
 
-def check(sources: list[Source], options: Options) -> None:
-    """Refuse what can be seen to be wrong without reading the text."""
-    if not 0 <= options.held_out < 1:
-        raise UserError(f"--held-out {options.held_out}: must be from 0 to below 1, as 0.01")
-    if options.tokenizer:
-        tokenizer.check(options.tokenizer)
-    publish.check(options, [Path(source.path) for source in sources])
-
-
 def run(
     sources: list[Source], left_out: Counter[str], options: Options, progress: Progress
 ) -> tuple[list[Record], str]:
@@ -48,6 +39,9 @@ def run(
     Returns:
         The records of the prefixes, and why tokens came by tokenizers and not tiktoken, where they did.
     """
+    if not 0 <= options.held_out < 1:
+        raise UserError(f"--held-out {options.held_out}: must be from 0 to below 1, as 0.01")
+    publish.check(options, [Path(source.path) for source in sources])
     output, work, keep = options.output, options.work, False
     created = [parent for parent in output.parents if not parent.exists()]
     try:

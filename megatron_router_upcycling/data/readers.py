@@ -1,7 +1,6 @@
-"""The files cut into tasks, and the documents of every kind of file.
+"""The files cut into tasks, and every row of a file as a text, or with the reason why it is none.
 
-datatrove's own reader of JSON lines passes over what it cannot parse, and gives up a file at a byte that is
-not UTF-8. Here every row comes out: as a text, or with the reason why it is none.
+datatrove's reader of JSON lines skips what it cannot parse, and gives up a file at a byte that is not UTF-8.
 """
 
 import csv

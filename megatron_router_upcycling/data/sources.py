@@ -186,9 +186,8 @@ def _saved_data_set(folder: Path) -> list[Source]:
     """The tables of a data set that ``datasets`` has saved in ``folder``; none if it is another folder."""
     if (folder / "dataset_dict.json").is_file():
         raise UserError(f"SOURCE {folder}: a data set with splits; name one of them, as {folder}/train")
-    state = folder / "state.json"
-    if not state.is_file() or not (folder / "dataset_info.json").is_file():
+    if not (folder / "state.json").is_file() or not (folder / "dataset_info.json").is_file():
         return []
-    with blamed(str(state)):
-        names = [Path(entry["filename"]).name for entry in json.loads(state.read_bytes())["_data_files"]]
-        return [_local(str(folder / name)) for name in names]
+    with blamed(str(folder)):
+        files = json.loads((folder / "state.json").read_bytes())["_data_files"]
+        return [_local(str(folder / Path(file["filename"]).name)) for file in files]

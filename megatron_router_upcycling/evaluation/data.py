@@ -1,10 +1,7 @@
 """The records of a task: from a local folder, from the Hugging Face Hub, or made here; none brings code."""
 
-import hashlib
 import json
-import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +10,11 @@ from megatron_router_upcycling.evaluation import stdlib_task
 from megatron_router_upcycling.evaluation.paper import Task
 
 EXAMPLES_SPLIT = "train"  # of which few-shot examples are drawn, for every task
+Splits = dict[str, list[dict[str, Any]]]  # the one that is asked, and ``train`` where examples are shown
 
 
-@dataclass(frozen=True)
-class Records:
-    """A task's records, each reduced to the task's fields."""
-
-    splits: dict[str, list[dict[str, Any]]]  # the one that is asked, and ``train`` for few-shot examples
-    origin: str  # where they come from, in words
-
-    def digest(self) -> str:
-        """SHA-256 over the records as JSON: the same for the same data, wherever it came from."""
-        return hashlib.sha256(json.dumps(self.splits, sort_keys=True).encode()).hexdigest()
-
-
-def load(tasks: Sequence[Task], data_dir: Path | None, num_fewshot: int) -> dict[str, Records]:
-    """The records of ``tasks``, by task name.
+def load(tasks: Sequence[Task], data_dir: Path | None, num_fewshot: int) -> dict[str, tuple[Splits, str]]:
+    """By task name its records, each reduced to the task's fields, and where they come from.
 
     Args:
         data_dir: where given, all data is read from there and nothing is downloaded.
@@ -36,71 +22,50 @@ def load(tasks: Sequence[Task], data_dir: Path | None, num_fewshot: int) -> dict
     """
     records = {}
     for task in tasks:
-        splits = [task.split] + [EXAMPLES_SPLIT] * (num_fewshot > 0)
+        names = [task.split] + [EXAMPLES_SPLIT] * (num_fewshot > 0)
         if task.repository is None:
             made = stdlib_task.records()
-            rows, origin = {split: made[split] for split in splits}, "made of the Python standard library"
+            splits, origin = {name: made[name] for name in names}, "made of the Python standard library"
         elif data_dir is not None:
-            rows, origin = {split: _read(data_dir, task, split) for split in splits}, "local"
+            splits, origin = {name: _read(data_dir, task, name) for name in names}, "local"
         else:
-            rows, origin = _download(task, splits), "Hugging Face Hub"
-        records[task.name] = Records(rows, origin)
-        examples = len(rows.get(EXAMPLES_SPLIT, ()))
+            splits, origin = _download(task, names), "Hugging Face Hub"
+        examples = len(splits.get(EXAMPLES_SPLIT, ()))
         if examples < num_fewshot:
             raise UserError(f"--num-fewshot {num_fewshot}: {task.name} has {examples} examples to show")
+        records[task.name] = splits, origin
     return records
 
 
-def _needs(task: Task, splits: Iterable[str]) -> str:
-    """A task with its data set and splits, for a message."""
-    data_set = " ".join(filter(None, (task.repository, task.configuration)))
-    return f"{task.name} ({data_set}: {', '.join(splits)})"
-
-
-def _files(folder: Path, split: str) -> list[Path]:
-    """A split's files: one of JSON lines, one of Parquet, the Hub's numbered ones, or a saved data set."""
-    for pattern in ("{}.jsonl", "{}.parquet", "{}-*-of-*.parquet", "{}/dataset_info.json"):
-        if found := sorted(folder.glob(pattern.format(split))):
-            return found
-    return []
-
-
 def _read(data_dir: Path, task: Task, split: str) -> list[dict[str, Any]]:
-    files = _files(data_dir / task.name, split)
-    if not files:
-        raise UserError(
-            f"--data-dir {data_dir}: no data for {_needs(task, [split])}: put it at {data_dir}/{task.name}/"
-            f"{split}.jsonl or .parquet, or leave the task out of --tasks"
-        )
-    rows: list[dict[str, Any]] = []
-    for path in files:
-        try:
-            rows += [{field: row[field] for field in task.fields} for row in _read_file(path)]
-            if not rows:
-                raise ValueError("it has no records")
-        except Exception as error:  # pyarrow, json and datasets each have errors of their own
-            raise UserError(
-                f"{path}: cannot be used ({described(error)}); put the data of {_needs(task, [split])} there"
-            ) from error
-    return rows
-
-
-def _read_file(path: Path) -> Iterable[dict[str, Any]]:
+    """A split from JSON lines, Parquet in one file or numbered as on the Hub, or a data set saved to disk."""
     import datasets
     import pyarrow.parquet
 
-    if path.suffix == ".jsonl":
-        return map(json.loads, filter(str.strip, path.read_text(encoding="utf-8").split("\n")))
-    if path.suffix == ".parquet":
-        return pyarrow.parquet.read_table(path).to_pylist()
-    return datasets.load_from_disk(str(path.parent)).to_list()
+    place = data_dir / task.name / split
+    lines, tables = place.with_name(f"{split}.jsonl"), (f"{split}.parquet", f"{split}-*-of-*.parquet")
+    files = sorted(path for pattern in tables for path in place.parent.glob(pattern))
+    try:
+        if lines.is_file():
+            text = lines.read_text(encoding="utf-8")
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        elif files:
+            rows = pyarrow.parquet.read_table(files).to_pylist()
+        else:
+            rows = datasets.load_from_disk(str(place)).to_list()
+        if not rows:
+            raise ValueError("it has no records")
+        return [{field: row[field] for field in task.fields} for row in rows]
+    except Exception as error:  # pyarrow, json and datasets each have errors of their own
+        raise UserError(
+            f"--data-dir {data_dir}: no data for {_needs(task, [split])}, or they cannot be used"
+            f" ({described(error)}); put them at {lines} or .parquet, or leave the task out of --tasks"
+        ) from error
 
 
-def _download(task: Task, splits: list[str]) -> dict[str, list[dict[str, Any]]]:
+def _download(task: Task, splits: list[str]) -> Splits:
     import datasets
 
-    for library in ("datasets", "huggingface_hub"):  # a line for each of many attempts
-        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         found = datasets.load_dataset(task.repository, task.configuration)
         return {split: found[split].select_columns(list(task.fields)).to_list() for split in splits}
@@ -109,3 +74,9 @@ def _download(task: Task, splits: list[str]) -> dict[str, list[dict[str, Any]]]:
             f"{_needs(task, splits)} could not be downloaded ({described(error)}): fetch it elsewhere, put it"
             f" at FOLDER/{task.name}/{splits[0]}.jsonl or .parquet and pass --data-dir FOLDER"
         ) from error
+
+
+def _needs(task: Task, splits: list[str]) -> str:
+    """A task with its data set and splits, for a message."""
+    data_set = " ".join(filter(None, (task.repository, task.configuration)))
+    return f"{task.name} ({data_set}: {', '.join(splits)})"

@@ -6,7 +6,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.evaluation.paper import GROUPS, METHODS, averages, figures
 from megatron_router_upcycling.files import write_whole
 
@@ -31,10 +31,8 @@ models that were evaluated here a difference says more than between one of them 
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuse an output folder that holds results."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: exists and is not a folder; name another")
-    if not overwrite and any((output / name).exists() for name in (JSON_NAME, MARKDOWN_NAME)):
-        raise UserError(f"--output {output}: holds results; pass --overwrite to replace them or name another")
+    if output.is_file() or (not overwrite and any((output / n).exists() for n in (JSON_NAME, MARKDOWN_NAME))):
+        raise UserError(f"--output {output}: holds results; name another folder, or pass --overwrite")
 
 
 def add_averages(result: dict[str, Any]) -> None:
@@ -51,8 +49,7 @@ def write(output: Path, result: Mapping[str, Any]) -> None:
         write_whole(output / JSON_NAME, json.dumps(result, indent=2, default=str) + "\n")
         write_whole(output / MARKDOWN_NAME, markdown(result))
     except OSError as error:
-        why = f"cannot be written ({error.strerror}); name another folder"
-        raise UserError(f"--output {output}: {why}") from None
+        raise UserError(f"--output {output}: cannot be written ({reason(error)}); name another") from None
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -85,16 +82,14 @@ def table(result: Mapping[str, Any]) -> str:
     found = [result, *([result["dense"]] if "dense" in result else [])]
     methods = METHODS if result["averages"] else ()  # where no task is the paper's, it has nothing to show
     rows = [["task", "metric", *COLUMNS[: len(found)], "chance", *methods]]
-    for group in (*GROUPS, None):
+    for group in (*GROUPS, None, "average"):
         for name, task in result["tasks"].items():
             if task["group"] == group:
-                scores = [_score(model["tasks"][name]) for model in found]
+                scores = [percent(*map(model["tasks"][name].get, ("score", "stderr"))) for model in found]
                 paper = [percent(result["paper"][method].get(name)) for method in methods]
                 rows.append([task["title"], task["metric"], *scores, percent(task["chance"]), *paper])
-        if group is not None and group in result["averages"]:
+        if group and group in result["averages"]:
             rows.append(_average_row(group, found))
-    if "average" in result["averages"]:
-        rows.append(_average_row("average", found))
     return _aligned(rows)
 
 
@@ -104,21 +99,17 @@ def _aligned(rows: list[list[str]]) -> str:
     rule = ["-" * widths[0], "-" * widths[1], *("-" * (width - 1) + ":" for width in widths[2:])]
     lines = []
     for row in [rows[0], rule, *rows[1:]]:
-        words = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
-        numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        lines.append(f"| {' | '.join(words + numbers)} |")
+        words, numbers = map(str.ljust, row[:2], widths), map(str.rjust, row[2:], widths[2:])
+        lines.append(f"| {' | '.join([*words, *numbers])} |")
     return "\n".join(lines)
 
 
-def percent(value: float | None) -> str:
-    """Two digits after the point, halves up as in the paper; a dash for nothing."""
+def percent(value: float | None, error: float | None = None) -> str:
+    """Two digits after the point, halves up as in the paper, and the error; a dash for nothing."""
     if value is None:
         return "-"
-    return str(Decimal(repr(round(value, 6))).quantize(Decimal("0.01"), ROUND_HALF_UP))
-
-
-def _score(task: Mapping[str, Any]) -> str:
-    return percent(task["score"]) + (f" ± {percent(task['stderr'])}" if task["stderr"] is not None else "")
+    rounded = str(Decimal(repr(round(value, 6))).quantize(Decimal("0.01"), ROUND_HALF_UP))
+    return rounded if error is None else f"{rounded} ± {percent(error)}"
 
 
 def _average_row(group: str, found: list[Mapping[str, Any]]) -> list[str]:

@@ -7,10 +7,10 @@ this task shows that an evaluation works from end to end and which way a model m
 """
 
 import ast
-import functools
 import random
 import sysconfig
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,10 @@ def records() -> dict[str, list[dict[str, Any]]]:
     return {"test": made[:QUESTIONS], "train": made[QUESTIONS:]}
 
 
-@functools.cache
-def _passages() -> tuple[tuple[str, str, str], ...]:
+def _passages() -> Iterator[tuple[str, str, str]]:
     """(module, signature and summary, next paragraph) of the functions of the library's top modules."""
-    found = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        tree = ast.parse(path.read_bytes())
-        for node in ast.walk(tree):
+        for node in ast.walk(ast.parse(path.read_bytes())):
             if not isinstance(node, ast.FunctionDef):
                 continue
             paragraphs = [" ".join(part.split()) for part in (ast.get_docstring(node) or "").split("\n\n")]
@@ -50,5 +47,4 @@ def _passages() -> tuple[tuple[str, str, str], ...]:
                 continue  # nothing follows, or a session of the interpreter rather than words
             following = textwrap.shorten(paragraphs[1], LONGEST, placeholder="")
             context = f"def {node.name}({ast.unparse(node.args)}): {paragraphs[0]}"
-            found.append((path.stem, context, following))
-    return tuple(found)
+            yield path.stem, context, following

@@ -1,5 +1,6 @@
 """router-upcycle prepare-data: Megatron's data holds what the tokenizer itself says, however the run went."""
 
+import collections
 import gzip
 import hashlib
 import json
@@ -10,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy
@@ -36,20 +36,14 @@ def tokenizer(tmp_path_factory) -> Path:
     return small.hugging_face(tmp_path_factory.mktemp("tokenizer") / "qwen")
 
 
-class Arguments(types.SimpleNamespace):
-    """Megatron's, of which most are not set."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
 def megatron_tokenizer(kind: str, place: Path):
     """The tokenizer as Megatron builds it for training, and for its own preprocessing."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    args = Arguments(tokenizer_type=kind, tokenizer_model=str(place))
-    args.tokenizer_sentencepiece_ignore_extra_whitespaces = True
-    return build_tokenizer(args)
+    args = collections.defaultdict(lambda: None, tokenizer_type=kind, tokenizer_model=str(place))
+    args["tokenizer_sentencepiece_ignore_extra_whitespaces"] = True
+    own = type("Arguments", (), {"__getattr__": lambda _, name: args[name]})  # most are not set
+    return build_tokenizer(own())
 
 
 def built_by_megatron(prefix: Path, documents: list[list[int]]) -> tuple[bytes, bytes]:
@@ -136,12 +130,14 @@ def whole(texts, tokenizer, tmp_path_factory) -> Path:
     return out
 
 
-def stop_after(count: int, how: int, words: tuple[str, ...], out: Path) -> subprocess.CompletedProcess[str]:
-    """Run until so many parts are done, then send the signal."""
+def stop_after(count: int, how: int, words: tuple[str, ...], out: Path, workers: bool = False):
+    """Run until so many parts are done, then send the signal to the command, or to its workers."""
     process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while len(done_parts(out)) < count and process.poll() is None:
         time.sleep(0.002)
-    process.send_signal(how)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for number in map(int, children) if workers else [process.pid]:
+        os.kill(number, how)
     said, wrong = process.communicate(timeout=60)
     return subprocess.CompletedProcess(words, process.returncode, said, wrong)
 
@@ -177,14 +173,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(texts, to
 def test_a_worker_that_is_killed_is_said_and_finished_parts_are_kept(texts, tokenizer, whole, tmp_path):
     out = tmp_path / "data"
     words = command(texts, tokenizer, out, 1)
-    process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not done_parts(out) and process.poll() is None:
-        time.sleep(0.002)
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(child), signal.SIGKILL)
-    _, wrong = process.communicate(timeout=60)
-    assert process.returncode == 2 and wrong.startswith("error: --workers: one was killed, perhaps since")
-    assert wrong.count("\n") == 1 and done_parts(out)
+    killed = stop_after(1, signal.SIGKILL, words, out, workers=True)
+    assert killed.returncode == 2 and killed.stderr.startswith("error: --workers: one was killed, perhaps")
+    assert killed.stderr.count("\n") == 1 and done_parts(out)
     assert subprocess.run(words, capture_output=True, timeout=200).returncode == 0
     assert out.with_suffix(".bin").read_bytes() == whole.with_suffix(".bin").read_bytes()
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import pytest
 
 from megatron_router_upcycling import cli
-from megatron_router_upcycling.evaluation import data, paper, report, runner, stdlib_task
+from megatron_router_upcycling.evaluation import paper, report, runner, stdlib_task
 from tests.data import small
 from tests.launch import ENVIRONMENT
 
@@ -56,7 +56,6 @@ def stdlib_records() -> dict[str, list[dict[str, Any]]]:
 
 def test_stdlib_records_are_sound_and_the_same_each_time(stdlib_records):
     made = stdlib_records
-    stdlib_task._passages.cache_clear()
     assert made == stdlib_task.records()
     assert (len(made["test"]), len(made["train"])) == (stdlib_task.QUESTIONS, stdlib_task.EXAMPLES)
     answers = [record["answer"] for record in made["test"]]
@@ -291,7 +290,7 @@ def test_the_dense_model_is_shown_beside(models, tmp_path, capsys):
     assert "broken: no model" in refused(capsys, models / "moe", *flags, "--dense", tmp_path / "broken")
     (tmp_path / "broken" / "adapter_config.json").write_text("{}")
     said = refused(capsys, tmp_path / "broken", *flags, "--output", tmp_path / "none")
-    assert "holds an adapter (adapter_config.json), which transformers applies only where peft" in said
+    assert "holds an adapter (adapter_config.json); merge it" in said
 
 
 @pytest.mark.parametrize("task", paper.PAPER_TASKS, ids=lambda task: task.name)
@@ -300,7 +299,7 @@ def test_each_task_asks_what_the_harness_asks_of_the_data_it_names(task):
 
     record, context, continuations = ASKED[task.name]
     assert set(record) == set(task.fields)  # no more than these fields is needed
-    asked = runner.harness_task(task, data.Records({task.split: [record]}, "made here"), 0)
+    asked = runner.harness_task(task, {task.split: [record]}, 0)
     asked.build_all_requests(limit=1)
     assert asked.instances[0].args[0] == context
     if continuations:
@@ -324,8 +323,7 @@ def test_each_task_asks_what_the_harness_asks_of_the_data_it_names(task):
 
 def test_few_shot_examples_come_from_the_train_split():
     shown = {**BOOLQ, "passage": "Fish swim.", "question": "do fish swim"}
-    records = data.Records({"validation": [BOOLQ], "train": [shown]}, "made here")
-    asked = runner.harness_task(paper.TASKS["boolq"], records, 1)
+    asked = runner.harness_task(paper.TASKS["boolq"], {"validation": [BOOLQ], "train": [shown]}, 1)
     asked.set_fewshot_seed(runner.SEED)
     asked.build_all_requests(limit=1)
     example = "Fish swim.\nQuestion: do fish swim?\nAnswer: yes\n\n"
@@ -404,7 +402,7 @@ def test_data_that_is_not_there_is_one_line_before_the_model_is_loaded(tmp_path,
     save(folder / "copa", "validation", [COPA], "jsonl")
     flags = ("--data-dir", folder, "--output", tmp_path / "out", "--tasks")
     said = refused(capsys, model, *flags, "copa,stdlib,openbookqa_fact")
-    assert "no data for openbookqa_fact (allenai/openbookqa additional: test): put it at" in said
+    assert "no data for openbookqa_fact (allenai/openbookqa additional: test), or they cannot" in said
     assert f"{folder}/openbookqa_fact/test.jsonl or .parquet" in said
     said = refused(capsys, model, *flags, "copa", "--num-fewshot", 2)
     assert "copa (aps/super_glue copa: train)" in said
@@ -412,14 +410,14 @@ def test_data_that_is_not_there_is_one_line_before_the_model_is_loaded(tmp_path,
     assert "--num-fewshot 21: stdlib has 20 examples to show" in said
 
     save(folder / "boolq", "validation", [COPA], "parquet")
-    said = refused(capsys, model, *flags, "boolq")
-    assert "boolq/validation.parquet: cannot be used (KeyError: 'passage'); put the data of boolq" in said
-    (folder / "boolq" / "validation.parquet").write_bytes(b"cut short")
-    assert "boolq/validation.parquet: cannot be used" in refused(capsys, model, *flags, "boolq")
-    (folder / "copa" / "validation.jsonl").write_text('{"premise":\n')
-    assert "copa/validation.jsonl: cannot be used" in refused(capsys, model, *flags, "copa")
-    (folder / "copa" / "validation.jsonl").write_text("\n")
-    assert "has no records" in refused(capsys, model, *flags, "copa")
+    assert "cannot be used (KeyError: 'passage')" in refused(capsys, model, *flags, "boolq")
+    for name, content, why in (
+        ("boolq/validation.parquet", "cut short", "no data for boolq"),
+        ("copa/validation.jsonl", '{"premise":\n', "JSONDecodeError"),
+        ("copa/validation.jsonl", "\n", "it has no records"),
+    ):
+        (folder / name).write_text(content)
+        assert why in refused(capsys, model, *flags, name.split("/")[0])
     assert not (tmp_path / "out").exists()
 
 
@@ -477,7 +475,7 @@ def test_answers_are_cut_for_a_model_that_takes_few_tokens(models, tmp_path, cap
     (model / "config.json").write_text(json.dumps(config))
     found = evaluate(model, tmp_path / "results", "--tasks", "stdlib", "--limit", 3)
     assert "stdlib: answers cut to " in (said := capsys.readouterr().out)
-    assert "for the model takes 48 tokens" in said
+    assert "the model takes 48" in said
     task = found["tasks"]["stdlib"]
     assert task["questions"] == 3 and 0.75 < task["questions_of"] / stdlib_task.QUESTIONS <= 1
 
@@ -489,8 +487,8 @@ def test_answers_are_cut_for_a_model_that_takes_few_tokens(models, tmp_path, cap
 
 def test_flags_that_make_no_sense(models, tmp_path, capsys):
     model = models / "dense"
-    assert "no task 'arc_eas'; did you mean arc_easy?" in refused(capsys, model, "--tasks", "copa,arc_eas")
-    assert "names no task" in refused(capsys, model, "--tasks", ",")
+    for words in ("copa,arc_eas", ","):
+        assert f"--tasks {words}: give names of openbookqa," in refused(capsys, model, "--tasks", words)
     assert "--limit: 0: must be at least 1" in refused(capsys, model, "--limit", 0)
     assert "--data-dir" in refused(capsys, model, "--data-dir", tmp_path / "nowhere")
     (tmp_path / report.JSON_NAME).write_text("{}")
