@@ -38,7 +38,7 @@ def main() -> None:
     print("\n--- section 3.2: group heads whose average keys point the same way ---")
     show("cosine similarity of the keys [H, H]", cosine_similarity(key_heads))
     assert config.num_routers is not None
-    print(f"sets of heads: {group_heads(key_heads, config.num_routers, config.grouping)}")
+    print(f"sets of heads: {group_heads(key_heads, config.num_routers)}")
 
     print("\n--- equations 4 and 5: keys of the experts, query maps of the routers ---")
     query_weight, expert_key = init_mixture(query_heads, key_heads, config)

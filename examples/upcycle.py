@@ -77,7 +77,7 @@ def collect_keys(folder: Path, output: Path, batches: int = 2) -> None:
         "kv_channels": head_size,
         "num_attention_heads": heads,
         "hidden_size": config.hidden_size,
-        "key_source": "pre_rope",
+        "key_source": key_stats_file.KEY_SOURCE,
     }
     count = torch.full((len(layers),), sums.tokens)
     stats = key_stats_file.KeyStats(sums.mean(), count, sums.attended(), described)

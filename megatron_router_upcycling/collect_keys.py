@@ -1,8 +1,8 @@
 """Average the key vectors of a frozen dense model over batches of its training data.
 
     torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys --config configs/demo/dense.yaml \\
-        --load DENSE --output key_stats.safetensors [--collect-iters 10] [--key-source pre_rope|post_rope] \\
-        [--overwrite] [--quiet] [any Megatron flag]
+        --load DENSE --output key_stats.safetensors [--collect-iters 10] [--overwrite] \\
+        [--quiet] [any Megatron flag]
 
 Paper, section 3.2. The model runs in evaluation mode, without an optimizer, at any tensor, pipeline, context
 and data parallel size, over the first --collect-iters global batches of the training data. The statistics

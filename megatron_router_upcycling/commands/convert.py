@@ -104,7 +104,6 @@ def run(args: argparse.Namespace) -> None:
     options = Options(
         router=router,
         init=init,
-        key_source=file.key_source,
         key_stats=args.key_stats,
         seed=args.seed,
         materialize=args.materialize,
@@ -135,7 +134,7 @@ def method(args: argparse.Namespace) -> tuple[Method, RouterConfig, InitConfig]:
     Flags count copies of the dense FFN, a file's ``num_experts`` and ``moe_router_topk`` Megatron's experts.
     """
     file = read_method(args.config)
-    flags = _given(args, ("router", "num_routers", "pooling", "grouping", "pre_softmax"))
+    flags = _given(args, ("router", "num_routers", "pooling", "pre_softmax"))
     flags |= {name: n * args.granularity for name, n in _given(args, ("num_experts", "top_k")).items()}
     kind = kinds.get(flags.get("router") or file.router.get("router", "mixture"))
     for name, value in flags.items():

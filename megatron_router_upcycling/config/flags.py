@@ -17,7 +17,7 @@ from typing import Any
 from megatron_router_upcycling.config import start
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.expert_layers import layer_frequency
-from megatron_router_upcycling.routers.config import GROUPINGS, POOLINGS
+from megatron_router_upcycling.routers.config import POOLINGS
 from megatron_router_upcycling.routers.kinds import KINDS
 
 # Megatron argument -> the RouterConfig field that it sets.
@@ -27,8 +27,8 @@ SHARED_WITH_MEGATRON = {
     "moe_router_pre_softmax": "pre_softmax",
 }
 # Names in an ``upcycling:`` section.
-OF_ROUTER = ("router", "num_routers", "pooling", "grouping", "locality_loss_coeff")
-SECTION = (*OF_ROUTER, "collect_iters", "key_source", "router_samples", *start.NAMES)
+OF_ROUTER = ("router", "num_routers", "pooling", "locality_loss_coeff")
+SECTION = (*OF_ROUTER, "collect_iters", "router_samples", *start.NAMES)
 
 
 def add_router(group: Any) -> None:
@@ -36,7 +36,6 @@ def add_router(group: Any) -> None:
     group.add_argument("--router", choices=KINDS, help="kind of router; linear is vanilla upcycling")
     group.add_argument("--num-routers", type=int, help="routers in the mixture (default: one an expert)")
     group.add_argument("--pooling", choices=POOLINGS, help="how router scores are combined (default: sum)")
-    group.add_argument("--grouping", choices=GROUPINGS, help="how heads are grouped (default: greedy)")
 
 
 def add_output(group: Any) -> None:
@@ -75,8 +74,6 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     keys = parser.add_argument_group("key statistics (collect_keys)")
     keys.add_argument("--collect-iters", metavar="N", type=int, default=10, help="batches to average over")
     keys.add_argument("--router-samples", metavar="N", type=int, default=512, help="hidden states to keep")
-    sources = ("pre_rope", "post_rope")
-    keys.add_argument("--key-source", choices=sources, default="pre_rope", help="before or after RoPE")
     add_output(keys)
 
     routing = parser.add_argument_group("routing diagnostics")

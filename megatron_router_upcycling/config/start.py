@@ -5,13 +5,10 @@ Pure: imports neither torch nor Megatron. It decides values, not shapes, and is 
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
 
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import Recorded, RouterConfig
 
-# Options of earlier versions that manifests still hold; one with another value is refused.
-RETIRED = {"norm_gain": False, "weights": "dense"}
 HEAD_KEYS = ("mean", "attended")
 CHOICES = {
     "queries": ("heads", "random"),
@@ -37,6 +34,8 @@ class InitConfig(Recorded):
     - ``drop_upcycling``: share of each expert's FFN channels that is drawn anew (arXiv 2502.19261).
     """
 
+    RETIRED = {"norm_gain": False, "weights": "dense"}
+
     queries: str = "heads"
     keys: str = "heads"
     head_key: str | None = None
@@ -57,12 +56,6 @@ class InitConfig(Recorded):
             raise UserError(f"expert_noise {self.expert_noise}: must be 0 or more")
         if not 0 <= self.drop_upcycling <= 1:
             raise UserError(f"drop_upcycling {self.drop_upcycling}: is a share, between 0 and 1")
-
-    @classmethod
-    def from_dict(cls, values: Any, source: str) -> "InitConfig":
-        if isinstance(values, dict):
-            values = {name: value for name, value in values.items() if (name, value) not in RETIRED.items()}
-        return super().from_dict(values, source)
 
     @property
     def alters_experts(self) -> bool:

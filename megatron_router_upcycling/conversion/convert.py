@@ -169,16 +169,14 @@ def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> K
     stats = key_stats_file.load(path)
     sizes = ("num_layers", "num_query_groups", "kv_channels", "num_attention_heads", "hidden_size")
     wanted: dict[str, Callable[[], Any]] = {size: partial(getattr, model, size) for size in sizes}
-    wanted["key_source"] = lambda: options.key_source
     wanted["checkpoint_digest"] = dense.digest
     wanted["query_key_digest"] = lambda: query_key_digest(dense)
     for name, value in wanted.items():
         recorded = stats.metadata.get(name)  # files of older versions lack some
-        if recorded is not None and (needed := value()) not in (None, recorded):
-            source = f" with --key-source {needed}" if name == "key_source" else ""
+        if recorded is not None and (needed := value()) != recorded:
             raise UserError(
                 f"--key-stats {stats.path}: of another model or other keys: its {name} is {recorded}, and"
-                f" {needed} is needed; collect them{source} from {dense.root}"
+                f" {needed} is needed; collect them from {dense.root}"
             )
     if options.init.needs_router_input:
         key_stats_file.read_router_input(path, 0)

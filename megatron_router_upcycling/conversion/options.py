@@ -27,7 +27,6 @@ class Options:
     shared_expert: bool = False
     layers: str | None = None  # those that get experts, as ``parse_layers`` reads them; None: all
     init: InitConfig = InitConfig()
-    key_source: str | None = None  # that the key statistics must be of
     config: Path | None = None  # a YAML file that describes the dense model, where its checkpoint does not
     megatron: Mapping[str, Any] = field(default_factory=dict)  # training's flags, where known
 
@@ -38,7 +37,6 @@ class Method:
 
     router: dict[str, Any]
     init: InitConfig
-    key_source: str | None
     megatron: dict[str, Any]  # Megatron's flags in the file
 
 
@@ -51,8 +49,7 @@ def read_method(path: str | Path | None) -> Method:
         if entries.get(name) is not None:
             router[option] = entries[name]
     RouterConfig.check_values(router, str(path))
-    init = InitConfig.from_dict(start, str(path))
-    return Method(router, init, flags.get("key_source"), entries)
+    return Method(router, InitConfig.from_dict(start, str(path)), entries)
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...] | None:

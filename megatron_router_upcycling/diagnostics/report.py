@@ -156,7 +156,7 @@ def _router(options: Any) -> str:
 
 def conversion(runs: Sequence[RunData]) -> dict[str, list[str]]:
     """What the converter recorded of the runs' models, without defaults of all: name -> a value a run."""
-    usual = RouterConfig().to_dict() | InitConfig().to_dict()
+    usual = RouterConfig.RETIRED | RouterConfig().to_dict() | InitConfig.RETIRED | InitConfig().to_dict()
     columns = []
     for run in runs:
         parts = (run.manifest.get(name) for name in ("source", "router", "init"))

@@ -53,12 +53,12 @@ def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -
     copies = max(1, shape.num_experts // shape.num_routers)
     if shape.head_copies > 1:
         num_sets = shape.num_routers * copies
-        key_sets = overlapping_sets(key_parts, num_sets, shape.heads_per_set, config.grouping)
+        key_sets = overlapping_sets(key_parts, num_sets, shape.heads_per_set)
         query_sets = key_sets[: shape.num_routers]
     else:
-        query_sets = key_sets = group_heads(key_parts, shape.num_routers, config.grouping)
+        query_sets = key_sets = group_heads(key_parts, shape.num_routers)
     if shape.head_copies == 1 and copies > 1:
-        copied = group_heads(key_parts.repeat_interleave(copies, dim=0), shape.num_experts, config.grouping)
+        copied = group_heads(key_parts.repeat_interleave(copies, dim=0), shape.num_experts)
         key_sets = [[copy // copies for copy in members] for members in copied]
 
     query_weight = query_parts[torch.tensor(query_sets)]  # [m, heads a set, d / splits, D]
@@ -86,36 +86,30 @@ def cosine_similarity(keys: Tensor) -> Tensor:
     return torch.stack([(unit * row).sum(dim=1) for row in unit]).round(decimals=SIMILARITY_DECIMALS)
 
 
-def group_heads(keys: Tensor, num_sets: int, grouping: str) -> Sets:
+def group_heads(keys: Tensor, num_sets: int) -> Sets:
     """Group heads into sets of equal size by the cosine similarity of their keys (section 3.2).
 
     Sets of two are pairs; larger ones come from grouping the sets again by their mean keys, once for each
     prime factor of the size, the small ones first.
 
-    - ``greedy``: all pairs by falling similarity, ties by head index, a pair being taken when both are
-      free. An odd prime factor p merges p sets at a time: the best free pair, then the free set most
-      similar to the mean of those chosen, until there are p.
-    - ``optimal``: the pairs with the largest sum of similarities; an odd prime factor is merged greedily.
-    - ``consecutive``: neighbours in index order, whatever their keys.
+    Greedily: all pairs by falling similarity, ties by head index, a pair being taken when both are free. An
+    odd prime factor p merges p sets at a time: the best free pair, then the free set most similar to the mean
+    of those chosen, until there are p.
 
     Of keys [H, d], ``num_sets`` sets of head indices; heads within a set in index order, sets by their first.
     """
     num_heads = len(keys)
     assert num_heads % num_sets == 0
-    size = num_heads // num_sets
-    if grouping == "consecutive":
-        return [list(range(start, start + size)) for start in range(0, num_heads, size)]
     keys = keys.double()
     sets = [[head] for head in range(num_heads)]
-    for prime in _prime_factors(size):
+    for prime in _prime_factors(num_heads // num_sets):
         means = torch.stack([keys[members].mean(dim=0) for members in sets])
-        optimal = grouping == "optimal" and prime == 2
-        merged = _optimal_pairs(means) if optimal else _greedy_merge(means, prime)
+        merged = _greedy_merge(means, prime)
         sets = sorted(sorted(head for i in chosen for head in sets[i]) for chosen in merged)
     return sets
 
 
-def overlapping_sets(keys: Tensor, num_sets: int, size: int, grouping: str) -> Sets:
+def overlapping_sets(keys: Tensor, num_sets: int, size: int) -> Sets:
     """More sets of ``size`` heads than there are heads for, in rounds in which each head is used once.
 
     The first round is ``group_heads``. In each further one, sets are merged greedily as there, but heads that
@@ -124,12 +118,9 @@ def overlapping_sets(keys: Tensor, num_sets: int, size: int, grouping: str) -> S
 
     Of keys [H, d]: ``num_sets`` different sets, a multiple of H / size, which is whole and above 1.
     """
-    sets = made = group_heads(keys, len(keys) // size, grouping)
-    heads = range(len(keys))
-    similarity = [[0.0] * len(keys) for _ in heads]
-    if grouping != "consecutive":
-        similarity = cosine_similarity(keys).tolist()
-    together = [[0] * len(keys) for _ in heads]  # sets that two heads have in common
+    sets = made = group_heads(keys, len(keys) // size)
+    similarity = cosine_similarity(keys).tolist()
+    together = [[0] * len(keys) for _ in keys]  # sets that two heads have in common
     while len(sets) < num_sets:
         for members in made:
             for a, b in itertools.permutations(members, 2):
@@ -188,17 +179,13 @@ def _prime_factors(number: int) -> list[int]:
     return factors
 
 
-def _ranked_pairs(similarity: list[list[float]]) -> list[tuple[int, int]]:
-    """All pairs (i, j), i < j, by falling similarity, then by i, then by j."""
-    pairs = itertools.combinations(range(len(similarity)), 2)
-    return sorted(pairs, key=lambda pair: -similarity[pair[0]][pair[1]])
-
-
 def _greedy_merge(keys: Tensor, count: int) -> Sets:
     """Greedy sets of ``count``: a seed pair, then the best for the running mean, ties by index."""
     free = set(range(len(keys)))
     chosen = []
-    for i, j in _ranked_pairs(cosine_similarity(keys).tolist()):
+    similarity = cosine_similarity(keys).tolist()
+    pairs = itertools.combinations(range(len(keys)), 2)  # by i, then by j, which a sort keeps
+    for i, j in sorted(pairs, key=lambda pair: -similarity[pair[0]][pair[1]]):
         if i not in free or j not in free:
             continue
         members = [i, j]
@@ -212,15 +199,3 @@ def _greedy_merge(keys: Tensor, count: int) -> Sets:
             free.remove(best)
         chosen.append(members)
     return chosen
-
-
-def _optimal_pairs(keys: Tensor) -> Sets:
-    """The pairing with the largest sum of similarities (maximum-weight perfect matching)."""
-    import networkx  # type: ignore[import-untyped]
-
-    graph = networkx.Graph()
-    similarity = cosine_similarity(keys).tolist()
-    for i, j in _ranked_pairs(similarity):
-        # Whole numbers: the matching is then exact, with no rounding in its dual variables.
-        graph.add_edge(i, j, weight=round(similarity[i][j] * 10**SIMILARITY_DECIMALS))
-    return [list(pair) for pair in networkx.max_weight_matching(graph, maxcardinality=True)]

@@ -20,18 +20,16 @@ type Take = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @contextlib.contextmanager
-def capture_keys(model: Sequence[torch.nn.Module], sums: KeySums, key_source: str) -> Iterator[None]:
+def capture_keys(model: Sequence[torch.nn.Module], sums: KeySums) -> Iterator[None]:
     """While the context lasts, every forward pass of ``model`` adds its keys to ``sums``.
 
-    Args:
-        model: this rank's model chunks, wrapped or not.
-        key_source: ``pre_rope``: the key as ``SelfAttention.get_query_key_value_tensors`` returns it,
-            with its bias and its key norm. ``post_rope``: the key that core attention is called with.
+    ``model`` is this rank's model chunks, wrapped or not. A key is what
+    ``SelfAttention.get_query_key_value_tensors`` returns: with its bias and its key norm, before the rotary
+    embedding.
     """
-    hook = _take_before_rotary if key_source == "pre_rope" else _take_after_rotary
     with contextlib.ExitStack() as stack:
         for attention in self_attentions(model):
-            stack.callback(hook(attention, _taker(attention, sums)))
+            stack.callback(_take_before_rotary(attention, _taker(attention, sums)))
         yield
 
 
@@ -85,19 +83,6 @@ def _take_before_rotary(attention: Any, take: Take) -> Callable[[], None]:
 
     setattr(attention, name, call)
     return lambda: delattr(attention, name)
-
-
-def _take_after_rotary(attention: Any, take: Take) -> Callable[[], None]:
-    """Hook core attention, which is called with query and key; return what undoes it."""
-    core = getattr(attention, "core_attention", None)
-    if not isinstance(core, torch.nn.Module):
-        raise patching.changed("key statistics", f"{SELF_ATTENTION}.core_attention is not a module")
-
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(("query", "key"), args, strict=False)) | kwargs
-        take(given["query"], given["key"])
-
-    return core.register_forward_pre_hook(hook, with_kwargs=True).remove
 
 
 class RouterInput:

@@ -46,7 +46,7 @@ def collect(run: launch.Run) -> None:
         disable=args.quiet or args.rank != 0 or None,
     )
     losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-    with capture.capture_router_input(model, sample), capture.capture_keys(model, sums, args.key_source):
+    with capture.capture_router_input(model, sample), capture.capture_keys(model, sums):
         for _ in batches:
             losses += forward(args, model, data)
     sums.all_reduce()
@@ -69,7 +69,7 @@ def write(args: Namespace, sums: KeySums, inputs: torch.Tensor | None, losses: t
     if not stats.mean.isfinite().all():
         raise UserError(f"--load {args.load}: the model's keys hold NaN or infinite values; train it again")
     key_stats_file.save(args.output, stats, args.overwrite)
-    keys = f"{args.key_source} keys of {args.num_layers} layers x {metadata['num_query_groups']} query groups"
+    keys = f"keys of {args.num_layers} layers x {metadata['num_query_groups']} query groups"
     loss = f"LM loss of the dense model {metadata['lm_loss']:.4f}"
     print(f"{args.output}: {keys} over {sums.tokens} tokens; {loss}", flush=True)
 
@@ -199,11 +199,13 @@ def provenance(args: Namespace) -> dict[str, Any]:
     blend, per_split = get_blend_and_blend_per_split(args)
     blend = per_split[0] if per_split else blend
     recorded = (
-        "key_source num_layers kv_channels num_attention_heads hidden_size seq_length global_batch_size"
+        "num_layers kv_channels num_attention_heads hidden_size seq_length global_batch_size"
         " micro_batch_size split seed config tensor_model_parallel_size pipeline_model_parallel_size"
         " context_parallel_size data_parallel_size"
     )
-    return {name: getattr(args, name) for name in recorded.split()} | {
+    return {
+        "key_source": key_stats_file.KEY_SOURCE,
+        **{name: getattr(args, name) for name in recorded.split()},
         "num_query_groups": num_query_groups(args),
         "checkpoint": str(Path(args.load).absolute()),
         "checkpoint_digest": dense.digest(),

@@ -16,7 +16,7 @@ from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.files import blocked_by, write_whole
 
 FORMAT = 2
-KEY_SOURCES = ("pre_rope", "post_rope")
+KEY_SOURCE = "pre_rope"  # of all keys, in the metadata: before the rotary embedding
 AGAIN = "collect the statistics again"
 
 
@@ -113,6 +113,6 @@ def _problem(
             return f"{name} holds NaN or infinite values, or layers without tokens"
     if sample is not None and (len(sample) != 3 or sample[0] != L):
         return f"router_input is {sample}, where layers, tokens and hidden size are expected"
-    if metadata.get("key_source") not in KEY_SOURCES:
-        return f"its key_source {metadata.get('key_source')!r} is not one of {', '.join(KEY_SOURCES)}"
+    if (source := metadata.get("key_source")) != KEY_SOURCE:
+        return f"its key_source {source!r} is not {KEY_SOURCE}; keys after the rotary embedding are not used"
     return None

@@ -9,18 +9,20 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers import kinds
 
 POOLINGS = ("sum", "max")
-GROUPINGS = ("greedy", "optimal", "consecutive")
 
 
 @dataclass(frozen=True)
 class Recorded:
     """A dataclass of options that manifests and YAML files hold as a mapping."""
+
+    # Options of earlier versions that manifests still hold; one with another value is refused.
+    RETIRED: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def check_values(cls, values: Any, source: str) -> None:
@@ -37,6 +39,9 @@ class Recorded:
 
     @classmethod
     def from_dict(cls, values: Any, source: str) -> Self:
+        if isinstance(values, dict):
+            retired = cls.RETIRED.items()
+            values = {name: value for name, value in values.items() if (name, value) not in retired}
         cls.check_values(values, source)
         return cls(**values)
 
@@ -64,12 +69,13 @@ class RouterConfig(Recorded):
     ``num_copies`` n = ``num_experts`` / G copies of the dense FFN; shards of one copy start with equal keys.
     """
 
+    RETIRED = {"grouping": "greedy"}
+
     router: str = "mixture"
     num_experts: int = 8
     top_k: int = 2
     num_routers: int | None = None
     pooling: str = "sum"
-    grouping: str = "greedy"
     pre_softmax: bool = True
     granularity: int = 1
     locality_loss_coeff: float | None = None  # of LocMoE's training
@@ -85,9 +91,8 @@ class RouterConfig(Recorded):
 
     def __post_init__(self) -> None:
         kind = self.kind
-        for name, choices in (("pooling", POOLINGS), ("grouping", GROUPINGS)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
+        if self.pooling not in POOLINGS:
+            raise UserError(f"--pooling {self.pooling}: choose one of {', '.join(POOLINGS)}")
         for name in ("granularity", "num_experts"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")

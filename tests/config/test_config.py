@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_router_upcycling.config import flags, manifest, yaml_files
+from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import keys_per_expert
@@ -114,6 +115,20 @@ def test_impossible_numbers_name_those_that_work(m: int, n: int, heads: int) -> 
         RouterConfig(num_experts=n, num_routers=m).shape(heads, 64)
     for near in map(int, str(error.value).rsplit("work: ", 1)[1].split(", ")):
         RouterConfig(num_experts=n, num_routers=near).shape(heads, 64)
+
+
+def test_manifests_of_earlier_versions() -> None:
+    """An option that is gone is read where it had its default, and refused where it had another value."""
+    old = {
+        "router": {"num_experts": 4, "grouping": "greedy"},
+        "init": {"norm_gain": False, "weights": "dense"},
+    }
+    assert manifest.router_config(old, "OLD") == RouterConfig(num_experts=4)
+    assert manifest.init_config(old, "OLD") == InitConfig()
+    with pytest.raises(UserError, match="^OLD: router: unknown option 'grouping'; known: .*$"):
+        manifest.router_config({"router": {"grouping": "optimal"}}, "OLD")
+    with pytest.raises(UserError, match="^OLD: init: unknown option 'weights'; known: .*$"):
+        manifest.init_config({"init": {"weights": "random"}}, "OLD")
 
 
 def test_impossible_options() -> None:

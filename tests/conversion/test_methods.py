@@ -76,18 +76,9 @@ def test_shapes_of_table_2(name: str) -> None:
     assert RouterConfig(**given).shape(16, 64).router_width == width
 
 
-def test_keys_of_another_source_are_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["convert", folder / "dense", tmp_path / "moe", "--key-stats", folder / "ks"]
-    command += ["--config", CONFIGS / "ablations/post_rope_keys.yaml"]
-    assert cli.main([str(part) for part in command]) == 2
-    assert "collect them with --key-source post_rope from" in capsys.readouterr().err
-
-
-def inputs(path: Path, key_source: str) -> torch.Tensor:
+def inputs(path: Path) -> torch.Tensor:
     """Key statistics with a sample of router inputs [L, 64, D]."""
-    stats = make_stats(path, key_source=key_source)
+    stats = make_stats(path)
     stats.router_input = torch.randn(L, 64, D, generator=torch.Generator().manual_seed(3))
     key_stats_file.save(path, stats, overwrite=True)
     return stats.router_input
@@ -102,7 +93,7 @@ def option(folder: Path, out: Path, base: str, *flags: object, **options: Any) -
 @pytest.mark.parametrize("method", ["router_upcycling", "vanilla", "mlp"])
 def test_routing_has_the_entropy_that_was_asked_for(tmp_path: Path, method: str) -> None:
     dense_checkpoint.write(tmp_path / "dense")
-    sample = inputs(tmp_path / "ks", "pre_rope")
+    sample = inputs(tmp_path / "ks")
     made = option(tmp_path, tmp_path / "moe", method, target_entropy=1.2)
     for layer in range(L):
         router = {
@@ -116,7 +107,7 @@ def test_routing_has_the_entropy_that_was_asked_for(tmp_path: Path, method: str)
 def test_the_flag_stands_above_the_file(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs(tmp_path / "ks", "pre_rope")
+    inputs(tmp_path / "ks")
     dense_checkpoint.write(tmp_path / "dense")
     file = CONFIGS / "methods/calibrated.yaml"
     by_flag = convert(tmp_path, tmp_path / "a", file, "--target-entropy", 1.2)

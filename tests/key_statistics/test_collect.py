@@ -59,7 +59,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 def make(folder: Path) -> None:
     """Write a dense checkpoint and what follows from it.
 
-    ``loops_SOURCE``: the reference, from the projection's output. ``single_SOURCE``: what key_stats captures
+    ``loops``: the reference, from the projection's output. ``single``: what key_stats captures
     in this one process from the same batches. ``mistakes.json``: what ``check`` says to each of MISTAKES.
     """
     from megatron_router_upcycling.key_statistics import collect
@@ -86,7 +86,7 @@ def make(folder: Path) -> None:
         attention.linear_qkv.register_forward_hook(
             lambda module, inputs, output, layer=layer: outputs[layer].append(output[0].detach().clone())
         )
-    captured = {source: collect.new_sums(args) for source in key_stats_file.KEY_SOURCES}
+    captured = collect.new_sums(args)
     data = collect.train_iterators(args, len(model), ITERATIONS)
     inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(LAYERS)}
     mlps = [module for module in model[0].modules() if type(module).__name__ == "MLP"]
@@ -94,23 +94,19 @@ def make(folder: Path) -> None:
         mlp.register_forward_pre_hook(
             lambda module, args, layer=layer: inputs[layer].append(args[0].transpose(0, 1).flatten(0, 1))
         )
-    with (
-        capture.capture_keys(model, captured["pre_rope"], "pre_rope"),
-        capture.capture_keys(model, captured["post_rope"], "post_rope"),
-    ):
+    with capture.capture_keys(model, captured):
         for _ in range(ITERATIONS):
             collect.forward(args, model, data)
     # Every token is in the sample, which is larger than the data: sample after sample, token after token.
     everything = torch.stack([torch.cat(inputs[layer]) for layer in range(LAYERS)])
     safetensors.torch.save_file({"router_input": everything.contiguous()}, folder / "router_input")
     assert not any("get_query_key_value_tensors" in vars(attention) for attention in attentions)
-    for source in key_stats_file.KEY_SOURCES:
-        expected = means_by_loops(outputs, attentions, source)
-        tensors = {name: torch.from_numpy(value) for name, value in expected.items()}
-        safetensors.torch.save_file(tensors, folder / f"loops_{source}")
-        assert captured[source].tokens == TOKENS
-        tensors = {"mean": captured[source].mean(), "attended": captured[source].attended()}
-        safetensors.torch.save_file(tensors, folder / f"single_{source}")
+    expected = means_by_loops(outputs, attentions)
+    tensors = {name: torch.from_numpy(value) for name, value in expected.items()}
+    safetensors.torch.save_file(tensors, folder / "loops")
+    assert captured.tokens == TOKENS
+    tensors = {"mean": captured.mean(), "attended": captured.attended()}
+    safetensors.torch.save_file(tensors, folder / "single")
 
 
 def said_to(args: Namespace, folder: Path, change: dict[str, Any]) -> str:
@@ -146,9 +142,7 @@ def randomise(model: list[torch.nn.Module]) -> None:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
-def means_by_loops(
-    outputs: dict[int, list[torch.Tensor]], attentions: list[Any], source: str
-) -> dict[str, np.ndarray]:
+def means_by_loops(outputs: dict[int, list[torch.Tensor]], attentions: list[Any]) -> dict[str, np.ndarray]:
     """The ``mean`` keys [L, G, d] and ``attended`` keys [L, H, d], in float64.
 
     Args:
@@ -174,8 +168,6 @@ def means_by_loops(
                 own = np.array([[q @ k for q, k in zip(head, keys, strict=True)] for head in turned])
                 own -= own.mean(axis=1, keepdims=True)
                 for position, key in enumerate(keys):
-                    if source == "post_rope":
-                        key = rotated(key, position)
                     mean[layer, group] += key / TOKENS
                     head = group * queries + max(range(queries), key=lambda place: own[place, position])
                     attended[layer, head] += key
@@ -218,32 +210,27 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_one_process_equals_the_reference_in_loops(made: Path) -> None:
-    single, loops = (
-        [safetensors.torch.load_file(made / f"{kind}_{source}") for source in key_stats_file.KEY_SOURCES]
-        for kind in ("single", "loops")
-    )
+    single, loops = (safetensors.torch.load_file(made / kind) for kind in ("single", "loops"))
     for name in ("mean", "attended"):
-        for found, expected in zip(single, loops, strict=True):
-            assert_same(found[name], expected[name])
-        before, after = (values[name] for values in loops)
-        assert (before - after).abs().max() > 0.01  # else one could stand for the other
-    assert (before[:, ::2] - before[:, 1::2]).abs().max() > 0.01  # nor one head of a group for the other
+        assert_same(single[name], loops[name])
+    by_head = loops["attended"]
+    assert (by_head[:, ::2] - by_head[:, 1::2]).abs().max() > 0.01  # else one of a group could stand for all
 
 
 @pytest.mark.parametrize(
-    ("source", "flags"),
+    "flags",
     [
-        ("pre_rope", ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
-        ("pre_rope", ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]),
-        ("post_rope", []),
+        ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+        ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
+        [],
     ],
-    ids=["tensor-parallel", "virtual-pipeline-parallel", "data-parallel-post-rope"],
+    ids=["tensor-parallel", "virtual-pipeline-parallel", "data-parallel"],
 )
-def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, source: str, flags: list[str]) -> None:
+def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, flags: list[str]) -> None:
     output = tmp_path / "stats.safetensors"
-    collect(made, 2, "--key-source", source, "--output", output, *flags).ok()
+    collect(made, 2, "--output", output, *flags).ok()
     stats = key_stats_file.load(output)
-    single = safetensors.torch.load_file(made / f"single_{source}")
+    single = safetensors.torch.load_file(made / "single")
     assert stats.count.tolist() == [TOKENS] * LAYERS
     for name in ("mean", "attended"):
         assert_same(getattr(stats, name), single[name])
@@ -252,7 +239,7 @@ def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, source: str
     for layer in range(LAYERS):
         torch.testing.assert_close(key_stats_file.read_router_input(output, layer), seen[layer])
     metadata = stats.metadata
-    assert metadata["key_source"] == source and metadata["tokens"] == TOKENS
+    assert metadata["key_source"] == "pre_rope" and metadata["tokens"] == TOKENS
     assert metadata["checkpoint"] == str(made / "dense") and len(metadata["checkpoint_digest"]) == 64
     assert metadata["query_key_digest"] == query_key_digest(open_dense(made / "dense"))
     assert metadata["data"] == [str(data)] and metadata["iterations"] == ITERATIONS
@@ -341,8 +328,6 @@ def test_a_moved_seam_is_named() -> None:
     changed = types.SimpleNamespace()  # an attention that has lost what keys are captured at
     with pytest.raises(RuntimeError, match=r"SelfAttention\.get_query_key_value_tensors does not exist"):
         capture._take_before_rotary(changed, lambda query, key: None)
-    with pytest.raises(RuntimeError, match=r"SelfAttention\.core_attention is not a module"):
-        capture._take_after_rotary(changed, lambda query, key: None)
 
 
 def test_the_unsplit_projection_of_a_fused_rotary_kernel() -> None:

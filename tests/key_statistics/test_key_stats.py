@@ -211,7 +211,7 @@ BROKEN: dict[str, Callable[[dict, dict], object]] = {
     "router_input is": lambda tensors, _: tensors.update(router_input=torch.ones(L - 1, 2, 7)),
     "not key statistics of format 1 or 2": lambda _, metadata: metadata.update(format=99),
     r"ask for torch.float32 \[3, 5, 5\]": lambda _, metadata: metadata.update(num_query_groups=5),
-    "key_source 'value'": lambda _, metadata: metadata.update(key_source="value"),
+    "key_source 'post_rope' is not pre_rope": lambda _, metadata: metadata.update(key_source="post_rope"),
 }
 
 

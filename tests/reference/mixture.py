@@ -38,7 +38,7 @@ def of_heads(
             queries.append(fused[row + part * size : row + (part + 1) * size])
             keys.append(head_keys[head, part * size : (part + 1) * size])
     num_copies = router.num_experts // router.granularity
-    query_sets, key_sets = sets_of_heads(keys, router.num_routers, num_copies, router.grouping)
+    query_sets, key_sets = sets_of_heads(keys, router.num_routers, num_copies)
     vectors = [np.concatenate([keys[i] for i in members]) for members in key_sets]
     a_copy = len(vectors) // num_copies
     shards = [
@@ -51,36 +51,34 @@ def of_heads(
     return query_weight, torch.from_numpy(np.stack(shards))
 
 
-def sets_of_heads(keys: list[Vector], num_routers: int, num_experts: int, grouping: str) -> tuple[Sets, Sets]:
+def sets_of_heads(keys: list[Vector], num_routers: int, num_experts: int) -> tuple[Sets, Sets]:
     """The (parts of) heads that each router, and each key, is made of."""
     vectors = [key.astype(np.float64) for key in keys]
     similar = _similarities(vectors)
     if len(vectors) % num_routers:
-        sets = _in_rounds(vectors, similar, num_routers, max(num_routers, num_experts), grouping)
+        sets = _in_rounds(vectors, similar, num_routers, max(num_routers, num_experts))
         return sets[:num_routers], sets
-    query_sets = _group(vectors, similar, num_routers, grouping)
+    query_sets = _group(vectors, similar, num_routers)
     if num_experts <= num_routers:
         return query_sets, query_sets
     times = num_experts // num_routers  # every head several times, so that there is a key for every expert
     copies = [index // times for index in range(len(vectors) * times)]
     of_copies = [[similar[i][j] for j in copies] for i in copies]
-    key_sets = _group([vectors[i] for i in copies], of_copies, num_experts, grouping)
+    key_sets = _group([vectors[i] for i in copies], of_copies, num_experts)
     return query_sets, [[copies[i] for i in members] for members in key_sets]
 
 
-def _in_rounds(
-    vectors: list[Vector], similar: list[list[float]], num_routers: int, num_sets: int, grouping: str
-) -> Sets:
+def _in_rounds(vectors: list[Vector], similar: list[list[float]], num_routers: int, num_sets: int) -> Sets:
     """Rounds of gcd(H, m) sets with every head in one of them, until there are ``num_sets``."""
     H = len(vectors)
     a_round = math.gcd(H, num_routers)
     size = H // a_round
-    sets = _group(vectors, similar, a_round, grouping)
+    sets = _group(vectors, similar, a_round)
     while len(sets) < num_sets:
 
         def cost(i: int, others: list[int]) -> tuple[int, float]:
             shared = sum(1 for known in sets for j in others if i in known and j in known)  # noqa: B023
-            likeness = math.fsum(similar[i][j] for j in others) if grouping != "consecutive" else 0.0
+            likeness = math.fsum(similar[i][j] for j in others)
             return shared, -round(likeness, DECIMALS)
 
         left, made = list(range(H)), []
@@ -126,11 +124,9 @@ def _mean(vectors: list[Vector]) -> Vector:
     return sum(vectors[1:], vectors[0]) / len(vectors)
 
 
-def _group(vectors: list[Vector], similar: list[list[float]], num_sets: int, grouping: str) -> Sets:
+def _group(vectors: list[Vector], similar: list[list[float]], num_sets: int) -> Sets:
     """Sets of equal size, by merging 2 (or an odd prime number of) sets at a time."""
     size = len(vectors) // num_sets
-    if grouping == "consecutive":
-        return [list(range(i * size, (i + 1) * size)) for i in range(num_sets)]
     sets = [[i] for i in range(len(vectors))]
     while len(sets) > num_sets:
         factor = next(p for p in range(2, size + 1) if size % p == 0)
@@ -138,23 +134,16 @@ def _group(vectors: list[Vector], similar: list[list[float]], num_sets: int, gro
         means = [_mean([vectors[i] for i in members]) for members in sets]
         if len(sets) < len(vectors):
             similar = _similarities(means)
-        if factor == 2:
-            merged = _matching(similar) if grouping == "optimal" else _greedy(means, similar, 2)
-        else:
-            merged = _greedy(means, similar, factor)
+        merged = _greedy(means, similar, factor)
         sets = sorted(sorted(head for i in together for head in sets[i]) for together in merged)
     return sets
-
-
-def _ranked(similar: list[list[float]]) -> list[tuple[int, int]]:
-    pairs = [(i, j) for i in range(len(similar)) for j in range(i + 1, len(similar))]
-    return sorted(pairs, key=lambda pair: (-similar[pair[0]][pair[1]], *pair))
 
 
 def _greedy(means: list[Vector], similar: list[list[float]], count: int) -> Sets:
     """The most similar free pair, joined by the free sets nearest to the mean until there are ``count``."""
     free, merged = set(range(len(means))), []
-    for i, j in _ranked(similar):
+    pairs = [(i, j) for i in range(len(means)) for j in range(i + 1, len(means))]
+    for i, j in sorted(pairs, key=lambda pair: (-similar[pair[0]][pair[1]], *pair)):
         if not {i, j} <= free:
             continue
         together = [i, j]
@@ -165,12 +154,3 @@ def _greedy(means: list[Vector], similar: list[list[float]], count: int) -> Sets
         free -= set(together)
         merged.append(together)
     return merged
-
-
-def _matching(similar: list[list[float]]) -> Sets:
-    import networkx  # type: ignore[import-untyped]
-
-    graph = networkx.Graph()
-    for i, j in _ranked(similar):
-        graph.add_edge(i, j, weight=round(similar[i][j] * 10**DECIMALS))
-    return [list(pair) for pair in networkx.max_weight_matching(graph, maxcardinality=True)]

@@ -101,8 +101,9 @@ class Dense:
     keys: dict[str, torch.Tensor]  # each query head's [L, H, d], by the name of its kind
     router_input: torch.Tensor
 
-    def stats(self, key_source: str) -> Path:
-        return self.root.with_name(key_source)
+    @property
+    def stats(self) -> Path:
+        return self.root.with_name("key_stats")
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +118,12 @@ def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         mean[0, 1] = mean[0, 0]
     keys = {"mean": mean.repeat_interleave(HEADS // groups, dim=1), "attended": attended}
     made = Dense(root, values, args, keys, torch.randn(LAYERS, TOKENS, HIDDEN, generator=random))
-    for key_source in ("pre_rope", "post_rope"):
-        described = {
-            "num_layers": LAYERS, "num_query_groups": groups, "kv_channels": HEAD_DIM,
-            "num_attention_heads": HEADS, "hidden_size": HIDDEN, "key_source": key_source,
-        }  # fmt: skip
-        stats = KeyStats(mean, torch.full((LAYERS,), 100), attended, described, made.router_input)
-        key_stats_file.save(made.stats(key_source), stats)
+    described = {
+        "num_layers": LAYERS, "num_query_groups": groups, "kv_channels": HEAD_DIM,
+        "num_attention_heads": HEADS, "hidden_size": HIDDEN, "key_source": "pre_rope",
+    }  # fmt: skip
+    stats = KeyStats(mean, torch.full((LAYERS,), 100), attended, described, made.router_input)
+    key_stats_file.save(made.stats, stats)
     return made
 
 
@@ -131,7 +131,7 @@ def convert(dense: Dense, out: Path, config: str, layout: dict[str, Any]) -> Non
     file = CONFIGS / f"{config}.yaml"
     given = read_method(file)
     command = ["convert", dense.root, out, "--config", file, "--seed", SEED, "--quiet"]
-    command += ["--key-stats", dense.stats(given.key_source or "pre_rope")]
+    command += ["--key-stats", dense.stats]
     if "layers" in layout:
         command += ["--layers", ",".join(map(str, layout["layers"]))]
     if "granularity" in layout:  # flags count copies, a file counts shards

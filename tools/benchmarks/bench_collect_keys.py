@@ -1,6 +1,6 @@
 """What collecting keys costs: a forward pass that collects them against a plain evaluation forward pass.
 
-    python tools/benchmarks/bench_collect_keys.py [--device cpu|cuda] [--key-source post_rope] [--json]
+    python tools/benchmarks/bench_collect_keys.py [--device cpu|cuda] [--json]
 
 One process, one dense model of Qwen1.5-0.5B's layers with random weights, batches through Megatron's data
 pipeline and schedule as ``collect_keys`` runs them. Plain and collecting passes alternate, each pair in the
@@ -20,7 +20,6 @@ import measuring
 import torch
 
 from megatron_router_upcycling.key_statistics import collect
-from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.capture import capture_keys
 from megatron_router_upcycling.training import device, launch
 
@@ -51,7 +50,7 @@ def measure(options: Namespace) -> dict[str, Any]:
 
     def seconds(kind: str) -> float:
         collecting = kind == "collecting"
-        capture = capture_keys(model, sums, options.key_source) if collecting else contextlib.nullcontext()
+        capture = capture_keys(model, sums) if collecting else contextlib.nullcontext()
         with capture:
             start = measuring.now()
             collect.forward(args, model, data)
@@ -76,7 +75,6 @@ def measure(options: Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = measuring.Parser(__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--key-source", choices=key_stats_file.KEY_SOURCES, default="pre_rope")
     parser.add_argument("--num-layers", type=int, help="default: 2 on the CPU, 24 on a GPU")
     groups = "default: 2; 16 is no grouping, the most keys"
     parser.add_argument("--num-query-groups", type=int, default=2, help=groups)
@@ -92,8 +90,8 @@ def main() -> None:
         return
     low, high = result["quartiles"]
     print(
-        f"collecting keys ({result['key_source']}) on {result['device']}: {result['ratio']:.3f} times a plain"
-        f" evaluation forward (bound {BOUND}; half of the pairs between {low:.3f} and {high:.3f});"
+        f"collecting keys on {result['device']}: {result['ratio']:.3f} times a plain evaluation forward"
+        f" (bound {BOUND}; half of the pairs between {low:.3f} and {high:.3f});"
         f" {result['collecting_seconds']:.3f} s against {result['plain_seconds']:.3f} s for"
         f" {result['tokens']} tokens through {result['layers']} layers, medians of {options.repeats} pairs"
     )

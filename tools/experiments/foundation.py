@@ -144,11 +144,10 @@ class Foundation:
         model = flags(config=self.dense_config, **(QUICK_MODEL if self.quick else {}))
         return (*model, *self.run_flags("dense"))
 
-    def keys(self, source: str | None = None) -> Stage:
-        """Collect the dense model's key statistics, before the rotary embedding unless told otherwise."""
-        name = f"key_stats_{source}" if source else "key_stats"
-        file = self.output / f"{name}.safetensors"
-        options = {"key_source": source, "load": self.dense.output, "output": file, "overwrite": True}
-        command = (*torchrun("collect_keys", self.ranks), *self.dense_flags, *flags(**options, quiet=True))
-        title = "collect the key statistics of the dense model" + (f", {source}" if source else "")
-        return Stage(name, title, command, file, (self.dense_config,), (self.dense,))
+    @property
+    def keys(self) -> Stage:
+        file = self.output / "key_stats.safetensors"
+        options = flags(load=self.dense.output, output=file, overwrite=True, quiet=True)
+        command = (*torchrun("collect_keys", self.ranks), *self.dense_flags, *options)
+        title = "collect the key statistics of the dense model"
+        return Stage("key_stats", title, command, file, (self.dense_config,), (self.dense,))

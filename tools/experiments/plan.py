@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.config.yaml_files import read_yaml
 from tools.experiments.comparison import Comparison, run_name
 from tools.experiments.foundation import QUICK_MODEL, QUICK_RUN, Foundation, cli, flags, num_ranks, torchrun
 from tools.experiments.stages import Stage, in_order
@@ -52,9 +51,7 @@ class Plan:
         dense, key_stats = self.comparison.checkpoint, self.comparison.key_stats
         after: tuple[Stage, ...] = ()
         if base := self.foundation:
-            source = read_yaml(config)["upcycling"].get("key_source", "pre_rope")
-            keys = base.keys(None if source == "pre_rope" else source)
-            dense, key_stats, after = base.dense.output, keys.output, (base.dense, keys)
+            dense, key_stats, after = base.dense.output, base.keys.output, (base.dense, base.keys)
         command = cli("convert", dense, folder, config=config, key_stats=key_stats, seed=seed, quiet=True)
         return self._stage("convert", name, seed, command, folder, (config,), after)
 
