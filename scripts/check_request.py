@@ -212,7 +212,7 @@ def _check_experts(args: Namespace, model: Any, router: Any, init: Any) -> None:
     heads, groups, size = model.num_attention_heads, model.num_query_groups, model.kv_channels
     share_keys = init.head_key == "mean" and groups < heads
     may_tie = router.kind.of_heads and (share_keys or router.num_routers < router.num_copies)
-    if not may_tie or init.alters_experts:
+    if not may_tie:
         return
     import torch
 

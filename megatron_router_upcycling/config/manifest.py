@@ -40,7 +40,7 @@ def router_config(manifest: dict[str, Any], source: str | Path) -> RouterConfig:
 
 
 def init_config(manifest: dict[str, Any], source: str | Path) -> InitConfig:
-    """How the checkpoint's routers and experts were made; the paper's way where ``manifest`` has nothing."""
+    """How the checkpoint's routers were made; the paper's way where ``manifest`` has nothing."""
     return InitConfig.from_dict(manifest.get("init", {}), f"{source}: init")
 
 

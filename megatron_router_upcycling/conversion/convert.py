@@ -189,8 +189,7 @@ def describe_plan(conversion: Conversion) -> str:
     model, options = plan.model, plan.options
     experts = sum(isinstance(step, CopyExperts) for step in plan.steps)
     how = "linked, not written" if conversion.links else "copied"
-    apart = options.materialize or options.init.alters_experts
-    copies = f"{options.router.num_experts} times" if apart else "once"
+    copies = f"{options.router.num_experts} times" if options.materialize else "once"
     routers = "; ".join(f"{key} {list(shape)}" for key, shape in router_parameters(model, options.router))
     return (
         f"{plan.dense.iteration_dir}: {model.describe()}\n"
@@ -219,8 +218,6 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
             f"the loss is above the dense model's: a token's {router.top_k} experts have less than the whole"
             f" weight, of which all {router.num_experts} have a share; training makes up for it"
         )
-    elif options.init.alters_experts:
-        first = "it is near the dense model, as far as its experts still are its FFN"
     else:
         first = "it is exactly the dense model"
         if router.granularity == 1:

@@ -20,7 +20,6 @@ from megatron_router_upcycling.conversion.expected import Expected
 from megatron_router_upcycling.conversion.fine_grained import Cut
 from megatron_router_upcycling.conversion.options import Options, parse_layers
 from megatron_router_upcycling.conversion.steps import (
-    AlterExperts,
     CopyExperts,
     CutExperts,
     Made,
@@ -34,6 +33,7 @@ from megatron_router_upcycling.conversion.steps import (
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics.file import KeyStats
+from megatron_router_upcycling.routers.config import RouterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     # The norms before the experts under their other name, where the dense checkpoint has one of the two.
     others = {key: names.other_norm(key) for key in kept if _gets_experts(key, layers)}
     norms = {key: other for key, other in others.items() if other and other not in kept}
-    experts = [_expert(key, model, options) for key in ffn]
+    experts = [_expert(key, model, router) for key in ffn]
     shared = [_shared(key) for key in ffn] if options.shared_expert else []
     states = names.extra_states(
         model.num_layers, router.num_experts, model.qk_norm, options.shared_expert, layers
@@ -127,13 +127,9 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
             common_as_file=(dense.iteration_dir / COMMON_FILE).is_file(),
         ),
     ]
-    copies = router.num_copies if options.materialize or options.init.alters_experts else 1
+    copies = router.num_copies if options.materialize else 1
     read = [at_layer(names.QKV, None if layers is None else 0)]
-    made = (
-        AlterExperts,
-        CutExperts,
-        ShareOutput,
-    )  # whose values are read, and not taken over
+    made = (CutExperts, ShareOutput)  # whose values are read, and not taken over
     read += [step.key for step in (*experts, *shared) if isinstance(step, made)]
     num_routers = model.num_layers if layers is None else len(layers)
     return Plan(
@@ -159,12 +155,10 @@ def _gets_experts(key: str, layers: tuple[int, ...] | None) -> bool:
     return layers is None or split_key(key)[1] in layers
 
 
-def _expert(key: str, model: DenseModel, options: Options) -> CopyExperts:
+def _expert(key: str, model: DenseModel, router: RouterConfig) -> CopyExperts:
     """The experts' parameter that is made of the FFN's ``key``."""
-    router, (name, layer) = options.router, split_key(key)
+    name, layer = split_key(key)
     target = at_layer(names.EXPERTS + name.removeprefix(names.MLP), layer)
-    if options.init.alters_experts and name.endswith(".weight"):
-        return AlterExperts(key, target, router.num_experts)
     if router.granularity > 1:
         axis = int(layer is None)  # of FC1's rows; it is FC2's columns that are cut
         if name.startswith(f"{names.FC1}."):

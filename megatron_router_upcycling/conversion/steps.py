@@ -24,7 +24,6 @@ from megatron_router_upcycling.conversion.fine_grained import SHARE, Cut
 from megatron_router_upcycling.conversion.moe_arguments import moe_common_state
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.initialisation.ablations import alter_expert
 from megatron_router_upcycling.initialisation.first_routers import router_parameters, router_values
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
@@ -177,34 +176,6 @@ class CutExperts(CopyExperts):
                 offsets = [self._at_experts(place, expert) for expert in experts]
                 values = values.unsqueeze(self.front).contiguous()
                 writer.write_chunk(self.target, shape, values, offsets, work.options.materialize)
-
-
-@dataclass(frozen=True)
-class AlterExperts(CopyExperts):
-    """Make experts that differ from each other, each stored."""
-
-    def expects(self, work: Work) -> Made:
-        name, own = split_key(self.key)
-
-        def expert(*index: int) -> torch.Tensor:
-            layer = index[0] if own is None else own
-            return self._alter(work, work.dense.read_layer(name, layer, bytearray()), layer, index[-1])
-
-        computed = Computed(expert, self.shape(work), self.front + 1)
-        return {self.target: computed.expected("experts", work.source.tensors[self.key].dtype)}
-
-    def run(self, work: Work, writer: CheckpointWriter) -> None:
-        (name, own), shape = split_key(self.key), self.shape(work)
-        for layer in range(work.model.num_layers) if own is None else (own,):
-            weight = work.dense.read_layer(name, layer, work.scratch)
-            for expert in range(self.num_experts):
-                made = self._alter(work, weight, layer, expert)
-                offsets = self._at_experts((layer, 0, 0) if own is None else (0, 0), expert)
-                writer.write_chunk(self.target, shape, made[(None,) * (self.front + 1)], [offsets])
-
-    def _alter(self, work: Work, weight: torch.Tensor, layer: int, expert: int) -> torch.Tensor:
-        options, linear = work.options, self.key.split(".")[-2]
-        return alter_expert(weight, linear, work.model.gated, options.init, options.seed, layer, expert)
 
 
 class MakeRouters(Step):

@@ -243,7 +243,7 @@ def _tied(ties: dict[int, tuple[tuple[int, int], ...]], record: dict[str, Any]) 
     """Which experts are tied, and what would part them by the manifest ``record``; None where none are."""
     found = {layer: pairs for layer, pairs in ties.items() if pairs}
     router, init = manifest.router_config(record, manifest.NAME), manifest.init_config(record, manifest.NAME)
-    if not found or init.alters_experts:
+    if not found:
         return None
     stats = (record.get("key_stats") or {}).get("metadata", {})
     shares_keys = stats.get("num_query_groups", 0) < stats.get("num_attention_heads", 0)
@@ -251,8 +251,10 @@ def _tied(ties: dict[int, tuple[tuple[int, int], ...]], record: dict[str, Any]) 
         remedy = "convert again with --head-key attended, from key statistics that collect_keys writes now"
     elif router.num_routers is not None and router.num_routers < router.num_copies:
         remedy = f"convert again with --num-routers {router.num_copies}"
+    elif router.kind.of_heads:
+        remedy = "convert again with --config configs/ablations/random_keys.yaml, whose keys differ"
     else:
-        remedy = "convert again with --config configs/ablations/expert_noise.yaml, whose experts differ"
+        remedy = "convert again with another --seed"
     layer, pairs = next(iter(found.items()))
     shown = ", ".join(f"{a} and {b}" for a, b in pairs[:NAMED]) + ", ..." * (len(pairs) > NAMED)
     return (

@@ -4,7 +4,7 @@ Everything here changes values that are there already, in the checkpoint's dtype
 deviations, scales) are computed in float64 and rounded to float32, so that they do not depend on the order of
 a sum, and what is drawn is drawn by a ``generator`` of its own.
 
-Symbols: S tokens, D hidden size, F FFN size, n experts.
+Symbols: S tokens, D hidden size, n experts.
 """
 
 import hashlib
@@ -108,45 +108,12 @@ def alter_router(
         centres = cluster_centres(inputs, router.num_copies, generator(seed, "centroid", layer))
         norms = made["weight"][:: router.granularity].double().norm(dim=1, keepdim=True).float()
         made["weight"] = (centres * norms).repeat_interleave(router.granularity, dim=0).to(dtype)
-    scale = init.logit_scale
     if init.target_entropy is not None:
         assert inputs is not None
         gate = router.kind.gate(made, router, inputs.shape[1], torch.float64)
         logits = router.kind.logits(gate, inputs.double(), router)
         scale = scale_to_entropy(logits, init.target_entropy, f"in layer {layer}")
-    if scale != 1:
         scaled = router.kind.scaled
         assert scaled is not None  # InitConfig.check refuses the others
         made[scaled] = (made[scaled].double() * scale).to(dtype)
     return made
-
-
-def alter_expert(
-    weight: Tensor, name: str, gated: bool, init: InitConfig, seed: int, layer: int, expert: int
-) -> Tensor:
-    """One expert's FC1 [F or 2F (gate, up), D] or FC2 [D, F], made of the dense FFN's ``weight``.
-
-    First noise, then channels drawn anew from N(mean, std) of the dense matrix, of the gate and of the up
-    projection apart (arXiv 2502.19261). A channel is the same in FC1 and FC2.
-    """
-    dense = weight.float()
-    made = dense.clone()
-    if init.expert_noise:
-        std = _float32(init.expert_noise * dense.double().std(correction=0))
-        made += std * torch.randn(dense.shape, generator=generator(seed, "noise", name, layer, expert))
-    if init.drop_upcycling:
-        first = name == "linear_fc1"
-        parts = dense.chunk(2) if first and gated else (dense,)
-        width = len(parts[0]) if first else dense.shape[1]
-        order = torch.randperm(width, generator=generator(seed, "channels", layer, expert))
-        channels = order[: round(init.drop_upcycling * width)].sort().values
-        random = generator(seed, "drop", name, layer, expert)
-        for number, part in enumerate(parts):
-            mean, std = _float32(part.double().mean()), _float32(part.double().std(correction=0))
-            shape = (len(channels), dense.shape[1]) if first else (len(dense), len(channels))
-            drawn = mean + std * torch.randn(shape, generator=random)
-            if first:
-                made[number * width + channels] = drawn
-            else:
-                made[:, channels] = drawn
-    return made.to(weight.dtype)

@@ -90,7 +90,7 @@ class Kind:
     @property
     def starts(self) -> tuple[str, ...]:
         """Fields of InitConfig that only some kinds have, this one among them."""
-        return self.own_starts + (("logit_scale", "target_entropy") if self.scaled else ())
+        return self.own_starts + (("target_entropy",) if self.scaled else ())
 
     def check_has(self, field: str, given: str) -> None:
         """Raise UserError, which begins with ``given``, where only other kinds have ``field``."""

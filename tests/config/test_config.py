@@ -137,3 +137,12 @@ def test_impossible_options() -> None:
     for name, value in (("top_k", 9), ("top_k", 0), ("router", "x"), ("num_experts", 0)):
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}"):
             RouterConfig(**{name: value})
+
+
+def test_manifests_of_before_are_read_unless_they_ask_for_what_is_gone() -> None:
+    before = {"logit_scale": 1.0, "expert_noise": 0.0, "drop_upcycling": 0.0, "norm_gain": False}
+    record: dict[str, Any] = {"init": before | {"weights": "dense", "target_entropy": 1.5}}
+    assert manifest.init_config(record, "MOE") == InitConfig(target_entropy=1.5)
+    for name in before:
+        with pytest.raises(UserError, match=f"MOE: init: unknown option '{name}'"):
+            manifest.init_config({"init": before | {name: 0.5}}, "MOE")

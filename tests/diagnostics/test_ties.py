@@ -9,6 +9,7 @@ import torch
 
 from megatron_router_upcycling import cli, pretrain
 from megatron_router_upcycling.diagnostics import routing_start
+from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.likeness import tied_experts
 from megatron_router_upcycling.training.launch import Run
@@ -52,14 +53,21 @@ def test_each_command_names_them(
     assert warning in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "flags", [(), ("--config", "configs/ablations/expert_noise.yaml", "--head-key", "mean")]
-)
-def test_nothing_is_said_where_experts_differ(
-    folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[object, ...]
-) -> None:
-    assert convert(folder, *flags) == 0 and capsys.readouterr().err == ""
+def test_nothing_is_said_where_gates_differ(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(folder) == 0 and capsys.readouterr().err == ""
     assert routing_start.warn_of_ties(folder / "moe") is None
+
+
+def test_random_keys_part_heads_whose_own_keys_are_equal(folder: Path) -> None:
+    stats = make_stats(folder / "ks")
+    assert stats.attended is not None
+    stats.attended[:, 1] = stats.attended[:, 0]
+    key_stats_file.save(folder / "ks", stats, overwrite=True)
+    file = "configs/ablations/random_keys.yaml"
+    assert convert(folder) == 0
+    warning = routing_start.warn_of_ties(folder / "moe")
+    assert warning is not None and f"convert again with --config {file}" in warning
+    assert convert(folder, "--config", file) == 0 and routing_start.warn_of_ties(folder / "moe") is None
 
 
 def test_a_checkpoint_that_convert_did_not_make_is_not_opened(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The ablations of the start, in NumPy: routers and experts that are not the paper's.
+"""The ablations of the start, in NumPy: routers that are not the paper's.
 
 Statistics are float64 rounded to float32; what is changed is rounded to the checkpoint's dtype after every
 change. What is drawn at random is of PyTorch's normal generator on the CPU, in float32, whose seed is the
@@ -55,10 +55,8 @@ def router(
         lengths = np.sqrt((_numbers(values["weight"])[::shards] ** 2).sum(axis=1)).astype(np.float32)
         gate = centres * lengths[:, None].astype(np.float64)
         values["weight"] = _rounded(gate.repeat(shards, axis=0), dtype)
-    scale = init.logit_scale
     if init.target_entropy is not None:
         scale = _scale(_logits(values, config, inputs), init.target_entropy)
-    if scale != 1.0:
         name = {"mixture": "expert_key", "mlp": "fc2.weight"}.get(config.router, "weight")
         values[name] = _rounded(_numbers(values[name]) * scale, dtype)
     return values
@@ -115,31 +113,3 @@ def _scale(logits: Array, target: float) -> float:
         middle = low + (high - low) / 2
         low, high = (middle, high) if entropy(middle) > target else (low, middle)
     return float(np.float32(math.exp(low)))
-
-
-def expert(
-    dense: torch.Tensor, linear: str, gated: bool, init: InitConfig, seed: int, layer: int, number: int
-) -> torch.Tensor:
-    """FC1 or FC2 of expert ``number``: with noise, then with channels drawn anew (arXiv 2502.19261)."""
-    weight = dense.float().numpy()
-    made = weight.copy()
-    if init.expert_noise:
-        deviation = np.float32(init.expert_noise * weight.astype(np.float64).std())
-        random = generator(seed, "noise", linear, layer, number)
-        made = made + deviation * normal(weight.shape, random).numpy()
-    if init.drop_upcycling:
-        rows = linear == "linear_fc1"
-        count = len(weight) // (1 + gated) if rows else weight.shape[1]
-        shuffled = torch.randperm(count, generator=generator(seed, "channels", layer, number)).numpy()
-        chosen = np.sort(shuffled[: round(init.drop_upcycling * count)])
-        random = generator(seed, "drop", linear, layer, number)
-        for start in (0, count) if rows and gated else (0,):
-            matrix = (weight[start : start + count] if rows else weight).astype(np.float64)
-            mean, deviation = np.float32(matrix.mean()), np.float32(matrix.std())
-            shape = (len(chosen), weight.shape[1]) if rows else (len(weight), len(chosen))
-            channels = mean + deviation * normal(shape, random).numpy()
-            if rows:
-                made[start + chosen] = channels
-            else:
-                made[:, chosen] = channels
-    return _rounded(made, dense.dtype)

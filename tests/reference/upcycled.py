@@ -66,8 +66,7 @@ def with_experts(dense: Tensors, job: Job, shared_expert: bool) -> Tensors:
             linear, parameter = key.split(".")[-2:]
             numbers = range(job.router.num_experts)
             experts = [
-                torch.stack([expert(key, weight, job, layer, number) for number in numbers])
-                for layer, weight in enumerate(value)
+                torch.stack([expert(key, weight, job, number) for number in numbers]) for weight in value
             ]
             made[f"decoder.layers.mlp.experts.experts.{linear}.{parameter}"] = torch.stack(experts)
             if shared_expert:
@@ -81,16 +80,13 @@ def with_experts(dense: Tensors, job: Job, shared_expert: bool) -> Tensors:
     return made
 
 
-def expert(key: str, weight: Tensor, job: Job, layer: int, number: int) -> Tensor:
-    """FC1 [F or 2F (gate, up), D] or FC2 [D, F] of one expert: a copy, a shard of it, or a changed one."""
-    args, router, init, seed = job
-    linear, parameter = key.split(".")[-2:]
-    if parameter == "weight" and (init.expert_noise or init.drop_upcycling):
-        return ablations.expert(weight, linear, bool(args.swiglu), init, seed, layer, number)
+def expert(key: str, weight: Tensor, job: Job, number: int) -> Tensor:
+    """FC1 [F or 2F (gate, up), D] or FC2 [D, F] of one expert: a copy, or a shard of one."""
+    args, router = job.args, job.router
     if router.granularity == 1:
         return weight
     width, shard = args.ffn_hidden_size // router.granularity, number % router.granularity
-    if linear == "linear_fc2":
+    if key.startswith(FC2):
         return weight[:, shard * width : (shard + 1) * width]
     starts = (0, args.ffn_hidden_size) if args.swiglu else (0,)
     return torch.cat([weight[s + shard * width : s + (shard + 1) * width] for s in starts])

@@ -33,7 +33,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "two layers": {"layers": (0, 2)},
     "shards and a shared expert": {"granularity": 2, "shared_expert": True},
 }
-UNCUT = ("methods/locmoe", "methods/switch", "ablations/drop_upcycling", "ablations/expert_noise")
+UNCUT = ("methods/locmoe", "methods/switch")
 SEED = 7
 TOKENS = 64
 
