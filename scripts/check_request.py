@@ -199,7 +199,7 @@ def _processes(
 
 def _check_experts(args: Namespace, model: Any, router: Any, init: Any) -> None:
     """What ``convert`` refuses of this model; a line for experts that would stay equal."""
-    kinds.all_parameters(router, kinds.Sizes.of(model, add_bias_linear=model.linear_bias))
+    kinds.all_parameters(router, model, model.linear_bias)
     if args.layers is not None:
         parse_layers(args.layers, model.num_layers)
     if args.granularity > 1:

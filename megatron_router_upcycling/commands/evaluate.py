@@ -47,11 +47,18 @@ def add_flags(evaluate: argparse.ArgumentParser) -> None:
     )
 
 
+def options(args: argparse.Namespace) -> Any:
+    """What the flags ask for, as ``runner.Options``."""
+    from megatron_router_upcycling.evaluation import runner
+
+    asked = {field.name: getattr(args, field.name) for field in dataclasses.fields(runner.Options)}
+    return runner.Options(**asked | {"tasks": runner.parse_tasks(args.tasks)})
+
+
 def run(args: argparse.Namespace) -> None:
     from megatron_router_upcycling.evaluation import report, runner
 
-    args.tasks = runner.parse_tasks(args.tasks)
-    asked = runner.Options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(runner.Options)})
+    asked = options(args)
     output = args.output or Path("evaluation") / args.model.resolve().name
     report.check_output(output, args.overwrite)
     last: dict[str, Any] = {}
