@@ -76,14 +76,14 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     keys.add_argument("--router-samples", metavar="N", type=int, default=512, help="hidden states to keep")
     add_output(keys)
 
-    routing = parser.add_argument_group("routing diagnostics")
-    routing.add_argument(
+    add = parser.add_argument_group("routing diagnostics").add_argument
+    add(
         "--routing-diagnostics",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="statistics of an MoE's routers: to SAVE/routing.jsonl, TensorBoard and W&B (default: on)",
     )
-    routing.add_argument(
+    add(
         "--routing-diagnostics-interval",
         metavar="N",
         type=int,
@@ -91,16 +91,10 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
 
     rehearsal = parser.add_argument_group("rehearsal (rehearse, or pretrain --rehearse N)")
-    rehearsal.add_argument(
-        "--gpus", "--rehearse", dest="rehearse", metavar="N", type=int, help="GPUs of the whole run"
-    )
-    rehearsal.add_argument("--rehearse-rank", metavar="R", type=int, default=0, help="the rank to run here")
-    rehearsal.add_argument(
-        "--rehearse-seq-length",
-        metavar="TOKENS",
-        type=int,
-        help="(default: as configured; on the CPU, short)",
-    )
+    add = rehearsal.add_argument
+    add("--gpus", "--rehearse", dest="rehearse", metavar="N", type=int, help="GPUs of the whole run")
+    add("--rehearse-rank", metavar="R", type=int, default=0, help="the rank to run here")
+    add("--rehearse-seq-length", metavar="TOKENS", type=int, help="(default: as configured; short on a CPU)")
     add_gpu(rehearsal)
     if frequency := parser._option_string_actions.get("--moe-layer-freq"):
         frequency.type = layer_frequency  # Megatron's own would evaluate the text as Python
@@ -141,10 +135,7 @@ def set_defaults(parser: ArgumentParser, entries: dict[str, Any], source: str | 
             raise UserError(f"{source}: unknown argument {name!r}{hint}")
         flag, action = known[key]
         where = f"{source}: {key}: {reprlib.repr(value)}"
-        if value is None:
-            values[action.dest] = None
-        else:
-            values[action.dest] = _parsed(parser, flag, action, value, where)
+        values[action.dest] = None if value is None else _parsed(parser, flag, action, value, where)
     parser.set_defaults(**values)
     return list(values)
 

@@ -32,9 +32,8 @@ class SdpaAttention(DotProductAttention):
     ) -> Tensor:
         """Attention of query [s, b, heads, d] over key and value [s, b, groups, d]: [s, b, heads * d].
 
-        Args:
-            attention_mask: bool [b or 1, 1, s, s], True where a key must not be seen (Megatron's sense);
-                None: causal, or everything, by the module's ``attn_mask_type``, never by the argument.
+        ``attention_mask`` is bool [b or 1, 1, s, s], True where a key must not be seen (Megatron's sense);
+        None: causal, or everything, by the module's ``attn_mask_type``, never by the argument.
         """
         if (
             packed_seq_params is not None
@@ -47,7 +46,6 @@ class SdpaAttention(DotProductAttention):
             return super().forward(
                 query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
             )
-        causal = attention_mask is None and self.attn_mask_type == AttnMaskType.causal
         dropout = self.attention_dropout.p if self.training else 0.0
         # Each tensor-parallel rank drops entries of its own heads, as Megatron's module does.
         fork = dropout and not self.config.sequence_parallel
@@ -58,7 +56,7 @@ class SdpaAttention(DotProductAttention):
                 value.permute(1, 2, 0, 3),
                 attn_mask=None if attention_mask is None else ~attention_mask,
                 dropout_p=dropout,
-                is_causal=causal,
+                is_causal=attention_mask is None and self.attn_mask_type == AttnMaskType.causal,
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[2] != key.shape[2],
             )

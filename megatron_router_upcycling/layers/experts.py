@@ -143,10 +143,8 @@ def _shards(
 ) -> list[ShardedTensor]:
     """A stacked parameter [n, out, in] as Megatron's shards: one an expert, gate and up (2 ``halves``) apart.
 
-    Args:
-        places: each local expert's number, and its offset among all experts (none if ``singleton``).
-        singleton: each expert has a key of its own instead of an offset.
-        key: and what follows it: as ``ShardedTensorFactory`` passes them.
+    ``places`` has each local expert's number and its offset among all experts, or, if ``singleton``, none:
+    each then has a key of its own. ``key`` and what follows it are as ``ShardedTensorFactory`` passes them.
     """
     found = []
     for weight, (expert, place) in zip(stacked, places.items(), strict=True):

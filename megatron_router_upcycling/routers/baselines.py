@@ -108,5 +108,4 @@ def record(router: TopKRouter, name: str, value: Tensor) -> None:
     num_layers = config.num_layers + (config.mtp_num_layers or 0)
     if layer is not None:
         layer += config.num_layers * router.is_mtp_layer
-    group = router.tp_dp_cp_group
-    get_moe_metrics_tracker().record(name, value, layer, num_layers, avg_group=group)
+    get_moe_metrics_tracker().record(name, value, layer, num_layers, avg_group=router.tp_dp_cp_group)

@@ -86,7 +86,6 @@ class RouterConfig(Recorded):
 
     @property
     def kind(self) -> kinds.Kind:
-        """The row of this kind of router."""
         return kinds.get(self.router)
 
     def __post_init__(self) -> None:

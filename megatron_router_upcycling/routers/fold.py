@@ -19,12 +19,8 @@ def fold(
     S_i^j = (W^j x) . K_i / sqrt(d') = ((K_i W^j) / sqrt(d')) . x is linear in x for every router j and key
     i, and so is its sum over j. ``pool_logits`` takes the maximum over routers and keys afterwards.
 
-    Args:
-        query_weight, expert_key: [m, d', D] and [n*c, d'].
-        dtype: arithmetic and result, whatever the parameters' dtype (default: float32).
-
-    Returns:
-        ``sum``: [n*c, D]. ``max``: [m*n*c, D], all keys of router 0, then of router 1, ...
+    ``query_weight`` is [m, d', D], ``expert_key`` [n*c, d']; ``dtype`` (default: float32) is the arithmetic's
+    and the result's. ``sum`` gives [n*c, D], ``max`` [m*n*c, D]: all keys of router 0, then of router 1, ...
     """
     import torch
 

@@ -103,9 +103,6 @@ def _linear_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
     return (Parameter("weight", (options.num_experts, sizes.hidden_size), per_expert=True),)
 
 
-# --- the paper's mixture of routers -------------------------------------------------------------------
-
-
 def _mixture_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
     width = options.shape(sizes.num_attention_heads, sizes.kv_channels).router_width
     queries = Parameter("query_weight", (options.num_routers, width, sizes.hidden_size))
@@ -137,9 +134,6 @@ def _mixture_not_stock(options: Options) -> str | None:
     if (keys := keys_per_expert(options)) > 1:
         return f"takes the maximum over {keys} keys an expert"
     return None
-
-
-# --- the paper's baselines (section 4.3) --------------------------------------------------------------
 
 
 def _mlp_parameters(options: Options, sizes: Sizes) -> tuple[Parameter, ...]:
@@ -259,7 +253,6 @@ KINDS: dict[str, Kind] = {
 
 
 def get(name: str) -> Kind:
-    """The row of a kind."""
     if name not in KINDS:
         raise UserError(f"--router {name}: choose one of {', '.join(KINDS)}")
     return KINDS[name]

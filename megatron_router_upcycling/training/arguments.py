@@ -24,9 +24,8 @@ NOT_TAKEN = {
     **dict.fromkeys(("sft", "sample_rate", "mask_prob", "short_seq_prob", "logits_load_dir"), LEAVE_OUT),
     "moe_routing_trace_dump_weights": LEAVE_OUT,
 }
-# Groups of Megatron's parser for what this training is not, and what of them it reads all the same.
+# Groups of Megatron's parser for what this training is not; of all these it reads --no-data-sharding alone.
 GROUPS = ("biencoder", "vision", "rl", "In-process restart")
-READ = ("data_sharding",)
 
 REQUIRED = ("hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings", "micro_batch_size")
 LEAST = {"eval_iters": 0, "weight_decay": 0, "seq_length": 1, "log_interval": 1, "eval_interval": 1}
@@ -42,7 +41,7 @@ def refuse_what_is_not_taken(parser: ArgumentParser) -> None:
     for group in parser._action_groups:
         for action in group._group_actions:
             advice = NOT_TAKEN.get(action.dest) or (LEAVE_OUT if group.title in GROUPS else None)
-            if advice and action.dest not in READ:
+            if advice and action.dest != "data_sharding":
                 refused.append((action.dest, action.option_strings[0], action.default, advice))
     parse = parser.parse_args
 

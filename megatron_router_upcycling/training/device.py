@@ -66,10 +66,7 @@ def has_transformer_engine() -> bool:
 
 
 def use_built_dataset_helper() -> None:
-    """Let Megatron take the compiled dataset helper of its wheel, beside which there is no Makefile to run.
-
-    Where the helper is not there, in a source checkout, Megatron builds it.
-    """
+    """Let Megatron take its wheel's compiled dataset helper; a source checkout has none, and builds it."""
     from megatron.core.datasets import utils
 
     patching.find("device", utils, "compile_helpers")

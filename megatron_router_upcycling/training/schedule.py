@@ -47,7 +47,6 @@ class StepDecayScheduler(OptimizerParamScheduler):
     """Megatron's scheduler with one more decay style, and one line where it does not fit a checkpoint's."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where a checkpoint's schedule stopped."""
         follows_wsd = self.use_checkpoint_opt_param_scheduler and state_dict.get("lr_decay_style") == "WSD"
         if follows_wsd and self.wsd_decay_steps is None:
             raise UserError(

@@ -53,7 +53,7 @@ def test_every_flag_about_data_is_accounted_for() -> None:
     passed = {language_model.DATASET_FIELDS.get(name, name) for name in fields()}
     passed |= {f"fim_{name}_token" for name in language_model.FIM_TOKENS} | {"per_dataset_sequences_path"}
     passed |= {"fim_data"} | set(itertools.chain(*run_data.SOURCES))
-    refused = {name for name, group in of_groups.items() if group in arguments.GROUPS} - {*arguments.READ}
+    refused = {name for name, group in of_groups.items() if group in arguments.GROUPS} - {"data_sharding"}
     refused |= {*arguments.NOT_TAKEN}
     unknown = set(of_groups) - passed - refused - READ_BY_MEGATRON - WITH_LOGITS_LOAD_DIR
     assert not unknown, "pass them on (language_model.dataset_config) or refuse them (arguments.NOT_TAKEN)"

@@ -17,9 +17,7 @@ try:
 except ImportError:  # PyTorch's CPU builds come without it
     INSTALLED = False
 
-    class _Absent:
-        """Lets kernels be defined; ``usable`` keeps them from being called."""
-
+    class _Absent:  # lets kernels be defined; ``usable`` keeps them from being called
         def __getattr__(self, name: str) -> Any:
             return lambda function=None, **options: function
 

@@ -19,8 +19,6 @@ TOKENS = 128  # a program's
 
 
 class Places(NamedTuple):
-    """Where each token's rows are."""
-
     row_of: Tensor  # int32 [T, k]: a token's rows in the order of its experts
     token_of: Tensor  # int32 [R]: a row's token
     counts: Tensor  # int32 [n]: an expert's rows

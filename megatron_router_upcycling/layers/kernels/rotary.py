@@ -16,9 +16,8 @@ from megatron_router_upcycling.layers.kernels import tl, triton
 def rotate(heads: Tensor, angles: Tensor) -> Tensor:
     """x cos + rotate_half(x) sin, in float32 inside (RoFormer, in the layout of GPT-NeoX and Qwen).
 
-    Args:
-        heads: [s, b, h, d]; a view of a larger tensor will do. The result is dense.
-        angles: float32 [s, 1, 1, r] with r <= d even; what is beyond r stays as it is.
+    ``heads`` [s, b, h, d] may be a view of a larger tensor; the result is dense. ``angles`` are float32
+    [s, 1, 1, r] with r <= d even; what is beyond r stays as it is.
     """
     if kernels.usable(heads, angles) and heads.stride(-1) == 1:
         return _Rotate.apply(heads, angles)

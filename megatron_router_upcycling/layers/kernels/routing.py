@@ -30,8 +30,7 @@ def usable(logits: Tensor) -> bool:
 def route(logits: Tensor, top_k: int, pre_softmax: bool) -> Routing:
     """Softmax over all experts, then its top k (the paper's order), or softmax over the top k logits.
 
-    Args:
-        logits: float32 [T, n]. Among equal logits the first experts are chosen.
+    ``logits`` are float32 [T, n]. Among equal ones the first experts are chosen.
     """
     if usable(logits):
         return Routing(*_Route.apply(logits, top_k, pre_softmax))
@@ -74,17 +73,10 @@ class _Route(torch.autograd.Function):
         logits, routing_map = ctx.saved_tensors
         T, n = logits.shape
         grad_logits = torch.empty_like(logits)
-        grads = grad_probs.contiguous(), grad_sums.contiguous(), grad_square, grad_logits
-        _routing_grad[(kernels.blocks(T, TOKENS),)](
-            logits,
-            routing_map.view(torch.uint8),
-            *grads,
-            T,
-            n,
-            ctx.pre_softmax,
-            TOKENS,
-            kernels.block_size(n),
-        )
+        grads = grad_probs.contiguous(), grad_sums.contiguous(), grad_square
+        tensors = logits, routing_map.view(torch.uint8), *grads, grad_logits
+        constants = ctx.pre_softmax, TOKENS, kernels.block_size(n)
+        _routing_grad[(kernels.blocks(T, TOKENS),)](*tensors, T, n, *constants)
         return grad_logits, None, None
 
 

@@ -6,7 +6,7 @@ One JSON object a line. A run that resumes from a checkpoint first drops the lin
 "time"}``, where ``lm_loss`` is the mean over the last ``over`` iterations, and ``{"kind": "held_out",
 "iteration", "tokens", "set", "lm_loss"}``. Losses are nats a token, ``time`` seconds since 1970.
 
-``routing.jsonl``: ``{"iteration", "tokens", "layers", ...}``, each measure of ``measures.MEASURES`` a list
+``routing.jsonl``: ``{"iteration", "tokens", "layers", ...}``, each measure of ``measures.summarise`` a list
 over ``layers`` (counted from 0), ``load`` a list of lists, losses by Megatron's names, and on some lines
 ``rare``, with ``collector.RARE``.
 """

@@ -14,9 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.patches import patching
 from megatron_router_upcycling.training.run_log import files
+from megatron_router_upcycling.training.run_log.collector import RoutingCollector
 
 # Parameters of training_log that are read here.
 READ = ("iteration", "loss_dict", "total_loss_dict", "learning_rate", "grad_norm", "skipped_iter")
@@ -69,8 +74,6 @@ class RunLog:
             if args.rank == 0:
                 print("routing diagnostics: none; CUDA graphs do not call routers", flush=True)
             return result
-        from megatron_router_upcycling.training.run_log.collector import RoutingCollector
-
         self.collector = RoutingCollector(result[0], args, self._is_wanted)
         self.collector.sampling = self._is_rare(args.iteration + 1)
         self._keep_moe_losses()
@@ -129,8 +132,6 @@ class RunLog:
 
     def _writes(self) -> bool:
         """Whether this rank holds Megatron's loggers and the loss: the last one."""
-        import torch
-
         return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
 
     def _tokens(self) -> int:
@@ -156,9 +157,6 @@ class RunLog:
 
     def _keep_moe_losses(self) -> None:
         """Keep the auxiliary losses of each layer, which Megatron clears once it has reported their mean."""
-        from megatron.core.num_microbatches_calculator import get_num_microbatches
-        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-
         tracker = get_moe_metrics_tracker()
         clear = tracker.clear
 

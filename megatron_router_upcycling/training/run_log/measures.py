@@ -16,14 +16,9 @@ SUMS = ("tokens", "entropy", "top1_probability", "weight_sum", "dropped")
 def routing_sums(scores: Tensor, weights: Tensor, routing_map: Tensor, top_k: int) -> Tensor:
     """One router's decisions on some tokens, as sums that may be added over micro-batches and ranks.
 
-    Args:
-        scores: [T, n] float32 or wider, the routing distribution of each token over all experts.
-        weights: [T, n], the weight of each chosen expert, 0 elsewhere.
-        routing_map: [T, n] bool, True where a token goes to an expert.
-        top_k: experts that a token asked for; what ``routing_map`` lacks of T * top_k was dropped.
-
-    Returns:
-        [5 + n] in the dtype of ``scores``: SUMS, then the tokens of each expert. Nothing waits for a GPU.
+    ``scores`` [T, n], float32 or wider, are each token's distribution over all experts, ``weights`` [T, n]
+    those of the chosen ones, 0 elsewhere. What ``routing_map``, bool [T, n], lacks of T * top_k was dropped.
+    Returns [5 + n] in the dtype of ``scores``: SUMS, then each expert's tokens. Nothing waits for a GPU.
     """
     load = routing_map.sum(dim=0, dtype=scores.dtype)
     tokens = scores.new_full((), scores.shape[0])
