@@ -27,16 +27,8 @@ COPIED = (
 # Folders are copied whole or not at all: those of chat templates, and of sentence-transformers (1_Pooling).
 COPIED_FOLDERS = ("*/*.jinja", "[0-9]_*/config.json")
 ADAPTER = "adapter_config.json"
-NOT_COPIED = (
-    "adapter_*",
-    "*.py",
-    "*.pyc",
-    "*.so",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.safetensors",
-)  # whatever else it is
+# Nor these, whatever else they are.
+NOT_COPIED = ("adapter_*", "*.py", "*.pyc", "*.so", "*.bin", "*.pt", "*.pth", "*.safetensors")
 LARGEST = 256 << 20  # bytes; the largest tokenizers have 35 million
 NAMED = 20  # of what is left out
 

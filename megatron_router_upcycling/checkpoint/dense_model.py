@@ -103,8 +103,7 @@ class Architecture:
     def from_arguments(cls, args: Namespace, **more: Any) -> Self:
         """The architecture that Megatron's training arguments describe; ``more``: a subclass's own fields.
 
-        Raises:
-            AttributeError, TypeError, ValueError, OverflowError: they do not give the architecture.
+        AttributeError, TypeError, ValueError or OverflowError where they do not give it.
         """
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads

@@ -30,7 +30,6 @@ from megatron_router_upcycling.errors import UserError, described, reason, shown
 
 RANK_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"  # of the distributed optimizer
-COMMON = ("checkpoint_version", "iteration")
 TRAINING_STATE = {
     "optimizer": "optimizer.",
     "rng_state": "rng_state/",
@@ -103,7 +102,7 @@ class RankFile:
 
     def common(self) -> dict[str, Any]:
         """What all ranks share: arguments, iteration and version."""
-        common = {key: self.state[key] for key in COMMON if key in self.state}
+        common = {key: self.state[key] for key in ("checkpoint_version", "iteration") if key in self.state}
         args = {name: value for name, value in vars(self.args).items() if _is_carried(name, value)}
         return common | {"args": safe_pickle.namespace(args)}
 
@@ -126,20 +125,18 @@ class RankFile:
     def shard(self, key: str, value: Any) -> Shard:
         """Where the tensor ``value``, as the pickle has it, lies in the file."""
         try:
-            return self._shard(value.args[0] if type(value).__name__ == "_rebuild_parameter" else value)
+            value = value.args[0] if type(value).__name__ == "_rebuild_parameter" else value
+            tensor = pickled_tensor(value)
+            if tensor is None:
+                raise TypeError(f"a {type(value).__name__}, not a plain tensor")
+            dtype, storage = tensor.dtype, self.records[self.prefix + tensor.record]
+            shape, begin = tuple(map(int, tensor.sizes)), int(tensor.first) * dtype.itemsize
+            length = math.prod(shape) * dtype.itemsize
+            inside = begin >= 0 and length > 0 and begin + length <= storage.length
+            if min(shape, default=1) < 1 or not inside or not tensor.row_major or not dtype.is_floating_point:
+                raise ValueError(f"its values, {dtype}, are no floating-point numbers that lie row after row")
         except Exception as error:  # a damaged pickle or archive may be wrong in any way
             raise UserError(f"{self.path}: {key} cannot be read ({described(error)})") from None
-
-    def _shard(self, value: Any) -> Shard:
-        tensor = pickled_tensor(value)
-        if tensor is None:
-            raise TypeError(f"a {type(value).__name__}, not a plain tensor")
-        dtype, storage = tensor.dtype, self.records[self.prefix + tensor.record]
-        shape, begin = tuple(map(int, tensor.sizes)), int(tensor.first) * dtype.itemsize
-        length = math.prod(shape) * dtype.itemsize
-        inside = begin >= 0 and length > 0 and begin + length <= storage.length
-        if min(shape, default=1) < 1 or not inside or not tensor.row_major or not dtype.is_floating_point:
-            raise ValueError(f"its values, {dtype}, are no floating-point numbers that lie row after row")
         return Shard(shape, dtype, Blob(self.file, storage.offset + begin, length), storage)
 
 

@@ -16,8 +16,8 @@ LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")  # a layer's number, and
 
 # Modules of a layer.
 ATTENTION = f"{LAYERS}.self_attention"
-LINEAR_QKV = "linear_qkv"
-QKV_LINEAR = f"{ATTENTION}.{LINEAR_QKV}"
+QKV_LINEAR = f"{ATTENTION}.linear_qkv"
+QKV = f"{QKV_LINEAR}.weight"
 PROJECTION = f"{ATTENTION}.linear_proj"
 CORE_ATTENTION = f"{ATTENTION}.core_attention"
 QUERY_NORM = f"{ATTENTION}.q_layernorm"
@@ -28,8 +28,6 @@ FC2 = f"{MLP}.linear_fc2"
 ROUTER = f"{MLP}.router"
 EXPERTS = f"{MLP}.experts.experts"
 SHARED_EXPERT = f"{MLP}.shared_experts"
-
-QKV = f"{QKV_LINEAR}.weight"
 
 # A norm goes by two names: that of the projection behind it, where Transformer Engine fuses the two, and its
 # own. ``weight`` or ``bias`` follows. A layer with experts has the norm before them apart with Transformer

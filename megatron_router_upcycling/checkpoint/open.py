@@ -15,10 +15,7 @@ from megatron_router_upcycling.errors import UserError, shown
 
 
 def open_dense(root: str | Path, config: Path | None = None) -> Checkpoint:
-    """Open a dense model's checkpoint of any format; its layers are stacked, however they are stored.
-
-    ``config``: a YAML file of Megatron's flags that describes the model, where the checkpoint does not.
-    """
+    """Open a dense model's checkpoint of any format, its layers stacked; ``config`` as in ``Checkpoint``."""
     checkpoint = dataclasses.replace(open_checkpoint(root), config=config)
     return checkpoint if holds_experts(checkpoint.tensors) else stack_layers(checkpoint)
 

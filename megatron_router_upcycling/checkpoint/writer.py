@@ -13,15 +13,10 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
+from megatron_router_upcycling.checkpoint.format import metadata
 from megatron_router_upcycling.checkpoint.format.boxes import Shape
 from megatron_router_upcycling.checkpoint.format.files import BACKEND, CONFIG
-from megatron_router_upcycling.checkpoint.format.metadata import (
-    METADATA,
-    Blob,
-    Chunk,
-    StoredTensor,
-    format_metadata,
-)
+from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, StoredTensor
 from megatron_router_upcycling.checkpoint.format.torch_save_file import ZIP32_LIMIT, Values, wrap_values
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
@@ -206,7 +201,7 @@ class CheckpointWriter:
             key: StoredTensor(shape, dtype, tuple(chunks))
             for key, (shape, dtype, chunks) in self.tensors.items()
         }
-        self.write_file(METADATA, format_metadata(tensors, self.objects))
+        self.write_file(metadata.METADATA, metadata.format_metadata(tensors, self.objects))
         config = {"sharded_backend": BACKEND, "sharded_backend_version": 1}
         self.write_file(CONFIG, json.dumps(config).encode())
         for flushed in self._flushing:

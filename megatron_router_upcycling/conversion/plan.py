@@ -16,12 +16,11 @@ from megatron_router_upcycling.checkpoint.publish.checks import Target
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.conversion import fine_grained
-from megatron_router_upcycling.conversion.expected import Expected
-from megatron_router_upcycling.conversion.fine_grained import Cut
 from megatron_router_upcycling.conversion.options import Options, parse_layers
 from megatron_router_upcycling.conversion.steps import (
     CopyExperts,
     CutExperts,
+    Expected,
     Made,
     MakeRouters,
     ShareOutput,
@@ -162,9 +161,9 @@ def _expert(key: str, model: DenseModel, router: RouterConfig) -> CopyExperts:
     if router.granularity > 1:
         axis = int(layer is None)  # of FC1's rows; it is FC2's columns that are cut
         if name.startswith(f"{names.FC1}."):
-            cut = Cut(axis, 1 + model.gated, router.granularity)
+            cut = fine_grained.Cut(axis, 1 + model.gated, router.granularity)
         else:
-            cut = Cut(axis + 1, 1, router.granularity)
+            cut = fine_grained.Cut(axis + 1, 1, router.granularity)
         return CutExperts(key, target, router.num_experts, cut)
     return CopyExperts(key, target, router.num_experts)
 

@@ -19,10 +19,7 @@ SAVED_AT = ("consumed_train_samples", "tensor_model_parallel_size", "pipeline_mo
 
 
 def describe(root: str | Path, everything: bool = False, config: Path | None = None) -> str:
-    """Kind, architecture, tensors (``everything``: optimizer state too) and manifest of a checkpoint.
-
-    ``config`` is a YAML file that describes the model, where the checkpoint does not.
-    """
+    """Kind, architecture, tensors (``everything``: optimizer state too) and manifest of a checkpoint."""
     checkpoint = dataclasses.replace(open_checkpoint(root), config=config)
     listed = [key for key in checkpoint.tensors if everything or not TRAINING_STATE.match(key)]
     record = manifest.read(checkpoint.root)

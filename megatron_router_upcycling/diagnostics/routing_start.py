@@ -61,9 +61,8 @@ sum
 def describe(root: Path, stats: Path | None) -> str:
     """The start of each layer's routing as a table, and plain warnings; "" for what has no routers.
 
-    Args:
-        stats: key statistics, whose ``router_input`` is routed; None takes those that the manifest names.
-            Where these do not serve, random tokens stand in, and the title says why.
+    The ``router_input`` of ``stats`` is routed; None takes the key statistics that the manifest names. Where
+    these do not serve, random tokens stand in, and the title says why.
     """
     checkpoint = open_checkpoint(root)
     record = manifest.read(checkpoint.root)
@@ -130,16 +129,12 @@ def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
 
 
 def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> dict[str, Any]:
-    """``measures.summarise`` of one layer's routing, and what COLUMNS has beside.
-
-    Cosines are None for routers without keys. ``softmax_first`` is the mean sum of the k weights where
-    softmax comes before top-k.
-    """
+    """``measures.summarise`` of one layer's routing, and what COLUMNS has beside."""
     stored = read_router(checkpoint, router, layer)
     logits = stored.logits(_inputs(checkpoint, layer, source))
     if logits.shape[1] != router.num_experts:
         raise ValueError(f"layer {layer}: {logits.shape[1]} experts")
-    mean, most = None, None
+    mean, most = None, None  # of routers without keys
     if router.kind.expert_keys:
         key = stored.parameters[router.kind.expert_keys]
         pairs = cosine_similarity(key)[tuple(torch.triu_indices(len(key), len(key), offset=1))]
@@ -153,6 +148,7 @@ def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path
         "max_cosine": most,
         "ties": tied,
         "num_ties": len(tied),
+        # The mean sum of the k weights where softmax comes before top-k.
         "softmax_first": float(decided[True][1].sum(dim=1).mean()),
     }
 

@@ -23,13 +23,12 @@ type Take = Callable[[torch.Tensor, torch.Tensor], None]
 def capture_keys(model: Sequence[torch.nn.Module], sums: KeySums) -> Iterator[None]:
     """While the context lasts, every forward pass of ``model`` adds its keys to ``sums``.
 
-    ``model`` is this rank's model chunks, wrapped or not. A key is what
-    ``SelfAttention.get_query_key_value_tensors`` returns: with its bias and its key norm, before the rotary
-    embedding.
+    ``model`` is this rank's model chunks, wrapped or not. Keys are taken with their bias and key norm, before
+    the rotary embedding.
     """
     with contextlib.ExitStack() as stack:
         for attention in self_attentions(model):
-            stack.callback(_take_before_rotary(attention, _taker(attention, sums)))
+            stack.callback(_take_before_rotary(attention, partial(_add, attention, sums)))
         yield
 
 
@@ -51,19 +50,15 @@ def self_attentions(model: Sequence[torch.nn.Module]) -> list[Any]:
     return attentions
 
 
-def _taker(attention: Any, sums: KeySums) -> Take:
-    """Adds one layer's keys [..., groups, d], given queries [..., heads, d], to ``sums``."""
+def _add(attention: Any, sums: KeySums, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Add one layer's keys [..., groups, d], given queries [..., heads, d], to ``sums``."""
     from megatron.core.utils import get_pg_rank
 
     layer = attention.layer_number - 1  # Megatron counts layers from 1, over all pipeline stages
     num_groups, size = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
     first_group = get_pg_rank(attention.pg_collection.tp) * num_groups
-
-    def take(query: torch.Tensor, key: torch.Tensor) -> None:
-        assert tuple(key.shape[-2:]) == (num_groups, size), f"{SELF_ATTENTION}: keys of {list(key.shape)}"
-        sums.add(layer, first_group, key, attending_heads(query, key, attention.pg_collection.cp))
-
-    return take
+    assert tuple(key.shape[-2:]) == (num_groups, size), f"{SELF_ATTENTION}: keys of {list(key.shape)}"
+    sums.add(layer, first_group, key, attending_heads(query, key, attention.pg_collection.cp))
 
 
 def _take_before_rotary(attention: Any, take: Take) -> Callable[[], None]:
@@ -72,13 +67,12 @@ def _take_before_rotary(attention: Any, take: Take) -> Callable[[], None]:
     original = patching.find("key statistics", attention, name, place=SELF_ATTENTION)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        output = original(*args, **kwargs)
+        query, key, *_ = output = original(*args, **kwargs)
         if len(output) == 2:  # unsplit, for a fused rotary kernel: (..., groups, queries + key + value)
             mixed, sizes = output
             query, key, _ = mixed.split(sizes, dim=-1)
-            take(query.unflatten(-1, (-1, key.shape[-1])).flatten(-3, -2), key)
-        else:
-            take(*output[:2])
+            query = query.unflatten(-1, (-1, key.shape[-1])).flatten(-3, -2)
+        take(query, key)
         return output
 
     setattr(attention, name, call)

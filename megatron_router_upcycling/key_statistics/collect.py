@@ -166,10 +166,8 @@ def train_iterators(args: Namespace, num_chunks: int, iterations: int) -> Any:
 
 
 def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.Tensor:
-    """Run one global batch forward: float64 [2], the sum of the token losses and their number on this rank.
-
-    They are zero on ranks that do not hold the last pipeline stage.
-    """
+    """Run one global batch forward: this rank's sum of token losses and their number, float64 [2]; zeros
+    where it does not hold the last pipeline stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_router_upcycling.training.language_model import forward_step
@@ -185,10 +183,8 @@ def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.T
             decoder_seq_length=args.decoder_seq_length,
             forward_only=True,
         )
-    losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-    for report in reports:
-        losses += report["lm loss"]
-    return losses
+    zeros = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    return sum((report["lm loss"] for report in reports), zeros)
 
 
 def provenance(args: Namespace) -> dict[str, Any]:

@@ -4,20 +4,15 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from megatron_router_upcycling.checkpoint.dense_model import (
-    ARCHITECTURE,
-    BUILD_DEFAULTS,
-    MODEL_DEFAULTS,
-    NEGATED,
-)
+from megatron_router_upcycling.checkpoint import dense_model
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
 from megatron_router_upcycling.checkpoint.names import ROUTER, TRAINING_STATE, other_norm, split_key
 from megatron_router_upcycling.checkpoint.publish.checks import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.conversion.expected import Expected
 from megatron_router_upcycling.conversion.moe_arguments import model_flags, moe_arguments, moe_common_state
+from megatron_router_upcycling.conversion.steps import Expected
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sha256
 from megatron_router_upcycling.verify.findings import Findings, Verification, section
@@ -136,13 +131,15 @@ def check_arguments(verification: Verification) -> None:
         findings.add("arguments", COMMON_STATE, str(error))
         return
     if verification.trained:  # it leaves these as they are
-        dense, names = vars(plan.dense.args), (*(ARCHITECTURE | NEGATED).values(), "num_query_groups")
+        dense = vars(plan.dense.args)
+        names = [*(dense_model.ARCHITECTURE | dense_model.NEGATED).values(), "num_query_groups"]
         wanted = {name: dense[name] for name in names if dense.get(name) is not None}
         wanted |= moe_arguments(plan.model, plan.options, plan.layers)
         args = {name: value for name, value in args.items() if name in wanted}
     else:
         # What Megatron asks for and the dense run did not record; older conversions lack it.
-        added = (MODEL_DEFAULTS | BUILD_DEFAULTS).keys() - vars(plan.dense.args).keys() - args.keys()
+        defaults = dense_model.MODEL_DEFAULTS | dense_model.BUILD_DEFAULTS
+        added = defaults.keys() - vars(plan.dense.args).keys() - args.keys()
         wanted = {name: value for name, value in vars(fresh["args"]).items() if name not in added}
         common, fresh = (
             {name: state[name] for name in state.keys() - VERSIONS} for state in (moe.common, fresh)

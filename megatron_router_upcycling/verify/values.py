@@ -16,7 +16,7 @@ from megatron_router_upcycling.checkpoint.format.torch_save_file import Damaged,
 from megatron_router_upcycling.checkpoint.names import EXPERTS, is_of_layers, split_key
 from megatron_router_upcycling.checkpoint.publish.checks import all_finite
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.conversion.expected import Computed, Expected
+from megatron_router_upcycling.conversion.steps import Computed, Expected
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.verify.findings import Findings, span
 
@@ -54,17 +54,13 @@ class Sources:
 
 
 class Comparison:
-    """Compares the tensors of ``moe`` with ``sources``, in turn; what is wrong goes to ``findings``.
-
-    ``identities`` collects what every chunk's bytes hold, ``compared`` the bytes that were found equal or
-    not for each check, ``read`` all bytes.
-    """
+    """Compares the tensors of ``moe`` with ``sources``, in turn; what is wrong goes to ``findings``."""
 
     def __init__(self, moe: Checkpoint, sources: Sources, findings: Findings, progress: Progress) -> None:
         self.moe, self.sources, self.findings, self.progress = moe, sources, findings, progress
-        self.identities: dict[Blob, bytes] = {}
-        self.compared: dict[str, int] = {}
-        self.read = 0
+        self.identities: dict[Blob, bytes] = {}  # what every chunk's bytes hold
+        self.compared: dict[str, int] = {}  # check -> bytes that were found equal or not
+        self.read = 0  # bytes, of all
 
     def compare(self, key: str, expected: Expected | None) -> None:
         """Read tensor ``key`` and compare it; without ``expected`` it is read alone."""

@@ -30,8 +30,8 @@ from megatron_router_upcycling.checkpoint.publish import checks
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion import convert
-from megatron_router_upcycling.conversion.expected import copy_of
 from megatron_router_upcycling.conversion.options import Options
+from megatron_router_upcycling.conversion.steps import copy_of
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import proof, values

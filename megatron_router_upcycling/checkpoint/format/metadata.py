@@ -92,10 +92,8 @@ def parse_metadata(
 ) -> tuple[dict[str, StoredTensor], dict[str, Blob]]:
     """Tensors and objects by key, from the bytes of a ``.metadata`` file.
 
-    Args:
-        report: called with key and fault, instead of raising, for whatever is not self-consistent; what can
-            be used is returned. Unused bytes are reported too.
-        to_train: refuse what the installed PyTorch cannot load, though this module can read it.
+    ``report``: called with key and fault, instead of raising, for whatever is not self-consistent and for
+    unused bytes; what can be used is returned. ``to_train``: refuse what the installed PyTorch cannot load.
     """
 
     def fault(key: str, what: str) -> None:

@@ -77,10 +77,7 @@ def all_finite(values: torch.Tensor) -> bool:
 
 
 class Stamps:
-    """What ``paths`` were like when this was made.
-
-    A write changes a file's time, a replacement its inode. Linking or reading a file changes neither.
-    """
+    """What ``paths`` were like when this was made; linking or reading a file does not change it."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._stamps = {path: _stamp(path) for path in paths if path.is_file()}
@@ -96,7 +93,7 @@ class Stamps:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Inode, size, and the time of the last write in nanoseconds; empty where there is no file."""
+    """Inode (a replacement has another), size and nanosecond of the last write; empty without a file."""
     try:
         status = path.stat()
     except OSError:
