@@ -171,10 +171,12 @@ def _processes(
             # The vocabulary may be known with the tokenizer only; here it is of no consequence.
             known = {"vocab_size": 128} | values | {"world_size": world}
             try:
-                gpus = "--nproc" if LOCAL else "--nodes, --gpus-per-node"
-                found.append(reading.from_values(known, router, source, gpus))
+                found.append(reading.from_values(known, router, source))
             except reading.NotCovered:
                 return None
+            except UserError as error:
+                flag = "--nproc" if LOCAL else "--nodes, --gpus-per-node"
+                raise UserError(str(error).replace("--gpus", flag)) from None
         return found[0]
 
     def works(processes: int) -> bool:
@@ -236,7 +238,7 @@ def _check_experts(args: Namespace, model: Any, router: Any, init: Any) -> None:
 
 def _is_packed(source: sources.Source) -> bool:
     """Whether a file may hold more text than it has bytes."""
-    return bool(source.compressed) or source.kind in ("parquet", "arrow")
+    return source.path.endswith(sources.COMPRESSED) or source.kind in ("parquet", "arrow")
 
 
 def _texts() -> list[sources.Source]:

@@ -58,6 +58,10 @@ def _read_manifest(load: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return recorded["model"] | {name: getattr(router, field) for name, field in shared}, router.to_dict()
 
 
+class NotCovered(UserError):
+    """A flag that may work, and of which a plan knows nothing."""
+
+
 def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> Setup:
     """A complete Setup from Megatron's arguments and router options; errors name ``source``.
 
@@ -70,7 +74,7 @@ def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> 
         if near and name not in OTHERS:
             raise UserError(f"{source}: unknown argument {name!r}; did you mean {near[0]!r}?")
         if (name in NOT_COVERED and value) or (name == "optimizer" and value not in (None, "adam")):
-            raise UserError(f"{source}: {flag_of(name)} is not covered by plan and --rehearse")
+            raise NotCovered(f"{source}: {flag_of(name)} is not covered by plan and --rehearse")
         if name in NEGATED:
             taken[NEGATED[name]] = not value
         elif name in known and value is not None:

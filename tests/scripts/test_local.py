@@ -121,7 +121,7 @@ def test_in_slurm_the_text_comes_first(model: Path, tmp_path: Path) -> None:
         (("--text", TEXTS[0], "--nproc", 3), "--global-batch-size 32: is not divisible by"),
         (("--text", TEXTS[0], "--convert-flags", "--num-routers 5"), "--num-routers 5: does not fit 14"),
         (("--text", TEXTS[0], "--convert-flags", "--top-k 1 --no-moe-router-pre-softmax"), "--top-k 1 with"),
-        (("--text", TEXTS[0], "--evaluate-flags", "--tasks stdlb"), "--tasks: no task 'stdlb'"),
+        (("--text", TEXTS[0], "--evaluate-flags", "--tasks stdlb"), "--tasks stdlb: give names of"),
         (("--text", TEXTS[0], "--data-flags", "'x"), "--data-flags 'x: a quote is missing in it"),
     ],
 )

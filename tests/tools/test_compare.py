@@ -160,7 +160,7 @@ def test_entries_in_place_of_a_file_are_written_to_one(tmp_path: Path) -> None:
         ("reference: b\ndense: d.yaml", "'b' is none of the runs"),
         ("dense: d.yaml\nruns: {a: missing.yaml}", "no such file"),
         ("claims: [{better: a}]\ndense: d.yaml", "claims"),
-        ("tasks: nope\ndense: d.yaml", "'tasks:' is evaluate's --tasks: no task 'nope'"),
+        ("tasks: nope\ndense: d.yaml", "'tasks:' is evaluate's --tasks nope: give names of"),
         ("flags: [a]\ndense: d.yaml", "'flags:' must be a mapping"),
         ("checkpoint: d\nkey_stats: k\ncorpus: {}", "'corpus:' is for a dense model"),
         ("corpus: {held_out: 0.1}\ndense: d.yaml", "'corpus:' needs 'train_tokenizer:'"),
