@@ -130,7 +130,7 @@ def _check_tensors(checkpoint: Checkpoint, model: QwenModel, router: RouterConfi
 
 
 def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
-    """Make the folder and return its record, or leave nothing. ``progress`` gets the bytes of each write."""
+    """Make the folder and return its record, or leave nothing. ``progress`` gets the bytes of a write."""
     with publish.new_folder(job.out, job.options.overwrite) as folder:
         for file, shard in job.shards.items():
             _write_shard(job, shard, folder / file, progress)

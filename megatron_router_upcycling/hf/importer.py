@@ -174,7 +174,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
-    """Make the checkpoint and return its record, or leave nothing. ``progress`` gets the bytes of each write."""
+    """Make the checkpoint and return its record, or leave nothing. ``progress`` gets the bytes of a write."""
     with publish.new_folder(job.out, job.overwrite) as folder:
         record = _record(job)
         with CheckpointWriter(folder / "release", "__0_", progress) as writer:
