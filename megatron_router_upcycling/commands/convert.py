@@ -101,18 +101,8 @@ def run(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)  # the work is moving bytes; more threads only wait for each other
     start = time.monotonic()
-    options = Options(
-        router=router,
-        init=init,
-        key_stats=args.key_stats,
-        seed=args.seed,
-        materialize=args.materialize,
-        overwrite=args.overwrite,
-        shared_expert=args.shared_expert,
-        layers=args.layers,
-        config=args.config,
-        megatron=file.megatron,
-    )
+    taken = ("key_stats", "seed", "materialize", "overwrite", "shared_expert", "layers", "config")
+    options = Options(router=router, init=init, megatron=file.megatron, **_given(args, taken))
     ready = convert.prepare(args.dense, args.out, options)
     note = None if args.allow_no_export else exporter.check_conversion(ready)
     if note and not args.quiet:

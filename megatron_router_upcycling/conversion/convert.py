@@ -89,8 +89,8 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
     which a chunk is not what was saved or holds NaN, or that has changed while it was read.
     """
     plan, out, sources = conversion.plan, conversion.out, conversion.sources
-    try:
-        with publish.new_folder(out, plan.options.overwrite) as folder:
+    with publish.new_folder(out, plan.options.overwrite) as folder:
+        try:
             contents = _write(conversion, folder / "release", progress)
             record = _manifest(plan, conversion.stats, folder, contents)
             manifest.write(folder, record)
@@ -98,14 +98,12 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
                 beside.hand_on(beside_dense, folder)
             (folder / TRACKER).write_text("release", encoding="utf-8")
             sources.check()
-    except OSError as error:
-        sources.check()  # one that has gone is the cause
-        raise UserError(f"OUT {out}: cannot be written ({error.strerror}); nothing was left behind") from None
-    except (pickle.PicklingError, RecursionError) as error:
-        raise UserError(
-            f"DENSE {plan.dense.root}: its training arguments hold what cannot be carried over"
-            f" ({reason(error)})"
-        ) from None
+        except OSError:
+            sources.check()  # one that has gone is the cause
+            raise
+        except (pickle.PicklingError, RecursionError) as error:
+            why = f"its training arguments hold what cannot be carried over ({reason(error)})"
+            raise UserError(f"DENSE {plan.dense.root}: {why}") from None
     return record
 
 

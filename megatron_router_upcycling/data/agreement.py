@@ -17,11 +17,7 @@ def check(prefixes: Iterable[str], tokenizer: Path | None, vocabulary: int) -> N
 
     Data of ``prepare-data`` have a record that names the tokenizer; records of format 1 lack its digest. Of
     data that other tools made the first 64 MiB are looked at; training checks the rest batch by batch.
-
-    Args:
-        prefixes: of .bin and .idx files that are there.
-        tokenizer: the model's, a Hugging Face folder or a sentencepiece file; None if it is not known.
-        vocabulary: the rows of the model's embedding.
+    ``tokenizer`` is the model's, if it is known; ``vocabulary`` the rows of its embedding.
     """
     digest = ""
     for prefix in prefixes:

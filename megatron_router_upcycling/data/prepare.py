@@ -33,11 +33,7 @@ def run(
 ) -> tuple[list[Record], str]:
     """Make the data. A failure leaves nothing, but a run that was stopped, or lost a worker, its parts.
 
-    Args:
-        left_out: files of no known kind in the folders, for the record.
-
-    Returns:
-        The records of the prefixes, and why tokens came by tokenizers and not tiktoken, where they did.
+    Returns the records of the prefixes, and why tokens came by tokenizers and not tiktoken, where they did.
     """
     if not 0 <= options.held_out < 1:
         raise UserError(f"--held-out {options.held_out}: must be from 0 to below 1, as 0.01")

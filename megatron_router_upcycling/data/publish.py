@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from megatron_router_upcycling.data import record
-from megatron_router_upcycling.data.record import Options
+from megatron_router_upcycling.data.record import Options, path_of
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sync
 
@@ -37,13 +37,13 @@ class Output:
         self.prefix, self.dtype, self.held_out = prefix, numpy.dtype(dtype), held_out
         self.documents = self.tokens = self.bytes = self.longest_document = 0
         self._lengths: list[Any] = [numpy.empty(0, numpy.int32)]
-        file_of(prefix, ".bin").touch()
+        path_of(prefix, ".bin").touch()
 
     def append(self, tokens: Any, table: Any) -> None:
         """Append its documents of a part: tokens [N] and table [D, 3] (see ``parts.load``)."""
         ends = numpy.concatenate([[0], table[:, 0].cumsum()])
         mine = table[:, 2] == self.held_out
-        with file_of(self.prefix, ".bin").open("ab") as file:
+        with path_of(self.prefix, ".bin").open("ab") as file:
             for first in range(0, len(table), DOCUMENTS):
                 last = min(first + DOCUMENTS, len(table))
                 chosen: Any = numpy.repeat(mine[first:last], table[first:last, 0])
@@ -59,7 +59,7 @@ class Output:
         lengths = numpy.concatenate(self._lengths)
         places = (lengths.cumsum(dtype=numpy.int64) - lengths) * self.dtype.itemsize
         arrays: tuple[Any, ...] = (lengths, places, numpy.arange(self.documents + 1, dtype=numpy.int64))
-        with file_of(self.prefix, ".idx").open("wb") as file:
+        with path_of(self.prefix, ".idx").open("wb") as file:
             code = DTYPE_CODES[self.dtype.name]
             file.write(HEADER.pack(MARK, 1, code, self.documents, self.documents + 1))
             for array in arrays:
@@ -77,17 +77,13 @@ def fitting(table: Any, outputs: list[Output], options: Options) -> int:
     return int(fits.sum())
 
 
-def file_of(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(prefix.name + suffix)
-
-
 def check(options: Options, sources: Iterable[Path]) -> None:
     """Refuse a place where something would be lost. Touches nothing."""
     output, texts = options.output, {path.resolve() for path in sources}
     if not output.name or output.is_dir():
         raise UserError(f"--output {output}: is a folder; add the name that the files shall begin with")
     for prefix in options.prefixes:
-        files = [file_of(prefix, suffix) for suffix in SUFFIXES]
+        files = [path_of(prefix, suffix) for suffix in SUFFIXES]
         for path in (*files, options.trained_tokenizer):
             if path.resolve() in texts:
                 raise UserError(f"--output {output}: {path} is one of the sources; name another place")
@@ -104,19 +100,19 @@ def check(options: Options, sources: Iterable[Path]) -> None:
 def publish(options: Options, outputs: list[Output], records: list[record.Record]) -> None:
     """Give the files of the outputs their names, held-out data first, and write the records."""
     for output in outputs:
-        sync(file_of(output.prefix, ".bin"))
-        sync(file_of(output.prefix, ".idx"))
+        sync(path_of(output.prefix, ".bin"))
+        sync(path_of(output.prefix, ".idx"))
     old, trained = record.read(options.output), options.work / options.trained_tokenizer.name
     (options.work / PUBLISHING).touch()
     for prefix in (options.output, options.held_out_prefix):
         if prefix in options.prefixes or (old and old.options.get("held_out")):
             for suffix in SUFFIXES:
-                file_of(prefix, suffix).unlink(missing_ok=True)
+                path_of(prefix, suffix).unlink(missing_ok=True)
     options.trained_tokenizer.unlink(missing_ok=True)
     if trained.exists():
         os.replace(trained, options.trained_tokenizer)
     for output, prefix, entries in reversed(list(zip(outputs, options.prefixes, records, strict=True))):
         for suffix in (".bin", ".idx"):
-            os.replace(file_of(output.prefix, suffix), file_of(prefix, suffix))
+            os.replace(path_of(output.prefix, suffix), path_of(prefix, suffix))
         entries.write(prefix)
     sync(options.output.parent)

@@ -77,8 +77,7 @@ def size_of(text: str) -> int:
 def _text_of(row: Any, kind: str, options: Options) -> str:
     """The text of a row: bytes of a line or file, a page, or an object with the text under a key.
 
-    Raises:
-        ValueError, RecursionError: why there is none.
+    A ValueError or RecursionError says why there is none.
     """
     key, longest = options.text_key, options.max_document_bytes
     too_long = f"is longer than {longest:,} bytes; cut it into documents, or raise --max-document-bytes"

@@ -88,8 +88,8 @@ class Record:
         write_whole(path_of(prefix), content + "\n")
 
 
-def path_of(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".json")
+def path_of(prefix: Path, suffix: str = ".json") -> Path:
+    return prefix.with_name(prefix.name + suffix)
 
 
 def read(prefix: Path) -> Record | None:

@@ -77,10 +77,8 @@ def find(places: Iterable[str | Path]) -> tuple[list[Source], Counter[str]]:
     """The files of ``places`` in the order given; those of a folder in an order fixed by their names' hashes,
     so that the first so many tokens are an even sample rather than the names that begin with "a".
 
-    Hidden files and folders are skipped.
-
-    Returns:
-        The files, and how many files of no known kind lie in the folders, by the end of their name.
+    Hidden files and folders are skipped. Those of no known kind in the folders are counted by the end of
+    their name.
     """
     found: dict[str, Source] = {}
     left_out: Counter[str] = Counter()

@@ -40,16 +40,11 @@ class Tokenizer:
         return encoders.of(self.definition, self.encode_special_tokens, tiktoken)
 
 
-def check(place: Path, flag: str = "--tokenizer") -> None:
-    """Refuse a place without a tokenizer. ``flag`` is named in errors."""
+def load(place: Path, flag: str = "--tokenizer") -> Tokenizer:
+    """The tokenizer in ``place``, a Hugging Face folder or a file of sentencepiece; errors name ``flag``."""
     if not place.is_file() and not beside.is_tokenizer(place):
         names = " or ".join(beside.TOKENIZER_FILES)
         raise UserError(f"{flag} {place}: is no file, and no folder with {names}")
-
-
-def load(place: Path, flag: str = "--tokenizer") -> Tokenizer:
-    """The tokenizer in ``place``: a Hugging Face folder, or a file of sentencepiece."""
-    check(place, flag)
     try:
         return _of_sentencepiece(place) if place.is_file() else _of_hugging_face(place)
     except Exception as error:  # whatever the many parts of transformers raise, or that it has slow code only
@@ -133,10 +128,7 @@ def _decisive(part: Any) -> Any:
 
 
 def train(documents: Iterable[str], vocab_size: int) -> bytes:
-    """Train a byte-pair model that gives every text back exactly, indentation and line ends included.
-
-    The first ``TRAINING_LINES`` lines decide it.
-    """
+    """Train a byte-pair model that gives every text back exactly, indentation and line ends included."""
     import sentencepiece
 
     # Not read by sentencepiece, which would hide an error in the text in one of its own.

@@ -16,9 +16,7 @@ Splits = dict[str, list[dict[str, Any]]]  # the one that is asked, and ``train``
 def load(tasks: Sequence[Task], data_dir: Path | None, num_fewshot: int) -> dict[str, tuple[Splits, str]]:
     """By task name its records, each reduced to the task's fields, and where they come from.
 
-    Args:
-        data_dir: where given, all data is read from there and nothing is downloaded.
-        num_fewshot: examples before each question; none needs no ``train`` split.
+    With ``data_dir`` all data is read from there and nothing is downloaded.
     """
     records = {}
     for task in tasks:

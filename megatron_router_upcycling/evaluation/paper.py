@@ -78,11 +78,7 @@ def members(group: str) -> tuple[str, ...]:
 def averages(scores: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """The paper's averages: each group's, then ``average``, in which tasks, not groups, weigh alike.
 
-    Args:
-        scores: by task name. Those that are no task of the paper are left out.
-
-    Returns:
-        By group, and ``average``, where a task has a score: the plain mean, these tasks, and of how many.
+    Each is the plain mean of the paper's tasks that have a score, with their names and of how many they are.
     """
     result = {}
     for group in (*GROUPS, "average"):

@@ -11,11 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.checkpoint.dense_model import (
-    UNKNOWN_LAYERS,
-    Architecture,
-    megatron_arguments,
-)
+from megatron_router_upcycling.checkpoint.dense_model import UNKNOWN_LAYERS, Architecture, megatron_arguments
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.expert_layers import MOST_LAYERS, has_experts, layer_frequency
 

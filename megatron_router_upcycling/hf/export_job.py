@@ -110,10 +110,7 @@ class Export:
 
 
 def stored_name(checkpoint: Checkpoint, name: str) -> str:
-    """The name that ``checkpoint`` has for the tensor ``name`` of ``name_table``.
-
-    A norm goes by two names. Where both are there, as convert leaves them, they are the same bytes.
-    """
+    """The name that ``checkpoint`` has for ``name_table``'s tensor ``name``; norms go by two names."""
     return name if name in checkpoint.tensors else other_norm(name) or name
 
 
@@ -130,10 +127,7 @@ def outputs(job: Export) -> Iterator[Output]:
                 yield from _moved(job, tensor, layer)
         if layer in model.expert_layers:
             for name, shape in job.gate.items():
-
-                def part(layer: int = layer, name: str = name) -> torch.Tensor:
-                    return read_gate(layer)[name]
-
+                part = functools.partial(lambda layer, name: read_gate(layer)[name], layer, name)
                 yield _made(job, f"{name_table.GATE.format(layer=layer)}.{name}", shape, part)
             if model.family == "qwen2":
                 yield from _shared_expert(job, layer)

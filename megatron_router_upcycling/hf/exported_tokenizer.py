@@ -26,12 +26,9 @@ def agree(source: Path, folder: Path, trained_with: Path | None) -> str:
 
     Qwen's own files stay as they are. Others get a tokenizer.json, where they have none, and the class that
     reads it in any version of transformers (``tokenizer.of_folder`` says what another class would do).
+    ``trained_with`` is the checkpoint's own tokenizer, where ``source`` is another one that was asked for.
 
-    Args:
-        trained_with: the checkpoint's own tokenizer, where ``source`` is another one that was asked for.
-
-    Returns:
-        What the user must know, as a sentence; "" where ``AutoTokenizer`` gives the tokens of training.
+    Returns what the user must know, as a sentence; "" where ``AutoTokenizer`` gives the tokens of training.
     """
     try:
         import transformers
@@ -86,8 +83,7 @@ def _given(folder: Path) -> tuple[str, str]:
 def convert(model: Path, folder: Path) -> tuple[str, dict[str, int]]:
     """Write ``model`` of sentencepiece to ``folder``, which holds a config.json, as transformers converts it.
 
-    Returns:
-        Why nothing was written, "" where all was; and the ids of its special tokens, as config.json has them.
+    Returns why nothing was written, "" where all was; and its special tokens' ids, as config.json has them.
     """
     ids: dict[str, int] = {}
     try:

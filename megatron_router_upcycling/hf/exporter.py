@@ -125,31 +125,21 @@ def _check_tensors(checkpoint: Checkpoint, model: QwenModel, router: RouterConfi
             found = list(tensors[name].shape)
             raise UserError(f"{root}: {name} is {found} where the training arguments give {list(shape)}")
     for name in tensors:
-        is_known = name in expected or other_norm(name) in expected or TRAINING_STATE.match(name)
-        if not is_known:
+        if not (name in expected or other_norm(name) in expected or TRAINING_STATE.match(name)):
             raise UserError(f"{root}: holds {name}, which has no place in a {model.family} model")
 
 
 def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
-    """Make the folder and return its record. On any exception nothing is left behind.
-
-    ``progress`` is called with the number of bytes after each write.
-    """
-    try:
-        with publish.new_folder(job.out, job.options.overwrite) as folder:
-            for file, shard in job.shards.items():
-                _write_shard(job, shard, folder / file, progress)
-            record = _record(job)
-            write_folder(job, folder, record)
-    except OSError as error:
-        raise UserError(
-            f"OUT {job.out}: cannot be written ({error.strerror}); nothing was left behind"
-        ) from None
+    """Make the folder and return its record, or leave nothing. ``progress`` gets the bytes of a write."""
+    with publish.new_folder(job.out, job.options.overwrite) as folder:
+        for file, shard in job.shards.items():
+            _write_shard(job, shard, folder / file, progress)
+        record = _record(job)
+        write_folder(job, folder, record)
     return record
 
 
 def _write_shard(job: Export, shard: list[Output], path: Path, progress: Callable[[int], None]) -> None:
-    """Write one file of weights."""
     tasks = (partial(output.read, *rows) for output in shard for rows in blocks(output.shape, VALUE_BYTES))
     with open(path, "xb") as file:
         file.write(format_header([(output.name, output.shape) for output in shard], job.dtype))

@@ -21,10 +21,7 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def find_beside(asked: Path | None, checkpoint: Checkpoint) -> Path | None:
-    """The folder of the tokenizer and what else goes with it.
-
-    The one asked for, the one beside the checkpoint, the one that training used, or none.
-    """
+    """The folder with the tokenizer: the one asked for, beside the checkpoint, used in training, or none."""
     if asked is not None:
         if not beside.is_tokenizer(asked):
             raise UserError(f"--tokenizer {asked}: holds none of {', '.join(beside.TOKENIZER_FILES)}")

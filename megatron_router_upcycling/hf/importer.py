@@ -174,23 +174,15 @@ def _files(folder: Path) -> list[str]:
 
 
 def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
-    """Make the checkpoint and return its record. On any exception nothing is left behind.
-
-    ``progress`` is called with the number of bytes after each write.
-    """
-    try:
-        with publish.new_folder(job.out, job.overwrite) as folder:
-            record = _record(job)
-            with CheckpointWriter(folder / "release", "__0_", progress) as writer:
-                _write(job, writer)
-            beside.copy(job.folder, job.beside.carried, folder / beside.FOLDER)
-            (folder / MODEL_YAML).write_text(_model_yaml(job), encoding="utf-8")
-            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            (folder / TRACKER).write_text("release", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"OUT {job.out}: cannot be written ({error.strerror}); nothing was left behind"
-        ) from None
+    """Make the checkpoint and return its record, or leave nothing. ``progress`` gets the bytes of a write."""
+    with publish.new_folder(job.out, job.overwrite) as folder:
+        record = _record(job)
+        with CheckpointWriter(folder / "release", "__0_", progress) as writer:
+            _write(job, writer)
+        beside.copy(job.folder, job.beside.carried, folder / beside.FOLDER)
+        (folder / MODEL_YAML).write_text(_model_yaml(job), encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (folder / TRACKER).write_text("release", encoding="utf-8")
     return record
 
 

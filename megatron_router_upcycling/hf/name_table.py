@@ -24,9 +24,7 @@ NORM_BEFORE_FFN = names.NORMS[1][0]
 PROJECTION = f"{names.PROJECTION}.weight"
 
 type Index = tuple[int, ...]
-type Segment = tuple[
-    int | None, int, int
-]  # number of a part (None: zeros), and which of its rows: start, stop
+type Segment = tuple[int | None, int, int]  # number of a part (None: zeros), and its rows: start, stop
 
 # How the rows of several tensors become those of one.
 PADDED = "padded"  # one tensor, then rows of zeros up to Megatron's vocabulary

@@ -94,7 +94,7 @@ def held(out: Path, name: str = "OUT") -> Iterator[bool]:
 @contextlib.contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill, which becomes ``out`` at the context's end; on any exception nothing has changed."""
-    out = out.resolve()
+    asked, out = out, out.resolve()
     created = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -122,10 +122,13 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
                 raise
             finally:
                 shutil.rmtree(partial, ignore_errors=True)  # unfinished, or what was there before
-    except BaseException:
+    except BaseException as error:
         for parent in created:
             with contextlib.suppress(OSError):  # another process has put something there
                 parent.rmdir()
+        if isinstance(error, OSError):
+            why = f"cannot be written ({error.strerror}); nothing was left behind"
+            raise UserError(f"OUT {asked}: {why}") from None
         raise
 
 
