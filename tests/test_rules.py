@@ -97,6 +97,14 @@ def test_pure_rooms_need_neither_megatron_nor_cuda() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_records_and_tables_of_names_need_nothing_heavy() -> None:
+    modules = (f"{PACKAGE}.{name}" for name in ("hf.name_table", "hf.architecture", "data.record as record"))
+    heavy = {"torch", "numpy", "megatron.core", "transformers", "pyarrow"}
+    code = "".join(f"import {module}\n" for module in modules) + "record.read(record.Path('x'))\n"
+    code += f"import sys; assert not {heavy} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
 def test_no_file_is_long_and_the_main_path_is_read_in_an_hour() -> None:
     long = {module: count for module, count in LINES.items() if count > LONGEST_FILE}
     assert not long, f"over {LONGEST_FILE} lines: {long}"

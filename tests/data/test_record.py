@@ -1,8 +1,6 @@
 """data/record.py: what is written is read again."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -42,10 +40,3 @@ def test_what_is_no_record_is_refused(tmp_path):
         wanted = rf"data\.json: is no record of prepare-data .*{changed.get(content, '')}"
         with pytest.raises(UserError, match=wanted):
             record.read(tmp_path / "data")
-
-
-def test_asking_for_a_record_imports_nothing_heavy():
-    asked = "import sys, megatron_router_upcycling.data.record as r; r.read(r.Path('x')); print(*sys.modules)"
-    ended = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
-    modules = set(ended.stdout.split())
-    assert "json" in modules and not {"torch", "numpy", "megatron.core", "transformers", "pyarrow"} & modules

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,8 @@ import pytest
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.evaluation import paper, report, runner, stdlib_task
+from tests import launch
 from tests.data import small
-from tests.launch import ENVIRONMENT
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install -e '.[eval]')")
 
@@ -101,10 +100,7 @@ ASKED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "triviaqa": (TRIVIA, "Question: Who built the bridge??\nAnswer:", []),
 }
 # The right choices of these records.
-RIGHT = {
-    name: 1 for name in ("openbookqa", "openbookqa_fact", "arc_challenge", "arc_easy", "winogrande", "boolq")
-}
-RIGHT |= {"hellaswag": 0, "copa": 0}
+RIGHT = dict.fromkeys(ASKED, 1) | {"hellaswag": 0, "copa": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -423,18 +419,11 @@ def test_data_that_is_not_there_is_one_line_before_the_model_is_loaded(tmp_path,
 
 def test_a_failed_download_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    ended = subprocess.run(
-        [sys.executable, "-m", "megatron_router_upcycling.cli", "evaluate", ".", "--tasks", "copa"],
-        env=ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ended.returncode == 2 and ended.stdout == ""
-    assert len(ended.stderr.splitlines()) == 1, ended.stderr
-    assert ended.stderr.startswith("error: copa (aps/super_glue copa: validation) could not be downloaded")
-    assert "FOLDER/copa/validation.jsonl or .parquet and pass --data-dir FOLDER" in ended.stderr
+    command = (sys.executable, "-m", "megatron_router_upcycling.cli", "evaluate", ".", "--tasks", "copa")
+    ended = launch.run(*command, cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
+    assert ended.returncode == 2 and ended.text.count("\n") == 1, ended.text
+    assert ended.text.startswith("error: copa (aps/super_glue copa: validation) could not be downloaded")
+    assert "FOLDER/copa/validation.jsonl or .parquet and pass --data-dir FOLDER" in ended.text
 
 
 def test_models_that_cannot_be_measured(models, tmp_path, capsys):

@@ -20,6 +20,7 @@ from megatron_router_upcycling.key_statistics.file import KeyStats
 from tests import dense_checkpoint
 from tests.dense_checkpoint import make_stats
 
+Capsys = pytest.CaptureFixture[str]
 TOKENS = torch.arange(24)[None] * 11 % 250
 
 
@@ -27,7 +28,7 @@ def run(*args: object) -> int:
     return cli.main([*map(str, args), "--quiet"])
 
 
-def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+def refused(capsys: Capsys, *args: object) -> str:
     """The one line that a command says of a mistake."""
     capsys.readouterr()
     assert run(*args) == 2
@@ -36,7 +37,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     return said.err
 
 
-def output(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+def output(capsys: Capsys, *args: object) -> str:
     """What a command that ends well prints."""
     capsys.readouterr()
     assert cli.main([*map(str, args)]) == 0

@@ -19,7 +19,7 @@ from megatron_router_upcycling.data.tokenizer import load as tokens_of
 from megatron_router_upcycling.data.tokenizer import train
 from megatron_router_upcycling.training import data as run_data
 from tests import dense_checkpoint
-from tests.hf.folders import copy, edit, output, refused, run, write_tokenizer
+from tests.hf.folders import Capsys, copy, edit, output, refused, run, write_tokenizer
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # What trainers, quantisers and other tools leave beside a model, and would change what the folder is.
@@ -42,9 +42,7 @@ def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_all_that_is_not_weights_goes_along_or_is_named(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_that_is_not_weights_goes_along_or_is_named(models: Path, tmp_path: Path, capsys: Capsys) -> None:
     source = copy(models, "qwen1.5", tmp_path / "hf")
     write_tokenizer(source)
     put(source, *CARRIED, "README.md", *ADAPTER, *LEFTOVERS)
@@ -104,7 +102,7 @@ TEXT = "In 1984 there were 365 days,  12345 hours.\n\nIn 365 days don't count <c
 
 @pytest.mark.parametrize("name", ["TokenizersBackend", "Qwen2Tokenizer"])
 def test_the_export_gives_the_tokens_of_the_data(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    models: Path, tmp_path: Path, capsys: Capsys, name: str
 ) -> None:
     """Also where transformers takes the dense folder for one with Qwen's tokenizer. Of a dense model it does
     so again, which is said."""
@@ -134,9 +132,7 @@ def test_the_export_gives_the_tokens_of_the_data(
     assert loaded.encode(TEXT) == own
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_named(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tokenizer_that_cannot_be_loaded_is_named(models: Path, tmp_path: Path, capsys: Capsys) -> None:
     assert run("import-hf", models / "qwen3", tmp_path / "dense") == 0
     put(tmp_path / "broken", "tokenizer.json")
     words = ("export-hf", tmp_path / "dense", tmp_path / "back", "--tokenizer", tmp_path / "broken")
@@ -211,7 +207,7 @@ def test_run_takes_the_checkpoints_tokenizer_and_hands_it_on(tmp_path: Path) -> 
 
 
 def test_a_sentencepiece_tokenizer_is_exported_as_transformers_loads_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: Capsys
 ) -> None:
     """One that was trained here: the same tokens of every text, but of a model that transformers takes to
     have Qwen's own. One that is damaged is said to be."""

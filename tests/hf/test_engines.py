@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import dense_checkpoint, hf_models
-from tests.hf.folders import make_moe, output, run
+from tests.hf.folders import Capsys, make_moe, output, run
 
 TOKENS = torch.arange(2 * 12).reshape(2, 12) * 7 % dense_checkpoint.VOCABULARY
 QWEN3 = {"add_qkv_bias": False, "qk_layernorm": True}
@@ -92,9 +92,7 @@ LINES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[object, ...], s
 
 
 @pytest.mark.parametrize("what", LINES)
-def test_what_llama_cpp_would_make_of_it_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
-) -> None:
+def test_what_llama_cpp_would_make_of_it_is_said(tmp_path: Path, capsys: Capsys, what: str) -> None:
     family, options, asked, line = LINES[what]
     moe = make_moe(tmp_path, 23, "--num-experts", 4, *options, **family)
     said = output(capsys, "export-hf", moe, tmp_path / "hf", *asked)

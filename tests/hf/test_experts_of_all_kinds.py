@@ -17,7 +17,7 @@ from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from tests import dense_checkpoint, hf_models
 from tests.dense_checkpoint import FFN, HIDDEN, LAYERS
-from tests.hf.folders import dense_tensors, make_moe, refused, run, write_moe
+from tests.hf.folders import Capsys, dense_tensors, make_moe, refused, run, write_moe
 from tests.reference.megatron_ffn import MegatronFFN
 
 TOKENS = torch.arange(2 * 12).reshape(2, 12) * 7 % dense_checkpoint.VOCABULARY
@@ -144,9 +144,7 @@ def test_layers_as_megatron_counts_them(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "hf/config.json").read_text())["mlp_only_layers"] == [1]
 
 
-def test_a_gate_that_training_gave_the_shared_expert(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gate_that_training_gave_the_shared_expert(tmp_path: Path, capsys: Capsys) -> None:
     """``--moe-shared-expert-gate``: it is the class's own."""
     moe = make_moe(tmp_path, 13, *LINEAR, "--shared-expert")
     tensors, args = stored(moe)
@@ -180,9 +178,7 @@ SPOILT: dict[str, tuple[Callable[[Any, dict[str, torch.Tensor]], object], str]] 
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_arguments_that_contradict_the_tensors(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
-) -> None:
+def test_arguments_that_contradict_the_tensors(tmp_path: Path, capsys: Capsys, what: str) -> None:
     moe = make_moe(tmp_path, 14, *LINEAR, "--shared-expert", "--layers", "0,2")
     tensors, args = stored(moe)
     spoil, message = SPOILT[what]
@@ -192,7 +188,7 @@ def test_arguments_that_contradict_the_tensors(
     assert not (tmp_path / "hf").exists()
 
 
-def test_convert_says_that_no_qwen_has_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_says_that_no_qwen_has_no_class(tmp_path: Path, capsys: Capsys) -> None:
     args = dense_checkpoint.arguments(normalization="LayerNorm")
     dense_checkpoint.write(tmp_path / "dense", dense_tensors(args), args=args)
     command = ("convert", tmp_path / "dense", tmp_path / "moe", *LINEAR, "--shared-expert")
@@ -201,9 +197,7 @@ def test_convert_says_that_no_qwen_has_no_class(tmp_path: Path, capsys: pytest.C
     assert first.startswith("not for Hugging Face: ") and "normalization 'LayerNorm'" in first
 
 
-def test_convert_refuses_options_that_could_not_be_exported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_convert_refuses_options_that_could_not_be_exported(tmp_path: Path, capsys: Capsys) -> None:
     args = dense_checkpoint.arguments(**QWEN3)
     dense_checkpoint.write(tmp_path / "dense", dense_tensors(args), args=args)
     command = ("convert", tmp_path / "dense", tmp_path / "moe", *LINEAR, "--shared-expert")

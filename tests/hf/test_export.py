@@ -8,7 +8,7 @@ import pytest
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from tests import dense_checkpoint, hf_models, legacy_checkpoint
-from tests.hf.folders import TOKENS, assert_equal, make_moe, run
+from tests.hf.folders import TOKENS, Capsys, assert_equal, make_moe, run
 
 
 def test_a_checkpoint_saved_at_tensor_parallel_2_by_transformer_engine_or_in_legacy_format(
@@ -62,7 +62,7 @@ def test_width_of_the_shared_expert(tmp_path: Path, width: int) -> None:
     assert found["model.layers.0.mlp.shared_expert_gate.weight"].shape == (1, 32)
 
 
-def test_the_card_and_the_record_tell_of_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_card_and_the_record_tell_of_rounding(tmp_path: Path, capsys: Capsys) -> None:
     moe = make_moe(tmp_path, 5, "--num-experts", 4)
     assert cli.main(["export-hf", str(moe), str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
     record = json.loads((tmp_path / "hf/export_hf.json").read_text())

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests import hf_models
-from tests.hf.folders import assert_equal, copy, edit, refused, run
+from tests.hf.folders import Capsys, assert_equal, copy, edit, refused, run
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
@@ -50,16 +50,14 @@ def test_other_names_and_dtypes(models: Path, tmp_path: Path, what: str) -> None
     assert_equal({name: back[name] for name in expected}, expected)
 
 
-def test_body_without_an_output_layer_is_refused(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_body_without_an_output_layer_is_refused(models: Path, tmp_path: Path, capsys: Capsys) -> None:
     source = copy(models, "qwen3", tmp_path / "hf")
     rewrite(source, lambda tensors: {n[6:]: t for n, t in tensors.items() if n.startswith("model.")})
     said = refused(capsys, "import-hf", source, tmp_path / "dense")
     assert "has no tensor lm_head.weight" in said and "tie_word_embeddings" in said
 
 
-def test_shards_without_their_index(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_without_their_index(models: Path, tmp_path: Path, capsys: Capsys) -> None:
     source = copy(models, "qwen3", tmp_path / "hf")
     (source / "model.safetensors.index.json").unlink()
     assert_equal(hf_models.tensors(round_trip(source, tmp_path)), hf_models.tensors(source))
@@ -68,9 +66,7 @@ def test_shards_without_their_index(models: Path, tmp_path: Path, capsys: pytest
     assert "nor all of model-...-of-...safetensors" in said
 
 
-def test_folders_that_hold_no_model_are_named_rightly(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_that_hold_no_model_are_named_rightly(models: Path, tmp_path: Path, capsys: Capsys) -> None:
     source = copy(models, "qwen3", tmp_path / "models--Q/snapshots/abc")
     said = refused(capsys, "import-hf", tmp_path / "models--Q", tmp_path / "dense")
     assert f"abc is of the hub's cache: name {source}" in said

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megatron_router_upcycling.config import yaml_files
 from megatron_router_upcycling.hf import safetensors_file
 from tests import dense_checkpoint, hf_models
-from tests.hf.folders import TOKENS, assert_equal, copy, output, refused, run
+from tests.hf.folders import TOKENS, Capsys, assert_equal, copy, output, refused, run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -62,7 +62,7 @@ def test_import_is_of_the_dtype_asked_for(models: Path, tmp_path: Path) -> None:
     assert_equal(hf_models.tensors(tmp_path / "half"), hf_models.tensors(tmp_path / "back float16"))
 
 
-def test_mixed_dtypes_need_a_choice(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixed_dtypes_need_a_choice(models: Path, tmp_path: Path, capsys: Capsys) -> None:
     """As of the parts of one fused tensor."""
     source = copy(models, "qwen1.5", tmp_path / "hf")
     tensors = hf_models.tensors(source)
@@ -75,7 +75,7 @@ def test_mixed_dtypes_need_a_choice(models: Path, tmp_path: Path, capsys: pytest
     assert_equal(hf_models.tensors(tmp_path / "back"), {n: t.float() for n, t in tensors.items()})
 
 
-def test_what_was_made_is_said(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_made_is_said(models: Path, tmp_path: Path, capsys: Capsys) -> None:
     said = output(capsys, "import-hf", models / "qwen3", tmp_path / "dense")
     assert "qwen3 dense, 2 layers" in said and f"--config {tmp_path / 'dense/model.yaml'}" in said
     assert "--tokenizer-model TOKENIZER" in said

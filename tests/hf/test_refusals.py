@@ -14,16 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_router_upcycling.config import manifest
 from tests import dense_checkpoint, hf_models
-from tests.hf.folders import assert_equal, copy, edit, make_moe, refused, run
-
-
-def test_what_stock_classes_cannot_hold_is_refused_with_the_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    moe = make_moe(tmp_path, 4, "--num-experts", 4, "--pooling", "max")
-    said = refused(capsys, "export-hf", moe, tmp_path / "hf")
-    assert "takes the maximum over routers (--pooling max)" in said and "--modelling-code" in said
-    assert not (tmp_path / "hf").exists()
+from tests.hf.folders import Capsys, assert_equal, copy, edit, make_moe, refused, run
 
 
 def set_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
@@ -102,9 +93,7 @@ BAD_FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD_FOLDERS)
-def test_a_bad_folder_is_refused_in_one_line(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
-) -> None:
+def test_a_bad_folder_is_refused_in_one_line(models: Path, tmp_path: Path, capsys: Capsys, what: str) -> None:
     family, spoil, message = BAD_FOLDERS[what]
     source = copy(models, family, tmp_path / "hf")
     spoil(source)
@@ -115,7 +104,7 @@ def test_a_bad_folder_is_refused_in_one_line(
 
 
 def test_a_folder_that_was_not_made_here_is_not_replaced(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     source = copy(models, "qwen3-tied", tmp_path / "hf")
     dense, back = tmp_path / "dense", tmp_path / "back"
@@ -130,9 +119,7 @@ def test_a_folder_that_was_not_made_here_is_not_replaced(
     assert_equal(hf_models.tensors(back), hf_models.tensors(source))
 
 
-def test_bad_flags_of_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_flags_of_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
     monkeypatch.chdir(tmp_path)
     dense_checkpoint.write(tmp_path / "dense", args=dense_checkpoint.arguments(max_position_embeddings=16))
     for flag, value, message in (
@@ -158,9 +145,7 @@ BAD_TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
 
 
 @pytest.mark.parametrize("message", BAD_TENSORS)
-def test_a_bad_checkpoint_is_not_exported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], message: str
-) -> None:
+def test_a_bad_checkpoint_is_not_exported(tmp_path: Path, capsys: Capsys, message: str) -> None:
     tensors = dense_checkpoint.tensors()
     BAD_TENSORS[message](tensors)
     args = dense_checkpoint.arguments(max_position_embeddings=16)
@@ -169,10 +154,11 @@ def test_a_bad_checkpoint_is_not_exported(
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-def test_a_manifest_that_contradicts_the_training_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    moe = make_moe(tmp_path, 6, "--num-experts", 4)
+def test_what_no_class_holds_and_a_manifest_that_contradicts_it(tmp_path: Path, capsys: Capsys) -> None:
+    moe = make_moe(tmp_path, 6, "--num-experts", 4, "--pooling", "max")
+    said = refused(capsys, "export-hf", moe, tmp_path / "hf")
+    assert "takes the maximum over routers (--pooling max)" in said and "--modelling-code" in said
     edit(moe / manifest.NAME, router=json.loads((moe / manifest.NAME).read_text())["router"] | {"top_k": 1})
     said = refused(capsys, "export-hf", moe, tmp_path / "hf")
     assert "top_k 1, but the model was trained with 2" in said
+    assert not (tmp_path / "hf").exists()

@@ -148,19 +148,3 @@ def test_a_wrong_layout_is_one_line(config: Path) -> None:
     done = launch.python("-m", DOOR, "--config", config, *flags)
     assert done.returncode == 2 and "Traceback" not in done.text
     assert done.errors == ["error: --gpus 64: is not divisible by TP x PP x CP = 3; 63 or 66 would be"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--rehearse", 0), "--gpus: give the number of GPUs of the run, at least 1"),
-        (("--rehearse-seq-length", 0), "--rehearse-seq-length 0: must be at least 1"),
-        (("--output", "/nowhere/found.json"), "--output /nowhere/found.json: there is no folder /nowhere;"),
-    ],
-)
-def test_what_needs_no_megatron_is_refused_without_it(config: Path, flags: tuple, message: str) -> None:
-    """Nothing but the line stands there: Megatron prints warnings when it is imported."""
-    command = (launch.sys.executable, "-m", DOOR, "--config", config, "--rehearse", WORLD)
-    done = launch.run(*command, *flags)
-    assert done.returncode == 2
-    assert done.text.startswith(f"error: {message}") and done.text.count("\n") == 1

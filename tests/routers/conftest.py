@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
@@ -16,15 +15,6 @@ from megatron_router_upcycling.routers.config import RouterConfig
 
 HIDDEN, HEADS, HEAD_DIM, EXPERTS = 32, 8, 4, 8
 SEQUENCE, BATCH = 24, 2
-
-
-@pytest.fixture(scope="module")
-def megatron() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

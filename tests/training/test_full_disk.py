@@ -1,28 +1,11 @@
 """A disk that fills: the log goes without a line, and a checkpoint that cannot be written says why."""
 
-import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_router_upcycling.training.run_log import files
 from tests import launch
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of four megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a file system can only be mounted by root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_run_outlives_its_log_and_says_why_it_cannot_save(disk: Path, moe: Path, moe_config: Path) -> None:

@@ -27,17 +27,9 @@ from megatron_router_upcycling.routers.mixture import MixtureRouter
 from megatron_router_upcycling.training import layer_spec
 from megatron_router_upcycling.training.layer_spec import ENVIRONMENT, layer_spec_for, upcycled_layer_spec
 
+pytestmark = pytest.mark.usefixtures("megatron")
 LAYERS = 4
 ROUTER = RouterConfig(num_experts=4, top_k=2, num_routers=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def megatron() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 def model_config(**changes: Any) -> GPTModelConfig:

@@ -13,19 +13,15 @@ from tests.conftest import EVALUATE, expert_parallel
 PRETRAIN = ("-m", "megatron_router_upcycling.pretrain")
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [
-        pytest.param(2, ("--tensor-model-parallel-size", 2, "--sequence-parallel"), id="TP 2"),
-        pytest.param(2, ("--pipeline-model-parallel-size", 2), id="PP 2"),
-    ],
-)
+TP_2 = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
+PP_2 = ("--pipeline-model-parallel-size", 2)
+
+
+@pytest.mark.parametrize("layout", [TP_2, PP_2], ids=["TP 2", "PP 2"])
 def test_dense_model_has_the_same_loss_in_every_layout(
-    dense: Path, dense_config: Path, dense_validation: float, ranks: int, layout: tuple[object, ...]
+    dense: Path, dense_config: Path, dense_validation: float, layout: tuple[object, ...]
 ) -> None:
-    output = launch.ranks(
-        ranks, "pretrain", "--config", dense_config, "--load", dense, *EVALUATE, *layout
-    ).ok()
+    output = launch.ranks(2, "pretrain", "--config", dense_config, "--load", dense, *EVALUATE, *layout)
     assert output.validation == pytest.approx(dense_validation, rel=1e-5)
 
 
@@ -46,28 +42,14 @@ def test_killed_run_goes_on_with_the_same_losses(
         assert found == expected and len(found) >= 8, name
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [
-        pytest.param(1, ("--expert-model-parallel-size", 1), id="EP 1"),
-        pytest.param(2, ("--expert-model-parallel-size", 1, "--pipeline-model-parallel-size", 2), id="PP 2"),
-    ],
-)
+@pytest.mark.parametrize("layout", [(), PP_2], ids=["EP 1", "PP 2"])
 def test_run_saved_at_ep_2_resumes_elsewhere(
-    tmp_path: Path,
-    moe_config: Path,
-    unbroken: tuple[Path, dict[int, float]],
-    ranks: int,
-    layout: tuple[object, ...],
+    tmp_path: Path, moe_config: Path, unbroken: tuple[Path, dict[int, float]], layout: tuple[object, ...]
 ) -> None:
     save, losses = unbroken
-    resumed = tmp_path / "resumed"
-    resumed.mkdir()
-    for name in ("iter_0000004", "router_upcycling.json"):
-        (resumed / name).symlink_to(save / name)
-    (resumed / "latest_checkpointed_iteration.txt").write_text("4")
-    options = ("--use-distributed-optimizer", *layout, "--save", tmp_path / "save")
-    output = launch.ranks(ranks, "pretrain", "--config", moe_config, "--load", resumed, *options).ok()
+    flags = ("--config", moe_config, "--load", save, "--ckpt-step", 4, "--save", tmp_path / "save")
+    ranks = 2 if layout else 1
+    output = launch.ranks(ranks, "pretrain", *flags, "--use-distributed-optimizer", *layout).ok()
     # The order of float32 sums differs; one step later so do the weights, by as little.
     assert output.losses == pytest.approx({step: losses[step] for step in (5, 6, 7, 8)}, rel=1e-4)
     # What the routers did is the same, whichever ranks held layers, experts and tokens.
@@ -84,8 +66,7 @@ def test_multi_token_prediction_goes_on_over_two_stages(tmp_path: Path, moe_conf
     router = ("--router", "mixture", "--num-experts", 4, "--mtp-num-layers", 1)
     common = ("--config", moe_config, *router, "--train-iters", 3, "--save-interval", 1)
     losses = launch.ranks(1, "pretrain", *common, "--save", tmp_path).ok().losses
-    stages = ("--pipeline-model-parallel-size", 2, "--load", tmp_path, "--ckpt-step", 1)
-    found = launch.ranks(2, "pretrain", *common, *stages).ok().losses
+    found = launch.ranks(2, "pretrain", *common, *PP_2, "--load", tmp_path, "--ckpt-step", 1).ok().losses
     assert found == pytest.approx({step: losses[step] for step in (2, 3)}, rel=1e-5)
 
 
@@ -131,10 +112,6 @@ def test_ep_8_equals_ep_1_and_resumes_at_ep_2_and_at_tp_2_pp_2(
     ep8 = launch.ranks(8, *command, *saving).ok().losses
     assert ep8 == pytest.approx(unbroken, rel=1e-5)  # float32 sums in another order
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
-    tensor, pipeline = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
-    for ranks, layout in (
-        (2, ("--expert-model-parallel-size", 2)),
-        (4, (*tensor, "--sequence-parallel", *pipeline)),
-    ):
+    for ranks, layout in ((2, ("--expert-model-parallel-size", 2)), (4, TP_2 + PP_2)):
         resumed = launch.ranks(ranks, *command, "--load", tmp_path, *layout).ok().losses
         assert resumed == pytest.approx({i: ep8[i] for i in (4, 5, 6)}, rel=1e-5), layout
