@@ -83,7 +83,7 @@ def main(stages: str, nodes: str, gpus: str, dry_run: str, *flags: str) -> None:
         one_pass.check_length("--text", most, run.seq_length, run.global_batch_size if OWN_LENGTH else 1)
     if "evaluate" in asked and HAS_HF:
         if not TEXT:
-            tokenizer.check(HF, "--hf")
+            tokenizer.load(HF, "--hf")
         runner.check(HF, evaluate.options(cli.parse(["evaluate", str(HF), *evaluates])))
     if "data" in asked and TEXT and not TEXT_DATA.is_file():
         _check_tokenizer(data, values)

@@ -36,10 +36,7 @@ TRAINING = BATCH | STEPS | EVALUATION | DATA | {"hidden_dropout": 0.0, "attentio
 EVALUATE = ("--skip-train", "--eval-iters", 4)
 
 # They take longest: none of them should be what one process is left with at the end.
-FIRST = (
-    *("test_local.py", "test_compare.py", "test_demo.py", "test_gpu_check.py", "test_slurm.py"),
-    "test_training.py",
-)
+FIRST = ("test_local.py", "test_compare.py", "test_demo.py", "test_gpu_check.py", "test_slurm.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,4 @@
-"""Small dense checkpoints in Megatron's torch_dist format, written with PyTorch's own classes.
-
-Independent of the package: what it reads and writes is checked against these.
-"""
+"""Small dense torch_dist checkpoints, written with PyTorch's own classes and nothing of the package."""
 
 import io
 import json
