@@ -115,10 +115,11 @@ class RankFile:
 
     def models(self) -> list[dict[str, Any]]:
         """The state dicts of this rank's virtual pipeline stages, in order."""
-        found = {int(match[1] or 0): key for key in self.state if (match := MODEL.fullmatch(str(key)))}
-        models = [self.state[key] for _, key in sorted(found.items())]
+        texts = (key for key in self.state if isinstance(key, str))
+        found = sorted((int(match[1] or 0), key) for key in texts if (match := MODEL.fullmatch(key)))
+        models = [self.state[key] for _, key in found]
         older = any(not isinstance(model, dict) or "language_model" in model for model in models)
-        if not models or sorted(found) != list(range(len(found))) or older:
+        if not models or [number for number, _ in found] != list(range(len(found))) or older:
             raise UserError(f"{self.path}: no model of Megatron-Core; convert an older one to that first")
         return models
 

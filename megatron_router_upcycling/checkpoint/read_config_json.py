@@ -1,6 +1,5 @@
 """The config.json of a dense Qwen model as Megatron's flags. Pure: no torch."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def to_flags(config: dict[str, Any], path: Path, vocabulary_multiple: int) -> di
         "qk_layernorm": family == "qwen3",
         "rotary_base": int(theta),
         "untie_embeddings_and_output_weights": not tied,
-        "padded_vocab_size": math.ceil(vocabulary / vocabulary_multiple) * vocabulary_multiple,
+        "padded_vocab_size": -(-vocabulary // vocabulary_multiple) * vocabulary_multiple,
     }
 
 

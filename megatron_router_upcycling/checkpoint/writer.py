@@ -17,7 +17,12 @@ from megatron_router_upcycling.checkpoint.format import metadata
 from megatron_router_upcycling.checkpoint.format.boxes import Shape
 from megatron_router_upcycling.checkpoint.format.files import BACKEND, CONFIG
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, StoredTensor
-from megatron_router_upcycling.checkpoint.format.torch_save_file import ZIP32_LIMIT, Values, wrap_values
+from megatron_router_upcycling.checkpoint.format.torch_save_file import (
+    STORAGES,
+    ZIP32_LIMIT,
+    Values,
+    wrap_values,
+)
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sync
@@ -160,7 +165,7 @@ class CheckpointWriter:
             self._file.write(head)
             self._copy_range(values.path, values.place.offset, values.place.length)
             self._file.write(tail)
-        elif 0 < values.nbytes < ZIP32_LIMIT:
+        elif values.dtype in STORAGES.values() and 0 < values.nbytes < ZIP32_LIMIT:
             # What torch.save would write, with less copying.
             content = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
             known = zlib.crc32(content) if checksum is None else checksum

@@ -108,7 +108,8 @@ def publish(options: Options, outputs: list[Output], records: list[record.Record
         if prefix in options.prefixes or (old and old.options.get("held_out")):
             for suffix in SUFFIXES:
                 path_of(prefix, suffix).unlink(missing_ok=True)
-    options.trained_tokenizer.unlink(missing_ok=True)
+    if not options.tokenizer or options.tokenizer.resolve() != options.trained_tokenizer.resolve():
+        options.trained_tokenizer.unlink(missing_ok=True)
     if trained.exists():
         os.replace(trained, options.trained_tokenizer)
     for output, prefix, entries in reversed(list(zip(outputs, options.prefixes, records, strict=True))):

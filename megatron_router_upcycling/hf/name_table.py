@@ -122,6 +122,11 @@ class Tensor:
 
 def tensors(model: QwenModel) -> list[Tensor]:
     """The tensors of Megatron's that ``model`` has, in the order of ``TABLE``."""
+    return [_tensor(row, layers, model) for row, layers in _rows(model)]
+
+
+def _rows(model: QwenModel) -> Iterator[tuple[Row, Sequence[int]]]:
+    """The rows of ``TABLE`` that ``model`` has, and in which layers."""
     every = range(model.num_layers)
     shared = model.expert_layers if model.shared_expert_size else ()
     layers: dict[str | None, Sequence[int]] = {  # that have a row's tensor
@@ -134,7 +139,7 @@ def tensors(model: QwenModel) -> list[Tensor]:
         "shared": shared,
         "shared gate": shared if model.shared_expert_gated else (),
     }
-    return [_tensor(row, layers[row.only], model) for row in TABLE if layers[row.only]]
+    return ((row, layers[row.only]) for row in TABLE if layers[row.only])
 
 
 def _tensor(row: Row, layers: Sequence[int], model: QwenModel) -> Tensor:
@@ -194,9 +199,8 @@ def cut(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> Iterator[tu
 
 
 def hf_tensors(model: QwenModel) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the Hugging Face tensors that the table covers."""
-    for tensor in tensors(model):
-        for layer in tensor.layers:
-            for index, _ in tensor.places(layer):
-                for part, size in zip(tensor.parts, tensor.part_shapes, strict=True):
-                    yield name(part, index), size
+    """Names and shapes of the Hugging Face tensors of a dense model; nothing grows with its sizes."""
+    for row, layers in _rows(model):
+        for layer in layers if LAYER in row.parts[0].name else (None,):
+            for part in row.parts:
+                yield name(part, () if layer is None else (layer,)), shape(part, model)

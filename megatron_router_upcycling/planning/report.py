@@ -29,7 +29,7 @@ def warnings(s: Setup, gpu_memory_gib: float) -> Iterator[str]:
         )
     if s.data_parallel_size > 1 and not s.use_distributed_optimizer:
         yield "--use-distributed-optimizer: is off; every GPU keeps all optimizer states"
-    elif s.weight_gathers > 1:
+    elif s.use_distributed_optimizer and s.weight_gathers > 1:
         yield (
             "--overlap-param-gather: is off; with expert parallelism Megatron then gathers all weights twice"
             " a step (it needs --overlap-grad-reduce)"

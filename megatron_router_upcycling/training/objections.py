@@ -71,7 +71,7 @@ def _values_read_in(source: str, args: Namespace) -> str:
     """The arguments that a line of source reads, as flags with their values."""
     names = dict.fromkeys(re.findall(r"\b(?:args|self|config)\.(\w+)", source))
     unit = "_samples" if args.train_samples else "_iters"
-    arguments = [OF_SCHEDULER.get(name, name).replace("_iters", unit) for name in names]
+    arguments = [OF_SCHEDULER[n].replace("_iters", unit) if n in OF_SCHEDULER else n for n in names]
     return ", ".join(f"{flag_of(name)} {getattr(args, name)}" for name in arguments if hasattr(args, name))
 
 

@@ -150,7 +150,7 @@ def check_arguments(verification: Verification) -> None:
 
 
 def _compare(findings: Findings, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name in sorted(found.keys() | wanted.keys()):
+    for name in sorted(found.keys() | wanted.keys(), key=str):
         if name not in found:
             findings.add("arguments", name, "is missing")
         elif name not in wanted:

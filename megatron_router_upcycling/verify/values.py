@@ -17,7 +17,7 @@ from megatron_router_upcycling.checkpoint.names import EXPERTS, is_of_layers, sp
 from megatron_router_upcycling.checkpoint.publish.checks import all_finite
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.steps import Computed, Expected
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import reason
 from megatron_router_upcycling.verify.findings import Findings, span
 
 BLOCK_BYTES = 2 << 20  # stays in a processor's cache between the checksum and the comparison
@@ -121,8 +121,8 @@ class Comparison:
         if values is None:  # they do not lie row after row, and PyTorch reads them
             try:
                 yield chunk.box, as_words(self.moe.read_chunk(chunk, dtype, bytearray()))
-            except UserError as error:
-                raise Damaged(str(error)) from None
+            except Exception as error:  # what PyTorch raises on a damaged or hostile file
+                raise Damaged(reason(error)) from None
             return
         boxes = list(blocks(chunk.box, BLOCK_BYTES // dtype.itemsize))
         lengths = [math.prod(box.sizes) * dtype.itemsize for box in boxes]

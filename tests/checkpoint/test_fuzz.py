@@ -35,7 +35,6 @@ from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import flags, manifest, yaml_files
 from megatron_router_upcycling.conversion import convert as conversion
-from megatron_router_upcycling.conversion import describe
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.diagnostics import checkpoint as inspection
 from megatron_router_upcycling.errors import UserError
@@ -182,7 +181,7 @@ class Bench:
 
         def convert() -> None:
             ready = conversion.prepare(self.root, self.out, self.options)
-            describe.describe_plan(ready)
+            conversion.describe_plan(ready)
             conversion.convert(ready)
 
         said = [refused(lambda: inspection.describe(self.root, everything=True)), refused(convert)]

@@ -125,7 +125,7 @@ def parse_metadata(
                 objects[key] = blob
             else:
                 fault(key, "has no bytes")
-    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, AssertionError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{source}: not a checkpoint's metadata ({described(error)})") from None
     if report is not None:
         for key, offsets in unnamed:

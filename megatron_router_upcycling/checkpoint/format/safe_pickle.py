@@ -128,7 +128,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         **PYTHONS,
         **{number: _counting(PYTHONS[number]) for (number,) in HASHABLE},
         pickle.BUILD[0]: _build,
-        **dict.fromkeys((pickle.LONG4[0], pickle.BYTEARRAY8[0]), _refuse),  # huge ones
+        **dict.fromkeys(b"".join((pickle.INT, pickle.LONG, pickle.LONG4, pickle.BYTEARRAY8)), _refuse),
     }
 
     def find_class(self, module: str, name: str) -> Any:

@@ -133,8 +133,8 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _left_behind(out: Path) -> list[Path]:
-    """Folders that other processes were filling, or are."""
-    return list(out.parent.glob(f".{glob.escape(out.name)}.partial-*"))
+    """Folders that other processes of this machine were filling, or are."""
+    return list(out.parent.glob(f".{glob.escape(out.name)}.partial-*-{glob.escape(socket.gethostname())}"))
 
 
 def _replaced(out: Path) -> Path:
