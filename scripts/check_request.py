@@ -18,7 +18,7 @@ import one_pass
 import yaml
 
 from megatron_router_upcycling import cli
-from megatron_router_upcycling.checkpoint import read_config_json
+from megatron_router_upcycling.checkpoint import beside, read_config_json
 from megatron_router_upcycling.checkpoint.format.files import TRACKER
 from megatron_router_upcycling.commands import convert, evaluate
 from megatron_router_upcycling.config.yaml_files import read_yaml
@@ -82,8 +82,8 @@ def main(stages: str, nodes: str, gpus: str, dry_run: str, *flags: str) -> None:
         most = sum(one.size for one in found) + len(found)  # a token has a byte or more, or ends a document
         one_pass.check_length("--text", most, run.seq_length, run.global_batch_size if OWN_LENGTH else 1)
     if "evaluate" in asked and HAS_HF:
-        if not TEXT:
-            tokenizer.load(HF, "--hf")
+        if not TEXT and not beside.is_tokenizer(HF):
+            raise UserError(f"--hf {HF}: holds no tokenizer; put the files of the model's own one there")
         runner.check(HF, evaluate.options(cli.parse(["evaluate", str(HF), *evaluates])))
     if "data" in asked and TEXT and not TEXT_DATA.is_file():
         _check_tokenizer(data, values)

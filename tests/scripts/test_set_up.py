@@ -109,7 +109,7 @@ def test_the_workflow_runs_what_continuous_integration_and_the_readme_run():
     commands = [line for line in lines if line[:4] in ("make", "scri")]
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     steps = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
-    assert steps == commands and len(commands) == 5 and "make test" in commands
+    assert steps == commands and len(commands) == 4 and commands[-1].startswith("make test ")
     assert re.search(r"^ *make test\b", (ROOT / "README.md").read_text(), re.MULTILINE)
 
 
