@@ -104,7 +104,6 @@ def test_one_line_says_what_is_missing(machine):
 
 
 def test_the_workflow_runs_what_continuous_integration_and_the_readme_run():
-    """Each command of .ci/run is a step, in the same order."""
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if line[:4] in ("make", "scri")]
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
