@@ -16,7 +16,7 @@ from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config import manifest, yaml_files
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.expert_layers import layer_frequency
-from megatron_router_upcycling.planning.setup import Setup, complete, flag_of
+from megatron_router_upcycling.planning.setup import Setup, complete
 from megatron_router_upcycling.routers.config import RouterConfig
 
 # Where one of these is set, the model or its layout is not what a plan is for.
@@ -74,7 +74,7 @@ def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> 
         if near and name not in OTHERS:
             raise UserError(f"{source}: unknown argument {name!r}; did you mean {near[0]!r}?")
         if (name in NOT_COVERED and value) or (name == "optimizer" and value not in (None, "adam")):
-            raise NotCovered(f"{source}: {flag_of(name)} is not covered by plan and --rehearse")
+            raise NotCovered(f"{source}: {config_flags.flag_of(name)} is not covered by plan and --rehearse")
         if name in NEGATED:
             taken[NEGATED[name]] = not value
         elif name in known and value is not None:
@@ -94,7 +94,7 @@ def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> 
 
 def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
     """``value`` as the field's type takes it."""
-    flag = f"{source}: {flag_of(name)}"
+    flag = f"{source}: {config_flags.flag_of(name)}"
     if name == "moe_layer_freq":
         return layer_frequency(value, flag)
     if name == "recompute_modules":

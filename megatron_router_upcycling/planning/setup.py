@@ -6,6 +6,7 @@ Pure: imports neither torch nor Megatron.
 from dataclasses import dataclass, replace
 
 from megatron_router_upcycling import expert_layers
+from megatron_router_upcycling.config.flags import flag_of
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 
@@ -167,11 +168,6 @@ def complete(setup: Setup) -> Setup:
     filled = _filled(setup)
     _check(filled)
     return filled
-
-
-def flag_of(name: str) -> str:
-    """The flag of one of Megatron's arguments."""
-    return f"--{name.replace('_', '-')}"
 
 
 def _filled(s: Setup) -> Setup:

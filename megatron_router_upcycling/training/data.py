@@ -60,11 +60,11 @@ def hand_on_tokenizer(args: Namespace, load: str | None, save: str) -> None:
 
 def check_data(args: Namespace) -> None:
     """Refuse data that are not there, or cannot be what they say, before anything is built."""
-    blends = _blends(args)
     flag = _flag_of_source(args)
-    if not args.mock_data and not blends:
+    if not _blends(args) and not args.mock_data:
         raise UserError("--data-path: name the data to run over (the prefix of a .bin and an .idx file)")
-    for path in prefixes(args):
+    paths = prefixes(args)
+    for path in paths:
         for file in (f"{path}.bin", f"{path}.idx"):
             if "://" not in path and not Path(file).is_file():
                 raise UserError(f"{flag} {path}: no file {file}; name the prefix of a .bin and an .idx")
@@ -75,9 +75,9 @@ def check_data(args: Namespace) -> None:
         raise UserError("--multiple-validation-sets: works only with --full-validation; give that too")
     if path := args.per_dataset_sequences_path:
         known = sequences_per_dataset(path)
-        if missing := [prefix for prefix in prefixes(args) if prefix not in known]:
+        if missing := [prefix for prefix in paths if prefix not in known]:
             raise UserError(f"--per-dataset-sequences-path {path}: says nothing of {missing[0]} ({flag})")
-    choose_cache(args, [path for path in prefixes(args) if "://" not in path])
+    choose_cache(args, [path for path in paths if "://" not in path])
 
 
 def check_validation(args: Namespace) -> str | None:

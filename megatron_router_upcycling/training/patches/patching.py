@@ -8,11 +8,10 @@ from typing import Any
 TESTED = "0.19"
 
 
-def changed(by: str, what: str, instead: str = "") -> RuntimeError:
-    """The error for something upstream that is not as ``by`` needs it; ``instead`` is another way."""
-    way_out = instead or f"install megatron-core {TESTED}, or report it"
-    known = f"tested with megatron-core {TESTED}"
-    return RuntimeError(f"{by}: {what} in this version of megatron-core or torch; {known}; {way_out}")
+def changed(by: str, what: str) -> RuntimeError:
+    """The error for something upstream that is not as ``by`` needs it."""
+    known = f"tested with megatron-core {TESTED}; install megatron-core {TESTED}, or report it"
+    return RuntimeError(f"{by}: {what} in this version of megatron-core or torch; {known}")
 
 
 def find(by: str, owner: Any, name: str, *, place: str = "", reads: Iterable[str] = ()) -> Any:
