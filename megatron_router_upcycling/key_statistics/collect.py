@@ -21,6 +21,7 @@ from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.moments import KeySums
 from megatron_router_upcycling.training import launch, train
+from megatron_router_upcycling.training.data import check_data, check_tokens
 
 
 def collect(run: launch.Run) -> None:
@@ -87,8 +88,6 @@ def check_flags(flags: Namespace) -> None:
 
 def check(run: launch.Run) -> None:
     """Refuse what does not fit the checkpoint or the data, before anything is built."""
-    from megatron_router_upcycling.training.data import check_data, check_tokens
-
     args = run.args
     dense = open_dense(args.load)
     saved_args = dense.common.get("args")

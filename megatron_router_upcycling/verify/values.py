@@ -12,7 +12,13 @@ import torch
 
 from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
-from megatron_router_upcycling.checkpoint.format.torch_save_file import Damaged, Values, examine, read_values
+from megatron_router_upcycling.checkpoint.format.torch_save_file import (
+    BLOCK_BYTES,
+    Damaged,
+    Values,
+    examine,
+    read_values,
+)
 from megatron_router_upcycling.checkpoint.names import EXPERTS, is_of_layers, split_key
 from megatron_router_upcycling.checkpoint.publish.checks import all_finite
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
@@ -20,7 +26,6 @@ from megatron_router_upcycling.conversion.steps import Computed, Expected
 from megatron_router_upcycling.errors import reason
 from megatron_router_upcycling.verify.findings import Findings, span
 
-BLOCK_BYTES = 2 << 20  # stays in a processor's cache between the checksum and the comparison
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by a dtype's size
 
 Progress = Callable[[int], None]
