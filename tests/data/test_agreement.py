@@ -16,9 +16,10 @@ from tests import launch
 from tests.hf.folders import write_tokenizer
 
 
-def write(prefix: Path, tokens: list[int], dtype: type = np.int32) -> str:
+def write(prefix: Path, *documents: list[int], dtype: type = np.int32) -> str:
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    builder.add_document(torch.tensor(tokens), [len(tokens)])
+    for tokens in documents:
+        builder.add_document(torch.tensor(tokens), [len(tokens)])
     builder.finalize(f"{prefix}.idx")
     return str(prefix)
 
@@ -34,7 +35,7 @@ def prepared(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint16])
 def test_token_beyond_the_vocabulary_is_named(tmp_path: Path, dtype: type) -> None:
-    prefix = write(tmp_path / "data", [5, 300, 7], dtype)
+    prefix = write(tmp_path / "data", [5, 300, 7], dtype=dtype)
     agreement.check([prefix], None, 301)
     named = r"data: holds token 300, and the model's vocabulary has 300 \(0 to 299"
     with pytest.raises(UserError, match=named):
@@ -74,10 +75,7 @@ def without_a_length(index: bytes) -> bytes:
 
 
 def test_index_and_tokens_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
-    builder = IndexedDatasetBuilder(f"{tmp_path / 'data'}.bin", dtype=np.int32)
-    for document in ([1, 2], [3, 4, 5]):
-        builder.add_document(torch.tensor(document), [len(document)])
-    builder.finalize(f"{tmp_path / 'data'}.idx")
+    write(tmp_path / "data", [1, 2], [3, 4, 5])
     tokens, index = ((tmp_path / f"data{suffix}").read_bytes() for suffix in (".bin", ".idx"))
     other = Path(f"{write(tmp_path / 'other', [1, 2, 3])}.idx").read_bytes()
     agreement.check([str(tmp_path / "data")], None, 6)
@@ -98,7 +96,7 @@ def test_index_and_tokens_that_do_not_belong_together_are_named(tmp_path: Path) 
 
 
 def test_a_pair_beside_the_record_of_other_data_is_named(prepared: Path, tmp_path: Path) -> None:
-    write(prepared, [1, 2, 3], np.uint16)
+    write(prepared, [1, 2, 3], dtype=np.uint16)
     with pytest.raises(UserError, match=r"it has 1 documents of 3 tokens, and the record says 1 of \d"):
         agreement.check([str(prepared)], None, 28)
 

@@ -53,14 +53,6 @@ def copy(models: Path, family: str, target: Path) -> Path:
     return target
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Bit for bit; NaN and signed zeros would count too."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
-        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
-
-
 def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -8,7 +8,8 @@ import pytest
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from tests import dense_checkpoint, hf_models, legacy_checkpoint
-from tests.hf.folders import TOKENS, Capsys, assert_equal, make_moe, run
+from tests.dense_checkpoint import assert_same
+from tests.hf.folders import TOKENS, Capsys, make_moe, run
 
 
 def test_a_checkpoint_saved_at_tensor_parallel_2_by_transformer_engine_or_in_legacy_format(
@@ -25,11 +26,11 @@ def test_a_checkpoint_saved_at_tensor_parallel_2_by_transformer_engine_or_in_leg
     dense_checkpoint.write(tmp_path / "two", renamed, tensor_parallel=2, optimizer=True, args=args)
     assert run("export-hf", tmp_path / "two", tmp_path / "hf two") == 0
     found = hf_models.tensors(tmp_path / "hf two")
-    assert_equal(found, hf_models.tensors(tmp_path / "hf one"))
+    assert_same(found, hf_models.tensors(tmp_path / "hf one"))
 
     legacy_checkpoint.write(tmp_path / "legacy", tensors, tensor_parallel=2, stages=((0,), (1, 2)), args=args)
     assert run("export-hf", tmp_path / "legacy", tmp_path / "hf legacy") == 0
-    assert_equal(hf_models.tensors(tmp_path / "hf legacy"), found)
+    assert_same(hf_models.tensors(tmp_path / "hf legacy"), found)
 
     assert found["lm_head.weight"].shape == (37, dense_checkpoint.HIDDEN)
 

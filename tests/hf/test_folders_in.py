@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests import hf_models
-from tests.hf.folders import Capsys, assert_equal, copy, edit, refused, run
+from tests.dense_checkpoint import assert_same
+from tests.hf.folders import Capsys, copy, edit, refused, run
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
@@ -47,7 +48,7 @@ def test_other_names_and_dtypes(models: Path, tmp_path: Path, what: str) -> None
     if what == "body":
         edit(source / "config.json", architectures=["Qwen3Model"])
     back = hf_models.tensors(round_trip(source, tmp_path))
-    assert_equal({name: back[name] for name in expected}, expected)
+    assert_same({name: back[name] for name in expected}, expected)
 
 
 def test_body_without_an_output_layer_is_refused(models: Path, tmp_path: Path, capsys: Capsys) -> None:
@@ -60,7 +61,7 @@ def test_body_without_an_output_layer_is_refused(models: Path, tmp_path: Path, c
 def test_shards_without_their_index(models: Path, tmp_path: Path, capsys: Capsys) -> None:
     source = copy(models, "qwen3", tmp_path / "hf")
     (source / "model.safetensors.index.json").unlink()
-    assert_equal(hf_models.tensors(round_trip(source, tmp_path)), hf_models.tensors(source))
+    assert_same(hf_models.tensors(round_trip(source, tmp_path)), hf_models.tensors(source))
     (source / "model-00002-of-00007.safetensors").unlink()
     said = refused(capsys, "import-hf", source, tmp_path / "again")
     assert "nor all of model-...-of-...safetensors" in said

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from megatron_router_upcycling.config import yaml_files
 from megatron_router_upcycling.hf import safetensors_file
 from tests import dense_checkpoint, hf_models
-from tests.hf.folders import TOKENS, Capsys, assert_equal, copy, output, refused, run
+from tests.dense_checkpoint import assert_same
+from tests.hf.folders import TOKENS, Capsys, copy, output, refused, run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -25,7 +26,7 @@ def test_import_and_export_are_the_identity(
     source = hf_models.make(family, tmp_path / "hf", dtype)
     assert run("import-hf", source, tmp_path / "dense") == 0
     assert run("export-hf", tmp_path / "dense", tmp_path / "back", "--max-shard-size", "70KB") == 0
-    assert_equal(hf_models.tensors(tmp_path / "back"), hf_models.tensors(source))
+    assert_same(hf_models.tensors(tmp_path / "back"), hf_models.tensors(source))
     sizes = [path.stat().st_size for path in (tmp_path / "back").glob("*.safetensors")]
     assert len(sizes) > 1 and max(sizes) < 75_000  # with their headers
     found, expected = (
@@ -55,11 +56,11 @@ def test_import_is_of_the_dtype_asked_for(models: Path, tmp_path: Path) -> None:
         assert run("import-hf", models / "qwen2.5", tmp_path / name, "--dtype", name) == 0
         assert run("export-hf", tmp_path / name, tmp_path / f"back {name}") == 0
         expected = {key: value.to(dtype) for key, value in hf_models.tensors(models / "qwen2.5").items()}
-        assert_equal(hf_models.tensors(tmp_path / f"back {name}"), expected)
+        assert_same(hf_models.tensors(tmp_path / f"back {name}"), expected)
         flags = yaml.safe_load((tmp_path / name / "model.yaml").read_text())
         assert flags.get("bf16", False) == (name == "bfloat16")
     assert run("export-hf", tmp_path / "float32", tmp_path / "half", "--dtype", "float16") == 0
-    assert_equal(hf_models.tensors(tmp_path / "half"), hf_models.tensors(tmp_path / "back float16"))
+    assert_same(hf_models.tensors(tmp_path / "half"), hf_models.tensors(tmp_path / "back float16"))
 
 
 def test_mixed_dtypes_need_a_choice(models: Path, tmp_path: Path, capsys: Capsys) -> None:
@@ -72,7 +73,7 @@ def test_mixed_dtypes_need_a_choice(models: Path, tmp_path: Path, capsys: Capsys
     assert "choose one with --dtype" in refused(capsys, "import-hf", source, tmp_path / "dense")
     assert run("import-hf", source, tmp_path / "dense", "--dtype", "float32") == 0
     assert run("export-hf", tmp_path / "dense", tmp_path / "back") == 0
-    assert_equal(hf_models.tensors(tmp_path / "back"), {n: t.float() for n, t in tensors.items()})
+    assert_same(hf_models.tensors(tmp_path / "back"), {n: t.float() for n, t in tensors.items()})
 
 
 def test_what_was_made_is_said(models: Path, tmp_path: Path, capsys: Capsys) -> None:

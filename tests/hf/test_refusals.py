@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_router_upcycling.config import manifest
 from tests import dense_checkpoint, hf_models
-from tests.hf.folders import Capsys, assert_equal, copy, edit, make_moe, refused, run
+from tests.dense_checkpoint import assert_same
+from tests.hf.folders import Capsys, copy, edit, make_moe, refused, run
 
 
 def set_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
@@ -116,7 +117,7 @@ def test_a_folder_that_was_not_made_here_is_not_replaced(
     assert "holds no export_hf.json" in refused(capsys, "export-hf", dense, source, "--overwrite")
     assert "lies in HF_DIR" in refused(capsys, "import-hf", source, source / "dense")
     assert "no such folder" in refused(capsys, "import-hf", tmp_path / "none", tmp_path / "new")
-    assert_equal(hf_models.tensors(back), hf_models.tensors(source))
+    assert_same(hf_models.tensors(back), hf_models.tensors(source))
 
 
 def test_bad_flags_of_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:

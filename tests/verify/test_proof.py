@@ -88,16 +88,15 @@ class Conversion:
             path.write_bytes(before)
 
     @contextlib.contextmanager
-    def metadata(self, change: Callable[[Any], object], sign: bool = True) -> Iterator[None]:
-        """Change ``.metadata``; with ``sign`` the manifest records the new file's digest."""
+    def metadata(self, change: Callable[[Any], object]) -> Iterator[None]:
+        """Change ``.metadata``; the manifest records the new file's digest."""
 
         def edit(content: bytearray) -> None:
             metadata = pickle.loads(content)
             change(metadata)
             content[:] = pickle.dumps(metadata)
 
-        path = self.release / ".metadata"
-        with self.changed(path, edit), self.signed() if sign else contextlib.nullcontext():
+        with self.changed(self.release / ".metadata", edit), self.signed():
             yield
 
     def manifest(self, change: Callable[[dict[str, Any]], object]) -> Any:
