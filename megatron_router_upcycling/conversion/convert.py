@@ -67,7 +67,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     read = [path for path in (options.key_stats,) if path] + list(locate(Path(root))[1].rglob("*"))
     sources = Stamps(read)  # before anything is read
     dense = open_dense(root, options.config)
-    publish.check_target(out, dense.root, options.overwrite)
+    publish.check_target(out, dense.root, options.overwrite, source_name="DENSE", made_by=TRACKER)
     model = read_model(dense)
     router_parameters(model, options.router)  # whether the router fits the model
     stats = _read_key_stats(options, dense, model)

@@ -1,13 +1,15 @@
 """Texts into tokens: by the tokenizers library, sentencepiece, or tiktoken where its tokens are the same."""
 
+import functools
 import json
 import os
 import unicodedata
 from collections.abc import Callable
 from typing import Any
 
+LAST = r"|\s+(?!\S)|\s+"  # what the rules of GPT-2, Llama and Qwen end with
 # GPT-2's rule, which the ByteLevel pre-tokeniser applies by itself.
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+" + LAST
 # What two tokenizers could disagree about: scripts, white space, digits, accents, code, emoji.
 SAMPLE = [
     "The quick brown fox's 12345 jumps; don't, I'LL we'd it\u2019s e\u0301 naïve Straße ŒUVRE ǅ ﬁ ½ ² ⅷ",
@@ -26,12 +28,17 @@ class Unsuited(Exception):
     """Why tiktoken cannot give the tokens of a tokenizer.json."""
 
 
+@functools.lru_cache(2)  # forked workers have those of their parent
 def of(definition: str | bytes, encode_special_tokens: bool, tiktoken: bool) -> Encoder:
     """The encoder of a tokenizer.json (by tiktoken, else ``Unsuited`` is raised) or sentencepiece model."""
     if isinstance(definition, bytes):
         import sentencepiece
 
         return sentencepiece.SentencePieceProcessor(model_proto=definition).encode
+    if tiktoken:
+        return _by_tiktoken(
+            json.loads(definition), encode_special_tokens, of(definition, encode_special_tokens, False)
+        )
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers says how many processes there are
     import tokenizers
 
@@ -41,10 +48,10 @@ def of(definition: str | bytes, encode_special_tokens: bool, tiktoken: bool) -> 
     def encode(text: str) -> list[int]:
         return tokenizer.encode_batch_fast([text])[0].ids  # without the places of characters
 
-    return _by_tiktoken(json.loads(definition), tokenizer, encode) if tiktoken else encode
+    return encode
 
 
-def _by_tiktoken(content: dict[str, Any], tokenizer: Any, slow: Encoder) -> Encoder:
+def _by_tiktoken(content: dict[str, Any], encode_special_tokens: bool, slow: Encoder) -> Encoder:
     """The encoder of a byte-level BPE by tiktoken, several times as fast as ``slow`` by ``tokenizers``.
 
     tiktoken merges whatever gives a token, lowest number first; ``tokenizers`` merges listed pairs in their
@@ -52,14 +59,15 @@ def _by_tiktoken(content: dict[str, Any], tokenizer: Any, slow: Encoder) -> Enco
     into that token: two neighbours that give a token have come about as they do in the token alone.
     """
     import tiktoken
+    from tokenizers import normalizers
 
-    normalizer = tokenizer.normalizer
+    normalizer = normalizers.NFC() if content["normalizer"] else None
     if (content["normalizer"] or {}).get("type", "NFC") != "NFC":
         raise Unsuited("its normaliser is not NFC")
     if slow(""):
         raise Unsuited("it puts tokens around a text")
-    added = _added(content, tokenizer.encode_special_tokens)
-    ranks = _ranks(content, tokenizer.encode_special_tokens)
+    added = _added(content, encode_special_tokens)
+    ranks = _ranks(content, encode_special_tokens)
     # With no special token at all, tiktoken would look for the empty one at every character.
     special = added or {"\0\0none": max(ranks.values()) + 1}
     rule = _rule(content["pre_tokenizer"])
@@ -100,13 +108,16 @@ def _rule(pre_tokenizer: dict[str, Any] | None) -> str:
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     match steps:
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            return GPT2
+            rule = GPT2
         case [
             {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
         ]:
-            return rule
-    raise Unsuited("its pre-tokeniser is not a regular expression before bytes")
+            pass
+        case _:
+            raise Unsuited("its pre-tokeniser is not a regular expression before bytes")
+    # Those before the look ahead in a group of their own: a fifth faster, since they are tried at once.
+    return f"(?:{rule.removesuffix(LAST)}){LAST}" if rule.endswith(LAST) else rule
 
 
 def _ranks(content: dict[str, Any], encode_special_tokens: bool) -> dict[bytes, int]:

@@ -1,6 +1,5 @@
 """A task's part of the data, tokenised: its tokens, a table of its documents, and what was no document."""
 
-import functools
 import hashlib
 import io
 import json
@@ -15,7 +14,7 @@ from typing import Any, Self
 import numpy
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_router_upcycling.data import encoders, readers
+from megatron_router_upcycling.data import readers
 from megatron_router_upcycling.data.record import Options
 from megatron_router_upcycling.data.tokenizer import Tokenizer
 from megatron_router_upcycling.errors import UserError, reason
@@ -63,12 +62,6 @@ class Tokenise(PipelineStep):
         super().__init__()
         self.tasks, self.options, self.tokenizer, self.tiktoken = tasks, options, made, tiktoken
 
-    @functools.cached_property
-    def _encoders(self) -> tuple[encoders.Encoder, encoders.Encoder]:
-        """What gives the tokens, and what they are compared with; for all parts that a process makes."""
-        slow = self.tokenizer.encoder()
-        return self.tokenizer.encoder(tiktoken=True) if self.tiktoken else slow, slow
-
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         path = self.options.work / f"{rank:07d}.tokens"
         partial, content, counts = path.with_suffix(f".{os.getpid()}"), io.BytesIO(), Counts()
@@ -89,7 +82,8 @@ class Tokenise(PipelineStep):
         options, dtype = self.options, self.tokenizer.dtype
         end = self.tokenizer.end_of_document if options.end_of_document else None
         ends = [] if end is None else [end]
-        encode, slow = self._encoders
+        slow = self.tokenizer.encoder()
+        encode = self.tokenizer.encoder(tiktoken=True) if self.tiktoken else slow
         compared = 0 if self.tiktoken else SAMPLED
         for text in documents(self.tasks[rank], options, counts):
             ids = encode(text)

@@ -23,7 +23,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from megatron_router_upcycling.checkpoint.format.files import TRACKER
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import existing, format_bytes, sync
 
@@ -32,9 +31,7 @@ RENAME_EXCHANGE = 2
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def check_target(
-    out: Path, source: Path, overwrite: bool, source_name: str = "DENSE", made_by: str = TRACKER
-) -> None:
+def check_target(out: Path, source: Path, overwrite: bool, source_name: str, made_by: str) -> None:
     """Refuse a place where something would be lost; ``made_by``: a file that what may be replaced holds."""
     here, there = out.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import queue
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -43,7 +44,8 @@ def install() -> None:
         raise RuntimeError("the CPU backend was asked for on a machine with a GPU; use --device cuda")
     # Dynamo traces the bridge's Python functions without gain, and compiles for minutes on CPU.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    torch._dynamo.config.disable = True
+    if "torch._dynamo" in sys.modules:  # it has read that variable already
+        torch._dynamo.config.disable = True
     _bridge_devices()
     _bridge_torch_cuda()
     # Gloo takes no CUDA device to bind a process group or a barrier to.
