@@ -23,6 +23,11 @@ method: see configs/methods and configs/ablations. Flags override it.
 router keys, so that a token goes to all G of each of its --top-k copies. --shared-expert keeps the dense FFN
 for every token: half of the output comes from it, half from the chosen experts.
 
+--router linear --gate heads folds the mixture of attention heads into one linear gate. --center takes the
+direction of the mean token out of a gate, so that no expert starts ahead for all tokens; --equalize gives it
+equal singular values, so that all directions which tell experts apart count alike. Both are for mixtures and
+linear gates, of heads or random; configs/methods/balanced.yaml has both.
+
 --target-entropy E scales each layer's logits so that the routing distribution over all experts has a mean
 entropy of E nats (uniform over n experts: ln n, 2.08 for 8) on the hidden states that collect_keys keeps
 (--router-samples): inspect shows each layer's entropy and suggests the flag where it would help. For mixture,
@@ -51,7 +56,7 @@ from typing import Any
 
 from megatron_router_upcycling.commands.shared import progress_bar
 from megatron_router_upcycling.config.flags import add_output, add_router
-from megatron_router_upcycling.config.start import HEAD_KEYS, InitConfig
+from megatron_router_upcycling.config.start import GATES, HEAD_KEYS, InitConfig
 from megatron_router_upcycling.conversion.options import Method, read_method
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
@@ -74,6 +79,12 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
         help="a head's key: the mean of its query group (the paper's default), or what the head attends to"
         " (default where heads share groups)",
     )
+    convert.add_argument("--gate", choices=GATES, help="of a linear router (default: random); see below")
+    for flag, what in (
+        ("--center", "no expert ahead for all tokens"),
+        ("--equalize", "equal singular values"),
+    ):
+        convert.add_argument(flag, action="store_true", default=None, help=f"{what}; see below")
     convert.add_argument(
         "--target-entropy", metavar="E", type=float, help="scale the logits to this mean entropy, in nats"
     )
@@ -131,7 +142,9 @@ def method(args: argparse.Namespace) -> tuple[Method, RouterConfig, InitConfig]:
         kind.check_has(name, f"--{name.replace('_', '-')} {value}")
     defaults = {"num_experts": 8 * args.granularity, "top_k": kind.top_k * args.granularity}
     router = RouterConfig(**(defaults | file.router | flags), granularity=args.granularity)
-    init = dataclasses.replace(file.init, **_given(args, ("head_key", "target_entropy")))
+    init = dataclasses.replace(
+        file.init, **_given(args, ("head_key", "gate", "center", "equalize", "target_entropy"))
+    )
     init.check(router)
     return file, router, init
 

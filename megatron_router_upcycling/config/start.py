@@ -10,10 +10,11 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import Recorded, RouterConfig
 
 HEAD_KEYS = ("mean", "attended")
+GATES = ("random", "centroid", "heads")
 CHOICES = {
     "queries": ("heads", "random"),
     "keys": ("heads", "random"),
-    "gate": ("random", "centroid"),
+    "gate": GATES,
     "head_key": (None, *HEAD_KEYS),
 }
 
@@ -26,7 +27,10 @@ class InitConfig(Recorded):
       distribution, each with the norm of the one from attention heads.
     - ``head_key``: equation 4's key of an attention head, the ``mean`` of its query group's or what the head
       ``attended`` to (``key_statistics.capture``); None: ``attended`` where heads would share a mean key.
-    - ``gate``: of a linear router, ``centroid`` makes it of the centres of clusters of its inputs.
+    - ``gate``: of a linear router, ``centroid`` makes it of the centres of clusters of its inputs, ``heads``
+      folds the mixture that attention heads give into one matrix.
+    - ``center``: take the direction of the mean router input out, so that no expert is ahead for all tokens.
+    - ``equalize``: give the gate equal singular values, so that no two experts are nearly alike.
     - ``target_entropy``: in nats, the mean entropy of a token's routing distribution over all experts, to
       which each layer's logits are scaled.
     """
@@ -37,6 +41,8 @@ class InitConfig(Recorded):
     keys: str = "heads"
     head_key: str | None = None
     gate: str = "random"
+    center: bool = False
+    equalize: bool = False
     target_entropy: float | None = None
 
     def __post_init__(self) -> None:
@@ -53,7 +59,11 @@ class InitConfig(Recorded):
     @property
     def needs_router_input(self) -> bool:
         """Whether values are made from samples of the routers' inputs."""
-        return self.gate == "centroid" or self.target_entropy is not None
+        return self.gate == "centroid" or self.center or self.target_entropy is not None
+
+    def of_heads(self, router: RouterConfig) -> bool:
+        """Whether the routers are made from attention heads, which takes key statistics."""
+        return router.kind.of_heads or self.gate == "heads"
 
     def check(self, router: RouterConfig) -> None:
         """Raise UserError for what ``router`` cannot start with."""
@@ -61,6 +71,10 @@ class InitConfig(Recorded):
         for name, value in self.to_dict().items():
             if value != default[name]:
                 router.kind.check_has(name, f"{name} {value}")
+        if self.equalize and router.pooling == "max":
+            raise UserError("--equalize: is for --pooling sum; the maximum has no single gate")
+        if self.head_key and not self.of_heads(router):
+            raise UserError(f"--head-key {self.head_key}: --router {router.router} needs --gate heads for it")
         target, uniform = self.target_entropy, math.log(router.num_experts)
         if target is not None and not 0 < target < uniform:
             raise UserError(

@@ -71,7 +71,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     model = read_model(dense)
     router_parameters(model, options.router)  # whether the router fits the model
     stats = _read_key_stats(options, dense, model)
-    if stats is not None and options.router.kind.of_heads:
+    if stats is not None and options.init.of_heads(options.router):
         head_key = choose_head_key(options.init, stats, model)
         options = replace(options, init=replace(options.init, head_key=head_key))  # as it is recorded
     conversion = Conversion(plan(dense, model, options), stats, out, sources)
@@ -159,10 +159,11 @@ def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[s
 def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> KeyStats | None:
     """The key statistics where the routers are made from them, checked; else None."""
     kind, path = options.router.kind, options.key_stats
-    if not kind.of_heads and not options.init.needs_router_input:
+    of_heads = options.init.of_heads(options.router)
+    if not of_heads and not options.init.needs_router_input:
         return None
     if path is None:
-        what = f"--router {kind.name}" if kind.of_heads else "this --config"
+        what = f"--router {kind.name}" if kind.of_heads else "this start of the routers"
         raise UserError(f"--key-stats: {what} needs the file that collect_keys wrote")
     stats = key_stats_file.load(path)
     sizes = ("num_layers", "num_query_groups", "kv_channels", "num_attention_heads", "hidden_size")

@@ -56,7 +56,7 @@ class Plan(Work):
         chunks, then apart), its router, and that of the layer before.
         """
         model = self.model
-        if not self.options.router.kind.of_heads:
+        if not self.options.init.of_heads(self.options.router):
             return self.scratch_bytes
         heads = model.num_attention_heads + 2 * model.num_query_groups
         rows = heads * model.kv_channels * model.hidden_size * model.dtype.itemsize

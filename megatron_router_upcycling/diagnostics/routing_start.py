@@ -243,14 +243,15 @@ def _tied(ties: dict[int, tuple[tuple[int, int], ...]], record: dict[str, Any]) 
         return None
     stats = (record.get("key_stats") or {}).get("metadata", {})
     shares_keys = stats.get("num_query_groups", 0) < stats.get("num_attention_heads", 0)
-    if router.kind.of_heads and init.head_key != "attended" and shares_keys:
+    if init.of_heads(router) and init.head_key != "attended" and shares_keys:
         remedy = "convert again with --head-key attended, from key statistics that collect_keys writes now"
     elif router.num_routers is not None and router.num_routers < router.num_copies:
         remedy = f"convert again with --num-routers {router.num_copies}"
     elif router.kind.of_heads:
         remedy = "convert again with --config configs/ablations/random_keys.yaml, whose keys differ"
     else:
-        remedy = "convert again with another --seed"
+        other = "--gate random" if init.gate == "heads" else "another --seed"
+        remedy = f"convert again with {other}"
     layer, pairs = next(iter(found.items()))
     shown = ", ".join(f"{a} and {b}" for a, b in pairs[:NAMED]) + ", ..." * (len(pairs) > NAMED)
     return (

@@ -18,6 +18,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 
 KMEANS_ROUNDS = 50
+LEAST_SINGULAR = 1e-6  # of the largest: what is below is rounding
 BISECTIONS = 200
 SCALES = (1e-8, 1e8)
 
@@ -59,6 +60,18 @@ def cluster_centres(inputs: Tensor, count: int, random: torch.Generator) -> Tens
             break
         centres = moved
     return centres
+
+
+def equal_singular_values(gate: Tensor) -> Tensor:
+    """The matrix [n, n] that makes the singular values of ``gate`` [n, D] equal, those that are not 0.
+
+    The gate keeps its Frobenius norm. Of n experts whose keys are shorter than n, some values are 0; tied
+    experts stay tied.
+    """
+    u, singular, _ = torch.linalg.svd(gate, full_matrices=False)
+    kept = singular > LEAST_SINGULAR * singular[0]
+    u, singular = u[:, kept], singular[kept]
+    return (u / singular) @ u.t() * singular.square().mean().sqrt()
 
 
 def scale_to_entropy(logits: Tensor, target: float, place: str) -> float:
@@ -108,12 +121,25 @@ def alter_router(
         centres = cluster_centres(inputs, router.num_copies, generator(seed, "centroid", layer))
         norms = made["weight"][:: router.granularity].double().norm(dim=1, keepdim=True).float()
         made["weight"] = (centres * norms).repeat_interleave(router.granularity, dim=0).to(dtype)
+    scaled = router.kind.scaled or ""  # InitConfig.check refuses the kinds that have none
+    reads = "query_weight" if "query_weight" in made else "weight"  # the factor [..., D] of the gate
+    if init.center:
+        assert inputs is not None
+        mean, value = inputs.double().mean(dim=0), made[reads].double()
+        made[reads] = (value - (value @ mean).unsqueeze(-1) * (mean / mean.dot(mean))).to(dtype)
+    if init.equalize:
+        by_copy = (router.num_copies, router.granularity, -1)  # shards of a copy are equal
+        folded = router.kind.gate(made, router, made[reads].shape[-1], torch.float64)["weight"]
+        gate, rows = (
+            one.unflatten(0, by_copy)[:, 0].flatten(0, 1) for one in (folded, made[scaled].double())
+        )
+        rows = equal_singular_values(gate) @ rows
+        rows = rows.unflatten(0, (router.num_copies, -1)).repeat_interleave(router.granularity, dim=0)
+        made[scaled] = rows.flatten(0, 1).to(dtype)
     if init.target_entropy is not None:
         assert inputs is not None
         gate = router.kind.gate(made, router, inputs.shape[1], torch.float64)
         logits = router.kind.logits(gate, inputs.double(), router)
         scale = scale_to_entropy(logits, init.target_entropy, f"in layer {layer}")
-        scaled = router.kind.scaled
-        assert scaled is not None  # InitConfig.check refuses the others
         made[scaled] = (made[scaled].double() * scale).to(dtype)
     return made

@@ -42,12 +42,15 @@ def router_values(
     parameters = kinds.all_parameters(router, model, model.linear_bias)
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
-        if router.kind.of_heads:
+        if init.of_heads(router):
             assert stats is not None
+            mixture = router if router.kind.of_heads else replace(router, router="mixture")
             qkv = dense.read_layer(QKV, layer, bytearray())
             queries = query_heads(qkv, model.num_attention_heads, model.num_query_groups)
-            made = init_mixture(queries, _head_keys(init, stats, model, layer), router)
+            made = init_mixture(queries, _head_keys(init, stats, model, layer), mixture)
             values = dict(zip(("query_weight", "expert_key"), made, strict=True))
+            if mixture is not router:
+                values = mixture.kind.gate(values, mixture, model.hidden_size, torch.float64)
         else:
             values = _drawn(model, router, generator)
         values = {name: value.to(model.dtype) for name, value in values.items()}

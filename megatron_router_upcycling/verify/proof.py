@@ -49,7 +49,7 @@ def prepare(
     options.init.check(options.router)
     router_parameters(model, options.router)  # whether the router fits the model
     stats = None
-    if not has_trained(moe) and (options.router.kind.of_heads or options.init.needs_router_input):
+    if not has_trained(moe) and (options.init.of_heads(options.router) or options.init.needs_router_input):
         stats, path = _key_stats(model, section(moe, record, "key_stats"), key_stats_file, findings)
         options = replace(options, key_stats=path)
     return Verification(moe, record, plan(dense, model, options), stats, findings)
@@ -129,7 +129,9 @@ def _say_what_was_seen(verification: Verification, comparison: Comparison) -> No
             findings.looked_at[check] = format_bytes(comparison.compared.get(check, 0))
     if verification.trained:
         findings.skipped["states"] = findings.skipped["files"] = TRAINED
-    elif not verification.plan.options.router.kind.of_heads and comparison.compared.get("routers"):
+    elif not verification.plan.options.init.of_heads(
+        verification.plan.options.router
+    ) and comparison.compared.get("routers"):
         findings.looked_at["routers"] += f", drawn again from seed {verification.plan.options.seed}"
 
 

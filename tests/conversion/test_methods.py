@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = sorted(
     path.stem
     for path in (CONFIGS / "methods").glob("*.yaml")
-    if path.stem not in ("base", "scratch") and not path.stem.startswith("calibrated")
+    if path.stem not in ("base", "scratch", "balanced") and not path.stem.startswith("calibrated")
 )
 ROUTER = "decoder.layers.mlp.router"
 L, D = dense_checkpoint.LAYERS, dense_checkpoint.HIDDEN
@@ -127,6 +127,9 @@ def test_the_flag_stands_above_the_file(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"router": "linear", "head_key": "mean"}, "--head-key mean: --router linear needs --gate heads"),
+        ({"equalize": True, "pooling": "max"}, "--equalize: is for --pooling sum"),
+        ({"router": "mlp", "center": True}, "center True: is for --router mixture or linear or switch"),
         ({"gate": "centroid"}, "gate centroid: is for --router linear or switch, not for mixture"),
         ({"target_entropy": 3.0}, "--target-entropy 3.0: is in nats and must be between 0 and ln 8 = 2.0794"),
         ({"target_entropy": 1.0}, "holds no hidden states (router_input)"),

@@ -55,6 +55,23 @@ def router(
         lengths = np.sqrt((_numbers(values["weight"])[::shards] ** 2).sum(axis=1)).astype(np.float32)
         gate = centres * lengths[:, None].astype(np.float64)
         values["weight"] = _rounded(gate.repeat(shards, axis=0), dtype)
+    wide = "query_weight" if config.router == "mixture" else "weight"
+    if init.center:
+        mean = inputs.mean(axis=0)
+        off = np.eye(len(mean)) - np.outer(mean, mean) / (mean @ mean)
+        values[wide] = _rounded(_numbers(values[wide]) @ off, dtype)
+    if init.equalize:
+        gate, narrow = _numbers(values[wide]), "expert_key" if config.router == "mixture" else "weight"
+        if config.router == "mixture":
+            keys = _numbers(values["expert_key"])
+            gate = sum(keys @ query for query in gate) / math.sqrt(keys.shape[1])
+        first = [i for i in range(len(gate)) if i * config.num_experts // len(gate) % config.granularity == 0]
+        squares, vectors = np.linalg.eigh(gate[first] @ gate[first].T)  # (A A^T)^(-1/2), and the norm of A
+        squares, vectors = squares[squares > 1e-12 * squares[-1]], vectors[:, squares > 1e-12 * squares[-1]]
+        root = vectors @ np.diag(squares**-0.5) @ vectors.T * math.sqrt(squares.mean())
+        rows = (root @ _numbers(values[narrow])[first]).reshape(config.num_experts // config.granularity, -1)
+        made = rows.repeat(config.granularity, axis=0).reshape(len(gate), -1)
+        values[narrow] = _rounded(made, dtype)
     if init.target_entropy is not None:
         scale = _scale(_logits(values, config, inputs), init.target_entropy)
         name = {"mixture": "expert_key", "mlp": "fc2.weight"}.get(config.router, "weight")

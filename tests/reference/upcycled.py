@@ -1,5 +1,7 @@
 """All tensors of a Mixture-of-Experts, made of all tensors of a dense model at once."""
 
+import dataclasses
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -104,11 +106,16 @@ def routers(
     for layer in layers:
         values: Tensors = {}
         match router.router:
-            case "mixture":
+            case _ if router.router == "mixture" or init.gate == "heads":
+                form = dataclasses.replace(router, router="mixture")
                 groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
                 keys = head_keys[layer].numpy()
-                parts = mixture.of_heads(dense[QKV][layer], keys, groups, router)
+                parts = mixture.of_heads(dense[QKV][layer], keys, groups, form)
                 values["query_weight"], values["expert_key"] = parts[0], parts[1].to(dtype)
+                if router.router != "mixture":
+                    key = parts[1].double().numpy()
+                    gate = sum(key @ query.double().numpy() for query in parts[0]) / math.sqrt(key.shape[1])
+                    values = {"weight": torch.from_numpy(gate[:: router.granularity].copy()).to(dtype)}
             case "linear" | "switch":
                 values["weight"] = ablations.normal((copies, D), random, std).to(dtype)
             case "mlp":
