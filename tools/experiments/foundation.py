@@ -71,8 +71,12 @@ def num_ranks() -> int:
 
 
 def torchrun(module: str, ranks: int, launcher: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """Run a module of the package on so many ranks of this machine, unless another launcher starts it."""
+    """Run a module of the package on so many ranks of this machine, unless another launcher starts it.
+
+    One rank needs no torchrun, which takes seconds to start.
+    """
     here = (program("torchrun"), "--standalone", "--nproc-per-node", str(ranks))
+    here = (program("python"),) if ranks == 1 else here
     return (*(launcher or here), "-m", f"megatron_router_upcycling.{module}")
 
 
