@@ -75,8 +75,9 @@ def torchrun(module: str, ranks: int, launcher: tuple[str, ...] | None = None) -
 
     One rank needs no torchrun, which takes seconds to start.
     """
-    here = (program("torchrun"), "--standalone", "--nproc-per-node", str(ranks))
-    here = (program("python"),) if ranks == 1 else here
+    here: tuple[str, ...] = (program("python"),)
+    if ranks > 1:
+        here = (program("torchrun"), "--standalone", "--nproc-per-node", str(ranks))
     return (*(launcher or here), "-m", f"megatron_router_upcycling.{module}")
 
 
