@@ -214,7 +214,7 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
         order = "softmax, then top-k (--moe-router-pre-softmax)"
         first = (
             f"the loss is above the dense model's: a token's {router.top_k} experts have less than the whole"
-            f" weight, of which all {router.num_experts} have a share; training makes up for it"
+            f" weight, which softmax spreads over all {router.num_experts}; training makes up for it"
         )
     else:
         first = "it is exactly the dense model"

@@ -31,7 +31,7 @@ from megatron_router_upcycling.key_statistics.file import KeyStats
 
 @dataclass(frozen=True, eq=False)
 class Computed:
-    """A tensor of ``shape``, computed in slices: ``compute`` takes an index on each of ``num_axes`` axes."""
+    """A tensor of ``shape`` in slices: ``compute`` takes an index on each of its first ``num_axes`` axes."""
 
     compute: Callable[..., torch.Tensor]
     shape: Shape

@@ -1,1 +1,1 @@
-"""Import and export Hugging Face folders tensor by tensor; only tokenizers need transformers."""
+"""Import and export Hugging Face folders tensor by tensor: no model is built; tokenizers use transformers."""

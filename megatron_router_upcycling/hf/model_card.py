@@ -136,8 +136,8 @@ def precision(record: dict[str, Any]) -> str:
         return "the gates are kept as they were folded, in float32"
     return (
         f"routers in {dtype}, not float32: of {found['choices']} choices of an expert for random tokens"
-        f" {found['by_rounding']} change ({found['by_arithmetic']} where logits are computed in {dtype}"
-        " too)"
+        f" {found['by_rounding']} are different ({found['by_arithmetic']} where logits are computed in"
+        f" {dtype} too)"
     )
 
 

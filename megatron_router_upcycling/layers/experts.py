@@ -143,7 +143,7 @@ def _shards(
 ) -> list[ShardedTensor]:
     """A stacked parameter [n, out, in] as Megatron's shards: one an expert, or gate and up (2 ``halves``).
 
-    ``places``: local expert's number -> its offset among all experts; empty if ``singleton``, where each has
+    ``places``: local expert's number -> its offset among all experts, or () if ``singleton``: each then has
     its own key. ``ShardedTensorFactory`` passes ``key`` and the arguments after it.
     """
     found = []
