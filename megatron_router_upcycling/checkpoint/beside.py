@@ -1,6 +1,6 @@
-"""What stands beside a model's weights: its tokenizer, chat templates, generation settings, licence.
+"""The files that accompany a model's weights: tokenizer, chat templates, generation settings, licence.
 
-Each checkpoint keeps them in ``ROOT/tokenizer``, linked to those of the one before it. Pure: no torch.
+Each checkpoint keeps them in ``ROOT/tokenizer``, hard-linked to its source checkpoint's. Pure: no torch.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ FOLDER = "tokenizer"  # of a checkpoint's root
 # A folder with one of these holds a tokenizer that transformers loads.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
-# What is copied, by name without regard to case. Other files may change what a folder is to whoever loads it:
-# those of an adapter, a quantisation, a trainer, another model.
+# Name patterns of the files to copy, matched case-insensitively. Other files could change how the folder is
+# loaded: those of an adapter, a quantisation, a trainer, another model.
 COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
@@ -24,24 +24,24 @@ COPIED = (
     *("licen[sc]e*", "copying*", "notice*", "readme*", "*.md"),
     *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
 )
-# Folders are copied whole or not at all: those of chat templates, and of sentence-transformers (1_Pooling).
+# Subfolders, copied whole or not at all: chat templates and sentence-transformers' modules (1_Pooling).
 COPIED_FOLDERS = ("*/*.jinja", "[0-9]_*/config.json")
 ADAPTER = "adapter_config.json"
-# Nor these, whatever else they are.
+# Never copied, even if a pattern above matches.
 NOT_COPIED = ("adapter_*", "*.py", "*.pyc", "*.so", "*.bin", "*.pt", "*.pth", "*.safetensors")
 LARGEST = 256 << 20  # bytes; the largest tokenizers have 35 million
-NAMED = 20  # of what is left out
+NAMED = 20  # of the files that are left out
 
 
 class Found(NamedTuple):
-    """The files of a folder but for its weights, by their paths in it, and names of what else there is."""
+    """The files of a folder to copy, by their relative paths, and the names of what is left out."""
 
     carried: list[Path]
     left_out: list[str]
 
 
 def look(folder: Path, weights: Iterable[Path] = ()) -> Found:
-    """What of a Hugging Face folder, but for the model's own ``weights``, goes where the model goes."""
+    """Choose the files of a Hugging Face folder to copy with the model, ignoring the model's ``weights``."""
     carried: list[Path] = []
     left_out: list[str] = []
     for path in sorted(folder.iterdir()):
@@ -84,7 +84,7 @@ def copy(source: Path, files: Iterable[Path], target: Path, *, link: bool = Fals
 
 
 def hand_on(place: Path, root: Path) -> None:
-    """Give the checkpoint in ``root`` what ``place`` holds, a folder or one file; it replaces others."""
+    """Link the files of ``place``, a folder or one file, into checkpoint ``root``, over existing ones."""
     files = look(place).carried if place.is_dir() else [Path(place.name)]
     source = place if place.is_dir() else place.parent
     target = root / FOLDER
@@ -96,7 +96,7 @@ def hand_on(place: Path, root: Path) -> None:
 
 
 def tokenizer_of(folder: Path) -> tuple[str, Path] | None:
-    """Megatron's ``--tokenizer-type`` and ``--tokenizer-model`` for what stands in ``folder``, if any."""
+    """Megatron's ``--tokenizer-type`` and ``--tokenizer-model`` for the tokenizer in ``folder``, if any."""
     if any((folder / file).is_file() for file in TOKENIZER_FILES[:2]):
         return "HuggingFaceTokenizer", folder
     models = sorted(folder.glob("*.model")) if folder.is_dir() else []

@@ -1,6 +1,6 @@
-"""A model's architecture: its sizes, and all that makes two models' parameters mean the same. Pure: no torch.
+"""A model's architecture: its sizes, and the options that decide what its parameters mean. Pure: no torch.
 
-Here it is made of Megatron's training arguments; ``hf`` makes it of a config.json and adds what that says.
+Here it is built from Megatron's training arguments; ``hf`` builds it from a config.json and adds its entries.
 """
 
 from argparse import Namespace
@@ -13,8 +13,8 @@ from megatron_router_upcycling.errors import shown
 if TYPE_CHECKING:
     import torch
 
-# Megatron flag (underscores for dashes) -> the attribute of its arguments, for all that makes two models'
-# parameters mean the same. A switch that turns something off stands for the attribute's negation.
+# Megatron flag (underscores for dashes) -> the attribute of its arguments, for the options that decide what a
+# model's parameters mean. A flag in ``NEGATED`` turns its attribute off.
 RENAMED = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
 ARCHITECTURE = {
     flag: RENAMED.get(flag, flag)
@@ -29,7 +29,7 @@ ARCHITECTURE = {
     )
 }
 NEGATED = {"disable_bias_linear": "add_bias_linear"}
-# Where these arguments are set, the layers are not what the converter knows.
+# If one of these arguments is set, the layers are of a kind that the converter does not support.
 UNKNOWN_LAYERS = (
     *("multi_latent_attention", "attention_output_gate", "experimental_attention_variant"),
     *("linear_attention_freq", "mtp_num_layers", "heterogeneous_layers_config_path"),
@@ -48,7 +48,7 @@ _NONE = (
     *("num_experts", "activation_func_clamp_value", "rotary_seq_len_interpolation_factor"),
     *("no_rope_freq", "window_size"),
 )
-# Megatron's defaults of the arguments that decide what a dense model computes, but for its sizes.
+# Megatron's defaults for the arguments, other than sizes, that decide what a dense model computes.
 MODEL_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys((*UNKNOWN_LAYERS, *_NONE)),
     **dict.fromkeys(_OFF, False),
@@ -66,7 +66,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "hidden_dropout": 0.1,
     "init_method_std": 0.02,
 }
-# As above, for what its ``gpt_config_from_args``, and Megatron-Bridge's counterpart, ask for as well.
+# Defaults for the arguments that ``gpt_config_from_args`` and Megatron-Bridge's counterpart also require.
 BUILD_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")),
     **dict.fromkeys(("moe_latent_size", "rope_type", "spec", "te_precision_config_file", "yaml_cfg")),
@@ -86,8 +86,8 @@ BUILD_DEFAULTS: dict[str, Any] = {
 class Architecture:
     """Sizes of a GPT model: L layers, D hidden, F FFN, H query heads, G query groups, d head size.
 
-    ``flags`` are Megatron's (underscores for dashes), by name: the sizes once more, and the switches of
-    ``ARCHITECTURE`` and ``NEGATED``. One without a value is left out. The manifest records them.
+    ``flags``: Megatron's flags (underscores for dashes) by name, those of ``ARCHITECTURE`` and ``NEGATED``,
+    sizes included. Flags without a value are left out. The manifest records them.
     """
 
     num_layers: int
@@ -103,7 +103,7 @@ class Architecture:
     def from_arguments(cls, args: Namespace, **more: Any) -> Self:
         """The architecture that Megatron's training arguments describe; ``more``: a subclass's own fields.
 
-        AttributeError, TypeError, ValueError or OverflowError where they do not give it.
+        Raises AttributeError, TypeError, ValueError or OverflowError where they do not give it.
         """
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
@@ -200,7 +200,7 @@ def megatron_arguments(flags: dict[str, Any]) -> Namespace:
 
 
 def _flags_of(args: Namespace) -> dict[str, Any]:
-    """The architecture's flags in Megatron's arguments, but for those without a value."""
+    """The architecture's flags from Megatron's arguments, without those that have no value."""
     flags = {flag: getattr(args, name, None) for flag, name in ARCHITECTURE.items()}
     flags |= {flag: not getattr(args, name) for flag, name in NEGATED.items()}
     if args.group_query_attention:

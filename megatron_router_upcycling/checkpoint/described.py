@@ -1,4 +1,4 @@
-"""What describes a checkpoint's architecture where its training arguments do not. Pure: no torch.
+"""Find a model's architecture where the checkpoint's training arguments do not give it. Pure: no torch.
 
 Megatron-Bridge writes ``run_config.yaml``, ms-swift ``config.json``; ``--config`` describes any checkpoint.
 """
@@ -32,7 +32,7 @@ OF_BRIDGE = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
     "rope_scaling": "use_rope_scaling",
 }
-# Whether the FFN is gated, and its activation -> the switch of Megatron's that builds it.
+# (whether the FFN is gated, its activation) -> the Megatron flag that builds it.
 ACTIVATIONS = {
     (True, "silu"): "swiglu",
     (True, "quick_gelu"): "quick_geglu",
@@ -52,7 +52,7 @@ def gives_architecture(args: Any) -> TypeGuard[Namespace]:
 
 
 def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str]:
-    """Megatron's arguments of the model in ``folder``, an iteration of ``root``, and what they are from."""
+    """Megatron's arguments for the model in ``folder``, an iteration of ``root``, and their source."""
     if config and (flags := of_yaml(config)):
         return megatron_arguments(flags), f"--config {config}"
     for path in (folder / RUN_CONFIG, root / CONFIG_JSON, folder / CONFIG_JSON):
@@ -71,7 +71,7 @@ def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str]
 
 
 def of_yaml(config: Path) -> dict[str, Any] | None:
-    """A dense model's flags in a YAML file; None where it gives no architecture, as a method's file."""
+    """A dense model's flags from a YAML file; None if it gives no architecture, as in ``configs/methods``."""
     flags = {name: _number(value) for name, value in read_yaml(config).items() if name in FLAGS}
     if any(flags.get(name) is None for name in SIZES):
         return None
@@ -94,7 +94,7 @@ def check(config: Path, args: Namespace, root: Path) -> None:
 
 
 def _number(value: Any) -> Any:
-    """A flag's value; YAML takes 1e-6 for text."""
+    """A flag's value, as a number where it is one: YAML reads 1e-6 as text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -102,8 +102,8 @@ def _number(value: Any) -> Any:
 
 
 def _of_run_config(section: dict[str, Any]) -> dict[str, Any]:
-    """Megatron's arguments, by name, in what Megatron-Bridge says of a model."""
-    section = section | (section.get("transformer") or {})  # which newer versions keep apart
+    """Megatron's arguments, by name, from Megatron-Bridge's description of a model."""
+    section = section | (section.get("transformer") or {})  # newer versions nest these
     values = {OF_BRIDGE.get(name, name): value for name, value in section.items()}
     gated = bool(values.get("gated_linear_unit"))
     activation = values.get("activation_func") or ("silu" if gated else "gelu")

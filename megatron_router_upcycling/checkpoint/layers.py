@@ -1,9 +1,9 @@
-"""Layers under keys of their own, seen as tensors stacked over layers.
+"""Convert between one key per layer and tensors stacked over layers.
 
 Megatron stores ``decoder.layers.mlp.linear_fc2.weight`` [L, D, F] where all layers are alike. With
-``moe_layer_freq`` or other options for unlike layers it stores ``decoder.layers.0.mlp.linear_fc2.weight``
-[D, F] and so on; with ``singleton_local_shards`` also the halves of a gated FC1 apart, as ``weight_w`` (gate)
-and ``weight_v`` (up).
+``moe_layer_freq`` or other options that make layers differ, it stores
+``decoder.layers.0.mlp.linear_fc2.weight`` [D, F] and so on; with ``singleton_local_shards`` it also splits a
+gated FC1 into ``weight_w`` (gate) and ``weight_v`` (up).
 """
 
 import re
@@ -19,10 +19,10 @@ HALVES = re.compile(rf"({re.escape(names.within_layer(names.FC1))}\.(?:weight|bi
 
 
 def stack_layers(checkpoint: Checkpoint, with_experts: Collection[int] | None = None) -> Checkpoint:
-    """``checkpoint`` with a layer axis in front of what it stores layer by layer; else as it is.
+    """Stack the tensors that ``checkpoint`` stores layer by layer on a new first axis; others are unchanged.
 
-    ``with_experts``: the layers that have experts where the others have an FFN; each is stacked over the
-    layers that have it, in their order. None: all layers are alike, or are refused.
+    ``with_experts``: the layers with experts; the others have a dense FFN. Each tensor is stacked over the
+    layers that have it, in layer order. None: layers that differ are refused.
     """
     tensors: dict[str, StoredTensor] = {}
     layers: dict[str, dict[int, StoredTensor]] = {}
@@ -56,7 +56,7 @@ def _layers_of(key: str, count: int, with_experts: Collection[int] | None) -> li
 
 
 def split_layers(checkpoint: Checkpoint) -> Checkpoint:
-    """The inverse: ``checkpoint``, stacked, each layer under its own keys; no chunk may be of several."""
+    """The inverse: give each layer of a stacked ``checkpoint`` its own keys; no chunk may span layers."""
     tensors: dict[str, StoredTensor] = {}
     for key, stored in checkpoint.tensors.items():
         if not names.is_of_layers(key):

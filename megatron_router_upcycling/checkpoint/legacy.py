@@ -1,9 +1,10 @@
-"""Read Megatron's legacy checkpoints (``--ckpt-format torch``) as the global tensors they are shards of.
+"""Read Megatron's legacy checkpoints (``--ckpt-format torch``): their shards, as parts of global tensors.
 
 An iteration's folder holds ``mp_rank_XX[_YYY]/model_optim_rng.pt`` for each tensor-parallel rank XX and
 pipeline stage YYY: a ``torch.save`` file of arguments, one state dict per virtual stage (``model``, or
-``model0``, ``model1``, ...), optimizer and random state. Layers are numbered from 0 in each state dict. Only
-the pickles are read; values stay in the file. One storage may hold many tensors, or all of a rank's.
+``model0``, ``model1``, ...), optimizer and random state. Layers are numbered from 0 in each state dict.
+Opening reads the pickles, and of the values only replicated ones. One storage may hold many tensors, or all
+of a rank's.
 """
 
 import functools
@@ -40,10 +41,9 @@ READ_BYTES = 8 << 20
 CHUNK_BYTES = 1 << 30  # larger shards are cut between rows
 QKV_PER_GROUP = 2.0  # checkpoint_version from which a group's queries, key and value lie together
 
-# A layer built without Transformer Engine has its norms apart; torch_dist fuses them all the same.
+# Without Transformer Engine a layer's norms have names of their own; torch_dist uses the fused names anyway.
 FUSED_NORMS = dict((names.NORM_BEFORE_ATTENTION[::-1], names.NORM_BEFORE_FFN[::-1]))
-# Parameter, stacked over layers -> the axis of one layer's that tensor parallelism cuts; None: every rank has
-# it whole.
+# Stacked name of a parameter -> the axis of one layer's that tensor parallelism shards; None: replicated.
 AXES: dict[str, int | None] = {
     names.EMBEDDING: 0,
     names.POSITIONS: None,
@@ -63,7 +63,7 @@ for norm in (*FUSED_NORMS.values(), f"{names.QUERY_NORM}.", f"{names.KEY_NORM}."
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part of a parameter: values, row after row, at ``blob``, which lies in ``storage``."""
+    """One rank's shard of a parameter: row-major values at ``blob``, a part of ``storage``."""
 
     shape: Shape
     dtype: torch.dtype
@@ -77,7 +77,7 @@ class Shard:
 
 
 class RankFile:
-    """The pickle of one ``model_optim_rng.pt`` and the places of its values."""
+    """The pickle of one ``model_optim_rng.pt`` and the locations of its values."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.file = name, f"{name}/{RANK_FILE}"
@@ -107,7 +107,7 @@ class RankFile:
         return common | {"args": safe_pickle.namespace(args)}
 
     def training_state(self) -> dict[str, Blob]:
-        """What is not the model's: named only."""
+        """The names of the entries that are not the model's, with empty blobs."""
         found = [f"{name}{self.name}" for kind, name in TRAINING_STATE.items() if kind in self.state]
         if (self.path.parent / OPTIMIZER_FILE).is_file():
             found.append(f"optimizer.{self.name}/{OPTIMIZER_FILE}")
@@ -124,7 +124,7 @@ class RankFile:
         return models
 
     def shard(self, key: str, value: Any) -> Shard:
-        """Where the tensor ``value``, as the pickle has it, lies in the file."""
+        """Locate the values of the pickled tensor ``value`` in the file."""
         try:
             value = value.args[0] if type(value).__name__ == "_rebuild_parameter" else value
             tensor = pickled_tensor(value)
@@ -142,7 +142,7 @@ class RankFile:
 
 
 def _is_carried(name: Any, value: Any) -> bool:
-    """Whether an argument names no class of an older Megatron, which a new one could not import again."""
+    """Whether an argument can be saved again: it holds no class that a newer Megatron could not import."""
     try:
         safe_pickle.dumps(value)
     except Exception:  # pickle raises what it likes
@@ -152,7 +152,7 @@ def _is_carried(name: Any, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class LegacyCheckpoint(Checkpoint):
-    """A chunk's ``blob`` is its bare values. ``objects``, the training state, are named only."""
+    """A chunk's ``blob`` is its bare values. ``objects``, the training state, are names with empty blobs."""
 
     storages: dict[Blob, Values] = field(default_factory=dict)  # of each chunk
     verified: set[tuple[str, Values]] = field(default_factory=set)
@@ -200,7 +200,7 @@ class LegacyCheckpoint(Checkpoint):
             raise UserError(f"{self.iteration_dir / blob.file}: cannot be read ({error.strerror})") from None
 
     def _assemble(self, key: str, layers: list[list[Shard]], gated: bool) -> StoredTensor:
-        """The global tensor of ``layers``' shards; a layer's parameter gets an axis over layers in front."""
+        """The global tensor of ``layers``' shards; a layer's parameter is stacked over layers on axis 0."""
         stacked, axis, first = names.is_of_layers(key), AXES[key], layers[0][0]
         gated = gated and key.startswith(names.FC1) and axis == 0
         alike = {(shard.shape, shard.dtype) for layer in layers for shard in layer}
@@ -222,14 +222,14 @@ class LegacyCheckpoint(Checkpoint):
         return StoredTensor(((len(layers),) if stacked else ()) + shape, first.dtype, tuple(chunks))
 
     def _tie(self, parameters: dict[str, list[list[Shard]]]) -> None:
-        """The last pipeline stage's own copy of tied embeddings goes; torch_dist has none."""
+        """Drop the last pipeline stage's copy of tied embeddings, which torch_dist does not store."""
         if names.OUTPUT_LAYER in parameters and names.EMBEDDING in parameters:
             (copies,), (embeddings,) = parameters.pop(names.OUTPUT_LAYER), parameters[names.EMBEDDING]
             for pair in zip(embeddings, copies, strict=True):
                 self._check_equal("copy of the tied embeddings", list(pair))
 
     def _check_equal(self, key: str, shards: list[Shard]) -> None:
-        """Shards that are copies of each other must be the same."""
+        """Refuse replicated shards that differ."""
         first, *others = shards
         for other in others:
             blocks = zip(self._read_blocks(first.blob), self._read_blocks(other.blob), strict=True)
@@ -267,7 +267,7 @@ def _open_ranks(folder: Path, first: RankFile) -> list[list[RankFile]]:
 
 
 def _collect(stages: list[list[RankFile]]) -> dict[str, list[list[Shard]]]:
-    """Every parameter's shards by layer, then tensor-parallel rank, by torch_dist's keys; no extra states."""
+    """torch_dist's key -> a parameter's shards by layer, then tensor-parallel rank; no extra states."""
     folder = stages[0][0].path.parents[1]
     models = [[rank.models() for rank in stage] for stage in stages]
     parts = {len(model) for stage in models for model in stage}
@@ -305,14 +305,14 @@ def _global_key(name: Any, path: Path) -> tuple[str, int | None]:
     for separate, fused in FUSED_NORMS.items() if layer is not None else ():
         key = fused + key.removeprefix(separate) if key.startswith(separate) else key
     if key not in AXES or names.is_of_layers(key) != (layer is not None):
-        raise UserError(f"{path}: holds {str(name)[:200]!r}, which convert does not know what to make of")
+        raise UserError(f"{path}: holds {str(name)[:200]!r}, which convert does not support")
     return key, layer
 
 
 def _place(shards: list[Shard], axis: int | None, gated: bool) -> tuple[list[tuple[Shape, Shard]], Shape]:
-    """Where each rank's shard, in parts of at most ``CHUNK_BYTES``, lies in the whole, and the whole's shape.
+    """The offset of each rank's shard, cut into at most ``CHUNK_BYTES``, in the global tensor, and its shape.
 
-    A rank's gated FC1 is its gate over its up projection; the whole is all gates over all up projections.
+    A rank's gated FC1 is its gate above its up projection; the whole is all gates above all up projections.
     """
     shape, count = list(shards[0].shape), len(shards)
     pieces = [(0, shards[0])]  # each with its offset along ``axis``

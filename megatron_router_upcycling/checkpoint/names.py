@@ -1,7 +1,7 @@
-"""The names of Megatron's tensors and objects in a checkpoint: each here and nowhere else. Pure: no torch.
+"""The names of Megatron's tensors and objects in a checkpoint, all defined here. Pure: no torch.
 
-A name is stacked over layers (``decoder.layers.mlp.linear_fc2.weight`` [L, D, F]) where all layers are alike,
-or a layer's own (``decoder.layers.0.mlp.linear_fc2.weight`` [D, F]). The constants are stacked.
+A name is either stacked (``decoder.layers.mlp.linear_fc2.weight`` [L, D, F], where all layers are alike) or
+of one layer (``decoder.layers.0.mlp.linear_fc2.weight`` [D, F]). The constants are stacked names.
 """
 
 import re
@@ -12,7 +12,7 @@ POSITIONS = "embedding.position_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm"
 LAYERS = "decoder.layers"
-LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")  # a layer's number, and what it is a name of there
+LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")  # layer number, name within the layer
 
 # Modules of a layer.
 ATTENTION = f"{LAYERS}.self_attention"
@@ -29,21 +29,21 @@ ROUTER = f"{MLP}.router"
 EXPERTS = f"{MLP}.experts.experts"
 SHARED_EXPERT = f"{MLP}.shared_experts"
 
-# A norm goes by two names: that of the projection behind it, where Transformer Engine fuses the two, and its
-# own. ``weight`` or ``bias`` follows. A layer with experts has the norm before them apart with Transformer
-# Engine, and by the fused name without: the reverse of a dense layer.
+# A norm has two names, each followed by ``weight`` or ``bias``: that of the projection after it, where
+# Transformer Engine fuses the two, and its own. The norm before a layer's experts is the reverse: it has its
+# own name with Transformer Engine, and the fused name without.
 FUSED_NORM = f"{FC1}.layer_norm_"
 SEPARATE_NORM = f"{LAYERS}.pre_mlp_layernorm."
 NORM_BEFORE_ATTENTION = (f"{QKV_LINEAR}.layer_norm_", f"{LAYERS}.input_layernorm.")
 NORM_BEFORE_FFN = (FUSED_NORM, SEPARATE_NORM)
 NORMS = tuple(tuple(f"{name}weight" for name in names) for names in (NORM_BEFORE_ATTENTION, NORM_BEFORE_FFN))
 
-# What a module of Transformer Engine keeps beside its parameters. In a checkpoint ``/shard_...`` follows.
+# A Transformer Engine module's state besides its parameters. In a checkpoint ``/shard_...`` follows.
 EXTRA_STATE = "._extra_state"
 OWN_STATE = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)\._extra_state/shard_0_1")
 STACKED_STATE = re.compile(r"decoder\.layers\.(.+)\._extra_state/shard_(\d{1,6})_\d+")
 
-# What a fresh run makes anew, whoever saved it, and why it is left out.
+# Kind of training state, which a fresh run creates anew -> why conversion leaves it out.
 LEFT_OUT = {
     "optimizer": "of the dense model's parameters; the Mixture-of-Experts starts with a fresh one",
     "rng_state": "of the dense run's ranks; a fresh run seeds its own",
@@ -51,7 +51,7 @@ LEFT_OUT = {
     "dataloader_state": "of the dense run; a fresh run begins at the beginning of its data",
 }
 TRAINING_STATE = re.compile(rf"(chained_\d+\.)?(?P<kind>{'|'.join(LEFT_OUT)})\b")
-# The flag that adds a tensor, by a pattern in the tensor's name; the first that matches.
+# Pattern in a tensor's name -> the flag that adds the tensor; the first match counts.
 ADDED_BY = {
     r"^mtp\.": "--mtp-num-layers",
     r"shared_experts\.gate_weight$": "--moe-shared-expert-gate",
@@ -70,28 +70,28 @@ MODEL_STATE = re.compile(r"embedding\.|decoder\.|output_layer\.")
 
 
 def split_key(key: str) -> tuple[str, int | None]:
-    """The name stacked over layers, and the layer whose own ``key`` is; None where it is stacked itself."""
+    """The stacked name of ``key``, and the layer that it belongs to; None if that is not one layer."""
     match = LAYER.fullmatch(key)
     return (f"{LAYERS}.{match[2]}", int(match[1])) if match else (key, None)
 
 
 def at_layer(key: str, layer: int | None) -> str:
-    """A layer's own name for what is called ``key`` where layers are stacked; None: the name itself."""
+    """The name of one layer's tensor, from the stacked name ``key``; layer None: ``key`` itself."""
     return key if layer is None else f"{LAYERS}.{layer}.{within_layer(key)}"
 
 
 def within_layer(key: str) -> str:
-    """What ``key``, stacked over layers, is called within a layer."""
+    """The name within a layer, from the stacked name ``key``."""
     return key.removeprefix(f"{LAYERS}.")
 
 
 def is_of_layers(key: str) -> bool:
-    """Whether ``key`` is of all layers, stacked, or of one."""
+    """Whether ``key`` belongs to the decoder's layers, to one or stacked."""
     return key.startswith(f"{LAYERS}.")
 
 
 def is_ffn(key: str) -> bool:
-    """Whether ``key``, stacked, is a parameter of a dense layer's FFN; the norm before it is none."""
+    """Whether the stacked name ``key`` is a parameter of a dense FFN; the norm before the FFN is not."""
     return key.startswith((f"{FC1}.", f"{FC2}.")) and not key.startswith(FUSED_NORM)
 
 
@@ -112,19 +112,19 @@ def other_norm(key: str) -> str | None:
 
 
 def extra_state(module: str, *places: tuple[int, int]) -> str:
-    """The name of a module's extra state; ``places``: which it is on each stacked axis, and of how many."""
+    """The name of a module's extra state; ``places``: its (index, size) on each stacked axis."""
     numbers, sizes = zip(*(places or ((0, 1),)), strict=True)
     return f"{module}{EXTRA_STATE}/shard_{'.'.join(map(str, numbers))}_{'.'.join(map(str, sizes))}"
 
 
 def stacked_state(key: str, num_layers: int) -> str | None:
-    """The name, in a stack of layers, of an extra state that is a layer's own; None for all else."""
+    """The stacked name of one layer's extra state; None for all else."""
     match = OWN_STATE.fullmatch(key)
     return match and extra_state(f"{LAYERS}.{match[2]}", (int(match[1]), num_layers))
 
 
 def own_state(key: str) -> str | None:
-    """The name as a layer's own of an extra state in a stack of layers; None for all else."""
+    """The name within one layer of a stacked extra state; None for all else."""
     match = STACKED_STATE.fullmatch(key)
     return match and extra_state(f"{LAYERS}.{match[2]}.{match[1]}")
 
@@ -136,10 +136,10 @@ def extra_states(
     shared_expert: bool = False,
     layers: tuple[int, ...] | None = None,
 ) -> list[str]:
-    """Names of the extra states that a model looks for, with or without Transformer Engine.
+    """Names of the extra states that a model loads, with or without Transformer Engine.
 
-    Megatron stops where one is missing, and ignores others. A dense model has 0 experts. ``layers``: those
-    with experts, where every layer has names of its own; None: all, stacked.
+    Megatron fails if one is missing and ignores unknown ones. A dense model has 0 experts. ``layers``: those
+    with experts, in a checkpoint with one key per layer; None: all layers, with stacked names.
     """
     modules = [SEPARATE_NORM.removesuffix(".")] if num_experts else []
     modules += [CORE_ATTENTION, QKV_LINEAR, PROJECTION, *((QUERY_NORM, KEY_NORM) if qk_layernorm else ())]

@@ -1,4 +1,4 @@
-"""Open a checkpoint of either format, or a dense one, and refuse what is not whole."""
+"""Open a torch_dist or legacy checkpoint, or a dense model's, and refuse an incomplete one."""
 
 import dataclasses
 import json
@@ -15,15 +15,15 @@ from megatron_router_upcycling.errors import UserError, shown
 
 
 def open_dense(root: str | Path, config: Path | None = None) -> Checkpoint:
-    """Open a dense model's checkpoint of any format, its layers stacked; ``config`` as in ``Checkpoint``."""
+    """Open a dense model's checkpoint of either format, layers stacked; ``config`` as in ``Checkpoint``."""
     checkpoint = dataclasses.replace(open_checkpoint(root), config=config)
     return checkpoint if holds_experts(checkpoint.tensors) else stack_layers(checkpoint)
 
 
 def open_checkpoint(root: str | Path, report: Report | None = None) -> Checkpoint:
-    """Open the newest checkpoint under ``root``, or the iteration whose folder that is, where it is whole.
+    """Open the newest iteration of the checkpoint ``root``, or the iteration whose folder ``root`` is.
 
-    ``report``: called with tensor or file and fault, instead of raising, where it is not whole or consistent.
+    ``report``: called with (tensor or file, fault), instead of raising, if it is incomplete or inconsistent.
     """
     root, folder = locate(Path(root))
     if _is_legacy(folder):
@@ -36,9 +36,9 @@ def open_checkpoint(root: str | Path, report: Report | None = None) -> Checkpoin
 
 
 def check_whole(root: str | Path, step: int | None = None) -> None:
-    """Refuse what cannot be trained from: a checkpoint that is missing, half-written, or of a later PyTorch.
+    """Refuse a checkpoint that training cannot load: missing, half-written, or saved by a later PyTorch.
 
-    Only names and sizes of a torch_dist checkpoint are looked at; Megatron's other formats pass.
+    Reads a torch_dist checkpoint's metadata and file sizes, no values; Megatron's other formats pass.
     """
     folder = _folder(root, step)
     if not _is_legacy(folder) and _backend(folder) == BACKEND:

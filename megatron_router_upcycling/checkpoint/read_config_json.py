@@ -18,8 +18,7 @@ FIXED_FLAGS: dict[str, Any] = {
 # model_type -> class. Both are decoders of RMSNorm, gated SiLU and rotary embedding.
 DENSE_CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-# Entry of config.json -> attribute of QwenModel. The default is what transformers takes where the entry is
-# missing; None means that it must be there.
+# Entry of config.json -> attribute of QwenModel, and transformers' default; None: the entry is required.
 ENTRIES: dict[str, tuple[str, Any]] = {
     "num_hidden_layers": ("num_layers", None),
     "hidden_size": ("hidden_size", None),
@@ -37,7 +36,7 @@ ROPE_ENTRIES = ("rope_scaling", "rope_parameters")  # two names of one object; t
 
 
 def to_flags(config: dict[str, Any], path: Path, vocabulary_multiple: int) -> dict[str, Any]:
-    """Megatron's flags that build the dense model; its embedding is padded to ``vocabulary_multiple``."""
+    """Megatron's flags for the dense model, the vocabulary padded to multiples of ``vocabulary_multiple``."""
     if vocabulary_multiple < 1:
         raise UserError(f"--make-vocab-size-divisible-by {vocabulary_multiple}: must be at least 1")
     try:
@@ -108,7 +107,7 @@ def _values(config: dict[str, Any]) -> dict[str, Any]:
     for entry, (attribute, default) in ENTRIES.items():
         value = config.get(entry, default)
         if value is None and isinstance(default, bool):
-            value = default  # as a switch, null is off
+            value = default  # null turns a switch off
         if value is None:
             raise ValueError(f"has no {entry}; not the config.json of a whole model")
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, bool | int | float):
@@ -138,6 +137,6 @@ def _size(entry: str, value: Any) -> int:
 
 
 def _rope(config: dict[str, Any], entry: str, default: float) -> Any:
-    """A value of the rotary embedding, from the first place where it stands, as in transformers 5."""
+    """A value of the rotary embedding, from the first place that has it, as in transformers 5."""
     rope: dict[str, Any] = next(filter(None, map(config.get, ROPE_ENTRIES)), {})
     return rope.get(entry, config.get(entry, default))

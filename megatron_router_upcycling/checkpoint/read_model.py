@@ -1,4 +1,4 @@
-"""A dense model read from its checkpoint: what its training arguments say, checked against its tensors."""
+"""Read a dense model from its checkpoint: its training arguments, checked against its tensors."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ from megatron_router_upcycling.expert_layers import MOST_LAYERS
 
 
 def read_model(checkpoint: Checkpoint) -> DenseModel:
-    """The dense model in ``checkpoint``, whose arguments its tensors do not contradict."""
+    """The dense model in ``checkpoint``; UserError where its tensors contradict its arguments."""
     root, tensors = checkpoint.root, checkpoint.tensors
     _refuse_unknown(checkpoint)
     if names.QKV not in tensors:
@@ -30,7 +30,7 @@ def read_model(checkpoint: Checkpoint) -> DenseModel:
         source = checkpoint.described_by
         raise UserError(f"{source}: do not give the architecture ({why}); {described.WAY_OUT}") from None
     vocabulary = getattr(checkpoint.args, "vocab_size", None)
-    rows = [vocabulary] if isinstance(vocabulary, int) else [0]  # more of them are stored where it is padded
+    rows = [vocabulary] if isinstance(vocabulary, int) else [0]  # a padded embedding stores more
     if names.EMBEDDING in tensors:
         rows += tensors[names.EMBEDDING].shape[:1]
     expected = model.parameters(max(rows))
@@ -49,9 +49,9 @@ def read_model(checkpoint: Checkpoint) -> DenseModel:
 
 
 def query_key_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 over places and CRC-32s of the attention's input weights, which any training step changes.
+    """SHA-256 over the offsets and CRC-32s of the QKV weights, which any training step changes.
 
-    ``Checkpoint.digest`` does not see values. No value is read where ``torch.save`` wrote its checksum.
+    ``Checkpoint.digest`` does not cover values. Where ``torch.save`` wrote a checksum, no value is read.
     """
     stored, digest = checkpoint.tensors[names.QKV], hashlib.sha256()
     for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets):
@@ -78,7 +78,7 @@ def _refuse_unknown(checkpoint: Checkpoint) -> None:
 
 
 def count_experts(checkpoint: Checkpoint) -> int | None:
-    """How many experts a layer has, by the stored router; None where it has no gate for each."""
+    """The number of experts in a layer, from the rows of the stored router's weight; None without one."""
     for key, tensor in checkpoint.tensors.items():
         if names.split_key(key)[0] == f"{names.ROUTER}.weight" and len(tensor.shape) > 1:
             return tensor.shape[-2]
@@ -86,7 +86,7 @@ def count_experts(checkpoint: Checkpoint) -> int | None:
 
 
 def _check_numbers(model: DenseModel) -> None:
-    """Refuse, by ``ValueError``, what is no size or no deviation of the first weights."""
+    """Raise ValueError for sizes, head counts or an ``init_method_std`` that no model can have."""
     for name in (*SIZES, "ffn_hidden_size", "num_query_groups", "kv_channels"):
         if getattr(model, name) < 1:
             raise ValueError(f"{name} is {getattr(model, name)}")

@@ -1,4 +1,4 @@
-"""Megatron's torch_dist checkpoints, read chunk by chunk: a folder of torch.distributed.checkpoint's."""
+"""Read Megatron's torch_dist checkpoints, which are torch.distributed.checkpoint folders, chunk by chunk."""
 
 import functools
 import hashlib
@@ -38,7 +38,7 @@ class Checkpoint:
     config: Path | None = field(default=None, kw_only=True)
     _found: dict[tuple[Blob, Shape, torch.dtype], torch_save_file.Values | None] = field(
         default_factory=dict, init=False, repr=False
-    )  # what ``find_values`` has found
+    )  # cache of ``find_values``
 
     @classmethod
     def open_folder(cls, root: Path, folder: Path, report: Report | None = None) -> "Checkpoint":
@@ -55,7 +55,7 @@ class Checkpoint:
 
     @property
     def args(self) -> Namespace:
-        """Megatron's arguments as the run that saved this checkpoint had them; else see ``described``."""
+        """Megatron's arguments of the run that saved this checkpoint; without any, see ``described``."""
         return self._description[0]
 
     @property
@@ -86,7 +86,7 @@ class Checkpoint:
         return sum(blob.length for blob in self.blobs(key))
 
     def is_verbatim(self, key: str) -> bool:
-        """Whether a torch_dist checkpoint can take over the bytes of a tensor or an object."""
+        """Whether a torch_dist checkpoint can reuse the stored bytes of a tensor or an object."""
         return key in self.objects or all(chunk.stored is None for chunk in self.tensors[key].chunks)
 
     def largest_chunk(self, key: str) -> int:
@@ -122,7 +122,7 @@ class Checkpoint:
         return UserError(f"{where} ({reason(error)}); use another copy")
 
     def read_chunk(self, chunk: Chunk, dtype: torch.dtype, scratch: bytearray) -> torch.Tensor:
-        """A chunk's values, in ``scratch`` where they fit (until it is used again)."""
+        """A chunk's values, in ``scratch`` where they fit: valid until it is used again."""
         values = tensor_in(scratch, dtype, chunk.sizes)
         self.read_part(chunk, chunk.box, values)
         return values
@@ -134,7 +134,7 @@ class Checkpoint:
         return self.read_box(key, Box((layer, *(0 for _ in sizes)), (1, *sizes)), values)[0]
 
     def read_box(self, key: str, box: Box | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """A box of a tensor (default: all of it), whatever its chunks; in ``out``, if that is given."""
+        """A box of a tensor (default: all of it), assembled from its chunks; in ``out`` if given."""
         stored = self.tensors[key]
         box = box or Box((0,) * len(stored.shape), stored.shape)
         values = torch.empty(box.sizes, dtype=stored.dtype) if out is None else out
@@ -143,7 +143,7 @@ class Checkpoint:
         return values
 
     def read_part(self, chunk: Chunk, part: Box, out: torch.Tensor) -> None:
-        """Fill ``out`` with ``part``, a box in ``chunk``; read is from its first to its last value."""
+        """Fill ``out`` with ``part``, a box in ``chunk``, by one read from its first to its last value."""
         if not out.numel():
             return
         values = self.find_values(chunk, out.dtype)
@@ -179,14 +179,14 @@ class Checkpoint:
         return tensor.detach().reshape(chunk.sizes)
 
     def check_files(self, report: Report | None) -> None:
-        """Whether each data file is there and as long as the metadata says; faults go to ``report``."""
+        """Check that data files exist and are long enough; faults go to ``report``, or raise UserError."""
         needed: dict[str, int] = {}
         for key in (*self.tensors, *self.objects):
             for blob in self.blobs(key):
                 needed[blob.file] = max(needed.get(blob.file, 0), blob.offset + blob.length)
         for name, end in sorted(needed.items()):
             path = self.iteration_dir / name
-            size = path.stat().st_size if os.path.isfile(path) else -1  # also for a name that cannot be one
+            size = path.stat().st_size if os.path.isfile(path) else -1  # also for an invalid name
             if size < end:
                 fault = "missing" if size < 0 else f"half-written ({size} bytes of at least {end})"
                 if report is None:
@@ -211,7 +211,7 @@ class Checkpoint:
 
 
 def tensor_in(scratch: bytearray, dtype: torch.dtype, shape: Shape) -> torch.Tensor:
-    """A tensor in ``scratch``, which is in memory already; of its own where it does not fit."""
+    """An uninitialised tensor in ``scratch``, or in new memory if it does not fit."""
     count = math.prod(shape)
     if not 0 < count * dtype.itemsize <= len(scratch):
         return torch.empty(shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Write a torch_dist checkpoint folder: a source's files are linked, equal experts' bytes stored once."""
+"""Write a torch_dist checkpoint folder: link a source's files, and store equal experts' bytes once."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ Progress = Callable[[int], None]
 
 
 class InFile(NamedTuple):
-    """Values that lie in a file, seen as of ``shape``; they go from file to file in the kernel."""
+    """Values in a file, viewed as ``shape``; the kernel copies them from file to file."""
 
     path: Path
     place: Values
@@ -47,7 +47,7 @@ class InFile(NamedTuple):
 def stored_values(
     source: Checkpoint, chunk: Chunk, dtype: torch.dtype, sizes: Shape
 ) -> torch.Tensor | InFile:
-    """A chunk of another checkpoint, seen as of ``sizes``, to write."""
+    """A chunk of another checkpoint, viewed as ``sizes``, for ``write_chunk``."""
     place = source.find_values(chunk, dtype)
     if place and place.length < ZIP32_LIMIT:
         return InFile(source.iteration_dir / chunk.blob.file, place, sizes, dtype)
@@ -57,7 +57,7 @@ def stored_values(
 class CheckpointWriter:
     """Fills one iteration's folder; ``finish`` makes it a checkpoint.
 
-    New values go to files of its own, named ``prefix`` and a number; ``progress`` is told of bytes written.
+    New values go to new files, named ``prefix`` and a number; ``progress`` is called with bytes written.
     """
 
     def __init__(self, folder: Path, prefix: str = "__0_", progress: Progress = lambda count: None) -> None:
@@ -75,7 +75,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):  # its last bytes, on a full disk
+        with contextlib.suppress(OSError):  # flushing its last bytes to a full disk
             self._file.close()
         self._aside.shutdown(cancel_futures=True)
 
@@ -83,7 +83,7 @@ class CheckpointWriter:
         return open(self.folder / f"{self.prefix}{len(self._flushing)}.distcp", "xb")  # noqa: SIM115
 
     def next_file(self) -> None:
-        """Continue in a new file; the one so far is flushed to the disk meanwhile."""
+        """Continue in a new file; the previous one is flushed to disk in the background."""
         self._close()
         self._file = self._open()
 
@@ -92,7 +92,7 @@ class CheckpointWriter:
         self._flushing.append(self._aside.submit(sync, Path(self._file.name)))
 
     def take_over(self, source: Checkpoint, key: str, name: str, copy: bool = False) -> None:
-        """Let ``name`` stand for what ``key`` is in ``source``, its bytes unchanged.
+        """Add the tensor or object ``key`` of ``source`` as ``name``, its values unchanged.
 
         The data file is hard-linked; with ``copy``, or where no link can be made, bytes are copied once.
         """
@@ -147,8 +147,8 @@ class CheckpointWriter:
     ) -> None:
         """Write ``values`` as the chunks of ``key`` (of global ``shape``) at every one of ``offsets``.
 
-        The bytes are written once and named by all chunks, or once a chunk with ``copies``. ``checksum``:
-        CRC-32 of the values, where it is known.
+        The bytes are written once and shared by all chunks; with ``copies``, once for each chunk.
+        ``checksum``: CRC-32 of the values, if known.
         """
         sizes = tuple(values.shape)
         _, dtype, chunks = self.tensors.setdefault(key, (shape, values.dtype, []))
@@ -172,7 +172,7 @@ class CheckpointWriter:
             head, tail = wrap_values(Values(0, values.nbytes, known), sizes, values.dtype)
             self._file.writelines((head, content, tail))
         else:
-            is_view = values.untyped_storage().nbytes() != values.nbytes  # of what would be saved too
+            is_view = values.untyped_storage().nbytes() != values.nbytes  # torch.save saves all of it
             torch.save(values.clone() if is_view else values, self._file)
 
     def _copy_range(self, source: Path, offset: int, length: int) -> None:

@@ -1,1 +1,1 @@
-"""A dense checkpoint into an upcycled one: plan, then execute chunk by chunk."""
+"""Convert a dense checkpoint into an upcycled one: plan, then execute chunk by chunk."""

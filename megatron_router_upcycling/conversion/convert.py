@@ -1,4 +1,4 @@
-"""One conversion from end to end: check everything, write aside, publish, keep a record."""
+"""One conversion from end to end: check everything, write to a hidden folder, publish, record."""
 
 import pickle
 from collections import Counter
@@ -30,7 +30,7 @@ from megatron_router_upcycling.initialisation.first_routers import choose_head_k
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
-DATA_FILES = "__upcycled_"  # begins the new data files' names, beside the dense checkpoint's own
+DATA_FILES = "__upcycled_"  # prefix of new data files' names; linked files keep the dense checkpoint's
 EXPERT_FILE = f"{DATA_FILES}0.distcp"
 
 
@@ -45,7 +45,7 @@ class Conversion:
 
     @property
     def links(self) -> bool:
-        """Whether what does not change is linked rather than copied."""
+        """Whether unchanged data is hard-linked rather than copied."""
         plan = self.plan
         linkable = plan.kept_bytes > plan.changed_bytes and not plan.options.materialize
         disks = {
@@ -55,7 +55,7 @@ class Conversion:
 
     @property
     def bytes_to_write(self) -> int:
-        """What the disk must have room for, but for the few bytes around each chunk."""
+        """The bytes that the disk must have room for, without the few that wrap each chunk."""
         plan = self.plan
         return plan.expert_bytes + plan.router_bytes + (plan.changed_bytes if self.links else plan.kept_bytes)
 
@@ -69,11 +69,11 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     dense = open_dense(root, options.config)
     publish.check_target(out, dense.root, options.overwrite, source_name="DENSE", made_by=TRACKER)
     model = read_model(dense)
-    router_parameters(model, options.router)  # whether the router fits the model
+    router_parameters(model, options.router)  # refuses a router that does not fit the model
     stats = _read_key_stats(options, dense, model)
     if stats is not None and options.init.of_heads(options.router):
         head_key = choose_head_key(options.init, stats, model)
-        options = replace(options, init=replace(options.init, head_key=head_key))  # as it is recorded
+        options = replace(options, init=replace(options.init, head_key=head_key))  # for the manifest
     conversion = Conversion(plan(dense, model, options), stats, out, sources)
     publish.check_space(out, conversion.bytes_to_write)
     return conversion
@@ -82,11 +82,11 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
 def convert(conversion: Conversion, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
     """Make the checkpoint and return its manifest.
 
-    On any exception there is no checkpoint, and nothing else is left. What a killed process leaves in a
-    hidden folder beside ``out``, the next conversion to ``out`` removes (``publish.folder``).
+    After an exception there is no checkpoint and no leftover. A killed process leaves a hidden folder next to
+    ``out``, which the next conversion to ``out`` removes (``publish.folder``).
 
-    ``progress`` is called with the number of bytes after each write. Refused is also a dense checkpoint of
-    which a chunk is not what was saved or holds NaN, or that has changed while it was read.
+    ``progress`` is called with the number of bytes after each write. Also refuses a dense checkpoint that
+    changes while it is read, or has a chunk that fails its checksum or is not finite.
     """
     plan, out, sources = conversion.plan, conversion.out, conversion.sources
     with publish.new_folder(out, plan.options.overwrite) as folder:
@@ -99,7 +99,7 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
             (folder / TRACKER).write_text("release", encoding="utf-8")
             sources.check()
         except OSError:
-            sources.check()  # one that has gone is the cause
+            sources.check()  # a source that is gone is the cause
             raise
         except (pickle.PicklingError, RecursionError) as error:
             why = f"its training arguments hold what cannot be carried over ({reason(error)})"
@@ -108,7 +108,7 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
 
 
 def _write(conversion: Conversion, folder: Path, progress: Callable[[int], None]) -> dict[str, str]:
-    """Fill the iteration's folder, look at all that lies there, and return the digests of its data files."""
+    """Fill the iteration's folder, check all of its content, and return the digests of its data files."""
     plan = conversion.plan
     with (
         intact_check(plan.source, plan.values_taken_over()) as intact,
@@ -125,10 +125,10 @@ def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[s
     """The record of a conversion; ``contents`` are the digests of the data files' chunks."""
     dense, model, options = plan.dense, plan.model, plan.options
     left_out = Counter(found["kind"] for found in map(TRAINING_STATE.match, plan.left_out) if found)
-    files: dict[str, dict[str, Any]] = {"files": {}, "linked": {}}  # the latter are the dense one's as well
+    files: dict[str, dict[str, Any]] = {"files": {}, "linked": {}}  # linked: in both checkpoints
     for path in filter(Path.is_file, sorted(folder.rglob("*"))):
         is_linked = path.stat().st_nlink > 1
-        # Linked and experts' values keep the checksums that they had: a digest of those.
+        # Linked data and the experts' values keep their stored checksums: take a digest of those.
         known = is_linked or path.name == EXPERT_FILE
         digest = {"content": contents[path.name]} if known else {"sha256": sha256(path)}
         entry = {"bytes": path.stat().st_size} | digest
@@ -157,7 +157,7 @@ def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[s
 
 
 def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> KeyStats | None:
-    """The key statistics where the routers are made from them, checked; else None."""
+    """Load and check the key statistics; None where the routers need none."""
     kind, path = options.router.kind, options.key_stats
     of_heads = options.init.of_heads(options.router)
     if not of_heads and not options.init.needs_router_input:
@@ -215,7 +215,7 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
         order = "softmax, then top-k (--moe-router-pre-softmax)"
         first = (
             f"the loss is above the dense model's: a token's {router.top_k} experts have less than the whole"
-            f" weight, of which all {router.num_experts} have a share; training makes up for it"
+            f" weight, which softmax spreads over all {router.num_experts}; training makes up for it"
         )
     else:
         first = "it is exactly the dense model"

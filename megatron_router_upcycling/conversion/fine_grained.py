@@ -1,17 +1,17 @@
 """Fine-grained upcycling: smaller experts cut from each copy of the dense FFN, and a shared expert.
 
 n copies of an FFN of width F, each cut G ways along F, are n*G experts of width F/G. Expert i*G + g is
-shard g of copy i: rows of FC1 (of its gate and of its up projection), columns of FC2. An FFN acts on each
-of its F channels apart, so that the shards' outputs add up to the FFN's, for SwiGLU as for others.
+shard g of copy i: rows of FC1 (of its gate and of its up projection), columns of FC2. The F channels of an
+FFN are independent, with SwiGLU too, so that the shards' outputs add up to the FFN's.
 
 At step 0 the shards of a copy have equal router logits and are chosen together, k*G of n*G in all. The
-softmax divides a copy's weight among its G shards, over the chosen experts as over all, so each shard
-has 1/G of it; ``moe_router_topk_scaling_factor`` G makes up for that. The experts' values stay the dense
-FFN's own, in any dtype, and one shard's bytes serve all n copies. (Megatron's upcycling scales the weights
-instead: arXiv 2410.07524, section 4.) Copies whose logits are equal to the last bit, as those of a zero
-hidden state, may be chosen in part.
+softmax, whether over all experts or the chosen ones, divides a copy's weight among its G shards;
+``moe_router_topk_scaling_factor`` G compensates for that. The experts' values remain those of the dense FFN,
+in any dtype, and all n copies share a shard's bytes. (Megatron's upcycling scales the weights instead:
+arXiv 2410.07524, section 4.) If copies have logits that are equal to the last bit, as for a zero hidden
+state, only some of a copy's shards may be chosen.
 
-A shared expert is the whole dense FFN, which every token passes. It gives one half of the output and the
+A shared expert is the whole dense FFN, applied to every token. It gives one half of the output and the
 chosen experts the other: its FC2 is halved, which is exact, and the scaling factor is halved.
 """
 
@@ -27,7 +27,7 @@ from megatron_router_upcycling.checkpoint.names import FC1, FC2
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError
 
-SHARE = 0.5  # of the output that the shared expert gives; a power of two, so that scaling by it is exact
+SHARE = 0.5  # the shared expert's part of the output; a power of two, so that scaling by it is exact
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Cut:
     granularity: int
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a shard, of the dense parameter's."""
+        """The shape of a shard, from the dense parameter's."""
         return (*shape[: self.axis], shape[self.axis] // self.granularity, *shape[self.axis + 1 :])
 
     def _pieces(self, size: int) -> Iterator[tuple[int, int, int, int]]:
-        """The pieces of ``size`` = parts x F: shard, begin in the dense parameter and in the shard, width."""
+        """The pieces of ``size`` = parts x F: shard, offset in the dense parameter, in the shard, width."""
         block = size // self.parts
         width = block // self.granularity
         for part in range(self.parts):
@@ -51,7 +51,7 @@ class Cut:
                 yield shard, part * block + shard * width, part * width, width
 
     def sources(self, box: Box, shard: int, shape: tuple[int, ...]) -> Iterator[tuple[Box, Box]]:
-        """The parts of ``box`` of a shard, each with its box in the dense parameter, of ``shape``."""
+        """The parts of a shard's ``box``, each with its box in the dense parameter of shape ``shape``."""
         for number, dense, place, width in self._pieces(shape[self.axis]):
             low = max(box.offsets[self.axis], place)
             size = min(box.ends[self.axis], place + width) - low
@@ -67,7 +67,7 @@ class Cut:
     def shards(
         self, tensor: torch.Tensor, offsets: tuple[int, ...], stored: StoredTensor
     ) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
-        """What each shard takes of a chunk, ``tensor`` at ``offsets``: shard, values, place in the shard."""
+        """Cut a chunk, ``tensor`` at ``offsets``, into shards: shard, values, offsets in the shard."""
         axis = self.axis
         begin, end = offsets[axis], offsets[axis] + tensor.shape[axis]
         for shard, dense, place, width in self._pieces(stored.shape[axis]):

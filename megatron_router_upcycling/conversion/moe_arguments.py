@@ -1,4 +1,4 @@
-"""Megatron's arguments of an MoE that has not trained yet, for its common state and its manifest."""
+"""Megatron's arguments for an MoE that has not trained yet, for its common state and its manifest."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.fine_grained import SHARE
 from megatron_router_upcycling.conversion.options import Options
 
-# Megatron's arguments of a fresh MoE run, beside those that the router gives.
+# Megatron's arguments for a fresh MoE run, in addition to those that the router gives.
 FRESH = {
     "consumed_train_samples": 0,
     "consumed_valid_samples": 0,
@@ -22,12 +22,12 @@ FRESH = {
     "moe_router_enable_expert_bias": False,
     "moe_latent_size": None,
 }
-# Which experts to build is the business of the machine that trains: --use-checkpoint-args must not say.
+# The training machine decides which expert modules to build: --use-checkpoint-args must not set these.
 DECIDED_LATER = ("moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias")
 
 
 def moe_arguments(model: DenseModel, options: Options, layers: tuple[int, ...] | None) -> dict[str, Any]:
-    """Megatron's arguments of the MoE's architecture, beside the dense model's; ``layers`` have experts."""
+    """Megatron's arguments for the MoE in addition to the dense model's; ``layers``: those with experts."""
     F, router = model.ffn_hidden_size, options.router
     frequency = 1 if layers is None else [int(layer in layers) for layer in range(model.num_layers)]
     scale = router.granularity * (1 - SHARE if options.shared_expert else 1)
@@ -43,7 +43,7 @@ def moe_arguments(model: DenseModel, options: Options, layers: tuple[int, ...] |
 
 
 def model_flags(model: DenseModel, options: Options, layers: tuple[int, ...] | None) -> dict[str, Any]:
-    """Those of them that are neither Megatron's defaults nor the router's, as flags: for the manifest."""
+    """The ``moe_arguments`` that are neither Megatron's defaults nor the router's, as manifest flags."""
     given = {
         "moe_ffn_hidden_size": options.router.granularity > 1,
         "moe_router_topk_scaling_factor": True,
@@ -62,8 +62,8 @@ def moe_common_state(
 ) -> dict[str, Any]:
     """The common state of an MoE that has not trained yet.
 
-    Megatron takes architecture (``--use-checkpoint-args``) and the place in the data from the arguments
-    in it; optimizer, schedule and random state start anew.
+    Megatron takes the architecture (``--use-checkpoint-args``) and the position in the data from its
+    arguments; optimizer, schedule and random state start anew.
     """
     values = MODEL_DEFAULTS | BUILD_DEFAULTS | vars(dense.args) | FRESH
     values |= moe_arguments(model, options, layers)

@@ -1,4 +1,4 @@
-"""What a conversion is asked for, in flags and in a YAML file."""
+"""The options of a conversion, from flags and from a YAML file."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6})(?::(\d{1,6}))?)?")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asks for, beside the two folders."""
+    """The user's options, without the two folders."""
 
     router: RouterConfig
     key_stats: Path | None = None
@@ -33,7 +33,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Method:
-    """What a YAML file says of a conversion; ``router`` has the fields of RouterConfig that it gives."""
+    """A conversion's options in a YAML file; ``router`` has the fields of RouterConfig that it sets."""
 
     router: dict[str, Any]
     init: InitConfig
@@ -41,7 +41,7 @@ class Method:
 
 
 def read_method(path: str | Path | None) -> Method:
-    """What ``convert --config`` takes from the file that ``pretrain --config`` will be given."""
+    """Read what ``convert --config`` needs from the file that is later given to ``pretrain --config``."""
     entries = read_yaml(path) if path else {"upcycling": {}}
     flags, start = split_section(entries.pop("upcycling"), str(path))
     router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}

@@ -1,7 +1,7 @@
-"""What a conversion will do, decided from the dense checkpoint's metadata alone; no value is read.
+"""Plan a conversion from the dense checkpoint's metadata alone; no value is read.
 
 The experts are copies of the dense FFN (arXiv 2509.00679, eq. 3); routers are made from attention heads and
-key statistics (eq. 4, 5) or drawn at random (vanilla upcycling); all else is taken over as it is.
+key statistics (eq. 4, 5) or drawn at random (vanilla upcycling); everything else is taken over unchanged.
 """
 
 import math
@@ -37,23 +37,23 @@ from megatron_router_upcycling.routers.config import RouterConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Work):
-    """The steps, what they read, and how many bytes carrying them out writes and holds."""
+    """The steps, what they read, and how many bytes they write and hold in memory."""
 
     steps: tuple[Step, ...]
-    kept: tuple[str, ...]  # entries of ``source`` that are taken over as they are
+    kept: tuple[str, ...]  # entries of ``source`` that are taken over unchanged
     left_out: tuple[str, ...]  # entries of its training state, which the MoE run does not need
     kept_bytes: int  # of what is taken over: linked, or copied where no link can be made
-    changed_bytes: int  # of these, what can never be linked: a torch_dist checkpoint stores it differently
+    changed_bytes: int  # of these, what cannot be linked, since torch_dist stores it differently
     expert_bytes: int
     router_bytes: int
-    scratch_bytes: int  # of the largest chunk that something is made from
+    scratch_bytes: int  # of the largest chunk that values are computed from
 
     @property
     def memory_bytes(self) -> int:
-        """What the model itself takes of memory at most, whatever its number of layers.
+        """The most memory that the model's values take, independent of its number of layers.
 
-        A chunk that is read; for a router of heads, one layer's queries, keys and values twice (joined from
-        chunks, then apart), its router, and that of the layer before.
+        One chunk; for a router made from heads also one layer's QKV weight twice (joined from chunks, then
+        split into heads), its router, and the previous layer's router.
         """
         model = self.model
         if not self.options.init.of_heads(self.options.router):
@@ -74,7 +74,7 @@ class Plan(Work):
         return {key: made for key, made in self._made(replace(self, stats=stats)).items() if made}
 
     def values_taken_over(self) -> list[str]:
-        """The tensors of ``source`` whose values the new checkpoint has, or are made from."""
+        """The tensors of ``source`` whose values the new checkpoint contains or is computed from."""
         return [key for key in self.source.tensors if not names.TRAINING_STATE.match(key)]
 
     def run(self, stats: KeyStats | None, writer: CheckpointWriter) -> None:
@@ -92,11 +92,11 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     source = dense if layers is None else split_layers(dense)
 
     def is_ffn(key: str) -> bool:
-        """Whether ``key`` is of an FFN that becomes experts."""
+        """Whether ``key`` belongs to an FFN that becomes experts."""
         return names.is_ffn(split_key(key)[0]) and _gets_experts(key, layers)
 
     def is_new_state(key: str) -> bool:
-        """Whether the new checkpoint has an empty extra state in the place of ``key``, or none."""
+        """Whether the new checkpoint replaces the extra state ``key`` by an empty one, or drops it."""
         return names.EXTRA_STATE in key and (is_ffn(key) or not source.is_verbatim(key))
 
     keys = (*source.tensors, *source.objects)
@@ -106,8 +106,8 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     kept = tuple(key for key in keys if key not in gone)
     for key in kept:
         if not names.MODEL_STATE.match(key):
-            raise UserError(f"DENSE {source.root}: holds {key}, which convert does not know what to make of")
-    # The norms before the experts under their other name, where the dense checkpoint has one of the two.
+            raise UserError(f"DENSE {source.root}: holds {key}, which convert does not support")
+    # The norms before the experts, also under their other name where the dense checkpoint lacks that.
     others = {key: names.other_norm(key) for key in kept if _gets_experts(key, layers)}
     norms = {key: other for key, other in others.items() if other and other not in kept}
     experts = [_expert(key, model, router) for key in ffn]
@@ -128,7 +128,7 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     ]
     copies = router.num_copies if options.materialize else 1
     read = [at_layer(names.QKV, None if layers is None else 0)]
-    made = (CutExperts, ShareOutput)  # whose values are read, and not taken over
+    made = (CutExperts, ShareOutput)  # whose values are read, not taken over
     read += [step.key for step in (*experts, *shared) if isinstance(step, made)]
     num_routers = model.num_layers if layers is None else len(layers)
     return Plan(
@@ -155,11 +155,11 @@ def _gets_experts(key: str, layers: tuple[int, ...] | None) -> bool:
 
 
 def _expert(key: str, model: DenseModel, router: RouterConfig) -> CopyExperts:
-    """The experts' parameter that is made of the FFN's ``key``."""
+    """The step that makes the experts' parameter from the FFN's ``key``."""
     name, layer = split_key(key)
     target = at_layer(names.EXPERTS + name.removeprefix(names.MLP), layer)
     if router.granularity > 1:
-        axis = int(layer is None)  # of FC1's rows; it is FC2's columns that are cut
+        axis = int(layer is None)  # of FC1's rows; FC2 is cut along its columns
         if name.startswith(f"{names.FC1}."):
             cut = fine_grained.Cut(axis, 1 + model.gated, router.granularity)
         else:
@@ -169,7 +169,7 @@ def _expert(key: str, model: DenseModel, router: RouterConfig) -> CopyExperts:
 
 
 def _shared(key: str) -> Take | ShareOutput:
-    """The shared expert's parameter that is made of the FFN's ``key``."""
+    """The step that makes the shared expert's parameter from the FFN's ``key``."""
     name, layer = split_key(key)
     target = at_layer(names.SHARED_EXPERT + name.removeprefix(names.MLP), layer)
     return ShareOutput(key, target) if name.startswith(names.FC2) else Take({key: target}, "experts")

@@ -31,14 +31,14 @@ from megatron_router_upcycling.key_statistics.file import KeyStats
 
 @dataclass(frozen=True, eq=False)
 class Computed:
-    """Values that ``compute`` gives at one index of each of the first ``num_axes`` axes of ``shape``."""
+    """A tensor of ``shape`` in slices: ``compute`` takes an index on each of its first ``num_axes`` axes."""
 
     compute: Callable[..., torch.Tensor]
     shape: Shape
     num_axes: int
 
     def boxes(self, box: Box) -> Iterator[Box]:
-        """The boxes that are computed at a time and overlap ``box``."""
+        """The slices, as boxes, that overlap ``box``."""
         count, rest = self.num_axes, self.shape[self.num_axes :]
         for index in itertools.product(*map(range, box.offsets[:count], box.ends[:count])):
             yield Box((*index, *(0 for _ in rest)), (*(1 for _ in index), *rest))
@@ -56,27 +56,27 @@ class Origin(NamedTuple):
     """``box`` of a new tensor holds what ``place`` of ``source`` holds, element for element in order."""
 
     box: Box
-    source: str | Computed  # a key of the dense checkpoint as the plan sees it (``Plan.source``), or values
+    source: str | Computed  # a key of ``Plan.source``, or computed values
     place: Box
 
 
 class Expected(NamedTuple):
     """A tensor of the new checkpoint, and where the values of a box of it come from."""
 
-    check: str  # the kind of finding that ``verify`` makes of a difference
+    check: str  # the check of ``verify`` that reports a difference
     shape: Shape
     dtype: torch.dtype
     origins: Callable[[Box], Iterable[Origin]]
 
 
 def copy_of(source: Checkpoint, key: str, check: str) -> Expected:
-    """A tensor that is ``key`` of the dense checkpoint."""
+    """A tensor that equals ``key`` of the dense checkpoint."""
     stored = source.tensors[key]
     return Expected(check, stored.shape, stored.dtype, lambda box: [Origin(box, key, box)])
 
 
 class InTurn:
-    """The items that ``make`` yields, by number; one is kept (a random router needs those before it)."""
+    """The items of ``make()`` by number; keeps one, and restarts to go back: routers are drawn in order."""
 
     def __init__(self, make: Callable[[], Iterator[tuple[torch.Tensor, ...]]]) -> None:
         self.make = make
@@ -96,12 +96,12 @@ class Work:
     """What the steps read."""
 
     dense: Checkpoint  # its layers stacked
-    source: Checkpoint  # the same, its layers apart where those of the new checkpoint are
+    source: Checkpoint  # the same, with one key per layer where the new checkpoint has one
     model: DenseModel
     options: Options
     layers: tuple[int, ...] | None  # those that get experts; None: all
     stats: KeyStats | None = None
-    scratch: bytearray = field(default_factory=bytearray)  # for the largest chunk that something is made from
+    scratch: bytearray = field(default_factory=bytearray)  # for the largest chunk to compute from
 
     @property
     def moe_layers(self) -> Sequence[int]:
@@ -115,7 +115,7 @@ class Step:
     """One step of a plan."""
 
     def expects(self, work: Work) -> Made:
-        """The entries that it makes: what a tensor must be, computed when asked for; None for an object."""
+        """The entries that it makes: a tensor's expected values, computed lazily; None for an object."""
         raise NotImplementedError
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
@@ -124,7 +124,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Take(Step):
-    """Take tensors and objects over, their bytes untouched; ``targets``: key of ``source`` -> its new key."""
+    """Take tensors and objects over unchanged; ``targets``: key of ``source`` -> its new key."""
 
     targets: dict[str, str]
     check: str
@@ -166,9 +166,9 @@ class ShareOutput(Step):
 
 @dataclass(frozen=True)
 class CopyExperts(Step):
-    """Make ``target`` [L, n, ...] of ``key`` [L, ...], or [n, ...] of a layer's own [...]: n copies.
+    """Make n copies: ``target`` [L, n, ...] from ``key`` [L, ...], or [n, ...] from one layer's [...].
 
-    The bytes are written once, or once an expert with ``--materialize``.
+    The bytes are written once; with ``--materialize``, once for each expert.
     """
 
     key: str
@@ -177,25 +177,25 @@ class CopyExperts(Step):
 
     @property
     def front(self) -> int:
-        """The number of axes before that of experts: 1, or 0 for a layer's own."""
+        """The number of axes before the expert axis: 1, or 0 for one layer's parameter."""
         return int(split_key(self.key)[1] is None)
 
     def shape(self, work: Work) -> Shape:
         return self._at_experts(work.source.tensors[self.key].shape, self.num_experts)
 
     def _at_experts(self, place: Shape, experts: int) -> Shape:
-        """A place or shape of the dense parameter's with its part along the axis of experts."""
+        """An offset or shape of the dense parameter, with ``experts`` inserted at the expert axis."""
         return (*place[: self.front], experts, *place[self.front :])
 
     def _apart(self, box: Box) -> Iterator[tuple[int, Box]]:
-        """The experts in a box of ``target``, each with its box, which has no axis of experts."""
+        """The experts in a box of ``target``, each with its own box, without the expert axis."""
         front = self.front
         offsets, sizes = (place[:front] + place[front + 1 :] for place in (box.offsets, box.sizes))
         for expert in range(box.offsets[front], box.ends[front]):
             yield expert, Box(offsets, sizes)
 
     def _origins(self, work: Work, expert: int, box: Box) -> Iterator[tuple[Box, Box]]:
-        """The parts of a box of one expert, each with the box of ``key`` that it is."""
+        """The parts of one expert's box, each with the box of ``key`` that it equals."""
         yield box, box
 
     def expects(self, work: Work) -> Made:
@@ -220,7 +220,7 @@ class CopyExperts(Step):
 
 @dataclass(frozen=True)
 class CutExperts(CopyExperts):
-    """Make experts that are shards of copies (``--granularity``); a shard's bytes serve all copies."""
+    """Make experts that are shards of copies (``--granularity``); all copies share a shard's bytes."""
 
     cut: Cut
 
@@ -260,7 +260,7 @@ class MakeRouters(Step):
         return expected
 
     def _values(self, work: Work) -> Iterator[tuple[torch.Tensor, ...]]:
-        """The parameters of one layer's router after the other."""
+        """The parameters of the routers, layer by layer."""
         options = work.options
         return router_values(
             work.dense, work.model, options.router, options.init, work.stats, options.seed, work.moe_layers
@@ -282,7 +282,7 @@ class MakeRouters(Step):
 
 @dataclass(frozen=True)
 class WriteStates(Step):
-    """Write the empty entries that modules of an MoE layer look for, and the common state of a fresh run."""
+    """Write the empty extra states that an MoE layer's modules load, and the common state of a fresh run."""
 
     empty: tuple[str, ...]
     common_as_file: bool  # else as an object

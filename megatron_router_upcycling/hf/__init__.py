@@ -1,1 +1,1 @@
-"""Hugging Face folders in and out, tensor by tensor, without building a model and without transformers."""
+"""Import and export Hugging Face folders tensor by tensor: no model is built; tokenizers use transformers."""

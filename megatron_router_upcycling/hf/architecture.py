@@ -1,8 +1,8 @@
-"""The Qwen models that are covered, as Megatron's flags and arguments.
+"""The supported Qwen models, as Megatron's flags and arguments.
 
-Covered: Qwen1.5, Qwen2 and Qwen2.5 (``Qwen2ForCausalLM``: bias on query, key and value) and Qwen3
-(``Qwen3ForCausalLM``: norms on query and key), and on the way out their Mixture-of-Experts classes. What
-these classes cannot hold is refused by its name. Pure: no torch, no transformers.
+Supported: Qwen1.5, Qwen2 and Qwen2.5 (``Qwen2ForCausalLM``: bias on query, key and value) and Qwen3
+(``Qwen3ForCausalLM``: norms on query and key); for export also their Mixture-of-Experts classes. Options that
+these classes do not have are refused by name. Pure: no torch, no transformers.
 """
 
 from argparse import Namespace
@@ -15,8 +15,8 @@ from megatron_router_upcycling.checkpoint.dense_model import UNKNOWN_LAYERS, Arc
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.expert_layers import MOST_LAYERS, has_experts, layer_frequency
 
-# Megatron argument -> the value it must have had in training for a Qwen class to compute the same. An
-# argument that a checkpoint does not record counts as right.
+# Megatron argument -> the value in training with which a Qwen class computes the same. An argument that a
+# checkpoint does not record is assumed to have it.
 EXPECTED_ARGUMENTS: dict[str, Any] = {
     "normalization": "RMSNorm",
     "swiglu": True,
@@ -30,7 +30,7 @@ EXPECTED_ARGUMENTS: dict[str, Any] = {
     **dict.fromkeys(("rotary_seq_len_interpolation_factor", "no_rope_freq", "window_size")),
     "activation_func_clamp_value": None,
 }
-# As above, for how an MoE routes.
+# The same, for the routing of an MoE.
 EXPECTED_ROUTING: dict[str, Any] = {
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
@@ -42,7 +42,7 @@ EXPECTED_ROUTING: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class QwenModel(Architecture):
-    """A Qwen model: an architecture, and what else a config.json says of it."""
+    """A Qwen model: an architecture, and the other entries of its config.json."""
 
     norm_epsilon: float
     rotary_base: int
@@ -55,7 +55,7 @@ class QwenModel(Architecture):
     expert_ffn_size: int = 0
     routed_scale: float = 1.0  # what the chosen experts' weights are multiplied by
     shared_expert_size: int = 0  # width of the FFN that every token passes as well; 0: there is none
-    shared_expert_gated: bool = False  # whether the sigmoid of a gate weighs it
+    shared_expert_gated: bool = False  # whether it is weighted by the sigmoid of a gate
 
     @property
     def dense_layers(self) -> Sequence[int]:
@@ -102,11 +102,11 @@ def from_megatron(args: Namespace, root: Path, embedding_rows: int) -> QwenModel
 
 
 def check_exportable(args: Namespace, model: Architecture, root: Path) -> None:
-    """Refuse a model that no Qwen class holds; ``args`` need not be complete."""
+    """Refuse a model that no Qwen class can represent; ``args`` need not be complete."""
     routing = EXPECTED_ROUTING if getattr(args, "num_experts", None) else {}
     for name, expected in (dict.fromkeys(UNKNOWN_LAYERS) | EXPECTED_ARGUMENTS | routing).items():
         found = getattr(args, name, expected)
-        if found != expected and (found or expected):  # None and False both say that something is off
+        if found != expected and (found or expected):  # None and False both mean off
             raise UserError(
                 f"{root}: trained with {name} {found!r} where a Qwen class has {expected!r};"
                 " it cannot be exported"

@@ -22,14 +22,14 @@ from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
 
 MOE_CLASSES = {"qwen2": "Qwen2MoeForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}
-SIZE_BESIDE_ZEROS = 2.0**-6  # of a gate that weighs zeros: any size does
-SIZE_OF_HALF = 2.0**-40  # of a gate whose sigmoid is to be one half: it is, rounded to float32
+SIZE_BESIDE_ZEROS = 2.0**-6  # of the gate of a shared expert of zeros: any size works
+SIZE_OF_HALF = 2.0**-40  # of a gate whose sigmoid must be one half: it is, rounded to float32
 
 type Gate = dict[str, torch.Tensor]
 
 
 class Output(NamedTuple):
-    """A tensor of the folder. ``read`` makes its rows start .. stop, in the memory given where they fit."""
+    """A tensor of the folder. ``read(start, stop, scratch)`` makes its rows, in ``scratch`` if they fit."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Options:
     dtype: torch.dtype | None = None
     tokenizer: Path | None = None
     max_shard_bytes: int = 5 * 10**9
-    shared_expert_width: int | None = None  # of one of zeros; None: 128
+    shared_expert_width: int | None = None  # of a shared expert of zeros; None: 128
     modelling_code: bool = False
     overwrite: bool = False
 
@@ -54,9 +54,9 @@ class Export:
     out: Path
     model: QwenModel
     router: RouterConfig | None
-    shared_expert_width: int  # the model's own, or that of one of zeros
+    shared_expert_width: int  # the model's own, or that of a shared expert of zeros
     dtype: torch.dtype
-    beside: Path | None  # what stands beside the weights: tokenizer and more
+    beside: Path | None  # the folder of the files besides the weights: tokenizer and more
     options: Options
     manifest: dict[str, Any] | None
 
@@ -99,7 +99,7 @@ class Export:
 
     @property
     def is_stock(self) -> bool:
-        """Whether stock classes hold the model."""
+        """Whether transformers' own classes can represent the model."""
         return self.router is None or self.router.kind.not_stock(self.router) is None
 
     @property
@@ -110,7 +110,7 @@ class Export:
 
 
 def stored_name(checkpoint: Checkpoint, name: str) -> str:
-    """The name that ``checkpoint`` has for ``name_table``'s tensor ``name``; norms go by two names."""
+    """The name that ``checkpoint`` has for ``name_table``'s tensor ``name``; norms have two names."""
     return name if name in checkpoint.tensors else other_norm(name) or name
 
 
@@ -120,7 +120,7 @@ def outputs(job: Export) -> Iterator[Output]:
     embedding, *others = [tensor for tensor in tensors if None in tensor.layers]
     (first,) = _moved(job, embedding, None)
     yield first
-    read_gate = functools.lru_cache(1)(job.read_gate)  # a layer's gate may be several tensors, and blocks
+    read_gate = functools.lru_cache(1)(job.read_gate)  # for all tensors and blocks of a layer's gate
     for layer in range(model.num_layers):
         for tensor in tensors:
             if layer in tensor.layers:
@@ -134,12 +134,12 @@ def outputs(job: Export) -> Iterator[Output]:
     for tensor in others:
         yield from _moved(job, tensor, None)
     if model.num_experts and model.tied:
-        # SGLang ties nothing in a Mixture-of-Experts, llama.cpp nothing in Qwen2-MoE; others pass it over.
+        # SGLang does not tie embeddings in an MoE, nor llama.cpp in Qwen2-MoE; others ignore this tensor.
         yield first._replace(name=name_table.LM_HEAD)
 
 
 def _moved(job: Export, tensor: Tensor, layer: int | None) -> Iterator[Output]:
-    """What ``tensor`` has of a layer."""
+    """The outputs that ``tensor`` holds for a layer."""
     for index, place in tensor.places(layer):
         for number, part in enumerate(tensor.parts):
             read = functools.partial(_read_rows, job, tensor, number, place)
@@ -149,7 +149,7 @@ def _moved(job: Export, tensor: Tensor, layer: int | None) -> Iterator[Output]:
 def _read_rows(
     job: Export, tensor: Tensor, part: int, place: Index, start: int, stop: int, scratch: bytearray
 ) -> torch.Tensor:
-    """Rows of a part, gathered from where they are in Megatron's tensor."""
+    """Rows of a part, gathered from Megatron's tensor."""
     name, columns = stored_name(job.checkpoint, tensor.name), tensor.part_shapes[part][1:]
     values = tensor_in(scratch, job.checkpoint.tensors[name].dtype, (stop - start, *columns))
     ones, zeros = (1,) * len(place), (0,) * len(columns)
@@ -163,11 +163,11 @@ def _read_rows(
 
 
 def _scale(tensor: Tensor, model: QwenModel) -> float:
-    """What the values are multiplied by: classes of Qwen have no other place for these factors."""
+    """The factor for the values: the Qwen classes have no other place for it."""
     if tensor.name == name_table.EXPERTS_DOWN:
         return model.routed_scale
     if tensor.name == name_table.SHARED_DOWN and not model.shared_expert_gated:
-        return 2.0  # ``SIZE_OF_HALF`` takes it back
+        return 2.0  # cancels the gate's one half (``SIZE_OF_HALF``)
     return 1.0
 
 
@@ -181,7 +181,7 @@ def _made(job: Export, name: str, shape: tuple[int, ...], make: Callable[[], tor
 
 
 def _shared_expert(job: Export, layer: int) -> Iterator[Output]:
-    """What Qwen2-MoE wants and the checkpoint lacks: a shared expert, of zeros, and its gate."""
+    """What Qwen2-MoE requires and the checkpoint lacks: a shared expert of zeros, and a gate for it."""
     model = job.model
     if job.shared_expert_width and not model.shared_expert_size:
         for part in name_table.SHARED_EXPERT:
@@ -201,8 +201,8 @@ def _zeros(
 
 
 def _drawn_gate(job: Export, layer: int) -> torch.Tensor:
-    """A gate of N(0, size), not of 0: llama.cpp computes the sigmoid of x as silu(x) / x, there NaN."""
+    """A gate of small random numbers, not zeros: llama.cpp computes sigmoid(x) as silu(x) / x, NaN at 0."""
     limits, size = torch.finfo(job.dtype), SIZE_OF_HALF if job.model.shared_expert_size else SIZE_BESIDE_ZEROS
-    size = max(size, 16 * limits.smallest_normal * limits.eps)  # float16 holds little below that
+    size = max(size, 16 * limits.smallest_normal * limits.eps)  # float16 has few values below that
     generator = torch.Generator().manual_seed(layer)
     return torch.randn(1, job.model.hidden_size, generator=generator) * size

@@ -1,6 +1,6 @@
-"""The tokenizer of an exported folder: ``AutoTokenizer`` is to give the tokens of training.
+"""The tokenizer of an exported folder: ``AutoTokenizer`` must give the tokens of training.
 
-One of sentencepiece takes the form that transformers, vLLM and SGLang load.
+A sentencepiece model is converted to the form that transformers, vLLM and SGLang load.
 """
 
 import json
@@ -13,22 +13,22 @@ from megatron_router_upcycling.data import tokenizer
 from megatron_router_upcycling.errors import described
 
 CONFIG = "tokenizer_config.json"
-# Every version of transformers takes this class for the rules in tokenizer.json. transformers 5 writes
+# With this class, every version of transformers follows the rules in tokenizer.json. transformers 5 writes
 # "TokenizersBackend", which transformers 4 does not know.
 BY_THE_FILE = "PreTrainedTokenizerFast"
 QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-# Held against sentencepiece's own tokens, with the text of this file.
+# Texts, in addition to this file, whose tokens must equal sentencepiece's own.
 SAMPLES = ("  two  spaces\n\n\tand a tab ", "naïve café, 数学, \U0001f642\r\n", " ", "\n", "a\u00a0b")
 
 
 def agree(source: Path, folder: Path, trained_with: Path | None) -> str:
     """Make the tokenizer in ``folder``, whose files are copies of those in ``source``, give the same tokens.
 
-    Qwen's own files stay as they are. Others get a tokenizer.json, where they have none, and the class that
-    reads it in any version of transformers (``tokenizer.of_folder`` says what another class would do).
-    ``trained_with`` is the checkpoint's own tokenizer, where ``source`` is another one that was asked for.
+    Qwen's own files are unchanged. Others get a tokenizer.json, where they have none, and the class that
+    reads it in any version of transformers (``tokenizer.of_folder`` explains what another class would do).
+    ``trained_with`` is the checkpoint's own tokenizer, where the user asked for another one, ``source``.
 
-    Returns what the user must know, as a sentence; "" where ``AutoTokenizer`` gives the tokens of training.
+    Returns a warning for the user; "" where ``AutoTokenizer`` gives the tokens of training.
     """
     try:
         import transformers
@@ -36,15 +36,15 @@ def agree(source: Path, folder: Path, trained_with: Path | None) -> str:
         trained = tokenizer.of_folder(source)
         digest = tokenizer.sha256_of(trained)
         other = trained_with and tokenizer.load(trained_with).sha256 != digest
-    except Exception as error:  # whatever the many parts of transformers raise, or that it is not installed
+    except Exception as error:  # transformers raises many kinds, or is not installed
         why = described(error).replace(str(source), "it")
         return f"transformers cannot load it, and it was copied as it is ({why})"
     entries = _entries(folder / CONFIG)
-    if isinstance(extra := entries.get("extra_special_tokens"), list):  # of transformers 5; a fault in 4
+    if isinstance(extra := entries.get("extra_special_tokens"), list):  # of transformers 5; an error in 4
         del entries["extra_special_tokens"]
         entries.setdefault("additional_special_tokens", extra)
     found, kind = _given(folder)
-    shows_version_5 = int(transformers.__version__.split(".")[0]) >= 5  # what that makes of a folder
+    shows_version_5 = int(transformers.__version__.split(".")[0]) >= 5  # what version 5 loads
     if not (shows_version_5 and entries.get("tokenizer_class") in QWEN and found == digest):
         if not (folder / tokenizer.TOKENIZER_JSON).is_file():
             trained.backend_tokenizer.save(str(folder / tokenizer.TOKENIZER_JSON))
@@ -70,7 +70,7 @@ def _entries(path: Path) -> dict[str, Any]:
 
 
 def _given(folder: Path) -> tuple[str, str]:
-    """The digest of what ``AutoTokenizer`` loads, or "", and which class that is or why there is none."""
+    """The digest of what ``AutoTokenizer`` loads and its class, or "" and why it loads nothing."""
     from transformers import AutoTokenizer
 
     try:
@@ -81,9 +81,9 @@ def _given(folder: Path) -> tuple[str, str]:
 
 
 def convert(model: Path, folder: Path) -> tuple[str, dict[str, int]]:
-    """Write ``model`` of sentencepiece to ``folder``, which holds a config.json, as transformers converts it.
+    """Convert the sentencepiece ``model`` with transformers, into ``folder``, which holds a config.json.
 
-    Returns why nothing was written, "" where all was; and its special tokens' ids, as config.json has them.
+    Returns why nothing was written, or ""; and the special tokens' ids, as entries of config.json.
     """
     ids: dict[str, int] = {}
     try:
@@ -105,7 +105,7 @@ def convert(model: Path, folder: Path) -> tuple[str, dict[str, int]]:
         if all(loaded.encode(text, add_special_tokens=False) == own.encode(text) for text in texts):
             return "", ids
         fault = f"for {model.name} transformers would load a {type(loaded).__name__} with other tokens"
-    except Exception as error:  # of one of these libraries, or that it is not installed
+    except Exception as error:  # raised by one of these libraries, or it is not installed
         fault = f"{model.name} cannot be converted ({described(error)})"
     for file in (tokenizer.TOKENIZER_JSON, CONFIG):
         (folder / file).unlink(missing_ok=True)

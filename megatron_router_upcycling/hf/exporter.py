@@ -1,8 +1,8 @@
-"""A Megatron checkpoint, dense or Mixture-of-Experts, into a Hugging Face folder.
+"""Export a Megatron checkpoint, dense or Mixture-of-Experts, to a Hugging Face folder.
 
 A dense model becomes ``Qwen2ForCausalLM`` or ``Qwen3ForCausalLM``, a Mixture-of-Experts whose router folds
 into one linear gate ``Qwen2MoeForCausalLM`` or ``Qwen3MoeForCausalLM``: stock classes, which transformers,
-vLLM and SGLang load without code of ours. Values are streamed, block by block.
+vLLM and SGLang load without custom code. Values are streamed, block by block.
 """
 
 from collections import Counter
@@ -32,16 +32,16 @@ from megatron_router_upcycling.hf.folder import RECORD, find_beside, write_folde
 from megatron_router_upcycling.hf.safetensors_file import ahead, as_bytes, blocks, dtype_name, format_header
 from megatron_router_upcycling.routers.config import RouterConfig
 
-WIDTH_OF_ZEROS = 128  # of the shared expert that adds nothing
+WIDTH_OF_ZEROS = 128  # of a shared expert of zeros
 VALUE_BYTES = 4  # of a stored value, at most
-SAMPLE_TOKENS = 1024  # of a layer, to measure what rounding its gate changes
+SAMPLE_TOKENS = 1024  # for each layer, to measure what rounding its gate changes
 
 
 def check_conversion(conversion: Conversion) -> str | None:
-    """Ask of the arguments that a new checkpoint will have what ``prepare`` asks, before it is made.
+    """Check, before a conversion, that ``prepare`` will accept its result.
 
-    Options that take a Qwen where no class follows are refused. Where the dense model is no Qwen, so that
-    nothing of it has a class, a line that says so is returned.
+    Refuses options that turn an exportable dense model into an MoE that no Qwen class can represent. If the
+    dense model itself cannot be exported, returns a message that says so.
     """
     plan = conversion.plan
     try:
@@ -130,7 +130,7 @@ def _check_tensors(checkpoint: Checkpoint, model: QwenModel, router: RouterConfi
 
 
 def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
-    """Make the folder and return its record, or leave nothing. ``progress`` gets the bytes of a write."""
+    """Make the folder and return its record, or leave nothing. ``progress`` is called with bytes written."""
     with publish.new_folder(job.out, job.options.overwrite) as folder:
         for file, shard in job.shards.items():
             _write_shard(job, shard, folder / file, progress)
@@ -149,7 +149,7 @@ def _write_shard(job: Export, shard: list[Output], path: Path, progress: Callabl
 
 
 def _record(job: Export) -> dict[str, Any]:
-    """What made the folder."""
+    """The record of how the folder was made."""
     upcycled = job.manifest or {}
     return {
         "format": 1,
@@ -168,7 +168,7 @@ def _record(job: Export) -> dict[str, Any]:
 
 
 def _measure_rounding(job: Export) -> dict[str, int] | None:
-    """What rounding the folded routers to the dtype changes: ``changed_choices`` of all layers together."""
+    """What rounding the folded routers to the dtype changes: ``changed_choices``, summed over layers."""
     if job.router is None:
         return None
     norm = stored_name(job.checkpoint, name_table.NORM_BEFORE_FFN)
@@ -182,18 +182,17 @@ def _measure_rounding(job: Export) -> dict[str, int] | None:
 def changed_choices(
     gate: Gate, norm: torch.Tensor, router: RouterConfig, layer: int, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Compare a layer's choices of experts with its gate, in float32, as it is and in ``dtype``.
+    """Count the choices of experts in a layer that change when its float32 gate is rounded to ``dtype``.
 
-    The sample is what a router sees of random hidden states of unit variance: the output of the norm before
-    it, whose weight is ``norm`` [D], in ``dtype``. Of all ``choices``, those that change with the gate alone
-    in ``dtype`` are ``by_rounding``; with the logits too, as a model in that dtype computes them,
-    ``by_arithmetic``.
+    The sample is a router's input for random hidden states of unit variance: the output, in ``dtype``, of the
+    norm before the router, whose weight is ``norm`` [D]. Of all ``choices``, ``by_rounding`` change if only
+    the gate is in ``dtype``, and ``by_arithmetic`` if the logits are too, as in a model of that dtype.
     """
     generator = torch.Generator().manual_seed(layer)
     tokens = (torch.randn(SAMPLE_TOKENS, len(norm), generator=generator) * norm.float()).to(dtype)
 
     def choose(tokens: torch.Tensor, kept: torch.dtype) -> torch.Tensor:
-        """The choices with weights kept in ``kept``, computed in the dtype of ``tokens``."""
+        """The choices with the gate rounded to ``kept`` and logits in the dtype of ``tokens``."""
         rounded = {name: value.to(kept).to(tokens.dtype) for name, value in gate.items()}
         logits = router.kind.logits(rounded, tokens, router).float()
         return torch.zeros(logits.shape).scatter_(1, logits.topk(router.top_k, dim=1).indices, 1.0)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: its files by name, and what is refused before it is read as a model."""
+"""The file names of a Hugging Face folder, and the refusal of folders that hold no model."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ MODELLING_FILE = "modeling_upcycled_qwen_moe.py"
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"  # one file of weights, or several
 
 LFS_POINTER = b"version https://git-lfs"
-# A file that tells what a folder without a whole model is -> what that is, and what to give in its place.
+# File that identifies a folder without a whole model -> what the folder holds, and what to name instead.
 OTHER_KINDS = {
     beside.ADAPTER: "an adapter: merge it into its base model (peft: merge_and_unload()) and name that",
     "*.gguf": "a model in GGUF: name the folder of the same in safetensors",
@@ -27,7 +27,7 @@ def numbered(number: int, count: int) -> str:
 
 
 def refuse_other_folders(folder: Path, flag: str) -> None:
-    """Refuse the folder that ``flag`` gave by what it is where it is not a model's."""
+    """Refuse the folder that ``flag`` names if it holds no model, with what it holds instead."""
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder; name the folder of a model's {CONFIG}")
     weights = [path for name in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(name)]
@@ -39,7 +39,7 @@ def refuse_other_folders(folder: Path, flag: str) -> None:
 
 
 def what_else(folder: Path) -> str:
-    """What a folder without a whole model may be, as the end of a message; "" where nothing tells."""
+    """What a folder without a whole model may be, as the end of a message; "" if unknown."""
     for pattern, kind in OTHER_KINDS.items():
         for found in sorted(folder.glob(pattern), reverse=True):
             return f"; {found.name} is of {kind.format(found=found)}"
@@ -47,7 +47,7 @@ def what_else(folder: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object."""
+    """The object in a JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What stands beside the weights in an exported folder: configurations, tokenizer, model card, record."""
+"""The files of an exported folder besides the weights: configurations, tokenizer, model card, record."""
 
 import inspect
 import json
@@ -21,7 +21,7 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def find_beside(asked: Path | None, checkpoint: Checkpoint) -> Path | None:
-    """The folder with the tokenizer: the one asked for, beside the checkpoint, used in training, or none."""
+    """The tokenizer's folder: the one asked for, else the checkpoint's, else training's, else None."""
     if asked is not None:
         if not beside.is_tokenizer(asked):
             raise UserError(f"--tokenizer {asked}: holds none of {', '.join(beside.TOKENIZER_FILES)}")
@@ -34,7 +34,7 @@ def find_beside(asked: Path | None, checkpoint: Checkpoint) -> Path | None:
 
 
 def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
-    """Write everything but the weights; what is said of the tokenizer goes into ``record`` as well."""
+    """Write everything but the weights; add warnings about the tokenizer to ``record``."""
     special = _copy_beside(job.beside, folder) if job.beside else {}
     _write_json(folder / CONFIG, _config(job) | special)
     kind, model = (job.beside and beside.tokenizer_of(job.beside)) or ("", folder)
@@ -58,7 +58,7 @@ def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
 
 
 def _copy_beside(source: Path, target: Path) -> dict[str, Any]:
-    """Copy what stands beside the weights; return the ids of special tokens as config.json has them."""
+    """Copy the files besides the weights; return the special tokens' ids, as entries of config.json."""
     carried = beside.look(source).carried
     beside.copy(source, [file for file in carried if str(file) not in (CONFIG, CARD, RECORD)], target)
     for file in (CONFIG, GENERATION_CONFIG):
@@ -73,7 +73,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _modelling_file(kind: Kind) -> str:
-    """The source of the classes that load a model, with that of the kind's logits at its end."""
+    """The source of the classes that load a model, followed by that of the router kind's logits."""
     classes = Path(__file__).with_name(MODELLING_FILE).read_text(encoding="utf-8")
     functions = [inspect.getsource(function) for function in (*kind.helpers, kind.logits)]
     entry = f'LOGITS["{kind.name}"] = {kind.logits.__name__}\n'
@@ -81,7 +81,7 @@ def _modelling_file(kind: Kind) -> str:
 
 
 def _config(job: Export) -> dict[str, Any]:
-    """The config.json, but for special tokens."""
+    """The config.json, without special tokens."""
     model, router = job.model, job.router
     config = from_model(model, job.class_name) | {"torch_dtype": dtype_name(job.dtype)}
     if router is None:
@@ -91,7 +91,7 @@ def _config(job: Export) -> dict[str, Any]:
         "num_experts": router.num_experts,
         "num_experts_per_tok": router.top_k,
         "moe_intermediate_size": model.expert_ffn_size,
-        # softmax over all experts, then top-k as they are; or renormalised, which is top-k, then softmax
+        # False: softmax over all experts, then top-k; True: renormalised, which equals top-k, then softmax
         "norm_topk_prob": not router.pre_softmax,
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(model.dense_layers),
@@ -110,7 +110,7 @@ def _config(job: Export) -> dict[str, Any]:
 
 
 def from_model(model: QwenModel, class_name: str) -> dict[str, Any]:
-    """What a dense and an MoE config.json have in common; ``read_config_json`` is the way back."""
+    """The entries that a dense and an MoE config.json share; ``read_config_json`` is the inverse."""
     config = {entry: getattr(model, attribute) for entry, (attribute, _) in ENTRIES.items()}
     config |= {
         "model_type": model.family + "_moe" * bool(model.num_experts),
@@ -118,7 +118,7 @@ def from_model(model: QwenModel, class_name: str) -> dict[str, Any]:
         "num_key_value_heads": model.num_query_groups,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
-        # transformers 5 reads the one, transformers 4 and the inference engines the other
+        # transformers 5 reads rope_parameters; transformers 4 and the inference engines read rope_theta
         "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
         "rope_theta": float(model.rotary_base),
         "use_sliding_window": False,

@@ -1,8 +1,8 @@
-"""A Hugging Face folder with a dense Qwen model into a Megatron torch_dist checkpoint.
+"""Import a Hugging Face folder with a dense Qwen model as a Megatron torch_dist checkpoint.
 
-No model is built: values go from the safetensors files to the checkpoint block by block, each to the rows
-that ``name_table`` gives it. Beside the checkpoint come ``model.yaml`` (the model's flags, to build a
-configuration on), ``tokenizer/`` and ``import_hf.json`` (what it was made from).
+No model is built: values are copied from the safetensors files block by block, each to the rows that
+``name_table`` gives it. The checkpoint's folder also gets ``model.yaml`` (the model's flags, as the base of a
+configuration), ``tokenizer/`` and ``import_hf.json`` (what it was made from).
 """
 
 import json
@@ -45,7 +45,7 @@ class Import:
 
     folder: Path
     out: Path
-    flags: dict[str, Any]  # Megatron's, that build the model
+    flags: dict[str, Any]  # Megatron's flags that build the model
     model: QwenModel
     weights: dict[str, Stored]  # by the names of ``name_table``
     beside: beside.Found  # the other files of ``folder``
@@ -88,13 +88,13 @@ def prepare(
 
 
 def _read_weights(folder: Path, model: QwenModel) -> dict[str, Stored]:
-    """Read the headers of all files in ``folder``, and hold what they say against ``model``."""
+    """Read the headers of all weight files in ``folder``, and check them against ``model``."""
     found = _all_tensors(folder)
     if model.tied and EMBED_TOKENS not in found and LM_HEAD in found:
         found[EMBED_TOKENS] = found.pop(LM_HEAD)
     shapes = {}
     for name, shape in name_table.hf_tensors(model):
-        if name not in found:  # before config.json has asked for a billion
+        if name not in found:  # stop early: config.json may ask for a billion
             why = f"which {CONFIG} asks for; the model is incomplete{files.what_else(folder)}"
             if name == LM_HEAD:
                 why = f"and {CONFIG} does not tie the output layer to the embedding (tie_word_embeddings)"
@@ -120,7 +120,7 @@ def _read_weights(folder: Path, model: QwenModel) -> dict[str, Stored]:
 
 
 def _check_tied(head: Stored, embedding: Stored) -> None:
-    """Where embeddings are tied and the output layer was saved all the same, it must be the embedding."""
+    """Refuse an output layer that was saved despite tied embeddings and differs from the embedding."""
     for rows in blocks(head.shape, DTYPES[head.dtype].itemsize):
         if not head.rows(*rows).view(torch.uint8).equal(embedding.rows(*rows).view(torch.uint8)):
             raise UserError(
@@ -130,7 +130,7 @@ def _check_tied(head: Stored, embedding: Stored) -> None:
 
 
 def _dtype_of(weights: dict[str, Stored]) -> torch.dtype:
-    """That of all tensors; float32 for float64, which no training is done in."""
+    """The dtype of all tensors; float32 for float64, in which no training is done."""
     found = {stored.dtype: stored for stored in weights.values()}
     if len(found) > 1:
         both = " and ".join(f"{dtype} ({stored.name} in {stored.path})" for dtype, stored in found.items())
@@ -140,20 +140,20 @@ def _dtype_of(weights: dict[str, Stored]) -> torch.dtype:
 
 
 def _all_tensors(folder: Path) -> dict[str, Stored]:
-    """What the files of weights hold, by the names of ``name_table``."""
+    """The tensors of all weight files, by the names of ``name_table``."""
     found: dict[str, Stored] = {}
     for file in _files(folder):
         for name, stored in safetensors_file.read_header(folder / file).items():
             if name in found:
                 raise UserError(f"{stored.path}: holds {name}, which {found[name].path} has; remove one")
             found[name] = stored
-    # The body of a model saved by itself (Qwen3-Embedding) has names without the body's own.
+    # A body saved without its output layer (Qwen3-Embedding) has names without the prefix ``BODY``.
     lacks = "" if any(name.startswith(BODY) for name in found) else BODY
     return {name if name == LM_HEAD else lacks + name: stored for name, stored in found.items()}
 
 
 def _files(folder: Path) -> list[str]:
-    """The names of the files of weights."""
+    """The names of the weight files."""
     if (folder / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
     if (folder / INDEX).is_file():
@@ -174,7 +174,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
-    """Make the checkpoint and return its record, or leave nothing. ``progress`` gets the bytes of a write."""
+    """Make the checkpoint and return its record, or leave nothing. ``progress`` is given bytes written."""
     with publish.new_folder(job.out, job.overwrite) as folder:
         record = _record(job)
         with CheckpointWriter(folder / "release", "__0_", progress) as writer:
@@ -226,12 +226,12 @@ def _write(job: Import, writer: CheckpointWriter) -> None:
     writer.finish()
 
 
-# A tensor of Megatron's, and rows of it with their offset and their CRC-32.
+# A Megatron tensor, and the offset, values and CRC-32 of some of its rows.
 type Block = tuple[Tensor, Index, torch.Tensor, int]
 
 
 def _tasks(job: Import) -> Iterator[Callable[[bytearray], Block]]:
-    """What to call, in this order, for all blocks of the checkpoint."""
+    """The calls that read all blocks of the checkpoint, in order."""
     for tensor in name_table.tensors(job.model):
         for layer in tensor.layers:
             for index, _ in tensor.places(layer):
@@ -242,7 +242,7 @@ def _tasks(job: Import) -> Iterator[Callable[[bytearray], Block]]:
 def _read_block(
     job: Import, tensor: Tensor, index: Index, start: int, stop: int, scratch: bytearray
 ) -> Block:
-    """The rows ``start`` .. ``stop`` of what ``tensor`` has at ``index``, each read to where it belongs."""
+    """Rows ``start`` .. ``stop`` of ``tensor`` at ``index``, gathered from its Hugging Face tensors."""
     parts = [job.weights[name_table.name(part, index)] for part in tensor.parts]
     where = f"{parts[0].path}: {' and '.join(part.name for part in parts)}"
     columns = tensor.shape[len(index) + 1 :]
@@ -262,7 +262,7 @@ def _read_block(
 def _model_yaml(job: Import) -> str:
     entries = job.flags | job.tokenizer
     if job.tokenizer:
-        entries["tokenizer_model"] = beside.FOLDER  # beside this file, wherever it is moved
+        entries["tokenizer_model"] = beside.FOLDER  # relative to this file, so that both can be moved
     entries["make_vocab_size_divisible_by"] = job.vocabulary_multiple
     if job.dtype == torch.bfloat16:
         entries["bf16"] = True

@@ -1,15 +1,14 @@
-"""The model card of an exported folder, and what other tools make of the model.
+"""The model card of an exported folder, and how other tools read the model.
 
-llama.cpp and mbridge do not read every entry of config.json: as of the versions in docs/hugging_face.md,
-whether the chosen experts' weights are renormalised depends on the class alone, and every layer must have
-experts.
+llama.cpp and mbridge do not read every entry of config.json: in the versions in docs/hugging_face.md, the
+class alone decides whether the chosen experts' weights are renormalised, and every layer must have experts.
 
-transformers trains the export with the load balancing loss of config.json. Of one layer, n experts, k a
-token, T tokens: f_i tokens chose expert i, P_i is the sum of their softmax. Megatron adds
-c n / (k T^2) sum_i f_i P_i for every layer; transformers, only with ``output_router_logits``,
-r n / (L T)^2 sum_i F_i Q_i once, where F and Q are sums of f and P over all L layers. With r = c L / k the
-gradients by P_i, c n f_i / (k T^2) and r n F_i / (L T)^2, are equal where the layers' counts are
-(F_i = L f_i), as in a single layer; elsewhere each layer's counts are replaced by their mean over the layers.
+transformers trains the export with the load balancing loss of config.json. In a layer with n experts, k per
+token, and T tokens, f_i tokens choose expert i, and P_i is the sum of its softmax over all tokens. Megatron
+adds c n / (k T^2) sum_i f_i P_i for every layer; transformers, only with ``output_router_logits``, adds
+r n / (L T)^2 sum_i F_i Q_i once, where F and Q are the sums of f and P over all L layers. With r = c L / k
+the gradients with respect to P_i, c n f_i / (k T^2) and r n F_i / (L T)^2, are equal if all layers have equal
+counts (F_i = L f_i); otherwise each layer's counts are replaced by their mean over the layers.
 """
 
 import math
@@ -22,15 +21,15 @@ from megatron_router_upcycling.hf.files import MODELLING_FILE
 from megatron_router_upcycling.routers.config import RouterConfig
 
 CONVERTED = "release"  # the iteration of a checkpoint that convert made
-# Of a model whose experts have not trained yet, so that whoever trains it first balances their load: the c of
-# the paper (section 4.1) and of configs/methods.
+# For a model whose experts have not trained yet, so that its first training balances their load: the c of the
+# paper (section 4.1) and of configs/methods.
 UNTRAINED = {"aux_loss": 0.02}
-# Megatron's kinds of this loss: f_i counts a micro-batch, a sequence, or what came so far of a global batch.
+# Megatron's kinds of this loss: f_i counts a micro-batch, a sequence, or the global batch so far.
 BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 
 
 def balanced_by(args: Namespace) -> dict[str, float]:
-    """Kind of loss in ``BALANCING`` -> its coefficient, of Megatron's arguments; only those above 0."""
+    """Kind of loss in ``BALANCING`` -> its coefficient in Megatron's arguments; only those above 0."""
     given = (
         getattr(args, "moe_router_load_balancing_type", "aux_loss"),
         getattr(args, "moe_aux_loss_coeff", 0),
@@ -44,7 +43,7 @@ def balanced_by(args: Namespace) -> dict[str, float]:
 
 
 def aux_losses(job: Export) -> dict[str, float]:
-    """What balanced the experts' load in training, or is to balance it in the first."""
+    """The losses that balanced the experts' load in training, or should in the first training."""
     is_trained = job.manifest is None or job.checkpoint.iteration_dir.name != CONVERTED
     return balanced_by(job.checkpoint.args) if is_trained else UNTRAINED
 
@@ -59,7 +58,7 @@ def _order(router: RouterConfig) -> str:
 
 
 def faults(job: Export) -> list[str]:
-    """Why llama.cpp and mbridge do not compute a model that stock classes hold; none where they do."""
+    """Why llama.cpp and mbridge do not compute a model that stock classes load; empty where they do."""
     model, router = job.model, job.router
     if router is None or not job.is_stock:
         return []
@@ -113,11 +112,11 @@ def _router_section(job: Export, record: dict[str, Any]) -> str:
     router = job.router
     assert router is not None
     kind = router.kind.card.format(router=router)
-    folded = "It is linear in the hidden state, and stands here as one gate a layer, folded in float32."
+    folded = "It is linear in the hidden state, and is stored here as one gate a layer, folded in float32."
     elsewhere = "\n## In other tools\n\n" + "".join(f"- {sentence}.\n" for sentence in _elsewhere(job))
     if not job.is_stock:
         how = router.kind.exported.format(rows=job.gate["weight"][0])
-        folded = f"It stands here {how}: see `{MODELLING_FILE}`, which needs transformers 5."
+        folded = f"It is stored here {how}: see `{MODELLING_FILE}`, which needs transformers 5."
         elsewhere = ""
     notes = "".join(f"\n\n{note}" for note in _notes(job))
     return f"""
@@ -131,14 +130,14 @@ Precision: {precision(record)}
 
 
 def precision(record: dict[str, Any]) -> str:
-    """What the record of an export says of rounding, in words."""
+    """The effect of rounding in words, from the record of an export."""
     dtype, found = record["dtype"], record["rounding"]
     if dtype == "float32":
         return "the gates are kept as they were folded, in float32"
     return (
         f"routers in {dtype}, not float32: of {found['choices']} choices of an expert for random tokens"
-        f" {found['by_rounding']} are others ({found['by_arithmetic']} where logits are computed in {dtype}"
-        " too)"
+        f" {found['by_rounding']} are different ({found['by_arithmetic']} where logits are computed in"
+        f" {dtype} too)"
     )
 
 
@@ -178,12 +177,12 @@ def _notes(job: Export) -> Iterator[str]:
 
 
 def _elsewhere(job: Export) -> Iterator[str]:
-    """Where other tools take the folder for another model, or train other parts of it, without a word."""
+    """Where other tools silently load a different model, or train other parts of it."""
     yield from faults(job)
     yield (
         "transformers 5 saves config.json without `rope_theta` (and Qwen3-MoE's without `num_experts`), and"
-        " transformers 4 then takes its own defaults. Put them back before it, or a tool of its time, reads"
-        " what transformers 5 has saved"
+        " transformers 4 then takes its own defaults. Restore them before transformers 4, or a tool of its"
+        " time, reads what transformers 5 has saved"
     )
     if job.model.family == "qwen2" and not job.model.shared_expert_size and job.shared_expert_width:
         yield (

@@ -1,8 +1,8 @@
 """Qwen Mixture-of-Experts whose router is not one linear gate (transformers 5).
 
-Of arXiv 2509.00679: the maximum over several gates, which is max pooling over routers or several keys an
-expert (section 5.2), or an MLP (section 4.3). Written beside a model by megatron-router-upcycling, which adds
-the router's logits at the end; everything but the router is transformers' own.
+The router is one of arXiv 2509.00679: the maximum over several gates, for max pooling over routers or several
+keys an expert (section 5.2), or an MLP (section 4.3). megatron-router-upcycling writes this file next to a
+model and adds the router's logits at the end; everything but the router is transformers' own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Router(nn.Module):
     """
 
     def __init__(self, config):
-        nn.Module.__init__(self)  # the stock router's makes a gate of another shape
+        nn.Module.__init__(self)  # the stock constructor makes a gate of another shape
         self.options = SimpleNamespace(**config.upcycled_router)
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
@@ -51,7 +51,7 @@ class _Router(nn.Module):
         return logits, scores.to(hidden_states.dtype), indices
 
 
-# Of the stock router's kind, so that transformers finds the logits for its auxiliary loss.
+# Subclasses of the stock routers, so that transformers finds the logits for its auxiliary loss.
 class UpcycledQwen2MoeRouter(_Router, Qwen2MoeTopKRouter):
     pass
 

@@ -45,7 +45,7 @@ class Row(NamedTuple):
     megatron: str
     parts: tuple[Part, ...]
     order: str = STACKED
-    only: str | None = None  # what a model must be or have to have this tensor: see ``tensors``
+    only: str | None = None  # the models that have this tensor: see ``_rows``
 
 
 def _part(name: str, *shape: str) -> Part:
@@ -63,7 +63,7 @@ def _ffn(place: str, width: str) -> tuple[Part, Part, Part]:
 
 
 DENSE, ROUTED = _ffn("mlp", "F"), _ffn(EXPERT, "E")
-# What Qwen2-MoE has beside the routed experts, of a model's own or all zeros.
+# What Qwen2-MoE has in addition to the routed experts: the model's own, or all zeros.
 SHARED_EXPERT = _ffn("mlp.shared_expert", "S")
 SHARED_EXPERT_GATE = _part("mlp.shared_expert_gate.weight", "1", "D")
 EXPERTS_DOWN, SHARED_DOWN = f"{names.EXPERTS}.linear_fc2.weight", f"{names.SHARED_EXPERT}.linear_fc2.weight"
@@ -88,30 +88,30 @@ TABLE = (
     Row(names.OUTPUT_LAYER, (Part(LM_HEAD, ("V", "D")),), PADDED, only="untied"),
 )
 
-GATE = f"{LAYER}.mlp.gate"  # the router's tensors, which are made and not moved (``Kind.gate``)
+GATE = f"{LAYER}.mlp.gate"  # the router's tensors, which are computed, not moved (``Kind.gate``)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of Megatron's in a model: a matrix or vector, or a stack of them."""
+    """A Megatron tensor of a model: a matrix or vector, or a stack of them."""
 
     name: str
     shape: tuple[int, ...]  # of the whole stack
     parts: tuple[Part, ...]
     part_shapes: tuple[tuple[int, ...], ...]
     segments: tuple[Segment, ...]  # its rows, from first to last, by where they come from
-    layers: Sequence[int | None]  # that have it; (None,) where it is of no layer
-    experts: Sequence[Index]  # (expert,) for each of a layer's; ((),) where it is of none
+    layers: Sequence[int | None]  # those that have it; (None,) if it belongs to no layer
+    experts: Sequence[Index]  # (expert,) for each expert of a layer; ((),) if it belongs to none
 
     def places(self, layer: int | None) -> list[tuple[Index, Index]]:
-        """What it has of a layer: (layer,) or (layer, expert), and its place in the stack of ``layers``."""
+        """Its matrices of a layer: (layer,) or (layer, expert), and the index of each in the stack."""
         if layer is None:
             return [((), ())]
         place = self.layers.index(layer)
         return [((layer, *expert), (place, *expert)) for expert in self.experts]
 
     def runs(self, part: int) -> list[tuple[int, int]]:
-        """Where a part's rows stand: (start, stop), in the part's own order."""
+        """The row ranges (start, stop) that hold a part's rows, in the part's own order."""
         found, position = [], 0
         for number, start, stop in self.segments:
             if number == part:
@@ -121,7 +121,7 @@ class Tensor:
 
 
 def tensors(model: QwenModel) -> list[Tensor]:
-    """The tensors of Megatron's that ``model`` has, in the order of ``TABLE``."""
+    """The Megatron tensors of ``model``, in the order of ``TABLE``."""
     return [_tensor(row, layers, model) for row, layers in _rows(model)]
 
 
@@ -189,7 +189,7 @@ def _segments(row: Row, model: QwenModel) -> Iterator[Segment]:
 
 
 def cut(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-    """What of ``ranges``, laid end to end, is ``start`` .. ``stop``: range, first, last, and place there."""
+    """The parts of ``ranges``, laid end to end, in ``start`` .. ``stop``: range, first, last, offset."""
     position = 0
     for number, (first, last) in enumerate(ranges):
         low, high = max(start - position, 0), min(stop - position, last - first)
@@ -199,7 +199,7 @@ def cut(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> Iterator[tu
 
 
 def hf_tensors(model: QwenModel) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the Hugging Face tensors of a dense model; nothing grows with its sizes."""
+    """Names and shapes of a dense model's Hugging Face tensors, lazily, since its sizes may be absurd."""
     for row, layers in _rows(model):
         for layer in layers if LAYER in row.parts[0].name else (None,):
             for part in row.parts:

@@ -1,8 +1,8 @@
-"""Safetensors files, read and written by blocks of rows, so that no tensor need be in memory whole.
+"""Safetensors files, read and written by blocks of rows, so that no whole tensor need be in memory.
 
-The safetensors library checks a file before it is read. It writes only what is in memory whole, so the header
-of a new file is made here: eight bytes that give its length, then JSON: name -> dtype, shape, and where the
-values begin and end. https://huggingface.co/docs/safetensors
+The safetensors library checks a file before it is read. It writes only tensors that are whole in memory, so
+the header of a new file is made here: eight bytes that give its length, then JSON: name -> dtype, shape, and
+where the values begin and end. https://huggingface.co/docs/safetensors
 """
 
 import hashlib
@@ -27,11 +27,11 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH = struct.Struct("<Q")
 ALIGNMENT = 8
 SAMPLES, SAMPLE_BYTES = 1024, 4096
-BLOCK_BYTES = 8 << 20  # of a tensor in memory at a time: it is still in a cache when it is written
+BLOCK_BYTES = 8 << 20  # of a tensor in memory at a time: still in the processor's cache when it is written
 
 
 class Stored(NamedTuple):
-    """A tensor where it lies in a file; ``dtype`` in the words of the format."""
+    """The location of a tensor in a file; ``dtype`` is the format's name for it."""
 
     path: Path
     name: str
@@ -68,7 +68,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def sample_digest(path: Path) -> str:
-    """SHA-256 over size, header, and 4 KiB at each of 1024 places: an identity that costs little."""
+    """SHA-256 over size, header, and 4 KiB at each of 1024 places: a cheap identity."""
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         length = file.read(LENGTH.size)
@@ -79,7 +79,7 @@ def sample_digest(path: Path) -> str:
 
 
 def format_header(tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> bytes:
-    """What stands before the values of ``tensors``, which follow one another in that order."""
+    """The header of a file that holds the values of ``tensors``, in that order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape in tensors:
@@ -92,16 +92,16 @@ def format_header(tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.d
 
 
 def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
-    """Ranges of a tensor's rows (start, stop) that follow one another, each of at most BLOCK_BYTES."""
+    """Consecutive ranges (start, stop) of a tensor's rows, each of at most BLOCK_BYTES or one row."""
     step = max(1, BLOCK_BYTES // (math.prod(shape[1:]) * itemsize))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
 
 
 def ahead[T](tasks: Iterable[Callable[[bytearray], T]]) -> Iterator[T]:
-    """The results of ``tasks``, in order, each made in another thread while the one before is in use.
+    """The results of ``tasks``, in order, each made in a thread while the previous one is in use.
 
-    A task gets memory for its result, which is its own until the result after it is asked for.
+    A task gets a buffer for its result, which is valid until the next result is requested.
     """
     scratch, spare = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
     with ThreadPoolExecutor(1) as thread:
@@ -125,7 +125,7 @@ def as_bytes(values: torch.Tensor) -> memoryview:
 
 
 def cast(values: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
-    """``values`` in ``dtype``, each finite; ``where`` names the file and the tensor."""
+    """``values`` in ``dtype``; UserError where one is not finite. ``where`` names the file and the tensor."""
     if not all_finite(values):
         raise UserError(f"{where}: holds NaN or infinite values; use another copy of the model")
     converted = values.to(dtype)

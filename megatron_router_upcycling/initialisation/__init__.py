@@ -1,1 +1,1 @@
-"""A router's first values: from attention heads (the paper), or as the ablations ask. Pure tensors."""
+"""A router's first values: from attention heads (the paper), or for ablations. Pure tensors."""

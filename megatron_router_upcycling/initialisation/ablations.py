@@ -1,8 +1,8 @@
-"""First values that differ from the paper's: the ablations of the start (``InitConfig``), as pure tensors.
+"""Ablations of the paper's first values (``InitConfig``), as pure functions of tensors.
 
-Everything here changes values that are there already, in the checkpoint's dtype. Statistics (norms, standard
-deviations, scales) are computed in float64 and rounded to float32, so that they do not depend on the order of
-a sum, and what is drawn is drawn by a ``generator`` of its own.
+The functions alter given values, in the checkpoint's dtype. Statistics (norms, standard deviations, scales)
+are computed in float64 and rounded to float32, so that they do not depend on the order of summation, and each
+random tensor is drawn by a ``generator`` of its own.
 
 Symbols: S tokens, D hidden size, n experts.
 """
@@ -24,7 +24,7 @@ SCALES = (1e-8, 1e8)
 
 
 def generator(seed: int, *what: object) -> torch.Generator:
-    """A generator for ``what``: names and numbers, whose text is hashed together with the seed."""
+    """A random generator for ``what`` (names and numbers), seeded with a hash of it and ``seed``."""
     text = ":".join(map(str, (seed, *what)))
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
 
@@ -34,7 +34,7 @@ def _float32(value: Tensor | float) -> float:
 
 
 def with_norm_of(values: Tensor, random: torch.Generator) -> Tensor:
-    """Random values in float32 of the shape of ``values``, each slice along axis 0 with its norm there."""
+    """Random float32 values of the shape of ``values``; each slice along axis 0 has the norm of theirs."""
     drawn = torch.randn(values.shape, generator=random)
     for row, like in zip(drawn, values, strict=True):
         row *= _float32(like.double().norm() / row.double().norm())
@@ -44,8 +44,8 @@ def with_norm_of(values: Tensor, random: torch.Generator) -> Tensor:
 def cluster_centres(inputs: Tensor, count: int, random: torch.Generator) -> Tensor:
     """Centres of ``count`` clusters of the directions of ``inputs`` [S, D]: spherical k-means, float64.
 
-    Starts from tokens drawn at random. A cluster that loses all its tokens takes the one that is least like
-    its own centre.
+    Starts from tokens drawn at random. A cluster that loses all its tokens takes the token that is least
+    similar to its nearest centre.
     """
     unit = torch.nn.functional.normalize(inputs.double(), dim=1)
     centres = unit[torch.randperm(len(unit), generator=random)[:count]]
@@ -75,7 +75,7 @@ def equal_singular_values(gate: Tensor) -> Tensor:
 
 
 def scale_to_entropy(logits: Tensor, target: float, place: str) -> float:
-    """What to multiply ``logits`` [S, n] by so that the mean entropy of softmax over n is ``target``."""
+    """The factor for ``logits`` [S, n] with which the mean entropy of their softmax over n is ``target``."""
     logits = logits.double()
 
     def entropy(scale: float) -> float:
@@ -102,9 +102,9 @@ def alter_router(
     layer: int,
     inputs: Tensor | None,
 ) -> dict[str, Tensor]:
-    """One layer's router as ``init`` wants it: of its parameters by name, in the checkpoint's dtype.
+    """Apply the ablations of ``init`` to one layer's router: its parameters by name, in their dtype.
 
-    ``inputs``: where it is needed, a sample of the layer's router inputs [S, D].
+    ``inputs``: a sample of the layer's router inputs [S, D], where ``init`` needs one.
     """
     dtype = next(iter(values.values())).dtype
     made = dict(values)

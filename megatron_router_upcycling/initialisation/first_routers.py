@@ -35,7 +35,7 @@ def router_values(
     seed: int,
     layers: Iterable[int],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield the routers' parameters of ``layers`` in the order of ``router_parameters``, the model's dtype.
+    """Yield each layer's router parameters, in the order of ``router_parameters`` and the model's dtype.
 
     A bias is zero: the paper's routers have none.
     """
@@ -67,9 +67,9 @@ def router_values(
 
 
 def choose_head_key(init: InitConfig, stats: KeyStats, model: DenseModel) -> str:
-    """Which key of a head equation 4 takes: ``mean`` (the paper's) or ``attended``.
+    """Which key of a head equation 4 uses: ``mean`` (the paper's) or ``attended``.
 
-    Where ``init`` leaves it open, the attended key where heads share query groups and ``stats`` has it.
+    The default is the attended key if several heads share a query group and ``stats`` has it.
     """
     if init.head_key == "attended" and stats.attended is None:
         raise UserError(
@@ -82,7 +82,7 @@ def choose_head_key(init: InitConfig, stats: KeyStats, model: DenseModel) -> str
 
 
 def _head_keys(init: InitConfig, stats: KeyStats, model: DenseModel, layer: int) -> torch.Tensor:
-    """A layer's keys of heads, [H, d]."""
+    """The keys of a layer's heads, [H, d]."""
     if choose_head_key(init, stats, model) == "attended":
         assert stats.attended is not None
         return stats.attended[layer]
@@ -90,7 +90,7 @@ def _head_keys(init: InitConfig, stats: KeyStats, model: DenseModel, layer: int)
 
 
 def _drawn(model: DenseModel, router: RouterConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """A random router, in float32; one layer after the other comes from one generator."""
+    """A random router, in float32; one generator draws all layers in order."""
     copies = replace(router, num_experts=router.num_copies, top_k=1, granularity=1)
     values = {}
     for parameter in router.kind.parameters(copies, model):

@@ -1,6 +1,6 @@
-"""From attention heads to a mixture of routers (arXiv 2509.00679, section 3.2 and 5.2).
+"""Build a mixture of routers from attention heads (arXiv 2509.00679, section 3.2 and 5.2).
 
-Pure torch: group a layer's heads by the likeness of their average keys, merge each set's query projections
+Pure torch: group a layer's heads by the similarity of their average keys, merge each set's query projections
 into a router's query map W^j and each set's keys into an expert's key K_i.
 
 Symbols: T tokens, D hidden size, H query heads, d head size, m routers, n experts, c keys an expert,
@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 
-# Similarities that differ by less are equal, so that a tie is a tie whatever the order of a sum.
+# Similarities are rounded to these, so that ties do not depend on the order of summation.
 SIMILARITY_DECIMALS = 12
 
 Sets = list[list[int]]
@@ -24,7 +24,7 @@ Sets = list[list[int]]
 def query_heads(qkv: Tensor, num_heads: int, num_groups: int) -> Tensor:
     """The query projection by head, [H, d, D], of Megatron's fused ``linear_qkv`` [(H + 2G) * d, D].
 
-    Of each of G query groups it holds H/G query heads, then the key, then the value.
+    For each of G query groups it holds H/G query heads, then the key, then the value.
     """
     queries = num_heads // num_groups
     by_group = qkv.unflatten(0, (num_groups, queries + 2, -1))  # [G, H/G + 2, d, D]
@@ -34,15 +34,15 @@ def query_heads(qkv: Tensor, num_heads: int, num_groups: int) -> Tensor:
 def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor]:
     """Initial parameters of one layer's mixture of routers (paper, eq. 4 and 5).
 
-    m > H first splits every head. m < n groups n/m copies of every head to make the n keys, while the
-    query maps come from the heads themselves. A copy is as similar to its twin as can be, so twins merge
-    first; where m = H nothing else merges, and the n/m experts of one head start with equal keys. Where m
+    If m > H, every head is split first. If m < n, the n keys come from groups of n/m copies of every head,
+    while the query maps come from the heads themselves. Copies of a head are most similar to each other and
+    merge first; if m = H nothing else merges, and the n/m experts of one head start with equal keys. If m
     does not divide H, every head is part of several routers, of each once (``overlapping_sets``).
 
-    Of ``query_heads`` [H, d, D], the rows of the query projection by head, and ``key_heads`` [H, d], each
-    head's average key: query_weight [m, d', D] in the dtype of ``query_heads``, and expert_key [n*c, d'] in
-    float32, of which expert i owns rows i*c .. i*c + c-1. With granularity G, each of n copies' keys stand G
-    times, and there are n*G*c rows.
+    ``query_heads`` [H, d, D] are the rows of the query projection by head, ``key_heads`` [H, d] each head's
+    average key. Returns query_weight [m, d', D] in the dtype of ``query_heads``, and expert_key [n*c, d'] in
+    float32, of which expert i owns rows i*c .. i*c + c-1. With granularity G, the keys of each of n copies
+    are repeated G times: n*G*c rows.
     """
     num_heads, head_dim, hidden = query_heads.shape
     assert key_heads.shape == (num_heads, head_dim)
@@ -71,32 +71,32 @@ def init_mixture(query_heads: Tensor, key_heads: Tensor, config: RouterConfig) -
 
 
 def split_heads(heads: Tensor, parts: int) -> Tensor:
-    """Cut each head's d rows, [H, d, ...] -> [H*parts, d/parts, ...]; a head's parts stand together."""
+    """Cut each head's d rows, [H, d, ...] -> [H*parts, d/parts, ...]; a head's parts are adjacent."""
     num_heads, head_dim = heads.shape[:2]
     return heads.reshape(num_heads * parts, head_dim // parts, *heads.shape[2:])
 
 
 def cosine_similarity(keys: Tensor) -> Tensor:
-    """Cosine similarity of every two keys, [H, d] -> [H, H] in float64; 0 beside a key of zeros."""
+    """Cosine similarity of every two keys, [H, d] -> [H, H] in float64; 0 if a key is zero."""
     keys = keys.double()
     norm = keys.norm(dim=1, keepdim=True)
     unit = keys / norm.where(norm > 0, 1.0)
-    # Each product is summed alone: equal keys then have equal similarities, which a matrix product's
-    # blocking does not promise.
+    # Each dot product is summed by itself, so that equal keys have equal similarities; a blocked matrix
+    # product does not guarantee that.
     return torch.stack([(unit * row).sum(dim=1) for row in unit]).round(decimals=SIMILARITY_DECIMALS)
 
 
 def group_heads(keys: Tensor, num_sets: int) -> Sets:
     """Group heads into sets of equal size by the cosine similarity of their keys (section 3.2).
 
-    Sets of two are pairs; larger ones come from grouping the sets again by their mean keys, once for each
-    prime factor of the size, the small ones first.
+    Sets are merged by their mean keys, once for each prime factor of the final size, small factors first:
+    single heads into pairs, pairs into larger sets.
 
-    Greedily: all pairs by falling similarity, ties by head index, a pair being taken when both are free. An
+    Merging is greedy: all pairs by falling similarity, ties by head index, each taken if both are free. An
     odd prime factor p merges p sets at a time: the best free pair, then the free set most similar to the mean
     of those chosen, until there are p.
 
-    Of keys [H, d], ``num_sets`` sets of head indices; heads within a set in index order, sets by their first.
+    From keys [H, d] to ``num_sets`` sets of head indices: heads in a set in index order, sets by their first.
     """
     num_heads = len(keys)
     assert num_heads % num_sets == 0
@@ -110,13 +110,12 @@ def group_heads(keys: Tensor, num_sets: int) -> Sets:
 
 
 def overlapping_sets(keys: Tensor, num_sets: int, size: int) -> Sets:
-    """More sets of ``size`` heads than there are heads for, in rounds in which each head is used once.
+    """More than H / size sets of ``size`` heads, in rounds in which each head is used once.
 
-    The first round is ``group_heads``. In each further one, sets are merged greedily as there, but heads that
-    have been in the fewest sets together come first, and the most similar ones among these. So no two sets
-    are equal.
+    The first round is ``group_heads``. Further rounds also merge greedily, but prefer the heads that have
+    been in the fewest sets together, and among these the most similar ones. No two sets are equal.
 
-    Of keys [H, d]: ``num_sets`` different sets, a multiple of H / size, which is whole and above 1.
+    From keys [H, d] to ``num_sets`` different sets, a multiple of H / size, which is whole and above 1.
     """
     sets = made = group_heads(keys, len(keys) // size)
     similarity = cosine_similarity(keys).tolist()
@@ -133,8 +132,8 @@ def overlapping_sets(keys: Tensor, num_sets: int, size: int) -> Sets:
 def _least_together(similarity: list[list[float]], together: list[list[int]], size: int) -> Sets:
     """Sets of ``size`` heads, each head in one: a seed pair, then one head after the other.
 
-    The pair, and each head for those that its set has, is that with the fewest sets in common, then with the
-    largest (sum of) similarities, then the first.
+    Chosen is the pair, then the head to join the set, that has the fewest sets in common, then the largest
+    (sum of) similarities, then the lowest index.
     """
 
     def rank(head: int, members: list[int]) -> tuple[int, float]:
@@ -156,7 +155,7 @@ def _least_together(similarity: list[list[float]], together: list[list[int]], si
 
 
 def _exchange_known(made: Sets, known: Sets, num_sets: int) -> Sets:
-    """``made`` without a set of ``known``: the first exchange of two heads that parts them."""
+    """Exchange heads between sets of ``made`` until none is in ``known``: the first exchange that works."""
     for first, second in itertools.permutations(range(len(made)), 2):
         for a, b in itertools.product(made[first], made[second]) if made[first] in known else ():
             swapped = [sorted({*made[first], b} - {a}), sorted({*made[second], a} - {b})]
@@ -180,11 +179,11 @@ def _prime_factors(number: int) -> list[int]:
 
 
 def _greedy_merge(keys: Tensor, count: int) -> Sets:
-    """Greedy sets of ``count``: a seed pair, then the best for the running mean, ties by index."""
+    """Greedy sets of ``count``: a seed pair, then the most similar to the running mean; ties by index."""
     free = set(range(len(keys)))
     chosen = []
     similarity = cosine_similarity(keys).tolist()
-    pairs = itertools.combinations(range(len(keys)), 2)  # by i, then by j, which a sort keeps
+    pairs = itertools.combinations(range(len(keys)), 2)  # by i, then j; sorting is stable
     for i, j in sorted(pairs, key=lambda pair: -similarity[pair[0]][pair[1]]):
         if i not in free or j not in free:
             continue

@@ -1,4 +1,4 @@
-"""Take key vectors and router inputs out of a running Megatron model."""
+"""Capture key vectors and router inputs of a running Megatron model."""
 
 import contextlib
 from argparse import Namespace
@@ -23,8 +23,8 @@ type Take = Callable[[torch.Tensor, torch.Tensor], None]
 def capture_keys(model: Sequence[torch.nn.Module], sums: KeySums) -> Iterator[None]:
     """While the context lasts, every forward pass of ``model`` adds its keys to ``sums``.
 
-    ``model`` is this rank's model chunks, wrapped or not. Keys are taken with their bias and key norm, before
-    the rotary embedding.
+    ``model`` is this rank's model chunks, wrapped or not. Keys are taken after bias and key norm, before the
+    rotary embedding.
     """
     with contextlib.ExitStack() as stack:
         for attention in self_attentions(model):
@@ -62,7 +62,7 @@ def _add(attention: Any, sums: KeySums, query: torch.Tensor, key: torch.Tensor) 
 
 
 def _take_before_rotary(attention: Any, take: Take) -> Callable[[], None]:
-    """Wrap the instance's ``get_query_key_value_tensors``; return what undoes it."""
+    """Wrap the instance's ``get_query_key_value_tensors``; return a function that undoes it."""
     name = "get_query_key_value_tensors"
     original = patching.find("key statistics", attention, name, place=SELF_ATTENTION)
 
@@ -80,10 +80,10 @@ def _take_before_rotary(attention: Any, take: Take) -> Callable[[], None]:
 
 
 class RouterInput:
-    """This rank's part of a sample [L, S, D] of what routers will see: hidden states behind the FFN's norm.
+    """This rank's part of a sample [L, S, D] of router inputs: hidden states after the norm before the FFN.
 
-    Which tokens of ``collect_iters`` global batches are taken is decided beforehand, by their places in the
-    data, and so is the same at any layout. ``ranks`` is this rank's place, by "dp", "cp" and "tp".
+    The tokens of ``collect_iters`` global batches are chosen in advance by their positions in the data, so
+    that any parallel layout gives the same sample. ``ranks``: this rank's number in "dp", "cp" and "tp".
     """
 
     def __init__(self, args: Namespace, num_tokens: int, ranks: dict[str, int]) -> None:
@@ -91,7 +91,7 @@ class RouterInput:
         self.num_tokens = min(num_tokens, total)
         self.hidden_size, self.dtype = args.hidden_size, args.params_dtype
         self.calls: dict[int, int] = {}  # layer -> forward passes so far
-        self.taken: dict[int, torch.Tensor] = {}  # layer -> [S, D], rows of other ranks being zero
+        self.taken: dict[int, torch.Tensor] = {}  # layer -> [S, D]; rows of other ranks are zero
         self.places = defaultdict[int, list](list)  # forward pass -> (row, position, sample) of its tokens
         chosen = np.random.default_rng(SEED).choice(total, self.num_tokens, replace=False)
         for row, token in enumerate(sorted(chosen.tolist())):
@@ -100,7 +100,7 @@ class RouterInput:
                 self.places[call].append((row, position, sample))
 
     def take(self, layer: int, norm: Any, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """A hook before an FFN: take this forward pass's rows of its input, each through ``norm``."""
+        """A forward pre-hook of an FFN: store the sampled rows of its input, after ``norm``."""
         hidden = args[0]  # (sequence, batch, D)
         call = self.calls.get(layer, 0)
         self.calls[layer] = call + 1
@@ -132,9 +132,9 @@ class RouterInput:
 
 
 def _place(args: Namespace, token: int, ranks: dict[str, int]) -> tuple[int, int, int, bool]:
-    """Where ``token`` is: forward pass, position and sample in the batch of a rank, and whether of this rank.
+    """Where ``token`` is: forward pass, position and sample in its rank's batch, whether that is this rank.
 
-    Context parallel ranks hold two of 2c parts of a sequence, one from each end.
+    A context-parallel rank holds two of the 2c parts of a sequence, one from each end.
     """
     sample, position = divmod(token, args.seq_length)
     iteration, sample = divmod(sample, args.global_batch_size)
@@ -156,7 +156,7 @@ def _place(args: Namespace, token: int, ranks: dict[str, int]) -> tuple[int, int
 
 @contextlib.contextmanager
 def capture_router_input(model: Sequence[torch.nn.Module], sample: RouterInput) -> Iterator[None]:
-    """While the context lasts, every forward pass of ``model`` gives its tokens to ``sample``."""
+    """While the context lasts, every forward pass of ``model`` adds its tokens to ``sample``."""
     from megatron.core.utils import get_attr_wrapped_model
 
     with contextlib.ExitStack() as stack:
@@ -169,7 +169,7 @@ def capture_router_input(model: Sequence[torch.nn.Module], sample: RouterInput) 
 
 
 def _norm_inside(mlp: torch.nn.Module, config: Any) -> Any:
-    """What an FFN does to its input before FC1: with Transformer Engine, FC1 holds the norm."""
+    """The norm that FC1 applies to its input, if Transformer Engine fuses it there; else the identity."""
     weight = getattr(mlp.linear_fc1, "layer_norm_weight", None)
     if weight is None:
         return lambda hidden: hidden

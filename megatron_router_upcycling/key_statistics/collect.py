@@ -63,7 +63,7 @@ def new_sums(args: Namespace) -> KeySums:
 
 
 def write(args: Namespace, sums: KeySums, inputs: torch.Tensor | None, losses: torch.Tensor) -> None:
-    """Write ``--output`` from what all ranks saw, and say so in a line."""
+    """Write ``--output`` from the merged sums, and print a summary."""
     metadata = provenance(args) | {"lm_loss": float(losses[0] / losses[1])}
     count = torch.full((args.num_layers,), sums.tokens)
     stats = KeyStats(sums.mean(), count, sums.attended(), metadata, inputs)
@@ -105,7 +105,7 @@ def check(run: launch.Run) -> None:
 
 
 def check_architecture(args: Namespace, trained: Namespace) -> None:
-    """Refuse a model that is not the one that was ``trained``."""
+    """Refuse an architecture that differs from the ``trained`` one, and too much tensor parallelism."""
     groups, size = num_query_groups(args), args.tensor_model_parallel_size
     names = (ARCHITECTURE | NEGATED).values()
     compared = {name: (getattr(args, name, None), getattr(trained, name, None)) for name in names}
@@ -121,7 +121,7 @@ def check_architecture(args: Namespace, trained: Namespace) -> None:
 
 
 def num_query_groups(args: Namespace) -> int:
-    """Number of key heads; Megatron's argument counts only under grouped-query attention."""
+    """Number of key heads; Megatron's argument applies only with grouped-query attention."""
     return args.num_query_groups if args.group_query_attention else args.num_attention_heads
 
 
@@ -142,9 +142,9 @@ def load_model(args: Namespace) -> list[torch.nn.Module]:
 
 
 def train_iterators(args: Namespace, num_chunks: int, iterations: int) -> Any:
-    """Over ``iterations`` global batches of the training data, as Megatron's loop has it.
+    """An iterator over ``iterations`` global batches of the training data, as in Megatron's training loop.
 
-    One iterator, or under virtual pipeline parallelism a list with one for each model chunk.
+    With virtual pipeline parallelism, a list with one iterator for each model chunk.
     """
     from megatron.training.training import build_train_valid_test_data_iterators
 
@@ -187,7 +187,7 @@ def forward(args: Namespace, model: list[torch.nn.Module], data: Any) -> torch.T
 
 
 def provenance(args: Namespace) -> dict[str, Any]:
-    """What the statistics are of and what made them, as JSON values."""
+    """The model, data and run that the statistics come from, as JSON values."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
     dense = open_dense(args.load)

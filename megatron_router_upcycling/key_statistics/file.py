@@ -1,7 +1,7 @@
 """The file of key statistics: safetensors, written whole or not at all.
 
 Format 2 holds ``key_mean`` float32 [L, G, d], ``key_attended`` float32 [L, H, d], ``key_count`` int64 [L] and
-perhaps ``router_input`` [L, S, D]. Format 1, which is read as well, had no ``key_attended``.
+optionally ``router_input`` [L, S, D]. Format 1, which can still be read, has no ``key_attended``.
 """
 
 import json
@@ -16,28 +16,28 @@ from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.files import blocked_by, write_whole
 
 FORMAT = 2
-KEY_SOURCE = "pre_rope"  # of all keys, in the metadata: before the rotary embedding
+KEY_SOURCE = "pre_rope"  # in the metadata: keys are taken before the rotary embedding
 AGAIN = "collect the statistics again"
 
 
 @dataclass
 class KeyStats:
-    """What the converter needs to know of a dense model's keys."""
+    """Statistics of a dense model's keys, for the converter."""
 
     mean: torch.Tensor  # float32 [L, G, d], the mean key of each query group
-    count: torch.Tensor  # int64 [L], the tokens that it is over
-    attended: torch.Tensor | None = None  # float32 [L, H, d], of each head
+    count: torch.Tensor  # int64 [L], the number of tokens averaged
+    attended: torch.Tensor | None = None  # float32 [L, H, d], the attended key of each head
     # JSON values: what the keys are, which model they come from and what made them.
     metadata: dict[str, Any] = field(default_factory=dict)
-    # [L, S, D], a sample of what routers see, for ``save``. ``load`` gives its shape alone, and
-    # ``read_router_input`` a layer of it.
+    # [L, S, D], a sample of router inputs, for ``save``. ``load`` sets only ``sample_shape``;
+    # ``read_router_input`` reads one layer.
     router_input: torch.Tensor | None = None
     sample_shape: list[int] | None = None
     path: Path | None = None  # of the file that ``load`` has read
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> None:
-    """Raise UserError where ``save`` could not put statistics at ``path``; touches nothing."""
+    """Raise UserError where ``save`` could not write to ``path``; changes nothing."""
     path = Path(path)
     if path.is_dir() or (path.exists() and not overwrite):
         raise UserError(f"--output {path}: exists; pass --overwrite to replace a file, or name another one")
@@ -82,7 +82,7 @@ def load(path: str | Path) -> KeyStats:
 
 
 def read_router_input(path: str | Path, layer: int) -> torch.Tensor:
-    """What ``layer``'s router would see, [S, D] in float32, from a file that ``load`` has read."""
+    """The sampled router inputs of ``layer``, [S, D] in float32, from a file that ``load`` has read."""
     with safetensors.safe_open(path, framework="pt") as file:
         if "router_input" not in set(file.keys()):
             missing = "holds no hidden states (router_input)"

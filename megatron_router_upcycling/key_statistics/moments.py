@@ -1,8 +1,8 @@
-"""Sums of a dense model's key vectors, by the attention head that they belong to (pure torch).
+"""Sums of a dense model's key vectors, by attention head (pure torch).
 
-Of the keys of a query group, which its heads share, two kinds of means are taken. The mean key is over all
-tokens (section 3.2 of the paper). The attended key of a head is over the tokens that it attends to more than
-the other heads of its group do (``attending_heads``). Where a group has one head the two are the same.
+The heads of a query group share its keys, which are averaged in two ways. The mean key is the average over
+all tokens (section 3.2 of the paper). The attended key of a head is the average over the tokens that it
+attends to more than the group's other heads do (``attending_heads``). With one head a group both are equal.
 
 Shapes: L layers, G query groups, H query heads, d head size, T tokens.
 """
@@ -62,7 +62,7 @@ class KeySums:
     def tokens(self) -> int:
         """Tokens whose keys were added, the same for every layer and query group.
 
-        RuntimeError where they differ: a rank's sums were not merged, or its layers were not captured.
+        Raises RuntimeError if they differ: a rank's sums were not merged, or its layers were not captured.
         """
         seen = self.count.unflatten(1, (self.num_groups, -1)).sum(2)
         tokens = int(seen.max())
@@ -78,7 +78,7 @@ class KeySums:
         return (self.total.unflatten(1, (self.num_groups, -1)).sum(2) / self.tokens).float().cpu()
 
     def attended(self) -> torch.Tensor:
-        """The mean of each head's own keys, [L, H, d] likewise; without any it is the group's mean key."""
+        """The mean of each head's own keys, likewise [L, H, d]; the group's mean key if it has none."""
         own = (self.total / self.count.unsqueeze(2)).float().cpu()
         mean = self.mean().repeat_interleave(self.total.shape[1] // self.num_groups, dim=1)
         return torch.where(self.count.cpu().unsqueeze(2) > 0, own, mean)
@@ -87,8 +87,8 @@ class KeySums:
 def sum_over_tokens(keys: torch.Tensor) -> torch.Tensor:
     """Sum of [T, G, d] over tokens: float64 [G, d].
 
-    Exact to float64 on the CPU; on a GPU a tree of float32 additions, so that a run's average over many
-    micro-batches is good to float32's own rounding.
+    Computed in float64 on the CPU; on a GPU as a tree of float32 additions, so that a run's average over
+    many micro-batches is accurate to float32 rounding.
     """
     if keys.is_cuda:
         return keys.sum(0, dtype=torch.float32).double()  # casts as it reads: no copy is made
@@ -104,9 +104,9 @@ def attending_heads(
 ) -> torch.Tensor | None:
     """For each token and query group the head of the group that attends to it most.
 
-    A head's own logit of a token, q_t . k_t / sqrt(d), says how strongly it attends from the token to itself,
-    whatever the position: rotary embedding turns both alike. The head whose own logit is furthest above its
-    mean over the sequence has the token: heads differ in their means, and the largest would have all tokens.
+    A head's own logit of a token, q_t . k_t / sqrt(d), measures how strongly the token attends to itself,
+    whatever its position, since the rotary embedding rotates both alike. The token goes to the head whose own
+    logit is furthest above its mean over the sequence: without the mean, one head could get all tokens.
 
     Args:
         query: [s, b, heads, d]; key: [s, b, groups, d], both before or both after the rotary embedding. The

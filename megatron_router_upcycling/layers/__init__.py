@@ -1,4 +1,4 @@
-"""What a Mixture-of-Experts layer is made of here."""
+"""The modules of a Mixture-of-Experts layer."""
 
-# Attribute of a parameter of three axes that is a stack of matrices, each a linear map of its own.
+# Attribute that marks a three-axis parameter as a stack of matrices, each a linear map of its own.
 STACK = "is_stack_of_matrices"

@@ -1,7 +1,7 @@
 """Attention through PyTorch's ``scaled_dot_product_attention``, where Transformer Engine is not in use.
 
 Megatron's own ``DotProductAttention`` writes the whole [batch * heads, queries, keys] matrix of scores to
-memory, several times over; PyTorch's kernel never does, and takes grouped keys as they are.
+memory, several times over; PyTorch's kernel never does, and needs no copies of keys that heads share.
 """
 
 import contextlib

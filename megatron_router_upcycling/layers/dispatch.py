@@ -1,7 +1,7 @@
-"""A token dispatcher for layers whose experts are all on one rank: nothing is sent or waits for the host.
+"""A token dispatcher for layers whose experts are all on one rank, without communication or host waits.
 
-There Megatron's dispatchers still sort twice, add rows up with atomic operations and copy the experts' counts
-to the host. Here a token has exactly k rows: all shapes are known beforehand, and a CUDA graph can hold them.
+Even there Megatron's dispatchers sort twice, add up rows with atomic operations and copy the experts' counts
+to the host. Here a token has exactly k rows: shapes are known in advance, and a CUDA graph can capture them.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from megatron_router_upcycling.layers.kernels import permutation
 
 
 class OneRankDispatcher(MoETokenDispatcher):
-    """Megatron's six steps of a dispatcher, of which two do something."""
+    """Megatron's six dispatcher steps, of which only the first and the last do any work."""
 
     def __init__(self, config: TransformerConfig, pg_collection: Any) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
@@ -45,7 +45,7 @@ class OneRankDispatcher(MoETokenDispatcher):
     token_combine = combine_preprocess
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """The sum of each token's rows, in the shape that the tokens came in."""
+        """The sum of each token's rows, in the original shape of the tokens."""
         combined = permutation.combine(hidden_states, self.places)
         del self.places
         return combined.view(self.shape)
@@ -60,13 +60,13 @@ def covers(config: Any, expert_ranks: int) -> bool:
         and not config.moe_router_padding_for_quantization
         and not config.moe_shared_expert_overlap
         and not config.moe_latent_size
-        # A loop over experts asks the host for their counts, which it cannot inside a CUDA graph.
+        # A loop over experts copies their counts to the host, which a CUDA graph cannot capture.
         and (getattr(config, "cuda_graph_impl", "none") == "none" or config.moe_grouped_gemm)
     )
 
 
 class UpcycledMoELayer(MoELayer):
-    """Megatron's MoE layer, with ``OneRankDispatcher`` where that covers the configuration."""
+    """Megatron's MoE layer, with ``OneRankDispatcher`` where that supports the configuration."""
 
     def __init__(
         self, config: TransformerConfig, *args: Any, pg_collection: Any = None, **kwargs: Any

@@ -1,7 +1,7 @@
-"""A layer's experts as two stacked parameters, multiplied by all their tokens in two grouped products.
+"""A layer's experts as two stacked parameters, applied to all tokens in two grouped matrix products.
 
-In a checkpoint they are the same tensors under the same names as those of Megatron's ``SequentialMLP``, which
-multiplies expert by expert, and of Transformer Engine's grouped experts.
+In a checkpoint they have the same tensors and names as Megatron's ``SequentialMLP``, which multiplies expert
+by expert, and as Transformer Engine's grouped experts.
 
 Symbols: R rows (a token's copy for one expert), n local experts, D hidden size, F the experts' FFN width.
 """
@@ -72,7 +72,7 @@ class GroupedExperts(MegatronModule):
             weights = [getattr(expert, linear).weight for expert in loop.local_experts]
             stacked = torch.nn.Parameter(torch.stack([weight.data for weight in weights]))
             for attribute, value in vars(weights[0]).items():
-                setattr(stacked, attribute, value)  # what Megatron marks an expert's parameters with
+                setattr(stacked, attribute, value)  # Megatron's marks of an expert's parameter
             setattr(stacked, STACK, True)
             self.register_parameter(f"{linear}_weight", stacked)
             for expert in loop.local_experts:
@@ -81,9 +81,9 @@ class GroupedExperts(MegatronModule):
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
-        """Rows [R, D], sorted by expert, through their experts and weighted: [R, D]."""
+        """The experts' outputs for rows [R, D], sorted by expert, weighted by ``permuted_probs``: [R, D]."""
         rows = permuted_local_hidden_states
-        if rows.shape[0] == 0:  # no product takes nothing, yet the parameters need their gradients
+        if rows.shape[0] == 0:  # grouped_mm takes no empty input, but the parameters need gradients
             hidden = weighted_swiglu(rows @ self.linear_fc1_weight[0].t(), permuted_probs)
             return hidden @ self.linear_fc2_weight[0].t(), None
         counts = tokens_per_expert.to(rows.device, non_blocking=True)
@@ -92,12 +92,12 @@ class GroupedExperts(MegatronModule):
         return grouped_product(hidden, self.linear_fc2_weight, counts), None
 
     def backward_dw(self) -> None:
-        """Weight gradients are never put off."""
+        """Weight gradients are never delayed: there is nothing to compute."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """The entries that ``SequentialMLP`` gives, through a factory for each stacked parameter."""
+        """The entries of ``SequentialMLP``, from a factory for each stacked parameter."""
         singleton = (metadata or {}).get("singleton_local_shards", False)
         replica = (0, 0, self.dp_group.rank())
         first = self.ep_group.rank() * self.num_local_experts
@@ -125,7 +125,7 @@ class GroupedExperts(MegatronModule):
         return entries
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Extra states are Transformer Engine's; these experts have none."""
+        """Ignore extra states, which only Transformer Engine's experts have."""
         for key in [key for key in state_dict if key.startswith(prefix) and key.endswith(EXTRA_STATE)]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -141,10 +141,10 @@ def _shards(
     replica_id: Any,
     flattened: Any = None,
 ) -> list[ShardedTensor]:
-    """A stacked parameter [n, out, in] as Megatron's shards: one an expert, gate and up (2 ``halves``) apart.
+    """A stacked parameter [n, out, in] as Megatron's shards: one an expert, or gate and up (2 ``halves``).
 
-    ``places`` has each local expert's number and its offset among all experts, or, if ``singleton``, none:
-    each then has a key of its own. ``key`` and what follows it are as ``ShardedTensorFactory`` passes them.
+    ``places``: local expert's number -> its offset among all experts, or () if ``singleton``: each then has
+    its own key. ``ShardedTensorFactory`` passes ``key`` and the arguments after it.
     """
     found = []
     for weight, (expert, place) in zip(stacked, places.items(), strict=True):
@@ -162,13 +162,13 @@ def _shards(
 
 
 def _stack(halves: int, parts: list[Tensor]) -> Tensor:
-    """What ``_shards`` took apart, together again."""
+    """The inverse of ``_shards``."""
     return torch.stack([torch.cat(parts[i : i + halves]) for i in range(0, len(parts), halves)])
 
 
 @functools.cache
 def usable(device: str) -> str | None:
-    """Why grouped products are not to be used on ``device`` ('cpu' or 'cuda'); None where they are right."""
+    """Why grouped products cannot be used on ``device`` ('cpu' or 'cuda'); None where they are correct."""
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return f"PyTorch {torch.__version__} has no grouped_mm"
     if device == "cuda" and torch.cuda.get_device_capability() < HOPPER:

@@ -1,4 +1,4 @@
-"""After a router's logits, in one kernel each way: softmax, top k, and the sums of both auxiliary losses."""
+"""Softmax, top k and both auxiliary losses' sums of a router's logits, in one kernel each way."""
 
 import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -10,7 +10,7 @@ from megatron_router_upcycling.layers.kernels import routing
 
 
 class FusedRoutingRouter(TopKRouter):
-    """A ``TopKRouter`` whose ``routing`` is fused where that covers the configuration."""
+    """A ``TopKRouter`` whose ``routing`` is fused where the kernel supports the configuration."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights [T, n] and the map of the chosen experts, bool [T, n], of logits [..., n]."""
@@ -22,13 +22,13 @@ class FusedRoutingRouter(TopKRouter):
         if self.training and torch.is_grad_enabled():
             if self.config.moe_z_loss_coeff is not None:
                 probs = self._attach_z_loss(probs, found.square_sum / flat.shape[0])
-            # Megatron's function sums the scores over their first axis, and they are summed already.
+            # Megatron's function sums the scores over their first axis; here they are summed already.
             scores = found.score_sums.unsqueeze(0)
             probs = self._apply_aux_loss(probs, scores, found.routing_map)
         return probs, found.routing_map
 
     def _is_plain(self) -> bool:
-        """Whether it is softmax, top k, and at most the z-loss and the load-balancing loss."""
+        """Whether routing is softmax, top k, and at most the z-loss and the load-balancing loss."""
         config = self.config
         balancing = self.routing_type if isinstance(self.routing_type, list) else [self.routing_type]
         return (
@@ -57,9 +57,9 @@ class FusedRoutingRouter(TopKRouter):
 
 
 class ParameterHolder(torch.nn.Module):
-    """Parameters that a checkpoint has under a name of their own.
+    """Holds parameters that have a name prefix of their own in a checkpoint.
 
-    Calling it reads one: Megatron waits for a parameter's gather before the module that owns it is called.
+    A call reads one, since Megatron waits for a parameter's all-gather before a call of its module.
     """
 
     def forward(self, name: str) -> Tensor:

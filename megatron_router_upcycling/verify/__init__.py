@@ -1,1 +1,1 @@
-"""An upcycled checkpoint held against the dense one that it was made from."""
+"""Compare an upcycled checkpoint with the dense one that it was made from."""

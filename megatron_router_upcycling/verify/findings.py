@@ -13,9 +13,9 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
 FRESH_ITERATION = "release"  # the iteration of a checkpoint that convert made
-SHOWN = 10  # findings of a check
+SHOWN = 10  # findings of each check in the table
 
-# What is proved -> in words. The order is that of the table.
+# Check -> what it proves, in the order of the table.
 CHECKS = {
     "metadata": "every element in exactly one chunk, every chunk in its file, nothing besides",
     "damage": "every chunk parses, has the shape and dtype claimed, matches its checksum",
@@ -32,7 +32,7 @@ CHECKS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it must be. ``layer`` and ``expert`` are empty where there is none."""
+    """A difference from what must be. ``layer`` and ``expert`` are empty where they do not apply."""
 
     check: str  # a key of CHECKS
     name: str  # of a tensor, an object, a file or an argument
@@ -42,7 +42,7 @@ class Finding:
 
 
 class Findings:
-    """Collects what is found, each thing once, and what was looked at."""
+    """Collects the findings, each once, and how much each check covered."""
 
     def __init__(self) -> None:
         self.found: dict[Finding, None] = {}
@@ -103,7 +103,7 @@ def span(numbers: Iterable[int]) -> str:
 
 @dataclass(frozen=True)
 class Verification:
-    """The Mixture-of-Experts, the conversion that must have made it, and what is wrong so far."""
+    """The Mixture-of-Experts, the conversion that must have made it, and the findings so far."""
 
     moe: Checkpoint
     record: dict[str, Any]  # the manifest
@@ -117,7 +117,7 @@ class Verification:
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of values, those that several chunks name being read once."""
+        """Bytes of values to read; bytes that several chunks share are read once."""
         return sum(
             sum({chunk.blob: math.prod(chunk.sizes) for chunk in stored.chunks}.values())
             * stored.dtype.itemsize
@@ -125,7 +125,7 @@ class Verification:
         )
 
     def recorded_files(self, name: str) -> dict[str, dict[str, Any]]:
-        """What section ``name`` of the manifest says of each file."""
+        """The entries of the manifest's section ``name``, by file."""
         files = section(self.moe, self.record, name)
         for path, entry in files.items():
             if not isinstance(entry, dict) or Path(path).is_absolute() or ".." in Path(path).parts:

@@ -1,7 +1,7 @@
-"""Is an upcycled checkpoint what it must be? Proved by reading it and the dense checkpoint it came from.
+"""Prove that an upcycled checkpoint is correct, by comparing it with the dense checkpoint it came from.
 
 ``prepare`` opens both and plans the conversion again, with the options that the manifest records; ``run``
-compares. Of a checkpoint that has trained since, the structure alone can be checked.
+compares. If the checkpoint has trained since, its values are checked only for damage and NaN.
 """
 
 from dataclasses import replace
@@ -47,7 +47,7 @@ def prepare(
     model = read_model(dense)
     options = recorded_options(moe.root, record, model.num_layers)
     options.init.check(options.router)
-    router_parameters(model, options.router)  # whether the router fits the model
+    router_parameters(model, options.router)  # refuses a router that does not fit the model
     stats = None
     if not has_trained(moe) and (options.init.of_heads(options.router) or options.init.needs_router_input):
         stats, path = _key_stats(model, section(moe, record, "key_stats"), key_stats_file, findings)
@@ -56,7 +56,7 @@ def prepare(
 
 
 def recorded_options(root: Path, record: dict[str, Any], num_layers: int) -> Options:
-    """The options of the conversion that a manifest records, of a model of so many layers."""
+    """The conversion options that a manifest records, for a model of ``num_layers`` layers."""
     source = root / manifest.NAME
     flags, seed = record.get("model"), record.get("seed")
     if not isinstance(seed, int) or not isinstance(flags, dict):
@@ -82,7 +82,7 @@ def _key_stats(
     if path is None:
         path = Path(str(recorded.get("path")))
         if not path.is_file():
-            raise UserError(f"--key-stats: {path}, which the routers were made from, is gone; name its place")
+            raise UserError(f"--key-stats: {path}, which the routers were made from, is gone; name its path")
     stats = load_key_stats(path)
     expected = (model.num_layers, model.num_query_groups, model.kv_channels)
     if tuple(stats.mean.shape) != expected:
@@ -95,7 +95,7 @@ def _key_stats(
 
 
 def run(verification: Verification, progress: Progress = lambda count: None) -> Findings:
-    """Read both checkpoints and return all that is wrong; ``progress`` is called with numbers of bytes."""
+    """Read both checkpoints and return all findings; ``progress`` is called with numbers of bytes."""
     moe, trained, findings = verification.moe, verification.trained, verification.findings
     comparison = Comparison(moe, Sources(verification.plan.source), findings, progress)
     expected = verification.plan.expects(verification.stats)

@@ -1,4 +1,4 @@
-"""All that is not values: which entries there are, where their bytes lie, files, arguments, manifest."""
+"""Verify everything but the values: entries, their byte ranges, files, arguments, manifest."""
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -17,8 +17,8 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sha256
 from megatron_router_upcycling.verify.findings import Findings, Verification, section
 
-VERSIONS = {"args", "checkpoint_version", "content_metadata"}  # of a common state: how it was written
-# Made by training, if at all.
+VERSIONS = {"args", "checkpoint_version", "content_metadata"}  # of a common state: not compared with the rest
+# A router's buffers that only training makes.
 BALANCING = tuple(f"{ROUTER}.{name}" for name in ("expert_bias", "qb_beta", "local_tokens_per_expert"))
 
 
@@ -29,7 +29,7 @@ def check_tensors(verification: Verification, expected: Mapping[str, Expected]) 
     for key, wanted in expected.items():
         stored = moe.tensors.get(key)
         if stored is None:
-            if not (trained and other_norm(key) in moe.tensors):  # training saves the name that it uses
+            if not (trained and other_norm(key) in moe.tensors):  # training saves one of a norm's names
                 findings.add(wanted.check, key, "is missing")
         elif stored.shape != wanted.shape:
             what = f"is {list(stored.shape)} where {list(wanted.shape)} is expected"
@@ -46,7 +46,7 @@ def check_tensors(verification: Verification, expected: Mapping[str, Expected]) 
 
 
 def check_ranges(moe: Checkpoint, whole_files: Iterable[str], findings: Findings) -> None:
-    """Find bytes that two chunks have in common, and bytes of ``whole_files`` that are no chunk's."""
+    """Find chunks that overlap in part, and bytes of ``whole_files`` that belong to no chunk."""
     by_file: dict[str, dict[tuple[int, int], str]] = {name: {} for name in whole_files}
     for key in (*moe.tensors, *moe.objects):
         for blob in moe.blobs(key):
@@ -120,7 +120,7 @@ def check_files(verification: Verification, identities: Mapping[Blob, bytes]) ->
 
 
 def check_arguments(verification: Verification) -> None:
-    """Compare the common state with the one that convert writes; after training, the architecture in it."""
+    """Compare the common state with the one that convert writes; after training, only the architecture."""
     moe, plan, findings = verification.moe, verification.plan, verification.findings
     try:
         args = vars(moe.args)
@@ -128,14 +128,14 @@ def check_arguments(verification: Verification) -> None:
     except UserError as error:
         findings.add("arguments", COMMON_STATE, str(error))
         return
-    if verification.trained:  # it leaves these as they are
+    if verification.trained:  # training does not change these
         dense = vars(plan.dense.args)
         names = [*(dense_model.ARCHITECTURE | dense_model.NEGATED).values(), "num_query_groups"]
         wanted = {name: dense[name] for name in names if dense.get(name) is not None}
         wanted |= moe_arguments(plan.model, plan.options, plan.layers)
         args = {name: value for name, value in args.items() if name in wanted}
     else:
-        # What Megatron asks for and the dense run did not record; older conversions lack it.
+        # Defaults that convert adds where the dense run recorded nothing; older conversions lack them.
         defaults = dense_model.MODEL_DEFAULTS | dense_model.BUILD_DEFAULTS
         added = defaults.keys() - vars(plan.dense.args).keys() - args.keys()
         wanted = {name: value for name, value in vars(fresh["args"]).items() if name not in added}

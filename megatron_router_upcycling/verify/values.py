@@ -1,7 +1,7 @@
 """Read every chunk of a checkpoint in blocks and compare it with what it must be.
 
-Where a chunk names the very bytes of the dense checkpoint (a hard link), that proves them equal; the bytes
-are read all the same, for their checksum.
+A chunk that is a hard link to the dense checkpoint's bytes is equal without a comparison; its bytes are still
+read, to verify their checksum.
 """
 
 import math
@@ -32,7 +32,7 @@ Progress = Callable[[int], None]
 
 
 class Sources:
-    """The values that ``Origin`` names: those of a key of ``checkpoint``, or computed ones."""
+    """The values that an ``Origin`` refers to: those of a key of ``checkpoint``, or computed ones."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -59,17 +59,17 @@ class Sources:
 
 
 class Comparison:
-    """Compares the tensors of ``moe`` with ``sources``, in turn; what is wrong goes to ``findings``."""
+    """Compares the tensors of ``moe`` with ``sources``, one by one; differences go to ``findings``."""
 
     def __init__(self, moe: Checkpoint, sources: Sources, findings: Findings, progress: Progress) -> None:
         self.moe, self.sources, self.findings, self.progress = moe, sources, findings, progress
-        self.identities: dict[Blob, bytes] = {}  # what every chunk's bytes hold
-        self.compared: dict[str, int] = {}  # check -> bytes that were found equal or not
+        self.identities: dict[Blob, bytes] = {}  # of every chunk's bytes
+        self.compared: dict[str, int] = {}  # check -> bytes that were compared
         self.read = 0  # bytes, of all
 
     def compare(self, key: str, expected: Expected | None) -> None:
-        """Read tensor ``key`` and compare it; without ``expected`` it is read alone."""
-        # Chunks of the same bytes that must hold the same, such as the experts', are read once.
+        """Read tensor ``key`` and compare it; without ``expected``, check it only for damage and NaN."""
+        # Chunks that share bytes and must hold the same values, such as the experts', are read once.
         alike: dict[object, list[Chunk]] = {}
         for chunk in self.moe.tensors[key].chunks:
             origins = tuple(
@@ -122,7 +122,7 @@ class Comparison:
     def _blocks(
         self, chunk: Chunk, dtype: torch.dtype, values: Values | None
     ) -> Iterator[tuple[Box, np.ndarray]]:
-        """A chunk's values, each block of them in the place of the one before; raises ``Damaged``."""
+        """A chunk's values, block by block in one buffer, which is overwritten; raises ``Damaged``."""
         if values is None:  # they do not lie row after row, and PyTorch reads them
             try:
                 yield chunk.box, as_words(self.moe.read_chunk(chunk, dtype, bytearray()))

@@ -33,10 +33,10 @@ def test_a_single_gpu_is_used_by_one_rank(gpus: int, ranks: int, monkeypatch: py
     verbs = ("convert", "evaluate", "train")
     names = [stage.name.split("-")[0] for stage in stages]
     assert names == ["corpus", "dense", "key_stats", *verbs, *verbs, "export", "check"]
-    started = [stage for stage in stages if "--nproc-per-node" in stage.command]
+    started = [stage for stage in stages if "megatron_router_upcycling." in str(stage.command)]
     assert len(started) == 6
     for stage in started:
-        assert stage.command[stage.command.index("--nproc-per-node") + 1] == str(ranks)
+        assert (f"--nproc-per-node {ranks} " in " ".join(stage.command)) == (ranks > 1)
         has_experts = stage.name not in ("dense", "key_stats")
         assert ("--expert-model-parallel-size" in stage.command) == (has_experts and ranks == 1), stage.name
     assert environment().get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -71,8 +71,13 @@ def num_ranks() -> int:
 
 
 def torchrun(module: str, ranks: int, launcher: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """Run a module of the package on so many ranks of this machine, unless another launcher starts it."""
-    here = (program("torchrun"), "--standalone", "--nproc-per-node", str(ranks))
+    """Run a module of the package on so many ranks of this machine, unless another launcher starts it.
+
+    One rank needs no torchrun, which takes seconds to start.
+    """
+    here: tuple[str, ...] = (program("python"),)
+    if ranks > 1:
+        here = (program("torchrun"), "--standalone", "--nproc-per-node", str(ranks))
     return (*(launcher or here), "-m", f"megatron_router_upcycling.{module}")
 
 

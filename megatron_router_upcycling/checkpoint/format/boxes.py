@@ -1,4 +1,4 @@
-"""Boxes that make up a tensor: each of its elements in exactly one of them, or where not."""
+"""Boxes that make up a tensor, and where they fail to cover each element exactly once."""
 
 import math
 from bisect import bisect_left
@@ -20,7 +20,7 @@ class Box:
         return tuple(map(int.__add__, self.offsets, self.sizes))
 
     def overlap(self, other: "Box") -> "Box | None":
-        """What both boxes hold."""
+        """The part that both boxes share; None if there is none."""
         low = tuple(map(max, self.offsets, other.offsets))
         high = tuple(map(min, self.ends, other.ends))
         if any(map(int.__ge__, low, high)):
@@ -28,13 +28,13 @@ class Box:
         return Box(low, tuple(map(int.__sub__, high, low)))
 
     def within(self, offsets: Shape) -> tuple[slice, ...]:
-        """The box as indices of what begins at ``offsets``."""
+        """The box as slices of a tensor that begins at ``offsets``."""
         starts = tuple(map(int.__sub__, self.offsets, offsets))
         return tuple(map(slice, starts, map(int.__add__, starts, self.sizes)))
 
 
 def is_inside(shape: Shape, box: Box) -> bool:
-    """Whether ``box`` is a box of a tensor of ``shape``, none of it beyond the tensor."""
+    """Whether ``box`` has as many axes as ``shape`` and lies inside it."""
     return (
         len(shape) == len(box.offsets) == len(box.sizes)
         and min((*box.offsets, *box.sizes), default=0) >= 0
@@ -43,9 +43,9 @@ def is_inside(shape: Shape, box: Box) -> bool:
 
 
 def faults(shape: Shape, boxes: Sequence[Box], prefix: Box = Box((), ())) -> Iterator[tuple[int, Box]]:
-    """The parts of a tensor that are in no box, or in several: how many boxes, and where.
+    """The parts of a tensor that are in no box, or in several: (number of boxes, part).
 
-    ``prefix``: the slab along the first axes that ``boxes``, all of them inside ``shape``, are looked at in.
+    ``boxes`` lie inside ``shape``. ``prefix``, for the recursion: the slab along the first axes to check.
     """
     axis = len(prefix.offsets)
     if not math.prod(shape):

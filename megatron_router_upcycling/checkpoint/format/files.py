@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are, and reading them."""
+"""Find and read a checkpoint's files."""
 
 import io
 import re
@@ -18,7 +18,7 @@ LARGEST_RECORD = 1 << 30  # bytes of metadata or common state; Megatron's are a 
 
 
 class FileRange(io.RawIOBase):
-    """A range of a file as a file of its own."""
+    """A range of a file, as a read-only file."""
 
     def __init__(self, file: BinaryIO, blob: Blob) -> None:
         self.file, self.blob, self.position = file, blob, 0
@@ -42,7 +42,7 @@ class FileRange(io.RawIOBase):
 
 
 def read_exactly(file: io.RawIOBase, view: memoryview) -> None:
-    """Fill ``view`` from ``file``, which may give less at a time."""
+    """Fill ``view`` from ``file``, in as many reads as needed; EOFError where the file ends early."""
     done = 0
     while done < len(view):
         count = file.readinto(view[done:])
@@ -52,7 +52,7 @@ def read_exactly(file: io.RawIOBase, view: memoryview) -> None:
 
 
 def locate(root: Path) -> tuple[Path, Path]:
-    """A checkpoint's root, and the folder of its newest iteration, or of the one that ``root`` is itself."""
+    """A checkpoint's root and the folder of its newest iteration; ``root`` may itself be an iteration's."""
     folder, tracker = root, root / TRACKER
     if is_root := tracker.is_file():
         text = read_record(tracker).decode(errors="replace").strip()

@@ -1,6 +1,6 @@
-"""What a torch_dist checkpoint's ``.metadata`` says: its tensors, and where their chunks are stored.
+"""A torch_dist checkpoint's ``.metadata``: its tensors, and where their chunks are stored.
 
-It is a pickle, which maps every chunk to a range of bytes in a data file: a ``torch.save`` file of its own.
+It is a pickle that maps every chunk to a range of a data file. The range is itself a ``torch.save`` file.
 """
 
 import functools
@@ -37,8 +37,8 @@ class Blob:
 class Chunk:
     """A box of a global tensor and where its values are stored.
 
-    The blob is a ``torch.save`` file of a tensor of these sizes, or of ``stored`` where that is given: the
-    same values in the same order, which must be stored anew to stand in a checkpoint under ``sizes``.
+    The blob is a ``torch.save`` file of a tensor of shape ``sizes``, or of shape ``stored`` if given: the
+    same values in the same order, which a checkpoint that declares them as ``sizes`` must store anew.
     """
 
     offsets: boxes.Shape
@@ -69,12 +69,12 @@ class StoredTensor:
 
     @functools.cached_property
     def _in_order(self) -> tuple[list[Chunk], int]:
-        """The chunks by their offsets, and the largest size on the first axis."""
+        """The chunks sorted by their offsets, and the largest size on the first axis."""
         chunks = sorted(self.chunks, key=lambda chunk: chunk.offsets)
         return chunks, max((size for chunk in chunks for size in chunk.sizes[:1]), default=0)
 
     def overlapping(self, box: boxes.Box) -> Iterator[tuple[Chunk, boxes.Box]]:
-        """The chunks that hold a part of ``box``, each with that part; not every chunk is looked at."""
+        """The chunks that hold a part of ``box``, each with that part; found by bisection."""
         chunks, longest = self._in_order
         low = tuple(place - longest + 1 for place in box.offsets[:1])
         high = tuple(end - 1 for end in box.ends[:1])
@@ -92,8 +92,8 @@ def parse_metadata(
 ) -> tuple[dict[str, StoredTensor], dict[str, Blob]]:
     """Tensors and objects by key, from the bytes of a ``.metadata`` file.
 
-    ``report``: called with key and fault, instead of raising, for whatever is not self-consistent and for
-    unused bytes; what can be used is returned. ``to_train``: refuse what the installed PyTorch cannot load.
+    ``report``: called with (key, fault), instead of raising, for inconsistencies and unused bytes; the usable
+    entries are returned. ``to_train``: refuse what the installed PyTorch cannot load.
     """
 
     def fault(key: str, what: str) -> None:
@@ -178,7 +178,7 @@ def format_metadata(tensors: dict[str, StoredTensor], objects: dict[str, Blob]) 
     def record(name: str, **state: Any) -> Any:
         return safe_pickle.inert(f"{DCP}.metadata", name, state=state)
 
-    # Equal values are one object, which is pickled once: equal experts' bytes, every chunk's sizes.
+    # Equal values (equal experts' blobs, chunks' sizes) are one object, so that they are pickled once.
     @functools.cache
     def info(blob: Blob) -> Any:
         state = {"relative_path": blob.file, "offset": blob.offset, "length": blob.length}
@@ -189,7 +189,7 @@ def format_metadata(tensors: dict[str, StoredTensor], objects: dict[str, Blob]) 
     entries: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
     for key, stored in tensors.items():
-        # PyTorch up to 2.14 reads these five alone; 2.15 writes strides as a sixth and does without them.
+        # PyTorch up to 2.14 reads exactly these five; 2.15 writes strides as a sixth and reads either.
         properties = (stored.dtype, torch.strided, False, contiguous, False)
         chunks = []
         for chunk in stored.chunks:

@@ -1,7 +1,7 @@
-"""Pickles read and written without importing what they name.
+"""Read and write pickles without importing the classes that they name.
 
-Reading builds plain data and inert records, which stand for objects of classes on an allow-list; a pickle
-that names anything else, or harms with plain data, is refused. Writing gives the records their names back.
+Reading builds plain data, and inert records in place of objects of classes on an allow-list. A pickle that
+names anything else, or whose plain data does harm, is refused. Writing restores the records' class names.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 
 from megatron_router_upcycling.errors import UserError, reason
 
-# Plain data that is built as what it is. The constructor of an enum or a container runs nothing.
+# Plain data that is built as real objects: constructors of enums and containers run no foreign code.
 REAL: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): argparse.Namespace,
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -41,7 +41,7 @@ CARRIED = re.compile(
     r"|megatron\.core\.optimizer\.(optimizer_config\.)?\w+Config"
     r"|megatron\.core\.dist_checkpointing\.strategies\.torch\.MCore\w+"
 )
-# Names that become inert records and go no further: tensors and arrays within the common state.
+# Names that become inert records and cannot be written back: tensors and arrays within the common state.
 SEEN = re.compile(
     r"torch\.\w*Storage|torch\.storage\.\w*Storage|torch\._utils\._rebuild_\w+"
     r"|numpy\.(ndarray|dtype)|numpy\.dtypes\.\w+|numpy\._?core\.multiarray\.(_reconstruct|scalar)"
@@ -81,12 +81,12 @@ class Inert:
 
 @functools.cache
 def inert_class(module: str, name: str) -> type[Inert]:
-    """The record class that stands for ``module.name``."""
+    """The record class in place of ``module.name``."""
     return type(name, (Inert,), {"__module__": module})
 
 
 def inert(module: str, name: str, *args: Any, state: Any = None) -> Inert:
-    """A record that will be unpickled elsewhere as a ``module.name``."""
+    """A record that is unpickled elsewhere as a ``module.name``."""
     record = inert_class(module, name)(*args)
     record.state = state
     return record
@@ -107,9 +107,9 @@ def _counting(make: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
-    """Python's own unpickler, whose memo is no array: a place far away in it takes no memory.
+    """Python's own unpickler, not C's: its memo is a dict, so that a huge memo index takes no memory.
 
-    The hash of tuples of tuples overflows the stack or takes for ever, so their items are counted.
+    Hashing nested tuples can overflow the stack or take forever, so their items are counted.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -145,7 +145,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
 
 
 class Pickler(pickle.Pickler):
-    """Writes records under the names they stand for; meanwhile modules of these replace others."""
+    """Pickles records under their class names; meanwhile modules with these replace the real ones."""
 
     def dump(self, value: Any) -> None:
         modules: dict[str, types.ModuleType] = {}
@@ -174,14 +174,14 @@ def loads(content: bytes, source: Any) -> Any:
 
 
 def dumps(value: Any) -> bytes:
-    """Pickle ``value``; a record that is read only, such as a tensor, raises ``pickle.PicklingError``."""
+    """Pickle ``value``; a record of a name in ``SEEN``, such as a tensor, raises ``pickle.PicklingError``."""
     buffer = io.BytesIO()
     Pickler(buffer, protocol=4).dump(value)
     return buffer.getvalue()
 
 
 def namespace(values: dict[str, Any]) -> argparse.Namespace:
-    """Arguments of these names, whatever they are."""
+    """A namespace of ``values``, whose names need not be identifiers."""
     made = argparse.Namespace()
     vars(made).update(values)
     return made

@@ -1,8 +1,8 @@
-"""Files that ``torch.save`` wrote: read here and nowhere else, taken apart without moving a tensor's values.
+"""Read and write ``torch.save`` files without loading a tensor's values.
 
 Such a file is an uncompressed zip archive: a pickle, a few small records, and the values of each storage as
-they lie in memory, with a CRC-32. Giving a tensor another shape changes the pickle alone; the kernel can copy
-the values from file to file, with the checksum that stands beside them.
+they lie in memory, with a CRC-32. Reshaping a tensor changes the pickle alone; the kernel can copy the values
+from file to file, and their stored checksum remains valid.
 """
 
 import functools
@@ -33,10 +33,10 @@ VERSION_NEEDED = 20
 ZIP32_LIMIT = 1 << 31  # values of as many bytes need fields that ``wrap_values`` does not write
 PICKLE = "data.pkl"
 END_MAGIC = b"PK\x05\x06"
-BLOCK_BYTES = 2 << 20  # stays in a processor's cache between the checksum and another look at it
-FLAGS = 0x808  # of a record: its sizes follow it as well, its name is UTF-8
+BLOCK_BYTES = 2 << 20  # stays in the processor's cache between its checksum and its use
+FLAGS = 0x808  # zip flags that a record may have: its sizes follow it as well, its name is UTF-8
 
-# The classes of torch that a tensor's pickle names its dtype by.
+# The torch class by which a tensor's pickle names its dtype -> the dtype.
 STORAGES = {
     "BFloat16Storage": torch.bfloat16,
     "FloatStorage": torch.float32,
@@ -64,7 +64,7 @@ class Values(NamedTuple):
 
 
 class PickledTensor(NamedTuple):
-    """A tensor as a pickle has it: a view of a storage, whose values are a record beside the pickle."""
+    """A pickled tensor: a view of a storage, whose values are another record of the file."""
 
     dtype: torch.dtype
     record: str  # the name of the values' record, after the file's prefix
@@ -115,7 +115,7 @@ class TorchSaveFile:
 
 
 def pickled_tensor(value: Any) -> PickledTensor | None:
-    """A tensor among what ``safe_pickle`` read, else None. What only looks like one raises anything."""
+    """The tensor that ``safe_pickle`` read as ``value``, else None. A malformed one raises any exception."""
     if type(value).__name__ != "_rebuild_tensor_v2":
         return None
     storage, first, sizes, stride, *_ = value.args
@@ -134,7 +134,7 @@ class Contents(NamedTuple):
 def examine(folder: Path, blob: Blob, promised: tuple[Shape, torch.dtype] | None = None) -> Contents:
     """Read and check all of the ``torch.save`` file at ``blob`` but the values of a plain tensor.
 
-    Raises ``Damaged``, also where a plain tensor has not the ``promised`` sizes and dtype.
+    Raises ``Damaged``, also where a plain tensor does not have the ``promised`` sizes and dtype.
     """
     try:
         with open(folder / blob.file, "rb", buffering=0) as file:
@@ -150,7 +150,7 @@ def _examine(content: BinaryIO, blob: Blob, promised: tuple[Shape, torch.dtype] 
         raise ValueError("does not end as a torch.save file")
     file = TorchSaveFile(content)
     content.seek(0)
-    reader = torch._C.PyTorchFileReader(content)  # Python's zip module forgives what this does not
+    reader = torch._C.PyTorchFileReader(content)  # stricter than Python's zip module
     if sorted(file.prefix + name for name in reader.get_all_records()) != sorted(file.records):
         raise ValueError("PyTorch finds other records in it than Python does")
     tensor = pickled_tensor(safe_pickle.loads(file.pickle(), "its pickle"))
@@ -177,9 +177,9 @@ def _examine(content: BinaryIO, blob: Blob, promised: tuple[Shape, torch.dtype] 
 
 
 def read_values(path: Path, values: Values, lengths: Sequence[int] = ()) -> Iterator[memoryview]:
-    """A tensor's bytes in pieces of ``lengths``, each in the place of the one before.
+    """A tensor's bytes in pieces of ``lengths``, all in one buffer: each piece overwrites the previous one.
 
-    Raises ``Damaged``, where they cannot be read or, once all were, do not match their checksum.
+    Raises ``Damaged`` where they cannot be read or, after the last piece, do not match their checksum.
     """
     whole, rest = divmod(values.length, BLOCK_BYTES)
     lengths = lengths or (*[BLOCK_BYTES] * whole, *[rest] * bool(rest))
@@ -199,7 +199,7 @@ def read_values(path: Path, values: Values, lengths: Sequence[int] = ()) -> Iter
 
 
 def load(content: bytes, source: Any) -> Any:
-    """The object in the bytes of a ``torch.save`` file; tensors within come as inert records."""
+    """The object in the bytes of a ``torch.save`` file; tensors within are inert records."""
     try:
         pickled = TorchSaveFile(io.BytesIO(content)).pickle()
     except Exception as error:  # not a zip file, or a damaged one
@@ -216,7 +216,7 @@ def dump(value: Any) -> bytes:
 
 
 def wrap_values(values: Values, sizes: Shape, dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What stands before and after the values in a ``torch.save`` file that gives them ``sizes``."""
+    """The bytes before and after the values in a ``torch.save`` file of a tensor of shape ``sizes``."""
     assert values.length < ZIP32_LIMIT
     small = ((PICKLE, _pickle_tensor(sizes, dtype)), ("byteorder", b"little"), ("version", b"3\n"))
     records = [(name, content, len(content), zlib.crc32(content)) for name, content in small]

@@ -1,1 +1,1 @@
-"""Writing a folder whole or not at all, and proving that it is whole."""
+"""Write a folder whole or not at all, and check that it is whole."""

@@ -1,7 +1,7 @@
-"""Checks of a conversion: its sources stay as they are meanwhile, and its result is what was planned, intact.
+"""Checks of a conversion: its sources do not change while it runs, and its result is intact and as planned.
 
-``torch.save`` writes a CRC-32 beside every tensor's values, and ``torch.load`` ignores it. The sources' are
-checked while the conversion copies in the kernel, which on two cores takes hardly any time of its own.
+``torch.save`` writes a CRC-32 of every tensor's values, and ``torch.load`` ignores it. The sources' checksums
+are verified in a thread while the kernel copies, which on two cores takes hardly any extra time.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ Target = tuple[boxes.Shape, torch.dtype] | None  # shape and dtype of a tensor, 
 def check_whole(
     tensors: Mapping[str, StoredTensor], objects: Mapping[str, Blob], targets: Mapping[str, Target]
 ) -> None:
-    """Refuse what is not ``targets``, each as it should be and every element once, and nothing else."""
+    """Refuse entries other than ``targets``, and tensors whose chunks do not hold each element once."""
     made: dict[str, Target] = dict.fromkeys(objects)
     made |= {key: (stored.shape, stored.dtype) for key, stored in tensors.items()}
     wrong = {key for key, _ in made.items() ^ targets.items()}
@@ -61,7 +61,7 @@ def examine_all(
 
 
 def content_digests(identities: Mapping[Blob, bytes]) -> dict[str, str]:
-    """For each data file, a SHA-256 over the places of its chunks and all that they claim to hold."""
+    """For each data file, a SHA-256 over the byte ranges and identities of its chunks."""
     digests: dict[str, hashlib._Hash] = {}
     for blob in sorted(identities, key=lambda blob: (blob.file, blob.offset, blob.length)):
         digest = digests.setdefault(blob.file, hashlib.sha256())
@@ -77,7 +77,7 @@ def all_finite(values: torch.Tensor) -> bool:
 
 
 class Stamps:
-    """What ``paths`` were like when this was made; linking or reading a file does not change it."""
+    """The state of ``paths`` when this was created; linking or reading a file does not change it."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._stamps = {path: _stamp(path) for path in paths if path.is_file()}
@@ -103,7 +103,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def intact_check(checkpoint: Checkpoint, keys: Iterable[str]) -> Iterator[Future[None]]:
-    """Check in a thread, while in the context, that ``keys`` are what was saved, and finite."""
+    """While the context lasts, check in a thread that ``keys`` match their checksums and are finite."""
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as aside:
         try:

@@ -1,14 +1,14 @@
 """A folder that appears whole or not at all, made by one process at a time.
 
-It is filled under a hidden name beside its place, flushed, and renamed. What a killed run has left
-behind never looks like the folder, and the next run removes it. Beside a folder called ``moe`` there may
-stand for a while:
+It is filled under a hidden name next to its destination, flushed, and renamed. Leftovers of a killed run
+never have the folder's name, and the next run removes them. Next to a folder ``moe`` there may temporarily
+be:
 
-    .moe.lock                    which process makes it; the kernel releases it when that process ends
+    .moe.lock                    the lock of the process that makes it; the kernel releases it at its end
     .moe.partial-PROCESS-HOST    the folder in the making, or what was replaced and is being removed
     .moe.replaced                the old folder, on a file system that cannot exchange two names at once
 
-On a file system without locks nobody knows whether another process still fills its folder: none is removed.
+On a file system without locks no leftover is removed, since another process may still be filling it.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 
 def check_target(out: Path, source: Path, overwrite: bool, source_name: str, made_by: str) -> None:
-    """Refuse a place where something would be lost; ``made_by``: a file that what may be replaced holds."""
+    """Refuse ``out`` where data would be lost; a folder that may be replaced holds the file ``made_by``."""
     here, there = out.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UserError(f"OUT {out}: is, holds or lies in {source_name} {source}; name a folder beside it")
@@ -50,9 +50,9 @@ def check_target(out: Path, source: Path, overwrite: bool, source_name: str, mad
 
 
 def check_space(out: Path, count: int) -> None:
-    """Refuse a disk with less than ``count`` bytes free once what was left behind is removed."""
+    """Refuse a disk with fewer than ``count`` bytes free after the removal of leftovers."""
     free = shutil.disk_usage(existing(out.absolute().parent)).free
-    with contextlib.suppress(FileNotFoundError):  # a process is alive and works in it
+    with contextlib.suppress(FileNotFoundError):  # its process is alive and works in it
         statuses = [path.lstat() for folder in _left_behind(out.resolve()) for path in folder.rglob("*")]
         free += sum(status.st_size for status in statuses if status.st_nlink == 1)
     if count > free:
@@ -62,7 +62,7 @@ def check_space(out: Path, count: int) -> None:
 
 @contextlib.contextmanager
 def held(out: Path, name: str = "OUT") -> Iterator[bool]:
-    """Hold the lock of ``out``, which the command calls ``name``; False on a file system without locks."""
+    """Hold the lock of ``out``, called ``name`` in messages; False on a file system without locks."""
     path = out.with_name(f".{out.name}.lock")
     lock = FileLock(path, timeout=0, mode=0o666, fallback_to_soft=False)
     try:
@@ -84,13 +84,13 @@ def held(out: Path, name: str = "OUT") -> Iterator[bool]:
         yield lock.is_locked
     finally:
         if lock.is_locked:
-            path.unlink(missing_ok=True)  # before it is let go: nobody takes a name that is gone
+            path.unlink(missing_ok=True)  # before the release, after which it may be another process's
             lock.release()
 
 
 @contextlib.contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out`` at the context's end; on any exception nothing has changed."""
+    """A folder to fill, which becomes ``out`` at the context's end; an exception leaves ``out`` unchanged."""
     asked, out = out, out.resolve()
     created = [parent for parent in out.parents if not parent.exists()]
     try:
@@ -130,7 +130,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _left_behind(out: Path) -> list[Path]:
-    """Folders that other processes of this machine were filling, or are."""
+    """Folders that processes of this machine were filling, or still fill."""
     return list(out.parent.glob(f".{glob.escape(out.name)}.partial-*-{glob.escape(socket.gethostname())}"))
 
 
@@ -145,7 +145,7 @@ def _put_back(out: Path) -> None:
 
 
 def _exchange(partial: Path, out: Path) -> None:
-    """Exchange the two names. Where that takes steps and is cut off, the next run puts ``out`` back."""
+    """Exchange the two names; if that takes several steps and is cut short, the next run restores ``out``."""
     if not rename_exchange(partial, out):
         os.rename(out, _replaced(out))
         os.rename(partial, out)

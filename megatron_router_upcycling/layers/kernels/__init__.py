@@ -1,6 +1,6 @@
-"""Triton kernels of a layer, each beside the plain PyTorch that it is tested against.
+"""Triton kernels of a layer, each next to the plain PyTorch that it is tested against.
 
-On a GPU with Triton an operation is one or two launches; elsewhere it is the plain form. With
+On a GPU with Triton an operation is one or two launches; elsewhere the plain form runs. With
 ``TRITON_INTERPRET=1``, as in the tests, the kernels run on the CPU too.
 """
 
@@ -24,7 +24,7 @@ except ImportError:  # PyTorch's CPU builds come without it
     triton = tl = _Absent()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# MEGATRON_ROUTER_UPCYCLING_KERNELS=off is for a machine on which they fail: plain PyTorch does their work.
+# MEGATRON_ROUTER_UPCYCLING_KERNELS=off is for a machine on which kernels fail: plain PyTorch replaces them.
 WANTED = INSTALLED and os.environ.get("MEGATRON_ROUTER_UPCYCLING_KERNELS") != "off"
 
 
@@ -34,7 +34,7 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def block_size(width: int, largest: int = 4096) -> int:
-    """The power of two that covers ``width``, or ``largest``."""
+    """The smallest power of two, from 16 on, that is at least ``width``; at most ``largest``."""
     return min(largest, 1 << max(4, (width - 1).bit_length()))
 
 

@@ -1,6 +1,6 @@
-"""Add a gradient to the float32 buffer that collects it, at the speed of memory.
+"""Add a gradient to the float32 buffer that accumulates it, at memory bandwidth.
 
-PyTorch's addition of a bfloat16 tensor to a float32 one moves an element at a time.
+PyTorch's addition of a bfloat16 tensor to a float32 one loads and stores single elements.
 """
 
 from torch import Tensor

@@ -1,6 +1,6 @@
 """Cross entropy over a whole vocabulary: logits are read once forward, and read and written once backward.
 
-The gradient takes the logits' place, so that no second tensor of their size is ever held.
+The gradient overwrites the logits, so that no second tensor of their size is ever held.
 
 Symbols: T tokens, V vocabulary.
 """

@@ -59,7 +59,7 @@ class _GateLogits(torch.autograd.Function):
         columns = kernels.block_size(D, 128)
         grid = (kernels.blocks(T, 32), kernels.blocks(D, columns))
         _gate_grad_tokens[grid](grad, gate, grad_tokens, T, D, n, 32, columns)
-        # Parts of the tokens are added up apart, and the parts in one order: the same result in every run.
+        # Tokens are summed in parts, and the parts in a fixed order: every run gives the same result.
         parts = min(32, kernels.blocks(T, 64))
         partial = gate.new_empty(parts, n, D)
         columns = kernels.block_size(D, 64)

@@ -1,7 +1,7 @@
-"""Tokens into rows sorted by expert, and back, where all experts are on this rank.
+"""Permute tokens into rows sorted by expert, and back, where all experts are on this rank.
 
-Every shape is known beforehand: nothing is copied to the host. Both directions gather, and no kernel adds to
-memory that another one writes, so results do not change from run to run.
+Every shape is known in advance: nothing is copied to the host. Both directions gather, without atomic
+additions, so results do not change from run to run.
 
 Symbols: T tokens, n experts, k experts a token, R = T * k rows, D hidden size.
 """
@@ -123,7 +123,7 @@ def _spread_probs(grad: Tensor, places: Places) -> Tensor:
 
 
 def _move_probs(dense: Tensor, rows: Tensor, places: Places, to_rows: bool) -> None:
-    """Between ``dense`` [T, n] and ``rows`` [R]."""
+    """Copy between ``dense`` [T, n] and ``rows`` [R]."""
     (T, n), top_k = dense.shape, places.row_of.shape[1]
     tensors = dense, places.routing_map.view(torch.uint8), places.row_of, rows
     constants = top_k, to_rows, TOKENS, kernels.block_size(n)
@@ -132,7 +132,7 @@ def _move_probs(dense: Tensor, rows: Tensor, places: Places, to_rows: bool) -> N
 
 @triton.jit
 def _chosen(routing_map, T, n, TOKENS: tl.constexpr, N: tl.constexpr):
-    """int32 [TOKENS, N] of this program's tokens, and the place of each in [T, n]."""
+    """The routing map of this program's tokens, int32 [TOKENS, N], and each entry's place in [T, n]."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, N)
     place = token[:, None] * n + expert[None, :]

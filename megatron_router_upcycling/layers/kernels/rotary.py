@@ -17,7 +17,7 @@ def rotate(heads: Tensor, angles: Tensor) -> Tensor:
     """x cos + rotate_half(x) sin, in float32 inside (RoFormer, in the layout of GPT-NeoX and Qwen).
 
     ``heads`` [s, b, h, d] may be a view of a larger tensor; the result is dense. ``angles`` are float32
-    [s, 1, 1, r] with r <= d even; what is beyond r stays as it is.
+    [s, 1, 1, r] with r <= d even; columns from r on are unchanged.
     """
     if kernels.usable(heads, angles) and heads.stride(-1) == 1:
         return _Rotate.apply(heads, angles)
@@ -64,7 +64,7 @@ def _rotary(
     head = tl.arange(0, HEADS)
     column = tl.arange(0, WIDTH)
     half = r // 2
-    # Each number is turned with the one half the rotated part away.
+    # Each element is rotated together with the one r / 2 columns away.
     partner = tl.where(column < half, column + half, column - half)
     turned = column < r
     angle = tl.load(angles + position * r + column, mask=turned, other=0.0)

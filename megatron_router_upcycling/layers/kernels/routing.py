@@ -1,4 +1,4 @@
-"""Logits to the chosen experts and their weights, with the sums that both auxiliary losses need.
+"""From logits to the chosen experts and their weights, with the sums that both auxiliary losses need.
 
 Symbols: T tokens, n experts, k experts a token.
 """
