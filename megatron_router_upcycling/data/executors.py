@@ -33,7 +33,7 @@ class Local(LocalPipelineExecutor):
     """Runs tasks in ``workers`` processes. The library's own ``run`` hangs if one of them is killed."""
 
     def finished(self, ranks: list[int]) -> Generator[int]:
-        """Start the tasks ``ranks`` in order and yield each as it finishes. Closing the generator kills them."""
+        """Start the tasks ``ranks`` in order, yield each as it finishes. Closing the generator kills them."""
         # Fork: this process has already imported what the workers need, and has no threads yet.
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(self.workers, context, _begin, (self,)) as pool:

@@ -165,7 +165,7 @@ def _in_folder(folder: str, left_out: Counter[str]) -> list[Source]:
 
 
 def _known(folder: str, names: dict[str, str], left_out: Counter[str]) -> list[str]:
-    """The paths of a folder's files of known kinds, in order. ``names``: relative name -> path of each file."""
+    """The paths of a folder's files of known kinds, in order. ``names``: name in the folder -> path."""
     known = []
     for name in sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest()):
         if any(map(HIDDEN.match, PurePosixPath(name).parts)):
