@@ -155,7 +155,7 @@ def _router(options: Any) -> str:
 
 
 def conversion(runs: Sequence[RunData]) -> dict[str, list[str]]:
-    """Conversion options from the manifests, except those with defaults in all runs: name -> a value a run."""
+    """Conversion options from the manifests that are not default in all runs: name -> a value a run."""
     usual = RouterConfig.RETIRED | RouterConfig().to_dict() | InitConfig.RETIRED | InitConfig().to_dict()
     columns = []
     for run in runs:

@@ -91,7 +91,7 @@ def describe(root: Path, stats: Path | None) -> str:
 
 
 def _samples(checkpoint: Checkpoint, record: dict[str, Any], asked: Path | None) -> tuple[Path | None, str]:
-    """The key statistics to route, or None and the reason, which is a UserError if they were ``asked`` for."""
+    """The key statistics to route, or None and the reason, which is raised if they were ``asked`` for."""
     parts = (record.get(name) for name in ("key_stats", "source"))
     recorded, made_of = (part if isinstance(part, dict) else {} for part in parts)
     path = asked or recorded.get("path")

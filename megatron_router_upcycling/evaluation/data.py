@@ -1,4 +1,4 @@
-"""Load a task's records from a local folder or the Hugging Face Hub, or make them. Runs no data set's code."""
+"""Load a task's records from a folder or the Hugging Face Hub, or make them. Runs no code of a data set."""
 
 import json
 from collections.abc import Sequence
