@@ -53,7 +53,7 @@ the model: {work}/hf ({config["architectures"][0]}, {experts})
 
 to look at:
   {work}/report/report.html      losses, and where the routers send tokens
-  {work}/evaluation/results.md   answers to questions, beside chance and the dense model
+  {work}/evaluation/results.md   scores on the tasks, compared with chance and the dense model
 
 next:
   vllm serve '{work}/hf'

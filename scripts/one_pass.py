@@ -21,7 +21,7 @@ STEPS = 500
 BATCHES = (32, 512)  # sequences a step; multiples of 32, so that 8 processes can share a step in fours
 FEWEST_DOCUMENTS = 200  # with at least this many, 1% of the documents is kept for validation
 NO_VALIDATION = (
-    f"no validation: the data has {{}} documents, and from {FEWEST_DOCUMENTS} on some are kept for it"
+    f"no validation: the data has {{}} documents, and validation needs at least {FEWEST_DOCUMENTS}"
 )
 
 

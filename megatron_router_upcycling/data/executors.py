@@ -44,8 +44,8 @@ class Local(LocalPipelineExecutor):
                     yield running[future]
             except BrokenProcessPool:
                 raise WorkerLost(
-                    "--workers: one was killed, perhaps since memory ran out; fewer workers, or shorter"
-                    " documents (--max-document-bytes), need less;"
+                    "--workers: one was killed, perhaps because memory ran out; use fewer workers, or limit"
+                    " --max-document-bytes;"
                 ) from None
             finally:
                 for child in multiprocessing.active_children():

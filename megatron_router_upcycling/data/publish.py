@@ -93,7 +93,7 @@ def check(options: Options, sources: Iterable[Path]) -> None:
         if not options.overwrite or record.read(prefix) is None:
             raise UserError(
                 f"--output {output}: {there[0]} exists; remove it, or name another place (--overwrite"
-                " replaces what has a record of prepare-data beside it)"
+                " replaces data that has a record of prepare-data)"
             )
 
 

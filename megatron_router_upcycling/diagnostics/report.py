@@ -54,7 +54,7 @@ OVER_TIME = {
     "dropped_fraction": ("dropped", ".1%"),
 }
 LOSSES, NOTHING = ("train", "held_out"), "–"
-NO_VALIDATION = "no validation yet, or none at all: eval_iters 0, as submit.sh has it under 200 documents"
+NO_VALIDATION = "no validation yet, or it is off (eval_iters 0, which submit.sh sets below 200 documents)"
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:

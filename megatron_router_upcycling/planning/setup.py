@@ -228,7 +228,7 @@ def _check(s: Setup) -> None:
             f"--moe-layer-freq: lists {len(s.has_experts())} layers; the model has {s.num_layers}"
         )
     if s.num_experts and t > 1 and not s.sequence_parallel:
-        raise UserError(f"{tensor} {t}: with experts Megatron needs --sequence-parallel beside it")
+        raise UserError(f"{tensor} {t}: with experts Megatron also needs --sequence-parallel; give that too")
 
 
 def _check_multiple(flag: str, number: int, what: str, size: int) -> None:

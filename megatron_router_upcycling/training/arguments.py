@@ -89,8 +89,8 @@ def check(args: Namespace) -> None:
     for fails, message in (
         (
             trains and args.num_experts and tensor_parallel > 1 and not args.sequence_parallel,
-            f"--tensor-model-parallel-size {tensor_parallel}: a Mixture-of-Experts trains so only with"
-            " --sequence-parallel; give that too",
+            f"--tensor-model-parallel-size {tensor_parallel}: a Mixture-of-Experts can be trained with it"
+            " only with --sequence-parallel; give that too",
         ),
         (
             trains and not (args.train_samples or args.train_iters or 0) > 0,
@@ -173,7 +173,7 @@ def check_resuming(args: Namespace, load: str) -> None:
         if value != then[flag]:
             raise UserError(
                 f"{flag} {value}: the checkpoint in {load} was saved with {then[flag]}, and the optimizer's"
-                " state is laid out for that; give it in the flags or the YAML file as it was then, or pass"
+                " state is laid out for that; give the same in the flags or the YAML file, or pass"
                 " --no-load-optim to begin with a fresh optimizer and learning-rate schedule"
             )
 

@@ -121,8 +121,8 @@ def _blends(args: Namespace) -> list[tuple[list[str], list[float] | None] | None
         blend, blend_per_split = get_blend_and_blend_per_split(args)
     except Exception as error:  # of a file or, by Megatron-Storage-Client, of an object store
         raise UserError(
-            f"{flag}: cannot be read as prefixes of .bin and .idx files, or as weights and prefixes by turns,"
-            f" in a file of splits for train, valid and test each ({reason(error)})"
+            f"{flag}: cannot be read as prefixes of .bin and .idx files, or as alternating weights and"
+            f" prefixes; a file of splits has them for each of train, valid and test ({reason(error)})"
         ) from None
     found = blend_per_split or ([blend] if blend else [])
     for prefixes, weights in filter(None, found):

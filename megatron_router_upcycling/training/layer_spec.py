@@ -96,7 +96,7 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
         return spec
     for flag, field, found in _shared(model_config.transformer):
         if found != (expected := getattr(router, field)):
-            raise UserError(f"{flag} {found}: the router is made for {expected}; give it as it was then")
+            raise UserError(f"{flag} {found}: the router was made for {expected}; give that value")
     optimizer.install_muon()
     for name in router.kind.metrics:
         report_also(name)  # here, since all ranks run this: stages without experts must report it too

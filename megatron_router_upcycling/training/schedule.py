@@ -109,8 +109,8 @@ def counterparts(
         if len(own) != len(others):
             raise UserError(
                 "--load: the checkpoint's optimizer has its parameters in other groups, as after a change of"
-                " --decoupled-lr, --apply-wd-to-qk-layernorm or --use-mup; give these as the run before had"
-                " them, or pass --no-load-optim to begin with a fresh optimizer and learning-rate schedule"
+                " --decoupled-lr, --apply-wd-to-qk-layernorm or --use-mup; give these as in the earlier run,"
+                " or pass --no-load-optim to begin with a fresh optimizer and learning-rate schedule"
             )
         rates = others[own.index(_rates(group))]
         found.append(next(s for s in saved if kind(s) == kind(group) and _rates(s) == rates))

@@ -105,7 +105,7 @@ def work(argv: list[str] | None) -> tuple[str, int]:
     text = report.write(comparison, results, folder, _again(args), seen, failures, dense)
     text += f"\n\nSaved: {folder}/report.md, results.json and two pictures; logs in {output}/logs"
     if not args.report_only and not failed.keys().isdisjoint(chosen):
-        return f"{text}\nThe same command tries again what failed.", 1
+        return f"{text}\nRun the same command again to retry the failed runs.", 1
     return text, 0
 
 

@@ -72,7 +72,7 @@ class RunLog:
             return result
         if routers_in_cuda_graphs(args):
             if args.rank == 0:
-                print("routing diagnostics: none; CUDA graphs do not call routers", flush=True)
+                print("routing diagnostics: none, since the routers are in CUDA graphs", flush=True)
             return result
         self.collector = RoutingCollector(result[0], args, self._is_wanted)
         self.collector.sampling = self._is_rare(args.iteration + 1)
