@@ -189,7 +189,7 @@ def _processes(
     asked = int(os.environ.get("NPROC_PER_NODE") or 0)
     each = (asked or gpus if LOCAL else gpus or asked) or 1
     if LOCAL and not asked and (most := next(filter(works, range(each, 0, -1)), each)) < each:
-        print(f"training on {most} of {each} GPUs, since the batches must be divisible", file=sys.stderr)
+        print(f"training on {most} of {each} GPUs, a number that divides the batches", file=sys.stderr)
         each = most
     try:
         return each, planned(each)

@@ -44,7 +44,7 @@ class Local(LocalPipelineExecutor):
                     yield running[future]
             except BrokenProcessPool:
                 raise WorkerLost(
-                    "--workers: one was killed, perhaps because memory ran out; use fewer workers, or limit"
+                    "--workers: one was killed, perhaps because memory ran out; use fewer workers, or lower"
                     " --max-document-bytes;"
                 ) from None
             finally:
