@@ -1,11 +1,11 @@
-"""Dense language models into Mixture-of-Experts by Router Upcycling, for Megatron-LM (arXiv 2509.00679).
+"""Router Upcycling for Megatron-LM: dense language models to Mixture-of-Experts (arXiv 2509.00679).
 
     from megatron_router_upcycling import RouterConfig, convert_checkpoint, verify_checkpoint
 
     convert_checkpoint("ckpt/dense", "ckpt/moe", RouterConfig(num_experts=8), "ckpt/key_stats.safetensors")
     assert not verify_checkpoint("ckpt/dense", "ckpt/moe")
 
-The names below are public. PyTorch is imported when the first of them is used, and Megatron by none of them.
+The names below are public. The first use of one imports PyTorch; none of them imports Megatron.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The public functions: they do what the commands of the same names do, and raise ``UserError``."""
+"""The public functions. Each does what the command of the same name does; mistakes raise ``UserError``."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def convert_checkpoint(
     Args:
         dense: root folder of the dense model's checkpoint.
         out: root folder to make; it appears whole or not at all.
-        router: default: the paper's mixture of 8 routers over 8 experts, 2 of them a token.
+        router: default: the paper's mixture of 8 routers over 8 experts, top 2.
         key_stats: the file that ``collect_keys`` wrote; a mixture needs it.
         allow_no_export: convert even if the result cannot be exported.
         options: fields of ``conversion.options.Options``: ``seed``, ``materialize``, ``overwrite``,
@@ -50,13 +50,13 @@ def convert_checkpoint(
 
 
 def verify_checkpoint(dense: str | Path, moe: str | Path, key_stats: str | Path | None = None) -> Findings:
-    """Compare an upcycled checkpoint with what the conversion makes of the dense one, bit for bit.
+    """Recompute the conversion of the dense checkpoint and compare the upcycled one with it bit for bit.
 
     Args:
-        key_stats: what the routers were made from; default: the file that the manifest names.
+        key_stats: the file that the routers were made from; default: the one that the manifest names.
 
     Returns:
-        All differences; false where there are none. ``table()`` describes them.
+        All differences; falsy if there are none. ``table()`` describes them.
 
     Example:
         >>> findings = verify_checkpoint("ckpt/dense", "ckpt/moe")
@@ -70,7 +70,7 @@ def inspect_checkpoint(checkpoint: str | Path, key_stats: str | Path | None = No
 
     Args:
         checkpoint: root folder of any checkpoint, dense or upcycled.
-        key_stats: a file whose hidden states are routed; default: the recorded one, else random states.
+        key_stats: a file whose hidden states are routed; default: the manifest's, else random states.
 
     Example:
         >>> print(inspect_checkpoint("ckpt/moe"))

@@ -1,6 +1,6 @@
 """``router-upcycle``: the commands that run in one process, without Megatron.
 
-Torch is imported only after the arguments were checked, so that ``--help`` and mistakes answer at once.
+Torch is imported only after the arguments were checked, so that ``--help`` and usage errors are immediate.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def _local_path(text: str) -> Path:
 def add_commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """Add the commands to ``parser`` and return their parsers by name.
 
-    A command file's docstring is its help: a title, a paragraph, and what follows the flags, examples first.
+    A command module's docstring is its help: title, description, and an epilog that starts with examples.
     """
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for module in COMMANDS:
@@ -59,7 +59,7 @@ def add_commands(parser: argparse.ArgumentParser) -> dict[str, argparse.Argument
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command's arguments, with its function ``run`` and, where it takes them, flags of Megatron."""
+    """The command's arguments, its function ``run`` and, if the command takes them, Megatron's flags."""
     parser = _Parser(
         prog="router-upcycle",
         description="Turn a dense Megatron checkpoint into a Mixture-of-Experts by Router Upcycling.",
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0, 2 after a user's mistake, 130 or 143 when interrupted.
 
-    ``verify`` returns 1 where something differs.
+    ``verify`` returns 1 if something differs.
     """
 
     def stop(number: int, frame: object) -> NoReturn:

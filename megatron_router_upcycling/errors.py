@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class OneRankError(UserError):
-    """A UserError that not every rank raises: the first that does has to print it."""
+    """A UserError that only some ranks raise: the first of them prints it, not rank 0."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -26,7 +26,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class _Help(argparse.HelpFormatter):
-    """Wraps a text of one line, keeps one of several as it is, and shows the defaults of flags."""
+    """Wraps single-line texts, keeps multi-line texts unchanged, and shows the defaults of flags."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -48,21 +48,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
-    """``text`` as one line without control characters, its middle left out where it is long."""
+    """``text`` as one line without control characters; a long text loses its middle."""
     if len(text) > longest:
         text = f"{text[: longest // 2]} … {text[-longest // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: Any) -> str:
-    """A value from a file, for a message or table: a number or string; of anything else the type."""
+    """A value from a file, for a message or table: a number or string as text, anything else by its type."""
     if isinstance(value, str):
         return printable(value, 100)
     return str(value) if isinstance(value, bool | int | float | None) else f"({type(value).__name__})"
 
 
 def reason(error: BaseException) -> str:
-    """The text of ``error``, for a message; its type where it has none."""
+    """The text of ``error``, for a message; its type if it has no text."""
     return printable(" ".join(str(error).split()), 200) or type(error).__name__
 
 

@@ -2,7 +2,7 @@
 
 A number N gives every Nth layer experts, from the first one on. A list has a 0 or 1 for each layer and may be
 written as sums and multiples, as in ``[0]+[1]*23`` or ``([0]+[1]*3)*6``. Megatron evaluates such a text as
-Python, which ``[0]*10**12`` never leaves. Here Python only parses it, and its size is limited.
+Python, so that ``[0]*10**12`` never returns. Here Python only parses it, and its size is limited.
 
 Pure: imports neither torch nor Megatron.
 """
@@ -19,13 +19,13 @@ TEXT = re.compile(r"[\d\[\]()+*,\s]+")
 
 
 def layer_frequency(value: Any, source: str = "--moe-layer-freq") -> int | list[int]:
-    """``value`` (a text, a number or a list) as Megatron means it; ``source`` begins an error."""
+    """``value`` (a text, a number or a list) as Megatron reads it; error messages begin with ``source``."""
     found = value
     if isinstance(value, str):
         try:
             readable = len(value) <= LONGEST_TEXT and TEXT.fullmatch(value)
             found = _value(ast.parse(value.strip(), mode="eval").body) if readable else None
-        except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):  # the last two: too deep
+        except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):  # last two: deep nesting
             found = None
     listed = isinstance(found, list) and all(type(one) is int and one in (0, 1) for one in found)
     if not listed and not (type(found) is int and found >= 1):

@@ -1,4 +1,4 @@
-"""Files in general: written whole or not at all, digests, sizes, and versions of what wrote them."""
+"""Helpers for files: atomic writes, digests, sizes, and versions of the software that wrote them."""
 
 import functools
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def existing(folder: Path) -> Path:
-    """``folder``, or the nearest above it that exists."""
+    """``folder``, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
@@ -33,7 +33,7 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write ``path`` whole, by a hidden file beside it that is flushed and renamed, or raise OSError."""
+    """Write ``path`` atomically, by flushing and renaming a hidden file next to it; may raise OSError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -52,7 +52,7 @@ def sha256(path: Path) -> str:
 
 @functools.cache
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of ``packages``; by default of this one, Megatron and PyTorch."""
+    """Versions of Python and of ``packages`` (default: this package, Megatron and PyTorch)."""
     found = {"python": platform.python_version()}
     for name in packages or ("megatron-router-upcycling", "megatron-core", "torch"):
         try:

@@ -7,15 +7,15 @@ An upcycled checkpoint records its router and architecture (router_upcycling.jso
 them. To resume a stopped run, run the same command again: it starts from the last checkpoint in --save.
 
 Examples:
-    # another learning rate than the file's, and checkpoints every 500 steps
+    # override the file's learning rate, and save a checkpoint every 500 steps
     torchrun ... -m megatron_router_upcycling.pretrain --config moe.yaml --load MOE --save OUT \\
         --lr 1e-4 --save-interval 500
     # a Mixture-of-Experts from scratch, with a linear router
     torchrun ... -m megatron_router_upcycling.pretrain --config moe.yaml --save OUT --num-experts 8 \\
         --router linear
-    # only the loss on held-out data
+    # evaluate only: the loss on held-out data
     torchrun ... -m megatron_router_upcycling.pretrain --config moe.yaml --load OUT --skip-train
-    # before reserving GPUs: one rank of 64 on this machine (as megatron_router_upcycling.rehearse)
+    # before reserving GPUs: run one rank of 64 on this machine (same as megatron_router_upcycling.rehearse)
     python -m megatron_router_upcycling.pretrain --config moe.yaml --load MOE --rehearse 64
 """
 

@@ -1,15 +1,15 @@
-"""Run one rank of a run of any size on this machine for one step, and compare it with the plan.
+"""Run a single rank of a larger run on this machine for one step, and compare it with the plan.
 
     python -m megatron_router_upcycling.rehearse --config moe.yaml --load MOE --gpus 64 [any flag of pretrain]
 
 The rank builds its own shard of the model, its gradient buffers and its share of the optimizer. The other
-ranks do not exist, and no data or tokenizer is needed. Sizes are real; the loss is not.
+ranks are not started, and no data or tokenizer is needed. Sizes are real; the loss is not.
 
 Examples:
     # the last of 64 ranks, with figures as JSON
     python -m megatron_router_upcycling.rehearse --config moe.yaml --load MOE --gpus 64 --rehearse-rank 63 \\
         --output figures.json
-    # another layout than the file's
+    # try another parallel layout than the file's
     python -m megatron_router_upcycling.rehearse --config moe.yaml --load MOE --gpus 64 \\
         --expert-model-parallel-size 8
 """

@@ -1,10 +1,10 @@
-"""What submit.sh asks before the first stage: can this be carried out, and is it what WORK was begun with?
+"""Check a request for submit.sh before the first stage: it must be feasible, and match earlier ones for WORK.
 
     python scripts/check_request.py STAGES NODES GPUS DRY_RUN DATA_FLAGS IMPORT_FLAGS KEYS_FLAGS \\
         CONVERT_FLAGS EVALUATE_FLAGS [FLAGS of pretrain]
 
-Paths come in submit.sh's environment variables; each FLAGS is one argument, a line a word. The rules are
-those of the stages' own commands. Prints the processes of a node, and writes WORK/request.yaml.
+Paths come from submit.sh's environment variables; each FLAGS is one argument with one word a line. The checks
+are those of the stages' own commands. Prints the number of processes a node, and writes WORK/request.yaml.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ DATA, TEXT = (os.environ[name].splitlines() for name in ("DATA", "TEXT"))
 HAS_HF, OWN_LENGTH, LOCAL = (bool(os.environ[name]) for name in ("HF", "ONE_PASS", "LOCAL"))
 REQUEST = WORK / "request.yaml"
 IMPORTED = DENSE / TRACKER
-MARKED = 1 << 20  # bytes at both ends of a weights file that are looked at
+MARKED = 1 << 20  # bytes at each end of a weights file that are hashed
 TEXT_DATA = WORK / "data/text.json"
-# A flag -> the first of what it decides. Before that is there, the flag may change.
+# Flag -> the first file that depends on it. The flag may change until that file exists.
 DECIDES = {
     "--text": TEXT_DATA,
     "--data-flags": TEXT_DATA,
@@ -101,11 +101,11 @@ def main(stages: str, nodes: str, gpus: str, dry_run: str, *flags: str) -> None:
     print(processes)
 
 
-# Is it what WORK was begun with? ------------------------------------------------------------------
+# Does it match earlier requests for WORK? ---------------------------------------------------------
 
 
 def _given(found: list[sources.Source], *flags: list[str]) -> dict[str, str]:
-    """What each flag of ``DECIDES`` has, as it is written down."""
+    """The value of each flag of ``DECIDES`` as text, as it is saved in the request file."""
     data, imports, keys, converts, evaluates, pretrain = map(" ".join, flags)
     text = f"{', '.join(TEXT)} ({sum(source.size for source in found):,} bytes)" if TEXT else ""
     model = f"{HF} (contents {_mark()})" if HAS_HF else ""
@@ -115,7 +115,7 @@ def _given(found: list[sources.Source], *flags: list[str]) -> dict[str, str]:
 
 
 def _mark() -> str:
-    """A few digits that differ for models that differ in config.json, or at an end of a weights file."""
+    """A short digest of config.json and both ends of each weights file."""
     digest = hashlib.sha256((HF / "config.json").read_bytes())
     for path in sorted(HF.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -126,7 +126,7 @@ def _mark() -> str:
 
 
 def _compare(given: dict[str, str]) -> None:
-    """Refuse what would leave in WORK, unchanged, what another request has made."""
+    """Refuse a request that would reuse files in WORK which another request has made differently."""
     before = yaml.safe_load(REQUEST.read_text(encoding="utf-8")) if REQUEST.is_file() else {}
     for flag, now in given.items():
         made, was = DECIDES[flag], before.get(flag, now)
@@ -138,11 +138,11 @@ def _compare(given: dict[str, str]) -> None:
             )
 
 
-# Can it be carried out? ---------------------------------------------------------------------------
+# Is it feasible? ----------------------------------------------------------------------------------
 
 
 def _model(vocabulary_multiple: int) -> tuple[Any, dict[str, Any]]:
-    """The dense model's architecture, and Megatron's arguments for it where they are known."""
+    """The dense model's architecture, and Megatron's arguments for it as far as they are known."""
     if HAS_HF and not IMPORTED.is_file():
         files.refuse_other_folders(HF, "--hf")
         path = HF / "config.json"
@@ -158,17 +158,17 @@ def _model(vocabulary_multiple: int) -> tuple[Any, dict[str, Any]]:
 def _processes(
     runs: list[tuple[dict[str, Any], dict[str, Any], str]], nodes: int, gpus: int
 ) -> tuple[int, setup.Setup | None]:
-    """The processes of a node, and the training run as ``plan`` sees it; None where it does not cover it.
+    """The number of processes a node, and the plan of the training run; None if ``plan`` does not cover it.
 
     Args:
-        runs: Megatron's arguments, the router's options and the YAML file, of training and of keys.
+        runs: (Megatron's arguments, the router's options, the YAML file) for training and for keys.
     """
 
     def planned(processes: int) -> setup.Setup | None:
-        """Raises UserError where so many processes cannot run it."""
+        """Raises UserError if the runs do not work with ``processes`` a node."""
         found = []
         for (values, router, source), world in zip(runs, (nodes * processes, processes), strict=True):
-            # The vocabulary may be known with the tokenizer only; here it is of no consequence.
+            # The vocabulary may be unknown without the tokenizer; its size does not matter here.
             known = {"vocab_size": 128} | values | {"world_size": world}
             try:
                 found.append(reading.from_values(known, router, source))
@@ -189,7 +189,7 @@ def _processes(
     asked = int(os.environ.get("NPROC_PER_NODE") or 0)
     each = (asked or gpus if LOCAL else gpus or asked) or 1
     if LOCAL and not asked and (most := next(filter(works, range(each, 0, -1)), each)) < each:
-        print(f"training on {most} of {each} GPUs, by which the batches can be divided", file=sys.stderr)
+        print(f"training on {most} of {each} GPUs, a number that divides the batches", file=sys.stderr)
         each = most
     try:
         return each, planned(each)
@@ -200,7 +200,7 @@ def _processes(
 
 
 def _check_experts(args: Namespace, model: Any, router: Any, init: Any) -> None:
-    """What ``convert`` refuses of this model; a line for experts that would stay equal."""
+    """Raise what ``convert`` would refuse for this model; print a warning if experts would stay equal."""
     kinds.all_parameters(router, model, model.linear_bias)
     if args.layers is not None:
         parse_layers(args.layers, model.num_layers)
@@ -221,7 +221,7 @@ def _check_experts(args: Namespace, model: Any, router: Any, init: Any) -> None:
     from megatron_router_upcycling.initialisation.heads import init_mixture
     from megatron_router_upcycling.routers import likeness
 
-    torch.manual_seed(0)  # any heads and keys show what the numbers alone tie
+    torch.manual_seed(0)  # random heads and keys: ties depend on the numbers of heads and keys only
     repeats = heads // groups if share_keys else 1
     keys = torch.randn(heads // repeats, size).repeat_interleave(repeats, 0)
     query, key = init_mixture(torch.randn(heads, size, 64), keys, router)
@@ -237,7 +237,7 @@ def _check_experts(args: Namespace, model: Any, router: Any, init: Any) -> None:
 
 
 def _is_packed(source: sources.Source) -> bool:
-    """Whether a file may hold more text than it has bytes."""
+    """Whether a file may hold more bytes of text than its size, because it is compressed."""
     return source.path.endswith(sources.COMPRESSED) or source.kind in ("parquet", "arrow")
 
 

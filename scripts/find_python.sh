@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Print the path of a Python that the package can be set up with, or say in one line what is missing.
-# A plain 3.12 or 3.13 first (megatron-core has wheels for these), then one that pyenv keeps but has not
-# activated, then one that uv brings; a newer Python only when there is none of them.
+# Print the path of a Python with which the package can be set up, or an error that says what is missing.
+# Prefers 3.12 or 3.13 on PATH (megatron-core has wheels for these), then an inactive one of pyenv, then one
+# from uv; a newer Python is used only if there is none of these.
 set -euo pipefail
 
-# A candidate counts when it really runs (a pyenv shim of an inactive version does not), is of a version
-# from $2 up to and not including $3, can make virtual environments (Debian splits that off), and is not .venv's
-# own, which may be active and is about to go.
+# A candidate is usable if it runs (a pyenv shim of an inactive version does not), its version is at least $2 and
+# below $3, it can make virtual environments (a separate package on Debian), and it is not .venv's own Python,
+# which may be active and is about to be removed.
 usable() {
     "$1" -c '
 import os, sys

@@ -1,8 +1,8 @@
-"""Show how far a training run is, until it is ended: a line that is renewed, or one every half minute.
+"""Show the progress of a training run until killed: one updated line on a terminal, else a line every 30 s.
 
     python scripts/follow.py LOG FIRST_LINE ARGUMENTS
 
-Reads Megatron's lines in LOG from FIRST_LINE on, and in ARGUMENTS (RUN/arguments.txt) the sequence length.
+Reads LOG from line FIRST_LINE on, and the sequence length from ARGUMENTS (RUN/arguments.txt).
 """
 
 import re
@@ -18,7 +18,7 @@ LENGTH = re.compile(r"^ *seq_length \.+ (\d+)$", re.MULTILINE)
 
 
 def progress(log: str, arguments: str) -> str | None:
-    """The last of Megatron's lines in words; None where there is none."""
+    """The last of Megatron's progress lines as text; None if there is none."""
     found = LINE.findall(log)
     if not found:
         return None

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Slurm and shellcheck from Debian's or Ubuntu's packages, for the tests that use them. Where they cannot be
-# installed this says so and ends well: those tests are then skipped.
+# Install Slurm and shellcheck from Debian's or Ubuntu's packages, for the tests that use them. If that is not
+# possible, print a message and exit with status 0: those tests are then skipped.
 set -euo pipefail
 packages=(slurm-wlm munge shellcheck)
 

@@ -1,4 +1,4 @@
-"""What became of a run: where the model is, its losses, what to look at, what to type next.
+"""Summarise a run: where the model is, its losses, which files to look at, which commands come next.
 
     python scripts/last_page.py WORK PREFIX...
 
@@ -26,7 +26,7 @@ def held_out(work: Path, model: str) -> float | None:
 
 
 def losses(work: Path, vocabulary: int, prefixes: list[str]) -> list[str]:
-    """The losses as lines: on held-out text, or those of training and why there are no others."""
+    """The losses as lines: on held-out text, or else in training, with the reason for no held-out loss."""
     lines = files.read(work / "run" / files.RUN)
     last = {line["kind"]: line["lm_loss"] for line in lines}
     model = held_out(work, "run") or last.get("held_out")
@@ -38,7 +38,7 @@ def losses(work: Path, vocabulary: int, prefixes: list[str]) -> list[str]:
         documents = sum(made.documents for made in known)
         few = known and documents < one_pass.FEWEST_DOCUMENTS
         why = [f"  {one_pass.NO_VALIDATION.format(documents) if few else 'no validation: eval_iters is 0'}"]
-    rows["chance"] = math.log(vocabulary)  # all tokens alike
+    rows["chance"] = math.log(vocabulary)  # a uniform distribution over tokens
     shown = [f"  {name:<16} {loss:.4f}" for name, loss in rows.items() if loss is not None]
     return [f"loss {where} (nats a token; lower is better):", *shown, *why]
 
@@ -53,7 +53,7 @@ the model: {work}/hf ({config["architectures"][0]}, {experts})
 
 to look at:
   {work}/report/report.html      losses, and where the routers send tokens
-  {work}/evaluation/results.md   answers to questions, beside chance and the dense model
+  {work}/evaluation/results.md   scores on the tasks, compared with chance and the dense model
 
 next:
   vllm serve '{work}/hf'

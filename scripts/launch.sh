@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start a torchrun entry of the package on this node: alone, as one of several, or as a Slurm task.
+# Start a torchrun entry point of the package on this node: alone, as one of several nodes, or as a Slurm task.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -23,7 +23,7 @@ examples:
 environment:
   PYTHON            the Python to run (default: $VENV/bin/python, else .venv/bin/python, else python3)
   NPROC_PER_NODE    processes a node (default: its GPUs, or 1)
-  PYTHONWARNINGS    warnings of Python libraries in the log (default: ignore)
+  PYTHONWARNINGS    Python's filter for library warnings in the log (default: ignore)
   MASTER_ADDR, MASTER_PORT   the first node (default under Slurm: from the job's nodes and number)
 
 A SIGURG to this script reaches every training process on this node. With exit_signal: SIGURG in the
@@ -83,23 +83,23 @@ elif ! given nnodes && ! given standalone; then
 fi
 
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-# Segments that grow waste less memory.
+# Expandable segments reduce memory fragmentation.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-# Of Megatron and PyTorch, about themselves. What concerns the run is said by lines of its own, or is an error.
+# Hide warnings of Megatron and PyTorch about their own code. The run prints its own notices and errors.
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 "$PYTHON" -m torch.distributed.run "${options[@]}" \
     -m "megatron_router_upcycling.$module" --config "$config" "$@" &
 torchrun=$!
-# Where Slurm signals the task alone (proctrack/cgroup), the training processes would not hear of it. torchrun
-# and helpers without a handler ignore SIGURG; of SIGUSR1 they would die.
+# Pass SIGURG on to the training processes, as Slurm may signal only the task (proctrack/cgroup). torchrun and
+# helper processes without a handler ignore SIGURG; SIGUSR1 would kill them.
 # shellcheck disable=SC2046 # a word is a process
 trap 'kill -URG $(cat /proc/"$torchrun"/task/*/children) 2>/dev/null || true' URG
 trap 'kill -TERM "$torchrun" 2>/dev/null || true' TERM INT
 while :; do
     status=0
     wait "$torchrun" || status=$?
-    kill -0 "$torchrun" 2>/dev/null || break # otherwise a signal ended the waiting alone
+    kill -0 "$torchrun" 2>/dev/null || break # otherwise a signal interrupted only the wait
 done
 exit "$status"

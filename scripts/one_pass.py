@@ -1,8 +1,8 @@
-"""Write how long a model trains on this machine where no configuration says it: one pass over its data.
+"""Write the length of a training run on this machine, if no configuration sets it: one pass over the data.
 
     python scripts/one_pass.py DENSE OUT.yaml PREFIX...
 
-Sequences are as long as the dense model takes, up to 1024 tokens; a step has about a 500th of the data.
+Sequences have the dense model's maximum length, up to 1024 tokens; a step takes about 1/500 of the data.
 """
 
 import sys
@@ -19,9 +19,9 @@ from megatron_router_upcycling.files import write_whole
 LONGEST = 1024
 STEPS = 500
 BATCHES = (32, 512)  # sequences a step; multiples of 32, so that 8 processes can share a step in fours
-FEWEST_DOCUMENTS = 200  # from which on a hundredth of them is left for validation
+FEWEST_DOCUMENTS = 200  # with at least this many, 1% of the documents is kept for validation
 NO_VALIDATION = (
-    f"no validation: the data has {{}} documents, and from {FEWEST_DOCUMENTS} on some are kept for it"
+    f"no validation: the data has {{}} documents, and validation needs at least {FEWEST_DOCUMENTS}"
 )
 
 
@@ -46,7 +46,7 @@ def check_length(flag: str, tokens: int, length: int, batch: int) -> None:
     """Refuse less than ``batch`` sequences of ``length`` tokens.
 
     Raises:
-        UserError: says how much is needed.
+        UserError: with the amount that is needed.
     """
     if tokens < (needed := length * batch):
         raise UserError(
@@ -57,10 +57,10 @@ def check_length(flag: str, tokens: int, length: int, batch: int) -> None:
 
 
 def records(prefixes: Iterable[str]) -> list[record.Record]:
-    """What is known of data, given as weights and prefixes.
+    """The records of data that is given as weights and prefixes.
 
     Raises:
-        UserError: ``prepare-data`` has not made it.
+        UserError: if ``prepare-data`` has not made the data.
     """
     known = [record.read(Path(prefix)) for prefix in prefixes if not prefix.replace(".", "").isdigit()]
     found = [entry for entry in known if entry]
@@ -83,7 +83,7 @@ def main(dense: str, out: str, *prefixes: str) -> None:
 
 
 def run(command: Callable[..., None]) -> None:
-    """Run a script's ``command`` with its words; a UserError ends it with one line and exit status 2."""
+    """Run ``command`` with the script's arguments; a UserError ends it with one line and exit status 2."""
     try:
         command(*sys.argv[1:])
     except UserError as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way from a dense model to an evaluated Mixture-of-Experts: in Slurm's queue, or here.
+# Run all stages from a dense model to an evaluated Mixture-of-Experts, as Slurm jobs or on this machine.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -9,8 +9,8 @@ usage: scripts/submit.sh --work DIR (--hf FOLDER | --dense CHECKPOINT) --config 
                          (--data PREFIXES | --text FILES...) [options] [-- flags of pretrain]
        scripts/submit.sh --local --work DIR --hf FOLDER --text FILES... [options] [-- flags of pretrain]
 
-Queues these jobs, each after the one before has ended well, and prints their numbers; with --local it runs
-them here, one after another:
+Queues these jobs, each depending on the success of the one before, and prints their numbers; with --local it
+runs them on this machine, one after another:
   data      text -> DIR/data/text, with the model's tokenizer       1 node, no GPU     (with --text)
   import    Hugging Face folder -> DIR/dense                        1 node, no GPU     (with --hf)
   keys      average keys over training data -> DIR/key_stats.safetensors    1 whole node
@@ -18,7 +18,7 @@ them here, one after another:
   train     -> DIR/run; queues itself again until it is finished    --nodes, whole
   evaluate  -> DIR/hf, DIR/evaluation                               1 node, 1 GPU
 Finished stages are skipped: after a failure, fix its cause and run the same command again. The request is checked
-before the first stage, by the stages' own rules, and kept in DIR/request.yaml: another model, text, size or
+before the first stage, with the checks of all stages, and saved in DIR/request.yaml: another model, text, size or
 configuration needs another DIR.
 
 example (this machine: its GPUs, or two processes on the CPU with --nproc 2):
@@ -31,33 +31,33 @@ example (the paper's run, 8 nodes of 8 GPUs):
       --nodes 8 --time 24:00:00 --container /shared/images/upcycling.sqsh
 
 required:
-  --work DIR           where everything goes, on a file system that all nodes share
+  --work DIR           folder for all outputs, on a file system that all nodes share
   --hf FOLDER          the dense model in Hugging Face format, or
   --dense CHECKPOINT   the dense model as a Megatron checkpoint root
-  --config YAML        what trains the Mixture-of-Experts (--local: configs/one_machine/moe.yaml, and one pass
-                       over the data)
+  --config YAML        training configuration of the Mixture-of-Experts (default with --local:
+                       configs/one_machine/moe.yaml, and one pass over the data)
   --data PREFIXES...   Megatron data as --data-path takes it: one prefix, or weights and prefixes, or
   --text FILES...      files and folders of text, as router-upcycle prepare-data takes them
 
 options:
-  --dense-config YAML  batches and parallelism for keys (default: dense.yaml beside --config)
+  --dense-config YAML  batches and parallelism for keys (default: dense.yaml in the folder of --config)
   --nodes N            nodes of train (default 8)
   --gpus-per-node N    GPUs of each node (default 8; 0 on nodes without: NPROC_PER_NODE processes on the CPU)
-  --time LIMIT         of one run of train, as sbatch takes it (default: the partition's)
-  --stages LIST        of data,import,keys,convert,train,evaluate (default: all)
-  --local              run on this machine. Ctrl-C ends it (in training: after a step that is saved), and the same
+  --time LIMIT         time limit of one job of train, as sbatch takes it (default: the partition's)
+  --stages LIST        stages to run, some of data,import,keys,convert,train,evaluate (default: all)
+  --local              run on this machine. Ctrl-C stops it (training first finishes a step and saves), and the same
                        command resumes. --nodes, --gpus-per-node, --time and --container do not apply
-  --nproc N            with --local: processes (default: one a GPU, as far as the batches can be divided by them; 1
-                       on the CPU)
-  --container IMAGE    run in this image (pyxis and enroot), with the folders of all that is named here mounted;
+  --nproc N            with --local: number of processes (default: one for each GPU, as many as divide the batches;
+                       1 on the CPU)
+  --container IMAGE    run in this image (pyxis and enroot), with the folders of all named files mounted;
                        CONTAINER_MOUNTS adds SOURCE:TARGET pairs
   --venv DIR           run in this virtual environment (default, without --container: .venv here)
   --data-flags, --import-flags, --keys-flags, --convert-flags, --evaluate-flags "FLAGS"
-                       added to prepare-data, import-hf, collect_keys, convert (default: --num-experts 8 --top-k 2)
-                       and evaluate (--local: --tasks stdlib, which needs no data); quotes in FLAGS hold words
-                       together
+                       flags for prepare-data, import-hf, collect_keys, convert (default: --num-experts 8 --top-k 2)
+                       and evaluate (default with --local: --tasks stdlib, which needs no data); FLAGS may contain
+                       quoted words
   --dry-run            print the sbatch commands and submit nothing
-  -- FLAGS             everything after it goes to pretrain, above the YAML
+  -- FLAGS             flags for pretrain, which override the YAML
 
 Follow a run: tail -f DIR/logs/train-JOB.log, or tensorboard --logdir DIR/run/tensorboard.
 Stop a job so that it saves and is queued again: scancel --signal=URG JOB. Stop it for good: scancel JOB.
@@ -89,7 +89,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --data)
         parts=()
         while [[ $# -ge 2 && $2 != -* ]]; do
-            # Several in one argument, unless it is a prefix with spaces in it.
+            # One argument may hold several, unless it is a prefix that contains spaces.
             words=("$2")
             [[ -f $2.bin ]] || read -ra words <<<"$2"
             parts+=("${words[@]}")
@@ -121,7 +121,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
 done
 [[ ${1:-} == -- ]] && shift
 
-# Before anything waits in a queue: is everything there that can be known now?
+# Before queueing anything, check all that can be checked now.
 [[ -n $WORK ]] || fail "--work: name the folder for everything of this run"
 [[ -n $HF$DENSE ]] || fail "--hf or --dense: name the dense model"
 [[ -z $HF || -f $HF/config.json ]] || fail "--hf $HF: no config.json there"
@@ -163,15 +163,15 @@ fi
 WORK=$(realpath -m "$WORK")
 DENSE=$(realpath -m "${DENSE:-$WORK/dense}") HF=${HF:+$(realpath "$HF")}
 CONFIG=$(realpath "$CONFIG") DENSE_CONFIG=$(realpath "$DENSE_CONFIG")
-# The jobs start in ROOT. (An image may be a registry's, which is no file.)
+# Make paths absolute, because jobs start in ROOT. (An image may be in a registry instead of a file.)
 [[ -z ${VENV:-} ]] || VENV=$(realpath -s "$VENV")
 [[ ! -f ${CONTAINER_IMAGE:-} ]] || CONTAINER_IMAGE=$(realpath "$CONTAINER_IMAGE")
 [[ -z $TEXT ]] || DATA=$WORK/data/text
-# How long is one pass, where no configuration says it? Known when the data is there.
+# Without a configuration, training is one pass; its length is computed once the data exists.
 ONE_PASS=${own_config:+$WORK/one_pass.yaml}
 export ROOT WORK HF DENSE CONFIG DENSE_CONFIG DATA TEXT ONE_PASS LOCAL CONTAINER_IMAGE VENV
 
-# words FLAGS: into the array flags, as a shell would divide them, but that nothing is expanded.
+# words FLAGS: split FLAGS into the array flags like a shell, but without expansions.
 words() { mapfile -t flags < <(xargs -rn1 printf '%s\n' <<<"$1"); }
 requested=()
 for name in data import keys convert evaluate; do
@@ -182,7 +182,7 @@ for name in data import keys convert evaluate; do
 done
 [[ -z $LOCAL ]] || nodes=1 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 python=${PYTHON:-${VENV:-$ROOT/.venv}/bin/python}
-# (On a login node there may be the container's image and no Python environment.)
+# (A login node may have the container's image but no Python environment.)
 if [[ -z ${CONTAINER_IMAGE:-} ]] || command -v "$python" >/dev/null; then
     processes=$(cd "$ROOT" && PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} "$python" scripts/check_request.py \
         "$stages" "$nodes" "$gpus" "$dry_run" "${requested[@]}" "$@") || exit 2
@@ -191,7 +191,7 @@ fi
 [[ -n $dry_run ]] || mkdir -p "$WORK/logs" || fail "--work $WORK: cannot be made"
 
 job='' interrupts=0
-# Ctrl-C reaches the stage through this: the one in training saves first.
+# Pass Ctrl-C on to the running stage; training saves first.
 interrupt() {
     [[ -n $job ]] || exit 130
     interrupts=$((interrupts + 1))
@@ -203,7 +203,7 @@ interrupt() {
     fi
 }
 
-# run_here STAGE FLAGS...: run a stage's batch file on this machine, in a session of its own.
+# run_here STAGE FLAGS...: run a stage's batch file on this machine, in a separate session.
 run_here() {
     local stage=$1 log=$WORK/logs/$1.log start=$SECONDS status follower
     shift
@@ -221,7 +221,7 @@ run_here() {
     while :; do
         status=0
         wait "$job" || status=$?
-        kill -0 "$job" 2>/dev/null || break # otherwise a signal ended the waiting alone
+        kill -0 "$job" 2>/dev/null || break # otherwise a signal interrupted only the wait
     done
     job=''
     if [[ $stage == train ]]; then
@@ -246,7 +246,7 @@ run_here() {
 [[ -z $LOCAL ]] || trap interrupt INT TERM
 
 previous=''
-# submit STAGE RESULT GPUS FLAGS...: queue a stage after the one before; nothing to do where RESULT is there.
+# submit STAGE RESULT GPUS FLAGS...: queue a stage after the previous one, unless RESULT exists.
 submit() {
     local stage=$1 result=$2 gpus=$3
     shift 3

@@ -46,7 +46,7 @@ def title(axes: Axes, x: float, head: str, *below: str) -> None:
 
 
 def method() -> None:
-    """Eight heads of a layer become four groups, four routers with four keys, and one gate."""
+    """Draw how a layer's eight heads become four groups, four routers with four keys, and one gate."""
     axes = canvas(11, 4.3)
     groups = [(0, 5), (1, 3), (2, 7), (4, 6)]
     group_of = {head: number for number, pair in enumerate(groups) for head in pair}
@@ -73,7 +73,7 @@ def method() -> None:
 
 
 def data_flow() -> None:
-    """The commands and what they make."""
+    """Draw the commands and their outputs."""
     axes = canvas(11, 3.5)
     y, low, h = 2.2, 0.55, 0.7
     blue, orange, green = COLOURS[:3]

@@ -1,4 +1,4 @@
-"""Whether data and a model go together: the tokenizer that made the tokens, and ids within the vocabulary."""
+"""Check that data fits a model: made with the model's tokenizer, and no token id beyond the vocabulary."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,15 +9,15 @@ from megatron_router_upcycling.data import record
 from megatron_router_upcycling.data.tokenizer import load
 from megatron_router_upcycling.errors import UserError, reason
 
-LOOKED_AT = 1 << 26  # bytes of a .bin file
+LOOKED_AT = 1 << 26  # bytes of a .bin file, from its start
 
 
 def check(prefixes: Iterable[str], tokenizer: Path | None, vocabulary: int) -> None:
     """Refuse data whose tokens are not those of the model.
 
-    Data of ``prepare-data`` have a record that names the tokenizer; records of format 1 lack its digest. Of
-    data that other tools made the first 64 MiB are looked at; training checks the rest batch by batch.
-    ``tokenizer`` is the model's, if it is known; ``vocabulary`` the rows of its embedding.
+    ``prepare-data`` records which tokenizer it used; records of format 1 lack its digest. For data from other
+    tools, the first 64 MiB are checked here, and training checks the rest batch by batch.
+    ``tokenizer`` is the model's, if it is known; ``vocabulary`` is the number of rows of its embedding.
     """
     digest = ""
     for prefix in prefixes:
@@ -49,7 +49,7 @@ def check_ids(where: str, largest: int, vocabulary: int) -> None:
 
 
 def _read_index(prefix: str, made: record.Record | None) -> type[np.number]:
-    """The dtype of the tokens in ``prefix``.bin, once its .idx fits these and the record."""
+    """The dtype of the tokens in ``prefix``.bin, after checking the .idx against the .bin and the record."""
     from megatron.core.datasets.indexed_dataset import _IndexReader
 
     try:

@@ -30,11 +30,11 @@ class WorkerLost(UserError):
 
 
 class Local(LocalPipelineExecutor):
-    """Runs tasks in ``workers`` processes. The library's own ``run`` waits for ever where one is killed."""
+    """Runs tasks in ``workers`` processes. The library's own ``run`` hangs if one of them is killed."""
 
     def finished(self, ranks: list[int]) -> Generator[int]:
-        """Run the tasks ``ranks``, begun in order; yield each when it is done. Closing it ends the others."""
-        # Forked: this process has imported what they need, and has no threads yet.
+        """Start the tasks ``ranks`` in order, yield each as it finishes. Closing the generator kills them."""
+        # Fork: this process has already imported what the workers need, and has no threads yet.
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(self.workers, context, _begin, (self,)) as pool:
             try:
@@ -44,19 +44,19 @@ class Local(LocalPipelineExecutor):
                     yield running[future]
             except BrokenProcessPool:
                 raise WorkerLost(
-                    "--workers: one was killed, perhaps since memory ran out; fewer workers, or shorter"
-                    " documents (--max-document-bytes), need less;"
+                    "--workers: one was killed, perhaps because memory ran out; use fewer workers, or lower"
+                    " --max-document-bytes;"
                 ) from None
             finally:
                 for child in multiprocessing.active_children():
                     child.kill()
 
 
-_executor: Local | None = None  # of a worker
+_executor: Local | None = None  # set in a worker process
 
 
 def _begin(executor: Local) -> None:
-    """A worker leaves Ctrl-C and the terminal to the process that has started it, and ends with that."""
+    """Set up a worker: the parent process handles Ctrl-C and stderr, and the worker dies with its parent."""
     global _executor
     _executor = executor
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -81,7 +81,7 @@ class Slurm(SlurmPipelineExecutor):
         if not {"partition", "time"} <= options.keys():
             raise UserError("--executor slurm: needs --slurm partition=... and --slurm time=..., for sbatch")
         python = f"export PATH={Path(sys.executable).parent}:$PATH"
-        name = f"{options.get('job-name', 'prepare-data')}-{secrets.token_hex(4)}"  # what squeue is asked for
+        name = f"{options.get('job-name', 'prepare-data')}-{secrets.token_hex(4)}"  # what squeue looks up
         super().__init__(
             pipeline, tasks, options["time"], options["partition"], workers=workers or -1, job_name=name,
             logging_dir=str(logs), qos="", env_command=python, sbatch_args=options | {"job-name": name},
@@ -97,7 +97,7 @@ class Slurm(SlurmPipelineExecutor):
             self.run()
             while waiting:
                 time.sleep(POLL_SECONDS)
-                queued = self._ask("squeue", "-h")  # before the files, so that what ended in between is seen
+                queued = self._ask("squeue", "-h")  # before reading the files: a job may end in between
                 left = set(self.get_incomplete_ranks(sorted(waiting)))
                 done, waiting = waiting - left, left
                 yield from sorted(done)
@@ -115,7 +115,7 @@ class Slurm(SlurmPipelineExecutor):
                 self._ask("scancel")
 
     def _ask(self, *command: str) -> bool:
-        """Whether one of Slurm's commands names the job (it may be several arrays), or fails for once."""
+        """Whether a Slurm command lists the job (which may be several arrays), or failed this time."""
         words = [*command, f"--name={self.job_name}"]
         asked = subprocess.run(words, capture_output=True, text=True)
         return bool(asked.returncode or asked.stdout.strip())

@@ -1,7 +1,7 @@
-"""What is written: files that begin with PREFIX, each pair of .bin and .idx whole or not there.
+"""Write the output files PREFIX.*: each pair of .bin and .idx appears complete or not at all.
 
-An index (.idx) comes after its tokens (.bin) and the record after both; where old data is replaced, its
-record and index go first. So nobody reads half of one and half of another, whenever the machine stops.
+Tokens (.bin) are published first, then the index (.idx), then the record; old data loses its record and index
+first. So a crash at any point never leaves a readable mix of old and new data.
 """
 
 import os
@@ -17,20 +17,20 @@ from megatron_router_upcycling.data.record import Options, path_of
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sync
 
-# The header of an .idx file (megatron.core.datasets.indexed_dataset): a mark, version, code of the dtype, and
-# how many sequences and document ends there are. Lengths (int32), places (int64) and ends (int64) follow.
+# The header of an .idx file (megatron.core.datasets.indexed_dataset): magic bytes, version, dtype code, and
+# the numbers of sequences and document ends. Lengths (int32), offsets (int64) and ends (int64) follow.
 MARK, HEADER = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
 DTYPE_CODES = {"uint16": 8, "int32": 4}
-DOCUMENTS = 1 << 14  # that are copied at a time
-PUBLISHING = "publishing"  # stands in the folder of parts once old data may be gone
-SUFFIXES = (".json", ".idx", ".bin")  # in the order in which old files go
+DOCUMENTS = 1 << 14  # copied at a time
+PUBLISHING = "publishing"  # marker file in the folder of parts: old data may be gone from here on
+SUFFIXES = (".json", ".idx", ".bin")  # in the order in which old files are removed
 
 
 class Output:
-    """A prefix in the making: the documents of training, or those that are held out.
+    """One output prefix being written: the training documents, or the held-out ones.
 
-    The bytes are those of Megatron's ``IndexedDatasetBuilder``. Importing Megatron for it would take longer
-    than all the rest for a small text.
+    The bytes are those of Megatron's ``IndexedDatasetBuilder``. That is not used because, for a small text,
+    importing Megatron would take longer than everything else.
     """
 
     def __init__(self, prefix: Path, dtype: Any, held_out: bool) -> None:
@@ -40,7 +40,7 @@ class Output:
         path_of(prefix, ".bin").touch()
 
     def append(self, tokens: Any, table: Any) -> None:
-        """Append its documents of a part: tokens [N] and table [D, 3] (see ``parts.load``)."""
+        """Append this output's documents from a part: tokens [N] and table [D, 3] (see ``parts.load``)."""
         ends = numpy.concatenate([[0], table[:, 0].cumsum()])
         mine = table[:, 2] == self.held_out
         with path_of(self.prefix, ".bin").open("ab") as file:
@@ -67,7 +67,7 @@ class Output:
 
 
 def fitting(table: Any, outputs: list[Output], options: Options) -> int:
-    """How many of a part's documents come before the first that exceeds a limit, all outputs together."""
+    """How many of a part's documents come before the first that exceeds a limit over all outputs."""
     tokens, size = (sum(getattr(output, name) for output in outputs) for name in ("tokens", "bytes"))
     fits: Any = numpy.ones(len(table), bool)
     if options.max_tokens is not None:
@@ -78,7 +78,7 @@ def fitting(table: Any, outputs: list[Output], options: Options) -> int:
 
 
 def check(options: Options, sources: Iterable[Path]) -> None:
-    """Refuse a place where something would be lost. Touches nothing."""
+    """Refuse an output location where existing files would be lost. Writes nothing."""
     output, texts = options.output, {path.resolve() for path in sources}
     if not output.name or output.is_dir():
         raise UserError(f"--output {output}: is a folder; add the name that the files shall begin with")
@@ -89,16 +89,16 @@ def check(options: Options, sources: Iterable[Path]) -> None:
                 raise UserError(f"--output {output}: {path} is one of the sources; name another place")
         there = [path for path in files if path.exists()]
         if not there or (options.work / PUBLISHING).exists():
-            continue  # what is there is half of the data that will be made now
+            continue  # left by an interrupted publish of the data that is being made now
         if not options.overwrite or record.read(prefix) is None:
             raise UserError(
                 f"--output {output}: {there[0]} exists; remove it, or name another place (--overwrite"
-                " replaces what has a record of prepare-data beside it)"
+                " replaces data that has a record of prepare-data)"
             )
 
 
 def publish(options: Options, outputs: list[Output], records: list[record.Record]) -> None:
-    """Give the files of the outputs their names, held-out data first, and write the records."""
+    """Rename the output files to their final names, held-out data first, and write the records."""
     for output in outputs:
         sync(path_of(output.prefix, ".bin"))
         sync(path_of(output.prefix, ".idx"))

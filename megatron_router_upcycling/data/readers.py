@@ -1,6 +1,6 @@
-"""The files cut into tasks, and every row of a file as a text, or with the reason why it is none.
+"""Cut the files into tasks, and read each row of a file as a text or as the reason why it has none.
 
-datatrove's reader of JSON lines skips what it cannot parse, and gives up a file at a byte that is not UTF-8.
+datatrove's reader of JSON lines skips what it cannot parse, and drops the rest of a file at invalid UTF-8.
 """
 
 import csv
@@ -16,15 +16,15 @@ from megatron_router_upcycling.data.sources import COMPRESSED, Source, blamed, f
 from megatron_router_upcycling.errors import reason
 
 SMALLEST_TASK, LARGEST_TASK = 1 << 22, 1 << 26  # bytes of files
-TASKS = 256  # as many as there shall be, between these sizes
-FILE_COST = 1 << 10  # what a file counts for beside its bytes: many empty ones make a task too
-ROWS = 128  # of a table at a time
-UNITS = {"lines": "line", "text": ""}  # what is counted in a file, where it is not rows
+TASKS = 256  # target number of tasks, within these sizes
+FILE_COST = 1 << 10  # bytes added for each file, so that many empty files also fill a task
+ROWS = 128  # read from a table at a time
+UNITS = {"lines": "line", "text": ""}  # the unit in which positions in a file are given, if not rows
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What begins in a range of a file's bytes: lines, or row groups of Parquet. Others come whole."""
+    """The lines, or Parquet row groups, that begin in a byte range of a file. Other kinds are not split."""
 
     source: Source
     start: int
@@ -32,7 +32,7 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """Bytes of the file that it stands for."""
+        """Number of bytes of the file in this piece."""
         return min(self.end, self.source.size) - self.start
 
 
@@ -40,7 +40,7 @@ Task = list[Piece]
 
 
 def tasks(sources: list[Source]) -> list[Task]:
-    """The files in order as tasks of bounded size, which depend on the files alone."""
+    """Cut the files, in order, into tasks of bounded size. The result depends on the files alone."""
     size = min(max(sum(source.size for source in sources) // TASKS, SMALLEST_TASK), LARGEST_TASK)
     made: list[Task] = [[]]
     filled = 0
@@ -58,7 +58,7 @@ def tasks(sources: list[Source]) -> list[Task]:
 
 
 def read(piece: Piece, options: Options) -> Iterator[tuple[str, str]]:
-    """Each row's text, and why it is bad: the one, the other, or neither of an empty one."""
+    """For each row (text, reason why it is bad): one of them is "", or both for an empty row."""
     kind, (files, path) = piece.source.kind, file_system(piece.source.path)
     with blamed(piece.source.path), files.open(path, "rb", compression="infer") as stored:
         for row in READERS[kind](io.BufferedReader(stored, 1 << 18), piece, options):
@@ -70,14 +70,14 @@ def read(piece: Piece, options: Options) -> Iterator[tuple[str, str]]:
 
 
 def size_of(text: str) -> int:
-    """Bytes in UTF-8. A ValueError: half a surrogate pair has none."""
+    """Bytes in UTF-8. Raises ValueError for a lone surrogate, which has no encoding."""
     return len(text) if text.isascii() else len(text.encode())
 
 
 def _text_of(row: Any, kind: str, options: Options) -> str:
-    """The text of a row: bytes of a line or file, a page, or an object with the text under a key.
+    """The text of a row, which is the bytes of a line or file, a page, or an object with a text key.
 
-    A ValueError or RecursionError says why there is none.
+    Raises ValueError or RecursionError with the reason if there is none.
     """
     key, longest = options.text_key, options.max_document_bytes
     too_long = f"is longer than {longest:,} bytes; cut it into documents, or raise --max-document-bytes"
@@ -99,11 +99,11 @@ def _text_of(row: Any, kind: str, options: Options) -> str:
 
 
 def _lines(file: Any, piece: Piece, options: Options) -> Iterator[bytes]:
-    """Lines, each with its end; of those that are too long the beginning."""
+    """Lines with their line ends; of a line that is too long, only the beginning."""
     place = max(piece.start - 1, 0)
     if place:
         file.seek(place)
-    begun_before = piece.start > 0  # the first line, or only its end, is of the piece before
+    begun_before = piece.start > 0  # the first line, or its line end, belongs to the piece before
     while place < piece.end and (line := file.readline(options.max_document_bytes + 2)):
         place += len(line)
         part = line
@@ -133,7 +133,7 @@ def _parquet(file: Any, piece: Piece, options: Options) -> Iterator[Any]:
 
 
 def _csv(file: Any, piece: Piece, options: Options) -> Iterable[Any]:
-    """Rows under a line of names. datatrove's reader would take the line ends out of texts."""
+    """Rows after a header line. datatrove's reader would remove line ends from texts."""
     csv.field_size_limit(max(options.max_document_bytes, csv.field_size_limit()))
     return csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
 
@@ -154,7 +154,7 @@ def _warc(file: Any, piece: Piece, options: Options) -> Iterator[str]:
     yield from (page["text"] for page in map(process_record, ArchiveIterator(file)) if page)
 
 
-# From an open file to its rows.
+# Kind -> function from an open file to its rows.
 READERS: dict[str, Callable[[Any, Piece, Options], Iterable[Any]]] = {
     "lines": _lines,
     "json": _json,

@@ -1,7 +1,7 @@
-"""What ``prepare-data`` is asked for, and what it writes down beside its data.
+"""The options of ``prepare-data``, and the record that it writes next to its data.
 
-``PREFIX.json`` stands beside ``PREFIX.bin`` and ``PREFIX.idx`` and comes last, so that data with a record is
-whole. This module imports nothing heavy: whoever is about to train may ask it before Megatron starts.
+``PREFIX.json`` is written after ``PREFIX.bin`` and ``PREFIX.idx``, so data that has a record is complete.
+This module imports nothing heavy, so that training can read a record before it imports Megatron.
 """
 
 import dataclasses
@@ -13,15 +13,15 @@ from typing import Any
 from megatron_router_upcycling.errors import UserError, described, shown
 from megatron_router_upcycling.files import write_whole
 
-FORMAT = 2  # and 1, where ``tokenizer_sha256`` is of the tokenizer's files
+FORMAT = 2  # format 1 is read too; its ``tokenizer_sha256`` is a digest of the tokenizer's files
 
 
 @dataclass(frozen=True)
 class Options:
-    """The flags of ``prepare-data``, which say what they mean."""
+    """The flags of ``prepare-data``; see its help for their meaning."""
 
     output: Path
-    tokenizer: Path | None  # or one is trained
+    tokenizer: Path | None  # None: one is trained
     train_tokenizer: int | None
     text_key: str
     held_out: float
@@ -31,7 +31,7 @@ class Options:
     max_bytes: int | None
     max_document_bytes: int
     max_bad: int
-    workers: int | None  # at a time: None for one a core, or for Slurm as many as it has room for
+    workers: int | None  # at a time; None: one a core, or with Slurm no limit
     executor: str
     slurm: dict[str, str]  # options of sbatch
     overwrite: bool
@@ -42,7 +42,7 @@ class Options:
 
     @property
     def prefixes(self) -> list[Path]:
-        """Of training and, where some are held out, of held-out documents."""
+        """Prefixes of the training data and, if documents are held out, of the held-out data."""
         return [self.output, self.held_out_prefix] if self.held_out else [self.output]
 
     @property
@@ -55,14 +55,14 @@ class Options:
         return self.output.with_name(f"{self.output.name}.tokenizer.model")
 
     def decisive(self) -> dict[str, Any]:
-        """The options that change what is written, the tokenizer aside."""
+        """The options that change what is written, except the tokenizer."""
         others = ("output", "tokenizer", "workers", "executor", "slurm", "overwrite")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One prefix: what its tokens are and where they come from."""
+    """The record of one prefix: what its tokens are and where they come from."""
 
     documents: int
     tokens: int  # end-of-document tokens included
@@ -71,13 +71,13 @@ class Record:
     longest_document: int  # in tokens
     vocab_size: int  # every token is below it
     tokenizer: str  # the folder or file that was given, or what was trained
-    tokenizer_sha256: str  # of what decides its tokens: see ``tokenizer.sha256_of``
+    tokenizer_sha256: str  # see ``tokenizer.sha256_of``
     dtype: str  # of a token in PREFIX.bin: uint16 or int32
     end_of_document: int | None  # the token that ends every document, if there is one
-    empty: int  # blank lines and texts without a character or a token, which are no documents
-    skipped_count: int  # bad documents that --max-bad let pass
+    empty: int  # blank lines and texts without a character or a token; not counted as documents
+    skipped_count: int  # bad documents skipped under --max-bad
     skipped: list[dict[str, Any]]  # the first of these: file, line (or row, or item) and why
-    left_out: dict[str, int]  # files in folders that are of no known kind, by the end of their name
+    left_out: dict[str, int]  # number of files of unknown kind in the folders, by suffix
     options: dict[str, Any]
     versions: dict[str, str]
     format: int = FORMAT
@@ -93,7 +93,7 @@ def path_of(prefix: Path, suffix: str = ".json") -> Path:
 
 
 def read(prefix: Path) -> Record | None:
-    """The record beside the data ``prefix``; None where there is none, as beside data of other tools."""
+    """The record of the data ``prefix``; None if there is none, as for data from other tools."""
     path = path_of(prefix)
     try:
         entries = json.loads(path.read_bytes())

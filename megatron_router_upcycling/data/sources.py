@@ -1,4 +1,4 @@
-"""Which files of text there are: what a command names, and what lies in the folders that it names."""
+"""Find the text files: those that the command names, and those in the folders that it names."""
 
 import contextlib
 import hashlib
@@ -16,10 +16,10 @@ from typing import Any
 from megatron_router_upcycling.errors import UserError, described
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# Of .json either lines or one array; .arrow is of a saved data set.
+# A .json file holds lines or one array; .arrow files belong to a saved data set.
 KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 KINDS |= {".warc": "warc", ".wet": "warc", ".arrow": "arrow"}
-# A file of these is one document.
+# Each of these files is one document.
 KINDS |= dict.fromkeys(
     """
     .txt .text .md .rst .tex .org .adoc .html .htm .xml .css .yaml .yml .toml .ini .cfg .sql .proto .cmake
@@ -30,13 +30,13 @@ KINDS |= dict.fromkeys(
 )
 READ = ".jsonl, .json, .parquet, .csv, .warc, .txt or code"
 HIDDEN = re.compile(r"\.|__pycache__$")
-# In the standard library: tests, other people's packages, tables of characters, what a build wrote.
+# Left out of the standard library: tests, third-party packages, character tables, build outputs.
 SKIPPED = re.compile("/(test|tests|idle_test|site-packages|dist-packages|encodings)/|/_sysconfigdata")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file: its path or address (s3://...), and what it holds: a value of ``KINDS``."""
+    """A file: its path or URL (s3://...), and the kind of its content (a value of ``KINDS``)."""
 
     path: str
     kind: str
@@ -46,7 +46,7 @@ class Source:
 
 @contextlib.contextmanager
 def blamed(path: str) -> Iterator[None]:
-    """Turn whatever the libraries raise within into a UserError that names ``path``."""
+    """Turn any error that a library raises in this block into a UserError that names ``path``."""
     try:
         yield
     except UserError:
@@ -57,7 +57,7 @@ def blamed(path: str) -> Iterator[None]:
 
 
 def zstd(file: Any, **_: Any) -> Any:
-    """The reader of .zst: zstandard, which fsspec takes, ends without an error where a file was cut short."""
+    """The reader of .zst. fsspec's own, zstandard, raises no error when a file is truncated."""
     import pyarrow
 
     return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), 1 << 20)
@@ -74,11 +74,10 @@ def file_system(path: str) -> tuple[Any, str]:
 
 
 def find(places: Iterable[str | Path]) -> tuple[list[Source], Counter[str]]:
-    """The files of ``places`` in the order given; those of a folder in an order fixed by their names' hashes,
-    so that the first so many tokens are an even sample rather than the names that begin with "a".
+    """The files of ``places`` in the order given. A folder's files are ordered by the hashes of their names,
+    so that its first N tokens are an even sample rather than the files whose names begin with "a".
 
-    Hidden files and folders are skipped. Those of no known kind in the folders are counted by the end of
-    their name.
+    Hidden files and folders are skipped. Files of unknown kind in folders are counted by suffix.
     """
     found: dict[str, Source] = {}
     left_out: Counter[str] = Counter()
@@ -98,7 +97,7 @@ def find(places: Iterable[str | Path]) -> tuple[list[Source], Counter[str]]:
 
 
 def python_library() -> list[Source]:
-    """The Python standard library, without what of it is not worth learning from."""
+    """The Python standard library, without the files that are poor training text (``SKIPPED``)."""
     library = sysconfig.get_path("stdlib")
     return [source for source in _python(library) if not SKIPPED.search(source.path.removeprefix(library))]
 
@@ -110,7 +109,7 @@ def python_packages() -> list[Source]:
 
 
 def _python(folder: str) -> Iterator[Source]:
-    """Python's source in UTF-8, as all but a few old files and tests of encodings are."""
+    """The Python source files of a folder that are UTF-8, which is all but a few old files and tests."""
     for source in _in_folder(folder, Counter()):
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if source.path.endswith(".py") and "\0" not in Path(source.path).read_bytes().decode():
@@ -118,7 +117,7 @@ def _python(folder: str) -> Iterator[Source]:
 
 
 def _suffix(path: str) -> str:
-    """The end of a name that says its kind: .jsonl of texts.jsonl.gz."""
+    """The suffix that decides a file's kind: .jsonl for texts.jsonl.gz."""
     name = PurePosixPath(path)
     inner = name.with_suffix("") if name.suffix.lower() in COMPRESSED else name
     return inner.suffix.lower()
@@ -166,7 +165,7 @@ def _in_folder(folder: str, left_out: Counter[str]) -> list[Source]:
 
 
 def _known(folder: str, names: dict[str, str], left_out: Counter[str]) -> list[str]:
-    """The paths of a folder's files of known kinds in order. ``names``: all, by their names in the folder."""
+    """The paths of a folder's files of known kinds, in order. ``names``: name in the folder -> path."""
     known = []
     for name in sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest()):
         if any(map(HIDDEN.match, PurePosixPath(name).parts)):
@@ -181,7 +180,7 @@ def _known(folder: str, names: dict[str, str], left_out: Counter[str]) -> list[s
 
 
 def _saved_data_set(folder: Path) -> list[Source]:
-    """The tables of a data set that ``datasets`` has saved in ``folder``; none if it is another folder."""
+    """The tables of a data set that ``datasets`` saved in ``folder``; empty for any other folder."""
     if (folder / "dataset_dict.json").is_file():
         raise UserError(f"SOURCE {folder}: a data set with splits; name one of them, as {folder}/train")
     if not (folder / "state.json").is_file() or not (folder / "dataset_info.json").is_file():

@@ -1,4 +1,4 @@
-"""Tokenizers: what ``--tokenizer`` names, in the libraries that are fast, and one trained on the text."""
+"""Tokenizers: load the one that ``--tokenizer`` names into a fast library, or train one on the text."""
 
 import hashlib
 import io
@@ -16,13 +16,13 @@ from megatron_router_upcycling.data import encoders
 from megatron_router_upcycling.errors import UserError, described
 
 TOKENIZER_JSON = "tokenizer.json"
-# Lines from which a tokenizer is trained, at most: sentencepiece holds them in memory.
+# A tokenizer is trained on at most this many lines: sentencepiece holds them in memory.
 TRAINING_LINES = 2_000_000
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What a worker makes an encoder of, and what is written down about it."""
+    """What a worker needs to build an encoder, and what the record says about the tokenizer."""
 
     place: Path
     sha256: str  # of all that decides tokens: see ``sha256_of``
@@ -47,7 +47,7 @@ def load(place: Path, flag: str = "--tokenizer") -> Tokenizer:
         raise UserError(f"{flag} {place}: is no file, and no folder with {names}")
     try:
         return _of_sentencepiece(place) if place.is_file() else _of_hugging_face(place)
-    except Exception as error:  # whatever the many parts of transformers raise, or that it has slow code only
+    except Exception as error:  # transformers raises many types, also where it has only a slow tokenizer
         kind = "is no model of sentencepiece" if place.is_file() else "transformers cannot load it"
         raise UserError(f"{flag} {place}: {kind} ({described(error)}); give another") from None
 
@@ -75,11 +75,11 @@ def _of_sentencepiece(place: Path) -> Tokenizer:
 
 
 def of_folder(place: Path, trust_remote_code: bool = False) -> Any:
-    """transformers' tokenizer of a folder: by the rules in its tokenizer.json, where it holds one.
+    """transformers' tokenizer of a folder, with the rules of its tokenizer.json if it holds one.
 
-    ``AutoTokenizer`` would not do: transformers 5 takes the class that the folder names, or for
-    ``model_type: qwen2`` always Qwen2Tokenizer, and that class's rules replace the file's. The same file then
-    gives other tokens beside the config.json of another model. Only vocab.json and merges.txt need a class.
+    ``AutoTokenizer`` is not enough: transformers 5 uses the class that the folder names, or for
+    ``model_type: qwen2`` always Qwen2Tokenizer, whose rules override the file's. So the same file would give
+    other tokens next to another model's config.json. Only vocab.json with merges.txt needs a class.
     """
     if (place / TOKENIZER_JSON).is_file():
         from transformers import PreTrainedTokenizerFast as Kind
@@ -89,10 +89,9 @@ def of_folder(place: Path, trust_remote_code: bool = False) -> Any:
 
 
 def sha256_of(loaded: Any) -> str:
-    """A digest of all that decides the tokens of a text: equal for all forms in which a tokenizer is saved.
+    """A digest of everything that affects encoding; it is the same however the tokenizer was saved.
 
-    ``loaded`` is a fast tokenizer of transformers. What turns tokens into text, and places of characters, do
-    not count.
+    ``loaded`` is a fast tokenizer of transformers. Decoding rules and character offsets are left out.
     """
     backend = loaded.backend_tokenizer
     backend.no_truncation()
@@ -116,22 +115,22 @@ def sha256_of(loaded: Any) -> str:
 
 
 def _decisive(part: Any) -> Any:
-    """A part of a tokenizer in one way of writing: nothing that is off, no sequence of one."""
+    """A part of a tokenizer in canonical form: disabled settings dropped, sequences of one unwrapped."""
     if isinstance(part, list):
         return [_decisive(item) for item in part]
     if not isinstance(part, dict):
         return part
-    kept = {name: _decisive(value) for name, value in part.items() if name != "trim_offsets"}  # of characters
+    kept = {name: _decisive(value) for name, value in part.items() if name != "trim_offsets"}
     kept = {name: value for name, value in kept.items() if value not in (None, "") and value is not False}
     items = kept.get("normalizers", kept.get("pretokenizers"))
     return items[0] if kept.get("type") == "Sequence" and items and len(items) == 1 else kept
 
 
 def train(documents: Iterable[str], vocab_size: int) -> bytes:
-    """Train a byte-pair model that gives every text back exactly, indentation and line ends included."""
+    """Train a byte-pair model whose decoding restores every text exactly, whitespace included."""
     import sentencepiece
 
-    # Not read by sentencepiece, which would hide an error in the text in one of its own.
+    # Read here and not by sentencepiece, which would replace an error in the text by one of its own.
     lines = list(islice((line for text in documents for line in text.split("\n") if line), TRAINING_LINES))
     model = io.BytesIO()
     try:
@@ -147,7 +146,7 @@ def train(documents: Iterable[str], vocab_size: int) -> bytes:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n"],
-            pad_id=3,  # beside unk 0, bos 1 and eos 2; eos is Megatron's end of document
+            pad_id=3,  # after unk 0, bos 1 and eos 2; eos is Megatron's end of document
             input_sentence_size=TRAINING_LINES,
             shuffle_input_sentence=False,
             num_threads=1,

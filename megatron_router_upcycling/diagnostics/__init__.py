@@ -1,1 +1,1 @@
-"""What a run's routers do: statistics while training, the report over runs, and the look before training."""
+"""Describe checkpoints, analyse how routing would start before training, and report on training runs."""

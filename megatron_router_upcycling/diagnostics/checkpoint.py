@@ -1,4 +1,4 @@
-"""What a checkpoint is, in words and as a table of its tensors."""
+"""Describe a checkpoint: a summary and a table of its tensors."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def describe(root: str | Path, everything: bool = False, config: Path | None = N
 
 
 def _summary(checkpoint: Checkpoint, recorded: bool) -> list[str]:
-    """What the tensors are, and what describes them; ``recorded``: a manifest stands beside them."""
+    """Kind, routing and architecture, and where these were read; ``recorded``: there is a manifest."""
     iteration = f"iteration {shown(checkpoint.common['iteration'])}" * ("iteration" in checkpoint.common)
     has_experts = holds_experts(checkpoint.tensors)
     parts = [f"{checkpoint.iteration_dir}: dense", iteration]

@@ -1,4 +1,4 @@
-"""The pictures of a report, one function each, from the lines that a run's files hold."""
+"""The plots of a report, one function each, drawn from the lines of a run's log files."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,18 +11,18 @@ from typing import Any
 COLOURS = ("#c8401e", "#2867b2", "#3a9a4b", "#8a4fb0", "#c79a00", "#444444", "#00999c", "#d2679a")
 GREY, STYLE = "#8a8a8a", "seaborn-v0_8-whitegrid"
 EVEN_RANGE = 2  # load maps show shares from 1/4 to 4 times the even one, in powers of two
-MOST_LABELS = 16  # of layers beside a load map
-COLUMNS, MOST_NAMES = 3, 4  # of small multiples, and of a legend
-SETS = (None, "validation")  # whose losses are drawn: training's lines name no set
+MOST_LABELS = 16  # layer labels at a load map
+COLUMNS, MOST_NAMES = 3, 4  # columns of small multiples, and names in a row of a legend
+SETS = (None, "validation")  # the sets whose losses are drawn; training lines name no set
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What one run left: its name in the report, the lines of its two files, and its manifest."""
+    """A run's data: its name in the report, the lines of its two log files, and its manifest."""
 
     name: str
     losses: list[dict[str, Any]]
-    routing: list[dict[str, Any]]  # the rare measures beside the others
+    routing: list[dict[str, Any]]  # the rare measures are merged into each line
     manifest: dict[str, Any] = field(default_factory=dict)
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ class RunData:
 
 
 def draw_all(runs: Sequence[RunData], folder: Path) -> dict[str, list[Path]]:
-    """Draw what the runs have data for: section of the report -> its PNGs in ``folder``."""
+    """Draw all plots that the runs have data for. Returns section of the report -> its PNGs in ``folder``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +61,7 @@ def draw_all(runs: Sequence[RunData], folder: Path) -> dict[str, list[Path]]:
 
 
 def colour(index: int) -> str:
-    """Of the run at ``index``, in pictures and in the table."""
+    """The colour of the run at ``index``, in plots and in the table."""
     return COLOURS[index % len(COLOURS)]
 
 
@@ -88,8 +88,8 @@ def _loss(runs: Sequence[RunData]) -> Any:
     return figure
 
 
-# Panels of the small multiples: measure -> (title, a line of what even or ideal would be, by the number of
-# experts), in the order they are drawn.
+# Panels of the small multiples, in drawing order: measure -> (title, function from the number of experts to
+# the even or ideal value, which is drawn as a dashed line).
 type Ideal = Callable[[int], float] | None
 type Panels = dict[str, tuple[str, Ideal]]
 LOAD: Panels = {
@@ -116,7 +116,7 @@ SPECIALISATION: Panels = {
 
 
 def _grid(routed: Sequence[tuple[int, RunData]], panels: Panels) -> Any:
-    """Small multiples over tokens, one a measure that any run has."""
+    """Small multiples over tokens, one for each measure that any run has."""
     from matplotlib import pyplot
 
     present = {name: panel for name, panel in panels.items() if any(_series(run, name) for _, run in routed)}
@@ -159,7 +159,7 @@ def _series(run: RunData, name: str) -> list[tuple[int, list[float]]]:
 
 
 def _load_map(run: RunData) -> Any:
-    """Every layer's experts: the first, middle and last line, layers by experts, and all lines over time."""
+    """Load of every expert: layers by experts at the first, middle and last line, and all lines over time."""
     import numpy
     from matplotlib import pyplot
 

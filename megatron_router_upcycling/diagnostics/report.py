@@ -1,4 +1,4 @@
-"""What a page over training runs says; how it looks is in ``templates/report.html.j2``."""
+"""The content of the HTML report on training runs; its layout is in ``templates/report.html.j2``."""
 
 import base64
 import os
@@ -45,7 +45,7 @@ SECTIONS = {
         " router's first choice is the mixture's (dashed: by chance).",
     ),
 }
-# Measure -> (column's title, how a run's first and last value are written).
+# Measure -> (column's title, number format of a run's first and last value).
 OVER_TIME = {
     "load_max_over_mean": ("busiest over mean", ".2f"),
     "dead_experts": ("dead experts", ".0f"),
@@ -54,11 +54,11 @@ OVER_TIME = {
     "dropped_fraction": ("dropped", ".1%"),
 }
 LOSSES, NOTHING = ("train", "held_out"), "–"
-NO_VALIDATION = "no validation yet, or none at all: eval_iters 0, as submit.sh has it under 200 documents"
+NO_VALIDATION = "no validation yet, or it is off (eval_iters 0, which submit.sh sets below 200 documents)"
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """What the runs that saved to ``folders`` left there."""
+    """Read the logs and manifests of the runs that saved to ``folders``."""
     common = os.path.commonpath([folder.resolve().parent for folder in folders])
     runs = []
     for folder in folders:
@@ -90,7 +90,7 @@ def write(runs: Sequence[RunData], output: Path) -> Path:
 
 
 def render(runs: Sequence[RunData], drawn: dict[str, list[Path]]) -> str:
-    """The page, with the pictures in it."""
+    """The HTML page, with the plots embedded."""
     import jinja2
 
     templates = jinja2.Environment(loader=jinja2.PackageLoader(__package__), autoescape=True)
@@ -116,7 +116,7 @@ def render(runs: Sequence[RunData], drawn: dict[str, list[Path]]) -> str:
 
 
 def summary(runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """A run's name, router, last losses and measures over time as text; ``best``: it has the lowest loss."""
+    """For each run name, router, last losses and measures over time as text; ``best``: lowest loss of all."""
     last = [{kind: [line["lm_loss"] for line in run.lines(kind)[-1:]] for kind in LOSSES} for run in runs]
     compared = [loss for losses in last for loss in losses["held_out"]]
     rows = []
@@ -134,7 +134,7 @@ def summary(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
 
 def _over_time(run: RunData, measure: str) -> str:
-    """The run's first and last value, the mean over its layers; dead experts are counted in all layers."""
+    """The run's first and last value, as mean over layers; dead experts are summed over layers."""
     if not run.routing:
         return NOTHING
     combine = sum if measure == "dead_experts" else mean
@@ -155,7 +155,7 @@ def _router(options: Any) -> str:
 
 
 def conversion(runs: Sequence[RunData]) -> dict[str, list[str]]:
-    """What the converter recorded of the runs' models, without defaults of all: name -> a value a run."""
+    """Conversion options from the manifests that are not default in all runs: name -> a value a run."""
     usual = RouterConfig.RETIRED | RouterConfig().to_dict() | InitConfig.RETIRED | InitConfig().to_dict()
     columns = []
     for run in runs:

@@ -1,8 +1,8 @@
-"""How a converted checkpoint's routers would start: before any GPU hour is spent, and without Megatron.
+"""Analyse how a converted checkpoint's routers would start, before training and without Megatron.
 
-The inputs are hidden states of the dense model, which the key statistics hold a sample of, or random ones of
-the size that the norm before the router gives them. Both stand for the first step; with softmax before
-top-k, where layers before have shrunk, even real samples are an approximation.
+The inputs are hidden states of the dense model sampled in the key statistics, or random ones scaled by the
+gain of the norm before the router. Both approximate the first step: with softmax before top-k even the real
+samples differ from it, because the outputs of earlier MoE layers are scaled down.
 
 Symbols: S sampled tokens, n experts, k experts a token, D hidden size.
 """
@@ -31,14 +31,14 @@ from megatron_router_upcycling.training.run_log import measures
 from megatron_router_upcycling.verify.findings import FRESH_ITERATION
 
 RANDOM_TOKENS = 1024
-NAMED = 8  # experts or layers that a warning names
-TOKENS_FOR_TIES = 64  # random ones, which tell gates apart if anything does
-SATURATED = 0.9  # mean largest probability from which softmax passes next to no gradient
-# Routing entropies as shares of even routing (ln n). In docs/comparison/sharpness, of a small model with 8
-# experts, starts at 0.38 to 0.87 ended lowest, of routers of heads and of random ones; 0.19 and 0.96 ended
-# behind them. The limits are the middles in between.
+NAMED = 8  # most experts or layers that a warning names
+TOKENS_FOR_TIES = 64  # random tokens, enough to distinguish any two different gates
+SATURATED = 0.9  # mean largest probability from which softmax passes hardly any gradient
+# Routing entropies as fractions of even routing (ln n). In docs/comparison/sharpness (a small model with 8
+# experts), starts at 0.38 to 0.87 ended lowest, for routers from heads and for random ones; 0.19 and 0.96
+# ended above them. The limits are the midpoints between these.
 SURE, EVEN, CALIBRATED = 0.29, 0.91, 0.72
-# Title in the table -> what ``_look`` finds of a layer, and its form.
+# Title in the table -> entry of ``_look``'s result for a layer, and its format.
 COLUMNS = {
     "layer": ("layer", "d"),
     "keys alike": ("mean_cosine", ".3f"),
@@ -59,10 +59,10 @@ sum
 
 
 def describe(root: Path, stats: Path | None) -> str:
-    """The start of each layer's routing as a table, and plain warnings; "" for what has no routers.
+    """The start of each layer's routing as a table with warnings; "" for a checkpoint without routers.
 
-    The ``router_input`` of ``stats`` is routed; None takes the key statistics that the manifest names. Where
-    these do not serve, random tokens stand in, and the title says why.
+    Routes the ``router_input`` of ``stats``, or if that is None, of the manifest's key statistics. If these
+    cannot be used, random tokens are routed, and the title says why.
     """
     checkpoint = open_checkpoint(root)
     record = manifest.read(checkpoint.root)
@@ -91,7 +91,7 @@ def describe(root: Path, stats: Path | None) -> str:
 
 
 def _samples(checkpoint: Checkpoint, record: dict[str, Any], asked: Path | None) -> tuple[Path | None, str]:
-    """The key statistics whose samples are routed, or None and why: they are refused only where ``asked``."""
+    """The key statistics to route, or None and the reason, which is raised if they were ``asked`` for."""
     parts = (record.get(name) for name in ("key_stats", "source"))
     recorded, made_of = (part if isinstance(part, dict) else {} for part in parts)
     path = asked or recorded.get("path")
@@ -116,7 +116,7 @@ def _samples(checkpoint: Checkpoint, record: dict[str, Any], asked: Path | None)
 
 
 def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
-    """What the layer's router would see, [S, D] in float32."""
+    """The input of the layer's router, [S, D] in float32."""
     if source is not None:
         return key_stats_file.read_router_input(source, layer)
     generator = torch.Generator().manual_seed(layer)
@@ -124,17 +124,17 @@ def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
     fused, separate = names.NORMS[1]  # the norm before the router
     is_fused = {fused, names.at_layer(fused, layer)} & checkpoint.tensors.keys()
     gain = read_layer(checkpoint, fused if is_fused else separate, layer)
-    # With --apply-layernorm-1p the checkpoint holds the gain's distance from 1.
+    # With --apply-layernorm-1p the checkpoint holds the gain minus 1.
     return tokens * (gain + bool(getattr(checkpoint.args, ARCHITECTURE["apply_layernorm_1p"], False)))
 
 
 def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> dict[str, Any]:
-    """``measures.summarise`` of one layer's routing, and what COLUMNS has beside."""
+    """``measures.summarise`` of one layer's routing, and the other entries of COLUMNS."""
     stored = read_router(checkpoint, router, layer)
     logits = stored.logits(_inputs(checkpoint, layer, source))
     if logits.shape[1] != router.num_experts:
         raise ValueError(f"layer {layer}: {logits.shape[1]} experts")
-    mean, most = None, None  # of routers without keys
+    mean, most = None, None  # for routers without keys
     if router.kind.expert_keys:
         key = stored.parameters[router.kind.expert_keys]
         pairs = cosine_similarity(key)[tuple(torch.triu_indices(len(key), len(key), offset=1))]
@@ -173,7 +173,7 @@ def _expectation(found: list[dict[str, Any]], router: RouterConfig) -> list[str]
 
 def _warnings(found: list[dict[str, Any]], router: RouterConfig, record: dict[str, Any]) -> Iterator[str]:
     n = router.num_experts
-    # How many evenly loaded experts would be as uneven: exp of the entropy of the load.
+    # Effective number of experts: exp of the entropy of the load.
     loads = {row["layer"]: torch.tensor(row["load"]) for row in found}
     effective = {layer: float(torch.special.entr(load).sum().exp()) for layer, load in loads.items()}
     collapsed = [layer for layer, count in effective.items() if count < n / 2]
@@ -196,9 +196,9 @@ def _warnings(found: list[dict[str, Any]], router: RouterConfig, record: dict[st
 def _hints(
     found: list[dict[str, Any]], router: RouterConfig, record: dict[str, Any], is_sampled: bool
 ) -> Iterator[str]:
-    """Where a calibrated start would help, and the flag that makes one.
+    """Say where a calibrated start would help, and which flag makes one.
 
-    Random tokens route more evenly than real ones, so that without samples a layer is never called too even.
+    Random tokens route more evenly than real ones, so without samples no layer is reported as too even.
     """
     even = math.log(router.num_experts)
     entropies = {row["layer"]: row["entropy"] for row in found}
@@ -219,7 +219,7 @@ def _hints(
 
 
 def warn_of_ties(root: str | Path) -> str | None:
-    """The warning about tied experts in the converted checkpoint in ``root``, before it has trained."""
+    """The warning about tied experts in the converted checkpoint ``root``; None once it has trained."""
     root, folder = locate(Path(root))
     record = manifest.read(root)
     if record is None or folder.name != FRESH_ITERATION:
@@ -236,7 +236,7 @@ def warn_of_ties(root: str | Path) -> str | None:
 
 
 def _tied(ties: dict[int, tuple[tuple[int, int], ...]], record: dict[str, Any]) -> str | None:
-    """Which experts are tied, and what would part them by the manifest ``record``; None where none are."""
+    """A warning that names tied experts and a remedy for the manifest ``record``; None without ties."""
     found = {layer: pairs for layer, pairs in ties.items() if pairs}
     router, init = manifest.router_config(record, manifest.NAME), manifest.init_config(record, manifest.NAME)
     if not found:
@@ -261,6 +261,6 @@ def _tied(ties: dict[int, tuple[tuple[int, int], ...]], record: dict[str, Any]) 
 
 
 def _named(layers: list[int]) -> str:
-    """Layers in words, the first of them by number."""
+    """Layers as text: the first NAMED by number, and how many more there are."""
     more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
     return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers[:NAMED]))}{more}"

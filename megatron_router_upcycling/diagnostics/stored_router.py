@@ -1,4 +1,4 @@
-"""One layer's router out of a checkpoint, as plain tensors: n experts, k of them a token, D hidden size."""
+"""Read one layer's router from a checkpoint as plain tensors. Symbols: n experts, top k, hidden size D."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ BIAS = "bias"
 
 @dataclass(frozen=True)
 class Router:
-    """A layer's router: its options, its float32 parameters by name, and D.
+    """A layer's router: its options, its float32 parameters by name, and the hidden size D.
 
     A mixture has ``query_weight`` [m, d', D] and ``expert_key`` [n*c, d'].
     """
@@ -29,13 +29,13 @@ class Router:
     hidden_size: int
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The experts' scores (eq. 6 to 8), [..., n], of hidden states behind the FFN's norm, [..., D]."""
+        """The experts' scores (eq. 6 to 8), [..., n], for hidden states after the FFN's norm, [..., D]."""
         gate = self.config.kind.gate(self.parameters, self.config, self.hidden_size, torch.float32)
         logits = self.config.kind.logits(gate, hidden.float(), self.config)
         return logits + self.parameters[BIAS] if BIAS in self.parameters else logits
 
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Where tokens [..., D] go (eq. 9), without capacity: weights and indices of experts, [..., k]."""
+        """Route tokens [..., D] (eq. 9) without a capacity limit: experts' weights and indices, [..., k]."""
         logits = self.logits(hidden)
         top = logits.topk(self.config.top_k, dim=-1)
         if self.config.pre_softmax:
@@ -44,7 +44,7 @@ class Router:
 
 
 def load_router(checkpoint: str | Path, layer: int = 0) -> Router:
-    """Read the router of ``layer``, from 0, of an upcycled checkpoint's root, before or after training.
+    """Read the router of ``layer`` (from 0) from an upcycled checkpoint's root folder, trained or not.
 
     Example:
         >>> router = load_router("ckpt/moe", layer=3)
@@ -72,7 +72,7 @@ def read_router(checkpoint: Checkpoint, config: RouterConfig, layer: int) -> Rou
 
 
 def read_layer(checkpoint: Checkpoint, name: str, layer: int) -> Tensor:
-    """One layer's float32 values of the parameter whose stacked tensor is ``name``, stored so or by layer."""
+    """One layer of parameter ``name`` in float32, whether it is stored stacked over layers or by layer."""
     own = names.at_layer(name, layer)
     if name in checkpoint.tensors:
         return checkpoint.read_layer(name, layer, bytearray()).float()
@@ -82,7 +82,7 @@ def read_layer(checkpoint: Checkpoint, name: str, layer: int) -> Tensor:
 
 
 def router_layers(checkpoint: Checkpoint) -> list[int]:
-    """The layers that have experts, counted from 0; a router may have no parameters."""
+    """The layers that have experts, counted from 0; found by experts, as a router may have no parameters."""
     split = ((*names.split_key(key), tensor) for key, tensor in checkpoint.tensors.items())
     found = {(layer, tensor.shape[0]) for key, layer, tensor in split if key.startswith(f"{names.EXPERTS}.")}
     own = sorted({layer for layer, _ in found if layer is not None})

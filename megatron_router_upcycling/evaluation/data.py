@@ -1,4 +1,4 @@
-"""The records of a task: from a local folder, from the Hugging Face Hub, or made here; none brings code."""
+"""Load a task's records from a folder or the Hugging Face Hub, or make them. Runs no code of a data set."""
 
 import json
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from megatron_router_upcycling.errors import UserError, described
 from megatron_router_upcycling.evaluation import stdlib_task
 from megatron_router_upcycling.evaluation.paper import Task
 
-EXAMPLES_SPLIT = "train"  # of which few-shot examples are drawn, for every task
-Splits = dict[str, list[dict[str, Any]]]  # the one that is asked, and ``train`` where examples are shown
+EXAMPLES_SPLIT = "train"  # the split from which few-shot examples are drawn, for every task
+Splits = dict[str, list[dict[str, Any]]]  # split -> records: the evaluated split, and ``train`` for few-shot
 
 
 def load(tasks: Sequence[Task], data_dir: Path | None, num_fewshot: int) -> dict[str, tuple[Splits, str]]:
-    """By task name its records, each reduced to the task's fields, and where they come from.
+    """Task name -> its records, each reduced to the task's fields, and where they come from.
 
     With ``data_dir`` all data is read from there and nothing is downloaded.
     """
@@ -36,7 +36,7 @@ def load(tasks: Sequence[Task], data_dir: Path | None, num_fewshot: int) -> dict
 
 
 def _read(data_dir: Path, task: Task, split: str) -> list[dict[str, Any]]:
-    """A split from JSON lines, Parquet in one file or numbered as on the Hub, or a data set saved to disk."""
+    """Read a split from JSON lines, Parquet (one file, or several as on the Hub), or a saved data set."""
     import datasets
     import pyarrow.parquet
 
@@ -67,7 +67,7 @@ def _download(task: Task, splits: list[str]) -> Splits:
     try:
         found = datasets.load_dataset(task.repository, task.configuration)
         return {split: found[split].select_columns(list(task.fields)).to_list() for split in splits}
-    except Exception as error:  # a dozen classes of four libraries, for want of network among others
+    except Exception as error:  # a dozen classes from four libraries, as without a network
         raise UserError(
             f"{_needs(task, splits)} could not be downloaded ({described(error)}): fetch it elsewhere, put it"
             f" at FOLDER/{task.name}/{splits[0]}.jsonl or .parquet and pass --data-dir FOLDER"
@@ -75,6 +75,6 @@ def _download(task: Task, splits: list[str]) -> Splits:
 
 
 def _needs(task: Task, splits: list[str]) -> str:
-    """A task with its data set and splits, for a message."""
+    """A task's name with its data set and splits, for a message."""
     data_set = " ".join(filter(None, (task.repository, task.configuration)))
     return f"{task.name} ({data_set}: {', '.join(splits)})"

@@ -1,4 +1,4 @@
-"""The paper's ten zero-shot tasks, its figures for them (arXiv 2509.00679, table 1), and its averages."""
+"""The paper's ten zero-shot tasks, its scores for them (arXiv 2509.00679, table 1), and its averages."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ GROUPS = ("understanding", "reasoning", "knowledge")
 
 @dataclass(frozen=True)
 class Task:
-    """A task: how the harness asks it, where its records are, and what the paper found."""
+    """A task: the harness's task and metric, the location of its records, and the paper's scores."""
 
-    name: str  # the harness's, also that of ``--tasks`` and of the folder in ``--data-dir``
-    title: str  # the paper's
-    group: str | None  # one of ``GROUPS``; None for a task that the paper does not have
-    # What counts: ``acc_norm`` where answers differ in length (the log-likelihood of each is divided by its
-    # number of characters, or short answers would win); ``acc`` where they do not, or where the harness
-    # scores the same words after each choice (WinoGrande); ``exact_match`` where the answer is generated.
+    name: str  # the name in the harness, in ``--tasks`` and of the folder in ``--data-dir``
+    title: str  # the name in the paper
+    group: str | None  # one of ``GROUPS``; None for a task that is not in the paper
+    # The metric that is reported: ``acc_norm`` if answers differ in length (it divides an answer's
+    # log-likelihood by its number of characters, so that short ones do not win); ``acc`` if not, or if the
+    # harness scores the same words after each choice (WinoGrande); ``exact_match`` for generated answers.
     metric: str
-    harness: str | None  # the folder of the harness's tasks that holds it; None for a task file of our own
+    harness: str | None  # the folder in the harness that holds the task; None for a task file of this package
     repository: str | None  # the data set on the Hugging Face Hub; None for one that is made here
     configuration: str | None
-    split: str  # the part of it that is asked
-    fields: tuple[str, ...]  # what a record must hold
-    figures: tuple[float, ...] = ()  # the paper's, in percent, in the order of ``METHODS``
+    split: str  # the split that is evaluated
+    fields: tuple[str, ...]  # required fields of a record
+    figures: tuple[float, ...] = ()  # the paper's scores, in percent, in the order of ``METHODS``
 
 
 _OPENBOOK = ("question_stem", "choices", "answerKey")
@@ -71,14 +71,14 @@ TASKS = {task.name: task for task in (*PAPER_TASKS, STDLIB)}
 
 
 def members(group: str) -> tuple[str, ...]:
-    """The names of a group's tasks; of all ten for ``average``."""
+    """The names of a group's tasks, or of all ten for ``average``."""
     return tuple(task.name for task in PAPER_TASKS if group in (task.group, "average"))
 
 
 def averages(scores: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """The paper's averages: each group's, then ``average``, in which tasks, not groups, weigh alike.
+    """The paper's averages: one for each group, then ``average``, in which all tasks have equal weight.
 
-    Each is the plain mean of the paper's tasks that have a score, with their names and of how many they are.
+    Each is the plain mean over the paper's tasks that have a score, with their names and the full number.
     """
     result = {}
     for group in (*GROUPS, "average"):
@@ -91,6 +91,6 @@ def averages(scores: Mapping[str, float]) -> dict[str, dict[str, Any]]:
 
 
 def figures(method: str, names: Iterable[str]) -> dict[str, float]:
-    """What the paper found with ``method`` on the tasks ``names``, in percent."""
+    """The paper's scores of ``method`` on the tasks ``names``, in percent."""
     column = METHODS.index(method)
     return {name: TASKS[name].figures[column] for name in names if TASKS[name].figures}

@@ -1,4 +1,4 @@
-"""What an evaluation found, as JSON and as a Markdown table beside the paper's table 1."""
+"""Write an evaluation's results as JSON, and as a Markdown table with the paper's table 1 for comparison."""
 
 import json
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def add_averages(result: dict[str, Any]) -> None:
-    """Put the averages of the tasks so far into ``result``."""
+    """Add the averages over the tasks finished so far to ``result``."""
     scores = {name: task["score"] for name, task in result["tasks"].items()}
     result["averages"] = averages(scores)
     result["paper"] = {method: figures(method, scores) for method in METHODS}
@@ -53,7 +53,7 @@ def write(output: Path, result: Mapping[str, Any]) -> None:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The whole report."""
+    """The whole report in Markdown."""
     options = result["options"]
     models = [result["model"], *([result["dense"]["model"]] if "dense" in result else [])]
     lines = [f"# Evaluation of {_name(models[0])}", ""]
@@ -73,14 +73,14 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _name(model: Mapping[str, Any]) -> str:
-    """A folder by its own name and that of the one around it: many models lie in a folder ``hf``."""
+    """A folder's name with its parent's, since many models are in a folder named ``hf``."""
     return "/".join(Path(model["path"]).parts[-2:])
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The scores beside chance, the dense model's and the paper's, as an aligned Markdown table."""
+    """The scores with chance, the dense model's and the paper's, as an aligned Markdown table."""
     found = [result, *([result["dense"]] if "dense" in result else [])]
-    methods = METHODS if result["averages"] else ()  # where no task is the paper's, it has nothing to show
+    methods = METHODS if result["averages"] else ()  # no columns of the paper if no task is the paper's
     rows = [["task", "metric", *COLUMNS[: len(found)], "chance", *methods]]
     for group in (*GROUPS, None, "average"):
         for name, task in result["tasks"].items():
@@ -94,7 +94,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _aligned(rows: list[list[str]]) -> str:
-    """Markdown: the first row is the head, the first two columns are words, the others numbers."""
+    """Markdown table: the first row is the header, the first two columns are text, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0], "-" * widths[1], *("-" * (width - 1) + ":" for width in widths[2:])]
     lines = []
@@ -105,7 +105,7 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def percent(value: float | None, error: float | None = None) -> str:
-    """Two digits after the point, halves up as in the paper, and the error; a dash for nothing."""
+    """``value`` with two decimals, rounded half up as in the paper, and ``error``; a dash for None."""
     if value is None:
         return "-"
     rounded = str(Decimal(repr(round(value, 6))).quantize(Decimal("0.01"), ROUND_HALF_UP))

@@ -1,7 +1,7 @@
 """Ask a model the tasks with lm-evaluation-harness, one task after the other.
 
-Everything that can be wrong is found first: options, data, then the model's folder. The harness gets records
-and model ready made, so it downloads nothing and runs no code of a data set.
+Mistakes are found before the harness starts: in options, data, then the model's folder. The harness is given
+the records and the loaded model, so it downloads nothing and runs no code of a data set.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from megatron_router_upcycling.evaluation.paper import GROUPS, PAPER_TASKS, TASK
 from megatron_router_upcycling.files import sha256, versions
 
 OWN_TASKS = Path(__file__).parent / "tasks"
-SEED = 1234  # of the choice of few-shot examples
-LEAST_CHARACTERS = 16  # of an answer that is cut for a model that takes few tokens
+SEED = 1234  # for drawing few-shot examples
+LEAST_CHARACTERS = 16  # least length of an answer that is cut for a model with a short context
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Options:
     batch_size: int
     data_dir: Path | None
     trust_remote_code: bool
-    dense: Path | None = None  # another model that is asked the same, to be shown beside
+    dense: Path | None = None  # a second model, evaluated on the same tasks for comparison
 
 
 def parse_tasks(text: str | None) -> tuple[Task, ...]:
-    """``--tasks``: names of tasks and of groups with commas between; None is the paper's ten."""
+    """Parse ``--tasks``: comma-separated names of tasks and groups; None gives the paper's ten."""
     if text is None:
         return PAPER_TASKS
     names: list[str] = []
@@ -54,7 +54,7 @@ def parse_tasks(text: str | None) -> tuple[Task, ...]:
 
 
 def check(model_dir: Path, options: Options) -> None:
-    """Find mistakes without a library."""
+    """Find mistakes that need no library to be imported."""
     if options.data_dir and not options.data_dir.is_dir():
         raise UserError(f"--data-dir {options.data_dir}: no such folder")
     for folder in filter(None, (model_dir, options.dense)):
@@ -67,14 +67,14 @@ def check(model_dir: Path, options: Options) -> None:
 
 
 def evaluate(model_dir: Path, options: Options, done: Callable[[dict[str, Any]], None]) -> None:
-    """Evaluate the model in ``model_dir``; after each task ``done`` gets the result so far (report.py)."""
+    """Evaluate the model in ``model_dir``; ``done`` gets the result so far after each task (report.py)."""
     check(model_dir, options)
     import datasets
     import transformers
 
     for name in ("lm_eval", "transformers", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    datasets.disable_progress_bars()  # that over the questions stays
+    datasets.disable_progress_bars()  # the harness's bar over the questions stays
     transformers.utils.logging.disable_progress_bar()
     records = data.load(options.tasks, options.data_dir, options.num_fewshot)
     language_model = _load_model(model_dir, options)
@@ -128,7 +128,7 @@ def _load_model(model_dir: Path, options: Options) -> Any:
             model_dir, dtype="auto", output_loading_info=True, trust_remote_code=code, local_files_only=True
         )
         model.to(device)
-        if not tokenizer.encode("a word", add_special_tokens=False):  # transformers makes up an empty one
+        if not tokenizer.encode("a word", add_special_tokens=False):  # transformers made an empty tokenizer
             raise ValueError("it holds no tokenizer; export again with --tokenizer DIR, or copy its files")
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if keys := sorted(map(str, loading[kind])):  # scores would mean nothing
@@ -144,9 +144,9 @@ def _load_model(model_dir: Path, options: Options) -> Any:
                 f"--tasks {','.join(generated)}: generated answers end with an end-of-text token, and"
                 f" {model_dir} has none; leave these out, or set eos_token in tokenizer_config.json"
             )
-        tokenizer.pad_token_id = 0  # the harness would add a token that the model does not have
-        prefix = 0  # stands for an empty context, which no task has
-    # In bfloat16 the harness would add up an answer's log-likelihood in steps of 0.5 beyond -64.
+        tokenizer.pad_token_id = 0  # else the harness adds a token that the model does not have
+        prefix = 0  # the token for an empty context, which no task has
+    # In bfloat16, the harness's sum of an answer's log-likelihood would have steps of 0.5 beyond -64.
     settings: dict[str, Any] = {"softmax_dtype": torch.float32, "prefix_token_id": prefix}
     return HFLM(model, tokenizer=tokenizer, batch_size=options.batch_size, **settings)
 
@@ -165,16 +165,16 @@ def _measure(
         found = harness_evaluate(
             language_model, {"tasks": {task.name: asked}}, limit=options.limit, log_samples=True
         )
-    except AssertionError:  # of the harness, on an answer; a question it cuts at its beginning
+    except AssertionError:  # the harness's, for a long answer; it truncates long questions from the left
         raise _too_few_tokens(task, language_model) from None
-    metrics = {  # of a metric and the filter of answers, as in acc_stderr,none
+    metrics = {  # a key is the metric and the filter of answers, as in acc_stderr,none
         key.partition(",")[0]: 100 * float(value)
         for key, value in found["results"][task.name].items()
         if "," in key and isinstance(value, int | float)
     }
     questions = len(splits[task.split])
     samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
-    # What answers drawn at random score: each question's share of one of its choices.
+    # The score of random answers: the mean over questions of 1 / number of choices.
     by_chance = 100 * statistics.mean(1 / len(sample["resps"]) for sample in samples)
     return {
         "title": task.title,
@@ -206,10 +206,10 @@ def _too_few_tokens(task: Task, language_model: Any) -> UserError:
 
 
 def fitting(rows: list[dict[str, Any]], task: Task, language_model: Any) -> list[dict[str, Any]]:
-    """``rows`` with all answers cut to as many characters as fit half of what the model takes; says so.
+    """``rows`` with all answers cut to a length that fits half of the model's context; prints a notice.
 
-    The other half is for the question, which the harness cuts at its beginning. Questions of which two
-    answers become the same are left out.
+    The other half is for the question, which the harness truncates from the left. Questions of which two
+    answers become equal are left out.
     """
     room = language_model.max_length // 2
     answers = [answer for row in rows for answer in row["choices"]]
@@ -234,7 +234,7 @@ def harness_task(task: Task, splits: data.Splits, num_fewshot: int) -> Any:
 
     sets = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
     examples = data.EXAMPLES_SPLIT if num_fewshot else None
-    # The harness looks for every split that the task's own file names: those that are not here go.
+    # The harness looks for every split that the task's own file names; unset those without records.
     changes = {
         "task": task.name,
         "custom_dataset": lambda **_: datasets.DatasetDict(sets),
@@ -245,7 +245,7 @@ def harness_task(task: Task, splits: data.Splits, num_fewshot: int) -> Any:
         "num_fewshot": num_fewshot,
     }
     folder = Path(lm_eval.tasks.__file__).parent / task.harness if task.harness else OWN_TASKS
-    # The harness's 14,000 other tasks are not indexed: that alone takes ten seconds.
+    # Do not index the harness's 14,000 other tasks, which takes ten seconds.
     manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
     loaded = manager.load({"group": "evaluation", "task": [changes]})
     return loaded["tasks"][task.name]

@@ -1,9 +1,9 @@
-"""A multiple-choice task from text that every machine has: the docstrings of Python's standard library.
+"""A multiple-choice task made from text that every machine has: docstrings of Python's standard library.
 
-Asked is which of four passages follows a function's signature and summary. The right one is the docstring's
-next paragraph, the others are those of other modules' functions, so chance is 25%. The records depend on the
-version of Python. A model that was trained on that library, as the demonstration's is, has seen the answers:
-this task shows that an evaluation works from end to end and which way a model moves, no more.
+The question is which of four passages follows a function's signature and summary. The right one is the
+docstring's next paragraph; the others come from functions of other modules, so chance is 25%. The records
+depend on the version of Python. A model that was trained on the library, like the demonstration's, has seen
+the answers: the task only shows that evaluation works end to end, and whether a model gets better or worse.
 """
 
 import ast
@@ -44,7 +44,7 @@ def _passages() -> Iterator[tuple[str, str, str]]:
                 continue
             paragraphs = [" ".join(part.split()) for part in (ast.get_docstring(node) or "").split("\n\n")]
             if len(paragraphs) < 2 or len(paragraphs[1]) < SHORTEST or ">>>" in paragraphs[0] + paragraphs[1]:
-                continue  # nothing follows, or a session of the interpreter rather than words
+                continue  # no second paragraph, a short one, or an interpreter session instead of text
             following = textwrap.shorten(paragraphs[1], LONGEST, placeholder="")
             context = f"def {node.name}({ast.unparse(node.args)}): {paragraphs[0]}"
             yield path.stem, context, following

@@ -1,1 +1,1 @@
-"""A run on paper: parameters, memory, time, communication, and what is wrong with its layout."""
+"""Plan a run without hardware: parameters, memory, time, communication, and errors in its layout."""

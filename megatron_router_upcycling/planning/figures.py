@@ -1,9 +1,9 @@
 """Parameters, memory, arithmetic, communication and time of a run, as formulas.
 
-Parameters are exact, rank by rank; so is memory of weights, gradients and optimizer states but for padding.
-Activations, of this package's kernels on a GPU, communication and time are estimates.
+Parameters are exact for each rank, and so is the memory of weights, gradients and optimizer states except for
+padding. Activations (with this package's kernels on a GPU), communication and time are estimates.
 
-A ``setup`` is a complete one, a ``stage`` a pipeline rank. Pure: imports neither torch nor Megatron.
+``setup`` must come from ``complete``; ``stage`` is a pipeline rank. Pure: imports neither torch nor Megatron.
 
 Symbols: D hidden size, H heads, G query groups, d head size, V vocabulary, t tensor parallel size.
 """
@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 def router_parameters(router: RouterConfig, setup: Setup) -> int:
-    """Of one layer's router, which every rank holds whole."""
+    """Parameters of one layer's router, which is replicated on every rank."""
     parameters = kinds.all_parameters(router, setup, setup.add_bias_linear)
     return sum(math.prod(parameter.shape) for parameter in parameters)
 
@@ -49,14 +49,14 @@ def parameters(setup: Setup, stage: int) -> dict[str, int]:
     if stage == 0:
         learned = s.position_embedding_type == "learned_absolute"
         counts["embedding"] = embedding + learned * (s.max_position_embeddings or s.seq_length) * D
-    # A tied output layer is the embedding itself, or on another stage a copy of it.
+    # A tied output layer is the embedding itself, or a copy of it if it is on another stage.
     if s.is_last(stage) and (s.untie_embeddings_and_output_weights or stage > 0):
         counts["output layer"] = embedding
     return counts
 
 
 def _layers(s: Setup, stage: int) -> tuple[int, int]:
-    """How many layers ``stage`` has, and how many of them with experts."""
+    """How many layers ``stage`` has, and how many of them have experts."""
     with_experts = [s.has_experts()[layer] for layer in s.layers_of_stage(stage)]
     return len(with_experts), sum(with_experts)
 
@@ -69,7 +69,7 @@ def _attention_parameters(s: Setup) -> int:
 
 
 def _ffn_parameters(s: Setup, width: int, shards: int) -> int:
-    """Of an FFN of ``width`` cut into ``shards``, on one GPU; FC2's bias is whole on each."""
+    """Parameters on one GPU of an FFN of ``width``, cut into ``shards``; FC2's bias is replicated."""
     D, up = s.hidden_size, 2 if s.swiglu else 1
     biases = up * width // shards + D if s.add_bias_linear else 0
     return (up + 1) * width * D // shards + biases
@@ -81,7 +81,7 @@ def _experts_and_rest(setup: Setup, stage: int) -> tuple[int, int]:
 
 
 def total_and_active(setup: Setup) -> tuple[int, int]:
-    """Parameters of the whole model, and those of them that one token passes."""
+    """Parameters of the whole model, and how many of them are active for a token."""
     alone: dict[str, Any] = dict.fromkeys(PARALLEL, 1) | {"expert_tensor_parallel_size": 1}
     alone |= {"decoder_first_pipeline_num_layers": 0, "decoder_last_pipeline_num_layers": 0}
     experts, others = _experts_and_rest(replace(setup, **alone), 0)
@@ -92,8 +92,8 @@ def total_and_active(setup: Setup) -> tuple[int, int]:
 def memory(setup: Setup, stage: int) -> dict[str, float]:
     """Bytes by kind that one GPU of ``stage`` holds at the peak of a step, the end of a forward pass.
 
-    Adam keeps two float32 moments and, beside 16-bit weights, a float32 copy. The distributed optimizer
-    divides them over the ranks that hold the same parameters.
+    Adam keeps two float32 moments and, for 16-bit weights, a float32 copy. The distributed optimizer shards
+    them over the ranks that hold the same parameters.
     """
     experts, others = _experts_and_rest(setup, stage)
     kept: float = others + experts
@@ -120,10 +120,10 @@ def tokens_on_gpu(setup: Setup) -> int:
 
 
 def logits(setup: Setup) -> float:
-    """Bytes that the output layer and cross entropy hold where the backward pass begins.
+    """Bytes that the output layer and cross entropy hold at the start of the backward pass.
 
-    Logits, whose gradient takes their place, and the gradient of the output layer's weights. Megatron's own
-    cross entropy holds two float32 copies of the logits beside them.
+    These are the logits, which their gradient replaces in place, and the gradient of the output layer's
+    weights. Megatron's own cross entropy holds two float32 copies of the logits in addition.
     """
     columns = setup.padded_vocab_size / setup.tensor_model_parallel_size
     once = setup.cross_entropy_loss_fusion and setup.tensor_model_parallel_size == 1
@@ -132,10 +132,10 @@ def logits(setup: Setup) -> float:
 
 
 def activations(setup: Setup, stage: int, fused: bool = True) -> float:
-    """Bytes that layers keep for the backward pass, of all micro-batches in flight (an estimate).
+    """Bytes that layers save for the backward pass, for all micro-batches in flight (an estimate).
 
-    Attention is FlashAttention, and the load even. ``fused``: norms and SwiGLU in one kernel each, as on a
-    GPU; PyTorch's separate operators, as on the CPU, keep more.
+    Assumes FlashAttention and an even load. ``fused``: norms and SwiGLU are one kernel each, as on a GPU;
+    PyTorch's separate operators, as on the CPU, save more.
     """
     layers = setup.layers_of_stage(stage)
     tokens, flying = tokens_on_gpu(setup), in_flight(setup, stage)
@@ -158,37 +158,37 @@ def activations(setup: Setup, stage: int, fused: bool = True) -> float:
 def in_flight(setup: Setup, stage: int) -> float:
     """Micro-batches whose activations ``stage`` holds at once (1F1B, interleaved or not)."""
     P, chunks = setup.pipeline_model_parallel_size, setup.num_virtual_stages_per_pipeline_rank
-    # Interleaved: of chunks, 2 (P - stage - 1) + (chunks - 1) P are warmed up, and one is at work.
+    # Interleaved: 2 (P - stage - 1) + (chunks - 1) P forward passes of chunks in the warm-up, and one more.
     held = P + (P - 2 * stage - 1) / chunks if chunks > 1 else P - stage
     return min(held, setup.num_microbatches)
 
 
 def _layer_bytes(setup: Setup, layer: int, fused: bool) -> float:
-    """Bytes a token that one layer keeps: what its norms, products, attention and activation go back by."""
+    """Bytes a token that one layer saves for the backward pass of norms, products, attention, activation."""
     s, t, size = setup, setup.tensor_model_parallel_size, setup.element_size
     D, H, G, d = s.hidden_size, s.num_attention_heads, s.num_query_groups, s.kv_channels
     selective = s.recompute_granularity == "selective" or s.recompute_activations
     skipped = set(s.recompute_modules or ["core_attn"]) if selective else set()
-    # A fused norm keeps its input; separate operators its float32 copy and the normalised values.
+    # A fused norm saves its input; separate operators save a float32 copy of it and the normalised values.
     norm = size if fused else 8
     kept = 2 * D * norm / s.sequence_shards
     kept += 0 if "layernorm" in skipped else 2 * D * size / s.sequence_shards  # the norms' outputs
     kept += 0 if fused or not s.qk_layernorm else (H + G) * d * norm / t
-    # QKV's output, queries and keys turned by the rotary embedding, and the context.
+    # QKV's output, queries and keys after the rotary embedding, and the context.
     kept += (3 * H + 3 * G) * d * size / t
-    kept += 4 * H / t  # attention's sum of each row
+    kept += 4 * H / t  # attention's log-sum-exp of each row, in float32
     if not s.has_experts()[layer]:
         return kept + (0 if "mlp" in skipped else _ffn_elements(s, s.ffn_hidden_size / t, fused) * size)
-    # Logits and probabilities in float32, which experts are chosen; a probability and two places a choice.
+    # Logits and probabilities in float32, the routing map; for each choice a probability and two indices.
     routing = s.num_experts * (4 + 4 + 1) + s.moe_router_topk * (4 + 4 + 4)
     return kept + _expert_elements(s, fused, skipped) * size + routing
 
 
 def _expert_elements(s: Setup, fused: bool, skipped: set[str]) -> float:
-    """Elements a token that a layer's experts keep, the shared one among them."""
+    """Elements a token that a layer's experts save, including the shared expert."""
     kept, t, etp = 0.0, s.tensor_model_parallel_size, s.expert_tensor_parallel_size
     if "moe" not in skipped:
-        # Tensor-parallel ranks of an expert see each other's tokens; other ranks keep their own.
+        # The tensor-parallel ranks of an expert gather each other's tokens.
         choices, width = s.moe_router_topk * etp / t, s.moe_ffn_hidden_size / etp
         inner = _ffn_elements(s, width, fused, weighted=True, redone="moe_act" in skipped)
         kept += choices * (s.hidden_size + inner)
@@ -200,9 +200,9 @@ def _expert_elements(s: Setup, fused: bool, skipped: set[str]) -> float:
 def _ffn_elements(
     setup: Setup, width: float, fused: bool, weighted: bool = False, redone: bool = False
 ) -> float:
-    """Elements a token kept between FC1 and FC2: FC1's output, and FC2's input unless it is ``redone``.
+    """Elements a token saved between FC1 and FC2: FC1's output, and FC2's input unless it is recomputed.
 
-    Unfused SwiGLU keeps two more factors, and a third where the router's weight is multiplied in.
+    Unfused SwiGLU saves two more factors, and a third if it is ``weighted`` by the router's weight.
     """
     if redone:
         return 2 * width if setup.swiglu else width
@@ -212,15 +212,15 @@ def _ffn_elements(
 
 
 def ffn_widths(s: Setup) -> int:
-    """Widths of the FFNs that a token passes, its experts among them, summed over layers."""
+    """Widths of the FFNs and experts that process a token, summed over layers."""
     experts = s.moe_router_topk * s.moe_ffn_hidden_size + s.moe_shared_expert_intermediate_size
     return sum(experts if moe else s.ffn_hidden_size for moe in s.has_experts())
 
 
 def flops_per_token(setup: Setup) -> float:
-    """Floating-point operations of a training step a token: forward and twice that backward.
+    """Floating-point operations a token in a training step: the forward pass, and twice that for backward.
 
-    Causal attention counts half of the square, as Megatron has it; recomputation is not counted.
+    Causal attention counts half of the square, as in Megatron; recomputation is not counted.
     """
     s, D = setup, setup.hidden_size
     H, G, d = s.num_attention_heads, s.num_query_groups, s.kv_channels
@@ -230,16 +230,16 @@ def flops_per_token(setup: Setup) -> float:
 
 
 def communication(setup: Setup, stage: int) -> dict[str, float]:
-    """Bytes that one GPU sends in a step, by kind (an estimate: rings, even loads, tokens sent all to all).
+    """Bytes that one GPU sends in a step, by kind (estimates for ring collectives, even load, all-to-all).
 
-    What context parallelism sends within attention is not counted.
+    Communication of context parallelism within attention is not counted.
     """
     s, (layers, moe) = setup, _layers(setup, stage)
     hidden = tokens_on_gpu(s) * s.hidden_size * s.element_size  # of a micro-batch
-    # Hidden states of this rank's tokens, once for each of their experts.
+    # Hidden states of this rank's tokens, one copy for each chosen expert.
     copies = s.moe_router_topk * hidden / s.tensor_model_parallel_size
     to_experts = 4 * copies * (1 - 1 / s.expert_model_parallel_size) * moe
-    # Activations to the next stage and gradients to the one before, of every chunk but the model's ends.
+    # Each chunk sends activations to the next stage and gradients to the previous one, if there is one.
     sends = 0
     if s.pipeline_model_parallel_size > 1:
         sends = 2 * s.num_virtual_stages_per_pipeline_rank - s.is_last(stage) - (stage == 0)
@@ -252,7 +252,7 @@ def communication(setup: Setup, stage: int) -> dict[str, float]:
 
 
 def _sent_by_data_parallelism(setup: Setup, stage: int) -> float:
-    """In a step: gradients reduced and scattered, and weights gathered; or gradients reduced everywhere."""
+    """Bytes in a step: reduce-scatter of gradients and all-gather of weights, or all-reduce of gradients."""
     experts, others = _experts_and_rest(setup, stage)
     back = setup.gradient_size
     if setup.use_distributed_optimizer:
@@ -262,10 +262,10 @@ def _sent_by_data_parallelism(setup: Setup, stage: int) -> float:
 
 
 def _sent_by_tensor_parallelism(s: Setup, layers: int, moe: int, hidden: float, copies: float) -> float:
-    """For a micro-batch, by a stage of ``layers``, ``moe`` of them with experts.
+    """Bytes for one micro-batch of a stage with ``layers``, of which ``moe`` have experts.
 
-    Five gathers or scatters for attention and for a dense or shared FFN each, or without sequence parallelism
-    two all-reduces of twice the volume. Experts' tokens are gathered and, in float32, scattered; both twice.
+    Attention and a dense or shared FFN take five gathers or scatters each, or two all-reduces of twice the
+    volume without sequence parallelism. Experts' tokens are gathered and, in float32, scattered, both twice.
     """
     shared = moe if s.moe_shared_expert_intermediate_size else 0
     times = (5 if s.sequence_parallel else 4) * (2 * layers - moe + shared)
@@ -273,13 +273,13 @@ def _sent_by_tensor_parallelism(s: Setup, layers: int, moe: int, hidden: float, 
     return times * hidden * (1 - 1 / s.tensor_model_parallel_size) + of_experts
 
 
-# Time, from what a step took on a GPU, part by part: Qwen1.5-0.5B as 8x0.5B with the mixture of routers, one
+# Time is scaled from a measured step, part by part: Qwen1.5-0.5B as 8x0.5B with the mixture of routers, one
 # rank of 64, one micro-batch of 4 x 4096 tokens, on one NVIDIA H200, without Transformer Engine and without
 # communication (docs/performance.md has hardware, versions and command).
 MEASURED_ON = "one rank of an H200"
 PEAK_TFLOPS = 989  # bfloat16, dense, of an H100 and an H200
 TOKENS, LAYERS, D, F, V = 4 * 4096, 24, 1024, 2816, 151936
-# Milliseconds of each part's kernels, and what they grow with: arithmetic, hidden states read, or parameters.
+# Part -> ms of its kernels, and what they scale with: arithmetic, hidden states read, or parameters.
 MEASURED = {
     "experts": (65.8, TOKENS * LAYERS * D * 2 * F),
     "attention": (30.6, TOKENS * 4096 * LAYERS * D),
@@ -289,14 +289,14 @@ MEASURED = {
     "routers and dispatch": (4.6 + 3.1, TOKENS * D * LAYERS),
     "norms, rotary, residuals": (3.9 + 1.8 + 5.3 + 0.6, TOKENS * D * LAYERS),  # and the embedding
 }
-# A step over its kernels: where the host launches them in time (micro-batches of 8), and where not (4).
+# Wall time of a step / kernel time, where the host launches kernels in time (micro-batches of 8) or not (4).
 WALL_OVER_KERNELS = {"host keeps up": 339.8 / 314.7, "host falls behind": 219.4 / 164.0}
 
 
 def kernel_ms(s: Setup) -> dict[str, float]:
-    """Milliseconds of kernels of a micro-batch on one GPU, by part: ``MEASURED``, scaled.
+    """Milliseconds of kernels for a micro-batch on one GPU, by part: ``MEASURED``, scaled.
 
-    Work is taken to be even over pipeline stages.
+    Assumes that work is even over pipeline stages.
     """
     H, G, d = s.num_attention_heads, s.num_query_groups, s.kv_channels
     tokens = tokens_on_gpu(s) / (s.tensor_model_parallel_size * s.pipeline_model_parallel_size)
@@ -314,9 +314,9 @@ def kernel_ms(s: Setup) -> dict[str, float]:
 
 
 def step_seconds(setup: Setup, peak_tflops: float) -> dict[str, float]:
-    """Time of a step by how well the host keeps up, on GPUs whose speed goes by their peak.
+    """Time of a step by how well the host keeps up, assuming that speed scales with ``peak_tflops``.
 
-    Communication and recomputation are not in it.
+    Communication and recomputation are not included.
     """
     kernels = sum(kernel_ms(setup).values()) / 1e3 * setup.num_microbatches * PEAK_TFLOPS / peak_tflops
     return {name: kernels * ratio for name, ratio in WALL_OVER_KERNELS.items()}

@@ -1,6 +1,6 @@
-"""A run's sizes from the YAML files, manifests and flags that ``pretrain`` takes.
+"""Read a run's sizes from the YAML files, manifests and flags that ``pretrain`` takes.
 
-Of Megatron's arguments those that change no size are not read. Pure: imports neither torch nor Megatron.
+Megatron's arguments that do not affect sizes are ignored. Pure: imports neither torch nor Megatron.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from megatron_router_upcycling.expert_layers import layer_frequency
 from megatron_router_upcycling.planning.setup import Setup, complete
 from megatron_router_upcycling.routers.config import RouterConfig
 
-# Where one of these is set, the model or its layout is not what a plan is for.
+# If one of these is set, a plan does not cover the model or its layout.
 NOT_COVERED = (
     *("multi_latent_attention", "mtp_num_layers", "moe_latent_size", "hybrid_layer_pattern"),
     *("attention_output_gate", "heterogeneous_layers_config_path", "experimental_attention_variant"),
@@ -29,7 +29,7 @@ NOT_COVERED = (
     *("fine_grained_activation_offloading", "cpu_offloading_num_layers", "distribute_saved_activations"),
     *("tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"),
 )
-# A name so like one that is read here is taken for a misspelt one, but for these of Megatron's own.
+# Similarity from which an unknown name counts as a misspelt one, and Megatron's own names that are exempt.
 SIMILAR, OTHERS = 0.89, {"pad_vocab_size"}
 IN_WORDS = {bool: "true or false", int: "a whole number, not negative", str: "a name"}
 
@@ -59,13 +59,13 @@ def _read_manifest(load: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class NotCovered(UserError):
-    """A flag that may work, and of which a plan knows nothing."""
+    """A flag that may be valid but that a plan does not model."""
 
 
 def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> Setup:
     """A complete Setup from Megatron's arguments and router options; errors name ``source``.
 
-    Other arguments than a Setup's are left alone.
+    Arguments that are not in a Setup are ignored.
     """
     known = {field.name: field.type for field in dataclasses.fields(Setup) if field.name != "router"}
     taken: dict[str, Any] = {}
@@ -93,7 +93,7 @@ def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> 
 
 
 def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
-    """``value`` as the field's type takes it."""
+    """``value``, checked and converted to the field's type."""
     flag = f"{source}: {config_flags.flag_of(name)}"
     if name == "moe_layer_freq":
         return layer_frequency(value, flag)
@@ -105,7 +105,7 @@ def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
 
 
 def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """Megatron's flags as argument names and values; several values are a list, none is True."""
+    """Megatron's flags as argument name -> value; several values become a list, no value becomes True."""
     found: dict[str, list[Any]] = {}
     for word in flags:
         if word.startswith("--"):
@@ -120,8 +120,8 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(word: str) -> Any:
-    """A flag's value as YAML would read it, or as it stands."""
+    """A flag's value parsed as YAML, or unchanged if it is not valid YAML."""
     try:
         return yaml.safe_load(word)
-    except (yaml.YAMLError, RecursionError):  # as of [0]+[1]*3
+    except (yaml.YAMLError, RecursionError):  # such as [0]+[1]*3
         return word

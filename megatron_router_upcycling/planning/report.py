@@ -13,7 +13,7 @@ HEADROOM = 0.9  # of a GPU's memory; the rest is CUDA's, NCCL's and fragmentatio
 
 
 def warnings(s: Setup, gpu_memory_gib: float) -> Iterator[str]:
-    """What works but deserves a second look; each names a flag."""
+    """Warnings about settings that work but are often mistakes; each names a flag."""
     need = sum(figures.memory(s, figures.fullest(s)).values()) / GIB
     if HEADROOM * gpu_memory_gib < need <= gpu_memory_gib:
         yield f"--gpu-memory-gib {gpu_memory_gib:g}: about {need:.1f} GiB leave little for CUDA and NCCL"
@@ -59,7 +59,7 @@ def too_large(s: Setup, gpu_memory_gib: float) -> str | None:
 
 
 def as_json(s: Setup, gpu_memory_gib: float, peak_tflops: float) -> dict[str, Any]:
-    """All figures; bytes, seconds and counts."""
+    """All figures, as bytes, seconds and counts."""
     flops, step = figures.flops_per_token(s), figures.step_seconds(s, peak_tflops)
     derived = {"data_parallel_size": s.data_parallel_size, "num_microbatches": s.num_microbatches}
     return {
@@ -87,7 +87,7 @@ def as_json(s: Setup, gpu_memory_gib: float, peak_tflops: float) -> dict[str, An
 
 
 def describe(s: Setup, gpu_memory_gib: float, peak_tflops: float) -> str:
-    """The whole plan, for people; of the pipeline ranks the first, the fullest and the last."""
+    """The whole plan as text, with the first, the fullest and the last pipeline rank."""
     found = as_json(s, gpu_memory_gib, peak_tflops)
     lines = [*_model(s, **found["parameters"])]
     for stage in sorted({0, figures.fullest(s), s.pipeline_model_parallel_size - 1}):
@@ -136,7 +136,7 @@ def _model(s: Setup, total: int, active: int) -> Iterator[str]:
 
 
 def _speed(s: Setup, found: dict[str, Any], peak_tflops: float) -> Iterator[str]:
-    """Arithmetic, and the time that it takes by what was measured."""
+    """Arithmetic, and the time estimated from measurements (``figures.MEASURED``)."""
     flops, step, tokens = found["flops_per_token"], s.tokens_per_step, found["tokens"]
     work = f"{flops / 1e9:.2f} GFLOP a token (forward and backward), {flops * step / 1e15:.2f} PFLOP a step"
     yield f"arithmetic  {work}"

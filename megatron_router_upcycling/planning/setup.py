@@ -1,4 +1,4 @@
-"""What a plan is made of: Megatron's arguments that say how large a run is, and what cannot work in them.
+"""The input of a plan: Megatron's arguments that decide the size of a run, and checks of their values.
 
 Pure: imports neither torch nor Megatron.
 """
@@ -15,8 +15,8 @@ from megatron_router_upcycling.routers.config import RouterConfig
 class Setup:
     """Megatron's arguments by their own names and with its own defaults, and the router to build.
 
-    0 and "" stand for what is not given; ``complete`` fills it in. ``world_size`` is the number of GPUs.
-    Numbers of layers, heads and such are of the whole model.
+    0 and "" mean that a value is not given; ``complete`` fills it in. ``world_size`` is the number of GPUs.
+    Numbers of layers, heads etc. are those of the whole model.
     """
 
     world_size: int = 1
@@ -83,7 +83,7 @@ class Setup:
 
     @property
     def replicas(self) -> int:
-        """Ranks that hold the same parameters, experts aside."""
+        """Ranks that hold the same parameters (not counting experts)."""
         return self.data_parallel_size * self.context_parallel_size
 
     @property
@@ -100,8 +100,8 @@ class Setup:
     def weight_gathers(self) -> int:
         """How often the distributed optimizer gathers all weights in a step.
 
-        With expert parallelism Megatron has two, each of which gathers everything unless that overlaps with
-        the forward pass (seen in rehearsals of 0.19).
+        With expert parallelism Megatron has two optimizers, and each gathers all weights unless the gathering
+        overlaps with the forward pass (seen in rehearsals of 0.19).
         """
         return 2 if self.expert_model_parallel_size > 1 and not self.overlap_param_gather else 1
 
@@ -117,7 +117,7 @@ class Setup:
 
     @property
     def gradient_size(self) -> int:
-        """Bytes of a gradient as data parallelism reduces it: float32 but for --grad-reduce-in-bf16."""
+        """Bytes of a gradient in data parallelism: float32, unless --grad-reduce-in-bf16 is given."""
         return 2 if self.bf16 and self.grad_reduce_in_bf16 else 4
 
     @property
@@ -148,14 +148,14 @@ class Setup:
         return [layer for start in starts for layer in range(start, start + each[stage])]
 
 
-# What a plan cannot do without, and what is 1 on a single GPU.
+# Arguments that a plan needs, and parallel sizes, which are 1 on a single GPU.
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size")
 PARALLEL = [f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context", "expert_model")]
 PARALLEL.append("num_virtual_stages_per_pipeline_rank")
 
 
 def complete(setup: Setup) -> Setup:
-    """``setup`` with the arguments that Megatron fills in; UserError for the first thing that cannot work."""
+    """``setup`` with the arguments that Megatron fills in. Raises UserError for the first invalid value."""
     names = (*NEEDED, *PARALLEL, "num_query_groups", "make_vocab_size_divisible_by")
     needed = {"--gpus": setup.world_size} | {flag_of(name): getattr(setup, name) for name in names}
     needed["--vocab-size"] = setup.vocab_size or setup.padded_vocab_size
@@ -171,7 +171,7 @@ def complete(setup: Setup) -> Setup:
 
 
 def _filled(s: Setup) -> Setup:
-    """As Megatron's ``validate_args`` leaves it, and with the vocabulary padded."""
+    """``s`` with the values that Megatron's ``validate_args`` fills in, and with the vocabulary padded."""
     ffn = s.ffn_hidden_size or (int(4 * s.hidden_size * 2 / 3 / 64) * 64 if s.swiglu else 4 * s.hidden_size)
     multiple = s.make_vocab_size_divisible_by * s.tensor_model_parallel_size
     batch = s.global_batch_size or s.micro_batch_size * s.data_parallel_size
@@ -194,7 +194,7 @@ def _filled(s: Setup) -> Setup:
 
 
 def _check(s: Setup) -> None:
-    """Refuse what would cost GPU hours or a wait to find out."""
+    """Refuse layouts that would otherwise fail only after the run has got its GPUs."""
     P, t, ep = s.pipeline_model_parallel_size, s.tensor_model_parallel_size, s.expert_model_parallel_size
     chunks, etp = s.num_virtual_stages_per_pipeline_rank, s.expert_tensor_parallel_size
     virtual, tensor = s.num_layers_per_virtual_pipeline_stage, "--tensor-model-parallel-size"
@@ -228,7 +228,7 @@ def _check(s: Setup) -> None:
             f"--moe-layer-freq: lists {len(s.has_experts())} layers; the model has {s.num_layers}"
         )
     if s.num_experts and t > 1 and not s.sequence_parallel:
-        raise UserError(f"{tensor} {t}: with experts Megatron needs --sequence-parallel beside it")
+        raise UserError(f"{tensor} {t}: with experts Megatron also needs --sequence-parallel; give that too")
 
 
 def _check_multiple(flag: str, number: int, what: str, size: int) -> None:
@@ -239,5 +239,5 @@ def _check_multiple(flag: str, number: int, what: str, size: int) -> None:
 
 
 def _divisors(number: int) -> str:
-    """Those up to 64, as advice."""
+    """The divisors of ``number`` up to 64, as advice in a message."""
     return f"use one of {', '.join(str(d) for d in range(1, min(number, 64) + 1) if number % d == 0)}"

@@ -1,7 +1,7 @@
 """Megatron's arguments: what is refused by name, and what is filled in.
 
-Megatron-LM's programs share one parser. What only others read (retrievers, vision models, reinforcement
-learning), or ``pretrain_gpt.py`` outside the loop that this package runs, would silently change nothing here.
+Megatron-LM's programs share one parser. Flags that only other programs read (retrievers, vision models,
+reinforcement learning), or only ``pretrain_gpt.py`` outside the training loop, would have no effect here.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -13,7 +13,7 @@ from megatron_router_upcycling.config.flags import flag_of
 from megatron_router_upcycling.errors import UserError
 
 LEAVE_OUT = "leave it out"
-# Argument that is not taken -> what to do.
+# Refused argument -> what to do instead.
 NOT_TAKEN = {
     "dataloader_inter_document_masking": "give --reset-attention-mask and --reset-position-ids, which keep"
     " attention within documents that end with the end-of-document token",
@@ -24,19 +24,19 @@ NOT_TAKEN = {
     **dict.fromkeys(("sft", "sample_rate", "mask_prob", "short_seq_prob", "logits_load_dir"), LEAVE_OUT),
     "moe_routing_trace_dump_weights": LEAVE_OUT,
 }
-# Groups of Megatron's parser for what this training is not; of all these it reads --no-data-sharding alone.
+# Refused groups of Megatron's parser; of their flags, this training reads --no-data-sharding alone.
 GROUPS = ("biencoder", "vision", "rl", "In-process restart")
 
 REQUIRED = ("hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings", "micro_batch_size")
 LEAST = {"eval_iters": 0, "weight_decay": 0, "seq_length": 1, "log_interval": 1, "eval_interval": 1}
 LEAST |= {"save_interval": 1, "tensorboard_log_interval": 1, "routing_diagnostics_interval": 1}
-# What the layout of a run is beside its number of ranks: the sizes of these kinds of parallelism.
+# The parallel sizes which, with the number of ranks, are the layout of a run.
 LAYOUT = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
 LAYOUT += ["context_parallel_size"]
 
 
 def refuse_what_is_not_taken(parser: ArgumentParser) -> None:
-    """Let ``parser``, as Megatron made it, refuse what is not taken, in flags and in later defaults."""
+    """Make Megatron's ``parser`` refuse the arguments that are not taken, as flags or as later defaults."""
     refused = []
     for group in parser._action_groups:
         for action in group._group_actions:
@@ -57,7 +57,7 @@ def refuse_what_is_not_taken(parser: ArgumentParser) -> None:
 
 
 def complete(args: Namespace) -> list[str]:
-    """Fill in, before Megatron's own checks, what they and its loop read; return a line for each."""
+    """Fill in missing arguments before Megatron's own checks, or raise; return notices to print."""
     required = {"num_layers": args.num_layers or args.encoder_num_layers or args.hybrid_layer_pattern}
     for name, value in (required | {name: getattr(args, name) for name in REQUIRED}).items():
         if value is None:
@@ -70,7 +70,7 @@ def complete(args: Namespace) -> list[str]:
     length = max(args.train_iters or args.train_samples or 0, 0)
     lines = []
     if args.eval_interval is None or not args.eval_iters:
-        args.eval_interval = length + 1  # at the end there is an evaluation in any case
+        args.eval_interval = length + 1  # Megatron always evaluates at the end
         if args.eval_iters and not args.skip_train:
             lines.append("--eval-interval is not given: validation comes at the end only")
     if args.save and args.save_interval is None:
@@ -83,14 +83,14 @@ def complete(args: Namespace) -> list[str]:
 
 
 def check(args: Namespace) -> None:
-    """Refuse, once Megatron has checked its arguments, what a run would fail at later."""
+    """After Megatron's own checks, refuse arguments with which the run would fail later."""
     trains, tensor_parallel = not args.skip_train, args.tensor_model_parallel_size
     fraction = args.lr_warmup_fraction
     for fails, message in (
         (
             trains and args.num_experts and tensor_parallel > 1 and not args.sequence_parallel,
-            f"--tensor-model-parallel-size {tensor_parallel}: a Mixture-of-Experts trains so only with"
-            " --sequence-parallel; give that too",
+            f"--tensor-model-parallel-size {tensor_parallel}: a Mixture-of-Experts can be trained with it"
+            " only with --sequence-parallel; give that too",
         ),
         (
             trains and not (args.train_samples or args.train_iters or 0) > 0,
@@ -132,7 +132,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def check_schedule(args: Namespace) -> None:
-    """Let Megatron's scheduler check rates and lengths before anything is built. After ``set_global``."""
+    """Let Megatron's scheduler check rates and lengths before building. Call after ``set_global``."""
     from megatron.training import training
 
     from megatron_router_upcycling.training.objections import megatrons_objection
@@ -141,17 +141,17 @@ def check_schedule(args: Namespace) -> None:
     try:
         with megatrons_objection(args):
             training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[]))
-    finally:  # it sets some of them
+    finally:  # the call above changes some arguments
         vars(args).clear()
         vars(args).update(before)
 
 
 def check_resuming(args: Namespace, load: str) -> None:
-    """Refuse flags with which Megatron cannot load ``load``, or makes another optimizer than that one's."""
+    """Refuse flags with which Megatron cannot load ``load``, or would build another kind of optimizer."""
     from megatron_router_upcycling.checkpoint.open import format_of, open_checkpoint
 
     found, asked = format_of(load, args.ckpt_step), args.ckpt_format
-    if found is not None and asked not in (found, "torch_dist"):  # for which Megatron looks itself
+    if found is not None and asked not in (found, "torch_dist"):  # with torch_dist Megatron detects it
         way_out = "leave out this flag and fully sharded data parallelism"
         if asked == "torch":
             way_out = "convert it first, with --ckpt-convert-format torch --ckpt-convert-save FOLDER"
@@ -163,7 +163,7 @@ def check_resuming(args: Namespace, load: str) -> None:
         checkpoint = open_checkpoint(Path(load) if step is None else Path(load, f"iter_{step:07d}"))
         saved = checkpoint.args
     except UserError:
-        return  # of a format or without arguments that this package reads; Megatron goes its own way
+        return  # a format, or stored arguments, that this package cannot read: left to Megatron
     if checkpoint.iteration_dir.name == "release" or getattr(saved, "no_save_optim", False):
         return
     # With Muon the distributed optimizer keeps whole matrices by rank.
@@ -173,13 +173,13 @@ def check_resuming(args: Namespace, load: str) -> None:
         if value != then[flag]:
             raise UserError(
                 f"{flag} {value}: the checkpoint in {load} was saved with {then[flag]}, and the optimizer's"
-                " state is laid out for that; give it in the flags or the YAML file as it was then, or pass"
+                " state is laid out for that; give the same in the flags or the YAML file, or pass"
                 " --no-load-optim to begin with a fresh optimizer and learning-rate schedule"
             )
 
 
 def _optimizer_of(args: Namespace, by_rank: bool) -> dict[str, object]:
-    """What decides on the layout of the optimizer's state, by flags; a checkpoint may lack some arguments."""
+    """The flags that decide the layout of the optimizer's state; a checkpoint may lack some arguments."""
     given = {name: value for name, value in vars(args).items() if value}
     distributed = "use_distributed_optimizer" in given
     layout = {flag_of(name): given.get(name) for name in LAYOUT} | {"ranks": given.get("world_size")}

@@ -1,4 +1,4 @@
-"""A run's data and tokenizer, by Megatron's flags: one source, with weights and shares that can be used."""
+"""A run's data and tokenizer from Megatron's flags: exactly one source, with valid weights and shares."""
 
 import json
 import math
@@ -14,13 +14,13 @@ from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.files import blocked_by
 
 PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
-# Each way of naming data: its arguments. A run takes one of them.
+# The arguments of each way to name data. A run uses exactly one way.
 SOURCES = (("mock_data",), ("data_path",), ("data_args_path",), PER_SPLIT, ("per_split_data_args_path",))
 SHARES = re.compile(r"\s*\d*\.?\d+(\s*[,/]\s*\d*\.?\d+){0,2}\s*")
 
 
 def choose_source(args: Namespace, argv: list[str]) -> None:
-    """Let a source that is given as a flag replace those of the YAML file, and its ``split`` if need be."""
+    """Let a data source given as a flag replace the YAML file's, and also its ``split`` if that conflicts."""
     flags = {word.partition("=")[0] for word in argv}
     on_command_line = [names for names in SOURCES if any(flag_of(name) in flags for name in names)]
     for names in SOURCES:
@@ -40,7 +40,7 @@ def choose_source(args: Namespace, argv: list[str]) -> None:
 
 
 def choose_tokenizer(args: Namespace, argv: list[str], load: str | None) -> str | None:
-    """Set ``args``' tokenizer to that beside ``load`` where no flag and no existing path names another."""
+    """Use the tokenizer stored with ``load``, unless a flag or an existing path names another one."""
     named = args.tokenizer_model
     if load is None or any(word.partition("=")[0] == "--tokenizer-model" for word in argv):
         return None
@@ -52,14 +52,14 @@ def choose_tokenizer(args: Namespace, argv: list[str], load: str | None) -> str 
 
 
 def hand_on_tokenizer(args: Namespace, load: str | None, save: str) -> None:
-    """Link the tokenizer, and what else stands beside ``load``, to the checkpoints that this run saves."""
+    """Link the tokenizer and the other files stored with ``load`` into the folder ``save``."""
     places = [Path(place) for place in (args.tokenizer_model, load and Path(load) / beside.FOLDER) if place]
     if place := next((place for place in places if place.exists()), None):
         beside.hand_on(place, Path(save))
 
 
 def check_data(args: Namespace) -> None:
-    """Refuse data that are not there, or cannot be what they say, before anything is built."""
+    """Refuse missing data, and data flags that contradict each other, before anything is built."""
     flag = _flag_of_source(args)
     if not _blends(args) and not args.mock_data:
         raise UserError("--data-path: name the data to run over (the prefix of a .bin and an .idx file)")
@@ -81,7 +81,7 @@ def check_data(args: Namespace) -> None:
 
 
 def check_validation(args: Namespace) -> str | None:
-    """Validate nothing where there is nothing to validate on, which Megatron would try; a line to say so."""
+    """Turn validation off if there are no validation data (Megatron would try); return a notice to print."""
     _, validation, test = splits(args)
     if validation or not (args.eval_iters or args.full_validation):
         return None
@@ -113,7 +113,7 @@ def prefixes(args: Namespace) -> list[str]:
 
 
 def _blends(args: Namespace) -> list[tuple[list[str], list[float] | None] | None]:
-    """Prefixes and their weights, as Megatron reads them: of the one source, or of each of three splits."""
+    """Prefixes and their weights as Megatron reads them: one entry, or one for each of the three splits."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
     flag = _flag_of_source(args)
@@ -121,8 +121,8 @@ def _blends(args: Namespace) -> list[tuple[list[str], list[float] | None] | None
         blend, blend_per_split = get_blend_and_blend_per_split(args)
     except Exception as error:  # of a file or, by Megatron-Storage-Client, of an object store
         raise UserError(
-            f"{flag}: cannot be read as prefixes of .bin and .idx files, or as weights and prefixes by turns,"
-            f" in a file of splits for train, valid and test each ({reason(error)})"
+            f"{flag}: cannot be read as prefixes of .bin and .idx files, or as alternating weights and"
+            f" prefixes; a file of splits has them for each of train, valid and test ({reason(error)})"
         ) from None
     found = blend_per_split or ([blend] if blend else [])
     for prefixes, weights in filter(None, found):
@@ -140,7 +140,7 @@ def _flag_of_source(args: Namespace) -> str:
 
 
 def sequences_per_dataset(path: str) -> dict[str, Any]:
-    """What ``--per-dataset-sequences-path`` holds: sequences and documents of each prefix."""
+    """The content of ``--per-dataset-sequences-path``: sequences and documents of each prefix."""
     try:
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError, RecursionError) as error:
@@ -148,7 +148,7 @@ def sequences_per_dataset(path: str) -> dict[str, Any]:
 
 
 def choose_cache(args: Namespace, paths: list[str]) -> None:
-    """Set ``--data-cache-path`` where Megatron's own place, a folder beside the data, cannot be written."""
+    """Set ``--data-cache-path`` if Megatron's default, a folder next to the data, is not writable."""
     if args.data_cache_path is not None:
         if not args.dataloader_fast_cache_load and (place := blocked_by(Path(args.data_cache_path))):
             raise UserError(f"--data-cache-path {args.data_cache_path}: cannot write in {place}")
@@ -167,7 +167,7 @@ def choose_cache(args: Namespace, paths: list[str]) -> None:
 
 
 def check_tokens(args: Namespace, load: str | None) -> None:
-    """Refuse data of another tokenizer, or with tokens that the model does not know. After ``set_global``."""
+    """Refuse data of another tokenizer or with tokens beyond the vocabulary. Call after ``set_global``."""
     beside_load = beside.tokenizer_of(Path(load) / beside.FOLDER) if load else None
     named = Path(args.tokenizer_model) if args.tokenizer_model else None
     tokenizer = beside_load[1] if beside_load else named

@@ -1,7 +1,7 @@
 """GPT pretraining as Megatron sees it: the datasets, one batch, one forward step, the loss.
 
-Shared by ``pretrain`` and ``collect_keys``. Everything is Megatron's own; its wheel holds the training loop
-but not the script that binds these together.
+Shared by ``pretrain`` and ``collect_keys``. All parts are Megatron's own; its wheel holds the training loop
+but not the script that combines them (``pretrain_gpt.py``).
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from megatron_router_upcycling.training.data import sequences_per_dataset
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 stragglers = StragglerDetector()  # Megatron's, which --log-straggler sets up
 SPIKE_FACTOR = 10.0  # a loss this many times the largest seen so far is called a spike
-# Field of Megatron's GPTDatasetConfig -> its argument, where that has another name.
+# Field of Megatron's GPTDatasetConfig -> the argument that sets it, if that has another name.
 DATASET_FIELDS = {
     "random_seed": "seed",
     "sequence_length": "seq_length",
@@ -94,7 +94,7 @@ def predicts_more_tokens(args: Namespace, vp_stage: int | None) -> bool:
 
 
 def embedding_ranks(pipeline: list[int]) -> list[int]:
-    """Of the ranks of a pipeline those that hold the embedding, where there is multi-token prediction."""
+    """The ranks of a pipeline that hold the embedding, with multi-token prediction."""
     args = get_args()
     config = core_transformer_config_from_args(args)
     ends = pipeline[:1] if args.untie_embeddings_and_output_weights else [pipeline[0], pipeline[-1]]
@@ -104,8 +104,8 @@ def embedding_ranks(pipeline: list[int]) -> list[int]:
 def get_batch(data_iterator: Iterator[dict], vp_stage: int | None = None) -> dict[str, Any]:
     """The next micro-batch on this rank: FIELDS, each [micro-batch, sequence on this rank] or None.
 
-    The first tensor-parallel rank reads; the others receive; context parallelism keeps a slice. Of the
-    pipeline's stages the first one gets tokens, the last one labels, one with multi-token prediction both.
+    The first tensor-parallel rank reads and broadcasts; each context-parallel rank keeps a slice. The first
+    pipeline stage gets tokens, the last one labels, and one with multi-token prediction gets both.
     """
     args = get_args()
     if not reads_data(args, vp_stage):
@@ -114,7 +114,7 @@ def get_batch(data_iterator: Iterator[dict], vp_stage: int | None = None) -> dic
     batch: dict[str, Any] = {}
     if tp_rank == 0:
         sample = next(data_iterator)
-        try:  # on the CPU still: a GPU would end with an assertion that names nothing
+        try:  # while it is on the CPU: on a GPU this would be a device-side assertion without a name
             check_ids("--data-path: a batch", int(sample["tokens"].max()), args.padded_vocab_size)
         except UserError as error:
             raise OneRankError(str(error)) from None
@@ -143,9 +143,9 @@ def get_batch(data_iterator: Iterator[dict], vp_stage: int | None = None) -> dic
 
 
 def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Sum of the token losses in nats, number of tokens, and the pair as Megatron reports it.
+    """Sum of the token losses in nats, number of tokens, and both as the dict that Megatron reports.
 
-    ``losses`` and ``loss_mask``, which is 1 where a token counts, are [micro-batch, sequence].
+    ``losses`` and ``loss_mask`` (1 for tokens that count) are [micro-batch, sequence].
     """
     args = get_args()
     mask = loss_mask.reshape(-1).float()
@@ -168,7 +168,7 @@ def forward_step(
     """Run ``model`` on the next micro-batch; return its output and the loss function to apply to it.
 
     With ``return_schedule_plan`` (``--overlap-moe-expert-parallel-comm``) nothing runs yet, and Megatron's
-    plan for two micro-batches by turns comes in place of the output.
+    plan, which interleaves two micro-batches, is returned in place of the output.
     """
     with stragglers(bdata=True):
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))

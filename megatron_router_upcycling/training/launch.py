@@ -1,4 +1,4 @@
-"""Files and flags into a run that is ready to start: ``parse``, ``merge``, ``adapt`` and ``validate``.
+"""Turn files and flags into a run that is ready to start: ``parse``, ``merge``, ``adapt`` and ``validate``.
 
 A rehearsal (``planning.rehearsal``) takes the same steps and changes the arguments before they are validated.
 """
@@ -24,7 +24,7 @@ from megatron_router_upcycling.files import blocked_by
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training import arguments, data, device
 
-# What cuts tensors or sequences over GPUs, and what Megatron refuses beside one hardware queue.
+# Tensor and context parallelism need CUDA_DEVICE_MAX_CONNECTIONS=1; with FSDP, Megatron refuses that value.
 CUT = ("tensor_model_parallel_size", "context_parallel_size")
 FSDP = ("use_megatron_fsdp", "use_torch_fsdp2")
 
@@ -40,12 +40,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Request:
-    """What a run is asked for, as far as that is known before Megatron is imported (which takes seconds)."""
+    """What is known of the requested run before Megatron is imported (which takes seconds)."""
 
     argv: list[str]
     flags: Namespace  # this package's, and those that name checkpoints; the YAML file's values are in them
     entries: dict[str, Any]  # the YAML file's values of flags, this package's among them
-    start: dict[str, Any]  # of its ``upcycling:`` section what says how the model was to be converted
+    start: dict[str, Any]  # the conversion options in its ``upcycling:`` section
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
         stand_alone()
     given = vars(request.flags)
     if any(given[name] not in (None, 1) for name in CUT) and not any(given[name] for name in FSDP):
-        # They overlap what they send with products by the order in which both are launched, which takes one
-        # hardware queue. Elsewhere one queue would only keep apart what can run side by side.
+        # They overlap communication with matrix products through the launch order, which needs a single
+        # hardware queue. In other cases one queue would only serialise kernels that can run concurrently.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     place = device.choose(request.flags.device)
     args, router = merge(request, origin, place)
@@ -117,8 +117,8 @@ def parse(argv: list[str]) -> Request:
     config_flags.add_arguments(parser)
     add = parser.add_argument_group("checkpoints (Megatron's flags)").add_argument
     add("--load", metavar="CHECKPOINT", help="start from this checkpoint's root folder")
-    add("--save", metavar="FOLDER", help="save there, and resume from what is there")
-    add("--pretrained-checkpoint", metavar="CHECKPOINT", help="weights to start from where --load has none")
+    add("--save", metavar="FOLDER", help="save there, and resume from the last checkpoint there")
+    add("--pretrained-checkpoint", metavar="CHECKPOINT", help="weights to start from if --load has none")
     add("--ckpt-step", metavar="ITERATION", type=int, help="of --load (default: the newest)")
     for name in CUT:
         parser.add_argument(config_flags.flag_of(name), type=int, help=SUPPRESS)
@@ -184,14 +184,14 @@ def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, Rout
 
 
 def _extend(parser: ArgumentParser, request: Request, origin: Origin) -> ArgumentParser:
-    """Add this package's flags to Megatron's parser, and let manifest and YAML file stand as defaults."""
+    """Add this package's flags to Megatron's parser, and set defaults from the manifest and the YAML file."""
     arguments.refuse_what_is_not_taken(parser)
     parser.error = partial(Parser.error, parser)  # type: ignore[method-assign, arg-type]
     for action in parser._actions:  # some of Megatron's texts have a bare %, which argparse stumbles over
         action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")
     parser.add_argument("--help-megatron", action="help", help="list all flags, Megatron's included")
     config_flags.add_arguments(parser)
-    # Checkpoints that any other TP, PP and EP can resume; no dropout, as Qwen and the paper (section 4.1).
+    # Checkpoints that any other TP, PP and EP can resume; no dropout, as in Qwen and the paper (section 4.1).
     reshardable = {"dist_ckpt_optim_fully_reshardable": True}
     parser.set_defaults(**reshardable, attention_dropout=0.0, hidden_dropout=0.0)
     if origin.recorded:
@@ -203,7 +203,7 @@ def _extend(parser: ArgumentParser, request: Request, origin: Origin) -> Argumen
 
 
 def adapt(args: Namespace, place: str) -> None:
-    """Set the flags and patch the parts of Megatron that must differ on this machine; rank 0 says which."""
+    """Set the flags and patch the parts of Megatron that must differ on this machine; rank 0 prints which."""
     device.use_built_dataset_helper()
     _say(args, device.adapt(args, place))
     from megatron_router_upcycling.training.patches import added_state, layers, optimizer
@@ -218,7 +218,7 @@ def adapt(args: Namespace, place: str) -> None:
     if place == "cuda":
         _say(args, f"GPU: {'; '.join(layers.install_on_gpu(args, with_te, attention))}")
     if args.attention_backend.name == "local":
-        # The module is chosen; Megatron's check of this value reads a --spec that is not given here.
+        # The module is already chosen; Megatron's check of this value would read --spec, which is not set.
         args.attention_backend = type(args.attention_backend).unfused
 
 
@@ -228,7 +228,7 @@ def _say(args: Namespace, line: str | None) -> None:
 
 
 def validate(args: Namespace) -> None:
-    """Let Megatron check its arguments and fill in those that follow from others."""
+    """Let Megatron check its arguments and derive the missing ones."""
     from megatron.training import arguments as megatrons
 
     from megatron_router_upcycling.training import objections
@@ -243,7 +243,7 @@ def validate(args: Namespace) -> None:
 
 
 def set_global(args: Namespace) -> None:
-    """Make ``args`` Megatron's global arguments; builds the tokenizer, whose libraries raise anything."""
+    """Make ``args`` Megatron's global arguments. This builds the tokenizer, which may raise any exception."""
     from megatron.training.global_vars import set_global_variables
 
     try:
@@ -258,7 +258,7 @@ def set_global(args: Namespace) -> None:
 
 
 def _hand_on(args: Namespace, save: str, origin: Origin, router: RouterConfig | None) -> None:
-    """Give the checkpoints that this run saves the manifest and what stands beside the weights."""
+    """Write the manifest to ``save``, and link the tokenizer and other files stored with the weights."""
     try:
         if origin.recorded is not None:
             Path(save).mkdir(parents=True, exist_ok=True)
@@ -283,7 +283,7 @@ def stand_alone(rank: int = 0, world_size: int = 1) -> None:
 
 
 def _first_to_say() -> bool:
-    """Whether no other rank of this run has asked before."""
+    """Whether this rank is the first of the run to ask, so that one rank prints the error."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     try:
@@ -293,9 +293,9 @@ def _first_to_say() -> bool:
 
 
 def exit_on_user_error(command: Callable[[], object]) -> None:
-    """Run ``command``; a UserError ends with one line, from rank 0 of those started, and exit status 2."""
+    """Run ``command``; after a UserError, one rank prints it in one line, and the exit status is 2."""
     gc.disable()  # importing torch and Megatron makes no garbage; looking for it takes a seventh of the time
-    is_first = os.environ.get("RANK", "0") == "0"  # before a rehearsal takes any rank's place
+    is_first = os.environ.get("RANK", "0") == "0"  # read now: a rehearsal sets RANK to the rank it plays
     try:
         command()
     except UserError as error:

@@ -5,7 +5,7 @@
 router's options from the checkpoint's manifest or, to train from scratch, from the ``upcycling:`` section of
 a YAML file that the environment variable MEGATRON_ROUTER_UPCYCLING_CONFIG names.
 
-Multi-token-prediction layers keep Megatron's linear router: Megatron builds their spec apart
+Multi-token-prediction layers keep Megatron's linear router: Megatron builds their spec separately
 (``megatron.training.models.gpt.mtp_block_spec``), and they have no dense layer to start from.
 """
 
@@ -44,12 +44,12 @@ _reported: list[str] = []  # names of routers' own metrics
 
 
 def layer_spec_for(router: RouterConfig) -> Callable[..., Spec]:
-    """A callable (model_config, vp_stage=None) that returns Megatron's own spec with ``router`` in it."""
+    """A callable (model_config, vp_stage=None) that returns Megatron's default spec with ``router`` in it."""
     return partial(_build_spec, router=router)
 
 
 def upcycled_layer_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
-    """What ``--spec megatron_router_upcycling.layer_spec upcycled_layer_spec`` names."""
+    """The spec for ``--spec megatron_router_upcycling.layer_spec upcycled_layer_spec``."""
     transformer = model_config.transformer
     if transformer.num_moe_experts is None:
         return default_layer_spec(model_config, vp_stage)
@@ -82,29 +82,29 @@ def _find_router(args: Namespace, transformer: TransformerConfig) -> RouterConfi
 
 
 def _shared(transformer: TransformerConfig) -> Iterator[tuple[str, str, Any]]:
-    """What a model's configuration says of its router: Megatron's flag, RouterConfig's field, the value."""
+    """The router's options in a model's configuration: Megatron's flag, RouterConfig's field, the value."""
     for name, field in SHARED_WITH_MEGATRON.items():
         attribute = "num_moe_experts" if name == "num_experts" else name
         yield flag_of(name), field, getattr(transformer, attribute)
 
 
 def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, router: RouterConfig) -> Spec:
-    """Megatron's default spec, every MoE layer in it with ``router``; dense layers stay as they are."""
+    """Megatron's default spec with ``router`` in every MoE layer; dense layers are unchanged."""
     device.check_implementation(model_config.transformer.transformer_impl)
     spec = default_layer_spec(model_config, vp_stage)
     if model_config.transformer.num_moe_experts is None:
         return spec
     for flag, field, found in _shared(model_config.transformer):
         if found != (expected := getattr(router, field)):
-            raise UserError(f"{flag} {found}: the router is made for {expected}; give it as it was then")
+            raise UserError(f"{flag} {found}: the router was made for {expected}; give that value")
     optimizer.install_muon()
     for name in router.kind.metrics:
-        report_also(name)  # here, where every rank comes: a pipeline stage without experts reports as well
+        report_also(name)  # here, since all ranks run this: stages without experts must report it too
     return replace(spec, layer_specs=[_with_router(layer, router) for layer in spec.layer_specs])
 
 
 def report_also(name: str) -> None:
-    """Let Megatron log the MoE metric ``name`` as well, on every rank from now on; its own list is fixed."""
+    """Add ``name`` to the MoE metrics that Megatron logs, whose own list is fixed. Call it on every rank."""
     patching.wrap("layer_spec", MoEMetricsTracker, "report", _with_more_names, reads=("track_names",))
     if name not in _reported:
         _reported.append(name)
@@ -120,10 +120,10 @@ def _with_more_names(
 
 
 def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
-    """A copy of a layer's spec whose MoE layer builds ``router``; the norm before it has one name.
+    """A copy of a layer's spec whose MoE layer builds ``router``, with one name for the norm before it.
 
-    Without Transformer Engine Megatron saves that norm as ``mlp.linear_fc1.layer_norm_weight``, with it as
-    ``pre_mlp_layernorm.weight``, which loads in both.
+    Megatron saves that norm as ``mlp.linear_fc1.layer_norm_weight`` without Transformer Engine, and as
+    ``pre_mlp_layernorm.weight`` with it. The latter is used here, because both can load it.
     """
     submodules: Any = layer.submodules
     mlp: Any = getattr(submodules, "mlp", None)

@@ -1,6 +1,6 @@
-"""What Megatron raises about a run's arguments or a full disk, in one line that names flags.
+"""Turn Megatron's errors about a run's arguments or a full disk into one line that names flags.
 
-Its checks are assertions, many without a message. What its writers raise need not name the disk.
+Its checks are assertions, many without a message. The errors of its writers may not mention the disk.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from megatron_router_upcycling.errors import OneRankError, UserError
 from megatron_router_upcycling.training.patches import patching
 
 MEGATRON = Path(megatron.core.__file__).parents[1]
-BUILDING = re.compile(r"( when instantiating \w+)+$")  # what Megatron adds to an error on its way
+BUILDING = re.compile(r"( when instantiating \w+)+$")  # what Megatron appends to an error in build_module
 DERIVED = ("world_size", "data_parallel_size")  # arguments that no flag sets
 OBJECTIONS = (AssertionError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
-# What Megatron's scheduler calls its settings -> the arguments that they come from.
+# Setting of Megatron's scheduler -> the argument that it comes from.
 OF_SCHEDULER = {
     "init_lr": "lr_warmup_init",
     "max_lr": "lr",
@@ -38,15 +38,15 @@ OF_SCHEDULER = {
     "end_wd": "end_weight_decay",
 }
 SYSTEM_ERROR = re.compile(r"\[Errno (\d+)\]")
-NEARLY_FULL = 1 << 20  # bytes of free space below which a failed write is taken to be a full disk
+NEARLY_FULL = 1 << 20  # bytes of free space below which a failed write is attributed to a full disk
 
 
 @contextlib.contextmanager
 def megatrons_objection(args: Namespace, *, raised_by_megatron: bool = False) -> Iterator[None]:
-    """Megatron's objection to ``args`` in one line; an assertion without a message shows its source.
+    """Turn Megatron's objection to ``args`` into a UserError, with the source of a bare assertion.
 
-    These are AssertionErrors and ValueErrors; or, ``raised_by_megatron``, OBJECTIONS from its own code, not
-    what goes wrong below it, such as a lack of memory or of a connection.
+    Objections are AssertionErrors and ValueErrors. With ``raised_by_megatron``, they are OBJECTIONS raised in
+    Megatron's own code, not errors from below it, such as a lack of memory or of a connection.
     """
     try:
         yield
@@ -68,7 +68,7 @@ def megatrons_objection(args: Namespace, *, raised_by_megatron: bool = False) ->
 
 
 def _values_read_in(source: str, args: Namespace) -> str:
-    """The arguments that a line of source reads, as flags with their values."""
+    """The arguments that a source line reads, as flags with their values."""
     names = dict.fromkeys(re.findall(r"\b(?:args|self|config)\.(\w+)", source))
     unit = "_samples" if args.train_samples else "_iters"
     arguments = [OF_SCHEDULER[n].replace("_iters", unit) if n in OF_SCHEDULER else n for n in names]
@@ -76,7 +76,7 @@ def _values_read_in(source: str, args: Namespace) -> str:
 
 
 def _with_flags(message: str, args: Namespace) -> str:
-    """``message`` with flags in place of Megatron's names of arguments, where they cannot be other words."""
+    """``message`` with argument names replaced by flags, unless they may be other words."""
     return re.sub(
         r"(?<![-\w.'])[a-z]+(?:_[a-z]+)+(?![\w.(])",
         lambda found: flag_of(found[0]) if hasattr(args, found[0]) and found[0] not in DERIVED else found[0],
@@ -85,7 +85,7 @@ def _with_flags(message: str, args: Namespace) -> str:
 
 
 def install(args: Namespace) -> None:
-    """Let what Megatron raises while it sets up, takes its first step or saves be one line."""
+    """Turn Megatron's errors during set-up, in the first step and when saving into one line."""
     from megatron.training import training
 
     for name in ("initialize_megatron", "setup_model_and_optimizer", "train_step"):
@@ -101,8 +101,8 @@ def _objecting(args: Namespace, original: Callable[..., Any], *positional: Any, 
     try:
         with megatrons_objection(args, raised_by_megatron=True):
             return original(*positional, **options)
-    except UserError as error:  # also one of ours, which went through Megatron's building of modules
-        # Routers and optimizers say what they cannot do when they are first called, on some ranks alone.
+    except UserError as error:  # may be one of ours, to which build_module has appended text
+        # Routers and optimizers refuse what they do not support at their first call, on some ranks only.
         kind = OneRankError if is_step else UserError
         raise kind(BUILDING.sub("", str(error))) from None
 
@@ -112,7 +112,7 @@ def _naming_the_disk(args: Namespace, save: Callable[..., Any], *positional: Any
         return save(*positional, **options)
     except UserError:
         raise
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
+    except (Exception, CheckpointException) as error:  # the latter does not derive from Exception
         if (why := _disk_error(error, Path(args.save))) is None:
             raise
     try:
@@ -124,7 +124,7 @@ def _naming_the_disk(args: Namespace, save: Callable[..., Any], *positional: Any
 
 
 def _disk_error(error: BaseException, folder: Path) -> str | None:
-    """What the system says of the disk, if that is why a save failed with ``error``."""
+    """The system's error message, if a save failed with ``error`` because of the disk; else None."""
     if found := SYSTEM_ERROR.search("".join(traceback.format_exception(error))):
         return os.strerror(int(found[1]))
     try:

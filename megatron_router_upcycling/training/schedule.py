@@ -1,11 +1,11 @@
-"""Learning rates: the paper's schedule beside Megatron's own, and whose rates a resumed run goes by.
+"""Learning rates: the paper's schedule as an addition to Megatron's, and which rates a resumed run uses.
 
 ``--lr-decay-style warmup-step-decay`` (section 4.1): linear warm-up (``--lr-warmup-fraction 0.01`` in the
 paper), constant, x0.316 at 80% of ``--lr-decay-iters`` and x0.316 again at 90%.
 
-Megatron knows a saved group of parameters by all its settings, the learning rates among them, so that after
-a change of ``--lr`` it finds none. Here a group is known by what kind of parameters it holds, and its rates
-are settings that the schedule's flags decide on.
+Megatron matches a saved parameter group by all of its settings, learning rates included, so that after a
+change of ``--lr`` no group matches. Here a group is matched by the kind of parameters that it holds, and the
+schedule's flags decide whether its rates come from the checkpoint or from this run.
 """
 
 from argparse import ArgumentParser
@@ -22,8 +22,8 @@ from megatron_router_upcycling.training.patches import patching
 STYLE = "warmup-step-decay"
 STEPS_AT = (0.8, 0.9)
 FACTOR = 0.316
-# What of Megatron's key of a group is a setting, and the flags that set it: for all groups, and for those of
-# --decoupled-lr (embedding and output layer).
+# The settings in Megatron's key of a group, and the flags that set them: for all groups, and for the groups
+# of --decoupled-lr (embedding and output layer).
 RATES = {"max_lr": ("--lr", "--decoupled-lr"), "min_lr": ("--min-lr", "--decoupled-min-lr")}
 SETTINGS = (*RATES, "start_wd", "end_wd")
 
@@ -31,7 +31,7 @@ type Group = dict[str, Any]
 
 
 def install() -> None:
-    """Offer the style in every parser that Megatron makes, and let it build the scheduler that knows it."""
+    """Add the style to every parser that Megatron makes, and make Megatron build ``StepDecayScheduler``."""
     patching.wrap("schedule", arguments, "add_megatron_arguments", _offer_style)
     patching.replace("schedule", training, "OptimizerParamScheduler", StepDecayScheduler)
 
@@ -44,7 +44,7 @@ def _offer_style(add_arguments: Callable[..., Any], parser: ArgumentParser) -> A
 
 
 class StepDecayScheduler(OptimizerParamScheduler):
-    """Megatron's scheduler with one more decay style, and one line where it does not fit a checkpoint's."""
+    """Megatron's scheduler with one more decay style, and a UserError if it does not fit the checkpoint's."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         follows_wsd = self.use_checkpoint_opt_param_scheduler and state_dict.get("lr_decay_style") == "WSD"
@@ -57,7 +57,7 @@ class StepDecayScheduler(OptimizerParamScheduler):
             super().load_state_dict(state_dict)
         except AssertionError as error:
             raise _another_schedule(str(error).replace("checkpointvalue", "checkpoint value")) from None
-        self.step(0)  # Megatron has set this step's weight decay before it took the checkpoint's
+        self.step(0)  # Megatron set this step's weight decay before it loaded the checkpoint's
 
     def get_lr(self, param_group: Group) -> float:
         """Learning rate for a parameter group at ``self.num_steps`` (counted in samples)."""
@@ -79,13 +79,13 @@ def _another_schedule(difference: str) -> UserError:
 
 
 def kind(group: Group) -> tuple[Any, ...]:
-    """What says which parameters ``group`` holds, experts or not; NeMo's names of keys begin with pre_."""
+    """A key for the kind of parameters that ``group`` holds. NeMo's names of entries begin with pre_."""
     keys = [key for key in param_group_identifier_keys if key not in SETTINGS]
     return _has_own_rate(group), *(group.get(key, group.get(f"pre_{key}")) for key in keys)
 
 
 def kind_but_expert(group: Group) -> tuple[Any, ...]:
-    """``kind`` but for being experts, which differs between expert-parallel layouts."""
+    """``kind`` without ``is_expert_parallel``, which differs between expert-parallel layouts."""
     return kind({name: value for name, value in group.items() if name != "is_expert_parallel"})
 
 
@@ -97,9 +97,9 @@ def _has_own_rate(group: Group) -> bool:
 def counterparts(
     current: list[Group], saved: list[Group], kind: Callable[[Group], Any] = kind
 ) -> list[Group]:
-    """For each of the ``current`` groups the one of those ``saved`` that holds its parameters.
+    """For each of the ``current`` groups, the group of ``saved`` that holds its parameters.
 
-    Groups of one kind that differ in their rates alone (``--use-mup``) are known by the order of these.
+    Groups of one kind that differ only in their rates (``--use-mup``) are matched in the order of the rates.
     """
     found = []
     for group in current:
@@ -109,8 +109,8 @@ def counterparts(
         if len(own) != len(others):
             raise UserError(
                 "--load: the checkpoint's optimizer has its parameters in other groups, as after a change of"
-                " --decoupled-lr, --apply-wd-to-qk-layernorm or --use-mup; give these as the run before had"
-                " them, or pass --no-load-optim to begin with a fresh optimizer and learning-rate schedule"
+                " --decoupled-lr, --apply-wd-to-qk-layernorm or --use-mup; give these as in the earlier run,"
+                " or pass --no-load-optim to begin with a fresh optimizer and learning-rate schedule"
             )
         rates = others[own.index(_rates(group))]
         found.append(next(s for s in saved if kind(s) == kind(group) and _rates(s) == rates))
@@ -122,9 +122,9 @@ def _rates(group: Group) -> tuple[float, ...]:
 
 
 def settle(current: list[Group], saved: list[Group], follow: str | None) -> None:
-    """Make the settings of all groups and of those saved, which are about to be loaded, equal in place.
+    """Make the settings of the current and the saved groups, which are about to be loaded, equal in place.
 
-    ``follow`` says whose both get: "run", "checkpoint", or None where they must be equal.
+    ``follow`` says which settings both get: "run", "checkpoint", or None if they must be equal already.
     """
     pairs = list(zip(current, counterparts(current, saved), strict=True))
     for group, other in sorted(pairs, key=lambda pair: _has_own_rate(pair[0])):

@@ -8,7 +8,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.launch import Run
 
 # File in --save that says running, stopped (saved before its end: a signal, --exit-*) or finished.
-# A script that starts a run again needs it, for torchrun passes no exit status on.
+# Scripts that restart a run need it, because torchrun does not pass on the exit status.
 RUN_STATE = "run_state"
 RESTART_TO_TELL_CAUSE = 16  # exit status of Megatron's rerun state machine, which saved and wants a restart
 
@@ -29,13 +29,13 @@ def model_config(run: Run) -> Any:
 
 
 def build(args: Namespace, model: Any) -> tuple[list[Any], Any, Any]:
-    """What Megatron's loop builds first: this rank's model chunks, their optimizer and its schedule."""
+    """Build this rank's model chunks, their optimizer and its schedule, as Megatron's ``pretrain`` does."""
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    training.initialize_megatron()  # by the module's attribute, which the CPU backend replaces
+    training.initialize_megatron()  # looked up in the module, where the CPU backend replaces it
     return training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=pretrain_cfg_container_from_args(args, model),

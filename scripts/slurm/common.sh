@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Read by the batch files in this folder. What submit.sh sets: ROOT (this repository), WORK (where everything
-# of the run lies), HF, DENSE, CONFIG, DENSE_CONFIG, DATA (weights and prefixes) and TEXT (files and folders), one a
-# line, CONTAINER_IMAGE or VENV, LOCAL if there is no Slurm, and ONE_PASS (a YAML file to write) where no
-# configuration says how long to train.
+# Sourced by the batch files in this folder. submit.sh sets these variables: ROOT (this repository), WORK (the
+# folder of the run), HF, DENSE, CONFIG, DENSE_CONFIG, DATA (weights and prefixes) and TEXT (files and folders), both
+# one a line, CONTAINER_IMAGE or VENV, LOCAL if there is no Slurm, and ONE_PASS (a YAML file to write) if no
+# configuration sets the length of training.
 cd "$ROOT" || exit
 mapfile -t prefixes <<<"$DATA"
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
@@ -12,15 +12,15 @@ else
     export PYTHON=${PYTHON:-${VENV:-$ROOT/.venv}/bin/python}
 fi
 
-# Folders of the files that submit.sh was given, each at its own path. (Files that are links to elsewhere, as in
-# the Hub's cache, need CONTAINER_MOUNTS.)
+# Mounts, at their own paths, for the folders of all files that submit.sh was given. (Files that are links to
+# other folders, as in the Hub's cache, need CONTAINER_MOUNTS.)
 mounts() {
     local path folder found=$ROOT:$ROOT,$WORK:$WORK texts
     mapfile -t texts <<<"${TEXT:-}"
     for path in "$HF" "$DENSE" "$CONFIG" "$DENSE_CONFIG" "${prefixes[@]}" "${texts[@]}"; do
         folder=$(dirname "$path")
         case $folder/ in
-        // | ./ | "$ROOT"/* | "$WORK"/*) continue ;; # the root, a weight or nothing, what is mounted already
+        // | ./ | "$ROOT"/* | "$WORK"/*) continue ;; # the root, a weight or nothing, or already mounted
         esac
         [[ ,$found, == *",$folder:$folder,"* ]] || found+=,$folder:$folder
     done
@@ -40,7 +40,7 @@ on_each_node() {
             "--container-mounts=$(mounts)"
         )
     fi
-    # By the address that Slurm itself uses; inside a container there may be no scontrol to ask.
+    # The address that Slurm itself uses. Set it here, since a container may have no scontrol.
     local first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
     MASTER_ADDR=$(scontrol show node -o "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
@@ -52,7 +52,7 @@ router_upcycle() {
     on_each_node "$PYTHON" -m megatron_router_upcycling.cli "$@"
 }
 
-# Write $WORK/$2: the configuration $1, and above it the flags and tokenizer of the model that was imported.
+# Write $WORK/$2: the configuration $1, overridden by the flags and tokenizer of the imported model.
 over_imported_model() {
     local base bases=("$1")
     [[ -f $DENSE/model.yaml ]] && bases+=("$DENSE/model.yaml")

@@ -1,12 +1,12 @@
-"""What collecting keys costs: a forward pass that collects them against a plain evaluation forward pass.
+"""Measure the cost of collecting keys: a forward pass that collects them against a plain forward pass.
 
     python tools/benchmarks/bench_collect_keys.py [--device cpu|cuda] [--json]
 
-One process, one dense model of Qwen1.5-0.5B's layers with random weights, batches through Megatron's data
-pipeline and schedule as ``collect_keys`` runs them. Plain and collecting passes alternate, each pair in the
-opposite order to the last; the ratio is the median of the pairs' ratios, which other work on the machine
-disturbs least. On the CPU the model has fewer layers and a small vocabulary: the output layer collects
-nothing, so a large one would only make the ratio look better.
+One process runs a dense model with Qwen1.5-0.5B's layers and random weights, with Megatron's data pipeline
+and schedule, as ``collect_keys`` does. Plain and collecting passes alternate, in reversed order in every
+other pair; the ratio is the median of the pairs' ratios, which is robust against other load on the machine.
+On the CPU the model has fewer layers and a small vocabulary: the output layer collects nothing, so a large
+one would only make the ratio look better.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from megatron_router_upcycling.key_statistics.capture import capture_keys
 from megatron_router_upcycling.training import device, launch
 
 BOUND = 1.1  # collecting over plain
-# Qwen1.5-0.5B, apart from its number of layers and its vocabulary.
+# Qwen1.5-0.5B, except for the number of layers and the vocabulary.
 MODEL = (
     "--hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16 --kv-channels 64 --add-qkv-bias"
     f" {measuring.QWEN} --hidden-dropout 0 --attention-dropout 0"
@@ -78,8 +78,8 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, help="default: 2 on the CPU, 24 on a GPU")
     groups = "default: 2; 16 is no grouping, the most keys"
     parser.add_argument("--num-query-groups", type=int, default=2, help=groups)
-    parser.add_argument("--repeats", type=int, default=25, help="pairs of passes that count")
-    parser.add_argument("--warmup", type=int, default=2, help="pairs of passes before those")
+    parser.add_argument("--repeats", type=int, default=25, help="pairs of passes that are measured")
+    parser.add_argument("--warmup", type=int, default=2, help="pairs of passes before these")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # Megatron prints a great deal

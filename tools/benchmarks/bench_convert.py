@@ -3,11 +3,11 @@
     .venv/bin/python tools/benchmarks/bench_convert.py [--layers 24] [--json FILE]
 
 Makes a dense torch_dist checkpoint of Qwen1.5-0.5B's shape with random bfloat16 values, then measures in
-one run: importing torch, ``cp -r`` (and the ``sync`` after it, which the converter does by itself), the
-conversion to 8 and to 64 experts, the same to 8 with real copies (``--materialize``), a straightforward
-conversion that loads all and saves all (``plain_upcycle.py``), and Megatron's own ``--moe-use-upcycling``,
-on a tiny model, if it works. Time is wall time, the best of ``--repeats``; a conversion's excludes the time
-to import torch. Memory is the peak of a process's resident set.
+one run: importing torch, ``cp -r`` (and a ``sync`` after it, since the converter syncs by itself), the
+conversion to 8 and to 64 experts, that to 8 experts with real copies (``--materialize``), a straightforward
+conversion that loads and saves everything (``plain_upcycle.py``), and Megatron's own ``--moe-use-upcycling``
+on a tiny model, if it works. Time is wall time, the best of ``--repeats``; that of a conversion excludes
+importing torch. Memory is the peak of a process's resident set.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from random_checkpoint import Shape, make
 TIME_LIMIT = 1.5  # times cp -r
 MEMORY_LIMIT_MB = 100.0  # beyond importing torch.distributed.checkpoint
 SIZE_LIMIT = 1.01  # times the dense FFN and the routers
-COMPARED = 8  # experts of the conversions to compare with
-# The smallest model that Megatron's own upcycling can be tried on, without a GPU.
+COMPARED = 8  # number of experts in the conversions that are compared with others
+# A model small enough to try Megatron's own upcycling without a GPU.
 TINY = shlex.split(
     "--device cpu --num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4"
     " --seq-length 16 --max-position-embeddings 16 --micro-batch-size 1 --global-batch-size 1"
@@ -36,12 +36,12 @@ TINY = shlex.split(
 
 
 def try_megatron(work: Path) -> str:
-    """Upcycle a tiny model with Megatron's own ``--moe-use-upcycling``: how long it took, or how it fails."""
+    """Upcycle a tiny model with Megatron's own ``--moe-use-upcycling``; return its time, or its error."""
     pretrain = (sys.executable, "-m", "megatron_router_upcycling.pretrain", *TINY)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
     def failure(*flags: str) -> str:
-        """What a run that fails says last; "" for one that ends well."""
+        """The last error message of a run that fails; "" if it succeeds."""
         done = subprocess.run([*pretrain, *flags], env=environment, capture_output=True, text=True)
         lines = [line.split("]: ", 1)[-1] for line in (done.stdout + done.stderr).splitlines()]
         said = [line for line in lines if "Error" in line or "error:" in line]
@@ -82,7 +82,7 @@ def convert(work: Path) -> tuple[Any, ...]:
 
 
 def beside_a_copy(work: Path, taken: Any, experts: list[int]) -> dict[int, int]:
-    """One round of what the limits are about; return the bytes that each conversion added."""
+    """One round of the measurements that have limits; return the bytes that each conversion added."""
     out, copy = work / "out", work / "copy"
     for module in ("torch", "torch.distributed.checkpoint"):
         taken.take(f"import {module}", sys.executable, "-c", f"import {module}")
@@ -107,7 +107,7 @@ def other_ways(work: Path, taken: Any) -> None:
 
 
 def compare(taken: Any, shape: Shape, num_experts: int, added: int) -> dict[str, float]:
-    """A conversion beside ``cp -r`` and the least bytes that it could add."""
+    """A conversion compared with ``cp -r``, and its bytes compared with the fewest possible."""
     name, memory = f"convert {num_experts}", taken.peak_mb()
     ffn = 3 * shape.layers * shape.ffn * shape.hidden * 2
     routers = 2 * shape.layers * shape.heads * shape.head_size * (shape.hidden + 1)  # query maps, expert keys

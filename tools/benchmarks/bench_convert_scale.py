@@ -2,9 +2,9 @@
 
     .venv/bin/python tools/benchmarks/bench_convert_scale.py [--folder FOLDER] [--json FILE]
 
-Makes dense checkpoints of the shapes of Qwen models, the larger ones with their first layers only: a layer
-more adds chunks and no larger ones, so that memory is that of the whole model. For each: bytes, ``cp -r``,
-and a conversion to 8 experts with 8 routers. The largest is 8.5 GB and needs three times that on the disk.
+Makes dense checkpoints with the shapes of Qwen models but only a few of their layers. More layers add more
+chunks of the same size, so memory is the same as for the whole model. Measures bytes, ``cp -r``, and a
+conversion to 8 experts with 8 routers. The largest is 8.5 GB and needs three times that on the disk.
 """
 
 import shutil

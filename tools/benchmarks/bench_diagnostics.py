@@ -1,11 +1,11 @@
-"""What routing diagnostics cost a training step.
+"""Measure how much time routing diagnostics add to a training step.
 
     .venv/bin/python tools/benchmarks/bench_diagnostics.py [--iterations 44] [--hidden-size 256] [--json]
 
-One process trains a mixture of routers on made-up tokens and collects in every other iteration. Two figures
-come out: the time spent inside the diagnostics over the time of the iterations that collect, which a busy
-machine hardly changes; and the median of the ratios of neighbouring iterations with and without, which it
-does. A run with the default interval collects once in --log-interval iterations, not in each.
+One process trains a mixture of routers on mock data and collects statistics in every other iteration. It
+reports two figures: the time spent inside the diagnostics as a share of the iterations that collect, which is
+robust against other load on the machine; and the median ratio of neighbouring iterations with and without
+collecting, which is not. By default a run collects once in --log-interval iterations, not in each.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from megatron_router_upcycling.training.run_log import collector, measures
 from megatron_router_upcycling.training.run_log.listener import RunLog
 
 BOUND = 0.01  # of a step
-WARM_UP = 4  # iterations that are left out
+WARM_UP = 4  # first iterations, which are not counted
 FLAGS = (
     "--num-layers {num_layers} --hidden-size {hidden_size} --ffn-hidden-size {ffn} --num-attention-heads 8"
     f" --num-experts 8 --moe-router-topk 2 --router mixture {measuring.QWEN} --moe-router-pre-softmax"
@@ -37,11 +37,11 @@ FLAGS = (
 
 
 def train_once(options: argparse.Namespace) -> list[tuple[float, float]]:
-    """Of each iteration, its seconds and those of them inside the diagnostics; even ones collect."""
+    """For each iteration, its seconds and its seconds inside the diagnostics. Even iterations collect."""
     flags = FLAGS.format(**vars(options), ffn=11 * options.hidden_size // 4)
     run = launch.prepare(flags.split())
     inside = [0.0]  # seconds in the diagnostics so far
-    marks = [(0.0, 0.0)]  # when iterations ended, and the seconds by then
+    marks = [(0.0, 0.0)]  # for each iteration, the time of its end, and ``inside`` at that time
 
     def time_calls(owner: Any, name: str) -> None:
         function = getattr(owner, name)

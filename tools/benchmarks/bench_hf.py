@@ -2,11 +2,11 @@
 
     .venv/bin/python tools/benchmarks/bench_hf.py [--layers 24] [--json FILE]
 
-Makes a Hugging Face folder of Qwen1.5-0.5B's shape (1.2 GB) with random bfloat16 values (the export of a
-made-up checkpoint), imports it, and exports the import, which must give the same tensors. Time is wall time,
-the best of ``--repeats``, without importing torch; beside it is ``cp -r`` of the folder, which reads and
-writes the same number of bytes, and the ``sync`` after it, which import and export do by themselves. Memory
-is the peak of a process's resident set.
+Makes a Hugging Face folder of Qwen1.5-0.5B's shape (1.2 GB) by exporting a checkpoint with random bfloat16
+values, imports it, and exports the import, which must give the same tensors. Time is wall time, the best of
+``--repeats``, without importing torch. It is compared with ``cp -r`` of the folder, which reads and writes
+the same number of bytes, and a ``sync`` after it, since import and export sync by themselves. Memory is the
+peak of a process's resident set.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def run(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     taken = measuring.Commands()
     for _ in range(options.repeats):
         taken.take("import libraries", sys.executable, "-c", LIBRARIES)
-        # Memory of a file just removed is faster to write to than any other: the same for everyone.
+        # Pages of a file just removed are faster to write to, so each command removes its output first.
         measuring.remove(copy)
         taken.take("cp -r", "cp", "-r", source, copy)
         taken.take("sync", "sync")

@@ -1,11 +1,11 @@
-"""Time and memory of ``router-upcycle prepare-data`` on a file of JSON lines.
+"""Measure time and memory of ``router-upcycle prepare-data`` on a file of JSON lines.
 
     .venv/bin/python tools/benchmarks/bench_prepare_data.py [--megatron ../Megatron-LM]
 
-Beside it, on the same text with the same tokenizer and as many processes: Megatron-LM's
-``tools/preprocess_data.py``, whose bytes must be the same. Text is Python source of installed packages. Whole
-commands are timed, in rounds in which both take turns; the ratio is the median of the rounds' ratios. Memory
-is the largest process's.
+With --megatron, Megatron-LM's ``tools/preprocess_data.py`` runs on the same text with the same tokenizer and
+number of processes, and must write the same bytes. The text is Python source of installed packages. Whole
+commands are timed, in rounds of both; the ratio is the median of the rounds' ratios. Memory is that of the
+largest process.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import measuring
 
 from megatron_router_upcycling.data import sources
 
-# How Qwen2's tokenizer cuts text.
+# The pre-tokenizer pattern of Qwen2.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -29,7 +29,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def write_text(file: Path, count: int) -> None:
-    """Lines with ``count`` bytes of text."""
+    """Write JSON lines with about ``count`` bytes of text."""
     with file.open("w", encoding="utf-8") as lines:
         for source in sources.python_packages():
             text = Path(source.path).read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def write_text(file: Path, count: int) -> None:
 
 
 def make_tokenizer(file: Path, folder: Path, vocabulary: int) -> None:
-    """A folder as Qwen's, trained on some of the text."""
+    """Make a tokenizer folder like Qwen's, trained on a tenth of the text."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,15 +1,15 @@
-"""What the mixture of routers costs: forward and backward of a router, beside Megatron's stock one.
+"""Measure the cost of the mixture of routers: forward and backward, compared with Megatron's stock router.
 
     .venv/bin/python tools/benchmarks/bench_router.py [--device cpu|cuda] [--threads 1 2] [--json]
 
-Three routers of one size take the same tokens: the stock ``TopKRouter``; ours, which folds eq. 6-8 of the
-paper into one linear gate; and the direct form of eq. 6-8. Each pass is a whole router as in training
-(softmax over all experts, top-k, auxiliary loss, z-loss) and its backward pass. Stock and folded take
-turns, each going first in every other round, and their ratio is the median of the rounds' ratios; the
-direct form, some twenty times slower, runs a few times at the end. Nothing else should run meanwhile.
+Three routers of one size get the same tokens: the stock ``TopKRouter``; the folded router of this package,
+which folds eq. 6-8 of the paper into one linear gate; and the direct form of eq. 6-8. Each pass is a whole
+router as in training (softmax over all experts, top-k, auxiliary loss, z-loss) and its backward pass. Stock
+and folded alternate, in reversed order in every other round, and the ratio is the median of the rounds'
+ratios; the direct form, some twenty times slower, runs a few times at the end. Keep the machine idle.
 
-On a GPU a pass of this size is mostly the time to launch its kernels, which a whole model in CUDA graphs does
-not pay: there the ratio is of the kernels' own time, by PyTorch's profiler, and their number stands apart.
+On a GPU, launching the kernels takes most of the time of such a small pass, but not in a model with CUDA
+graphs. There the ratio is of kernel time (by PyTorch's profiler), and launches are reported separately.
 """
 
 import ctypes
@@ -29,14 +29,14 @@ from megatron_router_upcycling.training import device, launch
 
 BOUND = 1.05  # folded over stock
 DIRECT_ROUNDS = 5
-WARM_UP, PROFILED = 3, 10  # passes before those that the profiler counts, and those
+WARM_UP, PROFILED = 3, 10  # passes before profiling, and profiled passes
 NUM_HEADS, HEAD_DIM = 16, 64  # Qwen1.5-0.5B
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_routers(options: Namespace, place: str) -> dict[str, torch.nn.Module]:
-    """Stock, folded and direct routers in a Megatron of one process."""
+    """Build stock, folded and direct routers in a single Megatron process."""
     if place == "cpu":
         from megatron_router_upcycling.training.patches import cpu_backend
 
@@ -97,17 +97,17 @@ def build_routers(options: Namespace, place: str) -> dict[str, torch.nn.Module]:
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory, as PyTorch's allocator does on a GPU.
 
-    Otherwise the largest gradient goes back to the system in some passes and not in others, and asking
-    for its pages again takes longer than what is compared here.
+    Otherwise the memory of the largest gradient is returned to the system in some passes but not in others,
+    and mapping its pages again takes longer than the differences that are measured here.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # glibc
-        library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes
+        library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the maximum of glibc
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def measure(options: Namespace) -> dict[str, Any]:
-    """Median seconds of a forward and backward pass, and ratios to the stock router, by threads."""
+    """Median seconds of a forward and backward pass, and ratios to the stock router, by number of threads."""
     place = device.choose(options.device)
     keep_freed_memory()
     routers = build_routers(options, place)
@@ -117,7 +117,7 @@ def measure(options: Namespace) -> dict[str, Any]:
 
     def seconds(name: str) -> float:
         router = routers[name]
-        # Megatron's data parallelism takes every gradient away as soon as it is there.
+        # Start without gradients: Megatron's data parallelism moves each to its buffer at once.
         tokens.grad = None
         router.zero_grad(set_to_none=True)
         start = measuring.now()
@@ -146,7 +146,7 @@ def measure(options: Namespace) -> dict[str, Any]:
 
 
 def profile(run: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of a pass's kernels on the GPU, and their number: the mean of ``PROFILED``."""
+    """Milliseconds and number of the kernels of a pass on the GPU: means over ``PROFILED`` passes."""
     for _ in range(WARM_UP):
         run()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -171,7 +171,7 @@ def report(measured: dict[str, Any]) -> str:
                 f" (bound {BOUND}), direct {result['direct_kernel_ratio']:.1f} times"
             )
             threads = f"with launches, {threads}"
-        bound = "" if found else f", bound {BOUND}"  # which the kernels have there
+        bound = "" if found else f", bound {BOUND}"  # on a GPU the bound is on kernel time
         stock, folded, direct = (result["seconds"][name] * 1e3 for name in ("stock", "folded", "direct"))
         lines.append(
             f"  {threads}: stock {stock:.2f} ms, folded {folded:.2f} ms ({result['ratio']:.3f} times{bound}),"

@@ -1,16 +1,15 @@
-"""A training step with the mixture of routers, beside the same step with Megatron's stock linear router.
+"""Compare a training step with the mixture of routers to the same step with Megatron's stock linear router.
 
     python tools/benchmarks/bench_step.py [--config YAML] [--gpus N] [--rounds R] [--output FILE] [flags]
 
-One rank of an N-GPU run stands on one device, as in ``pretrain --rehearse N``: its real shard of the model,
-its share of the optimizer, the configured micro-batch, one micro-batch a step; flags are Megatron's. What
-other ranks would send takes no time here, so that figures are of computation and memory, not of
-communication. The experts, attention and optimizer are one and the same model; between steps only the routers
-are exchanged, each kind going first in every other round, and the ratio is the median of the rounds' ratios.
-(The optimizer's step includes the mixture's parameters in both.) Tokens and weights are random,
-and tokens go to experts by lot, so that loads are even.
+Runs one rank of an N-GPU run on one device, as ``pretrain --rehearse N`` does: its real shard of the model,
+its share of the optimizer, and the configured micro-batch, one a step; flags are Megatron's. Communication
+takes no time here, so the figures cover computation and memory only. Both kinds of steps use the same model
+and optimizer: only the routers are exchanged between steps, in reversed order in every other round, and the
+ratio is the median of the rounds' ratios. (The optimizer's step includes the mixture's parameters in both.)
+Tokens and weights are random, and tokens are sent to random experts, so that loads are even.
 
-On a GPU the default is the paper's run, configs/qwen1.5-0.5b-8x/moe.yaml of 64 GPUs; on the CPU a small
+The default on a GPU is the paper's run, configs/qwen1.5-0.5b-8x/moe.yaml on 64 GPUs; on the CPU it is a small
 model, whose figures say nothing about a GPU.
 """
 
@@ -35,7 +34,7 @@ from megatron_router_upcycling.training import launch, train
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = ["--config", str(ROOT / "configs/qwen1.5-0.5b-8x/moe.yaml")]
-# A model shaped as that one, for the CPU.
+# A small model of the same kind, for the CPU.
 ON_CPU = shlex.split(
     "--num-layers 4 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 8 --kv-channels 16"
     f" --add-qkv-bias {measuring.QWEN} --vocab-size 4000 --seq-length 256 --max-position-embeddings 256"
@@ -45,7 +44,7 @@ ON_CPU = shlex.split(
     " --train-iters 100 --rehearse-seq-length 256"
 )
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "megatron-router-upcycling")
-WARM_UP = 2  # steps of each kind before the first that counts
+WARM_UP = 2  # steps of each kind before the measured ones
 
 
 def prepare(options: Namespace, flags: list[str]) -> tuple[launch.Run, Setup]:
@@ -55,18 +54,18 @@ def prepare(options: Namespace, flags: list[str]) -> tuple[launch.Run, Setup]:
     run, planned = rehearsal.prepare(argv)
     if run.router is None:
         raise UserError("--num-experts: is not given; a dense model has no router to compare")
-    # A router that is exchanged has no gradient; Megatron's overlapped reduction waits for all of them.
+    # A router that is swapped out gets no gradient, and Megatron's overlapped reduction would wait for it.
     run.args.overlap_grad_reduce = run.args.overlap_param_gather = False
     return run, planned
 
 
 def moe_layers(model: list[Any]) -> list[Any]:
-    """The MoE layers of this rank, each with its ``router``."""
+    """The MoE layers of this rank, which are the modules with a ``router``."""
     return [module for chunk in model for module in chunk.modules() if hasattr(module, "router")]
 
 
 def stock_routers(layers: list[Any]) -> list[torch.nn.Module]:
-    """Megatron's linear router for each layer, of the same configuration."""
+    """Build Megatron's linear router for each layer, with the same configuration."""
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
     from megatron.core.transformer.moe.router import TopKRouter
 
@@ -79,7 +78,7 @@ def stock_routers(layers: list[Any]) -> list[torch.nn.Module]:
 
 
 def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
-    """Seconds of a step with each router, of its routers, and bytes at the peak."""
+    """For each kind of router: seconds of a step, share of the routers, profile, and peak memory."""
     run, planned = prepare(options, flags)
     args = run.args
     model, optimizer, scheduler = train.build(args, train.model_config(run))
@@ -145,7 +144,7 @@ def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The most memory in use: allocated on the GPU in the last step, or by this process since its start."""
+    """Peak memory in bytes: allocated on the GPU in the last step, or of this process since its start."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -177,13 +176,13 @@ def report(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = measuring.Parser(__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="YAML", help="the run (default: see above)")
-    parser.add_argument("--gpus", type=int, default=64, help="of the run that one rank is of (default: 64)")
+    parser.add_argument("--gpus", type=int, default=64, help="number of GPUs of the whole run (default: 64)")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of steps (default: 10)")
-    kinds, which = ("mixture", "stock"), "default: both; a CUDA graph of a layer holds one: mixture"
+    kinds, which = ("mixture", "stock"), "default: both; with CUDA graphs give one, as mixture"
     parser.add_argument("--routers", nargs="+", choices=kinds, default=kinds, help=which)
     parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
     options, flags = parser.parse_known_args()
-    command = shlex.join(["python", *sys.argv])  # before launch takes its own flags from it
+    command = shlex.join(["python", *sys.argv])  # before launch changes sys.argv
     if options.output and not options.output.absolute().parent.is_dir():
         raise UserError(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
     found = measure(options, flags) | {"command": command}

@@ -1,20 +1,20 @@
-"""Check a GPU in a few minutes: training is right, and how long a step and its parts take.
+"""Check in a few minutes that training on a GPU is correct, and measure a step and its parts.
 
     python tools/benchmarks/gpu_check.py [--parts train steps kernels] [--output DIR] [--quick]
 
-It needs this project and what it depends on to be importable (PYTHONPATH), nothing else: no data, no virtual
-environment. Three parts, each with a limit in seconds, each of several processes; a line tells as one ends,
-and what fails stops nothing else.
+Only this project and its dependencies must be importable (PYTHONPATH); no data or virtual environment is
+needed. There are three parts, each with a time limit in seconds and several processes. A line is printed as
+each process ends, and a failure does not stop the others.
 
-train    A small upcycled model of random weights trains for 12 steps: layer by layer, in CUDA graphs, with
-         Transformer Engine and without it, all held against the losses of the CPU. It saves while it trains,
-         ends at 6, goes on to the same losses, with and without Transformer Engine in turn; it is exported,
-         and transformers' loss held against Megatron's.
-steps    bench_step.py in every variant that this machine can run, micro-batches of 4 and 8.
+train    A small upcycled model with random weights trains for 12 steps: with and without CUDA graphs, with
+         and without Transformer Engine. Losses are compared with those on the CPU. Runs that are saved
+         during training and stopped at step 6 must resume with the same losses, also when they switch to or
+         from Transformer Engine. Exports must have the same loss in transformers as in Megatron.
+steps    bench_step.py in every variant that this machine can run, with micro-batches of 4 and 8.
 kernels  Each kernel of this project against its plain form, then bench_router.py and bench_collect_keys.py.
 
-DIR then holds report.json, report.md (one page), and logs/ with what every process printed. Without a GPU all
-sizes are small (--quick), and the page names what could not be run.
+DIR gets report.json, report.md (one page), and logs/ with the output of each process. Without a GPU all sizes
+are small (--quick), and the page lists what could not be run.
 """
 
 import json
@@ -65,7 +65,7 @@ PARTS: dict[str, Callable[[Part], None]] = {"train": train, "steps": steps, "ker
 
 
 def probe() -> dict[str, Any]:
-    """What this machine is and has, found in a process of its own."""
+    """Hardware and versions of this machine, found in a separate process."""
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"error: PyTorch cannot be imported here: {done.stderr.strip()[-500:]}")
@@ -126,13 +126,13 @@ def run(options: Namespace) -> dict[str, Any]:
             part = Part(name, limits[name], options, machine, Path(work))
             try:
                 PARTS[name](part)
-            except Exception as error:  # whatever it is, the other parts go on
+            except Exception as error:  # any error; the other parts still run
                 part.add(Check("this part's own steps", FAILED, note=f"{type(error).__name__}: {error}"))
             result = found["parts"][name] = part.result()
             part.missing += [(check.name, check.note) for check in part.checks if check.outcome == NOT_RUN]
             found["not_run"] += [{"what": what, "why": why} for what, why in part.missing]
             found["seconds"] = time.monotonic() - begin
-            # After each part, should the machine be taken away.
+            # Write after each part, in case the machine is taken away.
             measuring.write_json(options.output / "report.json", found)
             (options.output / "report.md").write_text(page(found), encoding="utf-8")
             print(f"{name}: {result['outcome']}, {result['seconds']:.0f} s", flush=True)
@@ -144,10 +144,10 @@ def main() -> int:
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--output", metavar="DIR", type=Path, default=Path("bench/gpu_check"))
-    add("--quick", action="store_true", help="small sizes; always so where there is no GPU")
+    add("--quick", action="store_true", help="small sizes (always without a GPU)")
     limits = f"of a part (default: {', '.join(f'{name} {seconds}' for name, seconds in LIMITS.items())})"
     add("--limit", nargs=2, action="append", default=[], metavar=("PART", "SECONDS"), help=limits)
-    add("--commit", help="to name in the report, where git cannot tell")
+    add("--commit", help="the commit to name in the report, if there is no git")
     add("--work", type=Path, metavar="DIR", help="for checkpoints (default: a temporary folder)")
     options = parser.parse_args()
     options.output = options.output.absolute()

@@ -1,4 +1,4 @@
-"""Processes with time limits, and what became of them: what the parts of gpu_check.py are made of."""
+"""Run processes with time limits and collect their results, for the parts of gpu_check.py."""
 
 import atexit
 import contextlib
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 OK, FAILED, NOT_RUN = "ok", "failed", "not run"
 GRAPHS = shlex.split("--cuda-graph-impl local --te-rng-tracker --no-check-for-nan-in-loss-and-grad")
-# Runs in a process that may do without Transformer Engine, and may import Megatron and then wait for a line.
+# Start code of a process. It can hide Transformer Engine, or import Megatron and then wait for a line.
 STARTER = """
 import runpy, sys
 hide, hold, *arguments = sys.argv[1:]
@@ -46,7 +46,7 @@ class Check:
     name: str
     outcome: str = OK
     seconds: float = 0.0
-    note: str = ""  # the reason, where the outcome is not OK
+    note: str = ""  # the reason, if the outcome is not OK
     figures: dict[str, Any] = field(default_factory=dict)
     command: str = ""
 
@@ -62,7 +62,7 @@ class Check:
 class Done:
     """A process that has ended."""
 
-    returncode: int | None  # None: it was ended, its limit being over
+    returncode: int | None  # None: it was killed at its time limit
     output: str
     text: str  # output and errors
     seconds: float
@@ -74,7 +74,7 @@ class Done:
         return {int(iteration): float(loss) for iteration, loss in found}
 
     def reason(self) -> str:
-        """Why it failed: the last line that says so."""
+        """Why it failed: the last line with an error."""
         if self.returncode is None:
             return f"its limit is over, after {self.seconds:.0f} s"
         lines = [line.strip() for line in self.text.splitlines() if line.strip()]
@@ -84,7 +84,7 @@ class Done:
 
 
 class Job:
-    """A process of ours: ``python ARGUMENTS`` from the project's root, with a time limit."""
+    """A process ``python ARGUMENTS`` in the project's root folder, with a time limit."""
 
     def __init__(
         self, part: "Part", name: str, *arguments: object, hide_te: bool = False, **environment: str
@@ -102,7 +102,7 @@ class Job:
         self.logs = [part.logs / f"{stem}.{end}" for end in ("out", "err")]
 
     def start(self, hold: bool = False) -> None:
-        """Start it; ``hold``: it imports Megatron and waits, so that others go on meanwhile."""
+        """Start it. With ``hold`` it imports Megatron and then waits, while other processes are measured."""
         self.held = hold
         starter = ["-c", STARTER, "hide" if self.hide_te else "", "hold" if hold else ""]
         with self.logs[0].open("w") as out, self.logs[1].open("w") as err:
@@ -116,10 +116,10 @@ class Job:
                 text=True,
                 start_new_session=True,
             )
-        atexit.register(self.end)  # should this command be ended first
+        atexit.register(self.end)  # in case this command is stopped first
 
     def run(self, limit: float | None = None) -> Done:
-        """Let it run to its end, or to that of its limit or its part's."""
+        """Wait until it ends, or kill it at its time limit or that of its part."""
         seconds = min(limit or self.part.left(), self.part.left())
         begin = time.monotonic()
         if seconds <= 0:
@@ -129,7 +129,7 @@ class Job:
             self.start()
         assert self.process
         if self.held and self.process.stdin:
-            with contextlib.suppress(OSError):  # it has failed already
+            with contextlib.suppress(OSError):  # if it has failed already
                 self.process.stdin.write("\n")
                 self.process.stdin.close()
         status: int | None
@@ -142,7 +142,7 @@ class Job:
         return Done(status, output, f"{output}\n{errors}", time.monotonic() - begin, self.command)
 
     def end(self) -> None:
-        """End it and all that it started."""
+        """Kill it and all processes that it started."""
         if self.process and not self.ended:
             self.ended = True
             with contextlib.suppress(ProcessLookupError):
@@ -151,7 +151,7 @@ class Job:
 
 
 class Part:
-    """One part of the check: what it found, and the time it has."""
+    """One part of the check: its results and its time limit."""
 
     def __init__(
         self, name: str, limit: float, options: Namespace, machine: dict[str, Any], work: Path
@@ -162,7 +162,7 @@ class Part:
         self.work.mkdir(parents=True)
         self.logs = options.output / "logs"
         self.checks: list[Check] = []
-        self.missing: list[tuple[str, str]] = []  # what could not be run, and why
+        self.missing: list[tuple[str, str]] = []  # checks that could not be run, and why
         self.begin = time.monotonic()
         self._lock = threading.Lock()
 
@@ -189,7 +189,7 @@ class Part:
 
 
 def shown(figures: dict[str, Any]) -> list[str]:
-    """The figures that are single values, in short."""
+    """The figures that are single values, as short texts."""
     return [
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in figures.items()
@@ -198,7 +198,7 @@ def shown(figures: dict[str, Any]) -> list[str]:
 
 
 def from_run(done: Done, name: str, **figures: Any) -> Check:
-    """A check of a process's end alone."""
+    """A check that only needs the process to succeed."""
     check = Check(name, seconds=done.seconds, command=done.command, figures=figures)
     if done.returncode != 0:
         check.fail(done.reason())
@@ -207,7 +207,7 @@ def from_run(done: Done, name: str, **figures: Any) -> Check:
 
 @dataclass(frozen=True)
 class Engine:
-    """How the layers are built."""
+    """A way to build the layers."""
 
     name: str
     hide_te: bool = False
@@ -215,19 +215,19 @@ class Engine:
 
 
 def engines(machine: dict[str, Any]) -> list[Engine]:
-    """The ways to build layers that this machine has."""
+    """The ways to build layers that work on this machine."""
     if not machine["te"]:
         return [Engine("without TE" if machine["gpu"] else "CPU")]
     return [Engine("without TE", hide_te=True), Engine("with TE")]
 
 
 def at_once(jobs: dict[str, Job], workers: int) -> dict[str, Done]:
-    """Run jobs, as many at a time as the machine bears; nothing here is timed."""
+    """Run jobs that are not timed, ``workers`` at a time."""
     with ThreadPoolExecutor(workers) as pool:
         futures = {name: pool.submit(job.run) for name, job in jobs.items()}
         try:
             return {name: future.result() for name, future in futures.items()}
-        except BaseException:  # this command is to end: its jobs as well, so that the pool can
+        except BaseException:  # this command is stopped: end its jobs too, or the pool would wait for them
             pool.shutdown(wait=False, cancel_futures=True)
             for job in jobs.values():
                 job.end()

@@ -1,4 +1,4 @@
-"""gpu_check.py's parts "steps" and "kernels": how long a step takes, and whether kernels are right."""
+"""gpu_check.py's parts "steps" and "kernels": measure steps, and check and measure kernels."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 from gpu_check_jobs import GRAPHS, HERE, Job, Part, engines, from_run
 
-# A step of bench_step.py at a small size: of a GPU's default model, and of the CPU's.
+# Flags for a small step of bench_step.py: for the default model on a GPU (True), and on the CPU (False).
 QUICK_STEPS = {
     True: "--num-layers 2 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4"
     " --num-query-groups 4 --kv-channels 64 --vocab-size 1024 --padded-vocab-size 1024"
@@ -39,7 +39,7 @@ def steps(part: Part) -> None:
                 jobs.append((name, job, output))
     for number, (name, job, output) in enumerate(in_turn(jobs, hold=on_gpu)):
         left = len(jobs) - number
-        done = job.run(max(60.0, part.left() - 25 * (left - 1)))  # a share for those that are to come
+        done = job.run(max(60.0, part.left() - 25 * (left - 1)))  # leave time for the jobs to come
         check = from_run(done, name)
         if check.ok:
             check.figures = step_figures(json.loads(output.read_text()))
@@ -47,7 +47,7 @@ def steps(part: Part) -> None:
 
 
 def in_turn(jobs: list[tuple[str, Job, Path]], hold: bool) -> Iterator[tuple[str, Job, Path]]:
-    """One after the other, as they are timed; the next one imports what it needs meanwhile (``hold``)."""
+    """Yield jobs one by one, as they are timed; with ``hold`` the next one already imports its libraries."""
     try:
         for number, entry in enumerate(jobs):
             for _, soon, _ in jobs[number : number + 2] if hold else ():
@@ -60,7 +60,7 @@ def in_turn(jobs: list[tuple[str, Job, Path]], hold: bool) -> Iterator[tuple[str
 
 
 def step_figures(found: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows of a report of bench_step.py, and the report."""
+    """The figures that the page shows for a report of bench_step.py, and the report itself."""
     figures: dict[str, Any] = {}
     for kind, seconds in found["step_seconds"].items():
         profile, used = found["profiles"][kind], found["utilisation"][kind]
@@ -111,7 +111,7 @@ def check_kernels(part: Part, place: str) -> None:
 def benchmark(
     part: Part, name: str, figures: Callable[[dict[str, Any]], dict[str, Any]], *flags: object
 ) -> None:
-    """Run a benchmark, which ends by printing one JSON object."""
+    """Run a benchmark that prints one JSON object at its end."""
     done = Job(part, name, HERE / f"{name}.py", "--json", *flags).run()
     check, printed = from_run(done, name), re.search(r"^\{.*", done.output, re.MULTILINE | re.DOTALL)
     if check.ok and printed is None:

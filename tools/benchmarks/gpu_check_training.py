@@ -1,4 +1,4 @@
-"""gpu_check.py's part "train": a small model trains, is saved, goes on and is exported."""
+"""gpu_check.py's part "train": train, save, resume and export a small model, and compare losses."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import random_checkpoint
 from gpu_check_jobs import GRAPHS, NOT_RUN, Check, Done, Engine, Job, Part, at_once, engines, from_run
 
 STEPS, HALF = 12, 6
-# The greatest relative difference between two runs' losses, at any step. At this learning rate runs in
-# bfloat16 and in float32 on one CPU differ by about 1e-3 while they fall by a fifth; at 3e-3 by 9e-2.
+# The largest allowed relative difference between two runs' losses, at any step. At this learning rate, runs
+# in bfloat16 and float32 on one CPU differ by about 1e-3, while losses fall by a fifth; at 3e-3 by 9e-2.
 AGREE = {
     "the CPU's": 3e-3,
     "the plain run's": 3e-3,  # the same device, other kernels
@@ -35,7 +35,7 @@ SHAPES = {
 
 
 class Training:
-    """Runs of one converted model: their flags, and what they are held against."""
+    """Runs of one converted model, and their flags."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
@@ -46,7 +46,7 @@ class Training:
         self.engines = engines(part.machine)
 
     def convert(self) -> bool:
-        """Make the model; whether that went well."""
+        """Make the model; return whether that succeeded."""
         dense, statistics = random_checkpoint.make(self.part.work, self.shape)
         convert = ("convert", dense, self.moe, "--key-stats", statistics, "--num-experts", 8)
         done = Job(self.part, "convert", "-m", "megatron_router_upcycling.cli", *convert).run()
@@ -60,7 +60,7 @@ class Training:
         return Job(self.part, name, *module, *given, hide_te=engine.hide_te, **environment)
 
     def half(self, engine: Engine) -> Path:
-        """Where a run of this engine that ended half-way was saved."""
+        """The folder of this engine's run that stops half-way."""
         return self.part.work / f"half {engine.name}"
 
 
@@ -104,13 +104,13 @@ def check_cpu(part: Part, cpu: Done) -> None:
         check.figures["losses"] = list(cpu.losses.values())
         if len(cpu.losses) != STEPS:
             check.fail(f"{len(cpu.losses)} of {STEPS} steps")
-        elif not cpu.losses[STEPS] < 0.95 * cpu.losses[1]:  # 17 times what runs may differ by
+        elif not cpu.losses[STEPS] < 0.95 * cpu.losses[1]:  # 17 times the allowed difference
             check.fail("it learns too little to tell one run from another")
     part.add(check)
 
 
 def check_graphs(part: Part, engine: str, ran: dict[str, Done]) -> None:
-    """A run in CUDA graphs against the same without."""
+    """Compare a run in CUDA graphs with the same run without."""
     graphs = ran[f"{engine}, graphs"]
     check = held(graphs, f"train {engine}, whole layers in CUDA graphs", ran[engine], "the plain run's")
     built = re.findall(r"built (\d+) cuda graph", graphs.text)
@@ -121,7 +121,7 @@ def check_graphs(part: Part, engine: str, ran: dict[str, Done]) -> None:
 
 
 def resume(training: Training, ran: dict[str, Done]) -> dict[str, Engine]:
-    """Resume an engine's own half and the other's; return the folders of one engine alone."""
+    """Resume each half with each engine; return the folders of runs that kept their engine."""
     part, jobs = training.part, {}
     pairs = {f"from {a.name} on {b.name}": (a, b) for a in training.engines for b in training.engines}
     for name, (before, after) in pairs.items():
@@ -145,7 +145,7 @@ def length(sequence: int) -> tuple[object, ...]:
 
 
 def check_exports(training: Training, runs: dict[str, Engine]) -> None:
-    """Export what was trained, and hold transformers' loss against Megatron's."""
+    """Export the trained models, and compare transformers' loss with Megatron's."""
     part, workers = training.part, training.workers
     export = ("-m", "megatron_router_upcycling.cli", "export-hf")
     exporting = {
@@ -158,7 +158,7 @@ def check_exports(training: Training, runs: dict[str, Engine]) -> None:
     if why := part.machine["why"].get("transformers"):
         part.cannot("transformers' loss of an exported model", why)
         return
-    # Megatron in float32 as well.
+    # Megatron evaluates in float32, as transformers does.
     flags = [flag for flag in TRAIN if flag not in ("--bf16", "--eval-iters", "0")]
     jobs = {}
     for name, engine in runs.items():
@@ -193,7 +193,7 @@ def say_what_training_lacked(part: Part) -> None:
 def held(
     done: Done, name: str, expected: Done, against: str, steps: Sequence[int] = range(1, STEPS + 1)
 ) -> Check:
-    """A run, its losses held against another's by their greatest relative difference."""
+    """A check that a run's losses agree with another's, by their largest relative difference."""
     check = from_run(done, name, losses=list(done.losses.values()))
     absent = [step for step in steps if step not in done.losses or step not in expected.losses]
     if check.ok and expected.returncode != 0:

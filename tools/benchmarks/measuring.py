@@ -1,4 +1,4 @@
-"""What the benchmarks share: time and memory of commands, passes in turns, a folder to work in, commits."""
+"""Helpers of the benchmarks: time and memory of commands, alternating passes, a working folder, commits."""
 
 import argparse
 import json
@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-WARM_BYTES = 4 << 30  # what a measured command may fill
-# Flags of Megatron that every Qwen has.
+WARM_BYTES = 4 << 30  # memory and page cache that a measured command may fill
+# Megatron's flags that all Qwen models have in common.
 QWEN = (
     "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope"
     " --untie-embeddings-and-output-weights"
@@ -23,7 +23,7 @@ CLI = (sys.executable, "-m", "megatron_router_upcycling.cli")
 
 
 class Usage(NamedTuple):
-    """What a command took."""
+    """Time and memory that a command took."""
 
     seconds: float  # wall time
     processor_seconds: float  # user and system
@@ -31,7 +31,7 @@ class Usage(NamedTuple):
 
 
 class Commands:
-    """Commands that are measured by name, each perhaps several times: the best time, the most memory."""
+    """Measurements of named commands. For repeated ones the shortest time and the largest memory count."""
 
     def __init__(self) -> None:
         self.taken: dict[str, list[Usage]] = {}
@@ -49,7 +49,7 @@ class Commands:
         return {name: max(usage.peak_mb for usage in taken) for name, taken in self.taken.items()}
 
     def against_copy(self, name: str, imports: str) -> dict[str, float]:
-        """A command without the imports that it begins with, beside ``cp -r`` and the ``sync`` after it."""
+        """A command's time without its imports, compared with ``cp -r`` and the ``sync`` after it."""
         best, pairs = self.seconds(), zip(self.taken["cp -r"], self.taken["sync"], strict=True)
         seconds = best[name] - best[imports]
         copied = min(copy.seconds + sync.seconds for copy, sync in pairs)
@@ -61,10 +61,10 @@ class Commands:
 
 
 def measure(*command: Any) -> Usage:
-    """Run a command; memory it may fill is touched and given back first.
+    """Run and measure a command, after allocating and freeing the memory that it may fill.
 
-    In a virtual machine, a page that was not used lately has to be fetched from the host. A command that is
-    the first to fill its page cache would be charged for that: up to ten times the time of the copy.
+    In a virtual machine, a page that was not used recently has to be fetched from the host. The first command
+    to fill the page cache would be charged for that, which may take ten times as long as the copy.
     """
     populate = f"mmap.mmap(-1, {WARM_BYTES}, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
     subprocess.run([sys.executable, "-c", f"import mmap; {populate}"], check=False)
@@ -79,7 +79,7 @@ def measure(*command: Any) -> Usage:
 
 
 def aside(function: Any, *args: Any) -> None:
-    """Call in a process of its own: what a process has used counts in the peak of those it starts."""
+    """Call ``function`` in a separate process, since child processes inherit the peak memory of this one."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=args)
     process.start()
     process.join()
@@ -92,7 +92,7 @@ def all_bytes(folder: Path) -> int:
 
 
 def new_bytes(folder: Path) -> int:
-    """Bytes of the files that no other folder shares."""
+    """Bytes of the files that have no other hard link."""
     stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
     return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
@@ -103,7 +103,7 @@ def remove(*folders: Path) -> None:
 
 
 def now() -> float:
-    """Seconds, when all that was asked of the device is done."""
+    """The time in seconds, after waiting for the GPU if there is one."""
     import torch
 
     if torch.cuda.is_available():
@@ -114,8 +114,8 @@ def now() -> float:
 def take_turns(
     seconds: Callable[[str], float], names: tuple[str, ...], rounds: int, warm_up: int
 ) -> dict[str, list[float]]:
-    """Measure things that other work on the machine would disturb: in every round all, in every other one in
-    reverse; ``warm_up`` rounds before those do not count."""
+    """Measure all ``names`` in each round, in reversed order in every other round, so that other load on the
+    machine affects all alike; ``warm_up`` rounds before these are not counted."""
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-warm_up, rounds):
         for name in names if turn % 2 else reversed(names):
@@ -126,12 +126,12 @@ def take_turns(
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """The rounds' ratios, whose median other work disturbs least."""
+    """The ratio of each round; their median is robust against other load on the machine."""
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
 class Parser(argparse.ArgumentParser):
-    """Its help is a benchmark's docstring; it says a mistake in one line, as the commands do."""
+    """A parser whose help is the benchmark's docstring, and whose errors are one line, as in the commands."""
 
     def __init__(self, description: str | None, **options: Any) -> None:
         form = argparse.RawDescriptionHelpFormatter
@@ -142,7 +142,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_size_flags(parser: Parser) -> None:
-    """The sizes of Qwen1.5-0.5B, and how often to measure."""
+    """Add flags for the sizes, with Qwen1.5-0.5B's as defaults, and for the number of measurements."""
     sizes = {"layers": 24, "hidden": 1024, "ffn": 2816, "vocabulary": 151936, "repeats": 3}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -151,9 +151,9 @@ def add_size_flags(parser: Parser) -> None:
 def main(
     parser: Parser, run: Callable[[Path, argparse.Namespace], Any], report: Callable[[Any], str]
 ) -> None:
-    """Measure in a folder that is removed afterwards, print the report, and write the figures where asked."""
-    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    """Measure in a folder that is removed afterwards, print the report, and write the figures if asked."""
+    parser.add_argument("--folder", type=Path, help="working folder (default: a temporary one)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as work:
         found = run(Path(work), options)
@@ -162,7 +162,7 @@ def main(
 
 
 def commit() -> str:
-    """The commit of this project that is at work, with ``-dirty`` where files differ, or "unknown"."""
+    """The checked-out commit of this project, with ``-dirty`` if files differ from it, or "unknown"."""
     command, here = "git describe --always --dirty --abbrev=12 --exclude=*", Path(__file__).resolve().parent
     try:
         said = subprocess.run(command.split(), cwd=here, capture_output=True, text=True)
@@ -172,7 +172,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The processor's name and number of threads, where there is no GPU."""
+    """The processor's name and number of threads, as the hardware's description without a GPU."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -1,10 +1,10 @@
-"""Upcycle the straightforward way, to compare with: all of the model in memory, every expert a copy.
+"""Upcycle in the straightforward way, as a baseline: the whole model in memory, every expert a copy.
 
     .venv/bin/python tools/benchmarks/plain_upcycle.py DENSE OUT 8
 
 Reads a dense torch_dist checkpoint (an iteration's folder) with PyTorch's own loader, repeats each FFN
-tensor, and writes with PyTorch's own writer. The routers are random. What it makes has the tensors of a
-Megatron checkpoint and no common state: it is a measure of time and memory, not for training.
+tensor, and writes with PyTorch's own writer. The routers are random. The result has the tensors of a Megatron
+checkpoint but no common state: it serves to measure time and memory, not for training.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Dense checkpoints of any size with random values, and key statistics that fit them, to be converted."""
+"""Make dense checkpoints of any size with random values, and key statistics that fit them."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import measuring
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen model, its heads as Qwen1.5-0.5B's by default."""
+    """Sizes of a Qwen model; the defaults are the heads of Qwen1.5-0.5B."""
 
     layers: int
     hidden: int
@@ -22,7 +22,7 @@ class Shape:
 
 
 def make(work: Path, shape: Shape) -> tuple[Path, Path]:
-    """A dense checkpoint and key statistics in ``work``, made in processes of their own."""
+    """Make a dense checkpoint and key statistics in ``work``, in separate processes."""
     dense, statistics = work / "dense", work / "key_stats.safetensors"
     measuring.aside(make_dense, dense, shape)
     measuring.aside(make_key_stats, statistics, shape)
@@ -30,9 +30,9 @@ def make(work: Path, shape: Shape) -> tuple[Path, Path]:
 
 
 def make_dense(root: Path, shape: Shape) -> None:
-    """A dense checkpoint as Megatron saves it on one rank: a chunk a layer, gate and up apart.
+    """Make a dense checkpoint as Megatron saves it on one rank: a chunk a layer, gate and up separate.
 
-    All its values are one block of random ones, in bfloat16; norms multiply by one.
+    The values are one block of random bfloat16 numbers, repeated; norms are 1.
     """
     from megatron_router_upcycling.checkpoint.format import torch_save_file
     from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
@@ -96,7 +96,7 @@ def _arguments(shape: Shape) -> Namespace:
 
 
 def make_key_stats(path: Path, shape: Shape) -> None:
-    """Random key statistics that fit ``make_dense``."""
+    """Make random key statistics that fit ``make_dense``."""
     import torch
 
     from megatron_router_upcycling.key_statistics import file as key_stats_file

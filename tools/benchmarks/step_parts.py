@@ -1,8 +1,8 @@
-"""Where a training step's time goes: kernel time by part of the model, launches, and the gap to wall time.
+"""Break down a training step's time: kernel time by part of the model, launches, and the gap to wall time.
 
-Forward, a kernel belongs to the innermost labelled module that runs; backward, to the module whose forward
-operation it differentiates (PyTorch's profiler numbers both alike). What runs outside modules is told by its
-name. On the CPU, where there are no kernels, an operation's own time takes their place.
+In the forward pass a kernel belongs to the innermost labelled module that runs; in the backward pass to the
+module of the forward operation with the same sequence number in PyTorch's profiler. Other kernels are
+classified by name. On the CPU, which has no kernels, an operation's own time is used instead.
 """
 
 import time
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 LABEL = "part: "
-# Part -> what modules of it are called, the last component of their name.
+# Part -> names of its modules (the last component).
 MODULES = {
     "attention": ("core_attention",),
     "attention's projections": ("self_attention", "linear_qkv", "linear_proj"),
@@ -24,7 +24,7 @@ MODULES = {
     "head and loss": ("output_layer",),
     "embedding": ("embedding",),
 }
-# Part -> words in the names of kernels or operations, for what no module of the list above runs.
+# Part -> words in the names of kernels or operations, for those outside of the modules above.
 WORDS = {
     "head and loss": ("_loss", "cross_entropy", "CrossEntropy", "nll"),
     "norms": ("rms_norm", "RMSNorm"),
@@ -40,11 +40,11 @@ WORDS = {
 }
 KERNEL_WORDS = {"rotary embedding": ("_rotary", "rope")}
 OTHER = "residuals, gradient buffers and other"
-IN_GRAPHS = "layers in CUDA graphs, and other"  # a replay does not tell whose kernel is whose
+IN_GRAPHS = "layers in CUDA graphs, and other"  # kernels of a replay cannot be attributed to modules
 
 
 def label(model: list[torch.nn.Module]) -> list[Any]:
-    """Mark each module of ``MODULES`` in profiles; returns the hooks, to be removed."""
+    """Mark each module of ``MODULES`` in profiles; returns the hooks, which the caller must remove."""
     part_of = {name: part for part, names in MODULES.items() for name in names}
     hooks: list[Any] = []
     for chunk in model:
@@ -69,7 +69,7 @@ def measure(
     """Profile one step; time ``runs`` more without the profiler.
 
     Args:
-        labelled: False for a model in CUDA graphs, whose layers are then one part.
+        labelled: False for a model in CUDA graphs, whose layers are reported as one part.
 
     Returns:
         ``wall_ms``, ``kernel_ms`` (their sum), ``launches``, ``gap`` (wall time over kernel time, less 1;
@@ -109,7 +109,7 @@ def measure(
 
 
 def _now() -> float:
-    """Seconds, when all that was asked of the GPU is done."""
+    """The time in seconds, after waiting for the GPU if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

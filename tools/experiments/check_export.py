@@ -1,11 +1,11 @@
-"""Hold an exported model against the Megatron checkpoint that it was made from, and let it write a little.
+"""Compare an exported model's loss with that of its Megatron checkpoint, and generate some text with it.
 
     python -m tools.experiments.check_export HF_DIR --config configs/demo/moe.yaml --load MOE \\
         --valid-data-path DIR/text_held_out --tokenizer-model DIR/text.tokenizer.model --output check.json
 
-Megatron evaluates MOE over ``--eval-iters`` batches in this process; transformers then loads HF_DIR, without
-trust_remote_code, and is given the same batches. Prints both losses (nats a token, float32) and a few lines
-that the exported model continues.
+Megatron evaluates MOE over ``--eval-iters`` batches in this process; then transformers loads HF_DIR, without
+trust_remote_code, and evaluates the same batches. Prints both losses (nats a token, float32) and a few lines
+with the exported model's continuations.
 """
 
 import json
@@ -26,7 +26,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def megatron_loss(argv: list[str]) -> tuple[float, list[Batch], Any]:
-    """Evaluate in this process: the mean loss, the batches it is over, and Megatron's arguments."""
+    """Evaluate in this process; return the mean loss, the evaluated batches and Megatron's arguments."""
     run = launch.prepare([*argv, "--skip-train", "--expert-model-parallel-size", "1"], needs_checkpoint=True)
     if not run.args.output:
         raise UserError("--output: name the JSON file to write")
@@ -65,9 +65,9 @@ def exported_loss(model: torch.nn.Module, batches: list[Batch]) -> float:
 
 @torch.no_grad()
 def continuations(model: Any, batches: list[Batch], tokenizer_model: str | None) -> list[dict[str, str]]:
-    """What the model writes after the first tokens of a few held-out samples (sampled, seed 0).
+    """The model's continuations of the first tokens of a few held-out samples (sampled, seed 0).
 
-    Nothing where tokens are numbers that no tokenizer made.
+    Empty without a tokenizer, as for mock data.
     """
     if tokenizer_model is None:
         return []
@@ -102,7 +102,7 @@ def check(argv: list[str]) -> None:
         raise UserError(f"HF_DIR {folder}: no config.json there; name what export-hf wrote")
     in_megatron, batches, args = megatron_loss(argv)
 
-    # In a process of its own: here torch may be bridged to the CPU for Megatron (cpu_backend).
+    # In a separate process, since torch may be patched for Megatron on the CPU in this one (cpu_backend).
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         in_transformers, samples = pool.apply(in_fresh_process, (folder, batches, args.tokenizer_model))
     print(f"held-out loss: Megatron {in_megatron:.6f}, transformers {in_transformers:.6f}")

@@ -1,11 +1,10 @@
-"""When each claim of a comparison was first seen, and what was known then.
+"""Record when each claim of a comparison was first seen, and which of its runs had begun by then.
 
-``OUTPUT/NAME/claims.json`` gets an entry for each claim that is not in it yet, before anything runs. An
-entry is found by a digest of the claim and of all that decides what its two runs are, so that a claim whose
-sides are swapped, or whose configuration is changed, is a new one. What was known is read from the records of
-runs in OUTPUT, whichever file they were run for. Where entries are lost, claims are seen anew, with all that
-is known then: a mistake makes a claim look later than it was, never earlier. What happened in other folders
-is not known.
+Before anything runs, each claim that is not yet in ``OUTPUT/NAME/claims.json`` gets an entry there. Its key
+is a digest of the claim and of everything that defines its two runs, so that swapping the sides of a claim
+or changing a configuration makes it a new one. Runs that had begun are found by their records in OUTPUT, even
+if they ran for another comparison file. If entries are lost, the claims are recorded again with what is known
+then: an error makes a claim look later than it was, never earlier. Other folders are not considered.
 """
 
 import hashlib
@@ -24,8 +23,8 @@ NAME = "claims.json"
 
 @dataclass(frozen=True)
 class Seen:
-    """What was known when a claim was first seen, at ``time`` (seconds since 1970): how many trainings of its
-    two runs had begun, with any seed."""
+    """When a claim was first seen, as ``time`` (seconds since 1970), and how many trainings of each of its
+    two runs had begun by then, with any seed."""
 
     time: float
     better_begun: int
@@ -33,11 +32,11 @@ class Seen:
 
     @property
     def is_late(self) -> bool:
-        """Whether something of its runs was known."""
+        """Whether any training of its runs had begun."""
         return self.better_begun + self.than_begun > 0
 
     def describe(self, claim: Claim) -> str:
-        """A mark for a late claim; "" for one that stood before its runs."""
+        """A mark for a late claim; "" for a claim that was made before its runs began."""
         if not self.is_late:
             return ""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.time))
@@ -49,7 +48,7 @@ class Seen:
 
 
 def see(comparison: Comparison) -> dict[Claim, Seen]:
-    """When each claim of ``comparison`` was first seen; now, if it never was."""
+    """When each claim of ``comparison`` was first seen; claims not seen before are recorded as of now."""
     file = comparison.output / comparison.path.stem / NAME
     try:
         entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -68,7 +67,7 @@ def see(comparison: Comparison) -> dict[Claim, Seen]:
 
 
 def _digest(claim: Claim, comparison: Comparison) -> str:
-    """Of which run is said to be better than which, and of what they are."""
+    """A digest of the claim's two runs, their order, and everything that defines them."""
     dense = comparison.dense
     what = [*claim.runs, *(read_yaml(comparison.runs[name]) for name in claim.runs)]
     start = read_yaml(dense) if dense else [str(comparison.checkpoint), str(comparison.key_stats)]
@@ -77,7 +76,7 @@ def _digest(claim: Claim, comparison: Comparison) -> str:
 
 
 def _begun(comparison: Comparison, name: str) -> int:
-    """Trainings that have begun under a run's name, whatever it was then, or with its configuration."""
+    """Number of trainings that began under the run's name, or with its configuration under another name."""
     config, begun = read_yaml(comparison.runs[name]), 0
     for path in (comparison.output / "stages").glob("train-*.json"):
         named = path.stem.rpartition("-")[0] == f"train-{run_name(name)}"

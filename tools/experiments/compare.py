@@ -1,28 +1,28 @@
-"""Methods or ablations against each other, over several seeds, from one dense model: the paper's comparisons.
+"""Compare methods or ablations over several seeds, starting from one dense model, as the paper does.
 
     make compare        or: .venv/bin/python -m tools.experiments.compare configs/compare/methods.yaml
     make compare ARGS=configs/compare/ablations.yaml
 
-The file lists runs by name, each the YAML that ``convert`` and ``pretrain`` are both given (a file, or its
-entries), seeds, and claims to look at. A corpus is prepared, a dense model trained and its keys collected,
-once for all comparisons in --output; then each run is converted and trained with each seed. A seed decides
-what is drawn at random in the conversion and the order of the data, so that with one seed all runs see the
-same batches in the same order, and differences between runs are taken seed by seed.
+The file lists runs by name, seeds, and claims to check. A run is the YAML configuration that both ``convert``
+and ``pretrain`` get (a file, or its entries). Once for all comparisons in --output, a corpus is prepared, a
+dense model is trained and its keys are collected; then each run is converted and trained with each seed. The
+seed decides the random values of the conversion and the order of the data: with one seed, all runs see the
+same batches in the same order, so differences between runs are taken seed by seed.
 
-A dense model of your own: ``checkpoint:`` and ``key_stats:`` in the file name what exists already,
-``flags:`` has Megatron arguments for every run (data, tokenizer, budget), and ``launcher:`` is what starts a
-module on your machines (default: torchrun on two processes here).
+To use your own dense model, name an existing ``checkpoint:`` and ``key_stats:`` in the file. ``flags:`` holds
+Megatron arguments for every run (data, tokenizer, budget), and ``launcher:`` is the command that starts a
+module on your machines (default: torchrun with two processes on this machine).
 
---jobs N has N runs side by side, each with its log and, on a terminal, its moving line: several on one
-GPU, or over several GPUs in turn; on the CPU each process computes on one core (or as many as OMP_NUM_THREADS
-says), so let N times ``ranks:`` (default: 2) be the number of cores. N changes no result. A run that fails
-ends no other: the report names it, and the exit status is 1.
+--jobs N runs N jobs in parallel, each with its own log and, on a terminal, a progress line. They share one
+GPU, or are distributed over several; on the CPU each process uses one core (or OMP_NUM_THREADS), so choose N
+so that N times ``ranks:`` (default: 2) is the number of cores. N does not change results. A failed run does
+not stop the others: the report names it, and the exit status is 1.
 
-Claims belong in the file before its runs begin: OUTPUT/NAME/claims.json keeps when each was first seen, and
-the report marks those of which something was known by then.
+Write claims into the file before its runs begin: OUTPUT/NAME/claims.json records when each was first seen,
+and the report marks claims of which a run had begun by then.
 
 Finished stages are skipped: run the same command again to resume a comparison that was stopped or killed.
-Ends with OUTPUT/NAME/report.md, results.json, loss_curves.png and differences.png.
+At the end it writes OUTPUT/NAME/report.md, results.json, loss_curves.png and differences.png.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from tools.experiments.stages import Pipeline, command_line
 
 
 def collect(pipeline: Pipeline, plan: Plan) -> tuple[list[RunResult], dict[tuple[str, int], str]]:
-    """What every run that has ended found, and why others failed."""
+    """The results of all finished runs, and the reasons why others failed."""
     results, failures = [], {}
     for run in plan.runs():
         stage = plan.train(*run)
@@ -59,7 +59,7 @@ def collect(pipeline: Pipeline, plan: Plan) -> tuple[list[RunResult], dict[tuple
 
 
 def choose_runs(text: str | None, comparison: Comparison) -> list[str]:
-    """The runs that ``--runs`` names, all without it. Names may have commas in them."""
+    """The runs that ``--runs`` names; all runs without it. Names may contain commas."""
     if text is None:
         return list(comparison.runs)
     chosen, rest = [], text.strip()
@@ -73,7 +73,7 @@ def choose_runs(text: str | None, comparison: Comparison) -> list[str]:
 
 
 def choose_seeds(text: str | None, comparison: Comparison) -> list[int]:
-    """The seeds that ``--seeds`` names, all without it."""
+    """The seeds that ``--seeds`` names; all seeds without it."""
     if text is None:
         return list(comparison.seeds)
     words, known = [word.strip() for word in text.split(",")], {str(seed): seed for seed in comparison.seeds}
@@ -105,7 +105,7 @@ def work(argv: list[str] | None) -> tuple[str, int]:
     text = report.write(comparison, results, folder, _again(args), seen, failures, dense)
     text += f"\n\nSaved: {folder}/report.md, results.json and two pictures; logs in {output}/logs"
     if not args.report_only and not failed.keys().isdisjoint(chosen):
-        return f"{text}\nThe same command tries again what failed.", 1
+        return f"{text}\nRun the same command again to retry the failed runs.", 1
     return text, 0
 
 
@@ -113,10 +113,10 @@ def _parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("comparison", type=Path, metavar="FILE", help="such as configs/compare/methods.yaml")
-    folder = "folder to work in (the file's output:, or compare; with --quick the folder quick in it)"
+    folder = "working folder (default: the file's output:, or compare; with --quick, its subfolder quick)"
     add("--output", type=Path, help=folder)
     add("--quick", action="store_true", help="a tiny model and a few steps: does it all run?")
-    add("--jobs", metavar="N", type=int, default=1, help="runs at a time, side by side (default: 1)")
+    add("--jobs", metavar="N", type=int, default=1, help="number of parallel runs (default: 1)")
     add("--runs", metavar="A,B", help="these runs only (default: all)")
     add("--seeds", metavar="1,2", help="these of the file's seeds only (default: all)")
     add("--report-only", action="store_true", help="report what has ended so far, run nothing")
@@ -124,7 +124,7 @@ def _parser() -> Parser:
 
 
 def _again(args: argparse.Namespace) -> str:
-    """The command that makes the comparison."""
+    """The command that repeats the comparison."""
     words = ["python", "-m", "tools.experiments.compare", str(args.comparison)]
     words += ["--output", str(args.output)] if args.output else []
     return shlex.join(words + ["--quick"] * args.quick)

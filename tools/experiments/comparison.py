@@ -1,4 +1,4 @@
-"""A comparison's YAML file: what is compared, and the claims that its report answers."""
+"""Read a comparison's YAML file: the runs to compare, and the claims that its report checks."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from megatron_router_upcycling.files import write_whole
 
 @dataclass(frozen=True)
 class Claim:
-    """That run ``better`` ends with a lower held-out loss than ``than``; ``source`` says who claims it."""
+    """The claim that run ``better`` ends with a lower held-out loss than run ``than``, made by ``source``."""
 
     better: str
     than: str
@@ -30,16 +30,16 @@ class Claim:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the file says.
+    """The content of the file.
 
     - ``runs``, ``dense``: YAML files; the dense model is trained first.
     - ``from_scratch``: the runs that are trained without a conversion; their files have the architecture.
-    - ``paper``: the paper's figure for a run, in percent, where it has one.
-    - ``corpus``: flags of prepare-data, where the dense model is trained first.
-    - ``ranks``: processes of a run on this machine, where no ``launcher`` starts it.
-    - ``tasks``: of ``evaluate``, asked of every trained model, which is exported for that; "" for none.
-    - ``output``: the folder to work in. Runs that start from another dense model than those of another file,
-      or have other flags, need one of their own.
+    - ``paper``: the paper's score for a run, in percent, if it has one.
+    - ``corpus``: flags of prepare-data, if the dense model is trained first.
+    - ``ranks``: number of processes of a run on this machine, if there is no ``launcher``.
+    - ``tasks``: the tasks of ``evaluate`` for every trained model, which is exported for it; "" for none.
+    - ``output``: the working folder. Comparison files with another dense model or other flags need separate
+      folders.
     """
 
     path: Path
@@ -65,11 +65,11 @@ class Comparison:
 def read(path: Path, output: Path | None = None, quick: bool = False) -> Comparison:
     """Read and check a comparison's file; paths in it are relative to it.
 
-    A run, or the dense model, is the name of a YAML file or what such a file would say: its entries, which
-    are written to ``OUTPUT/configs``.
+    A run, or the dense model, is given as the name of a YAML file or as the entries of such a file, which are
+    then written to ``OUTPUT/configs``.
 
     Args:
-        output: the folder to work in (default: the file's, or ``quick`` in it).
+        output: the working folder (default: the file's; with ``quick``, its subfolder ``quick``).
     """
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -144,7 +144,7 @@ def _check(entries: Any, path: Path) -> None:
 
 
 def _write_config(entries: dict[str, Any], folder: Path, file: Path) -> Path:
-    """Write the entries of a configuration, whose ``base:`` is relative to ``folder``, to ``file``."""
+    """Write a configuration's entries to ``file``. Their ``base:`` is relative to ``folder``."""
     base = entries.get("base", [])
     bases = [str((folder / name).resolve()) for name in ([base] if isinstance(base, str) else base)]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -153,5 +153,5 @@ def _write_config(entries: dict[str, Any], folder: Path, file: Path) -> Path:
 
 
 def run_name(name: str) -> str:
-    """A run's name as part of a file's."""
+    """A run's name in the form used in file names."""
     return re.sub(r"[^A-Za-z0-9.=]+", "-", name).strip("-")

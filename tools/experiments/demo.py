@@ -1,15 +1,15 @@
-"""From text to a dense model to Mixtures-of-Experts, on any machine, in a few minutes.
+"""Train a small dense model on text and upcycle it to Mixtures-of-Experts, on any machine, in a few minutes.
 
     make demo        or: .venv/bin/python -m tools.experiments.demo [--output DIR] [--quick]
 
 Prepares a corpus, trains a small dense model on two processes, collects its key statistics, converts it by
-Router Upcycling and by vanilla upcycling (a random linear router), trains both with two-way
-expert parallelism from the same data order, and compares them on held-out text: a comparison
-(``tools.experiments.compare``) with one seed, configs/compare/demo.yaml. The first is exported to Hugging
-Face format, loaded by transformers, held against Megatron and asked for a few lines.
+Router Upcycling and by vanilla upcycling (a random linear router), trains both with two-way expert
+parallelism on the same data in the same order, and compares them on held-out text. This is the comparison
+(``tools.experiments.compare``) configs/compare/demo.yaml with one seed. The first model is then exported to
+Hugging Face format and loaded by transformers; its loss is compared with Megatron's, and it generates text.
 
 Every step is a command that is printed before it runs, with its output in DIR/logs. Finished steps are
-skipped: run the same command again to resume. Ends with DIR/report.md, results.json and loss_curves.png.
+skipped: run the same command again to resume. Writes DIR/report.md, results.json and loss_curves.png.
 """
 
 import json
@@ -32,7 +32,7 @@ from tools.experiments.stages import Pipeline, Stage, command_line, in_order
 
 COMPARISON = Path("configs/compare/demo.yaml")
 
-# Colour and width of a run's line: curves may lie on one another, so thinner ones are drawn on top.
+# Colour and width of a run's line. Curves may coincide, so thinner ones are drawn on top.
 STYLES = (("#444444", 2.0), ("#c8401e", 1.2), ("#2867b2", 3.0))
 LEGEND = (
     "Loss: nats a token on the same held-out samples. Load: tokens of the busiest expert over the mean, in"
@@ -78,8 +78,8 @@ class Demonstration(Plan):
 
 @dataclass(frozen=True)
 class Model:
-    """One row of the table and one curve of the picture; None where a column does not apply (to the dense
-    model). Losses are nats a token, held out; loads are those of the busiest expert over the mean."""
+    """One row of the table and one curve of the plot; None for columns that do not apply to the dense model.
+    Losses are held-out losses in nats a token; loads are those of the busiest expert over the mean."""
 
     name: str
     run: RunResult
@@ -88,17 +88,17 @@ class Model:
     load_at_end: float | None = None
     conversion_seconds: float | None = None
     bytes_added: int | None = None  # by the conversion, to the disk
-    bytes_named: int | None = None  # size of the converted checkpoint with what it shares counted in
+    bytes_named: int | None = None  # size of the converted checkpoint, shared bytes included
 
     @property
     def training(self) -> dict[int, float]:
-        """Training losses by step; every step has as many tokens as any other."""
+        """Training losses by step; all steps have the same number of tokens."""
         run = self.run
         return {tokens * run.steps // run.tokens: loss for tokens, loss in run.training.items()}
 
 
 def collect(pipeline: Pipeline, plan: Demonstration) -> list[Model]:
-    """What the stages found, once all have ended: the dense model, then those that were made of it."""
+    """The results of the finished stages: the dense model, then the models made from it."""
 
     def result(name: str, seed: int, stage: Stage) -> RunResult:
         return read_run(name, seed, stage.output, pipeline.record(stage))
@@ -115,9 +115,9 @@ def collect(pipeline: Pipeline, plan: Demonstration) -> list[Model]:
 
 
 def disk_use(root: Path, source: Path) -> tuple[int, int]:
-    """Bytes that checkpoint ``root`` adds beside ``source``, and the bytes of all its files.
+    """Bytes that checkpoint ``root`` adds to those of ``source``, and the bytes of all its files.
 
-    A file that is hard-linked to one of ``source`` adds nothing.
+    A file that is hard-linked to a file of ``source`` adds nothing.
     """
     held = {(s.st_dev, s.st_ino) for s in (path.stat() for path in source.rglob("*") if path.is_file())}
     stats = [path.stat() for path in root.rglob("*") if path.is_file()]
@@ -126,7 +126,7 @@ def disk_use(root: Path, source: Path) -> tuple[int, int]:
 
 
 def table(models: list[Model]) -> str:
-    """The results in Markdown; LEGEND says what the columns are."""
+    """The results as a Markdown table; LEGEND explains the columns."""
 
     def number(value: float | None, form: str, unit: str = "") -> str:
         return "–" if value is None else f"{value:{form}}{unit}"
@@ -143,7 +143,7 @@ def table(models: list[Model]) -> str:
 
 
 def picture(models: list[Model]) -> Figure:
-    """The loss curves on one time line: the dense model's first, the others' from its end on."""
+    """The loss curves over one axis of steps: the dense model's first, and the others' from its end on."""
     converted_at, last = models[0].run.steps, max(model.run.steps for model in models[1:])
     figure, (left, right) = pictures.panels(2, 4.6)
     shown: list[float] = []  # on the right: losses from the conversion on
@@ -184,7 +184,7 @@ def as_json(models: list[Model]) -> dict[str, Any]:
 
 
 def describe(models: list[Model], check: dict[str, Any], vocabulary: int) -> str:
-    """The table, what its columns are, and what ``check_export`` found, in Markdown."""
+    """The table, its legend, and the results of ``check_export``, in Markdown."""
     dense, exported, *_ = models
     samples = "\n".join(f"- {said['prompt']!r} → {said['continuation']!r}" for said in check["samples"])
     return f"""{table(models)}
@@ -201,7 +201,7 @@ transformers and {check["megatron"]:.6f} in Megatron. It continues held-out text
 
 
 def write(pipeline: Pipeline, plan: Demonstration) -> str:
-    """Write report.md, results.json and loss_curves.png; return the table and what belongs to it."""
+    """Write report.md, results.json and loss_curves.png; return the text of the report."""
     models, output = collect(pipeline, plan), plan.output
     corpus = record.read(plan.base.data)
     assert corpus, "the corpus was prepared by the first stage"

@@ -1,7 +1,6 @@
-"""What the demonstration and every comparison stand on: a corpus, a dense model, its key statistics.
+"""The stages that the demonstration and all comparisons share: a corpus, a dense model, its key statistics.
 
-Commands name programs and files relative to the folder that they are run from, so that what is printed can
-be copied.
+Commands name programs and files relative to the current folder, so that the printed commands can be copied.
 """
 
 import os
@@ -15,13 +14,13 @@ from typing import Any
 
 from tools.experiments.stages import Stage
 
-NUM_RANKS = 2  # but one on a machine with a single GPU
-# What --quick changes: a model and a corpus just large enough to go through every step.
+NUM_RANKS = 2  # one on a machine with a single GPU
+# What --quick changes: a model and a corpus just large enough to run every step.
 CORPUS = {"source_library": True, "train_tokenizer": 4000, "held_out": 0.05}
 QUICK_CORPUS = {"train_tokenizer": 500, "held_out": 0.1, "max_bytes": 800_000}
 QUICK_MODEL = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 176, "kv_channels": 8}
 QUICK_RUN = {"train_iters": 6, "save_interval": 4, "eval_iters": 2, "log_interval": 2}
-# The demonstration's sizes, whatever a comparison's file says.
+# The demonstration's sizes, which override those of a comparison's file.
 QUICK_RUN |= {"micro_batch_size": 8, "global_batch_size": 16}
 QUICK_RUN |= {"seq_length": 256, "max_position_embeddings": 256}
 
@@ -29,7 +28,7 @@ QUICK_RUN |= {"seq_length": 256, "max_position_embeddings": 256}
 def flags(**entries: Any) -> tuple[str, ...]:
     """Entries as flags: ``train_iters=80`` as ``--train-iters 80``, ``quiet=True`` as ``--quiet``.
 
-    A list gives its flag several words; False and None give none at all.
+    A list becomes a flag with several values; False and None leave the flag out.
     """
     words: list[str] = []
     for name, value in entries.items():
@@ -66,12 +65,12 @@ def gpus() -> list[str]:
 
 
 def num_ranks() -> int:
-    """Two, on two GPUs or the CPU; one where there is a single GPU, which two cannot share."""
+    """Two on the CPU or several GPUs; one on a single GPU, which two ranks cannot share."""
     return 1 if len(gpus()) == 1 else NUM_RANKS
 
 
 def torchrun(module: str, ranks: int, launcher: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """Run a module of the package on so many ranks of this machine, unless another launcher starts it.
+    """The command that runs a module of the package on ``ranks`` processes here, or with ``launcher``.
 
     One rank needs no torchrun, which takes seconds to start.
     """
@@ -82,17 +81,17 @@ def torchrun(module: str, ranks: int, launcher: tuple[str, ...] | None = None) -
 
 
 def environment() -> dict[str, str]:
-    """The environment of the commands: each process computes on one core, unless OMP_NUM_THREADS says more.
+    """The environment of the commands: one thread for each process, unless OMP_NUM_THREADS is set.
 
-    One, however many runs share the machine: sums over other numbers of threads are rounded differently.
+    The number must not depend on how many runs share the machine, because it changes the rounding of sums.
     """
     return {"OMP_NUM_THREADS": "1"} | os.environ
 
 
 def shares(jobs: int, ranks: int) -> list[dict[str, str]]:
-    """What is added to the environment of each of so many commands side by side: which GPUs it sees.
+    """Additions to the environment of each of ``jobs`` parallel commands, which select its GPUs.
 
-    A single GPU, and as many GPUs as a command has ranks, are for all of them.
+    If there are no more GPUs than a command has ranks, all commands share them.
     """
     found = gpus()
     if jobs == 1 or len(found) <= ranks:
@@ -103,7 +102,7 @@ def shares(jobs: int, ranks: int) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Foundation:
-    """The stages that come first, in ``output``. ``corpus_flags``: of prepare-data, in place of CORPUS."""
+    """The first stages, in ``output``. ``corpus_flags``: flags of prepare-data that replace CORPUS."""
 
     output: Path
     dense_config: Path
@@ -113,7 +112,7 @@ class Foundation:
 
     @property
     def data(self) -> Path:
-        """The prefix of the corpus; what is held out and the tokenizer have endings of their own."""
+        """The prefix of the corpus; held-out data and tokenizer add suffixes to it."""
         return self.corpus.output / "text"
 
     @cached_property
@@ -132,9 +131,9 @@ class Foundation:
         return Stage("dense", "train the dense model", command, folder, (config,), after, resumes=True)
 
     def run_flags(self, run: str) -> tuple[str, ...]:
-        """Flags of every run: its length where it is a quick one, and the data.
+        """Flags of every run: the data and, for a quick run, its length.
 
-        ``run`` names it: each has its own cache of the data's order, so that no other writes it meanwhile.
+        ``run`` is its name: each run has its own cache of data indices, so that parallel runs do not collide.
         """
         data = flags(
             tokenizer_model=f"{self.data}.tokenizer.model",

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: loss curves, and how far the runs are from one of them."""
+"""The plots of a comparison: loss curves, and differences between the runs and the reference."""
 
 import math
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ COLOURS = (
     *("#00999c", "#d2679a", "#8c5a2b", "#5b6ee1", "#7f9a2b", "#e58a1f"),
 )
 GREY, OTHER = "#bbbbbb", "#777777"  # curves and names of runs without a colour
-type Curve = tuple[list[int], list[list[float]]]  # numbers of tokens, and the losses there, one a seed
-FAR = 12.0  # typical differences; what is further off would flatten the picture
+type Curve = tuple[list[int], list[list[float]]]  # numbers of tokens, and for each the losses, one a seed
+FAR = 12.0  # in typical differences; runs further off would flatten the plot and are only marked
 
 
 def panels(count: int, height: float) -> tuple[Figure, list[Any]]:
-    """A figure of so many panels, the first the widest."""
+    """A figure with ``count`` panels, of which the first is the widest."""
     figure = Figure(figsize=(13, height), layout="tight")
     axes = figure.subplots(1, count, width_ratios=(3, 2)[:count], squeeze=False)[0]
     for panel in axes:
@@ -34,8 +34,8 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def curves(comparison: Comparison, results: Sequence[RunResult]) -> Figure:
-    """Training loss against tokens in the manner of the paper's figure 3; beside it the differences of
-    held-out losses at the end, which stand alone where no training losses are known."""
+    """Left: training loss over tokens, like the paper's figure 3. Right: differences of the held-out losses
+    at the end, which is the only panel if there are no training losses."""
     names = [name for name in comparison.runs if any(result.name == name for result in results)]
     seeds = [{result.seed for result in results if result.name == name} for name in names]
     shared = set.intersection(*seeds) or set.union(*seeds)  # curves of other seeds saw other data
@@ -65,10 +65,10 @@ def curves(comparison: Comparison, results: Sequence[RunResult]) -> Figure:
 
 
 def draw_curves(axes: Any, found: dict[str, Curve], reference: str, bands: bool) -> dict[str, str]:
-    """Means of runs over tokens, with bands from the lowest seed to the highest, and names at the right edge.
+    """Draw runs' means over tokens, with bands from the lowest seed to the highest, and names on the right.
 
-    Where there are more runs than colours, only the first, the reference and those that end lowest and
-    highest have one; the others are thin and grey.
+    If there are more runs than colours, only the first, the reference and those that end lowest and highest
+    are coloured; the others are thin and grey.
 
     Returns:
         The colours by the names of runs.
@@ -98,7 +98,7 @@ def draw_curves(axes: Any, found: dict[str, Curve], reference: str, bands: bool)
     named = sorted(colours, key=ends.__getitem__)
     for name in named:
         places.append(max(min(max(ends[name], low), high), places[-1] + step if places else low))
-    for number in reversed(range(len(places))):  # where they reach over the top
+    for number in reversed(range(len(places))):  # move names down that would be above the top
         places[number] = min(places[number], high - step * (len(places) - 1 - number))
     for name, place in zip(named, places, strict=True):
         where = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 9}
@@ -107,7 +107,7 @@ def draw_curves(axes: Any, found: dict[str, Curve], reference: str, bands: bool)
 
 
 def _draw_differences(axes: Any, found: dict[str, list[float]], colours: dict[str, str]) -> None:
-    """A line a run: its difference with each seed, and their mean; what is far off stands at the edge."""
+    """For each run a row with its difference for each seed and their mean; outliers are at the edge."""
     means = {name: mean(values) for name, values in found.items() if values}
     typical = sorted(abs(value) for value in means.values())[len(means) // 2] if means else 0.0
     edge = FAR * typical or 1.0
@@ -131,14 +131,14 @@ def _draw_differences(axes: Any, found: dict[str, list[float]], colours: dict[st
 
 
 def differences_over_tokens(comparison: Comparison, results: Sequence[RunResult]) -> Figure:
-    """Training loss minus the reference's over tokens, over the seeds that both have. The scale is that of
-    the runs that are near the reference; others are named."""
+    """Training loss minus the reference's over tokens, for the seeds that both have. The scale fits the runs
+    that are near the reference; the title names the others."""
     reference = comparison.reference
     others = (name for name in comparison.runs if name != reference)
     found = {name: training_differences(results, name, reference) for name in others}
     found = {name: curve for name, curve in found.items() if curve[0]}
     means = {name: list(map(mean, values)) for name, (_, values) in found.items()}
-    # How far each is off in the later two thirds, where the first jump is over.
+    # The largest difference of each in the last two thirds, after the initial jump.
     far = {name: max(map(abs, curve[len(curve) // 3 :])) for name, curve in means.items()}
     typical = sorted(far.values())[(len(far) - 1) // 2] if far else 0.0
     near = {name: found[name] for name in far if far[name] <= FAR * typical or not typical}

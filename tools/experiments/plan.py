@@ -1,4 +1,4 @@
-"""The commands of a comparison: a few stages for each run, over those that make what all runs start from."""
+"""The commands of a comparison: the shared stages (``foundation``), then a few stages for each run."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Plan:
 
     @property
     def foundation(self) -> Foundation | None:
-        """Where the file has a dense model to train: the stages that make it and its key statistics."""
+        """The stages that make dense model and key statistics; None if the file names a checkpoint."""
         dense, corpus = self.comparison.dense, self.comparison.corpus
         return Foundation(self.output, dense, self.quick, self.ranks, corpus) if dense else None
 
@@ -35,14 +35,14 @@ class Plan:
         return self.comparison.ranks or num_ranks()
 
     def runs(self) -> Iterator[tuple[str, int]]:
-        """Names and seeds, seed by seed, so that whole comparisons are there as early as can be."""
+        """Names and seeds, ordered by seed, so that comparisons of all runs are complete early."""
         return ((name, seed) for seed in self.comparison.seeds for name in self.comparison.runs)
 
     def stages(self) -> list[Stage]:
         return self.stages_of(self.runs())
 
     def stages_of(self, runs: Iterable[tuple[str, int]]) -> list[Stage]:
-        """All that some of the runs need."""
+        """All stages that ``runs`` need, in order."""
         last = self.ask if self.comparison.tasks else self.train
         return in_order(last(*run) for run in runs)
 
@@ -59,7 +59,7 @@ class Plan:
         return self._pretrain("train", name, seed, "trained")
 
     def evaluate(self, name: str, seed: int) -> Stage:
-        """The held-out loss before any training; no part of a comparison by itself."""
+        """The held-out loss before any training, which only the demonstration uses."""
         return self._pretrain("evaluate", name, seed, "evaluated", skip_train=True)
 
     def export(self, name: str, seed: int) -> Stage:
@@ -68,11 +68,11 @@ class Plan:
         return self._stage("export", name, seed, command, folder, after=(trained,))
 
     def ask(self, name: str, seed: int) -> Stage:
-        """The tasks of ``evaluate``, asked of the trained model."""
+        """Evaluate the trained model on the tasks of ``evaluate``."""
         exported, folder = self.export(name, seed), self._folder("asked", name, seed)
         limit = QUICK_QUESTIONS if self.quick else None
         options = {"tasks": self.comparison.tasks, "limit": limit, "batch_size": 64, "output": folder}
-        # The folder is our own, of a moment ago.
+        # Safe to trust: the export stage has just written this folder.
         command = cli("evaluate", exported.output, **options, trust_remote_code=True)
         return self._stage("ask", name, seed, command, folder, after=(exported,))
 
@@ -87,7 +87,7 @@ class Plan:
         cache = {} if base else {"data_cache_path": self.output / "data_cache" / folder.name}
         shortened = QUICK_RUN if base and self.quick else {}
         given = {flag: value for flag, value in self.comparison.flags.items() if flag not in shortened}
-        # The methods' files spread the experts over two ranks.
+        # The methods' files set expert parallelism over two ranks.
         alone = {"expert_model_parallel_size": 1} if self.ranks == 1 and not launcher else {}
         command = (
             *torchrun("pretrain", self.ranks, launcher),
@@ -105,5 +105,5 @@ class Plan:
 
 
 def export_command(trained: Stage, folder: Path, **options: Any) -> tuple[str, ...]:
-    """Export what a stage trained to Hugging Face format."""
+    """The command that exports the model of the stage ``trained`` to Hugging Face format."""
     return cli("export-hf", trained.output, folder, dtype="float32", quiet=True, **options)

@@ -1,4 +1,4 @@
-"""The report of a comparison: the runs with mean and spread over seeds, the claims, and every seed's loss."""
+"""Write the report of a comparison: runs with mean and spread over seeds, claims, and each seed's loss."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from tools.experiments.results import (
     training_differences,
 )
 
-# Columns of the table for some of them: title and format.
+# Routing measure -> its column's title and format.
 COLUMNS = {
     "load_max_over_mean": ("busiest expert", ".2f"),
     "dead_experts": ("dead experts", ".1f"),
@@ -35,18 +35,18 @@ VERDICTS = (
     "seeds lower",
     "for all claims at once",
 )
-NAMED = 3  # crossings of two curves; where there are more, they are noise
+NAMED = 3  # most crossings of two curves that are listed; more than these are noise
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation over seeds; of one seed the latter is unknown."""
+    """Mean and, for more than one seed, sample standard deviation over seeds."""
     return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def verdict(
     claim: Claim, results: Sequence[RunResult], judged: int = 1, seen: Seen | None = None
 ) -> list[str]:
-    """A row of ``VERDICTS`` for a claim, one of so many that are judged."""
+    """A row of ``VERDICTS`` for a claim; ``judged`` is the number of claims for the Bonferroni correction."""
     found = differences(results, claim.better, claim.than)
     word, difference, lower, of_all = "not judged", "", "", ""
     if len(found) > 1:
@@ -61,7 +61,7 @@ def verdict(
 
 
 def crossing(results: Sequence[RunResult], name: str, reference: str) -> str:
-    """Where a run's training loss crosses the reference's; "" where they have no seed in common."""
+    """Where a run's training loss crosses the reference's; "" if they have no seed in common."""
     tokens, found = training_differences(results, name, reference)
     if not tokens:
         return ""
@@ -111,7 +111,7 @@ def table(comparison: Comparison, results: Sequence[RunResult]) -> str:
 
 
 def by_seed(comparison: Comparison, results: Sequence[RunResult]) -> str:
-    """The held-out loss of every run, as Markdown, so that all else can be computed again."""
+    """The held-out loss of every run, as Markdown, from which the other figures can be recomputed."""
     found = {(result.name, result.seed): f"{result.held_out:.5f}" for result in results}
     names = [name for name in comparison.runs if any(name == other for other, _ in found)]
     header = ["run", *(f"seed {seed}" for seed in comparison.seeds)]
@@ -120,7 +120,7 @@ def by_seed(comparison: Comparison, results: Sequence[RunResult]) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table, its first row the header, that also reads well as plain text."""
+    """A Markdown table, aligned to be readable as plain text; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
     return "\n".join(
@@ -138,7 +138,7 @@ def write(
     failures: Sequence[str] = (),
     dense: float | None = None,
 ) -> str:
-    """Write report.md, results.json and the pictures to ``folder``; return what report.md says.
+    """Write report.md, results.json and the plots to ``folder``; return the text of report.md.
 
     ``failures``: a sentence for each run that failed. ``dense``: the dense model's held-out loss.
     """
@@ -188,7 +188,7 @@ def write(
 def _notes(
     comparison: Comparison, results: Sequence[RunResult], judged: int, late: int, dense: float | None
 ) -> str:
-    """What the table's columns are and how claims are judged, as a list in Markdown."""
+    """A legend of the table's columns, and how claims are judged, as a Markdown list."""
     after = " or ".join(f"{tokens:,}" for tokens in sorted({result.tokens for result in results}))
     seeds, planned = ", ".join(map(str, comparison.seeds)), len(comparison.runs) * len(comparison.seeds)
     minutes = sum(result.seconds for result in results) / 60

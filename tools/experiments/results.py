@@ -1,6 +1,6 @@
-"""What the runs of a comparison found: losses and routing, differences between two runs, and intervals.
+"""The results of a comparison's runs: losses and routing, differences between two runs, and intervals.
 
-Differences are taken seed by seed: with one seed both saw the same data in the same order.
+Differences are taken seed by seed, because runs with the same seed see the same data in the same order.
 """
 
 import json
@@ -23,8 +23,8 @@ CONFIDENCE = 0.95
 @dataclass(frozen=True)
 class RunResult:
     """One training run. Losses are nats a token; ``training`` is tokens -> loss; ``routing`` is the mean over
-    the layers in the last step that was looked at, ``first_routing`` in the first. ``answers``: of each task
-    the score of every question, 1 for a right answer."""
+    layers in the last step with routing statistics, ``first_routing`` in the first one. ``answers``: task ->
+    score of each question, 1 for a right answer."""
 
     name: str
     seed: int
@@ -43,10 +43,10 @@ class RunResult:
 def read_run(
     name: str, seed: int, folder: Path, record: dict[str, Any], asked: Path | None = None
 ) -> RunResult:
-    """What the run that saved to ``folder`` left there; ``record`` is its stage's.
+    """Read the result of the run that saved to ``folder``; ``record`` is its stage's record.
 
     Args:
-        asked: what ``evaluate`` wrote of the trained model.
+        asked: the output folder of ``evaluate`` for the trained model.
     """
     lines = files.read(folder / files.RUN)
     end = held_out(lines)
@@ -81,12 +81,12 @@ def _layer_means(line: dict[str, Any]) -> dict[str, float]:
 
 
 def differences(results: Sequence[RunResult], left: str, right: str) -> list[float]:
-    """Held-out loss of ``left`` minus that of ``right``, for the seeds that both have ended."""
+    """Held-out loss of ``left`` minus that of ``right``, for the seeds that both have finished."""
     return [a.held_out - b.held_out for a, b in _pairs(results, left, right)]
 
 
 def answer_differences(results: Sequence[RunResult], task: str, left: str, right: str) -> list[float]:
-    """Scores of ``left`` minus those of ``right``, question by question: means over the seeds of both."""
+    """Scores of ``left`` minus those of ``right`` for each question, as means over their common seeds."""
     pairs = [(a, b) for a, b in _pairs(results, left, right) if task in a.answers and task in b.answers]
     by_seed = [
         [mine - other for mine, other in zip(a.answers[task], b.answers[task], strict=True)] for a, b in pairs
@@ -100,7 +100,7 @@ def training_differences(
     """Training loss of ``left`` minus that of ``right`` over tokens.
 
     Returns:
-        The numbers of tokens that all runs have a loss at, and there the differences, one a seed.
+        The numbers of tokens at which all runs have a loss, and for each the differences, one a seed.
     """
     pairs = _pairs(results, left, right)
     if not pairs:
@@ -116,7 +116,7 @@ def _pairs(results: Sequence[RunResult], left: str, right: str) -> list[tuple[Ru
 
 
 def crossings(tokens: Sequence[int], found: Sequence[Sequence[float]]) -> list[float]:
-    """Where the mean of ``training_differences`` changes its sign, in tokens, on a line between points."""
+    """Where the mean of ``training_differences`` changes its sign, in tokens, by linear interpolation."""
     curve = [(at, mean(values)) for at, values in zip(tokens, found, strict=True) if mean(values) != 0]
     return [
         at - height * (later - at) / (other - height)
@@ -127,7 +127,7 @@ def crossings(tokens: Sequence[int], found: Sequence[Sequence[float]]) -> list[f
 
 @dataclass(frozen=True)
 class Interval:
-    """The mean of some values, at least one, and where the true mean lies; of one the ends are unknown."""
+    """The mean of one or more values and its confidence interval; ``ends`` is None for a single value."""
 
     mean: float
     ends: tuple[float, float] | None
@@ -140,16 +140,16 @@ class Interval:
         return f"{self:.4f}"
 
     def __format__(self, form: str) -> str:
-        """``form`` is that of a number, without a sign: ".4f"."""
+        """``form`` is the format of a number without a sign, as in ".4f"."""
         ends = f" [{self.ends[0]:+{form}}, {self.ends[1]:+{form}}]" if self.ends else ""
         return f"{self.mean:+{form}}{ends}"
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Student's interval, of so much confidence, for the mean that ``values`` are drawn around."""
+    """Student's t interval for the mean of the distribution of ``values``, with this confidence."""
     count, middle = len(values), mean(values)
     if count < 2:
         return Interval(middle, None)
-    # Standard errors to each side: 12.71 at 95% for two values.
+    # Half width: t times the standard error; t is 12.71 at 95% for two values.
     half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * stdev(values) / math.sqrt(count)
     return Interval(middle, (middle - half, middle + half))

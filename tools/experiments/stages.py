@@ -1,9 +1,9 @@
-"""A pipeline of commands, each run once: finished stages are skipped, and what was cut short resumes.
+"""A pipeline of commands that run once each: finished stages are skipped, and interrupted ones resume.
 
-A stage is one command with one output. Its record holds a digest of the command, of the files that decide
-what it does, and of the runs that made what it reads. A stage is done when its record says so, the digest
-is still the same and the output is there; otherwise it runs again, and so does everything after it. Stages
-of which none reads what another makes may run side by side.
+A stage is one command with one output. Its record holds a digest of the command, of its configuration files,
+and of the earlier stages whose output it reads. A stage is done if its record says so, the digest has not
+changed and the output exists; otherwise it runs again, and so does everything after it. Stages that do not
+depend on each other may run in parallel.
 """
 
 import fcntl
@@ -31,15 +31,15 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import write_whole
 from tools.benchmarks.measuring import commit
 
-LOG_TAIL = 30  # lines of a failed stage's log to show where none begins with "error: "
-# Megatron's progress lines, shown while a command runs; nothing is measured by them:
+LOG_TAIL = 30  # lines of a failed stage's log to show if none begins with "error: "
+# Megatron's progress lines, only shown while a command runs and not used as results:
 # " iteration       10/     280 | ... | lm loss: 7.525500E+00 | ..."
 PROGRESS = re.compile(r"\] iteration +(\d+)/ *(\d+) \|(?:.*?\| lm loss: (\S+) )?")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the pipeline; ``resumes``: from what its ``output`` folder holds. ``files`` are YAML."""
+    """One command of the pipeline. ``files`` are YAML; ``resumes``: it can continue from its ``output``."""
 
     name: str
     title: str
@@ -51,7 +51,7 @@ class Stage:
 
 
 class Job:
-    """A stage at work, with a moving line on a terminal; ``place``: which share of the machine it has."""
+    """A running stage, with a progress bar on a terminal; ``place``: index of its share of the machine."""
 
     def __init__(self, stage: Stage, label: str, place: int, record: dict, process: subprocess.Popen[bytes]):
         self.stage, self.label, self.place, self.record, self.process = stage, label, place, record, process
@@ -66,7 +66,7 @@ class Job:
 
 
 def in_order(stages: Iterable[Stage]) -> list[Stage]:
-    """``stages`` and all that they come after, each once and behind what it reads."""
+    """``stages`` and all earlier stages that they need, each once and after the stages that it needs."""
     found: dict[Stage, None] = {}
     for stage in stages:
         found |= dict.fromkeys((*in_order(stage.after), stage))
@@ -74,7 +74,7 @@ def in_order(stages: Iterable[Stage]) -> list[Stage]:
 
 
 class Pipeline:
-    """Runs stages in ``folder``: their records under ``stages/``, what they print under ``logs/``."""
+    """Runs stages in ``folder``, with their records under ``stages/`` and their output under ``logs/``."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder, self.environment = folder, environment
@@ -86,15 +86,15 @@ class Pipeline:
         return self.folder / "logs" / f"{stage.name}.log"
 
     def digest(self, stage: Stage) -> str:
-        """Changes whenever the stage would do something else than before."""
+        """A digest that changes whenever the stage would produce something else than before."""
         configurations = [read_yaml(path) for path in stage.files]
         earlier = [(record["digest"], record["finished"]) for record in map(self.record, stage.after)]
         what = json.dumps([__version__, stage.command, configurations, earlier], sort_keys=True, default=str)
         return hashlib.sha256(what.encode()).hexdigest()
 
     def record(self, stage: Stage) -> dict:
-        """Its last run: ``digest``, ``command``, ``seconds``, the ``commit`` that it began with, when it
-        ``finished`` (None unless well), and why it ``failed``. Empty before the first run."""
+        """The stage's last run: ``digest``, ``command``, ``seconds``, the ``commit`` at its start, the time
+        it ``finished`` (None without success), and why it ``failed``. Empty before the first run."""
         try:
             return json.loads(self._record_file(stage).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
@@ -106,7 +106,7 @@ class Pipeline:
         return unchanged and stage.output.exists()
 
     def failure(self, stage: Stage) -> str | None:
-        """Why the stage's last run ended badly, in one line; None where it did not, or is out of date."""
+        """Why the stage's last run failed, in one line; None if it did not, or if the run is out of date."""
         record = self.record(stage)
         if not record.get("failed") or any(not self.is_done(earlier) for earlier in stage.after):
             return None
@@ -115,12 +115,12 @@ class Pipeline:
     def run(
         self, stages: list[Stage], shares: Sequence[dict[str, str]] = ({},), keep_going: bool = False
     ) -> None:
-        """Run what is not done yet, each stage when all that it comes after has ended well.
+        """Run the stages that are not done yet, each once the stages before it have succeeded.
 
         Args:
-            stages: with all that they come after.
-            shares: what to add to the environment of the commands, for each of those side by side.
-            keep_going: a command that fails ends no other; what comes after it is left out.
+            stages: must include all stages that they need.
+            shares: additions to the environment of the commands, one for each that may run in parallel.
+            keep_going: a failed command does not stop the others; only the stages after it are left out.
         """
         with self._alone() as lock:
             try:
@@ -138,7 +138,7 @@ class Pipeline:
     ) -> None:
         waiting = list(enumerate(stages, start=1))
         free = list(range(len(shares)))
-        went_well: dict[str, bool] = {}  # stages that have ended, and False for those behind a failed one
+        went_well: dict[str, bool] = {}  # finished stages; False also for stages after a failed one
         while waiting or self.jobs:
             for number, stage in list(waiting):
                 before = [went_well.get(earlier.name) for earlier in stage.after]
@@ -186,7 +186,7 @@ class Pipeline:
         return Job(stage, label, place, record, process)
 
     def _end(self, job: Job, keep_going: bool) -> bool:
-        """Record how a command ended; whether it ended well."""
+        """Record how a command ended; return whether it succeeded."""
         job.bar.close()
         stage, seconds, status = job.stage, time.monotonic() - job.began, job.process.returncode
         if not status:
@@ -207,7 +207,7 @@ class Pipeline:
         return False
 
     def _progress(self, stage: Stage) -> tuple[int, int | None, str | None]:
-        """Iteration, iterations in all and loss in the last progress line of the log."""
+        """Iteration, total iterations and loss in the last progress line of the log."""
         with self.log(stage).open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 8192))
             found = PROGRESS.findall(log.read().decode(errors="replace"))
@@ -221,7 +221,7 @@ class Pipeline:
 
     @contextmanager
     def _alone(self) -> Iterator[int]:
-        """Hold the folder's lock. Children inherit it, so an orphan that still writes keeps it as well."""
+        """Hold the folder's lock. Children inherit it, so an orphan that still writes keeps it locked."""
         with (self.folder / "stages" / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -232,8 +232,8 @@ class Pipeline:
 
 
 def command_line(work: Callable[[], tuple[str, int]]) -> int:
-    """Do ``work``, print the text that it returns, and return the exit status: the one beside the text, 2
-    after a user's mistake, 130 when it was stopped (SIGINT or SIGTERM)."""
+    """Call ``work``, which returns a text and an exit status, print the text, and return the exit status: 2
+    after a user's mistake, 130 when stopped (SIGINT or SIGTERM), else that of ``work``."""
 
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt

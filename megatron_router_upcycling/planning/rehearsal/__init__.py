@@ -1,1 +1,1 @@
-"""One real rank of a run of any size, beside its plan."""
+"""Run one real rank of a run of any size, and compare it with the plan."""

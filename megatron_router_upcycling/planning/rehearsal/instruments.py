@@ -1,4 +1,4 @@
-"""What one rank's step holds and sends, counted where it is held: the same on the CPU and on a GPU."""
+"""Count the memory that one rank holds and the bytes that it sends in a step, on the CPU as on a GPU."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from megatron_router_upcycling.checkpoint.names import holds_experts
 from megatron_router_upcycling.planning.figures import PARTS
 
 Model = Sequence[torch.nn.Module]
-# Part of a parameter's name -> the part of the model; the first that fits.
+# Substring of a parameter's name -> part of the model; the first match counts.
 NAMES = {
     "embedding.": "embedding",
     "output_layer.": "output layer",
@@ -34,11 +34,11 @@ def parameters_by_part(model: Model) -> dict[str, int]:
 
 
 def held_bytes(model: Sequence[Any], optimizer: Any, copies: bool) -> dict[str, float]:
-    """Of weights, of the buffers in which gradients are reduced, padding included, and of Adam's states.
+    """Bytes of weights, of the gradient buffers of data parallelism (with padding), and of Adam's states.
 
     Args:
         model: chunks in Megatron's DDP.
-        copies: the optimizer keeps float32 copies of 16-bit weights, which count.
+        copies: the optimizer keeps float32 copies of 16-bit weights, which are counted too.
     """
     buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     states = 0
@@ -58,15 +58,15 @@ def held_bytes(model: Sequence[Any], optimizer: Any, copies: bool) -> dict[str, 
 def counting_saved(
     call: Callable[..., Any], model: Model, vocabulary: int
 ) -> tuple[Callable[..., Any], dict[int, int]]:
-    """``call``, and what autograd keeps for the backward pass of its first run: storage's address -> bytes.
+    """``call``, and what autograd saves in its first run for the backward pass: storage address -> bytes.
 
-    Weights are left out, and tensors with ``vocabulary`` columns, which are logits.
+    Weights are not counted, nor are logits, which are the tensors with ``vocabulary`` columns.
     """
     weights = {_storage(parameter) for chunk in model for parameter in chunk.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        # A storage that is kept keeps its address; one that is freed again was not kept for long.
+        # A saved storage keeps its address. If an address is reused, the earlier storage was freed again.
         address = _storage(tensor)
         is_logits = tensor.dim() > 0 and tensor.shape[-1] == vocabulary
         if address and address not in weights and not is_logits:
@@ -87,13 +87,13 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes that this rank sends in c10d's collectives, as rings send them, and between pipeline stages.
+    """Bytes that this rank sends in c10d's collectives (as ring algorithms) and between pipeline stages.
 
-    By kind: ``groups`` has it by a process group's ``group_name``; others count as ``other``. Autograd's
-    threads are seen too: they take over the caller's dispatch modes.
+    ``groups``: ``group_name`` of a process group -> kind; groups not in it count as ``other``. Collectives in
+    autograd's threads are counted too, because these inherit the caller's dispatch modes.
     """
 
-    # In an operator's name -> which argument holds the volume, and how many times (n - 1) / n of it is sent.
+    # In an operator's name -> the argument that holds the volume, and how often (n - 1) / n of it is sent.
     VOLUMES = {"allreduce": (0, 2), "reduce_scatter": (1, 1), "allgather": (0, 1), "alltoall": (1, 1)}
 
     def __init__(self, groups: dict[str, str]) -> None:
@@ -118,7 +118,7 @@ class Collectives(TorchDispatchMode):
 
 
 def _bytes(tensors: Any) -> int:
-    """Of a tensor, or of a list of tensors, of lists of them …"""
+    """Bytes of a tensor, or of a nested list of tensors."""
     return tensors.nbytes if torch.is_tensor(tensors) else sum(map(_bytes, tensors))
 
 

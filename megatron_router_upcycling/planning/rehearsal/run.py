@@ -1,8 +1,8 @@
-"""One real rank of a run of any size is built, steps once, and is measured beside the plan of the run.
+"""Build one real rank of a run of any size, run one step, and compare its sizes with the plan of the run.
 
-Megatron's ``--fake-process-group`` takes the place of the other ranks: collectives return at once and move
-nothing. The step is of one micro-batch (with pipeline parallelism as many as there are stages) of random
-tokens that go to experts by lot. Sizes are real; the loss is not.
+Megatron's ``--fake-process-group`` replaces the other ranks: collectives return at once and move no data. The
+step has one micro-batch (with pipeline parallelism, one for each stage) of random tokens, which are sent to
+random experts. Sizes are real; the loss is not.
 """
 
 import json
@@ -27,13 +27,13 @@ TOKENS_ON_CPU = 256  # of a micro-batch; activations grow with tokens and are sc
 
 
 def rehearse(argv: list[str]) -> None:
-    """Build, load, step and measure one rank, by the flags of ``pretrain``; print and write the figures."""
+    """Build, load, step and measure one rank with the flags of ``pretrain``; print and write the figures."""
     run, planned = prepare(argv)
     from megatron.training.theoretical_memory_usage import report_theoretical_memory
 
     found = measure(run, planned)
     print(*describe(run, planned, found), sep="\n", flush=True)
-    # A formula that knows dense models.
+    # Megatron's formula, which covers dense models.
     whole = {"seq_length": planned.seq_length, "global_batch_size": planned.global_batch_size}
     report_theoretical_memory(Namespace(**vars(run.args) | whole), planned.num_microbatches)
     if run.args.output:
@@ -41,7 +41,7 @@ def rehearse(argv: list[str]) -> None:
 
 
 def prepare(argv: list[str]) -> tuple[launch.Run, Setup]:
-    """One rank that is ready to step, by the stages of ``launch.prepare``, and the plan of the whole run."""
+    """Prepare one rank through the stages of ``launch.prepare``; return it and the plan of the whole run."""
     request = launch.parse(argv)
     _check_flags(request.flags)
     launch.stand_alone(request.flags.rehearse_rank, request.flags.rehearse)
@@ -74,10 +74,10 @@ def _check_flags(flags: Namespace) -> None:
 
 
 def _cut_down(args: Namespace, planned: Setup, place: str) -> None:
-    """Set ``args`` for one step of one rank: no data, no tokenizer, no files, the fewest micro-batches."""
+    """Set ``args`` for one step of one rank: no data, tokenizer or files, and a minimum of micro-batches."""
     args.fake_process_group = True
-    # Tokens go to experts by lot, after the router has done its work: an untrained router may leave an expert
-    # without any, and then what the missing ranks would send does not add up.
+    # The router runs, but tokens then go to random experts: an untrained router may leave an expert without
+    # tokens, and the token counts of the missing ranks would then not add up.
     args.moe_router_force_load_balancing = planned.num_experts > 0
     args.mock_data = True
     args.data_path = args.train_data_path = args.valid_data_path = args.test_data_path = None
@@ -95,7 +95,7 @@ def _cut_down(args: Namespace, planned: Setup, place: str) -> None:
     args.global_batch_size = planned.micro_batch_size * micro_batches
     args.eval_global_batch_size = args.eval_micro_batch_size = None
     if args.rehearse_seq_length or place == "cpu":
-        # Context and tensor parallel ranks each take an equal part of a sequence.
+        # Context and tensor parallel ranks each take an equal part of a sequence, so it must be divisible.
         multiple = 2 * planned.context_parallel_size * planned.tensor_model_parallel_size
         few = max(1, TOKENS_ON_CPU // planned.micro_batch_size // multiple) * multiple
         args.seq_length = min(planned.seq_length, args.rehearse_seq_length or few)
@@ -103,10 +103,10 @@ def _cut_down(args: Namespace, planned: Setup, place: str) -> None:
 
 @torch.no_grad()
 def load_shard(model: Sequence[Any], root: str) -> None:
-    """Fill the parameters of ``model`` (chunks in DDP) from the checkpoint, without a word to other ranks.
+    """Fill the parameters of ``model`` (chunks in DDP) from the checkpoint, without collectives.
 
-    Megatron's own loading agrees over collectives on who reads what. Here this rank reads for itself what its
-    ``sharded_state_dict`` says is its own.
+    Megatron's own loading distributes the reads over ranks with collectives. Here the rank itself reads the
+    shards that its ``sharded_state_dict`` lists.
     """
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -136,7 +136,7 @@ def load_shard(model: Sequence[Any], root: str) -> None:
 
 
 def random_batches(args: Namespace, vocabulary: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches as Megatron's data loader hands them out."""
+    """Random micro-batches in the format of Megatron's data loader."""
     generator = torch.Generator().manual_seed(args.seed)
     shape = (args.micro_batch_size, args.seq_length)
     while True:
@@ -150,7 +150,7 @@ def random_batches(args: Namespace, vocabulary: int) -> Iterator[dict[str, torch
 
 
 def step(model: list[Any], optimizer: Any, scheduler: Any, data: Any, forward_step: Any = None) -> None:
-    """Megatron's own training step."""
+    """Run Megatron's own ``train_step`` once."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_model_config
@@ -166,7 +166,7 @@ def step(model: list[Any], optimizer: Any, scheduler: Any, data: Any, forward_st
 
 
 def measure(run: launch.Run, planned: Setup) -> dict[str, Any]:
-    """Build this rank, load its shard and step once: what was measured and planned of each quantity."""
+    """Build this rank, load its shard and step once; return each quantity as measured and as planned."""
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
@@ -178,7 +178,7 @@ def measure(run: launch.Run, planned: Setup) -> dict[str, Any]:
         load_shard(model, run.load)
         optimizer.reload_model_params()
     built = time.monotonic()
-    # Logits are recognised by their width; in a toy model whose hidden size is the same, they are not.
+    # Logits are recognised by their width, which does not work if the hidden size is the same (toy models).
     columns = planned.padded_vocab_size // args.tensor_model_parallel_size
     width = columns if columns != args.hidden_size else 0
     forward_step, saved = instruments.counting_saved(language_model.forward_step, model, width)
@@ -193,13 +193,13 @@ def measure(run: launch.Run, planned: Setup) -> dict[str, Any]:
     stage = parallel_state.get_pipeline_model_parallel_rank()
     plan = figures.memory(planned, stage)
     tokens = args.micro_batch_size * args.seq_length
-    # Of all micro-batches in flight, of every model chunk and of the configured length, as planned. Under
-    # full recomputation what is measured leaves out the layers at work.
+    # Scale to all micro-batches in flight, all model chunks and the configured length, as in the plan. With
+    # full recomputation the measured value lacks the layers that are being recomputed.
     scale = figures.tokens_on_gpu(planned) / (tokens / args.context_parallel_size)
     scale *= figures.in_flight(planned, stage) * planned.num_virtual_stages_per_pipeline_rank
     held = instruments.held_bytes(model, optimizer, copies=args.bf16 or args.fp16)
     held["activations"] = sum(saved.values()) * scale
-    # What PyTorch's separate operators keep on the CPU is more than what a GPU's fused kernels keep.
+    # PyTorch's separate operators on the CPU save more than the fused kernels on a GPU.
     plan["activations"] = figures.activations(planned, stage, fused=on_gpu)
     return {
         "rank": args.rank,

@@ -1,1 +1,1 @@
-"""Every upstream symbol that is wrapped, and why."""
+"""All patches of Megatron and PyTorch: each wrapped or replaced symbol, and why."""

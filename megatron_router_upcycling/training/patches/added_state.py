@@ -1,7 +1,7 @@
-"""Load a checkpoint into a model whose flags, or Transformer Engine, add something to its layers.
+"""Load a checkpoint into a model to whose layers flags, or Transformer Engine, add tensors or states.
 
-Corrections that training starts from zero begin there; Transformer Engine's extra states (fp8 scales) are
-left out where there are none. What else is missing is refused by the flag that adds it.
+Added router biases start from zero, as in a new run; missing extra states of Transformer Engine (fp8 scales)
+are not loaded. Any other missing tensor raises a UserError that names the flag which adds it.
 """
 
 import re
@@ -21,12 +21,12 @@ from megatron_router_upcycling.checkpoint.format.metadata import METADATA, parse
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training.patches import patching
 
-# What begins at zero where the checkpoint has none: the end of its name, and the flag that adds it.
+# Tensors that start from zero if the checkpoint lacks them: end of the name -> the flag that adds it.
 FROM_ZERO = {
     "router.expert_bias": "--moe-router-enable-expert-bias",
     "router.qb_beta": "--moe-router-load-balancing-type quantile_balancing",
 }
-# What Megatron says of a tensor whose shape is another in the checkpoint.
+# Megatron's message about a tensor that has another shape in the checkpoint.
 SHAPES = re.compile(
     r"shape mismatch for loaded \(torch\.Size\((?P<saved>\[.*?\])\)\) and expected \((?P<asked>\(.*?\))\)"
     r" tensor for key (?P<key>\S+)"
@@ -48,7 +48,7 @@ def _of_what_is_there(
     saved, objects = parse_metadata(read_record(path), path)
     by_rank: list[set[str]] = [set()] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(by_rank, set(_keys(sharded_state_dict)))
-    asked = set().union(*by_rank)  # a stage of the pipeline asks for its own layers alone
+    asked = set().union(*by_rank)  # each pipeline stage asks for its own layers only
     missing = asked - set(saved)
     if others := sorted(key for key in missing if not key.endswith(tuple(FROM_ZERO))):
         raise UserError(f"{added_by(others[0], saved)}: {path.parent} has no {others[0]}; {WAY_OUT}")
@@ -61,7 +61,7 @@ def _of_what_is_there(
     )
     try:
         loaded = load(wanted, checkpoint_dir, *args, **kwargs)
-    except CheckpointException as error:  # what went wrong on each rank
+    except CheckpointException as error:  # holds the failure of each rank
         shapes = [SHAPES.search(str(failure)) for failure, _ in error.failures.values()]
         if not all(shapes) or (found := shapes[0]) is None:
             raise
@@ -73,7 +73,7 @@ def _of_what_is_there(
 
 
 def without_missing_states(sharded_state_dict: Any, saved: Container[str]) -> Any:
-    """``sharded_state_dict`` less the extra states that are not among those ``saved``."""
+    """``sharded_state_dict`` without the extra states that are not in ``saved``."""
 
     def is_missing(value: Any) -> bool:
         is_state = isinstance(value, ShardedObject) and value.key.endswith(names.EXTRA_STATE)

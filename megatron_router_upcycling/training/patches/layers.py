@@ -1,4 +1,4 @@
-"""What Megatron builds its layers and its loss of: plain PyTorch mended, and faster kernels on a GPU."""
+"""Patch the modules of Megatron's layers and loss: fixes for plain PyTorch, and faster kernels on a GPU."""
 
 import functools
 from argparse import Namespace
@@ -21,13 +21,13 @@ from megatron_router_upcycling.layers.kernels import accumulate, cross_entropy, 
 from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.patches import patching
 
-# Two names: the norm is wrapped by both.
+# Two names, because both wrap the norm, and ``patching.wrap`` wraps once a name.
 _wrap = functools.partial(patching.wrap, "layers")
 _wrap_on_gpu = functools.partial(patching.wrap, "layers on a GPU")
 
 
 def install_without_te(attention: str = device.SDPA) -> None:
-    """Where Transformer Engine is not installed: fix the norm, let local layer specs build what is faster."""
+    """Without Transformer Engine: fix the norm, and make local layer specs build the faster modules."""
     _wrap(torch_norm.WrappedTorchNorm, "__new__", _allow_sequence_parallel)
     if attention != device.MEGATRON:
         _wrap(LocalSpecProvider, "core_attention", lambda original, self: SdpaAttention)
@@ -35,7 +35,7 @@ def install_without_te(attention: str = device.SDPA) -> None:
 
 
 def install_on_gpu(args: Namespace, with_te: bool, attention: str) -> list[str]:
-    """Wrap what Megatron builds its layers and its loss of; return what a run now uses, a phrase each."""
+    """Wrap the modules of Megatron's layers and loss; return phrases that say which kernels a run uses."""
     used = []
     if kernels.WANTED:
         used.append(
@@ -70,7 +70,7 @@ def install_on_gpu(args: Namespace, with_te: bool, attention: str) -> list[str]:
 
 
 def _group_experts(original: Callable[..., Any], self: Any, moe_use_grouped_gemm: bool) -> Any:
-    """PyTorch's grouped products where they cover the model, else what Megatron has."""
+    """PyTorch's grouped matrix products if they support the model, else Megatron's modules."""
     theirs = original(self, moe_use_grouped_gemm)
     if not moe_use_grouped_gemm:
         return theirs
@@ -89,8 +89,8 @@ def _allow_sequence_parallel(
 ) -> Any:
     """Let PyTorch's norm run under sequence parallelism, which ``WrappedTorchNorm`` refuses.
 
-    It acts on each token alone: right as long as its parameters are marked ``sequence_parallel``, which makes
-    Megatron sum their gradients over the tensor-parallel ranks (``finalize_model_grads``).
+    The norm acts on each token separately, so this is correct if its parameters are marked as
+    ``sequence_parallel``: Megatron (``finalize_model_grads``) then sums their gradients over TP ranks.
     """
     sequence_parallel = config.sequence_parallel
     config.sequence_parallel = False
@@ -104,7 +104,7 @@ def _allow_sequence_parallel(
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """The same module, named and saved as before, with another forward pass."""
+    """PyTorch's module, with the same parameter names and another forward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         return norm.rms_norm(x, self.weight, self.eps)
@@ -128,7 +128,7 @@ def _add_bias_in_product(
     grad_output_buffer: Any = None,
     **others: Any,
 ) -> Tensor:
-    """A linear layer with a bias (Qwen's queries, keys and values) as one product, if nothing overlaps it."""
+    """A linear layer with bias (Qwen's QKV) as one product, unless Megatron fuses or overlaps its parts."""
     flags = gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel
     if bias is None or any(flags) or grad_output_buffer is not None:
         return original(input, weight, bias, *flags, grad_output_buffer, **others)
@@ -160,7 +160,7 @@ def _rotate_in_one_kernel(
 def _add_gradients_faster(
     original: Callable[..., Any], self: Any, param: torch.nn.Parameter
 ) -> Callable[..., Any]:
-    """The hook that adds a parameter's gradient to its buffer, with our addition for PyTorch's."""
+    """DDP's hook that adds a parameter's gradient to its buffer, with this package's faster addition."""
     hook = original(self, param)
 
     def call(*unused: Any) -> None:
@@ -169,9 +169,9 @@ def _add_gradients_faster(
         if distributed_data_parallel.is_graph_capturing() or not ours:
             return hook(*unused)
         accumulate.add_(param.main_grad, param.grad.data)
-        param.grad_added_to_main_grad = True  # the hook adds nothing then
+        param.grad_added_to_main_grad = True  # so that the hook adds nothing
         hook(*unused)
-        # Left set, a CUDA graph captured later would take it that its own layer adds the gradient.
+        # Reset it: a CUDA graph captured later would assume that the layer itself adds the gradient.
         param.grad_added_to_main_grad = False
 
     return call

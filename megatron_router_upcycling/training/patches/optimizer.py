@@ -1,13 +1,13 @@
-"""Optimizers: Muon for stacks of matrices, and states of another layout, learning rate or library.
+"""Optimizers: Muon for stacked matrices, and loading states of another layout, learning rate or library.
 
-Megatron gives Muon what has two axes and is neither embedding nor output layer, and the rest to AdamW.
-Grouped experts [n, out, in] and query maps [m, d', D] are marked with ``layers.STACK``: they count as
-matrices, and the update of each is orthogonalised alone, as Muon does to experts that are stored one by one.
+Megatron gives Muon all parameters with two axes but embedding and output layer, and AdamW the rest.
+Grouped experts [n, out, in] and query maps [m, d', D] are marked with ``layers.STACK``: Muon updates and
+orthogonalises each of their matrices separately, as it does when experts are stored one by one.
 
-At EP 1 Megatron keeps experts and dense parameters in one optimizer; at EP > 1 the experts have one of their
-own, and with Muon each of them is two. The tensors carry the model's names. The frame around them differs
-(the nesting by optimizer, with its step and settings), which Megatron merges by position. Here the saved
-frames are kept apart, and this run's are filled by what their groups hold (``schedule.counterparts``).
+At EP 1 Megatron keeps experts and dense parameters in one optimizer; at EP > 1 experts have their own, and
+with Muon each of these is two. A state's tensors have the model's names, but the frame around them (nesting
+by optimizer, step and settings) differs, and Megatron merges frames by position. Here the saved frames are
+kept separate, and fill this run's frames by matching the groups that they hold (``schedule.counterparts``).
 """
 
 import functools
@@ -25,15 +25,15 @@ from megatron_router_upcycling.layers import STACK
 from megatron_router_upcycling.training import schedule
 from megatron_router_upcycling.training.patches import patching
 
-ASKED = "asked for"  # the entry under which tensors are loaded, beside the frames that were saved
-# What a frame holds beside PyTorch's state and the tensors that are asked for.
+ASKED = "asked for"  # the entry under which this run's tensors are loaded, next to the saved frames
+# Other entries of a frame, besides PyTorch's state and the tensors that are asked for.
 FRAME = ("param_state_sharding_type", "grad_scaler")
 
 type Frame = dict[Any, Any]
 
 
 def install(has_te: bool) -> None:
-    """Wrap what loads a checkpoint, and what the optimizers then make of their part of it."""
+    """Wrap the functions that load a checkpoint and that load an optimizer's state from it."""
     wrap = functools.partial(patching.wrap, "optimizer")
     wrap(dist_checkpointing, "load", _frames_apart)
     wrap(ChainedOptimizer, "load_state_dict", _fitting)
@@ -42,14 +42,14 @@ def install(has_te: bool) -> None:
 
         wrap(FusedAdam, "load_state_dict", _with_own_defaults)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
-        # Resume exactly with PyTorch's Adam, which keeps its step as a tensor.
+        # For exact resuming with PyTorch's Adam, which keeps its step as a tensor.
         wrap(distrib_optimizer.DistributedOptimizer, "state_dict", _give_first_step)
         wrap(distrib_optimizer.DistributedOptimizer, "load_state_dict", _give_each_its_step)
         wrap(distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", _allow_no_step)
 
 
 def install_muon() -> None:
-    """Replace Megatron's rule of which parameters are matrices, and wrap Muon's orthogonalisation."""
+    """Replace Megatron's rule for which parameters are matrices, and wrap Muon's orthogonalisation."""
     entries = patching.find("muon", emerging_optimizers, "_EMERGING_OPTIMIZERS")
     others = ParamKey(predicate=ParamPredicate(name="no_matrix", fn=lambda param: not is_matrix(param)))
     entries["muon"].default_param_overrides = {others: {"optimizer": "adam"}}
@@ -82,7 +82,7 @@ def _frames_apart(load: Callable[..., Any], sharded_state_dict: Frame, *args: An
 def _fitting(load_state_dict: Callable[..., None], self: Any, state_dict: Any) -> None:
     args, fitted = get_args(), fit(state_dict, self.chained_optimizers)
     saved = _groups(frames(fitted))
-    if saved:  # none in a form that this package does not know (Megatron-FSDP's)
+    if saved:  # empty for formats that this package does not know (Megatron-FSDP's)
         follow = "checkpoint" if args.use_checkpoint_opt_param_scheduler else None
         current = [group for optimizer in self.chained_optimizers for group in optimizer.param_groups]
         schedule.settle(current, saved, "run" if args.override_opt_param_scheduler else follow)
@@ -90,10 +90,10 @@ def _fitting(load_state_dict: Callable[..., None], self: Any, state_dict: Any) -
 
 
 def fit(state_dict: Any, optimizers: list[Any]) -> Any:
-    """The frame that ``optimizers`` expect, one for all of them or one each by position.
+    """The frame that ``optimizers`` expect: a single one, or one for each by position.
 
-    ``state_dict`` holds the frames that were saved, in their nesting, and under ``ASKED`` those of this run,
-    with tensors where the optimizers want them. Without ``ASKED`` it is returned as it is.
+    ``state_dict`` holds the saved frames, nested as they were saved, and under ``ASKED`` this run's frames,
+    with tensors where the optimizers expect them. Without ``ASKED`` it is returned unchanged.
     """
     if not isinstance(state_dict, dict) or ASKED not in state_dict:
         return state_dict
@@ -107,7 +107,7 @@ def fit(state_dict: Any, optimizers: list[Any]) -> Any:
 
 
 def frames(state: Any) -> Iterator[Frame]:
-    """The frames of single optimizers in a state of several, however they are nested."""
+    """The frames of single optimizers in ``state``, at any depth of nesting."""
     if isinstance(state, dict) and "param_groups" in _torch_state(state):
         yield state
     elif isinstance(state, dict | list):
@@ -116,7 +116,7 @@ def frames(state: Any) -> Iterator[Frame]:
 
 
 def _fill(optimizer: Any, own: Frame, saved: list[Frame]) -> Any:
-    """The frame ``own`` of ``optimizer`` with step and settings from those frames that hold its groups."""
+    """``optimizer``'s frame ``own`` with step and settings from the ``saved`` frames that hold its groups."""
     if isinstance(optimizer, ChainedOptimizer):
         return fit({ASKED: own} | dict(enumerate(saved)), optimizer.chained_optimizers)
     if not optimizer.param_groups:
@@ -143,13 +143,13 @@ def _groups(saved: Iterator[Frame] | list[Frame]) -> list[Frame]:
 
 
 def _torch_state(frame: Frame) -> Frame:
-    """What is PyTorch's own: in float32 that is all, beside float32 copies of parameters it is a part."""
+    """PyTorch's state in ``frame``: an entry of it next to float32 copies of parameters, else all of it."""
     inner = frame.get("optimizer", frame)
     return inner if isinstance(inner, dict) else frame
 
 
 def _with_own_defaults(load_state_dict: Callable[..., Any], self: Any, state_dict: dict[str, Any]) -> Any:
-    """Transformer Engine's Adam has settings that PyTorch's has not, and counts its steps in integers."""
+    """Load into Transformer Engine's Adam, which has settings that PyTorch's lacks, and an integer step."""
     groups = [self.defaults | group for group in state_dict["param_groups"]]
     for group in groups:
         step = group.get("step")
@@ -159,7 +159,7 @@ def _with_own_defaults(load_state_dict: Callable[..., Any], self: Any, state_dic
 
 
 def _give_first_step(state_dict: Callable[..., Any], self: Any) -> Any:
-    """``state_dict()``, called to load, expects a step; Adam has none before its first one."""
+    """Add a step: Megatron calls ``state_dict()`` before loading too, when Adam does not have one yet."""
     inner = self.optimizer
     parameters = [p for group in inner.param_groups for p in group["params"]]
     if any(inner.state.values()) or not parameters:
@@ -173,7 +173,7 @@ def _give_first_step(state_dict: Callable[..., Any], self: Any) -> Any:
 
 @torch.no_grad()  # in float32 the optimizer's shard is a view of the parameter itself
 def _give_each_its_step(load_state_dict: Callable[..., Any], self: Any, state_dict: Any) -> None:
-    """Megatron hands one tensor to all parameters: Adam would count it up once for each."""
+    """Copy the step: Megatron gives all parameters the same tensor, which Adam would increment for each."""
     load_state_dict(self, state_dict)
     for state in self.optimizer.state.values():
         state["step"] = state["step"].clone()
@@ -182,5 +182,5 @@ def _give_each_its_step(load_state_dict: Callable[..., Any], self: Any, state_di
 def _allow_no_step(
     set_states: Callable[..., Any], self: Any, model_param: Any, tensors: dict[str, Any]
 ) -> None:
-    """The fully reshardable form keeps the step apart from the tensors that it hands over."""
+    """Allow tensors without a step: the fully reshardable format stores the step separately."""
     set_states(self, model_param, {"step": None} | tensors)

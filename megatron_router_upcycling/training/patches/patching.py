@@ -1,4 +1,4 @@
-"""Wrap or replace a symbol of Megatron or PyTorch; where it has gone, an error names it and who needs it."""
+"""Wrap or replace a symbol of Megatron or PyTorch; if it has gone, the error names it and its user."""
 
 import functools
 import inspect
@@ -9,15 +9,15 @@ TESTED = "0.19"
 
 
 def changed(by: str, what: str) -> RuntimeError:
-    """The error for something upstream that is not as ``by`` needs it."""
+    """The error for an upstream symbol that has changed in a way that breaks ``by``."""
     known = f"tested with megatron-core {TESTED}; install megatron-core {TESTED}, or report it"
     return RuntimeError(f"{by}: {what} in this version of megatron-core or torch; {known}")
 
 
 def find(by: str, owner: Any, name: str, *, place: str = "", reads: Iterable[str] = ()) -> Any:
-    """``owner.name``, once it is known to be there and, as a function, to have the parameters ``reads``."""
+    """``owner.name``, after checking that it exists and, as a function, has the parameters ``reads``."""
     where = f"{place or getattr(owner, '__name__', repr(owner))}.{name}"
-    # A class of Megatron's must have the method itself: what it would inherit does something else.
+    # A class of Megatron's must define the method itself: an inherited one does something else.
     own_only = inspect.isclass(owner) and owner.__module__.startswith("megatron.")
     if name not in vars(owner) if own_only else not hasattr(owner, name):
         raise changed(by, f"{where} does not exist")
@@ -28,13 +28,13 @@ def find(by: str, owner: Any, name: str, *, place: str = "", reads: Iterable[str
 
 
 def replace(by: str, owner: Any, name: str, new: Any) -> None:
-    """Let ``owner.name`` be ``new`` for the life of the process."""
+    """Replace ``owner.name`` by ``new`` until the process ends."""
     find(by, owner, name)
     setattr(owner, name, new)
 
 
 def wrap(by: str, owner: Any, name: str, outer: Callable[..., Any], reads: Iterable[str] = ()) -> None:
-    """Let ``owner.name(...)`` be ``outer(original, ...)`` from now on; a second call changes nothing."""
+    """Make ``owner.name(...)`` call ``outer(original, ...)`` from now on; a second call changes nothing."""
     original = find(by, owner, name, reads=reads)
     if getattr(original, "wrapped_by", None) == by:
         return

@@ -1,8 +1,8 @@
 """Routing statistics of a model in training, from Megatron's own routers.
 
 Every kind of router is a ``TopKRouter`` whose ``routing`` turns logits into weights and a map; the collector
-wraps that method. Sums stay on the device; only ``gather`` makes ranks meet. What a checkpoint's
-recomputation or an evaluation runs again is not counted.
+wraps that method. Sums stay on the device; only ``gather`` synchronises ranks. Evaluation is not counted, and
+activation recomputation does not count a token twice.
 """
 
 import math
@@ -20,24 +20,24 @@ from megatron_router_upcycling.training.run_log import measures
 
 # Measures that cost more and change slowly: how often one router's first choice is the mixture's, the cosine
 # between the gates of two routers, the distance of two experts over their norm, and the change of the
-# router's parameters since the run's start over their norm, of all and of the mixture's two kinds.
+# router's parameters since the run's start over their norm (of all, and of each of the mixture's two kinds).
 DRIFTS = ("router_drift", "query_weight_drift", "expert_key_drift")
 RARE = ("router_agreement", "gate_cosine", "expert_distance", *DRIFTS)
 SAMPLE_TOKENS = 256  # of one micro-batch, for router_agreement
 SAMPLE_ROWS = 16  # of each expert's first matrix, evenly spaced, for expert_distance
-INITIAL = "routing_initial"  # folder beside the checkpoints: the routers' parameters at the run's start
+INITIAL = "routing_initial"  # folder in --save: the routers' parameters at the run's start
 # Of one expert [2F, D], or of all of a rank's experts [n, 2F, D].
 FC1 = re.compile(r"(?:local_experts\.\d+\.)?linear_fc1[._]weight\d*")
 
 
 class RoutingCollector:
-    """Collects from the routers of this rank's ``model`` chunks while ``wanted()`` says so."""
+    """Collects from the routers of this rank's ``model`` chunks while ``wanted()`` is true."""
 
     def __init__(self, model: Sequence[torch.nn.Module], args: Namespace, wanted: Callable[[], bool]) -> None:
         from megatron.core.transformer.moe.moe_layer import MoELayer
 
         self.wanted = wanted
-        # Else parameters are not whole on each rank, and there are no RARE measures, which read them.
+        # With FSDP, parameters are sharded, and the RARE measures, which read them whole, are left out.
         self.whole = not (args.use_megatron_fsdp or args.use_torch_fsdp2)
         self.layers: dict[int, Any] = {}  # of this rank: layer from 0 -> its MoELayer
         for module in (module for chunk in model for module in chunk.modules()):
@@ -80,9 +80,9 @@ class RoutingCollector:
 
     @torch.no_grad()
     def gather(self, with_rare: bool) -> dict[str, Any]:
-        """What all ranks collected since the last call; every rank must call.
+        """The statistics that all ranks collected since the last call. Collective: every rank must call it.
 
-        ``layers``, the MoE layers from 0, and for each measure a list over them; ``rare`` likewise.
+        Returns ``layers``, the MoE layers from 0, and for each measure a list over them; ``rare`` likewise.
         """
         rare = torch.zeros((len(self.sums), len(RARE), 2), dtype=torch.float64)  # sum over ranks, ranks
         with_rare = with_rare and self.whole
@@ -92,8 +92,8 @@ class RoutingCollector:
                     if not math.isnan(value := values.get(name, math.nan)):
                         rare[index, column] = torch.tensor((value, 1.0))
         everything = torch.cat((self.sums, rare.flatten(1).to(self.sums.device)), dim=1)
-        # Layers of other pipeline stages are zero here, and tensor-parallel ranks that see the same tokens
-        # add the same to numerators and denominators: one sum over all ranks does for all.
+        # One sum over all ranks is enough: layers of other pipeline stages are zero here, and tensor-parallel
+        # ranks that see the same tokens add equally to numerators and denominators.
         torch.distributed.all_reduce(everything)
         sums, rare = everything.cpu().split((self.sums.shape[1], 2 * len(RARE)), dim=1)
         self.sums.zero_()
@@ -146,7 +146,7 @@ def _scores(router: Any, logits: torch.Tensor) -> torch.Tensor:
 
 
 def _expert_distances(layers: dict[int, Any]) -> dict[int, float]:
-    """Of each layer, ``measures.spread`` of sampled rows of all its experts, on whichever rank they are."""
+    """For each layer, ``measures.spread`` of sampled rows of its experts on all expert-parallel ranks."""
     from megatron.core import parallel_state
 
     parts = []
@@ -166,7 +166,7 @@ def _expert_distances(layers: dict[int, Any]) -> dict[int, float]:
 
 
 def _initial(index: int, router: Any, args: Namespace) -> dict[str, torch.Tensor]:
-    """A router's parameters at the run's start; kept in the run's folder for when it resumes."""
+    """A router's parameters at the run's start, which are saved in the run's folder for resuming."""
     from megatron.core import parallel_state
 
     now = {name: p.detach().clone() for name, p in router.named_parameters()}

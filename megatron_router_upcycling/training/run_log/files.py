@@ -1,4 +1,4 @@
-"""The files of a run: ``run.jsonl`` (losses) and ``routing.jsonl`` (routers), beside its checkpoints.
+"""The log files of a run in --save: ``run.jsonl`` (losses) and ``routing.jsonl`` (routers).
 
 One JSON object a line. A run that resumes from a checkpoint first drops the lines of later iterations.
 
@@ -6,9 +6,9 @@ One JSON object a line. A run that resumes from a checkpoint first drops the lin
 "time"}``, where ``lm_loss`` is the mean over the last ``over`` iterations, and ``{"kind": "held_out",
 "iteration", "tokens", "set", "lm_loss"}``. Losses are nats a token, ``time`` seconds since 1970.
 
-``routing.jsonl``: ``{"iteration", "tokens", "layers", ...}``, each measure of ``measures.summarise`` a list
-over ``layers`` (counted from 0), ``load`` a list of lists, losses by Megatron's names, and on some lines
-``rare``, with ``collector.RARE``.
+``routing.jsonl``: ``{"iteration", "tokens", "layers", ...}``. Each measure of ``measures.summarise`` is a
+list over ``layers`` (counted from 0); ``load`` is a list of lists. Auxiliary losses have Megatron's names.
+Some lines also have ``rare``, with the measures of ``collector.RARE``.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ ARGUMENTS = "arguments.txt"
 
 
 def write_arguments(path: Path, arguments: dict[str, Any]) -> None:
-    """Write all of Megatron's arguments, a line each, as the last run had them."""
+    """Write all of Megatron's arguments, one a line; replaces the file of an earlier run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (f"{name} {'.' * (48 - len(name))} {value}\n" for name, value in arguments.items())
     write_whole(path, "".join(sorted(lines)))
@@ -48,7 +48,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines in order; none where there is no file. A line cut short by a crash is passed over."""
+    """The lines in order; empty if there is no file. A line cut short by a crash is skipped."""
     lines = []
     for text in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):
@@ -59,7 +59,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_until(path: Path, iteration: int) -> None:
-    """Drop the lines of iterations after ``iteration``, and what a crash left of a line."""
+    """Drop the lines of iterations after ``iteration``, and a line that a crash cut short."""
     if not path.is_file():
         return
     kept = [line for line in read(path) if line["iteration"] <= iteration]

@@ -1,7 +1,7 @@
-"""Megatron's training loop, listened to: losses and routing statistics into files and Megatron's loggers.
+"""Hooks in Megatron's training loop that write losses and routing statistics to files and Megatron's loggers.
 
 ``install`` wraps four functions of ``megatron.training.training``: ``setup_model_and_optimizer`` (the model
-is there), ``training_log`` (an iteration is over), ``evaluate_and_print_results`` and ``evaluate``.
+was built), ``training_log`` (an iteration is over), ``evaluate_and_print_results`` and ``evaluate``.
 """
 
 import functools
@@ -25,8 +25,8 @@ from megatron_router_upcycling.training.run_log.collector import RoutingCollecto
 
 # Parameters of training_log that are read here.
 READ = ("iteration", "loss_dict", "total_loss_dict", "learning_rate", "grad_norm", "skipped_iter")
-RARELY = 10  # every so many routing lines, and on the first and the last
-# Megatron's loggers, and how those of their warnings begin that give the user nothing to act on.
+RARELY = 10  # RARE measures are on every tenth routing line, and on the first and the last
+# Megatron's loggers, and the beginnings of their warnings that the user cannot act on.
 QUIET = {
     "megatron.core.tensor_parallel.random": "CPU RNG state changed",
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
@@ -72,7 +72,7 @@ class RunLog:
             return result
         if routers_in_cuda_graphs(args):
             if args.rank == 0:
-                print("routing diagnostics: none; CUDA graphs do not call routers", flush=True)
+                print("routing diagnostics: none, since the routers are in CUDA graphs", flush=True)
             return result
         self.collector = RoutingCollector(result[0], args, self._is_wanted)
         self.collector.sampling = self._is_rare(args.iteration + 1)
@@ -82,7 +82,7 @@ class RunLog:
     def _training_log(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
         iteration = given["iteration"]
         if iteration % self.args.log_interval == 0:
-            # Megatron keeps the sums of a run's first iteration; the next line would average over it again.
+            # Megatron keeps the sums of a run's first iteration, and would average over it in the next line.
             given["is_first_iteration"] = False
         line = self._losses(given)  # before Megatron resets its sums
         self.moe_losses = {}
@@ -111,7 +111,7 @@ class RunLog:
         return result
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        """Write a line of the log; where that fails, as on a full disk, say so and let training continue."""
+        """Write a line of the log; if that fails, as on a full disk, print a message and keep training."""
         if not (self.save and self._writes()):
             return
         try:
@@ -121,7 +121,7 @@ class RunLog:
             print(f"{self.save / name}: {lost}; training continues", flush=True)
 
     def _is_wanted(self, iteration: int | None = None) -> bool:
-        """Whether this iteration's routing is written; without a number, the one that is running."""
+        """Whether the routing of ``iteration`` is written (default: of the current iteration)."""
         iteration = self.args.curr_iteration + 1 if iteration is None else iteration
         return iteration == 1 or iteration % self.interval == 0
 
@@ -131,14 +131,14 @@ class RunLog:
         return iteration % (RARELY * self.interval) == 0
 
     def _writes(self) -> bool:
-        """Whether this rank holds Megatron's loggers and the loss: the last one."""
+        """Whether this is the last rank, which has Megatron's loggers and the loss."""
         return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
 
     def _tokens(self) -> int:
         return self.args.consumed_train_samples * self.args.seq_length
 
     def _losses(self, given: dict[str, Any]) -> dict[str, Any] | None:
-        """The line of run.jsonl, or None where nothing is logged or this is not the last pipeline stage."""
+        """The line of run.jsonl, or None if nothing is logged now or this is not the last pipeline stage."""
         iteration, losses, totals = given["iteration"], given["loss_dict"], given["total_loss_dict"]
         logged = iteration == 1 or iteration % self.args.log_interval == 0
         if not (logged and "lm loss" in losses) or given["skipped_iter"]:
@@ -156,7 +156,7 @@ class RunLog:
         }
 
     def _keep_moe_losses(self) -> None:
-        """Keep the auxiliary losses of each layer, which Megatron clears once it has reported their mean."""
+        """Keep each layer's auxiliary losses, which Megatron clears after reporting their mean."""
         tracker = get_moe_metrics_tracker()
         clear = tracker.clear
 
@@ -177,7 +177,7 @@ class RunLog:
         for name, values in self.moe_losses.items():
             record[name] = [values[layer] for layer in record["layers"]]
         self._append(files.ROUTING, {"iteration": iteration, "tokens": self._tokens(), **record})
-        # For loggers the mean over layers, and each layer.
+        # The loggers get the mean over layers, and each layer's value.
         scalars: dict[str, float] = {}
         lists = {name: values for name, values in record.items() if name not in ("layers", "load", "rare")}
         for name, values in (lists | record.get("rare", {})).items():
@@ -199,7 +199,7 @@ def routers_in_cuda_graphs(args: Namespace) -> bool:
 
 
 def _wrap(name: str, outer: Callable[[Callable[[], Any], dict[str, Any]], Any], *reads: str) -> None:
-    """Wrap ``megatron.training.training.NAME`` in ``outer``(call, its arguments by name, open to change)."""
+    """Wrap ``megatron.training.training.NAME`` in ``outer``(call, arguments by name, which it may change)."""
     from megatron.training import training
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

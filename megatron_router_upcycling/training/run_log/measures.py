@@ -1,4 +1,4 @@
-"""Measures of routing (pure torch): of one router's decisions, of its parts, of its experts.
+"""Measures of routing in pure torch: of a router's decisions, and of the distance between experts.
 
 Symbols: T tokens, n experts, k experts a token.
 """
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What is summed over tokens, before the n numbers of tokens that each expert was given.
+# The sums over tokens that come first in ``routing_sums``; the n experts' token counts follow.
 SUMS = ("tokens", "entropy", "top1_probability", "weight_sum", "dropped")
 
 
 def routing_sums(scores: Tensor, weights: Tensor, routing_map: Tensor, top_k: int) -> Tensor:
     """One router's decisions on some tokens, as sums that may be added over micro-batches and ranks.
 
-    ``scores`` [T, n], float32 or wider, are each token's distribution over all experts, ``weights`` [T, n]
-    those of the chosen ones, 0 elsewhere. What ``routing_map``, bool [T, n], lacks of T * top_k was dropped.
-    Returns [5 + n] in the dtype of ``scores``: SUMS, then each expert's tokens. Nothing waits for a GPU.
+    ``scores`` [T, n], float32 or wider, are each token's distribution over all experts; ``weights`` [T, n],
+    0 but for the chosen experts. Of T * top_k choices, those missing in ``routing_map``, bool [T, n], were
+    dropped. Returns [5 + n] in the dtype of ``scores``: SUMS, then tokens by expert. Never waits for a GPU.
     """
     load = routing_map.sum(dim=0, dtype=scores.dtype)
     tokens = scores.new_full((), scores.shape[0])
@@ -29,10 +29,10 @@ def routing_sums(scores: Tensor, weights: Tensor, routing_map: Tensor, top_k: in
 
 
 def summarise(sums: Tensor) -> dict[str, Any]:
-    """The measures of one layer, from the sums of ``routing_sums``; empty where there were no tokens.
+    """The measures of one layer, from the sums of ``routing_sums``; empty if there were no tokens.
 
-    ``load`` is each expert's share of the choices that were kept, ``load_cv`` its standard deviation over its
-    mean; entropy (nats), largest probability and sum of weights are means over tokens.
+    ``load`` is each expert's share of the choices that were kept; ``load_cv`` is its standard deviation over
+    its mean. Entropy (nats), largest probability and sum of weights are means over tokens.
     """
     tokens, entropy, top1, weight_sum, dropped = sums[: len(SUMS)].tolist()
     load = sums[len(SUMS) :].double()
@@ -53,7 +53,7 @@ def summarise(sums: Tensor) -> dict[str, Any]:
 
 
 def choose(logits: Tensor, top_k: int, pre_softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """A softmax router's decisions without Megatron: what ``routing_sums`` takes, of logits [T, n]."""
+    """A softmax router's decisions, without Megatron: logits [T, n] to the inputs of ``routing_sums``."""
     scores = logits.float().softmax(dim=1)
     top = logits.float().topk(top_k, dim=1)
     values = scores.gather(1, top.indices) if pre_softmax else top.values.softmax(dim=1)
@@ -62,9 +62,9 @@ def choose(logits: Tensor, top_k: int, pre_softmax: bool) -> tuple[Tensor, Tenso
 
 
 def spread(total: Tensor, square_total: float, count: int) -> float:
-    """Root mean square distance of every two of ``count`` vectors, over their root mean square norm.
+    """Root mean square distance over all pairs of ``count`` vectors, divided by their root mean square norm.
 
-    0 when they are equal, sqrt(2) when they are orthogonal and of one length. ``total`` is the vectors' sum,
+    0 if they are equal, sqrt(2) if they are orthogonal and of equal length. ``total`` is the vectors' sum,
     ``square_total`` the sum of their squared norms.
     """
     if count < 2 or not square_total:
