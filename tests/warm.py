@@ -5,6 +5,7 @@ of a run share the seed of string hashes. ``launch.torchrun`` is the real thing.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -50,6 +51,7 @@ def wait(processes: list[ForkServerProcess], seconds: float) -> int:
 
 
 def _become(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    gc.freeze()  # or looking for garbage would copy the server's memory
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())
