@@ -38,6 +38,7 @@ SATURATED = 0.9  # mean largest probability from which softmax passes hardly any
 # experts), starts at 0.38 to 0.87 ended lowest, for routers from heads and for random ones; 0.19 and 0.96
 # ended above them. The limits are the midpoints between these.
 SURE, EVEN, CALIBRATED = 0.29, 0.91, 0.72
+COMMON = 0.25  # share of the logits' variance that all tokens have in common; random gates have 0.11 to 0.16
 # Title in the table -> entry of ``_look``'s result for a layer, and its format.
 COLUMNS = {
     "layer": ("layer", "d"),
@@ -140,6 +141,7 @@ def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path
         pairs = cosine_similarity(key)[tuple(torch.triu_indices(len(key), len(key), offset=1))]
         mean, most = (float(pairs.mean()), float(pairs.max())) if len(pairs) else (math.nan, math.nan)
     tied = tied_experts(logits, router.granularity)
+    apart = logits - logits.mean(dim=1, keepdim=True)
     decided = {first: measures.choose(logits, router.top_k, first) for first in (True, router.pre_softmax)}
     sums = measures.routing_sums(*decided[router.pre_softmax], top_k=router.top_k)
     return measures.summarise(sums) | {
@@ -148,6 +150,7 @@ def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path
         "max_cosine": most,
         "ties": tied,
         "num_ties": len(tied),
+        "common": float(apart.mean(dim=0).square().sum() / apart.square().sum(dim=1).mean()),
         # The mean sum of the k weights where softmax comes before top-k.
         "softmax_first": float(decided[True][1].sum(dim=1).mean()),
     }
@@ -196,17 +199,25 @@ def _warnings(found: list[dict[str, Any]], router: RouterConfig, record: dict[st
 def _hints(
     found: list[dict[str, Any]], router: RouterConfig, record: dict[str, Any], is_sampled: bool
 ) -> Iterator[str]:
-    """Say where a calibrated start would help, and which flag makes one.
+    """Say where a balanced or calibrated start would help, and which flags make one.
 
     Random tokens route more evenly than real ones, so without samples no layer is reported as too even.
     """
+    common = {row["layer"]: row["common"] for row in found if row["common"] > COMMON and is_sampled}
+    init = manifest.init_config(record, manifest.NAME)
+    if common and "center" in router.kind.starts and not init.center:
+        yield (
+            f"hint: some experts would be ahead for all tokens alike in {_named(list(common))} (at most"
+            f" {max(common.values()):.0%} of the logits' variance is common to all tokens). In comparisons of"
+            " a small model such starts ended behind balanced ones: convert again with --center --equalize"
+            " (docs/comparison.md)"
+        )
     even = math.log(router.num_experts)
     entropies = {row["layer"]: row["entropy"] for row in found}
     sure = [layer for layer, entropy in entropies.items() if entropy < SURE * even]
     spread = [layer for layer, entropy in entropies.items() if entropy > EVEN * even and is_sampled]
     suits = "target_entropy" in router.kind.starts
-    is_calibrated = suits and manifest.init_config(record, manifest.NAME).target_entropy is not None
-    if not (sure or spread) or not suits or is_calibrated:
+    if not (sure or spread) or not suits or init.target_entropy is not None:
         return
     where = [f"very sure of themselves in {_named(sure)}"] * bool(sure)
     where += [f"next to even in {_named(spread)}"] * bool(spread)

@@ -79,6 +79,8 @@ def test_a_collapsed_start_is_told(
     assert cli.main(["inspect", str(moe), "--key-stats", str(stats)]) == 0
     text = capsys.readouterr().out
     assert "warning: routing would start collapsed in layers 0, 1, 2, 3: " in text
+    assert "hint: some experts would be ahead for all tokens alike in layers 0, 1, 2, 3 (at most 100%" in text
+    assert "convert again with --center --equalize (" in text
     assert all(float(row[4]) > 2 and int(row[5]) >= 4 for row in table(text))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_router_upcycling.checkpoint.format.files import TRACKER
 from megatron_router_upcycling.diagnostics.stored_router import load_router
 from megatron_router_upcycling.errors import Parser, UserError
 from megatron_router_upcycling.key_statistics import file as key_stats_file
@@ -64,7 +65,7 @@ def table(comparison: Comparison, seed: int) -> str:
     lines = [f"| run | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
     for name in comparison.runs:
         start, end = plan.convert(name, seed).output, plan.train(name, seed).output
-        if start.exists() and end.exists():
+        if (end / TRACKER).is_file():
             inputs = [key_stats_file.read_router_input(stats, layer) for layer in range(shape[0])]
             found = [look(start, end, layer, sample) for layer, sample in enumerate(inputs)]
             cells = " | ".join(f"{figure:.2f}" for figure in torch.stack(found).mean(dim=0).tolist())
