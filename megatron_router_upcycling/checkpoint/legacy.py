@@ -27,7 +27,7 @@ from megatron_router_upcycling.checkpoint.format.boxes import Shape
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, StoredTensor
 from megatron_router_upcycling.checkpoint.format.torch_save_file import TorchSaveFile, Values, pickled_tensor
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.errors import UserError, described, reason, shown
+from megatron_router_upcycling.errors import UserError, described, os_error_as, reason, shown
 
 RANK_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"  # of the distributed optimizer
@@ -191,13 +191,11 @@ class LegacyCheckpoint(Checkpoint):
         return functools.reduce(lambda crc, block: zlib.crc32(block, crc), self._read_blocks(blob), 0)
 
     def _read_blocks(self, blob: Blob) -> Iterator[bytes]:
-        try:
-            with open(self.iteration_dir / blob.file, "rb") as file:
-                file.seek(blob.offset)
-                for done in range(0, blob.length, READ_BYTES):
-                    yield file.read(min(READ_BYTES, blob.length - done))
-        except OSError as error:
-            raise UserError(f"{self.iteration_dir / blob.file}: cannot be read ({error.strerror})") from None
+        path = self.iteration_dir / blob.file
+        with os_error_as(f"{path}: cannot be read"), open(path, "rb") as file:
+            file.seek(blob.offset)
+            for done in range(0, blob.length, READ_BYTES):
+                yield file.read(min(READ_BYTES, blob.length - done))
 
     def _assemble(self, key: str, layers: list[list[Shard]], gated: bool) -> StoredTensor:
         """The global tensor of ``layers``' shards; a layer's parameter is stacked over layers on axis 0."""

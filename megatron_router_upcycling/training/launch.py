@@ -19,7 +19,7 @@ from typing import Any
 from megatron_router_upcycling.config import agreement, manifest
 from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config.yaml_files import read_yaml
-from megatron_router_upcycling.errors import OneRankError, Parser, UserError, reason
+from megatron_router_upcycling.errors import OneRankError, Parser, UserError, os_error_as, reason
 from megatron_router_upcycling.files import blocked_by
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training import arguments, data, device
@@ -259,13 +259,11 @@ def set_global(args: Namespace) -> None:
 
 def _hand_on(args: Namespace, save: str, origin: Origin, router: RouterConfig | None) -> None:
     """Give the checkpoints that this run saves the manifest and what stands beside the weights."""
-    try:
+    with os_error_as(f"--save {save}: cannot be written"):
         if origin.recorded is not None:
             Path(save).mkdir(parents=True, exist_ok=True)
             manifest.write(save, origin.recorded | {"router": router.to_dict() if router else None})
         data.hand_on_tokenizer(args, origin.load, save)
-    except OSError as error:
-        raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
 
 
 def _check_writable(flag: str, save: str) -> None:
