@@ -186,18 +186,11 @@ def _shared_expert(job: Export, layer: int) -> Iterator[Output]:
     if job.shared_expert_width and not model.shared_expert_size:
         for part in name_table.SHARED_EXPERT:
             shape = name_table.shape(part, model, job.shared_expert_width)
-            read = functools.partial(_zeros, job.dtype, shape[1:])
-            yield Output(name_table.name(part, (layer,)), shape, read)
+            zeros = functools.partial(torch.zeros, shape, dtype=job.dtype)
+            yield _made(job, name_table.name(part, (layer,)), shape, zeros)
     if not model.shared_expert_gated:
         name = name_table.name(name_table.SHARED_EXPERT_GATE, (layer,))
         yield _made(job, name, (1, model.hidden_size), functools.partial(_drawn_gate, job, layer))
-
-
-def _zeros(
-    dtype: torch.dtype, columns: tuple[int, ...], start: int, stop: int, scratch: bytearray
-) -> torch.Tensor:
-    """Some rows of a tensor of zeros."""
-    return torch.zeros((stop - start, *columns), dtype=dtype)
 
 
 def _drawn_gate(job: Export, layer: int) -> torch.Tensor:

@@ -31,8 +31,7 @@ REQUIRED = ("hidden_size", "num_attention_heads", "seq_length", "max_position_em
 LEAST = {"eval_iters": 0, "weight_decay": 0, "seq_length": 1, "log_interval": 1, "eval_interval": 1}
 LEAST |= {"save_interval": 1, "tensorboard_log_interval": 1, "routing_diagnostics_interval": 1}
 # What the layout of a run is beside its number of ranks: the sizes of these kinds of parallelism.
-LAYOUT = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
-LAYOUT += ["context_parallel_size"]
+LAYOUT = [f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "expert_model", "context")]
 
 
 def refuse_what_is_not_taken(parser: ArgumentParser) -> None:

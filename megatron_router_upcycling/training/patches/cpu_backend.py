@@ -89,10 +89,9 @@ def _named_as_on_cuda(
 
 def _bridge_devices() -> None:
     """Let every tensor factory and every move take 'cuda' for the CPU."""
-    for name in FACTORIES.split():
-        _wrap(torch, name, _with_device_on_cpu)
-    for name in TENSOR_FACTORIES.split():
-        _wrap(torch.Tensor, name, _with_device_on_cpu)
+    for owner, names in ((torch, FACTORIES), (torch.Tensor, TENSOR_FACTORIES)):
+        for name in names.split():
+            _wrap(owner, name, _with_device_on_cpu)
     _wrap(torch.Tensor, "to", _move_to_cpu)
     _wrap(torch.Tensor, "type", _named_as_on_cuda)
     for owner, name in ((torch.Tensor, "cuda"), (torch.Tensor, "pin_memory"), (torch.nn.Module, "cuda")):
