@@ -40,7 +40,7 @@ class Output(NamedTuple):
 class Options:
     dtype: torch.dtype | None = None
     tokenizer: Path | None = None
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_size: int = 5 * 10**9  # bytes of a file
     shared_expert_width: int | None = None  # of a shared expert of zeros; None: 128
     modelling_code: bool = False
     overwrite: bool = False
@@ -67,13 +67,13 @@ class Export:
 
     @functools.cached_property
     def shards(self) -> dict[str, list[Output]]:
-        """The files of weights: each of at most ``max_shard_bytes``, or of one tensor that is larger."""
+        """The files of weights: each of at most ``max_shard_size``, or of one tensor that is larger."""
         shards: list[list[Output]] = [[]]
         size = 0
         for output in outputs(self):
             count = math.prod(output.shape) * self.dtype.itemsize
             size += count
-            if shards[-1] and size > self.options.max_shard_bytes:
+            if shards[-1] and size > self.options.max_shard_size:
                 shards.append([])
                 size = count
             shards[-1].append(output)

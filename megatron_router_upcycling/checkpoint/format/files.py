@@ -41,14 +41,10 @@ class FileRange(io.RawIOBase):
         return count
 
 
-def read_exactly(file: io.RawIOBase, view: memoryview) -> None:
-    """Fill ``view`` from ``file``, in as many reads as needed; EOFError where the file ends early."""
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            raise EOFError("the file ends early")
-        done += count
+def read_exactly(file: io.BufferedReader, view: memoryview) -> None:
+    """Fill ``view`` from ``file``; EOFError where the file ends early."""
+    if file.readinto(view) < len(view):
+        raise EOFError("the file ends early")
 
 
 def locate(root: Path) -> tuple[Path, Path]:

@@ -99,18 +99,12 @@ def _bridge_devices() -> None:
     _replace(torch.Tensor, "record_stream", _always(None))
 
 
-class _Event:
+class _Event(torch.cpu.Event):
     """Of a device that does things in order, by the host's clock: waiting is always over."""
 
     seconds = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def wait(self, *args: Any) -> None: ...
-
-    synchronize = wait
-
-    def query(self) -> bool:
-        return True
 
     def record(self, *args: Any) -> None:
         self.seconds = time.perf_counter()
