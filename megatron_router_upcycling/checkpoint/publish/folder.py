@@ -126,10 +126,12 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
             for path in filter(Path.is_file, partial.iterdir()):
                 sync(path)
             sync(partial)
-            if overwrite and out.exists():
-                _exchange(partial, out)
-            else:
+            if not (overwrite and out.exists()):
                 os.rename(partial, out)  # which fails where another process has put something there
+            elif not rename_exchange(partial, out):  # three steps; if they are cut short: ``_put_back``
+                os.rename(out, _replaced(out))
+                os.rename(partial, out)
+                os.rename(_replaced(out), partial)
             sync(out.parent)
         except BaseException:
             _put_back(out)
@@ -151,14 +153,6 @@ def _put_back(out: Path) -> None:
     """Give the old folder its name again where a run was killed between the two renames."""
     if _replaced(out).exists() and not out.exists():
         os.rename(_replaced(out), out)
-
-
-def _exchange(partial: Path, out: Path) -> None:
-    """Exchange the two names; if that takes several steps and is cut short, the next run restores ``out``."""
-    if not rename_exchange(partial, out):
-        os.rename(out, _replaced(out))
-        os.rename(partial, out)
-        os.rename(_replaced(out), partial)
 
 
 def rename_exchange(first: Path, second: Path) -> bool:
