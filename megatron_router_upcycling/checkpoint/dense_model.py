@@ -100,10 +100,9 @@ class Architecture:
         Raises AttributeError, TypeError, ValueError or OverflowError where they do not give it.
         """
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
-        groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         return cls(
             **{name: int(getattr(args, name)) for name in sizes},
-            num_query_groups=int(groups),
+            num_query_groups=int(num_query_groups(args)),
             init_method_std=float(args.init_method_std),
             flags=_flags_of(args),
             **more,
@@ -177,6 +176,11 @@ class DenseModel(Architecture):
 
     def describe(self) -> str:
         return f"dense, {super().describe()}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def num_query_groups(args: Namespace) -> int:
+    """The number of key heads; Megatron's argument applies only with grouped-query attention."""
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
 
 
 def megatron_arguments(flags: dict[str, Any]) -> Namespace:

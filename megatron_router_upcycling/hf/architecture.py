@@ -78,8 +78,7 @@ class QwenModel(Architecture):
             experts += f" and a shared one of width {self.shared_expert_size}"
         if self.num_experts and self.dense_layers:
             experts += f" in {len(self.expert_layers)} of {self.num_layers} layers"
-        tied = "tied" if self.tied else "untied"
-        vocabulary = f"vocabulary {self.vocab_size}, embeddings {tied}"
+        vocabulary = f"vocabulary {self.vocab_size}, embeddings {'tied' if self.tied else 'untied'}"
         return f"{self.family} {experts}, {super().describe()}, {vocabulary}"
 
 

@@ -18,8 +18,7 @@ NOT_TAKEN = {
     "dataloader_inter_document_masking": "give --reset-attention-mask and --reset-position-ids, which keep"
     " attention within documents that end with the end-of-document token",
     "hybrid_context_parallel": "give --context-parallel-size alone",
-    "decoder_seq_length": "give --seq-length",
-    "encoder_seq_length": "give --seq-length",
+    **dict.fromkeys(("decoder_seq_length", "encoder_seq_length"), "give --seq-length"),
     "yaml_cfg": "name a file of flags' values with --config",
     **dict.fromkeys(("sft", "sample_rate", "mask_prob", "short_seq_prob", "logits_load_dir"), LEAVE_OUT),
     "moe_routing_trace_dump_weights": LEAVE_OUT,

@@ -192,8 +192,7 @@ def _extend(parser: ArgumentParser, request: Request, origin: Origin) -> Argumen
     parser.add_argument("--help-megatron", action="help", help="list all flags, Megatron's included")
     config_flags.add_arguments(parser)
     # Checkpoints that any other TP, PP and EP can resume; no dropout, as Qwen and the paper (section 4.1).
-    reshardable = {"dist_ckpt_optim_fully_reshardable": True}
-    parser.set_defaults(**reshardable, attention_dropout=0.0, hidden_dropout=0.0)
+    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True, attention_dropout=0.0, hidden_dropout=0.0)
     if origin.recorded:
         config_flags.set_defaults(parser, origin.recorded["model"], str(origin.source))
         shared = config_flags.SHARED_WITH_MEGATRON.items()
