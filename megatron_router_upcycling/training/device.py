@@ -69,7 +69,6 @@ def use_built_dataset_helper() -> None:
     """Let Megatron take its wheel's compiled dataset helper; a source checkout has none, and builds it."""
     from megatron.core.datasets import utils
 
-    patching.find("device", utils, "compile_helpers")
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
         patching.replace("device", utils, "compile_helpers", lambda: None)
 
