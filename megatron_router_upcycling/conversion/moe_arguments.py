@@ -11,9 +11,13 @@ from megatron_router_upcycling.conversion.options import Options
 
 # Megatron's arguments for a fresh MoE run, in addition to those that the router gives.
 FRESH = {
-    **dict.fromkeys(("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples"), 0),
-    **dict.fromkeys(("iteration", "curr_iteration", "num_floating_point_operations_so_far"), 0),
+    "consumed_train_samples": 0,
+    "consumed_valid_samples": 0,
+    "skipped_train_samples": 0,
+    "iteration": 0,
+    "curr_iteration": 0,
     "ckpt_format": BACKEND,
+    "num_floating_point_operations_so_far": 0,
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
     "moe_latent_size": None,

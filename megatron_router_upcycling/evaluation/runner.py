@@ -177,7 +177,9 @@ def _measure(
     # What answers drawn at random score: each question's share of one of its choices.
     by_chance = 100 * statistics.mean(1 / len(sample["resps"]) for sample in samples)
     return {
-        **{name: getattr(task, name) for name in ("title", "group", "metric")},
+        "title": task.title,
+        "group": task.group,
+        "metric": task.metric,
         "score": metrics[task.metric],
         "stderr": metrics.get(f"{task.metric}_stderr"),
         "chance": by_chance if asked.OUTPUT_TYPE == "multiple_choice" else None,
@@ -187,7 +189,9 @@ def _measure(
         "by_question": [float(sample[task.metric]) for sample in samples],
         "data": {
             "origin": origin,
-            **{name: getattr(task, name) for name in ("repository", "configuration", "split")},
+            "repository": task.repository,
+            "configuration": task.configuration,
+            "split": task.split,
             "sha256": hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest(),
         },
         "harness_task_version": asked.VERSION,

@@ -16,9 +16,13 @@ APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 # Megatron argument -> the value it must have without Transformer Engine and apex.
 WITHOUT_FUSED_KERNELS: dict[str, Any] = {
     "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
     "no_persist_layer_norm": True,
-    **dict.fromkeys(("gradient_accumulation_fusion", "masked_softmax_fusion", "apply_rope_fusion"), False),
-    **dict.fromkeys(("tp_comm_overlap", "moe_permute_fusion", "moe_router_fusion"), False),
+    "tp_comm_overlap": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
     "fp8": None,
 }
 # Of --recompute-modules, what Megatron recomputes with Transformer Engine's help only.
@@ -26,14 +30,19 @@ RECOMPUTED_WITH_TE = {"layernorm", "mla_up_proj", "moe_act"}
 # Megatron argument -> the value it must have on the CPU, beside those.
 ON_CPU: dict[str, Any] = {
     "distributed_backend": "gloo",
-    **dict.fromkeys(("bias_swiglu_fusion", "bias_gelu_fusion", "bias_dropout_fusion"), False),
-    **dict.fromkeys(("cross_entropy_loss_fusion", "overlap_grad_reduce", "overlap_param_gather"), False),
-    "moe_grouped_gemm": False,
+    "bias_swiglu_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_dropout_fusion": False,
+    "cross_entropy_loss_fusion": False,
     "num_workers": 0,
+    "overlap_grad_reduce": False,
+    "overlap_param_gather": False,
     "ddp_average_in_collective": False,  # Gloo can sum, not average
     "cuda_graph_impl": "none",
     # The process that writes checkpoints is a fresh one, to which the bridge does not reach.
-    **dict.fromkeys(("async_save", "use_persistent_ckpt_worker"), False),
+    "async_save": False,
+    "use_persistent_ckpt_worker": False,
+    "moe_grouped_gemm": False,
 }
 # Whose attention a run takes; MEGATRON's writes all scores to memory.
 SDPA, ENGINE = "PyTorch's scaled_dot_product_attention", "Transformer Engine's"
@@ -69,6 +78,7 @@ def use_built_dataset_helper() -> None:
     """Let Megatron take its wheel's compiled dataset helper; a source checkout has none, and builds it."""
     from megatron.core.datasets import utils
 
+    patching.find("device", utils, "compile_helpers")
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
         patching.replace("device", utils, "compile_helpers", lambda: None)
 
