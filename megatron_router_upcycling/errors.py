@@ -1,6 +1,8 @@
-"""The exceptions that end a command, and the parser of flags that raises them."""
+"""The exceptions that end a command, and what raises them for a parser of flags and for the disk."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 LONGEST = 1000  # characters of a message: names and values in it may come from a hostile file
@@ -45,6 +47,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def os_error_as(fault: str, way_out: str = "") -> Iterator[None]:
+    """Turn an OSError within into a UserError that says ``fault``, the system's reason and ``way_out``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{fault} ({error.strerror or reason(error)}){way_out}") from None
 
 
 def printable(text: str, longest: int = LONGEST) -> str:

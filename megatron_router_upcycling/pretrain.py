@@ -43,9 +43,5 @@ def pretrain(argv: list[str]) -> None:
         train(run)
 
 
-def main() -> None:
-    launch.exit_on_user_error(lambda: pretrain(sys.argv[1:]))
-
-
 if __name__ == "__main__":
-    main()
+    launch.exit_on_user_error(lambda: pretrain(sys.argv[1:]))

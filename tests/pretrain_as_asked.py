@@ -3,12 +3,12 @@
 Each rank prints which class its experts are of.
 """
 
+import runpy
 from argparse import Namespace
 from typing import Any
 
 import torch
 
-from megatron_router_upcycling import pretrain
 from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.patches import cpu_backend
 
@@ -38,7 +38,7 @@ def main() -> None:
         MoELayer.set_layer_number = tell
 
     device.adapt, cpu_backend.install = adapt_but_keep, install_and_tell
-    pretrain.main()
+    runpy.run_module("megatron_router_upcycling.pretrain", run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -36,22 +36,16 @@ UNKNOWN_LAYERS = (
     *("heterogeneous_layers_config_encoded_json", "hybrid_layer_pattern", "hybrid_override_pattern"),
     "is_hybrid_model",
 )
-_OFF = (
-    *("multi_latent_attention", "attention_output_gate", "is_hybrid_model"),
-    *("group_query_attention", "qk_layernorm", "qk_l2_norm", "add_qkv_bias"),
-    *("swiglu", "squared_relu", "openai_gelu", "quick_geglu"),
-    *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm"),
-    *("apply_query_key_layer_scaling", "rotary_interleaved", "use_rope_scaling", "use_mup"),
-    "untie_embeddings_and_output_weights",
-)
-_NONE = (
-    *("num_experts", "activation_func_clamp_value", "rotary_seq_len_interpolation_factor"),
-    *("no_rope_freq", "window_size"),
-)
 # Megatron's defaults for the arguments, other than sizes, that decide what a dense model computes.
 MODEL_DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys((*UNKNOWN_LAYERS, *_NONE)),
-    **dict.fromkeys(_OFF, False),
+    **dict.fromkeys((*UNKNOWN_LAYERS, "num_experts", "activation_func_clamp_value")),
+    **dict.fromkeys(("rotary_seq_len_interpolation_factor", "no_rope_freq", "window_size")),
+    **dict.fromkeys(("multi_latent_attention", "attention_output_gate", "is_hybrid_model"), False),
+    **dict.fromkeys(("group_query_attention", "qk_layernorm", "qk_l2_norm", "add_qkv_bias"), False),
+    **dict.fromkeys(("swiglu", "squared_relu", "openai_gelu", "quick_geglu"), False),
+    **dict.fromkeys(("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm"), False),
+    **dict.fromkeys(("apply_query_key_layer_scaling", "rotary_interleaved", "use_rope_scaling"), False),
+    **dict.fromkeys(("use_mup", "untie_embeddings_and_output_weights"), False),
     "add_bias_linear": True,
     "glu_linear_offset": 0.0,
     "normalization": "LayerNorm",
@@ -106,10 +100,9 @@ class Architecture:
         Raises AttributeError, TypeError, ValueError or OverflowError where they do not give it.
         """
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
-        groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         return cls(
             **{name: int(getattr(args, name)) for name in sizes},
-            num_query_groups=int(groups),
+            num_query_groups=int(num_query_groups(args)),
             init_method_std=float(args.init_method_std),
             flags=_flags_of(args),
             **more,
@@ -183,6 +176,11 @@ class DenseModel(Architecture):
 
     def describe(self) -> str:
         return f"dense, {super().describe()}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def num_query_groups(args: Namespace) -> int:
+    """The number of key heads; Megatron's argument applies only with grouped-query attention."""
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
 
 
 def megatron_arguments(flags: dict[str, Any]) -> Namespace:

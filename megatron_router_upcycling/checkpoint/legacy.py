@@ -27,7 +27,7 @@ from megatron_router_upcycling.checkpoint.format.boxes import Shape
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, StoredTensor
 from megatron_router_upcycling.checkpoint.format.torch_save_file import TorchSaveFile, Values, pickled_tensor
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.errors import UserError, described, reason, shown
+from megatron_router_upcycling.errors import UserError, described, os_error_as, reason, shown
 
 RANK_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"  # of the distributed optimizer
@@ -44,19 +44,11 @@ QKV_PER_GROUP = 2.0  # checkpoint_version from which a group's queries, key and 
 # Without Transformer Engine a layer's norms have names of their own; torch_dist uses the fused names anyway.
 FUSED_NORMS = dict((names.NORM_BEFORE_ATTENTION[::-1], names.NORM_BEFORE_FFN[::-1]))
 # Stacked name of a parameter -> the axis of one layer's that tensor parallelism shards; None: replicated.
-AXES: dict[str, int | None] = {
-    names.EMBEDDING: 0,
-    names.POSITIONS: None,
-    f"{names.QKV_LINEAR}.weight": 0,
-    f"{names.QKV_LINEAR}.bias": 0,
-    f"{names.PROJECTION}.weight": 1,
-    f"{names.PROJECTION}.bias": None,
-    f"{names.FC1}.weight": 0,
-    f"{names.FC1}.bias": 0,
-    f"{names.FC2}.weight": 1,
-    f"{names.FC2}.bias": None,
-    names.OUTPUT_LAYER: 0,
-}
+AXES: dict[str, int | None] = {names.EMBEDDING: 0, names.POSITIONS: None, names.OUTPUT_LAYER: 0}
+for linear in (names.QKV_LINEAR, names.FC1):
+    AXES |= {f"{linear}.weight": 0, f"{linear}.bias": 0}
+for linear in (names.PROJECTION, names.FC2):
+    AXES |= {f"{linear}.weight": 1, f"{linear}.bias": None}
 for norm in (*FUSED_NORMS.values(), f"{names.QUERY_NORM}.", f"{names.KEY_NORM}.", f"{names.FINAL_NORM}."):
     AXES |= {f"{norm}weight": None, f"{norm}bias": None}
 
@@ -166,8 +158,12 @@ class LegacyCheckpoint(Checkpoint):
         parameters = _collect(stages)
         ranks = list(itertools.chain(*stages))
         self = cls(root, folder, {}, {}, first.common(), identity="".join(rank.identity() for rank in ranks))
-        if not getattr(first.args, "untie_embeddings_and_output_weights", True):
-            self._tie(parameters)
+        tied = not getattr(first.args, "untie_embeddings_and_output_weights", True)
+        if tied and parameters.keys() >= {names.OUTPUT_LAYER, names.EMBEDDING}:
+            # The last pipeline stage's copy, which torch_dist does not store.
+            (copies,), (embeddings,) = parameters.pop(names.OUTPUT_LAYER), parameters[names.EMBEDDING]
+            for pair in zip(embeddings, copies, strict=True):
+                self._check_equal("copy of the tied embeddings", list(pair))
         gated = bool(getattr(first.args, "swiglu", False) or getattr(first.args, "quick_geglu", False))
         for key, layers in parameters.items():
             self.tensors[key] = self._assemble(key, layers, gated)
@@ -191,13 +187,11 @@ class LegacyCheckpoint(Checkpoint):
         return functools.reduce(lambda crc, block: zlib.crc32(block, crc), self._read_blocks(blob), 0)
 
     def _read_blocks(self, blob: Blob) -> Iterator[bytes]:
-        try:
-            with open(self.iteration_dir / blob.file, "rb") as file:
-                file.seek(blob.offset)
-                for done in range(0, blob.length, READ_BYTES):
-                    yield file.read(min(READ_BYTES, blob.length - done))
-        except OSError as error:
-            raise UserError(f"{self.iteration_dir / blob.file}: cannot be read ({error.strerror})") from None
+        path = self.iteration_dir / blob.file
+        with os_error_as(f"{path}: cannot be read"), open(path, "rb") as file:
+            file.seek(blob.offset)
+            for done in range(0, blob.length, READ_BYTES):
+                yield file.read(min(READ_BYTES, blob.length - done))
 
     def _assemble(self, key: str, layers: list[list[Shard]], gated: bool) -> StoredTensor:
         """The global tensor of ``layers``' shards; a layer's parameter is stacked over layers on axis 0."""
@@ -220,13 +214,6 @@ class LegacyCheckpoint(Checkpoint):
                 front, ones = ((layer,), (1,)) if stacked else ((), ())
                 chunks.append(Chunk(front + offsets, ones + shard.shape, shard.blob, shard.shape))
         return StoredTensor(((len(layers),) if stacked else ()) + shape, first.dtype, tuple(chunks))
-
-    def _tie(self, parameters: dict[str, list[list[Shard]]]) -> None:
-        """Drop the last pipeline stage's copy of tied embeddings, which torch_dist does not store."""
-        if names.OUTPUT_LAYER in parameters and names.EMBEDDING in parameters:
-            (copies,), (embeddings,) = parameters.pop(names.OUTPUT_LAYER), parameters[names.EMBEDDING]
-            for pair in zip(embeddings, copies, strict=True):
-                self._check_equal("copy of the tied embeddings", list(pair))
 
     def _check_equal(self, key: str, shards: list[Shard]) -> None:
         """Refuse replicated shards that differ."""

@@ -157,7 +157,7 @@ class Checkpoint:
         read = out.view(-1) if straight else torch.empty(count, dtype=out.dtype)
         path = self.iteration_dir / chunk.blob.file
         try:
-            with open(path, "rb", buffering=0) as file:
+            with open(path, "rb") as file:
                 file.seek(values.offset + begin * out.itemsize)
                 files.read_exactly(file, memoryview(read.view(torch.uint8).numpy()))
         except (OSError, EOFError) as error:

@@ -24,7 +24,7 @@ from megatron_router_upcycling.checkpoint.format.torch_save_file import (
     wrap_values,
 )
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, os_error_as
 from megatron_router_upcycling.files import sync
 
 COPY_BYTES = 8 << 20
@@ -177,10 +177,8 @@ class CheckpointWriter:
 
     def _copy_range(self, source: Path, offset: int, length: int) -> None:
         self._file.flush()
-        try:
+        with os_error_as(f"{source}: cannot be read"):
             file = open(source, "rb", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"{source}: cannot be read ({error.strerror})") from None
         with file:
             while length:
                 try:

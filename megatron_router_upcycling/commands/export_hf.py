@@ -16,6 +16,7 @@ at. --shared-expert-width 0 leaves it out, which transformers reports as missing
 """
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -55,14 +56,8 @@ def run(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)  # the work is moving bytes
     start = time.monotonic()
-    options = export_job.Options(
-        dtype=args.dtype and getattr(torch, args.dtype),
-        tokenizer=args.tokenizer,
-        max_shard_bytes=args.max_shard_size,
-        shared_expert_width=args.shared_expert_width,
-        modelling_code=args.modelling_code,
-        overwrite=args.overwrite,
-    )
+    asked = {field.name: getattr(args, field.name) for field in dataclasses.fields(export_job.Options)}
+    options = export_job.Options(**asked | {"dtype": args.dtype and getattr(torch, args.dtype)})
     job = exporter.prepare(args.checkpoint, args.out, options)
     with progress_bar("export-hf", job.bytes_to_write, args.quiet) as progress:
         record = exporter.run(job, progress)

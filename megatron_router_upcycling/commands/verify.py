@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from megatron_router_upcycling.commands.shared import add_model_config, progress_bar
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, os_error_as
 
 
 def add_flags(verify: argparse.ArgumentParser) -> None:
@@ -45,10 +45,8 @@ def run(args: argparse.Namespace) -> int:
     with progress_bar("verify", ready.bytes_to_read, args.quiet) as advance:
         findings = proof.run(ready, advance)
     if args.json:
-        try:
+        with os_error_as(f"--json {args.json}: cannot be written"):
             args.json.write_text(findings.to_json(dense=str(args.dense), moe=str(args.moe)) + "\n", "utf-8")
-        except OSError as error:
-            raise UserError(f"--json {args.json}: cannot be written ({error.strerror})") from None
     if findings or not args.quiet:
         print(proof.describe(ready, time.monotonic() - start))
     if not findings and (warning := routing_start.warn_of_ties(args.moe)):

@@ -56,13 +56,8 @@ class Cut:
             low = max(box.offsets[self.axis], place)
             size = min(box.ends[self.axis], place + width) - low
             if number == shard and size > 0:
-                yield self._along(box, low, size), self._along(box, dense + low - place, size)
-
-    def _along(self, box: Box, offset: int, size: int) -> Box:
-        """``box`` with another extent along ``axis``."""
-        offsets, sizes = list(box.offsets), list(box.sizes)
-        offsets[self.axis], sizes[self.axis] = offset, size
-        return Box(tuple(offsets), tuple(sizes))
+                whole = box.along(self.axis, dense + low - place, size)
+                yield box.along(self.axis, low, size), whole
 
     def shards(
         self, tensor: torch.Tensor, offsets: tuple[int, ...], stored: StoredTensor

@@ -44,16 +44,12 @@ def moe_arguments(model: DenseModel, options: Options, layers: tuple[int, ...] |
 
 def model_flags(model: DenseModel, options: Options, layers: tuple[int, ...] | None) -> dict[str, Any]:
     """The ``moe_arguments`` that are neither Megatron's defaults nor the router's, as manifest flags."""
-    given = {
-        "moe_ffn_hidden_size": options.router.granularity > 1,
-        "moe_router_topk_scaling_factor": True,
-        "moe_shared_expert_intermediate_size": True,
-        "moe_layer_freq": layers is not None,
-    }
+    names = ["moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"]
+    names += ["moe_ffn_hidden_size"] * (options.router.granularity > 1)
     arguments = moe_arguments(model, options, layers)
-    flags = {name: arguments[name] for name in given if given[name] and arguments[name] is not None}
+    flags = {name: arguments[name] for name in names if arguments[name] is not None}
     if layers is not None:
-        flags["moe_layer_freq"] = str(flags["moe_layer_freq"]).replace(" ", "")
+        flags["moe_layer_freq"] = str(arguments["moe_layer_freq"]).replace(" ", "")
     return flags
 
 

@@ -44,10 +44,9 @@ def read_method(path: str | Path | None) -> Method:
     """Read what ``convert --config`` needs from the file that is later given to ``pretrain --config``."""
     entries = read_yaml(path) if path else {"upcycling": {}}
     flags, start = split_section(entries.pop("upcycling"), str(path))
-    router = {name: value for name, value in flags.items() if name in OF_ROUTER and value is not None}
-    for name, option in SHARED_WITH_MEGATRON.items():
-        if entries.get(name) is not None:
-            router[option] = entries[name]
+    given = {name: flags.get(name) for name in OF_ROUTER}
+    given |= {option: entries.get(name) for name, option in SHARED_WITH_MEGATRON.items()}
+    router = {name: value for name, value in given.items() if value is not None}
     RouterConfig.check_values(router, str(path))
     return Method(router, InitConfig.from_dict(start, str(path)), entries)
 

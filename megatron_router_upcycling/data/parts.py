@@ -17,7 +17,7 @@ from datatrove.pipeline.base import PipelineStep
 from megatron_router_upcycling.data import readers
 from megatron_router_upcycling.data.record import Options
 from megatron_router_upcycling.data.tokenizer import Tokenizer
-from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.errors import UserError, os_error_as, reason
 from megatron_router_upcycling.files import write_whole
 
 SAMPLED = 1 << 14  # characters of a part for which tiktoken's tokens are compared with those of tokenizers
@@ -65,17 +65,16 @@ class Tokenise(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         path = self.options.work / f"{rank:07d}.tokens"
         partial, content, counts = path.with_suffix(f".{os.getpid()}"), io.BytesIO(), Counts()
-        try:
-            with partial.open("wb") as file:
-                table = list(self._write_tokens(rank, file, counts))
-            rows = numpy.array(table, dtype=numpy.int64).reshape(-1, 3)
-            numpy.savez(content, table=rows, counts=json.dumps(vars(counts)))
-            write_whole(path.with_suffix(".npz"), content.getvalue())
-            os.replace(partial, path)
-        except OSError as error:
-            raise UserError(f"--output {path}: cannot be written ({reason(error)}); make room") from None
-        finally:
-            partial.unlink(missing_ok=True)
+        with os_error_as(f"--output {path}: cannot be written", "; make room"):
+            try:
+                with partial.open("wb") as file:
+                    table = list(self._write_tokens(rank, file, counts))
+                rows = numpy.array(table, dtype=numpy.int64).reshape(-1, 3)
+                numpy.savez(content, table=rows, counts=json.dumps(vars(counts)))
+                write_whole(path.with_suffix(".npz"), content.getvalue())
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def _write_tokens(self, rank: int, file: Any, counts: Counts) -> Iterator[tuple[int, int, bool]]:
         """Write the tokens of a part's documents; each one's row in the table (see ``load``)."""

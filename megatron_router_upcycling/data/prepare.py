@@ -21,7 +21,7 @@ from megatron_router_upcycling.data.publish import Output
 from megatron_router_upcycling.data.record import Options, Record
 from megatron_router_upcycling.data.sources import Source
 from megatron_router_upcycling.data.tokenizer import Tokenizer
-from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions, write_whole
 
 FORMAT = 3  # of the parts
@@ -39,27 +39,17 @@ def run(
         raise UserError(f"--held-out {options.held_out}: must be from 0 to below 1, as 0.01")
     publish.check(options, [Path(source.path) for source in sources])
     output, work, keep = options.output, options.work, False
-    created = [parent for parent in output.parents if not parent.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with held(output, "--output"):
-            try:
-                return _make(sources, left_out, options, progress)
-            except (KeyboardInterrupt, executors.WorkerLost) as error:
-                keep = True
-                left = f"{len(list(work.glob('*.npz')))} finished parts are in {work}"
-                again = f"{error} {left}; run the same command again to resume"
-                raise type(error)(again.strip()) from None
-            finally:
-                if not keep:
-                    shutil.rmtree(work, ignore_errors=True)
-    except BaseException as error:
-        for parent in created:
-            with contextlib.suppress(OSError):  # a run that was stopped keeps its parts there
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(f"--output {output}: cannot be written ({reason(error)}); make room") from None
-        raise
+    with held(output, "--output", "make room"):
+        try:
+            return _make(sources, left_out, options, progress)
+        except (KeyboardInterrupt, executors.WorkerLost) as error:
+            keep = True
+            left = f"{len(list(work.glob('*.npz')))} finished parts are in {work}"
+            again = f"{error} {left}; run the same command again to resume"
+            raise type(error)(again.strip()) from None
+        finally:
+            if not keep:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _make(

@@ -11,7 +11,7 @@ from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.diagnostics import plots
 from megatron_router_upcycling.diagnostics.plots import RunData
-from megatron_router_upcycling.errors import UserError, shown
+from megatron_router_upcycling.errors import UserError, os_error_as, shown
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files
@@ -77,15 +77,13 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
 
 def write(runs: Sequence[RunData], output: Path) -> Path:
     """Draw the pictures into ``output`` and write the page; return its path."""
-    try:
+    with os_error_as(f"--output {output}: cannot be written"):
         output.mkdir(parents=True, exist_ok=True)
         for stale in output.glob("load_map_*.png"):  # an earlier report may have had more runs
             stale.unlink()
         drawn = plots.draw_all(runs, output)
         page = output / "report.html"
         page.write_text(render(runs, drawn), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
     return page
 
 

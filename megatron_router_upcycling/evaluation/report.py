@@ -6,7 +6,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.errors import UserError, os_error_as
 from megatron_router_upcycling.evaluation.paper import GROUPS, METHODS, averages, figures
 from megatron_router_upcycling.files import write_whole
 
@@ -44,12 +44,10 @@ def add_averages(result: dict[str, Any]) -> None:
 
 def write(output: Path, result: Mapping[str, Any]) -> None:
     """Write ``results.json`` and ``results.md`` into ``output``, each whole or not at all."""
-    try:
+    with os_error_as(f"--output {output}: cannot be written", "; name another"):
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / JSON_NAME, json.dumps(result, indent=2, default=str) + "\n")
         write_whole(output / MARKDOWN_NAME, markdown(result))
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({reason(error)}); name another") from None
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -78,12 +78,8 @@ class QwenModel(Architecture):
             experts += f" and a shared one of width {self.shared_expert_size}"
         if self.num_experts and self.dense_layers:
             experts += f" in {len(self.expert_layers)} of {self.num_layers} layers"
-        return (
-            f"{self.family} {experts}, {self.num_layers} layers, hidden size {self.hidden_size}, FFN"
-            f" {self.ffn_hidden_size}, {self.num_attention_heads} heads of size {self.kv_channels} in"
-            f" {self.num_query_groups} groups, vocabulary {self.vocab_size},"
-            f" embeddings {'tied' if self.tied else 'untied'}"
-        )
+        vocabulary = f"vocabulary {self.vocab_size}, embeddings {'tied' if self.tied else 'untied'}"
+        return f"{self.family} {experts}, {super().describe()}, {vocabulary}"
 
 
 def from_flags(flags: dict[str, Any]) -> QwenModel:

@@ -40,7 +40,7 @@ class Output(NamedTuple):
 class Options:
     dtype: torch.dtype | None = None
     tokenizer: Path | None = None
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_size: int = 5 * 10**9  # bytes of a file
     shared_expert_width: int | None = None  # of a shared expert of zeros; None: 128
     modelling_code: bool = False
     overwrite: bool = False
@@ -67,13 +67,13 @@ class Export:
 
     @functools.cached_property
     def shards(self) -> dict[str, list[Output]]:
-        """The files of weights: each of at most ``max_shard_bytes``, or of one tensor that is larger."""
+        """The files of weights: each of at most ``max_shard_size``, or of one tensor that is larger."""
         shards: list[list[Output]] = [[]]
         size = 0
         for output in outputs(self):
             count = math.prod(output.shape) * self.dtype.itemsize
             size += count
-            if shards[-1] and size > self.options.max_shard_bytes:
+            if shards[-1] and size > self.options.max_shard_size:
                 shards.append([])
                 size = count
             shards[-1].append(output)
@@ -186,18 +186,11 @@ def _shared_expert(job: Export, layer: int) -> Iterator[Output]:
     if job.shared_expert_width and not model.shared_expert_size:
         for part in name_table.SHARED_EXPERT:
             shape = name_table.shape(part, model, job.shared_expert_width)
-            read = functools.partial(_zeros, job.dtype, shape[1:])
-            yield Output(name_table.name(part, (layer,)), shape, read)
+            zeros = functools.partial(torch.zeros, shape, dtype=job.dtype)
+            yield _made(job, name_table.name(part, (layer,)), shape, zeros)
     if not model.shared_expert_gated:
         name = name_table.name(name_table.SHARED_EXPERT_GATE, (layer,))
         yield _made(job, name, (1, model.hidden_size), functools.partial(_drawn_gate, job, layer))
-
-
-def _zeros(
-    dtype: torch.dtype, columns: tuple[int, ...], start: int, stop: int, scratch: bytearray
-) -> torch.Tensor:
-    """Some rows of a tensor of zeros."""
-    return torch.zeros((stop - start, *columns), dtype=dtype)
 
 
 def _drawn_gate(job: Export, layer: int) -> torch.Tensor:

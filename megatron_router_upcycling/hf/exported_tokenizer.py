@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_router_upcycling.data import tokenizer
 from megatron_router_upcycling.errors import described
+from megatron_router_upcycling.hf import files
 
 CONFIG = "tokenizer_config.json"
 # With this class, every version of transformers follows the rules in tokenizer.json. transformers 5 writes
@@ -51,8 +52,7 @@ def agree(source: Path, folder: Path, trained_with: Path | None) -> str:
         entries.pop("auto_map", None)
         entries["tokenizer_class"] = BY_THE_FILE
     if entries != _entries(folder / CONFIG):
-        text = json.dumps(entries, indent=2, ensure_ascii=False)
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        files.write_json(folder / CONFIG, entries)
         found, kind = _given(folder)
     if other:
         return "the one that was asked for gives other tokens than the one beside the checkpoint"
@@ -99,7 +99,7 @@ def convert(model: Path, folder: Path) -> tuple[str, dict[str, int]]:
         made.backend_tokenizer.save(str(folder / tokenizer.TOKENIZER_JSON))
         entries = {"tokenizer_class": BY_THE_FILE, "clean_up_tokenization_spaces": False}
         entries |= {name.removesuffix("_id"): own.id_to_piece(number) for name, number in ids.items()}
-        (folder / CONFIG).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+        files.write_json(folder / CONFIG, entries)
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         texts = (*SAMPLES, Path(__file__).read_text(encoding="utf-8"))
         if all(loaded.encode(text, add_special_tokens=False) == own.encode(text) for text in texts):

@@ -26,7 +26,7 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, versions
 from megatron_router_upcycling.hf import model_card, name_table
 from megatron_router_upcycling.hf.architecture import QwenModel, check_exportable, from_megatron
-from megatron_router_upcycling.hf.export_job import Export, Gate, Options, Output, stored_name
+from megatron_router_upcycling.hf.export_job import Export, Gate, Options, stored_name
 from megatron_router_upcycling.hf.files import CARD
 from megatron_router_upcycling.hf.folder import RECORD, find_beside, write_folder
 from megatron_router_upcycling.hf.safetensors_file import ahead, as_bytes, blocks, dtype_name, format_header
@@ -132,20 +132,16 @@ def _check_tensors(checkpoint: Checkpoint, model: QwenModel, router: RouterConfi
 def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
     """Make the folder and return its record, or leave nothing. ``progress`` is called with bytes written."""
     with publish.new_folder(job.out, job.options.overwrite) as folder:
-        for file, shard in job.shards.items():
-            _write_shard(job, shard, folder / file, progress)
+        for name, shard in job.shards.items():
+            tasks = (partial(out.read, *rows) for out in shard for rows in blocks(out.shape, VALUE_BYTES))
+            with open(folder / name, "xb") as file:
+                file.write(format_header([(output.name, output.shape) for output in shard], job.dtype))
+                for values in ahead(tasks):
+                    file.write(as_bytes(values))
+                    progress(values.nbytes)
         record = _record(job)
         write_folder(job, folder, record)
     return record
-
-
-def _write_shard(job: Export, shard: list[Output], path: Path, progress: Callable[[int], None]) -> None:
-    tasks = (partial(output.read, *rows) for output in shard for rows in blocks(output.shape, VALUE_BYTES))
-    with open(path, "xb") as file:
-        file.write(format_header([(output.name, output.shape) for output in shard], job.dtype))
-        for values in ahead(tasks):
-            file.write(as_bytes(values))
-            progress(values.nbytes)
 
 
 def _record(job: Export) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """The file names of a Hugging Face folder, and the refusal of folders that hold no model."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.checkpoint import beside
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, os_error_as
 
 CONFIG, GENERATION_CONFIG, CARD = "config.json", "generation_config.json", "README.md"
 MODELLING_FILE = "modeling_upcycled_qwen_moe.py"
@@ -48,12 +49,14 @@ def what_else(folder: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
-    try:
+    content = None
+    read = os_error_as(f"{path}: cannot be read", "; name a Hugging Face folder")
+    with read, contextlib.suppress(ValueError, RecursionError):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a Hugging Face folder") from None
-    except (ValueError, RecursionError):
-        content = None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object, or cut short; download it again")
     return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

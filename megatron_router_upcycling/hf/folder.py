@@ -1,7 +1,6 @@
 """The files of an exported folder besides the weights: configurations, tokenizer, model card, record."""
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +35,25 @@ def find_beside(asked: Path | None, checkpoint: Checkpoint) -> Path | None:
 def write_folder(job: Export, folder: Path, record: dict[str, Any]) -> None:
     """Write everything but the weights; add warnings about the tokenizer to ``record``."""
     special = _copy_beside(job.beside, folder) if job.beside else {}
-    _write_json(folder / CONFIG, _config(job) | special)
+    files.write_json(folder / CONFIG, _config(job) | special)
     kind, model = (job.beside and beside.tokenizer_of(job.beside)) or ("", folder)
     if kind == "SentencePieceTokenizer":
         record["no_tokenizer"], ids = exported_tokenizer.convert(model, folder)
         special |= {name: ids[name] for name in SPECIAL_TOKENS if name in ids}
-        _write_json(folder / CONFIG, _config(job) | special)
+        files.write_json(folder / CONFIG, _config(job) | special)
     elif job.beside and beside.is_tokenizer(job.beside):
         own = find_beside(None, job.checkpoint)
         other = own if own != job.beside and own and beside.is_tokenizer(own) else None
         record["tokenizer_fault"] = exported_tokenizer.agree(job.beside, folder, other)
     if not (folder / GENERATION_CONFIG).exists():
-        _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True} | special)
+        files.write_json(folder / GENERATION_CONFIG, {"_from_model_config": True} | special)
     if len(job.shards) > 1:
         places = {output.name: file for file, shard in job.shards.items() for output in shard}
-        _write_json(folder / INDEX, {"metadata": {"total_size": job.bytes_to_write}, "weight_map": places})
+        index = {"metadata": {"total_size": job.bytes_to_write}, "weight_map": places}
+        files.write_json(folder / INDEX, index)
     if job.router is not None and not job.is_stock:
         (folder / MODELLING_FILE).write_text(_modelling_file(job.router.kind), encoding="utf-8")
-    _write_json(folder / RECORD, record)
+    files.write_json(folder / RECORD, record)
     (folder / CARD).write_text(model_card.model_card(job, record), encoding="utf-8")
 
 
@@ -66,10 +66,6 @@ def _copy_beside(source: Path, target: Path) -> dict[str, Any]:
             found = files.read_json(source / file)
             return {name: found[name] for name in SPECIAL_TOKENS if found.get(name) is not None}
     return {}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _modelling_file(kind: Kind) -> str:

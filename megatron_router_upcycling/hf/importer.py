@@ -5,7 +5,6 @@ No model is built: values are copied from the safetensors files block by block, 
 configuration), ``tokenizer/`` and ``import_hf.json`` (what it was made from).
 """
 
-import json
 import math
 import zlib
 from argparse import Namespace
@@ -181,7 +180,7 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
             _write(job, writer)
         beside.copy(job.folder, job.beside.carried, folder / beside.FOLDER)
         (folder / MODEL_YAML).write_text(_model_yaml(job), encoding="utf-8")
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        files.write_json(folder / RECORD, record)
         (folder / TRACKER).write_text("release", encoding="utf-8")
     return record
 

@@ -30,10 +30,8 @@ BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 
 def balanced_by(args: Namespace) -> dict[str, float]:
     """Kind of loss in ``BALANCING`` -> its coefficient in Megatron's arguments; only those above 0."""
-    given = (
-        getattr(args, "moe_router_load_balancing_type", "aux_loss"),
-        getattr(args, "moe_aux_loss_coeff", 0),
-    )
+    defaults = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0}
+    given = (getattr(args, name, value) for name, value in defaults.items())
     kinds, coefficients = (value if isinstance(value, list | tuple) else [value] for value in given)
     return {
         kind: float(value)

@@ -6,6 +6,7 @@ where the values begin and end. https://huggingface.co/docs/safetensors
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -103,16 +104,11 @@ def ahead[T](tasks: Iterable[Callable[[bytearray], T]]) -> Iterator[T]:
 
     A task gets a buffer for its result, which is valid until the next result is requested.
     """
-    scratch, spare = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
+    buffers = itertools.cycle((bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)))
     with ThreadPoolExecutor(1) as thread:
-        coming: Future[T] | None = None
-        for task in tasks:
-            ready, coming = coming, thread.submit(task, scratch)
-            scratch, spare = spare, scratch
-            if ready is not None:
-                yield ready.result()
-        if coming is not None:
-            yield coming.result()
+        made = (thread.submit(task, scratch) for task, scratch in zip(tasks, buffers, strict=False))
+        for ready, _ in itertools.pairwise(itertools.chain(made, [Future[T]()])):  # the next one has begun
+            yield ready.result()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -136,11 +136,9 @@ def _place(args: Namespace, token: int, ranks: dict[str, int]) -> tuple[int, int
 
     A context-parallel rank holds two of the 2c parts of a sequence, one from each end.
     """
-    sample, position = divmod(token, args.seq_length)
-    iteration, sample = divmod(sample, args.global_batch_size)
-    micro_batch, sample = divmod(sample, args.micro_batch_size * args.data_parallel_size)
-    data_rank, sample = divmod(sample, args.micro_batch_size)
-    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    samples, position = divmod(token, args.seq_length)
+    samples, sample = divmod(samples, args.micro_batch_size)
+    call, data_rank = divmod(samples, args.data_parallel_size)
     context, context_rank, tensor_rank = args.context_parallel_size, 0, 0
     if context > 1:
         length = args.seq_length // (2 * context)
@@ -151,7 +149,7 @@ def _place(args: Namespace, token: int, ranks: dict[str, int]) -> tuple[int, int
         slice_length = args.seq_length // context // args.tensor_model_parallel_size
         tensor_rank, position = divmod(position, slice_length)
     is_own = (data_rank, context_rank, tensor_rank) == (ranks["dp"], ranks["cp"], ranks["tp"])
-    return iteration * micro_batches + micro_batch, position, sample, is_own
+    return call, position, sample, is_own
 
 
 @contextlib.contextmanager

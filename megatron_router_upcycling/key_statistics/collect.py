@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_router_upcycling.checkpoint import described
-from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED
+from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, NEGATED, num_query_groups
 from megatron_router_upcycling.checkpoint.names import holds_experts
 from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.read_model import query_key_digest, read_model
@@ -118,11 +118,6 @@ def check_architecture(args: Namespace, trained: Namespace) -> None:
             )
     if groups < size:
         raise UserError(f"--tensor-model-parallel-size {size}: use at most {groups}, the query groups")
-
-
-def num_query_groups(args: Namespace) -> int:
-    """Number of key heads; Megatron's argument applies only with grouped-query attention."""
-    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
 
 
 def load_model(args: Namespace) -> list[torch.nn.Module]:

@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.errors import UserError, os_error_as, reason
 from megatron_router_upcycling.files import blocked_by, write_whole
 
 FORMAT = 2
@@ -55,11 +55,9 @@ def save(path: str | Path, stats: KeyStats, overwrite: bool = False) -> None:
         {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None},
         metadata={name: json.dumps(value) for name, value in (stats.metadata | {"format": FORMAT}).items()},
     )
-    try:
+    with os_error_as(f"--output {path}: cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None
 
 
 def load(path: str | Path) -> KeyStats:

@@ -45,15 +45,21 @@ class FusedRoutingRouter(TopKRouter):
 
     def _attach_z_loss(self, probs: Tensor, mean_square: Tensor) -> Tensor:
         """As ``TopKRouter.apply_z_loss``, which computes the mean square itself."""
-        config, size = self.config, self.tp_cp_group.size()
-        coefficient = config.moe_z_loss_coeff / size
+        size = self.tp_cp_group.size()
+        coefficient = self.config.moe_z_loss_coeff / size
         z_loss = mean_square * coefficient
-        layers = config.num_layers + (config.mtp_num_layers or 0)
-        get_moe_metrics_tracker().record(
-            "z_loss", z_loss / coefficient, self.layer_number, layers, avg_group=self.tp_dp_cp_group
-        )
+        record(self, "z_loss", z_loss / coefficient)
         scale = probs.shape[0] * size if self.calculate_per_token_loss else 1
         return MoEAuxLossAutoScaler.apply(probs, z_loss * scale)
+
+
+def record(router: TopKRouter, name: str, value: Tensor) -> None:
+    """Put ``value`` of this layer and micro-batch among Megatron's MoE metrics, to be averaged over ranks."""
+    config, layer = router.config, router.layer_number
+    num_layers = config.num_layers + (config.mtp_num_layers or 0)
+    if layer is not None:
+        layer += config.num_layers * router.is_mtp_layer
+    get_moe_metrics_tracker().record(name, value, layer, num_layers, avg_group=router.tp_dp_cp_group)
 
 
 class ParameterHolder(torch.nn.Module):

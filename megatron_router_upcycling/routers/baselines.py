@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_router_upcycling.layers.routing import record
 from megatron_router_upcycling.routers.base import OwnParametersRouter, router_dtype
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import DROPPED, LOCAL, LOCALITY
@@ -100,12 +100,3 @@ def locality_loss(logits: Tensor, local_experts: slice, padding_mask: Tensor | N
 def without_padding(rows: Tensor, padding_mask: Tensor | None) -> Tensor:
     """``rows`` [T, ...] of the tokens that ``padding_mask``, T bools of any shape, does not mark."""
     return rows if padding_mask is None else rows[~padding_mask.reshape(-1)]
-
-
-def record(router: TopKRouter, name: str, value: Tensor) -> None:
-    """Put ``value`` of this layer and micro-batch among Megatron's MoE metrics, to be averaged over ranks."""
-    config, layer = router.config, router.layer_number
-    num_layers = config.num_layers + (config.mtp_num_layers or 0)
-    if layer is not None:
-        layer += config.num_layers * router.is_mtp_layer
-    get_moe_metrics_tracker().record(name, value, layer, num_layers, avg_group=router.tp_dp_cp_group)

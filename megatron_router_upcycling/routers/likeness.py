@@ -18,13 +18,8 @@ def tied_experts(logits: Tensor, granularity: int = 1) -> tuple[tuple[int, int],
     Shards of one copy (``granularity``) are equal by design: only the first of each copy is compared.
     """
     copies = logits.t()[::granularity]
-    limit = 1e-6 * float(copies.abs().max())
-    return tuple(
-        (a * granularity, b * granularity)
-        for a in range(len(copies))
-        for b in range(a + 1, len(copies))
-        if float((copies[a] - copies[b]).abs().max()) <= limit
-    )
+    tied = torch.cdist(copies, copies, p=math.inf) <= 1e-6 * copies.abs().max()
+    return tuple((a * granularity, b * granularity) for a, b in tied.triu(1).nonzero().tolist())
 
 
 def router_agreement(

@@ -18,8 +18,7 @@ NOT_TAKEN = {
     "dataloader_inter_document_masking": "give --reset-attention-mask and --reset-position-ids, which keep"
     " attention within documents that end with the end-of-document token",
     "hybrid_context_parallel": "give --context-parallel-size alone",
-    "decoder_seq_length": "give --seq-length",
-    "encoder_seq_length": "give --seq-length",
+    **dict.fromkeys(("decoder_seq_length", "encoder_seq_length"), "give --seq-length"),
     "yaml_cfg": "name a file of flags' values with --config",
     **dict.fromkeys(("sft", "sample_rate", "mask_prob", "short_seq_prob", "logits_load_dir"), LEAVE_OUT),
     "moe_routing_trace_dump_weights": LEAVE_OUT,
@@ -31,8 +30,7 @@ REQUIRED = ("hidden_size", "num_attention_heads", "seq_length", "max_position_em
 LEAST = {"eval_iters": 0, "weight_decay": 0, "seq_length": 1, "log_interval": 1, "eval_interval": 1}
 LEAST |= {"save_interval": 1, "tensorboard_log_interval": 1, "routing_diagnostics_interval": 1}
 # The parallel sizes which, with the number of ranks, are the layout of a run.
-LAYOUT = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
-LAYOUT += ["context_parallel_size"]
+LAYOUT = [f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "expert_model", "context")]
 
 
 def refuse_what_is_not_taken(parser: ArgumentParser) -> None:

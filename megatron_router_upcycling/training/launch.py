@@ -19,7 +19,7 @@ from typing import Any
 from megatron_router_upcycling.config import agreement, manifest
 from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config.yaml_files import read_yaml
-from megatron_router_upcycling.errors import OneRankError, Parser, UserError, reason
+from megatron_router_upcycling.errors import OneRankError, Parser, UserError, os_error_as, reason
 from megatron_router_upcycling.files import blocked_by
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training import arguments, data, device
@@ -192,8 +192,7 @@ def _extend(parser: ArgumentParser, request: Request, origin: Origin) -> Argumen
     parser.add_argument("--help-megatron", action="help", help="list all flags, Megatron's included")
     config_flags.add_arguments(parser)
     # Checkpoints that any other TP, PP and EP can resume; no dropout, as in Qwen and the paper (section 4.1).
-    reshardable = {"dist_ckpt_optim_fully_reshardable": True}
-    parser.set_defaults(**reshardable, attention_dropout=0.0, hidden_dropout=0.0)
+    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True, attention_dropout=0.0, hidden_dropout=0.0)
     if origin.recorded:
         config_flags.set_defaults(parser, origin.recorded["model"], str(origin.source))
         shared = config_flags.SHARED_WITH_MEGATRON.items()
@@ -259,13 +258,11 @@ def set_global(args: Namespace) -> None:
 
 def _hand_on(args: Namespace, save: str, origin: Origin, router: RouterConfig | None) -> None:
     """Write the manifest to ``save``, and link the tokenizer and other files stored with the weights."""
-    try:
+    with os_error_as(f"--save {save}: cannot be written"):
         if origin.recorded is not None:
             Path(save).mkdir(parents=True, exist_ok=True)
             manifest.write(save, origin.recorded | {"router": router.to_dict() if router else None})
         data.hand_on_tokenizer(args, origin.load, save)
-    except OSError as error:
-        raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
 
 
 def _check_writable(flag: str, save: str) -> None:

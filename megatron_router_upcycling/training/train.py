@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import os_error_as
 from megatron_router_upcycling.training.launch import Run
 
 # File in --save that says running, stopped (saved before its end: a signal, --exit-*) or finished.
@@ -76,8 +76,6 @@ def train(run: Run) -> None:
 
 def _write_state(args: Namespace, state: str) -> None:
     if args.save and args.rank == 0:
-        try:
+        with os_error_as(f"--save {args.save}: {RUN_STATE} cannot be written"):
             Path(args.save).mkdir(parents=True, exist_ok=True)
             (Path(args.save) / RUN_STATE).write_text(f"{state}\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--save {args.save}: {RUN_STATE} cannot be written ({error.strerror})") from None

@@ -139,10 +139,8 @@ def check_arguments(verification: Verification) -> None:
         defaults = dense_model.MODEL_DEFAULTS | dense_model.BUILD_DEFAULTS
         added = defaults.keys() - vars(plan.dense.args).keys() - args.keys()
         wanted = {name: value for name, value in vars(fresh["args"]).items() if name not in added}
-        common, fresh = (
-            {name: state[name] for name in state.keys() - VERSIONS} for state in (moe.common, fresh)
-        )
-        _compare(findings, common, fresh)
+        states = ({name: state[name] for name in state.keys() - VERSIONS} for state in (moe.common, fresh))
+        _compare(findings, *states)
     _compare(findings, args, wanted)
     findings.looked_at["arguments"] = f"{len(wanted)} arguments"
 

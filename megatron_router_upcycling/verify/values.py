@@ -143,11 +143,8 @@ def blocks(box: Box, most: int) -> Iterator[Box]:
         return
     axis = next(axis for axis, size in enumerate(box.sizes) if size > 1)
     step = max(1, most // math.prod(box.sizes[axis + 1 :]))
-    for start in range(0, box.sizes[axis], step):
-        offsets, sizes = list(box.offsets), list(box.sizes)
-        offsets[axis] += start
-        sizes[axis] = min(step, box.sizes[axis] - start)
-        yield from blocks(Box(tuple(offsets), tuple(sizes)), most)
+    for start in range(box.offsets[axis], box.ends[axis], step):
+        yield from blocks(box.along(axis, start, min(step, box.ends[axis] - start)), most)
 
 
 def where(key: str, chunks: list[Chunk]) -> tuple[str, str]:

@@ -46,7 +46,7 @@ def test_sharded_state_dict_is_replicated_with_the_layers_in_front() -> None:
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("num_routers, experts", [(8, 8), (4, 8), (8, 4), (16, 8), (32, 8)])
+@pytest.mark.parametrize("num_routers, experts", [(8, 8), (1, 8), (4, 8), (8, 4), (16, 8), (32, 8)])
 def test_logits_and_gradients_equal_the_direct_form(num_routers: int, experts: int, pooling: str) -> None:
     """In float64; the tolerance is relative to the largest entry."""
     config = transformer_config(

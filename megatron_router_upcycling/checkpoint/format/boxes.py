@@ -27,6 +27,12 @@ class Box:
             return None
         return Box(low, tuple(map(int.__sub__, high, low)))
 
+    def along(self, axis: int, offset: int, size: int) -> "Box":
+        """The box with another extent along ``axis``."""
+        offsets, sizes = list(self.offsets), list(self.sizes)
+        offsets[axis], sizes[axis] = offset, size
+        return Box(tuple(offsets), tuple(sizes))
+
     def within(self, offsets: Shape) -> tuple[slice, ...]:
         """The box as slices of a tensor that begins at ``offsets``."""
         starts = tuple(map(int.__sub__, self.offsets, offsets))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, Blob
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, os_error_as
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "metadata.json"
@@ -41,14 +41,10 @@ class FileRange(io.RawIOBase):
         return count
 
 
-def read_exactly(file: io.RawIOBase, view: memoryview) -> None:
-    """Fill ``view`` from ``file``, in as many reads as needed; EOFError where the file ends early."""
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            raise EOFError("the file ends early")
-        done += count
+def read_exactly(file: io.BufferedReader, view: memoryview) -> None:
+    """Fill ``view`` from ``file``; EOFError where the file ends early."""
+    if file.readinto(view) < len(view):
+        raise EOFError("the file ends early")
 
 
 def locate(root: Path) -> tuple[Path, Path]:
@@ -70,11 +66,7 @@ def locate(root: Path) -> tuple[Path, Path]:
 
 
 def read_record(path: Path) -> bytes:
-    try:
+    with os_error_as(f"{path}: cannot be read", "; use a checkpoint that was saved whole"):
         if path.stat().st_size > LARGEST_RECORD:
             raise UserError(f"{path}: of {path.stat().st_size} bytes, which no checkpoint needs")
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); use a checkpoint that was saved whole"
-        ) from None

@@ -68,23 +68,20 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @functools.cached_property
-    def _in_order(self) -> tuple[list[Chunk], int]:
-        """The chunks sorted by their offsets, and the largest size on the first axis."""
+    def _in_order(self) -> tuple[list[Chunk], list[boxes.Shape], int]:
+        """The chunks sorted by their offsets; on the first axis, where they begin and their largest size."""
         chunks = sorted(self.chunks, key=lambda chunk: chunk.offsets)
-        return chunks, max((size for chunk in chunks for size in chunk.sizes[:1]), default=0)
+        starts = [chunk.offsets[:1] for chunk in chunks]
+        return chunks, starts, max((size for chunk in chunks for size in chunk.sizes[:1]), default=0)
 
     def overlapping(self, box: boxes.Box) -> Iterator[tuple[Chunk, boxes.Box]]:
         """The chunks that hold a part of ``box``, each with that part; found by bisection."""
-        chunks, longest = self._in_order
+        chunks, starts, longest = self._in_order
         low = tuple(place - longest + 1 for place in box.offsets[:1])
         high = tuple(end - 1 for end in box.ends[:1])
-        for chunk in chunks[bisect_left(chunks, low, key=_start) : bisect_right(chunks, high, key=_start)]:
+        for chunk in chunks[bisect_left(starts, low) : bisect_right(starts, high)]:
             if part := box.overlap(chunk.box):
                 yield chunk, part
-
-
-def _start(chunk: Chunk) -> boxes.Shape:
-    return chunk.offsets[:1]
 
 
 def parse_metadata(

@@ -185,7 +185,7 @@ def read_values(path: Path, values: Values, lengths: Sequence[int] = ()) -> Iter
     lengths = lengths or (*[BLOCK_BYTES] * whole, *[rest] * bool(rest))
     buffer, checksum = bytearray(max(lengths, default=0)), 0
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:
             file.seek(values.offset)
             for length in lengths:
                 view = memoryview(buffer)[:length]

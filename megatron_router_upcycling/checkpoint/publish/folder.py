@@ -23,7 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, os_error_as
 from megatron_router_upcycling.files import existing, format_bytes, sync
 
 AT_FDCWD = -100
@@ -61,8 +61,28 @@ def check_space(out: Path, count: int) -> None:
 
 
 @contextlib.contextmanager
-def held(out: Path, name: str = "OUT") -> Iterator[bool]:
-    """Hold the lock of ``out``, called ``name`` in messages; False on a file system without locks."""
+def held(out: Path, name: str, way_out: str) -> Iterator[bool]:
+    """Make the folder around ``out``, called ``name`` in messages, and hold ``out``'s lock.
+
+    Gives False on a file system without locks. After an exception, folders that were made and are empty go;
+    an OSError becomes a UserError with the ``way_out``.
+    """
+    place = out.resolve()
+    created = [parent for parent in place.parents if not parent.exists()]
+    with os_error_as(f"{name} {out}: cannot be written", f"; {way_out}"):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(place, name) as locked:
+                yield locked
+        except BaseException:
+            for parent in created:
+                with contextlib.suppress(OSError):  # something is there: of another process, or kept
+                    parent.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def _locked(out: Path, name: str) -> Iterator[bool]:
     path = out.with_name(f".{out.name}.lock")
     lock = FileLock(path, timeout=0, mode=0o666, fallback_to_soft=False)
     try:
@@ -91,42 +111,33 @@ def held(out: Path, name: str = "OUT") -> Iterator[bool]:
 @contextlib.contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill, which becomes ``out`` at the context's end; an exception leaves ``out`` unchanged."""
-    asked, out = out, out.resolve()
-    created = [parent for parent in out.parents if not parent.exists()]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with held(out) as locked:
+    with held(out, "OUT", "nothing was left behind") as locked:
+        out = out.resolve()
+        _put_back(out)
+        if locked:  # what others have left, and an old folder whose successor is in place
+            for path in (_replaced(out), *_left_behind(out)):
+                shutil.rmtree(path, ignore_errors=True)
+        if out.exists() and not overwrite:
+            raise UserError(f"OUT {out}: exists; pass --overwrite or name another folder")
+        partial = out.with_name(f".{out.name}.partial-{os.getpid()}-{socket.gethostname()}")
+        try:
+            partial.mkdir()
+            yield partial
+            for path in filter(Path.is_file, partial.iterdir()):
+                sync(path)
+            sync(partial)
+            if not (overwrite and out.exists()):
+                os.rename(partial, out)  # which fails where another process has put something there
+            elif not rename_exchange(partial, out):  # three steps; if they are cut short: ``_put_back``
+                os.rename(out, _replaced(out))
+                os.rename(partial, out)
+                os.rename(_replaced(out), partial)
+            sync(out.parent)
+        except BaseException:
             _put_back(out)
-            if locked:  # what others have left, and an old folder whose successor is in place
-                for path in (_replaced(out), *_left_behind(out)):
-                    shutil.rmtree(path, ignore_errors=True)
-            if out.exists() and not overwrite:
-                raise UserError(f"OUT {out}: exists; pass --overwrite or name another folder")
-            partial = out.with_name(f".{out.name}.partial-{os.getpid()}-{socket.gethostname()}")
-            try:
-                partial.mkdir()
-                yield partial
-                for path in filter(Path.is_file, partial.iterdir()):
-                    sync(path)
-                sync(partial)
-                if overwrite and out.exists():
-                    _exchange(partial, out)
-                else:
-                    os.rename(partial, out)  # which fails where another process has put something there
-                sync(out.parent)
-            except BaseException:
-                _put_back(out)
-                raise
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)  # unfinished, or what was there before
-    except BaseException as error:
-        for parent in created:
-            with contextlib.suppress(OSError):  # another process has put something there
-                parent.rmdir()
-        if isinstance(error, OSError):
-            why = f"cannot be written ({error.strerror}); nothing was left behind"
-            raise UserError(f"OUT {asked}: {why}") from None
-        raise
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # unfinished, or what was there before
 
 
 def _left_behind(out: Path) -> list[Path]:
@@ -142,14 +153,6 @@ def _put_back(out: Path) -> None:
     """Give the old folder its name again where a run was killed between the two renames."""
     if _replaced(out).exists() and not out.exists():
         os.rename(_replaced(out), out)
-
-
-def _exchange(partial: Path, out: Path) -> None:
-    """Exchange the two names; if that takes several steps and is cut short, the next run restores ``out``."""
-    if not rename_exchange(partial, out):
-        os.rename(out, _replaced(out))
-        os.rename(partial, out)
-        os.rename(_replaced(out), partial)
 
 
 def rename_exchange(first: Path, second: Path) -> bool:

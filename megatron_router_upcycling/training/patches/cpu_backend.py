@@ -89,10 +89,9 @@ def _named_as_on_cuda(
 
 def _bridge_devices() -> None:
     """Let every tensor factory and every move take 'cuda' for the CPU."""
-    for name in FACTORIES.split():
-        _wrap(torch, name, _with_device_on_cpu)
-    for name in TENSOR_FACTORIES.split():
-        _wrap(torch.Tensor, name, _with_device_on_cpu)
+    for owner, names in ((torch, FACTORIES), (torch.Tensor, TENSOR_FACTORIES)):
+        for name in names.split():
+            _wrap(owner, name, _with_device_on_cpu)
     _wrap(torch.Tensor, "to", _move_to_cpu)
     _wrap(torch.Tensor, "type", _named_as_on_cuda)
     for owner, name in ((torch.Tensor, "cuda"), (torch.Tensor, "pin_memory"), (torch.nn.Module, "cuda")):
@@ -100,18 +99,12 @@ def _bridge_devices() -> None:
     _replace(torch.Tensor, "record_stream", _always(None))
 
 
-class _Event:
+class _Event(torch.cpu.Event):
     """Of a device that does things in order, by the host's clock: waiting is always over."""
 
     seconds = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def wait(self, *args: Any) -> None: ...
-
-    synchronize = wait
-
-    def query(self) -> bool:
-        return True
 
     def record(self, *args: Any) -> None:
         self.seconds = time.perf_counter()

@@ -18,7 +18,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import os_error_as
 from megatron_router_upcycling.training.patches import patching
 from megatron_router_upcycling.training.run_log import files
 from megatron_router_upcycling.training.run_log.collector import RoutingCollector
@@ -54,10 +54,8 @@ class RunLog:
         for logger, beginning in QUIET.items():
             logging.getLogger(logger).addFilter(functools.partial(_says_more, beginning))
         if self.save and self.args.rank == 0:
-            try:
+            with os_error_as(f"--save {self.save}: cannot be written"):
                 files.write_arguments(self.save / files.ARGUMENTS, vars(self.args))
-            except OSError as error:
-                raise UserError(f"--save {self.save}: cannot be written ({error.strerror})") from None
         _wrap("setup_model_and_optimizer", self._set_up)
         _wrap("training_log", self._training_log, *READ)
         _wrap("evaluate_and_print_results", self._evaluate_and_print, "prefix", "iteration")
