@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_router_upcycling.data import parts, record
+from megatron_router_upcycling.data import parts, publish, record
 from megatron_router_upcycling.data.tokenizer import load, train
 from tests.data import small
 
@@ -189,6 +189,7 @@ def test_limits_end_the_text_and_the_tasks(texts, tokenizer, whole, tmp_path):
     for name, one in zip(("data", "data_held_out"), made, strict=True):
         start = small.tokens_in(whole.with_name(name))[: one.documents + 1]
         assert small.tokens_in(out.with_name(name)) == start[:-1]
+    assert publish.fitting(numpy.array([[3, 9, 0], [2, 9, 1]]), [], small.options(max_tokens=5)) == 2
     longest = max(one.longest_document for one in made)
     assert limit - longest < tokens <= limit and made[0].skipped_count == 0  # the bad ones come later
 
@@ -213,6 +214,7 @@ def test_parts_of_other_text_or_options_are_not_used_and_nothing_is_overwritten(
     assert small.tokens_in(out) == [wanted[0][:-1]] * 2
     made = record.read(out)
     assert made and made.end_of_document is None and made.bytes == 24
+    assert made.bytes_per_token == pytest.approx(24 / made.tokens, abs=1e-4)
 
 
 def test_a_tokenizer_is_trained_on_the_text(tmp_path):
@@ -236,6 +238,7 @@ def test_a_tokenizer_is_trained_on_the_text(tmp_path):
         made = record.read(prefix)
         assert made and made.tokenizer == str(model) and made.tokenizer_sha256 == load(model).sha256
     assert sorted(found["data"] + found["data_held_out"]) == texts and all(found.values())
+    assert model.read_bytes() == train(found["data"], 400)  # what is held out is not seen
 
 
 def test_a_tokenizer_is_trained_on_the_first_lines_of_a_long_text(monkeypatch):

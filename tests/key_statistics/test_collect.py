@@ -360,5 +360,12 @@ def test_packed_sequences_and_the_rotary_embedding_change_no_head() -> None:
     assert attending_heads(key, key) is None
 
 
+def test_a_heads_mean_is_over_all_parts_of_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = 2 + torch.randn(SEQUENCE, 1, HEADS, HEAD_DIM), torch.randn(SEQUENCE, 1, GROUPS, HEAD_DIM) + 1
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total, group: total.mul_(2))  # of two alike
+    found = attending_heads(query, key, types.SimpleNamespace(size=lambda: 2))
+    assert found is not None and torch.equal(found, attending_heads(query, key))
+
+
 if __name__ == "__main__":
     make(Path(sys.argv[1]))

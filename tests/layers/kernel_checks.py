@@ -72,12 +72,12 @@ def agree(fast: Any, plain: Any, inputs: tuple[Tensor, ...], tolerance: float) -
 
 def check_swiglu() -> None:
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
-        inputs = draw(33, 2 * 88, dtype=dtype), draw(33).sigmoid()
+        inputs = draw(33, 2 * 1100, dtype=dtype), draw(33).sigmoid()
         agree(swiglu.weighted_swiglu, swiglu.plain, inputs, tolerance)
 
 
 def check_places() -> None:
-    for tokens, experts, top_k, idle in ((300, 8, 2, 0), (1, 8, 2, 0), (129, 5, 1, 2), (64, 16, 16, 0)):
+    for tokens, experts, top_k, idle in ((4200, 8, 2, 0), (1, 8, 2, 0), (129, 5, 1, 2), (64, 16, 16, 0)):
         chosen = routing_map(tokens, experts, top_k, idle)
         found = permutation.find_places(chosen, top_k)
         plain = permutation._find_places_plainly(chosen, top_k)
@@ -93,18 +93,18 @@ def check_permutation() -> None:
         chosen = routing_map(tokens, experts, top_k, idle)
         places = permutation.find_places(chosen, top_k)
         expert, token = chosen.t().nonzero(as_tuple=True)
-        inputs = draw(tokens, 48), draw(tokens, experts).sigmoid() * chosen
+        inputs = draw(tokens, 2100), draw(tokens, experts).sigmoid() * chosen
         permute = functools.partial(permutation.permute, places=places)
         agree(permute, lambda h, p, at=token, of=expert: (h[at], p[at, of]), inputs, 1e-6)
         combine = functools.partial(permutation.combine, places=places)
-        empty = torch.zeros(tokens, 48, dtype=torch.float64, device=DEVICE)
+        empty = torch.zeros(tokens, 2100, dtype=torch.float64, device=DEVICE)
         add = functools.partial(empty.index_add, 0, token)
-        agree(combine, add, (draw(tokens * top_k, 48, seed=5),), 1e-6)
+        agree(combine, add, (draw(tokens * top_k, 2100, seed=5),), 1e-6)
 
 
 def check_gate() -> None:
-    for rows, hidden in ((8, 96), (3, 200), (64, 64)):
-        tokens, weight = draw(130, hidden, dtype=torch.bfloat16), draw(rows, hidden, scale=0.02)
+    for count, rows, hidden in ((130, 8, 96), (2100, 3, 200), (130, 64, 64)):
+        tokens, weight = draw(count, hidden, dtype=torch.bfloat16), draw(rows, hidden, scale=0.02)
         exact = gradients(lambda x, a: x @ a.t(), tokens.double(), weight.double())
         found = gradients(gate.gate_logits, tokens, weight)
         compare(found[:1] + found[2:], exact[:1] + exact[2:], 1e-6)  # logits and the gate's gradient
@@ -129,9 +129,9 @@ def check_routing() -> None:
 
 
 def check_cross_entropy() -> None:
-    labels = torch.arange(9, device=DEVICE) * 555
+    labels = torch.arange(9, device=DEVICE) * 2222
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
-        logits = draw(9, 5000, dtype=dtype, scale=3.0)
+        logits = draw(9, 20000, dtype=dtype, scale=3.0)
         exact = functools.partial(torch.nn.functional.cross_entropy, target=labels, reduction="none")
         # It overwrites its logits.
         agree(lambda x: cross_entropy.cross_entropy(x * 1, labels), exact, (logits,), tolerance)
@@ -149,6 +149,7 @@ def check_rotary() -> None:
 
 
 def check_norm() -> None:
+    norm.PROGRAMS = 8  # so that each has several tokens, as in a large batch
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
         inputs = draw(21, 2, 72, dtype=dtype), draw(72, dtype=dtype) + 1
         fast = functools.partial(norm.rms_norm, epsilon=1e-6)

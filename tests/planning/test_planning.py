@@ -59,6 +59,8 @@ def test_the_papers_run(paper: Path) -> None:
     for name, share in found["utilisation"].items():
         rate = found["tokens"] * found["flops_per_token"] / found["seconds"][name]
         assert rate == pytest.approx(share * 64 * 989e12)
+        faster = figures.step_seconds(reading.read(paper, None, [], 64), 2 * 989)[name]
+        assert 2 * faster == pytest.approx(found["seconds"][name] / 25000)
     assert not found["warnings"]
 
 
@@ -82,6 +84,8 @@ def test_expert_parallel_moves_experts_and_optimizer_shards(paper: Path) -> None
     experts = one["parameters"]["experts"]
     others = sum(one["parameters"].values()) - experts
     assert eight["memory"]["optimizer"] == pytest.approx(12 * (others / 64 + experts / 8 / 8))
+    plain = plan(paper, "--bf16", "false", "--micro-batch-size", 2)["stages"]["0"]["memory"]["optimizer"]
+    assert plain == pytest.approx(8 * (others + experts) / 64)
     tokens = 4 * 4 * 4096  # a step and GPU
     assert eight["communication"]["expert_parallel"] == 4 * 2 * tokens * 1024 * 2 * 7 / 8 * 24
 
@@ -166,6 +170,8 @@ def test_pipeline_stages_hold_the_layers_once() -> None:
         made = setup.Setup(**({"num_layers": 12, "num_attention_heads": 4} | changes))
         stages = [made.layers_of_stage(rank) for rank in range(made.pipeline_model_parallel_size)]
         assert sorted(sum(stages, [])) == list(range(made.num_layers))
+    made = setup.Setup(4, pipeline_model_parallel_size=4, micro_batch_size=1, global_batch_size=9)
+    assert [figures.in_flight(made, stage) for stage in range(4)] == [4, 3, 2, 1]
     chunks = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 4}
     assert setup.Setup(num_layers=8, **chunks).layers_of_stage(0) == [0, 2, 4, 6]  # as Megatron comments
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
 
@@ -82,6 +83,13 @@ def test_every_field_of_the_datasets_configuration_is_set(tmp_path: Path, data: 
     defaults = {field.name: field.default for field in dataclasses.fields(GPTFIMDatasetConfig)}
     unset = {name for name in fields() if getattr(found, name) == defaults[name]}
     assert unset - OF_0_20 == {"blend", "split"}  # which cannot be given beside a source for each split
+
+
+def test_masked_tokens_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = Namespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False)
+    monkeypatch.setattr(language_model, "get_args", lambda: args)
+    mask, losses = torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor([[2.0, 8.0, 3.0]])
+    assert language_model.loss_func(mask, losses)[2]["lm loss"].tolist() == [5.0, 2.0]
 
 
 def sources(**given: Any) -> Namespace:
