@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = sorted(
     path.stem
     for path in (CONFIGS / "methods").glob("*.yaml")
-    if path.stem not in ("base", "scratch", "balanced") and not path.stem.startswith("calibrated")
+    if path.stem not in ("base", "scratch", "balanced", "recommended") and not path.stem.startswith("calibrated")
 )
 ROUTER = "decoder.layers.mlp.router"
 L, D = dense_checkpoint.LAYERS, dense_checkpoint.HIDDEN
