@@ -144,14 +144,14 @@ def test_what_cannot_work_names_its_flag(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--pipeline-model-parallel-size 8 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 256",
-         "attention 3.8,.*: 8 micro-batches over 8 .* idle 23%"),
+        ("--pipeline-model-parallel-size 8 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 256"
+         " --untie-embeddings-and-output-weights false", "parallel 1.25.*output l.*attention 3.8,.*idle 23%"),
         ("--expert-model-parallel-size 8 --ffn-hidden-size 0", "FFN 2688,.*--overlap-param-gather: is off"),
         ("--use-distributed-optimizer false --micro-batch-size 1",
          "~data parallel 15.39 GiB.*--use-distributed-optimizer: is off"),
         ("--bf16 false --grad-reduce-in-bf16 --micro-batch-size 2",
          "gradients 7.82 GiB, optimizer 0.24 GiB.*--bf16: is off"),
-        ("--gpu-memory-gib 60", "--gpu-memory-gib 60: .* leave little"),
+        ("--gpu-memory-gib 60 --train-samples 2048", " in 2 steps.*--gpu-memory-gib 60: .* leave little"),
         ("--tensor-model-parallel-size 16 --sequence-parallel --context-parallel-size 2"
          " --cross-entropy-loss-fusion",
          "vocabulary 153600,.*logits 0.75 GiB.*experts 2.1,.*--tensor-model-parallel-size: 16 GPUs"),
