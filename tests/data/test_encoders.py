@@ -80,13 +80,17 @@ def test_other_tokenizers_are_refused(name):
         encoders.of(json.dumps(content), False, tiktoken=True)
 
 
-def test_the_command_says_why_it_falls_back(tmp_path, capsys):
+def test_the_command_says_why_it_falls_back(tmp_path, capsys, monkeypatch):
     from megatron_router_upcycling import cli
 
     place = small.hugging_face(tmp_path / "tokenizer")
     text = small.lines(tmp_path / "a.jsonl", ["one", "two"])
     words = ["prepare-data", str(text), "--tokenizer", str(place), "--output", str(tmp_path / "data")]
     assert cli.main(words) == 0 and "tiktoken" not in capsys.readouterr().out
+    of, wanted = encoders.of, small.tokens_in(tmp_path / "data")
+    monkeypatch.setattr(encoders, "of", lambda *a: (lambda encode: lambda text: encode(text)[a[2] :])(of(*a)))
+    assert cli.main([*words, "--overwrite"]) == 0 and small.tokens_in(tmp_path / "data") == wanted
+    assert "in 1 of 1 parts tiktoken gives other tokens" in capsys.readouterr().out
     content = json.loads((place / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "NFKC"}
     (place / "tokenizer.json").write_text(json.dumps(content))

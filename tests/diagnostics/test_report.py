@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_router_upcycling import cli
-from megatron_router_upcycling.diagnostics import report
+from megatron_router_upcycling.diagnostics import plots, report
 from megatron_router_upcycling.diagnostics.plots import RunData
 from megatron_router_upcycling.training.run_log import files
 
@@ -35,6 +35,8 @@ def test_page_says_what_the_files_hold(page: Path, unbroken: tuple[Path, dict[in
     assert f"{losses[-1]['tokens']:,}" in text
     ends = [f"{sum(routing[at]['load_max_over_mean']) / 4:.2f}" for at in (0, -1)]
     assert " → ".join(ends) in text
+    (panel, *_) = plots._grid([(0, report.read_runs([unbroken[0]])[0])], plots.ROUTING).axes
+    assert list(panel.lines[0].get_ydata()) == pytest.approx([sum(line["entropy"]) / 4 for line in routing])
     assert "mixture of 8, sum; 2 of 8; top-k first" in text
     assert "&lt;part&gt; &amp; more" in text and "<part>" not in text
     assert text.count("<img ") == len(SECTIONS)
@@ -62,11 +64,11 @@ def test_a_folder_that_is_no_run_is_a_mistake(tmp_path: Path, capsys: pytest.Cap
 
 def test_names_tell_runs_apart(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("seed1/mixture", "seed2/mixture", "seed1/linear")]
-    for folder in folders:
+    for folder, loss in zip(folders, (3.0, 1.0, 2.0), strict=True):
         folder.mkdir(parents=True)
-        files.append(folder / files.RUN, {"iteration": 1, "kind": "train", "lm_loss": 1.0})
-    names = [run.name for run in report.read_runs(folders)]
-    assert names == ["seed1/mixture", "seed2/mixture", "seed1/linear"]
+        files.append(folder / files.RUN, {"iteration": 1, "kind": "held_out", "tokens": 1, "lm_loss": loss})
+    rows = [(row["name"], row["best"]) for row in report.summary(report.read_runs(folders))]
+    assert rows == [("seed1/mixture", False), ("seed2/mixture", True), ("seed1/linear", False)]
     assert [run.name for run in report.read_runs(folders[::2])] == ["mixture", "linear"]
 
 

@@ -95,8 +95,7 @@ def make(folder: Path) -> None:
             lambda module, args, layer=layer: inputs[layer].append(args[0].transpose(0, 1).flatten(0, 1))
         )
     with capture.capture_keys(model, captured):
-        for _ in range(ITERATIONS):
-            collect.forward(args, model, data)
+        losses = sum(collect.forward(args, model, data) for _ in range(ITERATIONS))
     # Every token is in the sample, which is larger than the data: sample after sample, token after token.
     everything = torch.stack([torch.cat(inputs[layer]) for layer in range(LAYERS)])
     safetensors.torch.save_file({"router_input": everything.contiguous()}, folder / "router_input")
@@ -105,7 +104,7 @@ def make(folder: Path) -> None:
     tensors = {name: torch.from_numpy(value) for name, value in expected.items()}
     safetensors.torch.save_file(tensors, folder / "loops")
     assert captured.tokens == TOKENS
-    tensors = {"mean": captured.mean(), "attended": captured.attended()}
+    tensors = {"mean": captured.mean(), "attended": captured.attended(), "losses": losses}
     safetensors.torch.save_file(tensors, folder / "single")
 
 
@@ -243,6 +242,7 @@ def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, flags: list
     assert metadata["checkpoint"] == str(made / "dense") and len(metadata["checkpoint_digest"]) == 64
     assert metadata["query_key_digest"] == query_key_digest(open_dense(made / "dense"))
     assert metadata["data"] == [str(data)] and metadata["iterations"] == ITERATIONS
+    assert metadata["lm_loss"] == pytest.approx(float(single["losses"][0] / single["losses"][1]), rel=1e-5)
 
 
 def test_part_of_the_tokens_are_kept_or_none(made: Path, tmp_path: Path) -> None:
@@ -260,15 +260,19 @@ def test_part_of_the_tokens_are_kept_or_none(made: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])
-def test_the_norm_inside_transformer_engines_projection(zero_centered: bool) -> None:
-    weight, hidden = torch.rand(HIDDEN), torch.randn(5, HIDDEN)
-    mlp = types.SimpleNamespace(linear_fc1=types.SimpleNamespace(layer_norm_weight=weight))
+@pytest.mark.parametrize("norm", ["RMSNorm", "LayerNorm"])
+def test_the_norm_inside_transformer_engines_projection(norm: str, zero_centered: bool) -> None:
+    (weight, bias), hidden, full = torch.rand(2, HIDDEN), torch.randn(5, HIDDEN), norm == "LayerNorm"
+    linear = types.SimpleNamespace(layer_norm_weight=weight, layer_norm_bias=bias)
+    mlp = types.SimpleNamespace(linear_fc1=linear)
     config = Namespace(
-        normalization="RMSNorm", layernorm_epsilon=EPSILON, layernorm_zero_centered_gamma=zero_centered
+        normalization=norm, layernorm_epsilon=EPSILON, layernorm_zero_centered_gamma=zero_centered
     )
     found = capture._norm_inside(mlp, config)(hidden)
     for token, row in zip(hidden.double(), found, strict=True):
+        token = token - full * token.mean()
         expected = token / ((token * token).sum() / HIDDEN + EPSILON).sqrt() * (weight + zero_centered)
+        expected += full * bias
         torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -106,12 +106,13 @@ def test_what_is_covered() -> None:
 
     names = ("moe_router_padding_for_quantization", "moe_shared_expert_overlap", "moe_latent_size")
     values: dict[str, Any] = dict.fromkeys(names) | {"moe_token_dispatcher_type": "alltoall"}
-    config = SimpleNamespace(**values, moe_expert_capacity_factor=None)
+    config = SimpleNamespace(**values, moe_expert_capacity_factor=None, moe_grouped_gemm=False)
     assert covers(config, 1) and not covers(config, 2)
     for name, value, expected in (
         ("moe_token_dispatcher_type", "allgather", True),
         ("moe_token_dispatcher_type", "flex", False),
         ("moe_expert_capacity_factor", 1.25, False),
+        ("cuda_graph_impl", "local", False),
         *((name, 16, False) for name in names),
     ):
         assert covers(SimpleNamespace(**vars(config) | {name: value}), 1) is expected, name

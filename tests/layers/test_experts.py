@@ -34,8 +34,10 @@ def compare() -> None:
         assert expected.keys() == found.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
-    biased = build(builders[1], add_bias_linear=True)
-    assert isinstance(biased, SequentialMLP)
+    other: dict[str, Any] = {"add_bias_linear": True, "activation_func": torch.nn.functional.gelu}
+    other |= {"glu_linear_offset": 1.0, "activation_func_clamp_value": 7.0, "recompute_modules": ["moe_act"]}
+    for name, value in other.items():
+        assert isinstance(build(builders[1], **{name: value}), SequentialMLP), name
 
 
 def stacked(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -106,16 +106,16 @@ def test_groups_that_differ_in_their_rates_alone_are_told_apart_by_the_rates_ord
 
 @pytest.mark.parametrize(("follow", "rate"), [("run", 0.02), ("checkpoint", 0.1)])
 def test_both_get_the_rates_of_one(follow: str, rate: float) -> None:
-    current, saved = group(max_lr=0.02, min_lr=0.002), group(max_lr=0.1, min_lr=0.01)
+    current, saved = group(False, 0.02, 0.002, end_wd=0.2), group(False, 0.1, 0.01, end_wd=1.0)
     settle([current], [saved], follow)
-    assert current == saved == group(max_lr=rate, min_lr=rate / 10)
+    assert current == saved == group(False, rate, rate / 10, end_wd=10 * rate)
 
 
 def test_a_difference_names_its_flag() -> None:
     saved = [group(), group(max_lr=0.2, **OWN_RATE)]
     settle([group(), group(max_lr=0.2, **OWN_RATE)], saved, None)
     for current, flag in (
-        ([group(max_lr=0.3), saved[1]], "--lr 0.3, and the checkpoint has 0.1;"),
+        ([group(max_lr=0.3, **OWN_RATE), group(max_lr=0.3)], "--lr 0.3, and the checkpoint has 0.1;"),
         ([group(min_lr=0.01), saved[1]], "--min-lr 0.01, and the checkpoint has 0.0;"),
         ([group(), group(max_lr=0.3, **OWN_RATE)], "--decoupled-lr 0.3, and the checkpoint has 0.2;"),
     ):
@@ -139,7 +139,8 @@ def scheduler(decay_steps: int, **options: Any) -> StepDecayScheduler:
 
 @pytest.mark.parametrize("min_lr", [0.0, 1e-4])
 def test_the_papers_schedule_warms_up_and_takes_two_steps_down(min_lr: float) -> None:
-    paper = scheduler(1000, min_lr=min_lr)
+    paper = scheduler(1000, max_lr=1.0, min_lr=0.5)
+    paper.optimizer.param_groups[0] |= {"max_lr": 5e-4, "min_lr": min_lr}  # as Megatron gives every group
     for step in range(1, 1101):
         paper.step(1)
         factor = step / 10 if step <= 10 else 0.316 ** ((step >= 800) + (step >= 900))

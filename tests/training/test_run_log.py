@@ -1,6 +1,7 @@
 """Measures of routing beside loops, the files of a run, and what a real run wrote."""
 
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from megatron_router_upcycling.routers import likeness
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files, measures
 from megatron_router_upcycling.training.run_log.collector import RARE
+from megatron_router_upcycling.training.run_log.listener import RunLog
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 40, 6, 2, 16
 
@@ -95,6 +97,15 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     files.append(path, {"iteration": 6, "lm_loss": 3.5})
     expected = {2: None, 4: 4.0, 6: 3.5}
     assert files.read(path) == [{"iteration": i, "lm_loss": loss} for i, loss in expected.items()]
+
+
+def test_a_line_has_the_mean_since_the_one_before() -> None:
+    log = Namespace(args=Namespace(log_interval=4), _tokens=lambda: 16)
+    given = {"iteration": 4, "skipped_iter": 0, "learning_rate": 0.1, "grad_norm": None}
+    given |= {"loss_dict": {"lm loss": 4.5}, "total_loss_dict": {"lm loss": 3.0, "advanced iterations": 2}}
+    line = RunLog._losses(log, given)  # of the four, one was skipped
+    assert line is not None and (line["lm_loss"], line["over"], line["tokens"]) == (2.5, 3, 16)
+    assert not any(RunLog._losses(log, given | other) for other in ({"iteration": 3}, {"skipped_iter": 1}))
 
 
 def test_a_run_writes_its_losses_and_what_its_routers_did(unbroken: tuple[Path, dict[int, float]]) -> None:
