@@ -18,11 +18,12 @@ from tests.dense_checkpoint import make_stats
 from tests.router_kinds import KINDS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# The paper's. Those in configs/methods that are calibrated are ablations.
+# The paper's.
+OTHERS = ("base", "scratch", "balanced", "recommended")
 METHODS = sorted(
     path.stem
     for path in (CONFIGS / "methods").glob("*.yaml")
-    if path.stem not in ("base", "scratch", "balanced", "recommended") and not path.stem.startswith("calibrated")
+    if path.stem not in OTHERS and not path.stem.startswith("calibrated")
 )
 ROUTER = "decoder.layers.mlp.router"
 L, D = dense_checkpoint.LAYERS, dense_checkpoint.HIDDEN
