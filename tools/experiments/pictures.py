@@ -128,6 +128,7 @@ def _draw_differences(axes: Any, found: dict[str, list[float]], colours: dict[st
     axes.axvline(0.0, color="#999999", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(found)), list(found))
     axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=5)
 
 
 def differences_over_tokens(comparison: Comparison, results: Sequence[RunResult]) -> Figure:
