@@ -70,7 +70,8 @@ class InitConfig(Recorded):
         default = InitConfig().to_dict()
         for name, value in self.to_dict().items():
             if value != default[name]:
-                router.kind.check_has(name, f"{name} {value}")
+                flag = name if name in ("queries", "keys") else f"--{name.replace('_', '-')}"
+                router.kind.check_has(name, flag if value is True else f"{flag} {value}")
         if self.equalize and router.pooling == "max":
             raise UserError("--equalize: is for --pooling sum; the maximum has no single gate")
         if self.head_key and not self.of_heads(router):

@@ -130,8 +130,8 @@ def test_the_flag_stands_above_the_file(
     [
         ({"router": "linear", "head_key": "mean"}, "--head-key mean: --router linear needs --gate heads"),
         ({"equalize": True, "pooling": "max"}, "--equalize: is for --pooling sum"),
-        ({"router": "mlp", "center": True}, "center True: is for --router mixture or linear or switch"),
-        ({"gate": "centroid"}, "gate centroid: is for --router linear or switch, not for mixture"),
+        ({"router": "mlp", "center": True}, "--center: is for --router mixture or linear or switch"),
+        ({"gate": "centroid"}, "--gate centroid: is for --router linear or switch, not for mixture"),
         ({"target_entropy": 3.0}, "--target-entropy 3.0: is in nats and must be between 0 and ln 8 = 2.0794"),
         ({"target_entropy": 1.0}, "holds no hidden states (router_input)"),
         ({"keys": "none"}, "keys none: choose one of heads, random"),
