@@ -62,8 +62,11 @@ class InitConfig(Recorded):
         return self.gate == "centroid" or self.center or self.target_entropy is not None
 
     def of_heads(self, router: RouterConfig) -> bool:
-        """Whether the routers are made from attention heads, which takes key statistics."""
+        """Whether the routers are made from attention heads."""
         return router.kind.of_heads or self.gate == "heads"
+
+    def needs_key_stats(self, router: RouterConfig) -> bool:
+        return self.of_heads(router) or self.needs_router_input
 
     def check(self, router: RouterConfig) -> None:
         """Raise UserError for what ``router`` cannot start with."""

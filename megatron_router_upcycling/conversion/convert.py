@@ -159,8 +159,7 @@ def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[s
 def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> KeyStats | None:
     """Load and check the key statistics; None where the routers need none."""
     kind, path = options.router.kind, options.key_stats
-    of_heads = options.init.of_heads(options.router)
-    if not of_heads and not options.init.needs_router_input:
+    if not options.init.needs_key_stats(options.router):
         return None
     if path is None:
         what = f"--router {kind.name}" if kind.of_heads else "this start of the routers"

@@ -61,9 +61,9 @@ def _by_tiktoken(content: dict[str, Any], encode_special_tokens: bool, slow: Enc
     import tiktoken
     from tokenizers import normalizers
 
-    normalizer = normalizers.NFC() if content["normalizer"] else None
     if (content["normalizer"] or {}).get("type", "NFC") != "NFC":
         raise Unsuited("its normaliser is not NFC")
+    normalizer = normalizers.NFC() if content["normalizer"] else None
     if slow(""):
         raise Unsuited("it puts tokens around a text")
     added = _added(content, encode_special_tokens)

@@ -141,7 +141,6 @@ def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path
         pairs = cosine_similarity(key)[tuple(torch.triu_indices(len(key), len(key), offset=1))]
         mean, most = (float(pairs.mean()), float(pairs.max())) if len(pairs) else (math.nan, math.nan)
     tied = tied_experts(logits, router.granularity)
-    apart = logits - logits.mean(dim=1, keepdim=True)
     decided = {first: measures.choose(logits, router.top_k, first) for first in (True, router.pre_softmax)}
     sums = measures.routing_sums(*decided[router.pre_softmax], top_k=router.top_k)
     return measures.summarise(sums) | {
@@ -150,7 +149,7 @@ def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path
         "max_cosine": most,
         "ties": tied,
         "num_ties": len(tied),
-        "common": float(apart.mean(dim=0).square().sum() / apart.square().sum(dim=1).mean()),
+        "common": measures.common_share(logits),
         # The mean sum of the k weights where softmax comes before top-k.
         "softmax_first": float(decided[True][1].sum(dim=1).mean()),
     }
@@ -260,9 +259,10 @@ def _tied(ties: dict[int, tuple[tuple[int, int], ...]], record: dict[str, Any]) 
         remedy = f"convert again with --num-routers {router.num_copies}"
     elif router.kind.of_heads:
         remedy = "convert again with --config configs/ablations/random_keys.yaml, whose keys differ"
+    elif init.gate == "heads":
+        remedy = "convert again with --gate random"
     else:
-        other = "--gate random" if init.gate == "heads" else "another --seed"
-        remedy = f"convert again with {other}"
+        remedy = "convert again with another --seed"
     layer, pairs = next(iter(found.items()))
     shown = ", ".join(f"{a} and {b}" for a, b in pairs[:NAMED]) + ", ..." * (len(pairs) > NAMED)
     return (

@@ -50,10 +50,7 @@ MEGATRON = "Megatron's, unfused"
 
 
 def choose(requested: str) -> str:
-    """'cpu' or 'cuda' for ``--device auto|cpu|cuda``; on the CPU nothing that is imported later is compiled.
-
-    Megatron compiles functions as it is imported. Importing the compiler for that takes a third of the time.
-    """
+    """'cpu' or 'cuda' for ``--device auto|cpu|cuda``."""
     import torch
 
     available = torch.cuda.is_available()
@@ -61,13 +58,7 @@ def choose(requested: str) -> str:
         raise UserError("--device cuda: no GPU is visible here; use --device cpu or --device auto")
     if requested == "cpu" and available:
         raise UserError("--device cpu: a GPU is visible here; hide it with CUDA_VISIBLE_DEVICES= (empty)")
-    if not available:
-        patching.replace("device", torch, "compile", _uncompiled)
     return "cuda" if available else "cpu"
-
-
-def _uncompiled(function: Any = None, **_: Any) -> Any:
-    return _uncompiled if function is None else function
 
 
 def has_transformer_engine() -> bool:

@@ -237,8 +237,8 @@ def validate(args: Namespace) -> None:
         _say(args, line)
     with objections.megatrons_objection(args):
         megatrons.validate_args(args)
-    gc.freeze()
-    gc.enable()
+    gc.freeze()  # what was imported stays
+    gc.enable()  # see ``exit_on_user_error``
 
 
 def set_global(args: Namespace) -> None:

@@ -49,7 +49,7 @@ def prepare(
     options.init.check(options.router)
     router_parameters(model, options.router)  # refuses a router that does not fit the model
     stats = None
-    if not has_trained(moe) and (options.init.of_heads(options.router) or options.init.needs_router_input):
+    if not has_trained(moe) and options.init.needs_key_stats(options.router):
         stats, path = _key_stats(model, section(moe, record, "key_stats"), key_stats_file, findings)
         options = replace(options, key_stats=path)
     return Verification(moe, record, plan(dense, model, options), stats, findings)

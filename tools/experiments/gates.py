@@ -23,6 +23,7 @@ from megatron_router_upcycling.checkpoint.format.files import TRACKER
 from megatron_router_upcycling.diagnostics.stored_router import load_router
 from megatron_router_upcycling.errors import Parser, UserError
 from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.training.run_log import measures
 from tools.experiments.comparison import Comparison, read
 from tools.experiments.plan import Plan
 from tools.experiments.stages import command_line
@@ -41,8 +42,7 @@ def look(start: Path, end: Path, layer: int, inputs: torch.Tensor) -> torch.Tens
     pairs = torch.triu_indices(len(gate), len(gate), offset=1)
     cosine = torch.cosine_similarity(gate[pairs[0]], gate[pairs[1]]).mean()
     logits = inputs.double() @ gate.t()
-    apart = logits - logits.mean(dim=1, keepdim=True)
-    common = apart.mean(dim=0).square().sum() / apart.square().sum(dim=1).mean()
+    common = torch.tensor(measures.common_share(logits), dtype=torch.float64)
     load = torch.bincount(before.route(inputs)[1].flatten(), minlength=len(gate)).double()
     moved = (trained - gate).norm() / gate.norm()
     figures = (
@@ -62,11 +62,11 @@ def table(comparison: Comparison, seed: int) -> str:
     stats = plan.foundation.keys.output
     shape = key_stats_file.load(stats).sample_shape
     assert shape is not None
+    inputs = [key_stats_file.read_router_input(stats, layer) for layer in range(shape[0])]
     lines = [f"| run | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
     for name in comparison.runs:
         start, end = plan.convert(name, seed).output, plan.train(name, seed).output
         if (end / TRACKER).is_file():
-            inputs = [key_stats_file.read_router_input(stats, layer) for layer in range(shape[0])]
             found = [look(start, end, layer, sample) for layer, sample in enumerate(inputs)]
             cells = " | ".join(f"{figure:.2f}" for figure in torch.stack(found).mean(dim=0).tolist())
             lines.append(f"| {name} | {cells} |")

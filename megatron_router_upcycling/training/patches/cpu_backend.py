@@ -46,12 +46,18 @@ def install() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if "torch._dynamo" in sys.modules:  # it has read that variable already
         torch._dynamo.config.disable = True
+    # Megatron compiles functions as it is imported; importing the compiler would take a third of that time.
+    _replace(torch, "compile", _uncompiled)
     _bridge_devices()
     _bridge_torch_cuda()
     # Gloo takes no CUDA device to bind a process group or a barrier to.
     for name, argument in (("init_process_group", "device_id"), ("barrier", "device_ids")):
         _wrap(torch.distributed, name, functools.partial(_with, {argument: None}))
     _bridge_megatron()
+
+
+def _uncompiled(function: Any = None, **_: Any) -> Any:
+    return _uncompiled if function is None else function
 
 
 def _with(changes: dict[str, Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -52,6 +52,12 @@ def summarise(sums: Tensor) -> dict[str, Any]:
     }
 
 
+def common_share(logits: Tensor) -> float:
+    """The share of the variance of ``logits`` [T, n] over experts that all tokens have in common."""
+    apart = logits - logits.mean(dim=1, keepdim=True)
+    return float(apart.mean(dim=0).square().sum() / apart.square().sum(dim=1).mean())
+
+
 def choose(logits: Tensor, top_k: int, pre_softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
     """A softmax router's decisions, without Megatron: logits [T, n] to the inputs of ``routing_sums``."""
     scores = logits.float().softmax(dim=1)
