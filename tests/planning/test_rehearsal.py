@@ -23,7 +23,7 @@ WORLD, DOOR = 64, "megatron_router_upcycling.pretrain"
 def config(folder: Path) -> Path:
     """A Mixture-of-Experts from scratch, its data and tokenizer not there."""
     path = folder / "rehearsed.yaml"
-    absent = {"data_path": ["/nowhere/data"], "num_layers": 8, "ffn_hidden_size": 128}
+    absent = {"data_path": ["/not/there/data"], "num_layers": 8, "ffn_hidden_size": 128}
     path.write_text(yaml.safe_dump(MODEL | TRAINING | MOE | absent))
     return path
 

@@ -113,7 +113,7 @@ def test_in_slurm_the_text_comes_first(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--text", "/nowhere"), "--text /nowhere: no such file or folder"),
+        (("--text", "/not/there"), "--text /not/there: no such file or folder"),
         (("--text", TEXTS[0], "--data", "x"), "--text: not with --data"),
         (("--text", TEXTS[0], "--container", "image"), "--local: not with --container"),
         ((), "--data or --text: name the training data"),

@@ -128,7 +128,7 @@ def test_a_signal_to_the_launcher_alone_saves_and_ends_the_run(
     [
         (("--config", "none.yaml"), "--config none.yaml: no such file"),
         (("--data", "nowhere"), "--data nowhere: no nowhere.bin and .idx"),
-        (("--dense", "/nowhere"), "--dense /nowhere: no latest_checkpointed_iteration.txt there"),
+        (("--dense", "/not/there"), "--dense /not/there: no latest_checkpointed_iteration.txt there"),
         (("--stages", "keys,trian"), "--stages trian: not one of data, import, keys"),
         (("--nodes",), "--nodes: needs a value"),
     ],

@@ -30,7 +30,7 @@ def test_all_flags_can_be_listed() -> None:
         ("pretrain", ("--rehearse", 0), "--gpus: give the number of GPUs of the run, at least 1"),
         ("pretrain", ("--rehearse-rank", 4), "--rehearse-rank, --rehearse-seq-length: need --rehearse"),
         ("pretrain", ("--config", "none.yaml"), "--config none.yaml: no such file"),
-        ("pretrain", ("--load", "/nowhere"), "--load /nowhere: no checkpoint there"),
+        ("pretrain", ("--load", "/not/there"), "--load /not/there: no checkpoint there"),
         ("collect_keys", (), "--output: name the file to write"),
         ("collect_keys", ("--output", "x", "--router-samples", -1), "--router-samples -1: must be 0"),
     ],
