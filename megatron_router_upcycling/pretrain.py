@@ -29,15 +29,15 @@ from megatron_router_upcycling.training.train import train
 def pretrain(argv: list[str]) -> None:
     flags = launch.parse(argv).flags
     if flags.rehearse is not None:
-        from megatron_router_upcycling.planning.rehearsal.run import rehearse
+        from megatron_router_upcycling.planning.rehearsal import rehearse
 
         rehearse(argv)
     elif flags.rehearse_rank or flags.rehearse_seq_length is not None:
         raise UserError("--rehearse-rank, --rehearse-seq-length: need --rehearse WORLD_SIZE")
     else:
+        run = launch.prepare(argv)
         from megatron_router_upcycling.diagnostics.routing_start import warn_of_ties
 
-        run = launch.prepare(argv)
         if run.load and run.router and run.args.rank == 0 and (warning := warn_of_ties(run.load)):
             print(warning, flush=True)
         train(run)

@@ -16,7 +16,7 @@ Examples:
 
 import sys
 
-from megatron_router_upcycling.planning.rehearsal.run import rehearse
+from megatron_router_upcycling.planning.rehearsal import rehearse
 from megatron_router_upcycling.training import launch
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import yaml
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint import beside, read_config_json
-from megatron_router_upcycling.checkpoint.format.files import TRACKER
+from megatron_router_upcycling.checkpoint.names import TRACKER
 from megatron_router_upcycling.commands import convert, evaluate
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.conversion.options import parse_layers

@@ -7,6 +7,7 @@ of one layer (``decoder.layers.0.mlp.linear_fc2.weight`` [D, F]). The constants 
 import re
 from collections.abc import Iterable
 
+TRACKER = "latest_checkpointed_iteration.txt"  # in a checkpoint's root
 EMBEDDING = "embedding.word_embeddings.weight"
 POSITIONS = "embedding.position_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"

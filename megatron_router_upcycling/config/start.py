@@ -11,10 +11,12 @@ from megatron_router_upcycling.routers.config import Recorded, RouterConfig
 
 HEAD_KEYS = ("mean", "attended")
 GATES = ("random", "centroid", "heads")
+EQUALIZED = ("rows", "logits")
 CHOICES = {
     "queries": ("heads", "random"),
     "keys": ("heads", "random"),
     "gate": GATES,
+    "equalize": (False, True, *EQUALIZED),
     "head_key": (None, *HEAD_KEYS),
 }
 
@@ -30,7 +32,9 @@ class InitConfig(Recorded):
     - ``gate``: of a linear router, ``centroid`` makes it of the centres of clusters of its inputs, ``heads``
       folds the mixture that attention heads give into one matrix.
     - ``center``: take the direction of the mean router input out, so that no expert is ahead for all tokens.
-    - ``equalize``: give the gate equal singular values, so that no two experts are nearly alike.
+    - ``equalize``: give the gate equal singular values, so that no two experts are nearly alike. ``rows``
+      gives it rows of equal norm only, ``logits`` makes its logits uncorrelated over the sample, with equal
+      variances.
     - ``target_entropy``: in nats, the mean entropy of a token's routing distribution over all experts, to
       which each layer's logits are scaled.
     """
@@ -42,13 +46,13 @@ class InitConfig(Recorded):
     head_key: str | None = None
     gate: str = "random"
     center: bool = False
-    equalize: bool = False
+    equalize: bool | str = False
     target_entropy: float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                known = ", ".join(choice for choice in choices if choice)
+                known = ", ".join(str(choice).lower() for choice in choices if choice)
                 raise UserError(f"{name} {getattr(self, name)}: choose one of {known}")
 
     @property
@@ -59,7 +63,8 @@ class InitConfig(Recorded):
     @property
     def needs_router_input(self) -> bool:
         """Whether values are made from samples of the routers' inputs."""
-        return self.gate == "centroid" or self.center or self.target_entropy is not None
+        samples = self.gate == "centroid" or self.center or self.equalize == "logits"
+        return samples or self.target_entropy is not None
 
     def of_heads(self, router: RouterConfig) -> bool:
         """Whether the routers are made from attention heads."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
-from megatron_router_upcycling.checkpoint.format.files import TRACKER, locate
-from megatron_router_upcycling.checkpoint.names import LEFT_OUT, TRAINING_STATE
+from megatron_router_upcycling.checkpoint.format.files import locate
+from megatron_router_upcycling.checkpoint.names import LEFT_OUT, TRACKER, TRAINING_STATE
 from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.publish import checks
 from megatron_router_upcycling.checkpoint.publish import folder as publish

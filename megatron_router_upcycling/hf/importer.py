@@ -20,8 +20,8 @@ import yaml
 from megatron_router_upcycling.checkpoint import beside, read_config_json
 from megatron_router_upcycling.checkpoint.dense_model import megatron_arguments
 from megatron_router_upcycling.checkpoint.format import torch_save_file
-from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
-from megatron_router_upcycling.checkpoint.names import extra_states
+from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
+from megatron_router_upcycling.checkpoint.names import TRACKER, extra_states
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.torch_dist import tensor_in
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter

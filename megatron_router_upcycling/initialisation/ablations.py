@@ -133,7 +133,15 @@ def alter_router(
         gate, rows = (
             one.unflatten(0, by_copy)[:, 0].flatten(0, 1) for one in (folded, made[scaled].double())
         )
-        rows = equal_singular_values(gate) @ rows
+        if init.equalize == "rows":
+            norms = gate.norm(dim=1, keepdim=True)
+            rows = rows * norms.square().mean().sqrt() / norms.clamp_min(LEAST_SINGULAR * norms.max())
+        elif init.equalize == "logits":  # with C their covariance, s C^(-1/2)
+            assert inputs is not None
+            logits = gate @ (inputs.double() - inputs.double().mean(dim=0)).t()
+            rows = equal_singular_values(logits) @ rows
+        else:
+            rows = equal_singular_values(gate) @ rows
         rows = rows.unflatten(0, (router.num_copies, -1)).repeat_interleave(router.granularity, dim=0)
         made[scaled] = rows.flatten(0, 1).to(dtype)
     if init.target_entropy is not None:

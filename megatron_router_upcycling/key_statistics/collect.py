@@ -75,17 +75,6 @@ def write(args: Namespace, sums: KeySums, inputs: torch.Tensor | None, losses: t
     print(f"{args.output}: {keys} over {sums.tokens} tokens; {loss}", flush=True)
 
 
-def check_flags(flags: Namespace) -> None:
-    """Refuse what can be refused before Megatron is imported."""
-    if flags.output is None:
-        raise UserError("--output: name the file to write, such as key_stats.safetensors")
-    key_stats_file.check_output(flags.output, flags.overwrite)
-    if flags.router_samples < 0:
-        raise UserError(f"--router-samples {flags.router_samples}: must be 0 (none) or more")
-    if flags.collect_iters < 1:
-        raise UserError(f"--collect-iters {flags.collect_iters}: must be at least 1")
-
-
 def check(run: launch.Run) -> None:
     """Refuse what does not fit the checkpoint or the data, before anything is built."""
     args = run.args

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.checkpoint.names import TRACKER
 from megatron_router_upcycling.config import agreement, manifest
 from megatron_router_upcycling.config import flags as config_flags
 from megatron_router_upcycling.config.yaml_files import read_yaml
@@ -135,8 +136,6 @@ def parse(argv: list[str]) -> Request:
 
 def find_origin(request: Request, save: str | None) -> Origin:
     """Where a run starts from: the last checkpoint in ``save``, else ``--load``, else nowhere."""
-    from megatron_router_upcycling.checkpoint.format.files import TRACKER
-    from megatron_router_upcycling.checkpoint.open import check_whole
 
     def holds_checkpoint(root: str) -> bool:
         return (Path(root) / TRACKER).is_file()
@@ -146,6 +145,8 @@ def find_origin(request: Request, save: str | None) -> Origin:
         load = save
     elif load and not holds_checkpoint(load) and (not save or Path(load).resolve() != Path(save).resolve()):
         raise UserError(f"--load {load}: no checkpoint there (no {TRACKER}); name its root folder")
+    from megatron_router_upcycling.checkpoint.open import check_whole
+
     roots = [root for root in (load, flags.pretrained_checkpoint) if root]
     recorded, source = agreement.find_manifest(roots)
     agreement.check_start(request.start, recorded, source)

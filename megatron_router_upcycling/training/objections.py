@@ -18,7 +18,7 @@ from typing import Any
 import megatron.core
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_router_upcycling.checkpoint.format.files import TRACKER
+from megatron_router_upcycling.checkpoint.names import TRACKER
 from megatron_router_upcycling.config.flags import flag_of
 from megatron_router_upcycling.errors import OneRankError, UserError
 from megatron_router_upcycling.training.patches import patching

@@ -110,6 +110,7 @@ def make(folder: Path) -> None:
 
 def said_to(args: Namespace, folder: Path, change: dict[str, Any]) -> str:
     """What ``check`` says to ``args`` with ``change``; without the change it must say nothing."""
+    from megatron_router_upcycling import collect_keys
     from megatron_router_upcycling.key_statistics import collect
     from megatron_router_upcycling.training import launch
 
@@ -120,7 +121,7 @@ def said_to(args: Namespace, folder: Path, change: dict[str, Any]) -> str:
     works = vars(args) | {"load": str(folder / "dense"), "output": str(folder / "new")}
 
     def check(args: Namespace) -> None:
-        collect.check_flags(args)
+        collect_keys.check_flags(args)
         collect.check(launch.Run(args, None))
 
     check(Namespace(**works))

@@ -111,9 +111,9 @@ def check_shard(argv: list[str]) -> None:
     sys.argv = ["pretrain", *argv]
     from megatron_router_upcycling.checkpoint.open import open_checkpoint
     from megatron_router_upcycling.planning.rehearsal import run as rehearsal
-    from megatron_router_upcycling.training import train
+    from megatron_router_upcycling.training import launch, train
 
-    prepared, _ = rehearsal.prepare(argv)
+    prepared, _ = rehearsal.prepare(launch.parse(argv))
     from megatron.core import parallel_state as mpu
     from megatron.core.utils import unwrap_model
 

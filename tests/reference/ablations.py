@@ -66,7 +66,9 @@ def router(
             keys = _numbers(values["expert_key"])
             gate = sum(keys @ query for query in gate) / math.sqrt(keys.shape[1])
         first = [i for i in range(len(gate)) if i * config.num_experts // len(gate) % config.granularity == 0]
-        squares, vectors = np.linalg.eigh(gate[first] @ gate[first].T)  # (A A^T)^(-1/2), and the norm of A
+        square = np.cov(gate[first] @ inputs.T) if init.equalize == "logits" else gate[first] @ gate[first].T
+        square = np.diag(np.diag(square)) if init.equalize == "rows" else square
+        squares, vectors = np.linalg.eigh(square)  # (A A^T)^(-1/2), and the norm of A
         squares, vectors = squares[squares > 1e-12 * squares[-1]], vectors[:, squares > 1e-12 * squares[-1]]
         root = vectors @ np.diag(squares**-0.5) @ vectors.T * math.sqrt(squares.mean())
         rows = (root @ _numbers(values[narrow])[first]).reshape(config.num_experts // config.granularity, -1)

@@ -51,7 +51,7 @@ def prepare(options: Namespace, flags: list[str]) -> tuple[launch.Run, Setup]:
     on_gpu = torch.cuda.is_available()
     chosen = ["--config", options.config] if options.config else ON_GPU if on_gpu else ON_CPU
     argv = [*chosen, "--gpus", str(options.gpus), "--router", "mixture", *flags]
-    run, planned = rehearsal.prepare(argv)
+    run, planned = rehearsal.prepare(launch.parse(argv))
     if run.router is None:
         raise UserError("--num-experts: is not given; a dense model has no router to compare")
     # A router that is swapped out gets no gradient, and Megatron's overlapped reduction would wait for it.

@@ -35,7 +35,8 @@ def make_dense(root: Path, shape: Shape) -> None:
     The values are one block of random bfloat16 numbers, repeated; norms are 1.
     """
     from megatron_router_upcycling.checkpoint.format import torch_save_file
-    from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE, TRACKER
+    from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
+    from megatron_router_upcycling.checkpoint.names import TRACKER
     from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 
     root.mkdir()

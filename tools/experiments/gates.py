@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_router_upcycling.checkpoint.format.files import TRACKER
+from megatron_router_upcycling.checkpoint.names import TRACKER
 from megatron_router_upcycling.diagnostics.stored_router import load_router
 from megatron_router_upcycling.errors import Parser, UserError
 from megatron_router_upcycling.key_statistics import file as key_stats_file

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, Blob
+from megatron_router_upcycling.checkpoint.names import TRACKER
 from megatron_router_upcycling.errors import UserError, os_error_as
 
-TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "metadata.json"
 BACKEND = "torch_dist"
 COMMON_STATE = "common_state/shard_0_1"

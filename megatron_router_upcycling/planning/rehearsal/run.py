@@ -6,7 +6,6 @@ random experts. Sizes are real; the loss is not.
 """
 
 import json
-import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -26,9 +25,9 @@ from megatron_router_upcycling.training import device, launch
 TOKENS_ON_CPU = 256  # of a micro-batch; activations grow with tokens and are scaled up
 
 
-def rehearse(argv: list[str]) -> None:
-    """Build, load, step and measure one rank with the flags of ``pretrain``; print and write the figures."""
-    run, planned = prepare(argv)
+def rehearse(request: launch.Request) -> None:
+    """Build, load, step and measure one rank; print and write the figures."""
+    run, planned = prepare(request)
     from megatron.training.theoretical_memory_usage import report_theoretical_memory
 
     found = measure(run, planned)
@@ -40,10 +39,8 @@ def rehearse(argv: list[str]) -> None:
         Path(run.args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def prepare(argv: list[str]) -> tuple[launch.Run, Setup]:
+def prepare(request: launch.Request) -> tuple[launch.Run, Setup]:
     """Prepare one rank through the stages of ``launch.prepare``; return it and the plan of the whole run."""
-    request = launch.parse(argv)
-    _check_flags(request.flags)
     launch.stand_alone(request.flags.rehearse_rank, request.flags.rehearse)
     origin = launch.find_origin(request, save=None)
     place = device.choose(request.flags.device)
@@ -56,21 +53,6 @@ def prepare(argv: list[str]) -> tuple[launch.Run, Setup]:
     launch.validate(args)
     launch.set_global(args)
     return launch.Run(args, router, origin.load), planned
-
-
-def _check_flags(flags: Namespace) -> None:
-    """Refuse what can be refused before Megatron is imported."""
-    size, tokens = flags.rehearse, flags.rehearse_seq_length
-    if size is None or size < 1:
-        raise UserError("--gpus: give the number of GPUs of the run, at least 1")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"--gpus {size}: is one process; start it with python -m, not torchrun")
-    if not 0 <= flags.rehearse_rank < size:
-        raise UserError(f"--rehearse-rank {flags.rehearse_rank}: must be between 0 and {size - 1}")
-    if tokens is not None and tokens < 1:
-        raise UserError(f"--rehearse-seq-length {tokens}: must be at least 1")
-    if flags.output and not (folder := Path(flags.output).absolute().parent).is_dir():
-        raise UserError(f"--output {flags.output}: there is no folder {folder}; make it first")
 
 
 def _cut_down(args: Namespace, planned: Setup, place: str) -> None:
