@@ -19,7 +19,6 @@ import yaml
 from tests import launch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two files at a time on two cores
-torch.set_num_threads(1)
 
 VOCABULARY = 256
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN = 4, 64, 8, 4, 8, 96

@@ -130,6 +130,7 @@ def test_the_flag_stands_above_the_file(
     [
         ({"router": "linear", "head_key": "mean"}, "--head-key mean: --router linear needs --gate heads"),
         ({"equalize": True, "pooling": "max"}, "--equalize: is for --pooling sum"),
+        ({"equalize": "keys"}, "equalize keys: choose one of true, rows, logits"),
         ({"router": "mlp", "center": True}, "--center: is for --router mixture or linear or switch"),
         ({"gate": "centroid"}, "--gate centroid: is for --router linear or switch, not for mixture"),
         ({"target_entropy": 3.0}, "--target-entropy 3.0: is in nats and must be between 0 and ln 8 = 2.0794"),

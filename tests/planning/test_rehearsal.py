@@ -104,11 +104,8 @@ def test_a_shard_is_loaded_as_megatron_places_it(moe: Path, moe_config: Path, tm
 
 
 def check_shard(argv: list[str]) -> None:
-    import sys
-
     import torch
 
-    sys.argv = ["pretrain", *argv]
     from megatron_router_upcycling.checkpoint.open import open_checkpoint
     from megatron_router_upcycling.planning.rehearsal import run as rehearsal
     from megatron_router_upcycling.training import launch, train
