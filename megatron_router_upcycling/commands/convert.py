@@ -26,8 +26,7 @@ for every token: half of the output comes from it, half from the chosen experts.
 --router linear --gate heads folds the mixture of attention heads into one linear gate. --center takes the
 direction of the mean token out of a gate, so that no expert starts ahead for all tokens; --equalize gives it
 equal singular values, so that all directions which tell experts apart count alike. Both are for mixtures and
-linear gates, of heads or random; configs/methods/balanced.yaml has both. To compare, --equalize rows only
-makes the gate's rows equally long, and --equalize logits makes its logits uncorrelated, with equal variances.
+linear gates, of heads or random; configs/methods/balanced.yaml has both.
 
 --target-entropy E scales each layer's logits so that the routing distribution over all experts has a mean
 entropy of E nats (uniform over n experts: ln n, 2.08 for 8) on the hidden states that collect_keys keeps
@@ -57,7 +56,7 @@ from typing import Any
 
 from megatron_router_upcycling.commands.shared import progress_bar
 from megatron_router_upcycling.config.flags import add_output, add_router
-from megatron_router_upcycling.config.start import EQUALIZED, GATES, HEAD_KEYS, InitConfig
+from megatron_router_upcycling.config.start import GATES, HEAD_KEYS, InitConfig
 from megatron_router_upcycling.conversion.options import Method, read_method
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
@@ -81,16 +80,11 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
         " (default where heads share groups)",
     )
     convert.add_argument("--gate", choices=GATES, help="of a linear router (default: random); see below")
-    convert.add_argument(
-        "--center", action="store_true", default=None, help="no expert ahead for all tokens; see below"
-    )
-    convert.add_argument(
-        "--equalize",
-        nargs="?",
-        const=True,
-        choices=EQUALIZED,
-        help="equal singular values; or rows of equal norm, or uncorrelated logits (see below)",
-    )
+    for flag, what in (
+        ("--center", "no expert ahead for all tokens"),
+        ("--equalize", "equal singular values"),
+    ):
+        convert.add_argument(flag, action="store_true", default=None, help=f"{what}; see below")
     convert.add_argument(
         "--target-entropy", metavar="E", type=float, help="scale the logits to this mean entropy, in nats"
     )

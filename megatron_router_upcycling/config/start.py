@@ -11,12 +11,11 @@ from megatron_router_upcycling.routers.config import Recorded, RouterConfig
 
 HEAD_KEYS = ("mean", "attended")
 GATES = ("random", "centroid", "heads")
-EQUALIZED = ("rows", "logits")
 CHOICES = {
     "queries": ("heads", "random"),
     "keys": ("heads", "random"),
     "gate": GATES,
-    "equalize": (False, True, *EQUALIZED),
+    "equalize": (False, True, "rows", "logits"),
     "head_key": (None, *HEAD_KEYS),
 }
 
