@@ -18,6 +18,8 @@ if ! sound; then
     "$python" -m venv --clear .venv
 fi
 rm -f "$stamp"
+# The pip that comes with Python 3.12 takes three times as long to look through the indexes.
+.venv/bin/python -m pip install -q --disable-pip-version-check 'pip>=25' || true
 echo "setup: installing the package and what it needs (about 5 GB the first time)"
 # --no-compile: Python compiles modules when they are imported, which is far fewer than all of them.
 install=(.venv/bin/python -m pip install --no-compile --disable-pip-version-check -e '.[dev]')

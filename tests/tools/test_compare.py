@@ -285,8 +285,8 @@ def test_report_names_every_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_and_run_again(tmp_path: Path) -> None:
-    """Two quick runs side by side, ended by SIGKILL when one has saved, go on from there, and find to the
-    last digit what runs one after the other find. A third cannot be converted, which ends none of them."""
+    """Two quick runs side by side, ended by SIGKILL when one has saved, go on from there; started anew and
+    alone, one finds the same to the last digit. A third cannot be converted, which ends none of them."""
     file, output = tmp_path / "three.yaml", tmp_path / "out"
     methods = {name: f"{ROOT}/configs/methods/{name}.yaml" for name in ("locmoe", "mlp")}
     broken = {"base": methods["mlp"], "upcycling": {"target_entropy": 9}}
@@ -328,7 +328,7 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
     assert all(run["held_out"] > 0 and run["routing"]["load_max_over_mean"] >= 1 for run in found)
     assert all(len(run["answers"]["stdlib"]) == QUICK_QUESTIONS for run in found)
 
-    shutil.rmtree(output / "trained")
+    shutil.rmtree(output / "trained/mlp-1")
     file.write_text(file.read_text().replace("stdlib", ""))
     command[-1] = "1"
     assert run_again()[1] == [run | {"answers": {}} for run in found]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_router_upcycling.training.run_log import files
+from tests import launch
 from tools.experiments import demo, foundation
 from tools.experiments.comparison import read
 from tools.experiments.demo import Model
@@ -124,8 +125,9 @@ def test_what_training_saved_is_what_it_had(finished, tmp_path):
     for run in plan.runs():
         trained = plan.train(*run).output
         loads = {str(plan.convert(*run).output): str(trained), str(plan.evaluate(*run).output): str(tmp_path)}
-        command = [loads.get(word, word) for word in plan.evaluate(*run).command]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment())
+        words = [loads.get(word, word) for word in plan.evaluate(*run).command]
+        flags = words[words.index("megatron_router_upcycling.pretrain") + 1 :]
+        launch.ranks(foundation.num_ranks(), "pretrain", *flags).ok()
         before, after = (files.read(folder / files.RUN)[-1] for folder in (trained, tmp_path))
         assert before["kind"] == after["kind"] == "held_out"
         assert before["lm_loss"] == after["lm_loss"]
