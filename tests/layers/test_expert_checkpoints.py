@@ -31,8 +31,8 @@ CASES = [
     ("grouped", "grouped", TWO, REPLICAS),
 ]
 SLOW_CASES = [
-    *(("grouped", "grouped", layout, layout) for layout in (ONE, TWO, Layout(2, 2, False))),
-    *(("loop", "grouped", layout, layout) for layout in (ONE, REPLICAS, Layout(1, 1, True))),
+    *(("grouped", "grouped", layout, layout) for layout in (TWO, Layout(2, 2, False))),
+    *(("loop", "grouped", layout, layout) for layout in (ONE, REPLICAS)),
     ("grouped", "loop", REPLICAS, TWO),
     ("loop", "grouped", TWO, Layout(1, 1, True)),
     ("grouped", "loop", Layout(2, 2, False), ONE),

@@ -285,8 +285,7 @@ def test_report_names_every_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_and_run_again(tmp_path: Path) -> None:
-    """Two quick runs side by side, ended by SIGKILL when one has saved, go on from there; started anew and
-    alone, one finds the same to the last digit. A third cannot be converted, which ends none of them."""
+    """Two quick runs beside a third that fails go on after SIGKILL; alone, one ends with the same digits."""
     file, output = tmp_path / "three.yaml", tmp_path / "out"
     methods = {name: f"{ROOT}/configs/methods/{name}.yaml" for name in ("locmoe", "mlp")}
     broken = {"base": methods["mlp"], "upcycling": {"target_entropy": 9}}

@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 UPCYCLED = ("router upcycling", "vanilla upcycling")
 
 
-def plan_in(output: Path) -> demo.Demonstration:
-    return demo.Demonstration(read(demo.COMPARISON, output), quick=True)
+def plan_in(output: Path, quick: bool = True) -> demo.Demonstration:
+    return demo.Demonstration(read(demo.COMPARISON, output), quick)
 
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
 def test_a_single_gpu_is_used_by_one_rank(gpus: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foundation, "gpus", lambda: [str(number) for number in range(gpus)])
-    stages = plan_in(Path("somewhere")).stages()
+    stages = plan_in(Path("somewhere"), quick=False).stages()
     verbs = ("convert", "evaluate", "train")
     names = [stage.name.split("-")[0] for stage in stages]
     assert names == ["corpus", "dense", "key_stats", *verbs, *verbs, "export", "check"]
@@ -127,7 +127,7 @@ def test_what_training_saved_is_what_it_had(finished, tmp_path):
         loads = {str(plan.convert(*run).output): str(trained), str(plan.evaluate(*run).output): str(tmp_path)}
         words = [loads.get(word, word) for word in plan.evaluate(*run).command]
         flags = words[words.index("megatron_router_upcycling.pretrain") + 1 :]
-        launch.ranks(foundation.num_ranks(), "pretrain", *flags).ok()
+        launch.ranks(plan.ranks, "pretrain", *flags).ok()
         before, after = (files.read(folder / files.RUN)[-1] for folder in (trained, tmp_path))
         assert before["kind"] == after["kind"] == "held_out"
         assert before["lm_loss"] == after["lm_loss"]

@@ -35,9 +35,7 @@ def test_all_flags_can_be_listed() -> None:
         ("collect_keys", ("--output", "x", "--router-samples", -1), "--router-samples -1: must be 0"),
     ],
 )
-def test_what_needs_no_megatron_is_refused_in_one_line(
-    door: str, flags: tuple[object, ...], message: str
-) -> None:
+def test_refused_in_one_line_without_megatron(door: str, flags: tuple[object, ...], message: str) -> None:
     done = launch.run(launch.sys.executable, "-m", f"megatron_router_upcycling.{door}", *flags)
     assert done.returncode == 2
     assert done.text.startswith(f"error: {message}") and done.text.count("\n") == 1
