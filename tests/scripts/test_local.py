@@ -58,7 +58,7 @@ def submit(*options: object) -> subprocess.Popen[str]:
 def test_from_text_to_an_evaluated_mixture_with_a_break(model: Path, tmp_path: Path) -> None:
     work = tmp_path / "a work"
     evaluate = ("--evaluate-flags", "--tasks stdlib --limit 4")
-    options = ("--local", "--work", work, "--hf", model, "--text", texts(model))
+    options = ("--local", "--work", work, "--hf", model, "--nproc", 2, "--text", texts(model))
     command = (*options, "--keys-flags", "--collect-iters 2", *evaluate, "--", "--log-interval", 1)
     first, log = submit(*command), work / "logs" / "train.log"
     wait_until(
@@ -89,7 +89,7 @@ def test_from_text_to_an_evaluated_mixture_with_a_break(model: Path, tmp_path: P
     assert one_pass["seq_length"] == 128 and list(losses) == list(range(1, one_pass["train_iters"] + 1))
 
     flags = ("--config", work / "train.yaml", "--load", work / "moe", "--data-path", work / "data" / "text")
-    unbroken = launch.ranks(1, "pretrain", *flags, "--log-interval", 1).ok().losses
+    unbroken = launch.ranks(2, "pretrain", *flags, "--log-interval", 1).ok().losses
     assert losses == unbroken
 
     changed = (*options, "--convert-flags", "--num-experts 4", *command[len(options) :])

@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 UPCYCLED = ("router upcycling", "vanilla upcycling")
 
 
-def plan_in(output: Path, quick: bool = True) -> demo.Demonstration:
-    return demo.Demonstration(read(demo.COMPARISON, output), quick)
+def plan_in(output: Path) -> demo.Demonstration:
+    return demo.Demonstration(read(demo.COMPARISON, output), quick=True)
 
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
 def test_a_single_gpu_is_used_by_one_rank(gpus: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foundation, "gpus", lambda: [str(number) for number in range(gpus)])
-    stages = plan_in(Path("somewhere"), quick=False).stages()
+    stages = plan_in(Path("somewhere")).stages()
     verbs = ("convert", "evaluate", "train")
     names = [stage.name.split("-")[0] for stage in stages]
     assert names == ["corpus", "dense", "key_stats", *verbs, *verbs, "export", "check"]

@@ -31,8 +31,8 @@ class Plan:
 
     @property
     def ranks(self) -> int:
-        """Processes of a run on this machine; one with ``quick``, where starting them takes longest."""
-        return self.comparison.ranks or (1 if self.quick else num_ranks())
+        """Processes of a run on this machine."""
+        return self.comparison.ranks or num_ranks()
 
     def runs(self) -> Iterator[tuple[str, int]]:
         """Names and seeds, ordered by seed, so that comparisons of all runs are complete early."""
