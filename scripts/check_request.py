@@ -143,7 +143,7 @@ def _compare(given: dict[str, str]) -> None:
 
 def _model(vocabulary_multiple: int) -> tuple[Any, dict[str, Any]]:
     """The dense model's architecture, and Megatron's arguments for it as far as they are known."""
-    if HAS_HF and not IMPORTED.is_file():
+    if HAS_HF:
         files.refuse_other_folders(HF, "--hf")
         path = HF / "config.json"
         flags = read_config_json.to_flags(files.read_json(path), path, vocabulary_multiple)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.data import record
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import write_whole
@@ -70,11 +71,10 @@ def records(prefixes: Iterable[str]) -> list[record.Record]:
 
 
 def main(dense: str, out: str, *prefixes: str) -> None:
-    from megatron_router_upcycling.checkpoint.open import open_checkpoint
-
     made = records(prefixes)
     tokens, documents = sum(one.tokens for one in made), sum(one.documents for one in made)
-    chosen = settings(int(open_checkpoint(dense).args.max_position_embeddings), tokens, documents)
+    longest = int(read_yaml(Path(dense) / "model.yaml")["max_position_embeddings"])
+    chosen = settings(longest, tokens, documents)
     check_length("--text", tokens, chosen["seq_length"], chosen["global_batch_size"])
     head = f"# One pass over the data, as {Path(__file__).name} reckons it.\n"
     if not chosen["eval_iters"]:

@@ -43,7 +43,8 @@ def test_importing_the_package_imports_nothing_slow() -> None:
         "slow = {'torch', 'numpy', 'transformers', 'megatron'}\n"
         "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
         "for name in package.__all__: assert getattr(package, name) and name in dir(package), name\n"
-        "assert 'torch' in sys.modules and 'megatron' not in sys.modules\n"
+        "slow = {'megatron', 'torch._dynamo', 'torch.distributed.checkpoint'} & sys.modules.keys()\n"
+        "assert 'torch' in sys.modules and not slow, slow\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, timeout=60)
 

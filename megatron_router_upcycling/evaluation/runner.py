@@ -118,9 +118,8 @@ def _load_model(model_dir: Path, options: Options) -> Any:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    fastest = "cuda" if torch.cuda.is_available() else "cpu"
+    device = fastest if options.device == "auto" else options.device
     code = options.trust_remote_code
     try:
         tokenizer = of_folder(model_dir, code)

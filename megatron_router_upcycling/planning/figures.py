@@ -14,16 +14,9 @@ from typing import Any
 
 from megatron_router_upcycling.planning.setup import PARALLEL, Setup
 from megatron_router_upcycling.routers import kinds
-from megatron_router_upcycling.routers.config import RouterConfig
 
 PARTS = ("embedding", "attention", "ffn", "experts", "routers", "norms", "output layer")
 GIB = 2**30
-
-
-def router_parameters(router: RouterConfig, setup: Setup) -> int:
-    """Parameters of one layer's router, which is replicated on every rank."""
-    parameters = kinds.all_parameters(router, setup, setup.add_bias_linear)
-    return sum(math.prod(parameter.shape) for parameter in parameters)
 
 
 def parameters(setup: Setup, stage: int) -> dict[str, int]:
@@ -41,7 +34,8 @@ def parameters(setup: Setup, stage: int) -> dict[str, int]:
         local = s.num_experts // s.expert_model_parallel_size
         expert = _ffn_parameters(s, s.moe_ffn_hidden_size, s.expert_tensor_parallel_size)
         counts["experts"] = moe * local * expert
-        counts["routers"] = moe * router_parameters(s.router, s)
+        router = kinds.all_parameters(s.router, s, s.add_bias_linear)  # on every rank
+        counts["routers"] = moe * sum(math.prod(parameter.shape) for parameter in router)
         if shared := s.moe_shared_expert_intermediate_size:
             gate = D if s.moe_shared_expert_gate else 0
             counts["ffn"] += moe * (_ffn_parameters(s, shared, t) + gate)

@@ -275,7 +275,7 @@ def gate_shapes(options: Options, sizes: Sizes) -> dict[str, tuple[int, ...]]:
     import torch
 
     kind = get(options.router)
-    with torch.device("meta"):
-        values = {p.name: torch.empty(p.shape) for p in kind.parameters(options, sizes)}
-        gate = kind.gate(values, options, sizes.hidden_size, torch.float32)
+    # One number a tensor: on the meta device, a division imports PyTorch's compiler.
+    values = {p.name: torch.zeros(()).expand(p.shape) for p in kind.parameters(options, sizes)}
+    gate = kind.gate(values, options, sizes.hidden_size, torch.float32)
     return {name: tuple(value.shape) for name, value in gate.items()}

@@ -24,10 +24,12 @@ from megatron_router_upcycling.errors import OneRankError, Parser, UserError, os
 from megatron_router_upcycling.files import blocked_by
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training import arguments, data, device
+from megatron_router_upcycling.training.patches import patching
 
 # Tensor and context parallelism need CUDA_DEVICE_MAX_CONNECTIONS=1; with FSDP, Megatron refuses that value.
 CUT = ("tensor_model_parallel_size", "context_parallel_size")
 FSDP = ("use_megatron_fsdp", "use_torch_fsdp2")
+PLAIN_TOKENIZERS = ("NullTokenizer", "SentencePieceTokenizer")  # which do not need transformers
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def parse(argv: list[str]) -> Request:
     add("--save", metavar="FOLDER", help="save there, and resume from the last checkpoint there")
     add("--pretrained-checkpoint", metavar="CHECKPOINT", help="weights to start from if --load has none")
     add("--ckpt-step", metavar="ITERATION", type=int, help="of --load (default: the newest)")
+    parser.add_argument("--wandb-project", help=SUPPRESS)
     for name in CUT:
         parser.add_argument(config_flags.flag_of(name), type=int, help=SUPPRESS)
     for name in FSDP:
@@ -159,11 +162,13 @@ def find_origin(request: Request, save: str | None) -> Origin:
 
 def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, RouterConfig | None]:
     """Megatron's arguments and the router: manifest, YAML file and flags in rising precedence."""
-    if place == "cpu":
-        from megatron_router_upcycling.training.patches import cpu_backend
+    # Megatron imports it in every run; one that logs there needs it.
+    with patching.without(*() if request.flags.wandb_project else ("wandb",)):
+        if place == "cpu":
+            from megatron_router_upcycling.training.patches import cpu_backend
 
-        cpu_backend.install()
-    from megatron.training.arguments import parse_args
+            cpu_backend.install()
+        from megatron.training.arguments import parse_args
 
     from megatron_router_upcycling.training import schedule
 
@@ -247,7 +252,8 @@ def set_global(args: Namespace) -> None:
     from megatron.training.global_vars import set_global_variables
 
     try:
-        set_global_variables(args)
+        with patching.without(*("transformers",) if args.tokenizer_type in PLAIN_TOKENIZERS else ()):
+            set_global_variables(args)
     except Exception as error:
         if not any(frame.name == "build_tokenizer" for frame in traceback.extract_tb(error.__traceback__)):
             raise

@@ -25,10 +25,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import transformers
 
     folder = tmp_path_factory.mktemp("a path") / "hf"
-    whole = "".join(path.read_text() for path in TEXTS)
-    texts(folder).mkdir()
+    whole, texts = "".join(path.read_text() for path in TEXTS), folder.parent / "the texts"
+    texts.mkdir()
     for number in range(240):
-        (texts(folder) / f"{number}.txt").write_text(whole[number * 400 : (number + 1) * 400])
+        (texts / f"{number}.txt").write_text(whole[number * 300 : (number + 1) * 300])
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -39,10 +39,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf_models.make("qwen2.5", folder, vocab_size=400, eos_token_id=0, max_position_embeddings=128, **heads)
     transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END).save_pretrained(folder)
     return folder
-
-
-def texts(model: Path) -> Path:
-    return model.parent / "the texts"
 
 
 def submit(*options: object) -> subprocess.Popen[str]:
@@ -58,7 +54,7 @@ def submit(*options: object) -> subprocess.Popen[str]:
 def test_from_text_to_an_evaluated_mixture_with_a_break(model: Path, tmp_path: Path) -> None:
     work = tmp_path / "a work"
     evaluate = ("--evaluate-flags", "--tasks stdlib --limit 4")
-    options = ("--local", "--work", work, "--hf", model, "--nproc", 2, "--text", texts(model))
+    options = ("--local", "--work", work, "--hf", model, "--nproc", 2, "--text", model.parent / "the texts")
     command = (*options, "--keys-flags", "--collect-iters 2", *evaluate, "--", "--log-interval", 1)
     first, log = submit(*command), work / "logs" / "train.log"
     wait_until(
@@ -100,7 +96,7 @@ def test_from_text_to_an_evaluated_mixture_with_a_break(model: Path, tmp_path: P
 
 def test_in_slurm_the_text_comes_first(model: Path, tmp_path: Path) -> None:
     for name in ("dense", "moe"):
-        base = launch.ROOT / "configs" / "qwen1.5-0.5b-8x" / f"{name}.yaml"
+        base = f"{launch.ROOT}/configs/qwen1.5-0.5b-8x/{name}.yaml"
         (tmp_path / f"{name}.yaml").write_text(f"base: {base}\nseq_length: 128\n")
     options = ("--dry-run", "--work", tmp_path / "work", "--hf", model, "--config", tmp_path / "moe.yaml")
     output, errors = submit(*options, "--text", TEXTS[0], "--data-flags", "--workers 8").communicate()

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from tools.experiments.foundation import environment
 from tools.experiments.results import RunResult
 from tools.experiments.stages import Pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
 UPCYCLED = ("router upcycling", "vanilla upcycling")
 
 
@@ -82,9 +80,8 @@ def test_table_and_results_have_a_row_for_each_model():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("demo") / "out"
-    command = [sys.executable, "-m", "tools.experiments.demo", "--quick", "--output", str(output)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    command = (sys.executable, "-m", "tools.experiments.demo", "--quick", "--output", output)
+    launch.run(*command, cwd=launch.ROOT, timeout=550).ok()
     return output
 
 

@@ -14,7 +14,6 @@ from tests import launch
 from tools.benchmarks import step_parts
 
 TOOLS = launch.ROOT / "tools" / "benchmarks"
-PATIENT = ("--limit", "train", "900", "--limit", "steps", "400", "--limit", "kernels", "600")
 
 
 def check(output: Path, *flags: object) -> tuple[int, str, dict[str, Any], str]:
@@ -30,7 +29,8 @@ def check(output: Path, *flags: object) -> tuple[int, str, dict[str, Any], str]:
 
 @pytest.mark.slow
 def test_whole_check_on_the_cpu(tmp_path: Path) -> None:
-    status, printed, found, page = check(tmp_path / "out", *PATIENT)
+    patient = ("--limit", "train", 900, "--limit", "steps", 400, "--limit", "kernels", 600)
+    status, printed, found, page = check(tmp_path / "out", *patient)
     assert status == 0, printed
     outcomes = {name: part["outcome"] for name, part in found["parts"].items()}
     assert outcomes == {"train": "ok", "steps": "ok", "kernels": "ok"}

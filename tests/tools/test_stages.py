@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_router_upcycling.errors import UserError
+from tests import launch
 from tools.experiments.stages import Pipeline, Stage
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def stage(folder: Path, name: str, code: str, **options) -> Stage:
@@ -86,7 +85,8 @@ folder = pathlib.Path({str(tmp_path)!r})
 slow = Stage("slow", "slow", (sys.executable, "-c", {"import pathlib;" + slow!r}), folder / "slow")
 sys.exit(command_line(lambda: Pipeline(folder, dict(os.environ)).run([slow])))
 """
-    process = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", driver]
+    process = subprocess.Popen(command, cwd=launch.ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 20
     while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -53,11 +53,11 @@ def test_what_is_marked_as_a_stack_is_muons_and_other_parameters_of_three_axes_a
 
 @pytest.mark.slow
 def test_grouped_experts_train_as_single_ones_do(moe: Path, moe_config: Path) -> None:
-    """All of the layer's matrices are Muon's: experts, query maps and keys."""
+    """Muon enlarges rounding, on some processors to 1.4e-5; were stacks Adam's, losses were 1e-2 apart."""
     program, common = str(pretrain_as_asked.__file__), ("--config", moe_config, "--load", moe, *FLAGS)
     single, grouped = (launch.ranks(1, program, *common, *f).ok() for f in ((), ("--moe-grouped-gemm",)))
     assert "GroupedExperts" in grouped.text and "SequentialMLP" in single.text
-    assert grouped.losses == pytest.approx(single.losses, rel=1e-5) and len(single.losses) == 4
+    assert grouped.losses == pytest.approx(single.losses, rel=1e-4) and len(single.losses) == 4
 
 
 @pytest.mark.slow

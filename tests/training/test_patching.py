@@ -1,5 +1,6 @@
 """Wrapping upstream symbols: once, with the original kept, and with one error where something has gone."""
 
+import sys
 import types
 from collections.abc import Callable
 
@@ -55,3 +56,9 @@ def test_a_method_that_a_megatron_class_only_inherits_counts_as_gone() -> None:
     Derived.__module__ = "megatron.core.optimizer"
     with pytest.raises(RuntimeError, match=r"here: Derived\.step does not exist"):
         patching.find("here", Derived, "step")
+
+
+def test_a_package_is_left_out_meanwhile_only() -> None:
+    with patching.without("antigravity", "sys"), pytest.raises(ModuleNotFoundError, match="antigravity"):
+        import antigravity  # noqa: F401
+    assert "antigravity" not in sys.modules and sys.modules["sys"] is sys

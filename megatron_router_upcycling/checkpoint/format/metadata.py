@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import TensorProperties
 
 from megatron_router_upcycling.checkpoint.format import boxes, safe_pickle
 from megatron_router_upcycling.errors import UserError, described, shown
@@ -97,6 +96,9 @@ def parse_metadata(
         if report is None:
             raise UserError(f"{source}: {key} {what}; the checkpoint is damaged or incomplete")
         report(key, what)
+
+    if to_train:  # which imports it in any case; here it would take half a second
+        from torch.distributed.checkpoint.metadata import TensorProperties
 
     metadata = safe_pickle.loads(content, source)
     try:

@@ -68,9 +68,8 @@ def _cut_down(args: Namespace, planned: Setup, place: str) -> None:
     args.padded_vocab_size = args.vocab_size = planned.padded_vocab_size
     args.load = args.pretrained_checkpoint = args.save = None
     args.async_save = args.use_persistent_ckpt_worker = False
-    args.tensorboard_dir = args.wandb_project = None
+    args.tensorboard_dir = args.wandb_project = args.rampup_batch_size = None
     args.rerun_mode = "disabled"
-    args.rampup_batch_size = None
     args.train_iters, args.train_samples = planned.train_iters or 1, None
     args.lr_decay_samples, args.lr_warmup_samples = None, 0
     micro_batches = planned.data_parallel_size * planned.pipeline_model_parallel_size

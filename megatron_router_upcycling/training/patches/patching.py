@@ -1,11 +1,23 @@
 """Wrap or replace a symbol of Megatron or PyTorch; if it has gone, the error names it and its user."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 TESTED = "0.19"
+
+
+@contextlib.contextmanager
+def without(*packages: str) -> Iterator[None]:
+    """What is imported meanwhile takes ``packages`` as not installed, which Megatron can do without."""
+    with contextlib.ExitStack() as afterwards:
+        for package in set(packages) - sys.modules.keys():
+            sys.modules[package] = None  # type: ignore[assignment]
+            afterwards.callback(sys.modules.pop, package)
+        yield
 
 
 def changed(by: str, what: str) -> RuntimeError:

@@ -4,7 +4,6 @@
 was built), ``training_log`` (an iteration is over), ``evaluate_and_print_results`` and ``evaluate``.
 """
 
-import functools
 import inspect
 import logging
 import math
@@ -34,10 +33,6 @@ QUIET = {
 }
 
 
-def _says_more(beginning: str, record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(beginning)
-
-
 class RunLog:
     """One run's listener; ``install`` once, before ``megatron.training.pretrain``."""
 
@@ -52,7 +47,9 @@ class RunLog:
     def install(self) -> None:
         """Wrap Megatron's functions, and write its arguments to ``--save``."""
         for logger, beginning in QUIET.items():
-            logging.getLogger(logger).addFilter(functools.partial(_says_more, beginning))
+            logging.getLogger(logger).addFilter(
+                lambda record, start=beginning: not record.getMessage().startswith(start)  # type: ignore[misc]
+            )
         if self.save and self.args.rank == 0:
             with os_error_as(f"--save {self.save}: cannot be written"):
                 files.write_arguments(self.save / files.ARGUMENTS, vars(self.args))
@@ -94,8 +91,7 @@ class RunLog:
         return result
 
     def _evaluate_and_print(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
-        name = "test" if "test set" in given["prefix"] else "validation"
-        self.evaluating = given["iteration"], name
+        self.evaluating = given["iteration"], "test" if "test set" in given["prefix"] else "validation"
         result = call()
         self.evaluating = None
         return result
