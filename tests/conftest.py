@@ -37,12 +37,13 @@ DATA = {"tokenizer_type": "NullTokenizer", "vocab_size": VOCABULARY}
 TRAINING = BATCH | STEPS | EVALUATION | DATA | {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 EVALUATE = ("--skip-train", "--eval-iters", 4)
 
-# They take longest: none of them should be what one process is left with at the end.
-FIRST = ("test_local.py", "test_compare.py", "test_demo.py", "test_gpu_check.py", "test_slurm.py")
+# They take longest, in this order: none of them should be what one process is left with at the end.
+FIRST = ("local", "compare", "slurm", "demo", "gpu_check", "faults", "methods", "pretend_gpu", "training")
+FIRST += ("expert_checkpoints", "evaluate", "overlap", "resuming", "megatron", "fuzz")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+    items.sort(key=lambda item: FIRST.index(name) if (name := item.path.stem[5:]) in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")

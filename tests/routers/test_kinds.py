@@ -58,9 +58,9 @@ def test_parameters_are_megatrons_and_the_plans(kind: str, bias: bool) -> None:
     made = build(options(kind), config)
     assert {name: tuple(p.shape) for name, p in made.named_parameters()} == expected
     assert {name for name in made.state_dict() if not name.endswith("_extra_state")} == set(expected)
-    setup = Setup(num_layers=1, **SIZES, add_bias_linear=bias)
-    count = sum(p.numel() for p in made.parameters())
-    assert figures.router_parameters(options(kind), setup) == count
+    experts = {"num_experts": EXPERTS, "expert_tensor_parallel_size": 1, "router": options(kind)}
+    planned = figures.parameters(Setup(num_layers=1, **SIZES, add_bias_linear=bias, **experts), 0)
+    assert planned["routers"] == sum(p.numel() for p in made.parameters())
 
 
 @all_kinds
