@@ -110,8 +110,7 @@ def test_the_flag_stands_above_the_file(
 ) -> None:
     inputs(tmp_path / "ks")
     dense_checkpoint.write(tmp_path / "dense")
-    file = CONFIGS / "methods/calibrated.yaml"
-    by_flag = convert(tmp_path, tmp_path / "a", file, "--target-entropy", 1.2)
+    by_flag = convert(tmp_path, tmp_path / "a", CONFIGS / "methods/calibrated.yaml", "--target-entropy", 1.2)
     by_file = option(tmp_path, tmp_path / "b", "router_upcycling", target_entropy=1.2)
     assert all(torch.equal(value, by_file[key]) for key, value in by_flag.items())
     record = manifest.read(tmp_path / "a")

@@ -102,8 +102,7 @@ def balanced_moe(folder: Path, *options: object, **balance: Any) -> Path:
 
 def test_a_model_of_one_layer_with_experts_trains_on(tmp_path: Path) -> None:
     """What ``output_router_logits`` adds to the gate's gradient in transformers is Megatron's."""
-    exported = balanced_moe(tmp_path, "--layers", "1", moe_aux_loss_coeff=0.02)
-    model = hf_models.load(exported)
+    model = hf_models.load(balanced_moe(tmp_path, "--layers", "1", moe_aux_loss_coeff=0.02))
     tokens = torch.arange(2 * 12).reshape(2, 12) * 7 % dense_checkpoint.VOCABULARY
     gate = model.model.layers[1].mlp.gate.weight
     plain = model(tokens, labels=tokens).loss

@@ -122,8 +122,7 @@ def test_a_factor_that_is_no_power_of_two_is_rounded_once(tmp_path: Path, dtype:
 
 def test_norms_as_transformer_engine_names_them(tmp_path: Path) -> None:
     """A layer with experts has the norm before them apart, one without has it with its projection."""
-    moe = make_moe(tmp_path, 11, *LINEAR, "--layers", "1")
-    tensors, args = stored(moe)
+    tensors, args = stored(make_moe(tmp_path, 11, *LINEAR, "--layers", "1"))
     del tensors["decoder.layers.1.mlp.linear_fc1.layer_norm_weight"]
     assert "decoder.layers.0.pre_mlp_layernorm.weight" not in tensors
     write_moe(tmp_path / "engine", tensors, args)
@@ -146,8 +145,7 @@ def test_layers_as_megatron_counts_them(tmp_path: Path) -> None:
 
 def test_a_gate_that_training_gave_the_shared_expert(tmp_path: Path, capsys: Capsys) -> None:
     """``--moe-shared-expert-gate``: it is the class's own."""
-    moe = make_moe(tmp_path, 13, *LINEAR, "--shared-expert")
-    tensors, args = stored(moe)
+    tensors, args = stored(make_moe(tmp_path, 13, *LINEAR, "--shared-expert"))
     gate = torch.randn(LAYERS, 1, HIDDEN)
     args.moe_shared_expert_gate = True
     name = "decoder.layers.mlp.shared_experts.gate_weight"
@@ -179,8 +177,7 @@ SPOILT: dict[str, tuple[Callable[[Any, dict[str, torch.Tensor]], object], str]] 
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_arguments_that_contradict_the_tensors(tmp_path: Path, capsys: Capsys, what: str) -> None:
-    moe = make_moe(tmp_path, 14, *LINEAR, "--shared-expert", "--layers", "0,2")
-    tensors, args = stored(moe)
+    tensors, args = stored(make_moe(tmp_path, 14, *LINEAR, "--shared-expert", "--layers", "0,2"))
     spoil, message = SPOILT[what]
     spoil(args, tensors)
     write_moe(tmp_path / "spoilt", tensors, args)

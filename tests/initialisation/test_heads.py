@@ -112,8 +112,7 @@ def angles(*degrees: float) -> torch.Tensor:
 
 def test_greedy_takes_the_best_pair_before_the_best_sum() -> None:
     # The middle two are the likest pair, which leaves the outer two to each other.
-    keys = angles(0, 40, 70, 110)
-    assert group_heads(keys, 2) == [[0, 3], [1, 2]]
+    assert group_heads(angles(0, 40, 70, 110), 2) == [[0, 3], [1, 2]]
 
 
 def test_cosine_of_a_zero_key_is_zero() -> None:

@@ -66,8 +66,7 @@ def make(folder: Path) -> None:
     from megatron_router_upcycling.training import launch
 
     config, dense = str(folder / "config.yaml"), str(folder / "dense")
-    argv = ["--config", config, "--save", dense, "--save-interval", "1"]
-    args = launch.prepare(argv).args
+    args = launch.prepare(["--config", config, "--save", dense, "--save-interval", "1"]).args
     model = collect.load_model(args)
     randomise(model)
 

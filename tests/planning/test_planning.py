@@ -128,6 +128,7 @@ def test_a_checkpoints_manifest_brings_model_and_router(tmp_path: Path, paper: P
         ("--multi-latent-attention", "--multi-latent-attention is not covered"),
         ("--optimizer sgd", "--optimizer is not covered"),
         ("--gpus 0", "--gpus 0: must be at least 1"),
+        ("--moe-router-topk 1 --moe-router-pre-softmax false", "--top-k 1 with --no-moe-router-pre-softmax"),
         ("--moe-layer-freq [0]*24+[1", "--moe-layer-freq .* must be a number, or a list"),
         ("--moe-layer-freq [0]*10**12", "--moe-layer-freq .* must be a number, or a list"),
         ("--moe-layer-freq [0]*7+[1]", "--moe-layer-freq: lists 8 layers; the model has 24"),
@@ -182,8 +183,7 @@ def test_recomputation_takes_memory_off(paper: Path) -> None:
         return plan(paper, *words.split())["stages"]["0"]["memory"]["activations"]
 
     full = kept("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
-    selective = kept("--recompute-granularity selective --recompute-modules moe_act layernorm")
-    assert full < selective < kept()
+    assert full < kept("--recompute-granularity selective --recompute-modules moe_act layernorm") < kept()
     tokens, layer = 4 * 4096, kept() / 24
     for method, inputs, whole in (("uniform", 4, 6), ("block", 6, 19)):
         found = kept(f"--recompute-granularity full --recompute-method {method} --recompute-num-layers 6")

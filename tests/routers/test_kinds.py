@@ -102,8 +102,7 @@ def test_transformers_has_the_logits(
     moe = make_moe(tmp_path, 5, "--num-experts", EXPERTS, "--router", kind)
     if not row.stock:
         assert "no stock class computes" in refused(capsys, "export-hf", moe, tmp_path / "hf")
-    code = () if row.stock else ("--modelling-code",)
-    assert run("export-hf", moe, tmp_path / "hf", *code) == 0
+    assert run("export-hf", moe, tmp_path / "hf", *() if row.stock else ("--modelling-code",)) == 0
     source = dense_checkpoint.read_back(open_checkpoint(moe).iteration_dir)
     model = hf_models.load(tmp_path / "hf", trust_remote_code=not row.stock)
     for layer in range(dense_checkpoint.LAYERS):

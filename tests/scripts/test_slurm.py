@@ -144,8 +144,7 @@ def test_mistakes_are_found_before_the_queue(
 def test_dry_run_shows_jobs_chained_by_their_success(model: Path, data: Path) -> None:
     (model / "tokenizer.json").touch()
     options = ("--dry-run", "--gpus-per-node", 2, "--time", "1:00:00", "--", "--micro-batch-size", 2)
-    output = launch.run(*_submit(model, data, *options)).ok()
-    commands = output.text.splitlines()
+    commands = launch.run(*_submit(model, data, *options)).ok().text.splitlines()
     stages = ["import", "keys", "convert", "train", "evaluate"]
     assert [re.findall(r"/(\w+)\.sbatch", command) for command in commands] == [[stage] for stage in stages]
     for before, command in zip(stages, commands[1:], strict=False):

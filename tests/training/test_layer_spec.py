@@ -185,3 +185,6 @@ def test_a_yaml_file_in_the_environment_comes_before_all(
         options()
     path.write_text("lr: 1.0\nupcycling: {num_routers: 4, pooling: max, collect_iters: 3}\n")
     assert options(dataclasses.replace(ROUTER, num_routers=4, pooling="max"))
+    path.write_text("upcycling: {num_experts: 8}\n")
+    with pytest.raises(UserError, match="--num-experts 4: the router was made for 8"):
+        options()

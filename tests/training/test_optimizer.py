@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.training.patches.optimizer import ASKED, fit
+from megatron_router_upcycling.training.patches.optimizer import ASKED, _with_own_defaults, fit
 from megatron_router_upcycling.training.schedule import STYLE, StepDecayScheduler, counterparts, settle
 
 ADAM, MUON, OWN_RATE = {"optimizer": "adam"}, {"momentum": 0.9}, {"default_config": False}
@@ -80,12 +80,20 @@ def test_muon_and_adam_are_told_apart_however_many_there_are() -> None:
         1: {"state": {"common_step": 4}, "param_groups": [group(**ADAM)]},
     }
     current = [optimizer(group()), optimizer(group(True)), optimizer(group(**ADAM))]
-    frame = {"state": {0: {}}, "param_groups": [{"params": [0]}]}
+    frame = {"param_groups": [{"params": [0]}]}
     fitted = fit(saved | {ASKED: dict.fromkeys(range(3), frame)}, current)
     expected = [(False, MUON), (True, MUON), (False, ADAM)]
     found = [fitted[i]["param_groups"] for i in range(3)]
     assert found == [[group(expert, params=[0], **kind)] for expert, kind in expected]
     assert ["common_step" in fitted[i]["state"] for i in range(3)] == [False, False, True]
+
+
+def test_transformer_engines_adam_gets_its_own_settings_and_whole_steps() -> None:
+    saved = {"param_groups": [{"step": torch.tensor(3.0)}, {"lr": 1, "step": 4.0}]}
+    own = SimpleNamespace(defaults={"lr": 0, "capturable": False})
+    found = _with_own_defaults(lambda self, state: state["param_groups"], own, saved)
+    assert found == [{"lr": 0, "capturable": False, "step": 3}, {"lr": 1, "capturable": False, "step": 4}]
+    assert all(type(group["step"]) is int for group in found)
 
 
 def test_a_state_whose_frames_were_not_kept_apart_stays() -> None:
