@@ -162,7 +162,7 @@ def find_origin(request: Request, save: str | None) -> Origin:
 
 def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, RouterConfig | None]:
     """Megatron's arguments and the router: manifest, YAML file and flags in rising precedence."""
-    # Megatron imports it in every run; one that logs there needs it.
+    # Megatron imports wandb in every run; only one that logs there needs it.
     with patching.without(*() if request.flags.wandb_project else ("wandb",)):
         if place == "cpu":
             from megatron_router_upcycling.training.patches import cpu_backend
