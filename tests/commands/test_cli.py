@@ -32,15 +32,13 @@ def help_of(*command: str) -> str:
 
 
 def test_help_lists_the_commands() -> None:
-    said = help_of()
-    assert re.findall(r"^    ([a-z]\S+)", said, re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^    ([a-z]\S+)", help_of(), re.MULTILINE) == list(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_teaches_and_imports_nothing_slow(command: str) -> None:
     said = help_of(command)
-    description = said.split("\n\n")[1]
-    assert max(map(len, description.splitlines())) <= 80  # wrapped; examples are not
+    assert max(map(len, said.split("\n\n")[1].splitlines())) <= 80  # wrapped; examples are not
     examples = said[said.index("\nexample") :].replace("\\\n", " ").splitlines()
     own = [shlex.split(line) for line in examples if line.startswith("  router-upcycle ")]
     assert any(words[1] == command for words in own)

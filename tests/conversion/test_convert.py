@@ -72,8 +72,7 @@ def test_materialized_shares_nothing(tmp_path: Path) -> None:
 def test_common_state_in_a_file_of_its_own(tmp_path: Path) -> None:
     """As Megatron kept it before 0.19; it goes where it was."""
     dense_checkpoint.write(tmp_path / "dense", common_file=True)
-    release = convert(tmp_path, num_experts=4)
-    assert (release / "common.pt").is_file()
+    assert (convert(tmp_path, num_experts=4) / "common.pt").is_file()
     moe = open_checkpoint(tmp_path / "moe")
     assert moe.args.num_experts == 4 and "common_state/shard_0_1" not in moe.objects
 

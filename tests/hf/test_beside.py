@@ -128,8 +128,7 @@ def test_the_export_gives_the_tokens_of_the_data(
         assert (
             "AutoTokenizer gives other tokens than those of training (it takes Qwen2Tokenizer here)" in text
         )
-    loaded = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "again")
-    assert loaded.encode(TEXT) == own
+    assert transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "again").encode(TEXT) == own
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named(models: Path, tmp_path: Path, capsys: Capsys) -> None:

@@ -85,8 +85,7 @@ def test_from_the_dense_model_to_transformers(
 
     assert command("inspect", moe) == 0
     assert "routing at the start" in capsys.readouterr().out
-    found = figures.parameters(reading.read(config, moe, [], 1), 0)
-    assert found["routers"] == 4 * (EXPERTS * 64 + 1)
+    assert figures.parameters(reading.read(config, moe, [], 1), 0)["routers"] == 4 * (EXPERTS * 64 + 1)
 
     run = launch.ranks(2, __file__, "--config", config, "--load", moe, "--save", trained,
                        "--expert-model-parallel-size", 2, "--use-distributed-optimizer").ok()  # fmt: skip

@@ -38,3 +38,9 @@ def test_refused_in_one_line_without_megatron(door: str, flags: tuple[object, ..
     done = launch.run(launch.sys.executable, "-m", f"megatron_router_upcycling.{door}", *flags)
     assert done.returncode == 2
     assert done.text.startswith(f"error: {message}") and done.text.count("\n") == 1
+
+
+def test_a_run_imports_nothing_slow_that_it_does_not_use(dense_config: object) -> None:
+    code = "import sys; from megatron_router_upcycling.training import launch; launch.prepare(sys.argv[1:])"
+    code += "; assert not {'wandb', 'transformers'} & sys.modules.keys()"
+    launch.run(launch.sys.executable, "-c", code, "--config", dense_config).ok()
