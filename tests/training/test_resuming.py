@@ -132,12 +132,13 @@ def test_switching_the_distributed_optimizer_needs_a_fresh_one(
     assert list(launch.ranks(1, *command, FRESH).ok().losses) == [9]
 
 
-def test_expert_bias_begins_at_zero_and_goes_on(tmp_path: Path, moe: Path, moe_config: Path) -> None:
+def test_expert_bias_begins_at_zero_and_goes_on(tmp_path: Path, dense: Path, moe: Path, moe_config: Path):
     run = tmp_path / "run"
     flags = ("--config", moe_config, "--expert-model-parallel-size", 2, *SIGMOID, "--save-interval", 3)
     first = ("--load", moe, "--train-iters", 3, BIAS, "--save", run)
     text = launch.ranks(2, "pretrain", *flags, *first).ok().text
     assert f"{BIAS}: the checkpoint has no such bias; it begins at zero" in text
+    launch.cli("verify", dense, run).ok()
     stored = open_checkpoint(run)
     key = "decoder.layers.mlp.router.expert_bias"
     bias = [stored.read_layer(key, layer, bytearray()) for layer in range(LAYERS)]
