@@ -60,8 +60,7 @@ def test_chain_with_a_requeue_ends_as_an_unbroken_run(cluster: Cluster, model: P
     work = model.parent / "work"
     stages = ("--stages", "import,keys,convert,train", "--keys-flags", "--collect-iters 2")
     submit = _submit(model, data, *stages, "--", "--tensorboard-log-interval", 1)
-    submitted = cluster.run(*submit).ok().text
-    job = re.findall(r"^train +job (\d+)", submitted, re.MULTILINE)[0]
+    job = re.findall(r"^train +job (\d+)", cluster.run(*submit).ok().text, re.MULTILINE)[0]
     log = work / "logs" / f"train-{job}.log"
 
     def said(pattern: str) -> bool:
