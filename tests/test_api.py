@@ -62,7 +62,7 @@ def test_conversions_are_right_and_a_difference_is_found(folder: Path) -> None:
         findings = api.verify_checkpoint(folder / "dense", folder / name)
         assert not findings, findings.table()
     text = api.inspect_checkpoint(folder / "linear")
-    assert "Mixture-of-Experts" in text and "routing at the start" in text
+    assert all(part in text for part in ("Mixture-of-Experts", '"router": "linear"', "routing at the start"))
     # The manifest names another seed than the one that the router was drawn from.
     convert_checkpoint(folder / "dense", folder / "altered", CONFIGS["linear"], seed=1)
     manifest = folder / "altered" / "router_upcycling.json"
