@@ -42,7 +42,7 @@ bench: setup  ## speed and memory beside the plain alternatives (best on an idle
 	@status=0; for bench in tools/benchmarks/bench_*.py; do echo "== $$bench"; $(PYTHON) $$bench || status=1; done; exit $$status
 
 findings:  ## show what surprised us in public packages, each in an environment of its own (needs the network)
-	@status=0; for finding in findings/*.sh; do echo "== $$finding"; bash $$finding || status=1; done; exit $$status
+	@export PYTHON=$$(scripts/find_python.sh); status=0; for finding in findings/*.sh; do echo "== $$finding"; bash $$finding || status=1; done; exit $$status
 
 clean:  ## remove caches and what demo, compare, bench, examples and builds wrote; .venv stays
 	rm -rf demo compare bench example build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
