@@ -69,8 +69,7 @@ def main(stages: str, nodes: str, gpus: str, dry_run: str, *flags: str) -> None:
     _check_experts(convert_args, model, router, init)
     if OWN_LENGTH:
         made = [] if TEXT and not TEXT_DATA.is_file() else one_pass.records(DATA)
-        longest, tokens = int(values["max_position_embeddings"]), sum(one.tokens for one in made)
-        values |= one_pass.settings(longest, tokens, 0)
+        values |= one_pass.settings(values, sum(one.tokens for one in made), 0)
     routing = {"num_experts": router.num_experts, "moe_router_topk": router.top_k}
     routing["moe_router_pre_softmax"] = router.pre_softmax
     moe = read_yaml(CONFIG) | values | reading.parse_flags(pretrain) | routing

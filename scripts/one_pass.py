@@ -26,8 +26,17 @@ NO_VALIDATION = (
 )
 
 
-def settings(longest: int, tokens: int, documents: int) -> dict[str, Any]:
-    """Flags of Megatron for a model that takes ``longest`` tokens a sequence."""
+def settings(model: dict[str, Any], tokens: int, documents: int) -> dict[str, Any]:
+    """Flags of Megatron for the model that the flags ``model`` build.
+
+    Raises:
+        UserError: if they do not say how many tokens a sequence may have.
+    """
+    longest = model.get("max_position_embeddings")
+    if type(longest) is not int:
+        raise UserError(
+            "--dense: its model.yaml has no number max_position_embeddings; give that, or --config"
+        )
     length = min(LONGEST, longest)
     batch = min(max(tokens // (length * STEPS) // 32 * 32, BATCHES[0]), BATCHES[1])
     steps = max(tokens // (length * batch), 1)
@@ -73,8 +82,7 @@ def records(prefixes: Iterable[str]) -> list[record.Record]:
 def main(dense: str, out: str, *prefixes: str) -> None:
     made = records(prefixes)
     tokens, documents = sum(one.tokens for one in made), sum(one.documents for one in made)
-    longest = int(read_yaml(Path(dense) / "model.yaml")["max_position_embeddings"])
-    chosen = settings(longest, tokens, documents)
+    chosen = settings(read_yaml(Path(dense) / "model.yaml"), tokens, documents)
     check_length("--text", tokens, chosen["seq_length"], chosen["global_batch_size"])
     head = f"# One pass over the data, as {Path(__file__).name} reckons it.\n"
     if not chosen["eval_iters"]:

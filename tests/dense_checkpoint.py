@@ -54,8 +54,7 @@ class Folder:
             chunks.append(ChunkStorageMetadata(torch.Size(offsets), part.shape))
             rank = int(cell[axis]) if axis is not None else 0
             self._append(MetadataIndex(key, offsets), part, f"__{rank}_0.distcp")
-        properties = TensorProperties(dtype=value.dtype)
-        self.entries[key] = TensorStorageMetadata(properties, value.shape, chunks)
+        self.entries[key] = TensorStorageMetadata(TensorProperties(dtype=value.dtype), value.shape, chunks)
 
     def add_object(self, key: str, value: Any) -> None:
         self._append(MetadataIndex(key), [value], "__0_0.distcp")

@@ -163,7 +163,7 @@ def find_origin(request: Request, save: str | None) -> Origin:
 def merge(request: Request, origin: Origin, place: str) -> tuple[Namespace, RouterConfig | None]:
     """Megatron's arguments and the router: manifest, YAML file and flags in rising precedence."""
     # Megatron imports wandb in every run; only one that logs there needs it.
-    with patching.without(*() if request.flags.wandb_project else ("wandb",)):
+    with patching.without(wandb=not request.flags.wandb_project):
         if place == "cpu":
             from megatron_router_upcycling.training.patches import cpu_backend
 
@@ -252,7 +252,7 @@ def set_global(args: Namespace) -> None:
     from megatron.training.global_vars import set_global_variables
 
     try:
-        with patching.without(*("transformers",) if args.tokenizer_type in PLAIN_TOKENIZERS else ()):
+        with patching.without(transformers=args.tokenizer_type in PLAIN_TOKENIZERS):
             set_global_variables(args)
     except Exception as error:
         if not any(frame.name == "build_tokenizer" for frame in traceback.extract_tb(error.__traceback__)):

@@ -110,8 +110,7 @@ def test_writer_copies_where_it_cannot_link(tmp_path: Path, monkeypatch: pytest.
 def test_records_are_written_back_under_their_names() -> None:
     from megatron.core.transformer.enums import AttnBackend
 
-    content = pickle.dumps({"backend": AttnBackend.flash, "dtype": torch.bfloat16})
-    seen = safe_pickle.loads(content, "state")
+    seen = safe_pickle.loads(pickle.dumps({"backend": AttnBackend.flash, "dtype": torch.bfloat16}), "state")
     assert not isinstance(seen["backend"], AttnBackend)
     assert pickle.loads(safe_pickle.dumps(seen)) == {"backend": AttnBackend.flash, "dtype": torch.bfloat16}
 

@@ -42,8 +42,7 @@ def test_false_and_null_undo_what_stands_below(parser: argparse.ArgumentParser) 
     above = {"swiglu": False, "num_layers": None, "disable_bias_linear": False, "no_log_progress": False}
     names = ["swiglu", "num_layers", "add_bias_linear", "log_progress"]
     assert flags.set_defaults(parser, above, "x.yaml") == names
-    args = parser.parse_args([])
-    assert [getattr(args, name) for name in names] == [False, None, True, True]
+    assert [getattr(parser.parse_args([]), name) for name in names] == [False, None, True, True]
 
 
 @pytest.mark.parametrize(

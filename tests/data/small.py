@@ -52,8 +52,7 @@ def byte_pairs() -> tokenizers.Tokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = {"special_tokens": list(SPECIAL), "initial_alphabet": alphabet}
+    special = {"special_tokens": list(SPECIAL), "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **special)
     tokenizer.train_from_iterator(documents(50, seed=1), trainer)
     return tokenizer

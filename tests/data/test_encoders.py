@@ -21,8 +21,7 @@ def trained(kind: str) -> dict[str, Any]:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     own = json.loads(small.byte_pairs().to_str())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = {"special_tokens": list(small.SPECIAL), "initial_alphabet": alphabet}
+    special = {"special_tokens": list(small.SPECIAL), "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     trainer = trainers.BpeTrainer(vocab_size=1500, show_progress=False, **special)
     tokenizer.train_from_iterator(Path(json.__file__).read_text().splitlines() + ODD, trainer)
     content = json.loads(tokenizer.to_str())

@@ -122,6 +122,5 @@ def make_stats_of(path: Path, dense: Path) -> Path:
     layers, groups, size, heads = (flags[name] for name in names[:4])
     generator = torch.Generator().manual_seed(1)
     mean, attended = (torch.randn(layers, count, size, generator=generator) for count in (groups, heads))
-    stats = KeyStats(mean, torch.full((layers,), 512), attended, metadata)
-    key_stats_file.save(path, stats, overwrite=True)
+    key_stats_file.save(path, KeyStats(mean, torch.full((layers,), 512), attended, metadata), overwrite=True)
     return path

@@ -108,7 +108,6 @@ def test_a_window_that_no_layer_uses_is_covered() -> None:
     ],
 )
 def test_a_checkpoint_that_no_class_holds(changes: dict[str, object], message: str) -> None:
-    flags = to_flags(CONFIG | QWEN2, Path("config.json"), 64)
-    args = Namespace(**vars(megatron_arguments(flags)) | changes)
+    args = Namespace(**vars(megatron_arguments(to_flags(CONFIG | QWEN2, Path("config.json"), 64))) | changes)
     with pytest.raises(UserError, match=f"^root: .*{message}"):
         from_megatron(args, Path("root"), 64)

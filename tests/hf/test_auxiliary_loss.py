@@ -91,11 +91,9 @@ def test_elsewhere_they_are_those_of_the_mean_load() -> None:
 
 def balanced_moe(folder: Path, *options: object, **balance: Any) -> Path:
     """An exported model that was trained with a load balancing loss."""
-    moe = make_moe(folder, 31, "--router", "linear", "--num-experts", 4, *options)
-    checkpoint = open_checkpoint(moe)
+    checkpoint = open_checkpoint(make_moe(folder, 31, "--router", "linear", "--num-experts", 4, *options))
     tensors = dense_checkpoint.read_back(checkpoint.iteration_dir)
-    args = Namespace(**vars(checkpoint.args) | balance)
-    write_moe(folder / "balanced", tensors, args)
+    write_moe(folder / "balanced", tensors, Namespace(**vars(checkpoint.args) | balance))
     assert run("export-hf", folder / "balanced", folder / "hf") == 0
     return folder / "hf"
 

@@ -99,8 +99,7 @@ def make(folder: Path) -> None:
     everything = torch.stack([torch.cat(inputs[layer]) for layer in range(LAYERS)])
     safetensors.torch.save_file({"router_input": everything.contiguous()}, folder / "router_input")
     assert not any("get_query_key_value_tensors" in vars(attention) for attention in attentions)
-    expected = means_by_loops(outputs, attentions)
-    tensors = {name: torch.from_numpy(value) for name, value in expected.items()}
+    tensors = {name: torch.from_numpy(value) for name, value in means_by_loops(outputs, attentions).items()}
     safetensors.torch.save_file(tensors, folder / "loops")
     assert captured.tokens == TOKENS
     tensors = {"mean": captured.mean(), "attended": captured.attended(), "losses": losses}

@@ -127,6 +127,13 @@ def test_mistakes_are_one_line(model: Path, tmp_path: Path, options: tuple[objec
     assert errors.startswith(f"error: {said}") and errors.count("\n") == 1
 
 
+def test_a_model_of_unknown_length_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("num_layers: 2\n")
+    done = launch.run(sys.executable, SUBMIT.with_name("one_pass.py"), tmp_path, tmp_path / "out.yaml")
+    assert (done.returncode, done.text.count("\n")) == (2, 1) and done.errors
+    assert "max_position_embeddings" in done.text and not (tmp_path / "out.yaml").exists()
+
+
 def test_stage_that_fails_ends_the_chain_with_its_reason(model: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": 1}\n' * 1000)
     process = submit("--local", "--work", tmp_path / "work", "--hf", model, "--text", tmp_path / "bad.jsonl")

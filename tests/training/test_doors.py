@@ -23,10 +23,11 @@ def test_all_flags_can_be_listed() -> None:
 @pytest.mark.parametrize(
     ("door", "flags", "message"),
     [
-        ("pretrain", ("--rehearse", 0), "--gpus: give the number of GPUs of the run"),
+        ("rehearse", (), "--gpus: give the number of GPUs of the run"),
         ("rehearse", ("--gpus", 4, "--rehearse-rank", 4), "--rehearse-rank 4: must be between 0 and 3"),
         ("rehearse", ("--gpus", 4, "--rehearse-seq-length", 0), "--rehearse-seq-length 0: must be at least"),
         ("rehearse", ("--gpus", 4, "--output", "/no/f"), "--output /no/f: there is no folder /no;"),
+        ("pretrain", ("--rehearse", 0), "--gpus: give the number of GPUs of the run, at least 1"),
         ("pretrain", ("--rehearse-rank", 4), "--rehearse-rank, --rehearse-seq-length: need --rehearse"),
         ("pretrain", ("--config", "none.yaml"), "--config none.yaml: no such file"),
         ("pretrain", ("--load", "/not/there"), "--load /not/there: no checkpoint there"),

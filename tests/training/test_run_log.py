@@ -67,8 +67,7 @@ def test_agreement_and_gates_beside_loops(random: torch.Generator, pooling: str,
         pooled = first(alone.sum(dim=0) if pooling == "sum" else alone.amax(dim=0))
         agreed += sum(first(scores) == pooled for scores in alone)
     options = RouterConfig(num_experts=EXPERTS, pooling=pooling)
-    found = likeness.router_agreement(tokens, query, key, options)
-    assert found == pytest.approx(agreed / (TOKENS * m))
+    assert likeness.router_agreement(tokens, query, key, options) == pytest.approx(agreed / (TOKENS * m))
     gates = [key @ query[j] for j in range(m)]
     gates = [(gate - gate.mean(dim=0)).flatten() for gate in gates]
     cosine = torch.nn.functional.cosine_similarity
@@ -80,8 +79,7 @@ def test_spread_is_the_root_mean_square_distance_of_pairs(random: torch.Generato
     experts = torch.randn(5, HIDDEN, generator=random, dtype=torch.float64)
     squares = [float((a - b).square().sum()) for i, a in enumerate(experts) for b in experts[:i]]
     expected = math.sqrt(sum(squares) / len(squares) / float(experts.square().sum(dim=1).mean()))
-    found = measures.spread(experts.sum(dim=0), float(experts.square().sum()), 5)
-    assert found == pytest.approx(expected)
+    assert measures.spread(experts.sum(dim=0), float(experts.square().sum()), 5) == pytest.approx(expected)
     same = experts[:1].expand(5, -1)
     assert measures.spread(same.sum(dim=0), float(same.square().sum()), 5) == pytest.approx(0.0, abs=1e-7)
 

@@ -11,10 +11,10 @@ TESTED = "0.19"
 
 
 @contextlib.contextmanager
-def without(*packages: str) -> Iterator[None]:
-    """What is imported meanwhile takes ``packages`` as not installed, which Megatron can do without."""
+def without(**unused: bool) -> Iterator[None]:
+    """What is imported meanwhile takes the ``unused`` packages as not installed, as Megatron allows."""
     with contextlib.ExitStack() as afterwards:
-        for package in set(packages) - sys.modules.keys():
+        for package in {name for name, is_unused in unused.items() if is_unused} - sys.modules.keys():
             sys.modules[package] = None  # type: ignore[assignment]
             afterwards.callback(sys.modules.pop, package)
         yield
