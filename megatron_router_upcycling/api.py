@@ -1,5 +1,6 @@
 """The public functions. Each does what the command of the same name does; mistakes raise ``UserError``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from megatron_router_upcycling.routers.config import RouterConfig as RouterConfi
 from megatron_router_upcycling.verify import proof
 from megatron_router_upcycling.verify.findings import Findings
 
+type Files = str | Path | Sequence[str | Path] | None
+
 
 def convert_checkpoint(
     dense: str | Path,
     out: str | Path,
     router: RouterConfig | None = None,
-    key_stats: str | Path | None = None,
+    key_stats: Files = None,
     allow_no_export: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -30,10 +33,10 @@ def convert_checkpoint(
         dense: root folder of the dense model's checkpoint.
         out: root folder to make; it appears whole or not at all.
         router: default: the paper's mixture of 8 routers over 8 experts, top 2.
-        key_stats: the file that ``collect_keys`` wrote; a mixture needs it.
+        key_stats: the file that ``collect_keys`` wrote, or one of each text; a mixture needs it.
         allow_no_export: convert even if the result cannot be exported.
         options: fields of ``conversion.options.Options``: ``seed``, ``materialize``, ``overwrite``,
-            ``shared_expert``, ``layers``, ``init``.
+            ``experts``, ``average_rest``, ``shared_expert``, ``layers``, ``init``.
 
     Returns:
         The manifest, which is also in ``out``, in ``router_upcycling.json``.
@@ -42,14 +45,14 @@ def convert_checkpoint(
         >>> linear = RouterConfig(router="linear", num_experts=8, top_k=2)
         >>> convert_checkpoint("ckpt/dense", "ckpt/moe", linear, overwrite=True)
     """
-    asked = Options(router=router or RouterConfig(), key_stats=_path(key_stats), **options)
+    asked = Options(router=router or RouterConfig(), key_stats=_paths(key_stats), **options)
     ready = convert.prepare(dense, out, asked)
     if not allow_no_export:
         exporter.check_conversion(ready)
     return convert.convert(ready)
 
 
-def verify_checkpoint(dense: str | Path, moe: str | Path, key_stats: str | Path | None = None) -> Findings:
+def verify_checkpoint(dense: str | Path, moe: str | Path, key_stats: Files = None) -> Findings:
     """Recompute the conversion of the dense checkpoint and compare the upcycled one with it bit for bit.
 
     Args:
@@ -62,10 +65,10 @@ def verify_checkpoint(dense: str | Path, moe: str | Path, key_stats: str | Path 
         >>> findings = verify_checkpoint("ckpt/dense", "ckpt/moe")
         >>> assert not findings, findings.table()
     """
-    return proof.run(proof.prepare(dense, moe, _path(key_stats)))
+    return proof.run(proof.prepare(dense, moe, _paths(key_stats)))
 
 
-def inspect_checkpoint(checkpoint: str | Path, key_stats: str | Path | None = None) -> str:
+def inspect_checkpoint(checkpoint: str | Path, key_stats: Files = None) -> str:
     """Describe a checkpoint and how its routers would start, as ``router-upcycle inspect`` does.
 
     Args:
@@ -75,9 +78,10 @@ def inspect_checkpoint(checkpoint: str | Path, key_stats: str | Path | None = No
     Example:
         >>> print(inspect_checkpoint("ckpt/moe"))
     """
-    routing = routing_start.describe(Path(checkpoint), _path(key_stats))
+    routing = routing_start.describe(Path(checkpoint), _paths(key_stats))
     return "\n\n".join(part for part in (description.describe(checkpoint), routing) if part)
 
 
-def _path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)
+def _paths(files: Files) -> tuple[Path, ...]:
+    every = () if files is None else (files,) if isinstance(files, str | Path) else files
+    return tuple(map(Path, every))

@@ -5,11 +5,14 @@ Each checkpoint keeps them in ``ROOT/tokenizer``, hard-linked to its source chec
 
 import contextlib
 import fnmatch
+import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from megatron_router_upcycling.files import sha256
 
 FOLDER = "tokenizer"  # of a checkpoint's root
 # A folder with one of these holds a tokenizer that transformers loads.
@@ -93,6 +96,27 @@ def hand_on(place: Path, root: Path) -> None:
     for file in files:
         (target / file).unlink(missing_ok=True)
     copy(source, files, target, link=True)
+
+
+def tokens(folder: Path) -> dict[str, str]:
+    """What a tokenizer makes of text, by place: ``token 5``, ``merge 7``; {} without a file to read."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        if (folder / "tokenizer.json").is_file():
+            content = json.loads((folder / "tokenizer.json").read_bytes())
+            vocabulary, merges = content["model"]["vocab"], content["model"].get("merges") or []
+            if not isinstance(vocabulary, dict):  # of a unigram model: tokens with their scores
+                vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+            added = {one["content"]: one["id"] for one in content.get("added_tokens") or []}
+        else:
+            vocabulary, added = json.loads((folder / "vocab.json").read_bytes()), {}
+            merges = (folder / "merges.txt").read_text("utf-8").splitlines()
+        merges = [one if isinstance(one, str) else " ".join(one) for one in merges]
+        found |= {f"token {number}": token for token, number in (vocabulary | added).items()}
+        found |= {f"merge {number}": merge for number, merge in enumerate(merges)}
+    for path in folder.glob("*.model"):
+        found[path.name] = sha256(path)
+    return found
 
 
 def tokenizer_of(folder: Path) -> tuple[str, Path] | None:

@@ -11,6 +11,7 @@ import torch
 from megatron_router_upcycling.checkpoint import described, names
 from megatron_router_upcycling.checkpoint.dense_model import UNKNOWN_LAYERS, DenseModel
 from megatron_router_upcycling.checkpoint.described import SIZES
+from megatron_router_upcycling.checkpoint.format.metadata import Chunk
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError, reason, shown
 from megatron_router_upcycling.expert_layers import MOST_LAYERS
@@ -55,13 +56,17 @@ def query_key_digest(checkpoint: Checkpoint) -> str:
     """
     stored, digest = checkpoint.tensors[names.QKV], hashlib.sha256()
     for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets):
-        if values := checkpoint.find_values(chunk, stored.dtype):
-            checksum = values.checksum
-        else:
-            tensor = checkpoint.read_chunk(chunk, stored.dtype, bytearray()).contiguous()
-            checksum = zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
-        digest.update(f"{chunk.offsets} {chunk.sizes} {checksum}\n".encode())
+        crc = checksum(checkpoint, chunk, stored.dtype)
+        digest.update(f"{chunk.offsets} {chunk.sizes} {crc}\n".encode())
     return digest.hexdigest()
+
+
+def checksum(checkpoint: Checkpoint, chunk: Chunk, dtype: torch.dtype) -> int:
+    """The CRC-32 of a chunk's values."""
+    if values := checkpoint.find_values(chunk, dtype):
+        return values.checksum
+    tensor = checkpoint.read_chunk(chunk, dtype, bytearray()).contiguous()
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
 
 
 def _refuse_unknown(checkpoint: Checkpoint) -> None:

@@ -65,7 +65,7 @@ class CheckpointWriter:
         self.folder, self.prefix, self.progress = folder, prefix, progress
         self.tensors: dict[str, tuple[Shape, torch.dtype, list[Chunk]]] = {}
         self.objects: dict[str, Blob] = {}
-        self._is_linked = functools.cache(self._link)
+        self._linked = functools.cache(self._link)
         self._copy = functools.cache(self._copy_blob)
         self._flushing: list[Future[None]] = []
         self._aside = ThreadPoolExecutor(1)
@@ -100,30 +100,48 @@ class CheckpointWriter:
             self.objects[name] = self._take_blob(source, source.objects[key], copy)
             return
         stored = source.tensors[key]
-        _, _, chunks = self.tensors[name] = (stored.shape, stored.dtype, [])
+        self.tensors[name] = (stored.shape, stored.dtype, [])
         for chunk in stored.chunks:
-            if chunk.stored is None:
-                blob = self._take_blob(source, chunk.blob, copy)
-                chunks.append(Chunk(chunk.offsets, chunk.sizes, blob))
-            else:
-                values = stored_values(source, chunk, stored.dtype, chunk.sizes)
-                self.write_chunk(name, stored.shape, values, [chunk.offsets])
+            self.take_chunk(source, chunk, name, stored.shape, stored.dtype, [chunk.offsets], copy)
+
+    def take_chunk(
+        self,
+        source: Checkpoint,
+        chunk: Chunk,
+        name: str,
+        shape: Shape,
+        dtype: torch.dtype,
+        offsets: Iterable[Shape],
+        copy: bool = False,
+    ) -> None:
+        """Add a chunk of ``source`` to ``name``, of global ``shape``, at every one of ``offsets``."""
+        if chunk.stored is None:
+            blob = self._take_blob(source, chunk.blob, copy)
+            chunks = self.tensors.setdefault(name, (shape, dtype, []))[2]
+            chunks += [Chunk(offset, chunk.sizes, blob) for offset in offsets]
+        else:
+            self.write_chunk(name, shape, stored_values(source, chunk, dtype, chunk.sizes), offsets)
 
     def _take_blob(self, source: Checkpoint, blob: Blob, copy: bool) -> Blob:
         path = source.iteration_dir / blob.file
-        return blob if not copy and self._is_linked(path) else self._copy(path, blob)
+        linked = None if copy else self._linked(path)
+        return Blob(linked, blob.offset, blob.length) if linked else self._copy(path, blob)
 
     def _copy_blob(self, path: Path, blob: Blob) -> Blob:
         return self._written(lambda: self._copy_range(path, blob.offset, blob.length))
 
-    def _link(self, path: Path) -> bool:
+    def _link(self, path: Path) -> str | None:
+        """Link a data file and return its name here; None where no link can be made."""
+        name = path.name
+        while name.startswith(self.prefix) or (self.folder / name).exists():  # its source was converted too
+            name = f"__source{name}"
         try:
-            os.link(path.resolve(), self.folder / path.name)
+            os.link(path.resolve(), self.folder / name)
         except OSError as error:
             if error.errno not in CANNOT_LINK:
                 raise
-            return False
-        return True
+            return None
+        return name
 
     def _written(self, write: Callable[[], object]) -> Blob:
         start = self._file.tell()

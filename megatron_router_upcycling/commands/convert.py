@@ -52,20 +52,48 @@ import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_router_upcycling.commands.shared import progress_bar
 from megatron_router_upcycling.config.flags import add_output, add_router
 from megatron_router_upcycling.config.start import GATES, HEAD_KEYS, InitConfig
 from megatron_router_upcycling.conversion.options import Method, read_method
+from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
+
+if TYPE_CHECKING:
+    from megatron_router_upcycling.conversion.convert import Conversion
+
+OF_MOE = ("duplicate", "router_noise", "keep_function")  # flags for a Mixture-of-Experts as DENSE
+OF_DENSE = (
+    *("key_stats", "experts", "average_rest", "config", "granularity", "layers", "shared_expert", "router"),
+    *("num_routers", "pooling", "head_key", "gate", "center", "equalize", "target_entropy", "pre_softmax"),
+)
 
 
 def add_flags(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("dense", metavar="DENSE", type=Path, help="the dense model's checkpoint")
     convert.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
-    convert.add_argument("--key-stats", metavar="FILE", type=Path, help="what collect_keys wrote for DENSE")
+    convert.add_argument(
+        "--key-stats",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="what collect_keys wrote for DENSE, one file or one for each text; see below",
+    )
+    convert.add_argument(
+        "--experts",
+        metavar="MODEL",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="make the experts of these; see below",
+    )
+    convert.add_argument(
+        "--average-rest", action="store_true", help="take the mean of --experts for all but the experts"
+    )
     convert.add_argument("--config", metavar="YAML", type=Path, help="the method, as in configs/methods")
     convert.add_argument("--num-experts", type=int, help="experts a layer (default: 8)")
     convert.add_argument("--top-k", type=int, help="experts a token goes to (default: 2; 1 for switch)")
@@ -95,6 +123,21 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="softmax before top-k (default), or after; see below",
     )
+    convert.add_argument(
+        "--duplicate", choices=("even", "load"), help="of a MOE: each expert alike, or the busiest more often"
+    )
+    convert.add_argument(
+        "--router-noise",
+        metavar="R",
+        type=float,
+        help="of a MOE: on the copies' rows (default: ROUTER_NOISE)",
+    )
+    convert.add_argument(
+        "--keep-function",
+        action="store_true",
+        default=None,
+        help="of a MOE: group-limited routing, with which the first step is exactly MOE's",
+    )
     convert.add_argument("--materialize", action="store_true", help="share no bytes with DENSE")
     convert.add_argument("--allow-no-export", action="store_true", help="even if export-hf would refuse OUT")
     convert.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
@@ -102,19 +145,15 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    file, router, init = method(args)
     import torch
 
     from megatron_router_upcycling.conversion import convert
-    from megatron_router_upcycling.conversion.options import Options
     from megatron_router_upcycling.diagnostics import routing_start
     from megatron_router_upcycling.hf import exporter
 
     torch.set_num_threads(1)  # the work is moving bytes; more threads only wait for each other
     start = time.monotonic()
-    taken = ("key_stats", "seed", "materialize", "overwrite", "shared_expert", "layers", "config")
-    options = Options(router=router, init=init, megatron=file.megatron, **_given(args, taken))
-    ready = convert.prepare(args.dense, args.out, options)
+    ready = _prepare(args)
     note = None if args.allow_no_export else exporter.check_conversion(ready)
     if note and not args.quiet:
         print(note)
@@ -127,6 +166,43 @@ def run(args: argparse.Namespace) -> None:
         print(convert.describe_result(ready, record, time.monotonic() - start))
     if warning := routing_start.warn_of_ties(args.out):
         print(warning, file=sys.stderr)
+
+
+def _prepare(args: argparse.Namespace) -> "Conversion":
+    from megatron_router_upcycling.checkpoint.names import holds_experts
+    from megatron_router_upcycling.checkpoint.open import open_checkpoint
+    from megatron_router_upcycling.conversion import convert
+    from megatron_router_upcycling.conversion.more_experts import MoreExperts
+    from megatron_router_upcycling.conversion.options import Options
+
+    is_moe = holds_experts(open_checkpoint(args.dense).tensors)
+    _refuse(args, OF_DENSE if is_moe else OF_MOE, f"{args.dense}: {'has' if is_moe else 'has no'} experts")
+    if is_moe:
+        if args.num_experts is None:
+            raise UserError(f"{args.dense}: has experts; give a larger number of them as --num-experts")
+        more = MoreExperts(**_given(args, ("num_experts", "top_k", *OF_MOE)))
+        options = Options(RouterConfig(), **_given(args, ("seed", "materialize", "overwrite")))
+        return convert.prepare_more(args.dense, args.out, more, options)
+    file, router, init = method(args)
+    taken = ("seed", "materialize", "overwrite", "average_rest", "shared_expert", "layers", "config")
+    options = Options(
+        router=router,
+        init=init,
+        megatron=file.megatron,
+        key_stats=tuple(args.key_stats),
+        experts=tuple(args.experts),
+        **_given(args, taken),
+    )
+    return convert.prepare(args.dense, args.out, options)
+
+
+def _refuse(args: argparse.Namespace, flags: Collection[str], why: str) -> None:
+    """Refuse ``flags`` that were given."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    for name in flags:
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')}: {why}; leave it out")
 
 
 def method(args: argparse.Namespace) -> tuple[Method, RouterConfig, InitConfig]:

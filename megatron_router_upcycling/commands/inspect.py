@@ -9,7 +9,8 @@ examples:
   router-upcycle inspect ckpt/moe --key-stats ckpt/key_stats.safetensors
 
 The routers are tried on hidden states of the dense model, of which collect_keys keeps 512 (--router-samples),
-or else on random ones, which they route more evenly.
+or else on random ones, which they route more evenly. With the key statistics of several texts a table shows
+which experts each text goes to.
 """
 
 import argparse
@@ -22,7 +23,12 @@ def add_flags(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint's root folder")
     inspect.add_argument("--all", action="store_true", help="list optimizer state and extra states as well")
     inspect.add_argument(
-        "--key-stats", metavar="FILE", type=Path, help="where the hidden states are (default: recorded)"
+        "--key-stats",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        default=(),
+        help="where the hidden states are, a file a text (default: recorded)",
     )
     add_model_config(inspect)
 

@@ -24,7 +24,12 @@ def add_flags(verify: argparse.ArgumentParser) -> None:
     verify.add_argument("dense", metavar="DENSE", type=Path, help="the dense model's checkpoint")
     verify.add_argument("moe", metavar="MOE", type=Path, help="what convert made of it, trained or not")
     verify.add_argument(
-        "--key-stats", metavar="FILE", type=Path, help="key statistics of the routers (default: recorded)"
+        "--key-stats",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        default=(),
+        help="key statistics of the routers (default: recorded)",
     )
     add_model_config(verify)
     verify.add_argument("--json", metavar="FILE", type=Path, help="write everything that was found there")

@@ -39,9 +39,33 @@ def router_config(manifest: dict[str, Any], source: str | Path) -> RouterConfig:
     return RouterConfig.from_dict(manifest.get("router"), f"{source}: router")
 
 
+def router_of(manifest: dict[str, Any] | None, args: Any, root: Path) -> RouterConfig:
+    """The router of a checkpoint with arguments ``args``: without a manifest, Megatron's linear one."""
+    trained = {"top_k": args.moe_router_topk, "pre_softmax": bool(args.moe_router_pre_softmax)}
+    if manifest is None:
+        return RouterConfig(router="linear", num_experts=int(args.num_experts), **trained)
+    router = router_config(manifest, root / NAME)
+    for name, value in (trained | {"num_experts": int(args.num_experts)}).items():
+        if getattr(router, name) != value:
+            raise UserError(
+                f"{root / NAME}: {name} {getattr(router, name)}, but the model was trained with {value}; put"
+                " the manifest of that training there"
+            )
+    return router
+
+
 def init_config(manifest: dict[str, Any], source: str | Path) -> InitConfig:
     """How the checkpoint's routers were made; the paper's way where ``manifest`` has nothing."""
     return InitConfig.from_dict(manifest.get("init", {}), f"{source}: init")
+
+
+def entries(manifest: dict[str, Any], name: str, source: str | Path) -> list[dict[str, Any]]:
+    """A section of which there may be several, one or none (null)."""
+    found = manifest.get(name)
+    found = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{source}: its manifest has no {name!r} section; convert the model again")
+    return found
 
 
 def write(root: str | Path, manifest: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import Recorded, RouterConfig
 
 HEAD_KEYS = ("mean", "attended")
-GATES = ("random", "centroid", "heads")
+OF_TEXTS = ("domain", "ridge")  # gates that tell the texts of several key statistics apart
+GATES = ("random", "centroid", "heads", *OF_TEXTS)
 CHOICES = {
     "queries": ("heads", "random"),
     "keys": ("heads", "random"),
@@ -29,7 +30,8 @@ class InitConfig(Recorded):
     - ``head_key``: equation 4's key of an attention head, the ``mean`` of its query group's or what the head
       ``attended`` to (``key_statistics.capture``); None: ``attended`` where heads would share a mean key.
     - ``gate``: of a linear router, ``centroid`` makes it of the centres of clusters of its inputs, ``heads``
-      folds the mixture that attention heads give into one matrix.
+      folds the mixture that attention heads give into one matrix; ``domain`` and ``ridge`` tell the texts
+      of several key statistics apart (``initialisation.domains``).
     - ``center``: take the direction of the mean router input out, so that no expert is ahead for all tokens.
     - ``equalize``: give the gate equal singular values, so that no two experts are nearly alike. ``rows``
       gives it rows of equal norm only, ``logits`` makes its logits uncorrelated over the sample, with equal
@@ -62,7 +64,7 @@ class InitConfig(Recorded):
     @property
     def needs_router_input(self) -> bool:
         """Whether values are made from samples of the routers' inputs."""
-        samples = self.gate == "centroid" or self.center or self.equalize == "logits"
+        samples = self.gate in ("centroid", *OF_TEXTS) or self.center or self.equalize == "logits"
         return samples or self.target_entropy is not None
 
     def of_heads(self, router: RouterConfig) -> bool:

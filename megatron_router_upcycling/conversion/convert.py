@@ -1,9 +1,10 @@
 """One conversion from end to end: check everything, write to a hidden folder, publish, record."""
 
+import itertools
 import pickle
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import locate
 from megatron_router_upcycling.checkpoint.names import LEFT_OUT, TRACKER, TRAINING_STATE
-from megatron_router_upcycling.checkpoint.open import open_dense
+from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dense
 from megatron_router_upcycling.checkpoint.publish import checks
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.publish.checks import Stamps, intact_check
@@ -20,15 +21,18 @@ from megatron_router_upcycling.checkpoint.read_model import query_key_digest, re
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.conversion.moe_arguments import model_flags
+from megatron_router_upcycling.conversion import more_experts
+from megatron_router_upcycling.conversion.more_experts import Growth, MoreExperts, RepeatExperts
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.conversion.plan import Plan, plan
+from megatron_router_upcycling.conversion.sources import check_texts, open_sources, values_digest
 from megatron_router_upcycling.conversion.steps import CopyExperts
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.files import existing, format_bytes, sha256, versions
 from megatron_router_upcycling.initialisation.first_routers import choose_head_key, router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
+from megatron_router_upcycling.training.run_log import files as run_log
 
 DATA_FILES = "__upcycled_"  # prefix of new data files' names; linked files keep the dense checkpoint's
 EXPERT_FILE = f"{DATA_FILES}0.distcp"
@@ -64,17 +68,31 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     """Read and check everything; write nothing."""
     options.router.check_trains(options.megatron)
     out = Path(out)
-    read = [path for path in (options.key_stats,) if path] + list(locate(Path(root))[1].rglob("*"))
-    sources = Stamps(read)  # before anything is read
+    read = {"DENSE": Path(root)} | {f"--experts {path}": path for path in options.experts}
+    folders = [locate(path)[1] for path in read.values()]
+    stamps = Stamps([*options.key_stats, *(path for folder in folders for path in folder.rglob("*"))])
     dense = open_dense(root, options.config)
-    publish.check_target(out, dense.root, options.overwrite, source_name="DENSE", made_by=TRACKER)
+    for name, path in read.items():
+        publish.check_target(out, locate(path)[0], options.overwrite, source_name=name, made_by=TRACKER)
     model = read_model(dense)
+    experts = open_sources(dense, model, options)
     router_parameters(model, options.router)  # refuses a router that does not fit the model
     stats = _read_key_stats(options, dense, model)
     if stats is not None and options.init.of_heads(options.router):
         head_key = choose_head_key(options.init, stats, model)
         options = replace(options, init=replace(options.init, head_key=head_key))  # for the manifest
-    conversion = Conversion(plan(dense, model, options), stats, out, sources)
+    conversion = Conversion(plan(dense, model, options, experts), stats, out, stamps)
+    publish.check_space(out, conversion.bytes_to_write)
+    return conversion
+
+
+def prepare_more(root: str | Path, out: str | Path, more: MoreExperts, options: Options) -> Conversion:
+    """``prepare`` for a Mixture-of-Experts that gets more experts; ``options`` gives no router."""
+    out, folder = Path(out), locate(Path(root))[1]
+    stamps = Stamps([*folder.rglob("*"), folder.parent / run_log.ROUTING])
+    moe = open_checkpoint(root)
+    publish.check_target(out, moe.root, options.overwrite, source_name="MOE", made_by=TRACKER)
+    conversion = Conversion(more_experts.plan(moe, more, options), None, out, stamps)
     publish.check_space(out, conversion.bytes_to_write)
     return conversion
 
@@ -111,7 +129,7 @@ def _write(conversion: Conversion, folder: Path, progress: Callable[[int], None]
     """Fill the iteration's folder, check all of its content, and return the digests of its data files."""
     plan = conversion.plan
     with (
-        intact_check(plan.source, plan.values_taken_over()) as intact,
+        intact_check(plan.values_taken_over()) as intact,
         CheckpointWriter(folder, DATA_FILES, progress) as writer,
     ):
         plan.run(conversion.stats, writer)
@@ -123,7 +141,7 @@ def _write(conversion: Conversion, folder: Path, progress: Callable[[int], None]
 
 def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[str, str]) -> dict[str, Any]:
     """The record of a conversion; ``contents`` are the digests of the data files' chunks."""
-    dense, model, options = plan.dense, plan.model, plan.options
+    dense, options = plan.dense, plan.options
     left_out = Counter(found["kind"] for found in map(TRAINING_STATE.match, plan.left_out) if found)
     files: dict[str, dict[str, Any]] = {"files": {}, "linked": {}}  # linked: in both checkpoints
     for path in filter(Path.is_file, sorted(folder.rglob("*"))):
@@ -133,15 +151,20 @@ def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[s
         digest = {"content": contents[path.name]} if known else {"sha256": sha256(path)}
         entry = {"bytes": path.stat().st_size} | digest
         files["linked" if is_linked else "files"][str(path.relative_to(folder))] = entry
-    key_stats = None
-    if stats is not None and options.key_stats is not None:
-        path = options.key_stats
-        key_stats = {"path": str(path.absolute()), "sha256": sha256(path), "metadata": stats.metadata}
+    key_stats = [
+        {"path": str(path.absolute()), "sha256": sha256(path), "metadata": key_stats_file.load(path).metadata}
+        for path in (stats.paths if stats else ())
+    ]
+    experts = [
+        {"path": str(one.root.absolute()), "digest": one.digest(), "values": values_digest(one)}
+        for one in plan.experts
+        if one is not None
+    ]
     return {
         "format": manifest.FORMAT,
         "router": options.router.to_dict(),
         "init": options.init.to_dict(),
-        "model": model.flags | model_flags(model, options, plan.layers),
+        "model": plan.flags,
         "seed": options.seed,
         "shared_storage": not options.materialize,
         "source": {
@@ -149,8 +172,11 @@ def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[s
             "iteration": dense.iteration_dir.name,
             "digest": dense.digest(),
         },
-        "key_stats": key_stats,
+        "key_stats": key_stats if len(key_stats) > 1 else key_stats[0] if key_stats else None,
+        "experts": experts or None,
+        "average_rest": options.average_rest,
         **files,
+        "more_experts": asdict(plan.more) if isinstance(plan, Growth) else None,
         "left_out": {kind: {"entries": left_out[kind], "reason": LEFT_OUT[kind]} for kind in left_out},
         "versions": versions(),
     }
@@ -158,26 +184,28 @@ def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[s
 
 def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> KeyStats | None:
     """Load and check the key statistics; None where the routers need none."""
-    kind, path = options.router.kind, options.key_stats
-    if not options.init.needs_key_stats(options.router):
+    kind, init = options.router.kind, options.init
+    if not init.needs_key_stats(options.router):
         return None
-    if path is None:
+    if not options.key_stats:
         what = f"--router {kind.name}" if kind.of_heads else "this start of the routers"
         raise UserError(f"--key-stats: {what} needs the file that collect_keys wrote")
-    stats = key_stats_file.load(path)
+    check_texts(options)
     sizes = ("num_layers", "num_query_groups", "kv_channels", "num_attention_heads", "hidden_size")
     wanted: dict[str, Callable[[], Any]] = {size: partial(getattr, model, size) for size in sizes}
     wanted["checkpoint_digest"] = dense.digest
     wanted["query_key_digest"] = lambda: query_key_digest(dense)
-    for name, value in wanted.items():
+    every = [key_stats_file.load(path) for path in options.key_stats]
+    for stats, (name, value) in itertools.product(every, wanted.items()):
         recorded = stats.metadata.get(name)  # files of older versions lack some
         if recorded is not None and (needed := value()) != recorded:
             raise UserError(
-                f"--key-stats {stats.path}: of another model or other keys: its {name} is {recorded}, and"
+                f"--key-stats {stats.paths[0]}: of another model or other keys: its {name} is {recorded}, and"
                 f" {needed} is needed; collect them from {dense.root}"
             )
-    if options.init.needs_router_input:
-        key_stats_file.read_router_input(path, 0)
+    stats = key_stats_file.pool(every)
+    if init.needs_router_input:
+        stats.samples(0)
     return stats
 
 
@@ -185,9 +213,10 @@ def describe_plan(conversion: Conversion) -> str:
     """What would be done, in a few lines."""
     plan = conversion.plan
     model, options = plan.model, plan.options
-    experts = sum(isinstance(step, CopyExperts) for step in plan.steps)
+    experts = sum(isinstance(step, CopyExperts | RepeatExperts) for step in plan.steps)
     how = "linked, not written" if conversion.links else "copied"
     copies = f"{options.router.num_experts} times" if options.materialize else "once"
+    copies += f" for each of {len(plan.experts)} models" * bool(plan.experts)
     routers = "; ".join(f"{key} {list(shape)}" for key, shape in router_parameters(model, options.router))
     return (
         f"{plan.dense.iteration_dir}: {model.describe()}\n"
@@ -206,24 +235,36 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
     options, router = plan.options, plan.options.router
     written = sum(file["bytes"] for file in record["files"].values())
     cut = f" (copies cut {router.granularity} ways)" * (router.granularity > 1)
-    cut += ", a shared expert" * options.shared_expert
+    cut += (
+        f" of {len(plan.experts)} models" * bool(plan.experts) + ", a shared expert" * options.shared_expert
+    )
     linked = plan.kept_bytes - plan.changed_bytes
     shared = f", {format_bytes(linked)} linked to {plan.dense.root}" if conversion.links else ""
     order = "top-k, then softmax (--no-moe-router-pre-softmax)"
     if router.pre_softmax:
         order = "softmax, then top-k (--moe-router-pre-softmax)"
-        first = (
-            f"the loss is above the dense model's: a token's {router.top_k} experts have less than the whole"
-            f" weight, which softmax spreads over all {router.num_experts}; training makes up for it"
-        )
-    else:
-        first = "it is exactly the dense model"
-        if router.granularity == 1:
-            first += "; its loss gives the router no gradient until the experts differ"
     return (
         f"{out}: in each layer {router.num_experts} experts{cut} and {router.describe()},"
         f" {format_bytes(written)} written in {seconds:.1f} s{shared}\n"
-        f"prepared for {order}; before training {first}\n"
+        f"prepared for {order}; before training {_first_step(plan)}\n"
         "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config YAML"
         f" --load {out} --save RUN"
     )
+
+
+def _first_step(plan: Plan) -> str:
+    """What the new model is before training, after "before training"."""
+    router = plan.options.router
+    if isinstance(plan, Growth):
+        return f"{plan.more.first_step(router.top_k)}; the optimizer starts afresh"
+    if plan.experts:
+        return f"it is none of its {len(plan.experts)} models: each token mixes its experts' outputs"
+    if router.pre_softmax:
+        return (
+            f"the loss is above the dense model's: a token's {router.top_k} experts have less than the whole"
+            f" weight, which softmax spreads over all {router.num_experts}; training makes up for it"
+        )
+    first = "it is exactly the dense model"
+    if router.granularity == 1:
+        first += "; its loss gives the router no gradient until the experts differ"
+    return first

@@ -9,7 +9,7 @@ from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.fine_grained import SHARE
 from megatron_router_upcycling.conversion.options import Options
 
-# Megatron's arguments for a fresh MoE run, in addition to those that the router gives.
+# Megatron's arguments for a fresh run.
 FRESH = {
     "consumed_train_samples": 0,
     "consumed_valid_samples": 0,
@@ -18,6 +18,9 @@ FRESH = {
     "curr_iteration": 0,
     "ckpt_format": BACKEND,
     "num_floating_point_operations_so_far": 0,
+}
+# Arguments of a dense model's experts that a run may change.
+PLAIN = {
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
     "moe_latent_size": None,
@@ -53,17 +56,14 @@ def model_flags(model: DenseModel, options: Options, layers: tuple[int, ...] | N
     return flags
 
 
-def moe_common_state(
-    dense: Checkpoint, model: DenseModel, options: Options, layers: tuple[int, ...] | None
-) -> dict[str, Any]:
-    """The common state of an MoE that has not trained yet.
+def fresh_common_state(source: Checkpoint, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The common state of an MoE that has not trained yet: the source's, with other ``arguments``.
 
     Megatron takes the architecture (``--use-checkpoint-args``) and the position in the data from its
     arguments; optimizer, schedule and random state start anew.
     """
-    values = MODEL_DEFAULTS | BUILD_DEFAULTS | vars(dense.args) | FRESH
-    values |= moe_arguments(model, options, layers)
-    kept: dict[str, Any] = {"checkpoint_version": dense.common.get("checkpoint_version", 3.0)}
+    values = MODEL_DEFAULTS | BUILD_DEFAULTS | vars(source.args) | FRESH | arguments
+    kept: dict[str, Any] = {"checkpoint_version": source.common.get("checkpoint_version", 3.0)}
     kept["content_metadata"] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     args = safe_pickle.namespace({name: value for name, value in values.items() if name not in DECIDED_LATER})
     return kept | {"args": args, "iteration": 0, "num_floating_point_operations_so_far": 0}

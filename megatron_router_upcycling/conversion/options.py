@@ -20,10 +20,12 @@ class Options:
     """The user's options, without the two folders."""
 
     router: RouterConfig
-    key_stats: Path | None = None
+    key_stats: tuple[Path, ...] = ()  # of several texts: one a model of ``experts``, or one a copy in turn
     seed: int = 1234
     materialize: bool = False
     overwrite: bool = False
+    experts: tuple[Path, ...] = ()  # dense models whose FFNs the experts are, in turn; (): DENSE
+    average_rest: bool = False  # all that is no expert is the mean of ``experts``, not DENSE's
     shared_expert: bool = False
     layers: str | None = None  # those that get experts, as ``parse_layers`` reads them; None: all
     init: InitConfig = InitConfig()

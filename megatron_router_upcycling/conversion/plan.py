@@ -5,7 +5,9 @@ key statistics (eq. 4, 5) or drawn at random (vanilla upcycling); everything els
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
@@ -16,8 +18,10 @@ from megatron_router_upcycling.checkpoint.publish.checks import Target
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.conversion import fine_grained
+from megatron_router_upcycling.conversion.moe_arguments import PLAIN, model_flags, moe_arguments
 from megatron_router_upcycling.conversion.options import Options, parse_layers
 from megatron_router_upcycling.conversion.steps import (
+    Average,
     CopyExperts,
     CutExperts,
     Expected,
@@ -39,6 +43,7 @@ from megatron_router_upcycling.routers.config import RouterConfig
 class Plan(Work):
     """The steps, what they read, and how many bytes they write and hold in memory."""
 
+    flags: dict[str, Any]  # Megatron's, of the new model, for the manifest
     steps: tuple[Step, ...]
     kept: tuple[str, ...]  # entries of ``source`` that are taken over unchanged
     left_out: tuple[str, ...]  # entries of its training state, which the MoE run does not need
@@ -73,9 +78,14 @@ class Plan(Work):
         """What every tensor of the new checkpoint must hold."""
         return {key: made for key, made in self._made(replace(self, stats=stats)).items() if made}
 
-    def values_taken_over(self) -> list[str]:
-        """The tensors of ``source`` whose values the new checkpoint contains or is computed from."""
-        return [key for key in self.source.tensors if not names.TRAINING_STATE.match(key)]
+    def values_taken_over(self) -> Iterator[tuple[Checkpoint, str]]:
+        """The tensors whose values the new checkpoint contains or is computed from."""
+        keys = [key for key in self.source.tensors if not names.TRAINING_STATE.match(key)]
+        for source in (self.source, *self.experts):
+            whole = source is self.source or self.options.average_rest
+            for key in keys:
+                if source and (whole or names.is_ffn(split_key(key)[0])):
+                    yield source, key
 
     def run(self, stats: KeyStats | None, writer: CheckpointWriter) -> None:
         """Carry out the steps."""
@@ -84,8 +94,10 @@ class Plan(Work):
             step.run(work, writer)
 
 
-def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
-    """Decide what becomes of every entry of ``dense``."""
+def plan(
+    dense: Checkpoint, model: DenseModel, options: Options, sources: Sequence[Checkpoint | None] = ()
+) -> Plan:
+    """Decide what becomes of every entry of ``dense`` and, for experts, of other ``sources``."""
     router = options.router
     fine_grained.check(dense, model, router.granularity, options.shared_expert)
     layers = None if options.layers is None else parse_layers(options.layers, model.num_layers)
@@ -115,9 +127,17 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
     states = names.extra_states(
         model.num_layers, router.num_experts, model.qk_norm, options.shared_expert, layers
     )
+    averaged = [key for key in kept if options.average_rest and key in source.tensors]
+    rest: list[Step] = [Take({key: key for key in kept}, "untouched"), Take(norms, "norms")]
+    if options.average_rest:
+        objects = {key: key for key in kept if key in source.objects}
+        rest = [
+            Take(objects, "untouched"),
+            Average({key: key for key in averaged}, "untouched"),
+            Average(norms, "norms"),
+        ]
     steps = [
-        Take({key: key for key in kept}, "untouched"),
-        Take(norms, "norms"),
+        *rest,
         *experts,
         *shared,
         MakeRouters(),
@@ -126,7 +146,8 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
             common_as_file=(dense.iteration_dir / COMMON_FILE).is_file(),
         ),
     ]
-    copies = router.num_copies if options.materialize else 1
+    changed = [key for key in kept if not source.is_verbatim(key)]
+    copies = router.num_copies if options.materialize else max(1, len(sources))
     read = [at_layer(names.QKV, None if layers is None else 0)]
     made = (CutExperts, ShareOutput)  # whose values are read, not taken over
     read += [step.key for step in (*experts, *shared) if isinstance(step, made)]
@@ -136,12 +157,15 @@ def plan(dense: Checkpoint, model: DenseModel, options: Options) -> Plan:
         source=source,
         model=model,
         options=options,
+        arguments=moe_arguments(model, options, layers) | PLAIN,
+        experts=tuple(one if one is None or layers is None else split_layers(one) for one in sources),
         layers=layers,
+        flags=model.flags | model_flags(model, options, layers),
         steps=tuple(steps),
         kept=kept,
         left_out=left_out,
         kept_bytes=sum(map(source.stored_bytes, kept)),
-        changed_bytes=sum(source.stored_bytes(key) for key in kept if not source.is_verbatim(key)),
+        changed_bytes=sum(source.stored_bytes(key) for key in {*changed, *averaged}),
         expert_bytes=(copies + options.shared_expert) * sum(map(source.stored_bytes, ffn)),
         router_bytes=num_routers
         * sum(math.prod(shape[1:]) for _, shape in router_parameters(model, router))

@@ -10,27 +10,57 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format import torch_save_file
-from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
+from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape, blocks
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
 from megatron_router_upcycling.checkpoint.names import at_layer, split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter, stored_values
 from megatron_router_upcycling.conversion.fine_grained import SHARE, Cut
-from megatron_router_upcycling.conversion.moe_arguments import moe_common_state
+from megatron_router_upcycling.conversion.moe_arguments import fresh_common_state
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.first_routers import router_parameters, router_values
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
 
+class Values:
+    """Values that are not of ``Plan.source``."""
+
+    def boxes(self, box: Box) -> Iterator[Box]:
+        """The boxes that ``values`` is asked for, which together hold ``box``; each as it is, by default."""
+        yield box
+
+    def values(self, box: Box) -> torch.Tensor:
+        """The values of one of the ``boxes``."""
+        raise NotImplementedError
+
+
+BLOCK = 1 << 20  # elements in memory at once
+
+
 @dataclass(frozen=True, eq=False)
-class Computed:
+class MeanOf(Values):
+    """Tensor ``key`` of several checkpoints, or of one: the mean in float64, rounded once."""
+
+    checkpoints: Sequence[Checkpoint]
+    key: str
+
+    def values(self, box: Box) -> torch.Tensor:
+        first, *others = (checkpoint.read_box(self.key, box) for checkpoint in self.checkpoints)
+        total = first.double()
+        for other in others:
+            total += other.double()
+        return (total / len(self.checkpoints)).to(first.dtype) if others else first
+
+
+@dataclass(frozen=True, eq=False)
+class Computed(Values):
     """A tensor of ``shape`` in slices: ``compute`` takes an index on each of its first ``num_axes`` axes."""
 
     compute: Callable[..., torch.Tensor]
@@ -38,13 +68,11 @@ class Computed:
     num_axes: int
 
     def boxes(self, box: Box) -> Iterator[Box]:
-        """The slices, as boxes, that overlap ``box``."""
         count, rest = self.num_axes, self.shape[self.num_axes :]
         for index in itertools.product(*map(range, box.offsets[:count], box.ends[:count])):
             yield Box((*index, *(0 for _ in rest)), (*(1 for _ in index), *rest))
 
     def values(self, box: Box) -> torch.Tensor:
-        """The values of one of the ``boxes``."""
         return self.compute(*box.offsets[: self.num_axes])
 
     def expected(self, check: str, dtype: torch.dtype) -> "Expected":
@@ -56,7 +84,7 @@ class Origin(NamedTuple):
     """``box`` of a new tensor holds what ``place`` of ``source`` holds, element for element in order."""
 
     box: Box
-    source: str | Computed  # a key of ``Plan.source``, or computed values
+    source: str | Values  # a key of ``Plan.source``, or other values
     place: Box
 
 
@@ -99,6 +127,9 @@ class Work:
     source: Checkpoint  # the same, with one key per layer where the new checkpoint has one
     model: DenseModel
     options: Options
+    arguments: dict[str, Any]  # of Megatron, for the new checkpoint, in addition to the source's
+    # The models of --experts, their keys as those of ``source``; None: gone since, which ``verify`` can meet.
+    experts: tuple[Checkpoint | None, ...] = ()
     layers: tuple[int, ...] | None  # those that get experts; None: all
     stats: KeyStats | None = None
     scratch: bytearray = field(default_factory=bytearray)  # for the largest chunk to compute from
@@ -142,6 +173,38 @@ class Take(Step):
 
 
 @dataclass(frozen=True)
+class Average(Step):
+    """Make tensors the mean of the models of --experts; ``targets``: key of ``source`` -> its new key."""
+
+    targets: dict[str, str]
+    check: str
+
+    def expects(self, work: Work) -> Made:
+        made: Made = {}
+        for key, target in self.targets.items():
+            stored, mean = work.source.tensors[key], self._mean(work, key)
+            origins = [] if mean is None else [mean]
+            made[target] = Expected(
+                self.check,
+                stored.shape,
+                stored.dtype,
+                lambda box, origins=origins: [Origin(box, mean, box) for mean in origins],  # type: ignore[misc]
+            )
+        return made
+
+    def _mean(self, work: Work, key: str) -> MeanOf | None:
+        sources = [source for source in work.experts if source is not None]
+        return MeanOf(sources, key) if len(sources) == len(work.experts) else None
+
+    def run(self, work: Work, writer: CheckpointWriter) -> None:
+        for key, target in self.targets.items():
+            stored, mean = work.source.tensors[key], self._mean(work, key)
+            assert mean is not None
+            for box in blocks(Box((0,) * len(stored.shape), stored.shape), BLOCK):
+                writer.write_chunk(target, stored.shape, mean.values(box), [box.offsets])
+
+
+@dataclass(frozen=True)
 class ShareOutput(Step):
     """Make FC2 of the shared expert: the dense FFN's, scaled by its share of the output."""
 
@@ -175,6 +238,13 @@ class CopyExperts(Step):
     target: str
     num_experts: int
 
+    granularity = 1
+
+    def _source(self, work: Work, expert: int) -> Checkpoint | None:
+        """The checkpoint of an expert's values: of several, one copy after the other takes the next."""
+        sources = work.experts or (work.source,)
+        return sources[expert // self.granularity % len(sources)]
+
     @property
     def front(self) -> int:
         """The number of axes before the expert axis: 1, or 0 for one layer's parameter."""
@@ -199,23 +269,35 @@ class CopyExperts(Step):
         yield box, box
 
     def expects(self, work: Work) -> Made:
+        apart = {id(source): MeanOf([source], self.key) for source in work.experts if source}
+
         def origins(box: Box) -> Iterator[Origin]:
             for expert, own in self._apart(box):
-                for part, place in self._origins(work, expert, own):
+                source = self._source(work, expert)
+                for part, place in self._origins(work, expert, own) if source else ():
                     whole = Box(self._at_experts(part.offsets, expert), self._at_experts(part.sizes, 1))
-                    yield Origin(whole, self.key, place)
+                    yield Origin(whole, apart.get(id(source), self.key), place)
 
         return {
             self.target: Expected("experts", self.shape(work), work.source.tensors[self.key].dtype, origins)
         }
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
-        stored, shape = work.source.tensors[self.key], self.shape(work)
-        for chunk in stored.chunks:
-            sizes = self._at_experts(chunk.sizes, 1)
-            offsets = [self._at_experts(chunk.offsets, expert) for expert in range(self.num_experts)]
-            values = stored_values(work.source, chunk, stored.dtype, sizes)
-            writer.write_chunk(self.target, shape, values, offsets, work.options.materialize)
+        shape = self.shape(work)
+        for source, experts in self._by_source(work):
+            stored = source.tensors[self.key]
+            for chunk in stored.chunks:
+                sizes = self._at_experts(chunk.sizes, 1)
+                offsets = [self._at_experts(chunk.offsets, expert) for expert in experts]
+                values = stored_values(source, chunk, stored.dtype, sizes)
+                writer.write_chunk(self.target, shape, values, offsets, work.options.materialize)
+
+    def _by_source(self, work: Work) -> Iterator[tuple[Checkpoint, list[int]]]:
+        """Each source with the experts of its values."""
+        experts = range(self.num_experts)
+        for source in work.experts or (work.source,):
+            assert source is not None
+            yield source, [expert for expert in experts if self._source(work, expert) is source]
 
 
 @dataclass(frozen=True)
@@ -224,21 +306,27 @@ class CutExperts(CopyExperts):
 
     cut: Cut
 
+    @property
+    def granularity(self) -> int:  # type: ignore[override]
+        return self.cut.granularity
+
     def shape(self, work: Work) -> Shape:
         return self._at_experts(self.cut.shape(work.source.tensors[self.key].shape), self.num_experts)
 
     def _origins(self, work: Work, expert: int, box: Box) -> Iterator[tuple[Box, Box]]:
-        return self.cut.sources(box, expert % self.cut.granularity, work.source.tensors[self.key].shape)
+        return self.cut.sources(box, expert % self.granularity, work.source.tensors[self.key].shape)
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
-        stored, shape = work.source.tensors[self.key], self.shape(work)
-        for chunk in stored.chunks:
-            tensor = work.source.read_chunk(chunk, stored.dtype, work.scratch)
-            for shard, values, place in self.cut.shards(tensor, chunk.offsets, stored):
-                experts = range(shard, self.num_experts, self.cut.granularity)
-                offsets = [self._at_experts(place, expert) for expert in experts]
-                values = values.unsqueeze(self.front).contiguous()
-                writer.write_chunk(self.target, shape, values, offsets, work.options.materialize)
+        shape = self.shape(work)
+        for source, experts in self._by_source(work):
+            stored = source.tensors[self.key]
+            for chunk in stored.chunks:
+                tensor = source.read_chunk(chunk, stored.dtype, work.scratch)
+                for shard, values, place in self.cut.shards(tensor, chunk.offsets, stored):
+                    equal = [expert for expert in experts if expert % self.granularity == shard]
+                    offsets = [self._at_experts(place, expert) for expert in equal]
+                    values = values.unsqueeze(self.front).contiguous()
+                    writer.write_chunk(self.target, shape, values, offsets, work.options.materialize)
 
 
 class MakeRouters(Step):
@@ -294,7 +382,7 @@ class WriteStates(Step):
         blob = writer.write_object(torch_save_file.dump([None]))
         for key in self.empty:
             writer.objects[key] = blob
-        common = moe_common_state(work.dense, work.model, work.options, work.layers)
+        common = fresh_common_state(work.dense, work.arguments)
         if self.common_as_file:
             writer.write_file(COMMON_FILE, torch_save_file.dump(common))
         else:

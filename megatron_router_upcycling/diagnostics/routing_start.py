@@ -8,7 +8,7 @@ Symbols: S sampled tokens, n experts, k experts a token, D hidden size.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,67 +59,118 @@ sum
 """
 
 
-def describe(root: Path, stats: Path | None) -> str:
+def describe(root: Path, stats: Sequence[Path] = ()) -> str:
     """The start of each layer's routing as a table with warnings; "" for a checkpoint without routers.
 
-    Routes the ``router_input`` of ``stats``, or if that is None, of the manifest's key statistics. If these
+    Routes the ``router_input`` of ``stats``, or without any, of the manifest's key statistics. If these
     cannot be used, random tokens are routed, and the title says why.
     """
     checkpoint = open_checkpoint(root)
     record = manifest.read(checkpoint.root)
     if record is None or not router_layers(checkpoint):
-        if stats is not None:
-            raise UserError(f"--key-stats {stats}: {checkpoint.root} has no routers to route samples with")
+        if stats:
+            raise UserError(f"--key-stats {stats[0]}: {checkpoint.root} has no routers to route samples with")
         return ""
     router = manifest.router_config(record, checkpoint.root / manifest.NAME)
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels")
     if missing := [name for name in sizes if not isinstance(getattr(checkpoint.args, name, None), int)]:
         raise UserError(f"{root}: its arguments tell no {missing[0]}; convert the model again")
-    source, why_none = _samples(checkpoint, record, stats)
-    inputs = f"hidden states of the dense model, sampled in {source}"
-    if source is None:
+    sources, why_none = _samples(checkpoint, record, stats)
+    inputs = f"hidden states of the dense model, sampled in {', '.join(map(str, sources))}"
+    if not sources:
         inputs = (
             f"{RANDOM_TOKENS} random tokens, scaled by the norm's gain, which route more evenly than real"
             f" ones ({why_none}; name key statistics collected with --router-samples as --key-stats)"
         )
     try:
-        found = [_look(checkpoint, router, layer, source) for layer in router_layers(checkpoint)]
+        found = [_look(checkpoint, router, layer, sources) for layer in router_layers(checkpoint)]
+        shares = _shares_of_texts(checkpoint, router, sources) if len(sources) > 1 else None
     except (RuntimeError, IndexError, ValueError) as error:  # shapes that do not go together
         raise UserError(f"{root}: its routers do not fit {manifest.NAME} ({reason(error)})") from None
     title = f"routing at the start, of {inputs}:"
-    said = [*_warnings(found, router, record), *_hints(found, router, record, source is not None)]
-    return "\n".join([title, *_table(found), LEGEND, *_expectation(found, router), *[""] * bool(said), *said])
+    said = [*_warnings(found, router, record), *_hints(found, router, record, bool(sources))]
+    texts = [] if shares is None else ["", *_texts_table(sources, shares)]
+    lines = [title, *_table(found), LEGEND, *_expectation(found, router), *texts, *[""] * bool(said), *said]
+    return "\n".join(lines)
 
 
-def _samples(checkpoint: Checkpoint, record: dict[str, Any], asked: Path | None) -> tuple[Path | None, str]:
-    """The key statistics to route, or None and the reason, which is raised if they were ``asked`` for."""
-    parts = (record.get(name) for name in ("key_stats", "source"))
-    recorded, made_of = (part if isinstance(part, dict) else {} for part in parts)
-    path = asked or recorded.get("path")
-    if not isinstance(path, str | Path):
-        return None, "the checkpoint was made without key statistics"
-    layers, width = checkpoint.args.num_layers, checkpoint.args.hidden_size
+def texts(root: Path) -> tuple[list[str], list[list[float]]] | None:
+    """The names of the texts that a checkpoint's routers were made to tell apart, and which experts each goes
+    to: shares of its choices [k, n], means over layers. None without several texts, or where they are gone.
+    """
+    record = manifest.read(root)
+    if record is None or len(manifest.entries(record, "key_stats", root)) < 2:
+        return None
     try:
-        stats = key_stats_file.load(path)
-        shape, dense = stats.sample_shape, made_of.get("digest")
-        if shape and (shape[0], shape[2]) != (layers, width):
-            raise UserError(
-                f"--key-stats {path}: its router_input is {shape} and the model has {layers} layers of width"
-                f" {width}; name the statistics of the dense model that was converted"
-            )
-        if dense and stats.metadata.get("checkpoint_digest", dense) != dense:
-            raise UserError(f"--key-stats {path}: of another model; name those of the one that was converted")
+        checkpoint = open_checkpoint(root)
+        sources, _ = _samples(checkpoint, record, ())
+        router = manifest.router_config(record, checkpoint.root / manifest.NAME)
+        shares = _shares_of_texts(checkpoint, router, sources) if sources else None
+    except (UserError, RuntimeError, IndexError, ValueError):
+        return None
+    return None if shares is None else ([path.stem for path in sources], shares.tolist())
+
+
+def _shares_of_texts(checkpoint: Checkpoint, router: RouterConfig, sources: Sequence[Path]) -> Tensor:
+    """Each text's choices by expert, [k, n], as a share of its own, means over layers."""
+    layers = router_layers(checkpoint)
+    total = torch.zeros(len(sources), router.num_experts, dtype=torch.float64)
+    for layer in layers:
+        stored = read_router(checkpoint, router, layer)
+        for text, path in enumerate(sources):
+            _, experts = stored.route(key_stats_file.read_router_input(path, layer))
+            total[text] += torch.bincount(experts.flatten(), minlength=router.num_experts) / experts.numel()
+    return total / len(layers)
+
+
+def _texts_table(sources: Sequence[Path], shares: Tensor) -> Iterator[str]:
+    yield "which experts each text goes to: shares of its choices, means over layers"
+    width = max(len(path.stem) for path in sources)
+    yield " " * width + "".join(f"{expert:>6}" for expert in range(shares.shape[1]))
+    for path, row in zip(sources, shares.tolist(), strict=True):
+        yield f"{path.stem:<{width}}" + "".join(f"{share:>6.0%}" for share in row)
+
+
+def _samples(
+    checkpoint: Checkpoint, record: dict[str, Any], asked: Sequence[Path]
+) -> tuple[tuple[Path, ...], str]:
+    """The key statistics to route, or none and the reason, which is raised if they were ``asked`` for."""
+    recorded = manifest.entries(record, "key_stats", checkpoint.root)
+    source = record.get("source")
+    paths = [*asked] or [Path(str(one.get("path"))) for one in recorded]
+    if not paths:
+        return (), "the checkpoint was made without key statistics"
+    dense = source.get("digest") if isinstance(source, dict) else None
+    try:
+        sampled = [_check_samples(checkpoint, path, dense) for path in paths]
     except UserError as error:
         if asked:
             raise
-        return None, str(error)
-    return (Path(path), "") if shape else (None, f"{path} holds no samples")
+        return (), str(error)
+    if not all(sampled):
+        return (), f"{paths[sampled.index(False)]} holds no samples"
+    return tuple(paths), ""
 
 
-def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
+def _check_samples(checkpoint: Checkpoint, path: Path, dense: str | None) -> bool:
+    """Whether key statistics have samples; UserError if they are of another model than ``dense``."""
+    layers, width = checkpoint.args.num_layers, checkpoint.args.hidden_size
+    stats = key_stats_file.load(path)
+    shape = stats.sample_shape
+    if shape and (shape[0], shape[2]) != (layers, width):
+        raise UserError(
+            f"--key-stats {path}: its router_input is {shape} and the model has {layers} layers of width"
+            f" {width}; name the statistics of the dense model that was converted"
+        )
+    if dense and stats.metadata.get("checkpoint_digest", dense) != dense:
+        raise UserError(f"--key-stats {path}: of another model; name those of the one that was converted")
+    return shape is not None
+
+
+def _inputs(checkpoint: Checkpoint, layer: int, sources: Sequence[Path]) -> Tensor:
     """The input of the layer's router, [S, D] in float32."""
-    if source is not None:
-        return key_stats_file.read_router_input(source, layer)
+    if sources:
+        return torch.cat([key_stats_file.read_router_input(source, layer) for source in sources])
     generator = torch.Generator().manual_seed(layer)
     tokens = torch.randn(RANDOM_TOKENS, checkpoint.args.hidden_size, generator=generator)
     fused, separate = names.NORMS[1]  # the norm before the router
@@ -129,10 +180,12 @@ def _inputs(checkpoint: Checkpoint, layer: int, source: Path | None) -> Tensor:
     return tokens * (gain + bool(getattr(checkpoint.args, ARCHITECTURE["apply_layernorm_1p"], False)))
 
 
-def _look(checkpoint: Checkpoint, router: RouterConfig, layer: int, source: Path | None) -> dict[str, Any]:
+def _look(
+    checkpoint: Checkpoint, router: RouterConfig, layer: int, sources: Sequence[Path]
+) -> dict[str, Any]:
     """``measures.summarise`` of one layer's routing, and the other entries of COLUMNS."""
     stored = read_router(checkpoint, router, layer)
-    logits = stored.logits(_inputs(checkpoint, layer, source))
+    logits = stored.logits(_inputs(checkpoint, layer, sources))
     if logits.shape[1] != router.num_experts:
         raise ValueError(f"layer {layer}: {logits.shape[1]} experts")
     mean, most = None, None  # for routers without keys
@@ -251,7 +304,7 @@ def _tied(ties: dict[int, tuple[tuple[int, int], ...]], record: dict[str, Any]) 
     router, init = manifest.router_config(record, manifest.NAME), manifest.init_config(record, manifest.NAME)
     if not found:
         return None
-    stats = (record.get("key_stats") or {}).get("metadata", {})
+    stats = next(iter(manifest.entries(record, "key_stats", manifest.NAME)), {}).get("metadata") or {}
     shares_keys = stats.get("num_query_groups", 0) < stats.get("num_attention_heads", 0)
     if init.of_heads(router) and init.head_key != "attended" and shares_keys:
         remedy = "convert again with --head-key attended, from key statistics that collect_keys writes now"

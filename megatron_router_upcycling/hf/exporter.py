@@ -21,7 +21,7 @@ from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion.convert import Conversion
-from megatron_router_upcycling.conversion.moe_arguments import moe_common_state
+from megatron_router_upcycling.conversion.moe_arguments import fresh_common_state
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, versions
 from megatron_router_upcycling.hf import model_card, name_table
@@ -48,7 +48,7 @@ def check_conversion(conversion: Conversion) -> str | None:
         check_exportable(plan.dense.args, plan.model, plan.dense.root)
     except UserError as error:
         return f"not for Hugging Face: {error}"
-    args = moe_common_state(plan.dense, plan.model, plan.options, plan.layers)["args"]
+    args = fresh_common_state(plan.dense, plan.arguments)["args"]
     try:
         check_exportable(args, plan.model, plan.dense.root)
     except UserError as error:
@@ -68,7 +68,7 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
     model = from_megatron(checkpoint.args, root, checkpoint.tensors[EMBEDDING].shape[0])
     checkpoint = stack_layers(checkpoint, model.expert_layers)
     recorded = manifest.read(root)
-    router = _router(checkpoint, recorded, model) if model.num_experts else None
+    router = manifest.router_of(recorded, checkpoint.args, root) if model.num_experts else None
     if router and not options.modelling_code and (why := router.kind.not_stock(router)):
         raise UserError(
             f"MOE {root}: its router {why}, which no stock class computes; pass --modelling-code to write a"
@@ -94,22 +94,6 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
     )
     publish.check_space(out, job.bytes_to_write)
     return job
-
-
-def _router(checkpoint: Checkpoint, recorded: dict[str, Any] | None, model: QwenModel) -> RouterConfig:
-    """The router that the manifest records; without one, Megatron's own linear router."""
-    args = checkpoint.args
-    trained = {"top_k": args.moe_router_topk, "pre_softmax": bool(args.moe_router_pre_softmax)}
-    if recorded is None:
-        return RouterConfig(router="linear", num_experts=model.num_experts, **trained)
-    router = manifest.router_config(recorded, checkpoint.root / manifest.NAME)
-    for name, value in (trained | {"num_experts": model.num_experts}).items():
-        if getattr(router, name) != value:
-            raise UserError(
-                f"{checkpoint.root / manifest.NAME}: {name} {getattr(router, name)}, but the model was"
-                f" trained with {value}; put the manifest of that training there"
-            )
-    return router
 
 
 def _check_tensors(checkpoint: Checkpoint, model: QwenModel, router: RouterConfig | None) -> None:

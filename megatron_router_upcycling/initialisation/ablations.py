@@ -9,15 +9,17 @@ Symbols: S tokens, D hidden size, n experts.
 
 import hashlib
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from megatron_router_upcycling.config.start import InitConfig
+from megatron_router_upcycling.config.start import OF_TEXTS, InitConfig
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.initialisation import domains
 from megatron_router_upcycling.routers.config import RouterConfig
 
-KMEANS_ROUNDS = 50
 LEAST_SINGULAR = 1e-6  # of the largest: what is below is rounding
 BISECTIONS = 200
 SCALES = (1e-8, 1e8)
@@ -39,27 +41,6 @@ def with_norm_of(values: Tensor, random: torch.Generator) -> Tensor:
     for row, like in zip(drawn, values, strict=True):
         row *= _float32(like.double().norm() / row.double().norm())
     return drawn
-
-
-def cluster_centres(inputs: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """Centres of ``count`` clusters of the directions of ``inputs`` [S, D]: spherical k-means, float64.
-
-    Starts from tokens drawn at random. A cluster that loses all its tokens takes the token that is least
-    similar to its nearest centre.
-    """
-    unit = torch.nn.functional.normalize(inputs.double(), dim=1)
-    centres = unit[torch.randperm(len(unit), generator=random)[:count]]
-    for _ in range(KMEANS_ROUNDS):
-        likeness, nearest = (unit @ centres.t()).max(dim=1)
-        moved = torch.zeros_like(centres).index_add_(0, nearest, unit)
-        for empty in (torch.bincount(nearest, minlength=count) == 0).nonzero().flatten().tolist():
-            stray = int(likeness.argmin())
-            moved[empty], likeness[stray] = unit[stray], 2.0
-        moved = torch.nn.functional.normalize(moved, dim=1)
-        if torch.equal(moved, centres):
-            break
-        centres = moved
-    return centres
 
 
 def equal_singular_values(gate: Tensor) -> Tensor:
@@ -100,12 +81,13 @@ def alter_router(
     init: InitConfig,
     seed: int,
     layer: int,
-    inputs: Tensor | None,
+    samples: Sequence[Tensor] = (),
 ) -> dict[str, Tensor]:
     """Apply the ablations of ``init`` to one layer's router: its parameters by name, in their dtype.
 
-    ``inputs``: a sample of the layer's router inputs [S, D], where ``init`` needs one.
+    ``samples``: of the layer's router inputs [S, D], one of each text, where ``init`` needs any.
     """
+    inputs = torch.cat([*samples]) if samples else None
     dtype = next(iter(values.values())).dtype
     made = dict(values)
     for option, name in ((init.queries, "query_weight"), (init.keys, "expert_key")):
@@ -118,9 +100,13 @@ def alter_router(
                 f"gate centroid: {len(inputs)} tokens in --key-stats are too few for {router.num_copies}"
                 " experts; collect more with --router-samples"
             )
-        centres = cluster_centres(inputs, router.num_copies, generator(seed, "centroid", layer))
+        centres = domains.cluster_centres(inputs, router.num_copies, generator(seed, "centroid", layer))
         norms = made["weight"][:: router.granularity].double().norm(dim=1, keepdim=True).float()
         made["weight"] = (centres * norms).repeat_interleave(router.granularity, dim=0).to(dtype)
+    if init.gate in OF_TEXTS:
+        rows = domains.gate(init.gate, samples, router.num_copies, partial(generator, seed, "domain", layer))
+        rows *= _float32(made["weight"].double().norm() / rows.norm() / math.sqrt(router.granularity))
+        made["weight"] = rows.repeat_interleave(router.granularity, dim=0).to(dtype)
     scaled = router.kind.scaled or ""  # InitConfig.check refuses the kinds that have none
     reads = "query_weight" if "query_weight" in made else "weight"  # the factor [..., D] of the gate
     if init.center:

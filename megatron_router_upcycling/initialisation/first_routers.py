@@ -15,7 +15,7 @@ from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.ablations import alter_router
 from megatron_router_upcycling.initialisation.heads import init_mixture, query_heads
-from megatron_router_upcycling.key_statistics.file import KeyStats, read_router_input
+from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
 
@@ -55,11 +55,8 @@ def router_values(
             values = _drawn(model, router, generator)
         values = {name: value.to(model.dtype) for name, value in values.items()}
         if init.alters_router and values:
-            inputs = None
-            if init.needs_router_input:
-                assert stats is not None and stats.path is not None
-                inputs = read_router_input(stats.path, layer)
-            values = alter_router(values, router, init, seed, layer, inputs)
+            samples = stats.samples(layer) if init.needs_router_input and stats else []
+            values = alter_router(values, router, init, seed, layer, samples)
         for parameter in parameters:
             if parameter.name not in values:  # the bias
                 values[parameter.name] = torch.zeros(parameter.shape, dtype=model.dtype)

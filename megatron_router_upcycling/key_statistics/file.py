@@ -5,6 +5,7 @@ optionally ``router_input`` [L, S, D]. Format 1, which can still be read, has no
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,11 @@ class KeyStats:
     # ``read_router_input`` reads one layer.
     router_input: torch.Tensor | None = None
     sample_shape: list[int] | None = None
-    path: Path | None = None  # of the file that ``load`` has read
+    paths: tuple[Path, ...] = ()  # of the files that ``load`` has read
+
+    def samples(self, layer: int) -> list[torch.Tensor]:
+        """The sampled router inputs of ``layer``, [S, D] in float32, of each file."""
+        return [read_router_input(path, layer) for path in self.paths]
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> None:
@@ -76,7 +81,24 @@ def load(path: str | Path) -> KeyStats:
     if problem := _problem(tensors, sample, metadata):
         raise UserError(f"--key-stats {path}: {problem}; {AGAIN}")
     mean, count = tensors["key_mean"], tensors["key_count"]
-    return KeyStats(mean, count, tensors.get("key_attended"), metadata, sample_shape=sample, path=path)
+    return KeyStats(mean, count, tensors.get("key_attended"), metadata, sample_shape=sample, paths=(path,))
+
+
+def pool(every: Sequence[KeyStats]) -> KeyStats:
+    """The statistics of one model over several texts together: means weighted by numbers of tokens."""
+    if len(every) == 1:
+        return every[0]
+    counts = torch.stack([stats.count for stats in every])
+    share = (counts.double() / counts.sum(dim=0))[..., None, None]  # [texts, L, 1, 1]
+
+    def mean(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        known = [tensor.double() for tensor in tensors if tensor is not None]
+        return (torch.stack(known) * share).sum(dim=0).float() if len(known) == len(every) else None
+
+    means, attended = mean([stats.mean for stats in every]), mean([stats.attended for stats in every])
+    assert means is not None
+    paths = tuple(path for stats in every for path in stats.paths)
+    return KeyStats(means, counts.sum(dim=0), attended, every[0].metadata, paths=paths)
 
 
 def read_router_input(path: str | Path, layer: int) -> torch.Tensor:

@@ -4,7 +4,7 @@
 compares. If the checkpoint has trained since, its values are checked only for damage and NaN.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,19 @@ from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, CONFI
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA
 from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dense
 from megatron_router_upcycling.checkpoint.read_model import read_model
+from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.conversion import more_experts
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.conversion.plan import plan
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sha256
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
+from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
-from megatron_router_upcycling.key_statistics.file import load as load_key_stats
+from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import structure
-from megatron_router_upcycling.verify.findings import Findings, Verification, has_trained, section
+from megatron_router_upcycling.verify.findings import Findings, Verification, has_trained
 from megatron_router_upcycling.verify.values import Comparison, Progress, Sources
 
 TRAINED = "the checkpoint has trained"
@@ -32,35 +35,52 @@ TRAINED = "the checkpoint has trained"
 def prepare(
     dense_root: str | Path,
     moe_root: str | Path,
-    key_stats_file: Path | None = None,
+    key_stats: Sequence[Path] = (),
     config: Path | None = None,
 ) -> Verification:
-    """Open everything; ``key_stats_file`` is by default the one that the manifest names, ``config`` describes
-    the dense model where its checkpoint does not."""
-    dense = open_dense(dense_root, config)
+    """Open everything; ``key_stats`` are by default those that the manifest names, ``config`` describes the
+    dense model where its checkpoint does not."""
     findings = Findings()
     moe = open_checkpoint(moe_root, lambda name, what: findings.add("metadata", name, what))
     record = manifest.read(moe.root)
     if record is None:
         which = "name a checkpoint that convert made, or that pretrain trained from one"
         raise UserError(f"MOE {moe.root}: has no {manifest.NAME}; {which}")
+    if (more := record.get("more_experts")) is not None:
+        made = more_experts.MoreExperts.recorded(more, moe.root / manifest.NAME)
+        options = Options(RouterConfig(), seed=_seed(record, moe.root))
+        grown = more_experts.plan(open_checkpoint(dense_root), made, options)
+        return Verification(moe, record, grown, None, findings)
+    dense = open_dense(dense_root, config)
     model = read_model(dense)
     options = recorded_options(moe.root, record, model.num_layers)
     options.init.check(options.router)
     router_parameters(model, options.router)  # refuses a router that does not fit the model
     stats = None
     if not has_trained(moe) and options.init.needs_key_stats(options.router):
-        stats, path = _key_stats(model, section(moe, record, "key_stats"), key_stats_file, findings)
-        options = replace(options, key_stats=path)
-    return Verification(moe, record, plan(dense, model, options), stats, findings)
+        made_from = manifest.entries(record, "key_stats", moe.root)
+        if not made_from:
+            raise UserError(f"MOE {moe.root}: its manifest names no 'key_stats'; convert the model again")
+        stats = _key_stats(model, made_from, key_stats, findings)
+    experts = [_expert_source(one, config) for one in manifest.entries(record, "experts", moe.root)]
+    return Verification(moe, record, plan(dense, model, options, experts), stats, findings)
+
+
+def _expert_source(recorded: dict[str, Any], config: Path | None) -> Checkpoint | None:
+    """A model of --experts, or None if it is gone or not the one of the conversion any more."""
+    try:
+        source = open_dense(str(recorded.get("path")), config)
+        return source if source.digest() == recorded.get("digest") else None
+    except (UserError, OSError):
+        return None
 
 
 def recorded_options(root: Path, record: dict[str, Any], num_layers: int) -> Options:
     """The conversion options that a manifest records, for a model of ``num_layers`` layers."""
     source = root / manifest.NAME
-    flags, seed = record.get("model"), record.get("seed")
-    if not isinstance(seed, int) or not isinstance(flags, dict):
-        raise UserError(f"{source}: has no 'seed' or no 'model' section; convert the model again")
+    flags, seed = record.get("model"), _seed(record, root)
+    if not isinstance(flags, dict):
+        raise UserError(f"{source}: has no 'model' section; convert the model again")
     layers = None
     if (text := flags.get("moe_layer_freq")) is not None:
         frequencies = expert_layers.layer_frequency(text, f"{source}: its moe_layer_freq")
@@ -70,28 +90,40 @@ def recorded_options(root: Path, record: dict[str, Any], num_layers: int) -> Opt
     return Options(
         router=manifest.router_config(record, source),
         seed=seed,
+        average_rest=record.get("average_rest") is True,
         shared_expert=flags.get("moe_shared_expert_intermediate_size") is not None,
         layers=layers,
         init=manifest.init_config(record, source),
     )
 
 
+def _seed(record: dict[str, Any], root: Path) -> int:
+    if not isinstance(seed := record.get("seed"), int):
+        raise UserError(f"{root / manifest.NAME}: has no 'seed'; convert the model again")
+    return seed
+
+
 def _key_stats(
-    model: DenseModel, recorded: dict[str, Any], path: Path | None, findings: Findings
-) -> tuple[KeyStats, Path]:
-    if path is None:
-        path = Path(str(recorded.get("path")))
-        if not path.is_file():
-            raise UserError(f"--key-stats: {path}, which the routers were made from, is gone; name its path")
-    stats = load_key_stats(path)
+    model: DenseModel, recorded: list[dict[str, Any]], paths: Sequence[Path], findings: Findings
+) -> KeyStats:
+    if not paths:
+        paths = [Path(str(one.get("path"))) for one in recorded]
+        if gone := [path for path in paths if not path.is_file()]:
+            raise UserError(
+                f"--key-stats: {gone[0]}, which the routers were made from, is gone; name its path"
+            )
+    if len(paths) != len(recorded):
+        raise UserError(f"--key-stats: {len(paths)} files, where the routers were made from {len(recorded)}")
+    every = [key_stats_file.load(path) for path in paths]
     expected = (model.num_layers, model.num_query_groups, model.kv_channels)
-    if tuple(stats.mean.shape) != expected:
-        found = f"keys {list(stats.mean.shape)} where DENSE has {list(expected)}"
-        raise UserError(f"--key-stats {path}: of another model: {found}")
-    if sha256(path) != recorded.get("sha256"):
-        what = "is not the file of key statistics whose SHA-256 the manifest records"
-        findings.add("files", str(path), what)
-    return stats, path
+    for path, stats, made_from in zip(paths, every, recorded, strict=True):
+        if tuple(stats.mean.shape) != expected:
+            found = f"keys {list(stats.mean.shape)} where DENSE has {list(expected)}"
+            raise UserError(f"--key-stats {path}: of another model: {found}")
+        if sha256(path) != made_from.get("sha256"):
+            what = "is not the file of key statistics whose SHA-256 the manifest records"
+            findings.add("files", str(path), what)
+    return key_stats_file.pool(every)
 
 
 def run(verification: Verification, progress: Progress = lambda count: None) -> Findings:
@@ -112,6 +144,7 @@ def run(verification: Verification, progress: Progress = lambda count: None) -> 
         structure.check_files(verification, identities | comparison.identities)
     structure.check_ranges(moe, whole_files, findings)
     _say_what_was_seen(verification, comparison)
+    structure.check_gone_experts(verification)
     return findings
 
 

@@ -8,10 +8,11 @@ from megatron_router_upcycling.checkpoint import dense_model
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
-from megatron_router_upcycling.checkpoint.names import ROUTER, TRAINING_STATE, other_norm, split_key
+from megatron_router_upcycling.checkpoint.names import EXPERTS, ROUTER, TRAINING_STATE, other_norm, split_key
 from megatron_router_upcycling.checkpoint.publish.checks import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.conversion.moe_arguments import model_flags, moe_arguments, moe_common_state
+from megatron_router_upcycling.conversion.moe_arguments import PLAIN, fresh_common_state
+from megatron_router_upcycling.conversion.sources import values_digest
 from megatron_router_upcycling.conversion.steps import Expected
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sha256
@@ -124,7 +125,7 @@ def check_arguments(verification: Verification) -> None:
     moe, plan, findings = verification.moe, verification.plan, verification.findings
     try:
         args = vars(moe.args)
-        fresh = moe_common_state(plan.dense, plan.model, plan.options, plan.layers)
+        fresh = fresh_common_state(plan.dense, plan.arguments)
     except UserError as error:
         findings.add("arguments", COMMON_STATE, str(error))
         return
@@ -132,7 +133,7 @@ def check_arguments(verification: Verification) -> None:
         dense = vars(plan.dense.args)
         names = [*(dense_model.ARCHITECTURE | dense_model.NEGATED).values(), "num_query_groups"]
         wanted = {name: dense[name] for name in names if dense.get(name) is not None}
-        wanted |= moe_arguments(plan.model, plan.options, plan.layers)
+        wanted |= {name: value for name, value in plan.arguments.items() if name not in PLAIN}
         args = {name: value for name, value in args.items() if name in wanted}
     else:
         # Defaults that convert adds where the dense run recorded nothing; older conversions lack them.
@@ -156,11 +157,32 @@ def _compare(findings: Findings, found: dict[str, Any], wanted: dict[str, Any]) 
             findings.add("arguments", name, what)
 
 
+def check_gone_experts(verification: Verification) -> None:
+    """Hold the experts of a model that is gone, or changed since, against the digest of its values."""
+    moe, plan, findings = verification.moe, verification.plan, verification.findings
+    recorded = verification.record.get("experts") or []
+    gone = [number for number, source in enumerate(plan.experts) if source is None]
+    if not gone or verification.trained:
+        return
+    said = f"{len(gone)} of {len(recorded)} models of --experts are gone or have changed"
+    if plan.options.average_rest:
+        findings.skipped["untouched"] = findings.skipped["norms"] = said
+    if plan.options.router.granularity > 1:
+        findings.skipped["experts"] = f"{said}, and the digests are of whole FFNs"
+        return
+    for expert in range(plan.options.router.num_experts):
+        number = expert % len(recorded)
+        if number in gone and values_digest(moe, expert) != recorded[number].get("values"):
+            what = f"is not the FFN of {recorded[number].get('path')}, whose digest the manifest records"
+            findings.add("experts", EXPERTS, what, expert=expert)
+    findings.looked_at["experts"] += f"; {said}: held against the recorded digests"
+
+
 def check_manifest(verification: Verification) -> None:
     """Compare the manifest's architecture and digest with the dense checkpoint."""
     plan, findings = verification.plan, verification.findings
     recorded = section(verification.moe, verification.record, "model")
-    flags = plan.model.flags | model_flags(plan.model, plan.options, plan.layers)
+    flags = plan.flags
     for flag in sorted({*recorded, *flags}):
         if recorded.get(flag) != flags.get(flag):
             what = f"manifest says {recorded.get(flag)!r:.60}, DENSE {flags.get(flag)!r:.60}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from megatron_router_upcycling.checkpoint.format.boxes import Box
+from megatron_router_upcycling.checkpoint.format.boxes import Box, blocks
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
 from megatron_router_upcycling.checkpoint.format.torch_save_file import (
     BLOCK_BYTES,
@@ -22,7 +22,8 @@ from megatron_router_upcycling.checkpoint.format.torch_save_file import (
 from megatron_router_upcycling.checkpoint.names import EXPERTS, is_of_layers, split_key
 from megatron_router_upcycling.checkpoint.publish.checks import all_finite
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.conversion.steps import Computed, Expected
+from megatron_router_upcycling.conversion.steps import Expected
+from megatron_router_upcycling.conversion.steps import Values as Other
 from megatron_router_upcycling.errors import reason
 from megatron_router_upcycling.verify.findings import Findings, span
 
@@ -32,13 +33,13 @@ Progress = Callable[[int], None]
 
 
 class Sources:
-    """The values that an ``Origin`` refers to: those of a key of ``checkpoint``, or computed ones."""
+    """The values that an ``Origin`` refers to: those of a key of ``checkpoint``, or others."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._computed: dict[Computed, tuple[Box, np.ndarray]] = {}  # the box computed last
+        self._computed: dict[Other, tuple[Box, np.ndarray]] = {}  # the box computed last
 
-    def read(self, source: str | Computed, box: Box) -> np.ndarray:
+    def read(self, source: str | Other, box: Box) -> np.ndarray:
         if isinstance(source, str):
             return as_words(self.checkpoint.read_box(source, box))
         joined: np.ndarray | None = None
@@ -51,7 +52,7 @@ class Sources:
         assert joined is not None
         return joined
 
-    def _compute(self, source: Computed, box: Box) -> np.ndarray:
+    def _compute(self, source: Other, box: Box) -> np.ndarray:
         last = self._computed.get(source)
         if last is None or last[0] != box:
             last = self._computed[source] = box, as_words(source.values(box)).reshape(box.sizes)
@@ -134,17 +135,6 @@ class Comparison:
         path = self.moe.iteration_dir / chunk.blob.file
         for box, view in zip(boxes, read_values(path, values, lengths), strict=True):
             yield box, np.frombuffer(view, WORDS[dtype.itemsize]).reshape(box.sizes)
-
-
-def blocks(box: Box, most: int) -> Iterator[Box]:
-    """Cut a box into blocks of at most ``most`` elements, in the order in which elements lie in memory."""
-    if math.prod(box.sizes) <= most:
-        yield box
-        return
-    axis = next(axis for axis, size in enumerate(box.sizes) if size > 1)
-    step = max(1, most // math.prod(box.sizes[axis + 1 :]))
-    for start in range(box.offsets[axis], box.ends[axis], step):
-        yield from blocks(box.along(axis, start, min(step, box.ends[axis] - start)), most)
 
 
 def where(key: str, chunks: list[Chunk]) -> tuple[str, str]:

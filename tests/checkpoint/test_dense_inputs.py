@@ -33,7 +33,7 @@ def convert(
     stats = out.with_name("key_stats")
     make_stats(stats)
     config = RouterConfig(**{"num_experts": 4} | router)
-    options = Options(config, stats, layers=layers, shared_expert=shared_expert)
+    options = Options(config, (stats,), layers=layers, shared_expert=shared_expert)
     conversion.convert(conversion.prepare(root, out, options))
     return dense_checkpoint.read_back(out / "release")
 

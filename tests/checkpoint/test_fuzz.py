@@ -163,7 +163,7 @@ class Bench:
         make_stats(self.folder / "ks")
         self.iteration = self.root / "iter_0000008"
         self.whole = {path: path.read_bytes() for path in self.root.rglob("*") if path.is_file()}
-        self.options = Options(RouterConfig(num_experts=2), self.folder / "ks")
+        self.options = Options(RouterConfig(num_experts=2), (self.folder / "ks",))
         shutil.copytree(self.root, self.folder / "kept")
 
     def spoil(self, path: Path, content: bytes) -> None:

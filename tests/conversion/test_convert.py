@@ -31,7 +31,7 @@ def convert(
     if options is None:
         stats = tmp_path / "key_stats.safetensors"
         make_stats(stats)
-        options = Options(RouterConfig(**router), stats, init=init or InitConfig())
+        options = Options(RouterConfig(**router), (stats,), init=init or InitConfig())
     out = tmp_path / "moe"
     conversion.convert(conversion.prepare(tmp_path / "dense", out, options))
     return out / "release"
@@ -55,7 +55,7 @@ def test_materialized_shares_nothing(tmp_path: Path) -> None:
     dense = dense_checkpoint.write(tmp_path / "dense", tensor_parallel=4, optimizer=True, extra_states=False)
     stats = tmp_path / "key_stats.safetensors"
     make_stats(stats)
-    release = convert(tmp_path, Options(RouterConfig(num_experts=4), stats, materialize=True))
+    release = convert(tmp_path, Options(RouterConfig(num_experts=4), (stats,), materialize=True))
     made = dense_checkpoint.read_back(release)
     assert all(path.stat().st_nlink == 1 for path in release.iterdir())
     moe = open_checkpoint(tmp_path / "moe")
@@ -174,7 +174,7 @@ def test_key_statistics_of_this_checkpoint_are_taken_and_of_one_with_other_value
     dense_checkpoint.write(tmp_path / "dense", values)
     dense = open_dense(tmp_path / "dense")
     make_stats(tmp_path / "ks", checkpoint_digest=dense.digest(), query_key_digest=query_key_digest(dense))
-    options = Options(RouterConfig(), tmp_path / "ks")
+    options = Options(RouterConfig(), (tmp_path / "ks",))
     conversion.prepare(tmp_path / "dense", tmp_path / "moe", options)
 
     for name, value in (("hidden_size", 16), ("checkpoint_digest", "0" * 64)):
@@ -199,5 +199,5 @@ def test_key_statistics_that_the_models_dtype_cannot_hold_are_refused(tmp_path: 
     stats.attended[1, 0, 0] = 1e6
     key_stats_file.save(tmp_path / "ks", stats, overwrite=True)
     with pytest.raises(UserError, match="too large for torch.float16 in layer 1"):
-        convert(tmp_path, Options(RouterConfig(num_experts=4), tmp_path / "ks"))
+        convert(tmp_path, Options(RouterConfig(num_experts=4), (tmp_path / "ks",)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ks"]

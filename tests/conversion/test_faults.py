@@ -178,7 +178,7 @@ class Workshop:
         self, progress: Callable[[int], None] = lambda count: None, num_experts: int = 4, **options: Any
     ) -> None:
         router = RouterConfig(num_experts=num_experts)
-        ready = convert.prepare(self.dense, self.out, Options(router, self.folder / "ks", **options))
+        ready = convert.prepare(self.dense, self.out, Options(router, (self.folder / "ks",), **options))
         convert.convert(ready, progress)
 
     def changes(self, **options: Any) -> Log:

@@ -29,7 +29,7 @@ def convert(
 ) -> dict[str, torch.Tensor]:
     stats = tmp_path / "key_stats"
     make_stats(stats)
-    options = Options(RouterConfig(**router), stats, materialize=materialize, shared_expert=shared_expert)
+    options = Options(RouterConfig(**router), (stats,), materialize=materialize, shared_expert=shared_expert)
     conversion.convert(conversion.prepare(tmp_path / "dense", tmp_path / out, options))
     return dense_checkpoint.read_back(tmp_path / out / "release")
 

@@ -64,7 +64,7 @@ class Conversion:
         self.release = self.moe / "release"
         dense_checkpoint.write(self.dense)
         make_stats(self.stats)
-        options = Options(RouterConfig(num_experts=N), self.stats, materialize=materialize)
+        options = Options(RouterConfig(num_experts=N), (self.stats,), materialize=materialize)
         convert.convert(convert.prepare(self.dense, self.moe, options))
 
     def find(self) -> list[Finding]:
@@ -426,7 +426,7 @@ def test_missing_and_other_files_are_found(tmp_path: Path) -> None:
 
 def test_another_dense_checkpoint_differs(shared: Conversion, tmp_path: Path) -> None:
     dense_checkpoint.write(tmp_path / "dense", {k: -v for k, v in dense_checkpoint.tensors().items()}, 2)
-    found = proof.run(proof.prepare(tmp_path / "dense", shared.moe, shared.stats))
+    found = proof.run(proof.prepare(tmp_path / "dense", shared.moe, (shared.stats,)))
     checks = {finding.check for finding in found.found}
     assert {"experts", "untouched", "norms", "routers", "arguments"} <= checks
     hidden = sum(max(0, len(found.of(check)) - SHOWN) for check in checks)
@@ -438,7 +438,7 @@ def test_other_key_statistics_differ(shared: Conversion, tmp_path: Path) -> None
     assert stats.attended is not None
     stats.attended[1] *= 2  # the same groups of heads
     key_stats_file.save(tmp_path / "ks", stats, overwrite=True)
-    found = proof.run(proof.prepare(shared.dense, shared.moe, tmp_path / "ks")).found
+    found = proof.run(proof.prepare(shared.dense, shared.moe, (tmp_path / "ks",))).found
     assert {(f.name, f.layer) for f in found} == {(str(tmp_path / "ks"), ""), (f"{ROUTER}.expert_key", "1")}
 
 

@@ -39,6 +39,17 @@ class Box:
         return tuple(map(slice, starts, map(int.__add__, starts, self.sizes)))
 
 
+def blocks(box: Box, most: int) -> Iterator[Box]:
+    """Cut a box into blocks of at most ``most`` elements, in the order in which elements lie in memory."""
+    if math.prod(box.sizes) <= most:
+        yield box
+        return
+    axis = next(axis for axis, size in enumerate(box.sizes) if size > 1)
+    step = max(1, most // math.prod(box.sizes[axis + 1 :]))
+    for start in range(box.offsets[axis], box.ends[axis], step):
+        yield from blocks(box.along(axis, start, min(step, box.ends[axis] - start)), most)
+
+
 def is_inside(shape: Shape, box: Box) -> bool:
     """Whether ``box`` has as many axes as ``shape`` and lies inside it."""
     return (

@@ -102,18 +102,18 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def intact_check(checkpoint: Checkpoint, keys: Iterable[str]) -> Iterator[Future[None]]:
-    """While the context lasts, check in a thread that ``keys`` match their checksums and are finite."""
+def intact_check(tensors: Iterable[tuple[Checkpoint, str]]) -> Iterator[Future[None]]:
+    """While the context lasts, check in a thread that ``tensors`` match their checksums and are finite."""
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as aside:
         try:
-            yield aside.submit(_check, checkpoint, tuple(keys), stopped)
+            yield aside.submit(_check, tuple(tensors), stopped)
         finally:
             stopped.set()
 
 
-def _check(checkpoint: Checkpoint, keys: tuple[str, ...], stopped: threading.Event) -> None:
-    for key in keys:
+def _check(tensors: tuple[tuple[Checkpoint, str], ...], stopped: threading.Event) -> None:
+    for checkpoint, key in tensors:
         stored = checkpoint.tensors[key]
         for chunk in stored.chunks:
             path, finite = checkpoint.iteration_dir / chunk.blob.file, True
