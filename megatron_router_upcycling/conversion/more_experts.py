@@ -90,8 +90,8 @@ class MoreExperts:
         if self.top_k:
             return f"a token goes to {top_k} experts, the copies of those that it went to among them"
         return (
-            f"the loss is above that of the model it was made of: copies of one expert are chosen together, so"
-            f" that the {top_k} experts of a token are fewer different ones (--keep-function avoids it)"
+            "the loss is above that of the model it was made of: copies of one expert are chosen together, so"
+            f" that a token's {top_k} experts are fewer different ones (--keep-function avoids it)"
         )
 
     @classmethod
