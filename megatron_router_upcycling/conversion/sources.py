@@ -62,7 +62,7 @@ def _compared(
     """What two models must have in common: its name, theirs and DENSE's."""
     for flag in sorted(other.flags.keys() | model.flags.keys()):
         yield flag, other.flags.get(flag), model.flags.get(flag)
-    yield "dtype", other.dtype, model.dtype
+    yield "dtype", str(other.dtype), str(model.dtype)
     vocabularies = [getattr(one.args, "vocab_size", None) for one in (source, dense)]
     if None not in vocabularies:
         yield "vocab_size", vocabularies[0], vocabularies[1]

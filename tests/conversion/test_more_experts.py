@@ -1,7 +1,5 @@
 """More experts of a trained Mixture-of-Experts, in Megatron's own loop and in transformers."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
