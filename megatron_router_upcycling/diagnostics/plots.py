@@ -24,6 +24,7 @@ class RunData:
     losses: list[dict[str, Any]]
     routing: list[dict[str, Any]]  # the rare measures are merged into each line
     manifest: dict[str, Any] = field(default_factory=dict)
+    texts: tuple[list[str], list[list[float]]] | None = None  # as ``routing_start.texts`` gives them
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """Lines of run.jsonl with a loss, ``train`` or ``held_out``, the last of each iteration."""
@@ -46,6 +47,7 @@ def draw_all(runs: Sequence[RunData], folder: Path) -> dict[str, list[Path]]:
         pictures |= {f"load_map_{index + 1}": partial(_load_map, run) for index, run in routed}
     if any(_series(run, name) for _, run in routed for name in SPECIALISATION):
         pictures["specialisation"] = partial(_grid, routed, SPECIALISATION)
+    pictures |= {f"texts_{i + 1}": partial(_texts, run) for i, run in enumerate(runs) if run.texts}
     drawn: dict[str, list[Path]] = {}
     with pyplot.style.context(STYLE):
         for key, draw in pictures.items():
@@ -156,6 +158,27 @@ def _series(run: RunData, name: str) -> list[tuple[int, list[float]]]:
     """(tokens, finite values over layers) of each line that has the measure."""
     found = ((line["tokens"], [v for v in line.get(name, ()) if v is not None]) for line in run.routing)
     return [(tokens, values) for tokens, values in found if values]
+
+
+def _texts(run: RunData) -> Any:
+    """A table in colours: texts by experts."""
+    from matplotlib import pyplot
+
+    assert run.texts is not None
+    names, shares = run.texts
+    look: dict[str, Any] = {"figsize": (11.5, 1.3 + 0.45 * len(names)), "layout": "constrained"}
+    figure, axes = pyplot.subplots(**look)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, values in enumerate(shares):
+        for column, share in enumerate(values):
+            colour = "white" if share > 0.5 else "black"
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(shares[0])))
+    axes.set(xlabel="expert")
+    axes.grid(False)
+    figure.suptitle(f"{run.name}: which experts each text goes to", x=0.01, ha="left", weight="bold")
+    return figure
 
 
 def _load_map(run: RunData) -> Any:

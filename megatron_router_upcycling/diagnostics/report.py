@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.start import InitConfig
-from megatron_router_upcycling.diagnostics import plots
+from megatron_router_upcycling.diagnostics import plots, routing_start
 from megatron_router_upcycling.diagnostics.plots import RunData
 from megatron_router_upcycling.errors import UserError, os_error_as, shown
 from megatron_router_upcycling.routers import kinds
@@ -37,6 +37,11 @@ SECTIONS = {
         "How sure the routers are",
         "Entropy and the largest probability are of the routing distribution over all experts. The k weights"
         " sum to 1 when softmax follows top-k; where it comes first, their sum scales the FFN's output.",
+    ),
+    "texts": (
+        "Which experts each text goes to",
+        "Of the texts whose samples made the routers: the share of a text's choices that each expert gets in"
+        " the last checkpoint, in percent, means over layers. The samples are of the dense model's layers.",
     ),
     "specialisation": (
         "Specialisation",
@@ -71,7 +76,8 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
         if not any(line.get("lm_loss") is not None for line in losses):
             raise UserError(f"{folder / files.RUN}: no loss in it yet; wait for the run's first lines")
         name = str(folder.resolve().relative_to(common))
-        runs.append(RunData(name, losses, alike, manifest.read(folder) or {}))
+        record = manifest.read(folder) or {}
+        runs.append(RunData(name, losses, alike, record, routing_start.texts(folder)))
     return runs
 
 
@@ -79,8 +85,9 @@ def write(runs: Sequence[RunData], output: Path) -> Path:
     """Draw the pictures into ``output`` and write the page; return its path."""
     with os_error_as(f"--output {output}: cannot be written"):
         output.mkdir(parents=True, exist_ok=True)
-        for stale in output.glob("load_map_*.png"):  # an earlier report may have had more runs
-            stale.unlink()
+        for name in ("load_map_*.png", "texts_*.png"):  # an earlier report may have had more runs
+            for stale in output.glob(name):
+                stale.unlink()
         drawn = plots.draw_all(runs, output)
         page = output / "report.html"
         page.write_text(render(runs, drawn), encoding="utf-8")

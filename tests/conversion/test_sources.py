@@ -19,6 +19,7 @@ from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.routers.config import RouterConfig
+from megatron_router_upcycling.training.run_log import files as run_log
 from megatron_router_upcycling.verify import proof
 from tests import dense_checkpoint, launch
 from tests.conftest import EVALUATE
@@ -219,6 +220,10 @@ def test_texts_go_to_their_own_experts(
     for text, shares in rows:
         of_text = [int(share) for share in re.findall(r"\d+", shares)][int(text) :: 2]
         assert sum(of_text) > 90, rows  # experts 0 and 2 are the first model's
+    line = {"iteration": 1, "kind": "train", "tokens": 1, "lm_loss": 1.0}
+    run_log.append(tmp_path / "moe/run.jsonl", line)  # as if it had trained
+    assert cli.main(["report", str(tmp_path / "moe"), "--output", str(tmp_path / "report")]) == 0
+    assert "Which experts each text goes to" in (tmp_path / "report/report.html").read_text()
 
 
 def test_loss_is_that_of_the_models_ffns(
