@@ -144,7 +144,8 @@ def _routing(config: dict[str, Any], family: str, num_layers: int) -> dict[str, 
         raise ValueError(f"num_experts_per_tok {top_k} of num_experts {experts}")
     if top_k == 1 and not flags["moe_router_pre_softmax"]:
         raise ValueError(
-            "norm_topk_prob with one expert a token, whose weight is then always 1: Megatron has no such router"
+            "norm_topk_prob with one expert a token, whose weight is then always 1: Megatron has no such"
+            " router; not covered"
         )
     count = num_layers
     if frequency := _expert_layers(config, num_layers):
@@ -159,12 +160,14 @@ def _routing(config: dict[str, Any], family: str, num_layers: int) -> dict[str, 
 
 def _expert_layers(config: dict[str, Any], num_layers: int) -> list[int] | None:
     """1 for each layer with experts and 0 for each without; None if all have experts."""
-    step, without = _size("decoder_sparse_step", config.get("decoder_sparse_step", 1)), set()
-    without.update(config.get("mlp_only_layers") or ())
+    step = _size("decoder_sparse_step", config.get("decoder_sparse_step", 1))
+    without = set(config.get("mlp_only_layers") or ())
     if step == 1 and not without:
         return None
     if num_layers > MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers {num_layers}, some without experts; at most {MOST_LAYERS} are covered")
+        raise ValueError(
+            f"num_hidden_layers {num_layers}, some without experts; at most {MOST_LAYERS} are covered"
+        )
     found = [int(layer not in without and (layer + 1) % step == 0) for layer in range(num_layers)]
     if not any(found):
         raise ValueError("decoder_sparse_step and mlp_only_layers leave no layer with experts; not covered")

@@ -110,7 +110,7 @@ def _read_weights(folder: Path, model: QwenModel) -> dict[str, Stored]:
         ignored.append(name_table.within_layer(name_table.SHARED_EXPERT_GATE))  # of an empty expert
     tied_head = {LM_HEAD} & found.keys() if model.tied else set()
     for name in sorted(found.keys() - shapes.keys() - tied_head):
-        if not name.endswith(tuple(ignored)) and math.prod(found[name].shape):
+        if not name.endswith(tuple(ignored)) and 0 not in found[name].shape:
             path = found[name].path
             raise UserError(
                 f"{path}: {name} is in no {model.family} model of this {CONFIG}; is it quantised?"
@@ -154,7 +154,7 @@ def _largest(stored: Stored, limit: float) -> float:
     """The largest absolute value, or the first one found above ``limit`` in some rows."""
     largest = 0.0
     for rows in blocks(stored.shape, DTYPES[stored.dtype].itemsize):
-        largest = max(largest, float(stored.rows(*rows).abs().max()))
+        largest = max(float(stored.rows(*rows).abs().max()), largest)  # in this order NaN stays
         if not largest <= limit:
             break
     return largest
@@ -196,13 +196,13 @@ def _all_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _experts_apart(stored: Stored) -> Iterator[Stored]:
-    """The tensors of each expert where ``stored`` holds those of a layer (``STACKED_EXPERTS``), else itself."""
+    """``stored``, or the tensors in it where it holds those of all experts of a layer."""
     for ending, parts in name_table.STACKED_EXPERTS.items():
         if stored.name.endswith(ending) and len(stored.shape) == 3 and stored.shape[1] % len(parts) == 0:
             experts, rows, columns = stored.shape
             shape = (rows // len(parts), columns)
             size = math.prod(shape) * DTYPES.get(stored.dtype, torch.uint8).itemsize
-            for place, (expert, part) in enumerate(itertools.product(range(experts * bool(size)), parts)):
+            for place, (expert, part) in enumerate(itertools.product(range(experts if size else 0), parts)):
                 name = stored.name.removesuffix(ending) + name_table.within_layer(part, expert)
                 yield Stored(stored.path, name, stored.dtype, shape, stored.offset + place * size)
             return
@@ -265,10 +265,10 @@ def _write(job: Import, writer: CheckpointWriter) -> None:
     model = job.model
     for key, shape, offset, values, checksum in safetensors_file.ahead(_tasks(job)):
         writer.write_chunk(key, shape, values, [offset], checksum=checksum)
+    with_experts = (None, *model.expert_layers) if model.num_experts else ()
     for key in list(writer.tensors):  # the norms before experts, whose name depends on Transformer Engine
-        if (other := other_norm(key)) and split_key(key)[1] in (None, *model.expert_layers):
-            if model.num_experts:
-                writer.tensors[other] = writer.tensors[key]
+        if (other := other_norm(key)) and split_key(key)[1] in with_experts:
+            writer.tensors[other] = writer.tensors[key]
     empty = writer.write_object(torch_save_file.dump([None]))
     layers = tuple(model.expert_layers) if model.layers_differ else None
     shared = bool(model.shared_expert_size)
@@ -352,7 +352,9 @@ def describe_result(job: Import, record: dict[str, Any], seconds: float) -> str:
     size, flags = format_bytes(job.bytes_to_write), job.out / MODEL_YAML
     left_out = f"left out: {', '.join(job.beside.left_out)}\n" if job.beside.left_out else ""
     tokenizer = "" if job.tokenizer else " --tokenizer-type HuggingFaceTokenizer --tokenizer-model TOKENIZER"
-    what, where = ("pretrain", "--save RUN") if job.model.num_experts else ("collect_keys", "--output KEY_STATS")
+    what, where = (
+        ("pretrain", "--save RUN") if job.model.num_experts else ("collect_keys", "--output KEY_STATS")
+    )
     return (
         f"{job.out}: {record['architecture']}, {record['dtype']}, {size} in {seconds:.1f} s\n{left_out}"
         f"the model's flags: {flags}\n"

@@ -48,7 +48,7 @@ def aux_losses(job: Export) -> dict[str, float]:
 
 
 def loss_coefficient(trained: dict[str, float], num_layers: int, top_k: int) -> float:
-    """``router_aux_loss_coef`` for ``num_layers`` layers with experts; ``read_config_json`` has the inverse."""
+    """``router_aux_loss_coef`` for ``num_layers`` layers with experts; ``read_config_json`` inverts it."""
     return rounded(sum(trained.values()) * num_layers / top_k)
 
 
