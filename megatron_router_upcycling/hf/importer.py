@@ -282,7 +282,8 @@ def _write(job: Import, writer: CheckpointWriter) -> None:
     args = vars(megatron_arguments(job.flags)) | of_run | job.tokenizer
     if model.num_experts:
         frequency = layer_frequency(job.flags.get("moe_layer_freq", 1))
-        args |= FRESH | {"moe_router_topk_scaling_factor": None, "moe_layer_freq": frequency}
+        unset = dict.fromkeys(("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"))
+        args = unset | args | FRESH | {"moe_layer_freq": frequency}
         args = {name: value for name, value in args.items() if name not in DECIDED_LATER}
     common = {
         "args": Namespace(**args),

@@ -15,6 +15,7 @@ import torch
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.diagnostics.checkpoint import ROUTING
 from tests import dense_checkpoint, hf_models
 from tests.dense_checkpoint import FFN, HIDDEN, LAYERS
 from tests.hf.folders import Capsys, dense_tensors, make_moe, refused, run, write_moe
@@ -95,10 +96,8 @@ def test_an_export_comes_back(tmp_path: Path, case: str, dtype: str) -> None:
     exported = hf_models.tensors(tmp_path / "hf")
     rows = [value for key, value in sorted(exported.items()) if key.endswith("mlp.gate.weight")]
     assert torch.equal(torch.cat([gates[key].view(-1, HIDDEN) for key in sorted(gates)]), torch.cat(rows))
-    for name in ("num_experts", "moe_router_topk", "moe_router_pre_softmax", "moe_layer_freq"):
+    for name in (*ROUTING, "moe_layer_freq", "moe_shared_expert_intermediate_size"):
         assert getattr(args, name) == getattr(trained, name), name
-    width = trained.moe_shared_expert_intermediate_size
-    assert getattr(args, "moe_shared_expert_intermediate_size", None) == width
     assert not getattr(args, "moe_shared_expert_gate", False)
 
 
