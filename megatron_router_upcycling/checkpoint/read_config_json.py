@@ -1,5 +1,6 @@
 """The config.json of a Qwen model, dense or Mixture-of-Experts, as Megatron's flags. Pure: no torch."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +175,10 @@ def _expert_layers(config: dict[str, Any], num_layers: int) -> list[int] | None:
     return None if all(found) else found
 
 
-def rounded(coefficient: float) -> float:
-    """To 12 digits: the same after a quotient and its inverse."""
-    return float(f"{coefficient:.12g}")
+def rounded(quotient: float) -> float:
+    """To 12 digits where no more than float arithmetic differs: the inverse then gives the number back."""
+    short = float(f"{quotient:.12g}")
+    return short if math.isclose(short, quotient, rel_tol=1e-14) else quotient
 
 
 def _attention_sizes(config: dict[str, Any], values: dict[str, Any], family: str) -> tuple[int, int]:

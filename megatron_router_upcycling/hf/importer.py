@@ -198,11 +198,13 @@ def _all_tensors(folder: Path) -> dict[str, Stored]:
 def _experts_apart(stored: Stored) -> Iterator[Stored]:
     """``stored``, or the tensors in it where it holds those of all experts of a layer."""
     for ending, parts in name_table.STACKED_EXPERTS.items():
-        if stored.name.endswith(ending) and len(stored.shape) == 3 and stored.shape[1] % len(parts) == 0:
+        if stored.name.endswith(ending) and len(stored.shape) == 3 and 0 not in stored.shape:
             experts, rows, columns = stored.shape
+            if rows % len(parts):
+                break
             shape = (rows // len(parts), columns)
             size = math.prod(shape) * DTYPES.get(stored.dtype, torch.uint8).itemsize
-            for place, (expert, part) in enumerate(itertools.product(range(experts if size else 0), parts)):
+            for place, (expert, part) in enumerate(itertools.product(range(experts), parts)):
                 name = stored.name.removesuffix(ending) + name_table.within_layer(part, expert)
                 yield Stored(stored.path, name, stored.dtype, shape, stored.offset + place * size)
             return

@@ -10,6 +10,7 @@ from megatron_router_upcycling.checkpoint.read_config_json import to_flags
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.hf.architecture import from_flags, from_megatron
 from megatron_router_upcycling.hf.folder import from_model
+from megatron_router_upcycling.hf.model_card import loss_coefficient
 
 CONFIG = {
     "model_type": "qwen3",
@@ -49,6 +50,18 @@ def test_a_mixture_of_experts_as_flags() -> None:
     assert list(model.expert_layers) == [1, 5] and not model.shared_expert_size
     shared = from_flags(to_flags(CONFIG | QWEN2_MOE, Path("config.json"), 64))
     assert (shared.shared_expert_size, shared.shared_expert_gated, shared.dense_layers) == (16, True, ())
+
+
+@pytest.mark.parametrize("coefficient", [0.001, 0.02, 0.123456789])
+def test_the_coefficient_of_load_balancing_comes_back(coefficient: float) -> None:
+    """Digit by digit, where it has no more than 12."""
+    changes = QWEN3_MOE | {"num_local_experts": 8, "router_aux_loss_coef": coefficient}
+    for top_k in range(1, 9):
+        for layers in (1, 3, 24, 48, 94):
+            config = CONFIG | changes | {"num_experts_per_tok": top_k, "num_hidden_layers": layers}
+            own = to_flags(config, Path("config.json"), 64)["moe_aux_loss_coeff"]
+            back = loss_coefficient({"aux_loss": own}, layers, top_k)
+            assert back == coefficient
 
 
 ROPE = {"rope_type": "default", "rope_theta": 5e6}
