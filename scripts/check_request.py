@@ -146,6 +146,8 @@ def _model(vocabulary_multiple: int) -> tuple[Any, dict[str, Any]]:
         files.refuse_other_folders(HF, "--hf")
         path = HF / "config.json"
         flags = read_config_json.to_flags(files.read_json(path), path, vocabulary_multiple)
+        if "num_experts" in flags:
+            raise UserError(f"--hf {HF}: a Mixture-of-Experts already; name the folder of a dense model")
         return architecture.from_flags(flags), flags
     from megatron_router_upcycling.checkpoint.open import open_dense
     from megatron_router_upcycling.checkpoint.read_model import read_model

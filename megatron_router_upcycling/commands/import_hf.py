@@ -1,7 +1,8 @@
-"""Make a dense Megatron checkpoint of a Hugging Face folder.
+"""Make a Megatron checkpoint of a Hugging Face folder.
 
-Make a dense Megatron checkpoint (torch_dist) of a Hugging Face folder with Qwen1.5, Qwen2, Qwen2.5 or Qwen3
-in safetensors. Any tensor and pipeline parallel size loads it.
+Make a Megatron checkpoint (torch_dist) of a Hugging Face folder with Qwen1.5, Qwen2, Qwen2.5 or Qwen3, dense
+or a Mixture-of-Experts (Qwen2-MoE, Qwen3-MoE), in safetensors. Any tensor, pipeline and expert parallel size
+loads it. An export of export-hf comes back bit for bit, its routers as linear ones.
 
 example:
   router-upcycle import-hf Qwen1.5-0.5B ckpt/dense

@@ -45,7 +45,7 @@ def _summary(checkpoint: Checkpoint, recorded: bool) -> list[str]:
         args = checkpoint.common.get("args")
         count = getattr(args, "num_experts", None) or count_experts(checkpoint)
         experts = f"{shown(count)} experts" if count else ""
-        whose = "" if recorded else f"of another tool (no {manifest.NAME})"
+        whose = "" if recorded else f"no {manifest.NAME}"
         parts = [f"{checkpoint.iteration_dir}: Mixture-of-Experts", experts, whose, iteration]
     lines = [", ".join(filter(None, parts))]
     if has_experts and not gives_architecture(args):

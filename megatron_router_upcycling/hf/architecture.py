@@ -1,8 +1,8 @@
 """The supported Qwen models, as Megatron's flags and arguments.
 
-Supported: Qwen1.5, Qwen2 and Qwen2.5 (``Qwen2ForCausalLM``: bias on query, key and value) and Qwen3
-(``Qwen3ForCausalLM``: norms on query and key); for export also their Mixture-of-Experts classes. Options that
-these classes do not have are refused by name. Pure: no torch, no transformers.
+Supported: Qwen1.5, Qwen2 and Qwen2.5 (``Qwen2ForCausalLM``: bias on query, key and value), Qwen3
+(``Qwen3ForCausalLM``: norms on query and key) and their Mixture-of-Experts classes. Options that these
+classes do not have are refused by name. Pure: no torch, no transformers.
 """
 
 from argparse import Namespace
@@ -66,8 +66,18 @@ class QwenModel(Architecture):
         return [layer for layer in every if layer not in self.expert_layers] if self.num_experts else every
 
     @property
+    def layers_differ(self) -> bool:
+        """Whether some layers have experts and some have none: Megatron then stores layer by layer."""
+        return bool(self.num_experts and self.dense_layers)
+
+    @property
     def family(self) -> str:
         return "qwen3" if self.qk_norm else "qwen2"
+
+    @property
+    def model_type(self) -> str:
+        """transformers' name of the class."""
+        return self.family + "_moe" * bool(self.num_experts)
 
     def describe(self) -> str:
         """The architecture in one line."""
@@ -76,14 +86,14 @@ class QwenModel(Architecture):
             experts += f" of width {self.expert_ffn_size}"
         if self.shared_expert_size:
             experts += f" and a shared one of width {self.shared_expert_size}"
-        if self.num_experts and self.dense_layers:
+        if self.layers_differ:
             experts += f" in {len(self.expert_layers)} of {self.num_layers} layers"
         vocabulary = f"vocabulary {self.vocab_size}, embeddings {'tied' if self.tied else 'untied'}"
         return f"{self.family} {experts}, {super().describe()}, {vocabulary}"
 
 
 def from_flags(flags: dict[str, Any]) -> QwenModel:
-    """The dense model that Megatron's flags (underscores for dashes) build."""
+    """The model that Megatron's flags (underscores for dashes) build."""
     return _from_arguments(megatron_arguments(flags), flags["padded_vocab_size"])
 
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_router_upcycling.checkpoint.format.boxes import Box
 from megatron_router_upcycling.checkpoint.names import ROUTER, other_norm
-from megatron_router_upcycling.checkpoint.read_config_json import DENSE_CLASSES
+from megatron_router_upcycling.checkpoint.read_config_json import CLASSES
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint, tensor_in
 from megatron_router_upcycling.hf import name_table
 from megatron_router_upcycling.hf.architecture import QwenModel
@@ -21,7 +21,6 @@ from megatron_router_upcycling.hf.safetensors_file import cast
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
 
-MOE_CLASSES = {"qwen2": "Qwen2MoeForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}
 SIZE_BESIDE_ZEROS = 2.0**-6  # of the gate of a shared expert of zeros: any size works
 SIZE_OF_HALF = 2.0**-40  # of a gate whose sigmoid must be one half: it is, rounded to float32
 
@@ -105,7 +104,7 @@ class Export:
     @property
     def class_name(self) -> str:
         """The class that loads the folder."""
-        stock = (MOE_CLASSES if self.router else DENSE_CLASSES)[self.model.family]
+        stock = CLASSES[self.model.model_type]
         return stock if self.is_stock else f"Upcycled{stock}"
 
 
@@ -157,18 +156,9 @@ def _read_rows(
         box = Box((*place, first, *zeros), (*ones, last - first, *columns))
         target = values[begin : begin + last - first]
         job.checkpoint.read_box(name, box, target.view(box.sizes))
-    if (scale := _scale(tensor, job.model)) != 1.0:
+    if (scale := name_table.scale(tensor, job.model)) != 1.0:
         values = values.float() * scale  # rounded once, where the dtype cannot hold the product
     return cast(values, job.dtype, f"{job.checkpoint.root}: {name}")
-
-
-def _scale(tensor: Tensor, model: QwenModel) -> float:
-    """The factor for the values: the Qwen classes have no other place for it."""
-    if tensor.name == name_table.EXPERTS_DOWN:
-        return model.routed_scale
-    if tensor.name == name_table.SHARED_DOWN and not model.shared_expert_gated:
-        return 2.0  # cancels the gate's one half (``SIZE_OF_HALF``)
-    return 1.0
 
 
 def _made(job: Export, name: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> Output:
@@ -195,7 +185,12 @@ def _shared_expert(job: Export, layer: int) -> Iterator[Output]:
 
 def _drawn_gate(job: Export, layer: int) -> torch.Tensor:
     """A gate of small random numbers, not zeros: llama.cpp computes sigmoid(x) as silu(x) / x, NaN at 0."""
-    limits, size = torch.finfo(job.dtype), SIZE_OF_HALF if job.model.shared_expert_size else SIZE_BESIDE_ZEROS
-    size = max(size, 16 * limits.smallest_normal * limits.eps)  # float16 has few values below that
+    size = size_of_half(job.dtype) if job.model.shared_expert_size else SIZE_BESIDE_ZEROS
     generator = torch.Generator().manual_seed(layer)
     return torch.randn(1, job.model.hidden_size, generator=generator) * size
+
+
+def size_of_half(dtype: torch.dtype) -> float:
+    """The size of the values of a gate whose sigmoid is one half."""
+    limits = torch.finfo(dtype)
+    return max(SIZE_OF_HALF, 16 * limits.smallest_normal * limits.eps)  # float16 has few values below that

@@ -109,7 +109,7 @@ def from_model(model: QwenModel, class_name: str) -> dict[str, Any]:
     """The entries that a dense and an MoE config.json share; ``read_config_json`` is the inverse."""
     config = {entry: getattr(model, attribute) for entry, (attribute, _) in ENTRIES.items()}
     config |= {
-        "model_type": model.family + "_moe" * bool(model.num_experts),
+        "model_type": model.model_type,
         "architectures": [class_name],
         "num_key_value_heads": model.num_query_groups,
         "hidden_act": "silu",

@@ -1,10 +1,11 @@
-"""Import a Hugging Face folder with a dense Qwen model as a Megatron torch_dist checkpoint.
+"""Import a Hugging Face folder with a Qwen model, dense or not, as a Megatron torch_dist checkpoint.
 
 No model is built: values are copied from the safetensors files block by block, each to the rows that
 ``name_table`` gives it. The checkpoint's folder also gets ``model.yaml`` (the model's flags, as the base of a
 configuration), ``tokenizer/`` and ``import_hf.json`` (what it was made from).
 """
 
+import itertools
 import math
 import zlib
 from argparse import Namespace
@@ -21,16 +22,19 @@ from megatron_router_upcycling.checkpoint import beside, read_config_json
 from megatron_router_upcycling.checkpoint.dense_model import megatron_arguments
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
-from megatron_router_upcycling.checkpoint.names import TRACKER, extra_states
+from megatron_router_upcycling.checkpoint.names import TRACKER, at_layer, extra_states, other_norm, split_key
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.torch_dist import tensor_in
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
+from megatron_router_upcycling.conversion.moe_arguments import DECIDED_LATER, FRESH
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.expert_layers import layer_frequency
 from megatron_router_upcycling.files import format_bytes, sha256, versions
 from megatron_router_upcycling.hf import files, name_table, safetensors_file
 from megatron_router_upcycling.hf.architecture import QwenModel, from_flags
+from megatron_router_upcycling.hf.export_job import size_of_half
 from megatron_router_upcycling.hf.files import CONFIG, INDEX, SINGLE_FILE, read_json
-from megatron_router_upcycling.hf.name_table import BODY, EMBED_TOKENS, LM_HEAD, Index, Tensor
+from megatron_router_upcycling.hf.name_table import BODY, EMBED_TOKENS, IMPORTED, LM_HEAD, Index, Tensor
 from megatron_router_upcycling.hf.safetensors_file import DTYPES, Stored, as_bytes, blocks, dtype_name
 
 IGNORED = ".rotary_emb.inv_freq"  # old versions of transformers saved such tensors, and no version reads them
@@ -62,7 +66,8 @@ class Import:
 
     @property
     def bytes_to_write(self) -> int:
-        return sum(math.prod(tensor.shape) for tensor in name_table.tensors(self.model)) * self.dtype.itemsize
+        tensors = name_table.tensors(self.model, IMPORTED)
+        return sum(math.prod(tensor.shape) for tensor in tensors) * self.dtype.itemsize
 
 
 def prepare(
@@ -72,13 +77,14 @@ def prepare(
     vocabulary_multiple: int = 128,
     overwrite: bool = False,
 ) -> Import:
-    """Read and check everything but the values; write nothing. ``dtype``: None for that of the weights."""
+    """Read and check all but most values; write nothing. ``dtype``: None for that of the weights."""
     files.refuse_other_folders(folder, "HF_DIR")
     publish.check_target(out, folder, overwrite, source_name="HF_DIR", made_by=RECORD)
     path = folder / CONFIG
     flags = read_config_json.to_flags(read_json(path), path, vocabulary_multiple)
+    weights = _read_weights(folder, from_flags(flags))
+    flags = _as_trained(flags, weights)
     model = from_flags(flags)
-    weights = _read_weights(folder, model)
     dtype = dtype or _dtype_of(weights)
     found = beside.look(folder, [*(stored.path for stored in weights.values()), folder / INDEX])
     job = Import(folder, out, flags, model, weights, found, dtype, vocabulary_multiple, overwrite)
@@ -99,9 +105,12 @@ def _read_weights(folder: Path, model: QwenModel) -> dict[str, Stored]:
                 why = f"and {CONFIG} does not tie the output layer to the embedding (tie_word_embeddings)"
             raise UserError(f"{folder}: has no tensor {name}, {why}")
         shapes[name] = shape
+    ignored = [IGNORED]
+    if model.model_type == "qwen2_moe" and not model.shared_expert_size:
+        ignored.append(name_table.within_layer(name_table.SHARED_EXPERT_GATE))  # of an empty expert
     tied_head = {LM_HEAD} & found.keys() if model.tied else set()
     for name in sorted(found.keys() - shapes.keys() - tied_head):
-        if not name.endswith(IGNORED):
+        if not name.endswith(tuple(ignored)) and 0 not in found[name].shape:
             path = found[name].path
             raise UserError(
                 f"{path}: {name} is in no {model.family} model of this {CONFIG}; is it quantised?"
@@ -116,6 +125,39 @@ def _read_weights(folder: Path, model: QwenModel) -> dict[str, Stored]:
     if tied_head:
         _check_tied(found[LM_HEAD], found[EMBED_TOKENS])
     return {name: found[name] for name in shapes}
+
+
+def _as_trained(flags: dict[str, Any], weights: dict[str, Stored]) -> dict[str, Any]:
+    """``flags`` without what only the class Qwen2-MoE asks for, and ``export_job`` adds for it.
+
+    That is a shared expert of zeros in every layer, or else a gate of the shared expert that is so small that
+    its sigmoid is one half.
+    """
+    model, gate = from_flags(flags), name_table.SHARED_EXPERT_GATE
+    if not model.shared_expert_size:
+        return flags
+
+    def stored(*parts: name_table.Part) -> Iterator[Stored]:
+        return (weights[name_table.name(part, (layer,))] for layer in model.expert_layers for part in parts)
+
+    added: tuple[str, ...] = ()
+    if all(_largest(found, 0.0) == 0 for found in stored(*name_table.SHARED_EXPERT)):
+        added = ("moe_shared_expert_intermediate_size", "moe_shared_expert_gate")
+    else:
+        limits = ((found, 16 * size_of_half(DTYPES[found.dtype])) for found in stored(gate))
+        if all(0 < _largest(found, limit) < limit for found, limit in limits):
+            added = ("moe_shared_expert_gate",)
+    return {flag: value for flag, value in flags.items() if flag not in added}
+
+
+def _largest(stored: Stored, limit: float) -> float:
+    """The largest absolute value, or the first one found above ``limit`` in some rows."""
+    largest = 0.0
+    for rows in blocks(stored.shape, DTYPES[stored.dtype].itemsize):
+        largest = max(float(stored.rows(*rows).abs().max()), largest)  # in this order NaN stays
+        if not largest <= limit:
+            break
+    return largest
 
 
 def _check_tied(head: Stored, embedding: Stored) -> None:
@@ -142,13 +184,31 @@ def _all_tensors(folder: Path) -> dict[str, Stored]:
     """The tensors of all weight files, by the names of ``name_table``."""
     found: dict[str, Stored] = {}
     for file in _files(folder):
-        for name, stored in safetensors_file.read_header(folder / file).items():
-            if name in found:
-                raise UserError(f"{stored.path}: holds {name}, which {found[name].path} has; remove one")
-            found[name] = stored
+        for stored in itertools.chain.from_iterable(
+            map(_experts_apart, safetensors_file.read_header(folder / file).values())
+        ):
+            if other := found.get(stored.name):
+                raise UserError(f"{stored.path}: holds {stored.name}, which {other.path} has; remove one")
+            found[stored.name] = stored
     # A body saved without its output layer (Qwen3-Embedding) has names without the prefix ``BODY``.
     lacks = "" if any(name.startswith(BODY) for name in found) else BODY
     return {name if name == LM_HEAD else lacks + name: stored for name, stored in found.items()}
+
+
+def _experts_apart(stored: Stored) -> Iterator[Stored]:
+    """``stored``, or the tensors in it where it holds those of all experts of a layer."""
+    for ending, parts in name_table.STACKED_EXPERTS.items():
+        if stored.name.endswith(ending) and len(stored.shape) == 3 and 0 not in stored.shape:
+            experts, rows, columns = stored.shape
+            if rows % len(parts):
+                break
+            shape = (rows // len(parts), columns)
+            size = math.prod(shape) * DTYPES.get(stored.dtype, torch.uint8).itemsize
+            for place, (expert, part) in enumerate(itertools.product(range(experts), parts)):
+                name = stored.name.removesuffix(ending) + name_table.within_layer(part, expert)
+                yield Stored(stored.path, name, stored.dtype, shape, stored.offset + place * size)
+            return
+    yield stored
 
 
 def _files(folder: Path) -> list[str]:
@@ -204,18 +264,31 @@ def _record(job: Import) -> dict[str, Any]:
 
 
 def _write(job: Import, writer: CheckpointWriter) -> None:
-    for tensor, offset, values, checksum in safetensors_file.ahead(_tasks(job)):
-        writer.write_chunk(tensor.name, tensor.shape, values, [offset], checksum=checksum)
+    model = job.model
+    for key, shape, offset, values, checksum in safetensors_file.ahead(_tasks(job)):
+        writer.write_chunk(key, shape, values, [offset], checksum=checksum)
+    with_experts = (None, *model.expert_layers) if model.num_experts else ()
+    for key in list(writer.tensors):  # the norms before experts, whose name depends on Transformer Engine
+        if (other := other_norm(key)) and split_key(key)[1] in with_experts:
+            writer.tensors[other] = writer.tensors[key]
     empty = writer.write_object(torch_save_file.dump([None]))
-    for name in extra_states(job.model.num_layers, 0, qk_layernorm=job.model.qk_norm):
+    layers = tuple(model.expert_layers) if model.layers_differ else None
+    shared = bool(model.shared_expert_size)
+    for name in extra_states(model.num_layers, model.num_experts, model.qk_norm, shared, layers):
         writer.objects[name] = empty
     of_run = {
         "params_dtype": job.dtype,
         "make_vocab_size_divisible_by": job.vocabulary_multiple,
         "bf16": job.dtype == torch.bfloat16,
     }
+    args = vars(megatron_arguments(job.flags)) | of_run | job.tokenizer
+    if model.num_experts:
+        frequency = layer_frequency(job.flags.get("moe_layer_freq", 1))
+        unset = dict.fromkeys(("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"))
+        args = unset | args | FRESH | {"moe_layer_freq": frequency}
+        args = {name: value for name, value in args.items() if name not in DECIDED_LATER}
     common = {
-        "args": Namespace(**vars(megatron_arguments(job.flags)) | of_run | job.tokenizer),
+        "args": Namespace(**args),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
@@ -225,13 +298,13 @@ def _write(job: Import, writer: CheckpointWriter) -> None:
     writer.finish()
 
 
-# A Megatron tensor, and the offset, values and CRC-32 of some of its rows.
-type Block = tuple[Tensor, Index, torch.Tensor, int]
+# Key and shape of a Megatron tensor, and the offset, values and CRC-32 of some of its rows.
+type Block = tuple[str, Index, Index, torch.Tensor, int]
 
 
 def _tasks(job: Import) -> Iterator[Callable[[bytearray], Block]]:
     """The calls that read all blocks of the checkpoint, in order."""
-    for tensor in name_table.tensors(job.model):
+    for tensor in name_table.tensors(job.model, IMPORTED):
         for layer in tensor.layers:
             for index, _ in tensor.places(layer):
                 for rows in blocks(tensor.shape[len(index) :], job.dtype.itemsize):
@@ -254,8 +327,13 @@ def _read_block(
             target.zero_()
         else:
             target.copy_(safetensors_file.cast(parts[part].rows(first, last), job.dtype, where))
+    if (scale := name_table.scale(tensor, job.model)) != 1.0:
+        values /= scale
+    key, shape = tensor.name, tensor.shape
+    if job.model.layers_differ and index:
+        key, shape, index = at_layer(key, index[0]), shape[1:], index[1:]
     offset = (*index, start, *(0 for _ in columns))
-    return tensor, offset, values[(None,) * len(index)], zlib.crc32(as_bytes(values))
+    return key, shape, offset, values[(None,) * len(index)], zlib.crc32(as_bytes(values))
 
 
 def _model_yaml(job: Import) -> str:
@@ -277,9 +355,12 @@ def describe_result(job: Import, record: dict[str, Any], seconds: float) -> str:
     size, flags = format_bytes(job.bytes_to_write), job.out / MODEL_YAML
     left_out = f"left out: {', '.join(job.beside.left_out)}\n" if job.beside.left_out else ""
     tokenizer = "" if job.tokenizer else " --tokenizer-type HuggingFaceTokenizer --tokenizer-model TOKENIZER"
+    what, where = (
+        ("pretrain", "--save RUN") if job.model.num_experts else ("collect_keys", "--output KEY_STATS")
+    )
     return (
         f"{job.out}: {record['architecture']}, {record['dtype']}, {size} in {seconds:.1f} s\n{left_out}"
         f"the model's flags: {flags}\n"
-        "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.collect_keys"
-        f" --config {flags} --load {job.out} --output KEY_STATS{tokenizer} [flags for data]"
+        f"next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.{what}"
+        f" --config {flags} --load {job.out} {where}{tokenizer} [flags for data]"
     )

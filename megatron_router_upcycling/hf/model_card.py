@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_router_upcycling.checkpoint.read_config_json import rounded
 from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import MODELLING_FILE
 from megatron_router_upcycling.routers.config import RouterConfig
@@ -47,8 +48,8 @@ def aux_losses(job: Export) -> dict[str, float]:
 
 
 def loss_coefficient(trained: dict[str, float], num_layers: int, top_k: int) -> float:
-    """``router_aux_loss_coef`` for ``num_layers`` layers with experts."""
-    return sum(trained.values()) * num_layers / top_k
+    """``router_aux_loss_coef`` for ``num_layers`` layers with experts; ``read_config_json`` inverts it."""
+    return rounded(sum(trained.values()) * num_layers / top_k)
 
 
 def _order(router: RouterConfig) -> str:

@@ -6,7 +6,7 @@ input. An entry of ``TABLE`` names the Hugging Face tensors whose rows are those
 computed. Pure: no torch.
 
 Symbols of shapes: V vocabulary, D hidden size, F FFN size, E an expert's, S the shared expert's, d head size,
-Q = query heads x d, K = query groups x d.
+Q = query heads x d, K = query groups x d, n experts.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,7 +88,13 @@ TABLE = (
     Row(names.OUTPUT_LAYER, (Part(LM_HEAD, ("V", "D")),), PADDED, only="untied"),
 )
 
-GATE = f"{LAYER}.mlp.gate"  # the router's tensors, which are computed, not moved (``Kind.gate``)
+# The router: moved in an import; in an export computed of its kind's parameters (``Kind.gate``).
+GATE = f"{LAYER}.mlp.gate"
+LINEAR_ROUTER = Row(f"{names.ROUTER}.weight", (Part(f"{GATE}.weight", ("n", "D")),), only="moe")
+IMPORTED = (*TABLE, LINEAR_ROUTER)
+# All experts of a layer in two tensors, as transformers 5 saves with ``save_original_format=False``:
+# ending of the name -> the parts of each expert, one after the other.
+STACKED_EXPERTS = {".mlp.experts.gate_up_proj": ROUTED[:2], ".mlp.experts.down_proj": ROUTED[2:]}
 
 
 @dataclass(frozen=True)
@@ -120,13 +126,13 @@ class Tensor:
         return found
 
 
-def tensors(model: QwenModel) -> list[Tensor]:
-    """The Megatron tensors of ``model``, in the order of ``TABLE``."""
-    return [_tensor(row, layers, model) for row, layers in _rows(model)]
+def tensors(model: QwenModel, table: tuple[Row, ...] = TABLE) -> list[Tensor]:
+    """The Megatron tensors of ``model``, in the order of ``table``."""
+    return [_tensor(row, layers, model) for row, layers in _rows(model, table)]
 
 
-def _rows(model: QwenModel) -> Iterator[tuple[Row, Sequence[int]]]:
-    """The rows of ``TABLE`` that ``model`` has, and in which layers."""
+def _rows(model: QwenModel, table: tuple[Row, ...]) -> Iterator[tuple[Row, Sequence[int]]]:
+    """The rows of ``table`` that ``model`` has, and in which layers."""
     every = range(model.num_layers)
     shared = model.expert_layers if model.shared_expert_size else ()
     layers: dict[str | None, Sequence[int]] = {  # that have a row's tensor
@@ -139,7 +145,7 @@ def _rows(model: QwenModel) -> Iterator[tuple[Row, Sequence[int]]]:
         "shared": shared,
         "shared gate": shared if model.shared_expert_gated else (),
     }
-    return ((row, layers[row.only]) for row in TABLE if layers[row.only])
+    return ((row, layers[row.only]) for row in table if layers[row.only])
 
 
 def _tensor(row: Row, layers: Sequence[int], model: QwenModel) -> Tensor:
@@ -158,6 +164,7 @@ def shape(part: Part, model: QwenModel, shared_expert_width: int = 0) -> tuple[i
     """The shape of a Hugging Face tensor."""
     sizes = {
         "1": 1,
+        "n": model.num_experts,
         "S": model.shared_expert_size or shared_expert_width,
         "V": model.vocab_size,
         "D": model.hidden_size,
@@ -173,6 +180,11 @@ def shape(part: Part, model: QwenModel, shared_expert_width: int = 0) -> tuple[i
 def name(part: Part, index: Index) -> str:
     """The name of a Hugging Face tensor of a layer, or of an expert of a layer."""
     return part.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+
+
+def within_layer(part: Part, expert: int = 0) -> str:
+    """The end of the name of a layer's Hugging Face tensor, after that of the layer."""
+    return part.name.removeprefix(LAYER).format(expert=expert)
 
 
 def _segments(row: Row, model: QwenModel) -> Iterator[Segment]:
@@ -198,9 +210,19 @@ def cut(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> Iterator[tu
         position += last - first
 
 
+def scale(tensor: Tensor, model: QwenModel) -> float:
+    """Hugging Face's values over Megatron's: the Qwen classes have no other place for these factors."""
+    if tensor.name == EXPERTS_DOWN:
+        return model.routed_scale
+    if tensor.name == SHARED_DOWN and not model.shared_expert_gated:
+        return 2.0  # cancels a gate of one half (``export_job.SIZE_OF_HALF``)
+    return 1.0
+
+
 def hf_tensors(model: QwenModel) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a dense model's Hugging Face tensors, lazily, since its sizes may be absurd."""
-    for row, layers in _rows(model):
+    """Names and shapes of a model's Hugging Face tensors, lazily, since its sizes may be absurd."""
+    for row, layers in _rows(model, IMPORTED):
         for layer in layers if LAYER in row.parts[0].name else (None,):
-            for part in row.parts:
-                yield name(part, () if layer is None else (layer,)), shape(part, model)
+            for expert in range(model.num_experts) if EXPERT in row.parts[0].name else (None,):
+                index = tuple(number for number in (layer, expert) if number is not None)
+                yield from ((name(part, index), shape(part, model)) for part in row.parts)

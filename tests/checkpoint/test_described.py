@@ -92,7 +92,7 @@ def test_the_tensors_say_what_a_checkpoint_is(tmp_path: Path, capsys: pytest.Cap
     dense.write(tmp_path / "moe", values, args=OTHERS, extra_states=False)
     assert cli.main(["inspect", str(tmp_path / "moe")]) == 0
     said = capsys.readouterr().out
-    assert "Mixture-of-Experts, 6 experts, of another tool" in said and "None" not in said
+    assert "Mixture-of-Experts, 6 experts, no router_upcycling.json" in said and "None" not in said
 
 
 def test_megatron_builds_its_configuration_from_what_is_written(tmp_path: Path) -> None:

@@ -11,6 +11,6 @@ from tests import hf_models
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Hugging Face folder for each family, in float32."""
     folder = tmp_path_factory.mktemp("models")
-    for family in hf_models.FAMILIES:
+    for family in (*hf_models.FAMILIES, *hf_models.MOES):
         hf_models.make(family, folder / family)
     return folder

@@ -10,6 +10,7 @@ from megatron_router_upcycling.checkpoint.read_config_json import to_flags
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.hf.architecture import from_flags, from_megatron
 from megatron_router_upcycling.hf.folder import from_model
+from megatron_router_upcycling.hf.model_card import loss_coefficient
 
 CONFIG = {
     "model_type": "qwen3",
@@ -22,6 +23,11 @@ CONFIG = {
     "vocab_size": 50,
 }
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
+QWEN2_MOE = EXPERTS | {"model_type": "qwen2_moe", "architectures": None, "num_experts": 4}
+QWEN2_MOE |= {"shared_expert_intermediate_size": 16}
+QWEN3_MOE = EXPERTS | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeModel"], "num_local_experts": 4}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
 
 
 def test_config_to_flags_to_arguments_and_back() -> None:
@@ -31,6 +37,31 @@ def test_config_to_flags_to_arguments_and_back() -> None:
     assert to_flags(from_model(model, "Qwen3ForCausalLM"), Path("config.json"), 64) == flags
     assert from_megatron(args, Path("root"), 64) == model
     assert not [name for name in ARCHITECTURE.values() if name not in args]
+
+
+def test_a_mixture_of_experts_as_flags() -> None:
+    """Layers counted as transformers does; the other entries where it takes its defaults."""
+    config = CONFIG | QWEN3_MOE | {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    flags = to_flags(config, Path("config.json"), 64)
+    assert (flags["moe_layer_freq"], flags["kv_channels"]) == ("[0, 1, 0, 0, 0, 1]", 4)
+    assert (flags["num_experts"], flags["moe_router_topk"], flags["moe_ffn_hidden_size"]) == (4, 2, 12)
+    assert flags["moe_router_pre_softmax"] and flags["moe_aux_loss_coeff"] == 0.001  # 2 experts, 2 layers
+    model = from_flags(flags)
+    assert list(model.expert_layers) == [1, 5] and not model.shared_expert_size
+    shared = from_flags(to_flags(CONFIG | QWEN2_MOE, Path("config.json"), 64))
+    assert (shared.shared_expert_size, shared.shared_expert_gated, shared.dense_layers) == (16, True, ())
+
+
+@pytest.mark.parametrize("coefficient", [0.001, 0.02, 0.123456789])
+def test_the_coefficient_of_load_balancing_comes_back(coefficient: float) -> None:
+    """Digit by digit, where it has no more than 12."""
+    changes = QWEN3_MOE | {"num_local_experts": 8, "router_aux_loss_coef": coefficient}
+    for top_k in range(1, 9):
+        for layers in (1, 3, 24, 48, 94):
+            config = CONFIG | changes | {"num_experts_per_tok": top_k, "num_hidden_layers": layers}
+            own = to_flags(config, Path("config.json"), 64)["moe_aux_loss_coeff"]
+            back = loss_coefficient({"aux_loss": own}, layers, top_k)
+            assert back == coefficient
 
 
 ROPE = {"rope_type": "default", "rope_theta": 5e6}
@@ -50,8 +81,30 @@ def test_rope_theta_is_found_where_transformers_finds_it(changes: dict[str, obje
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_experts": 60}, "is a Mixture-of-Experts"),
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM is a Mixture-of-Experts"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM .model_type qwen3. is not covered"),
+        (
+            QWEN3_MOE | {"architectures": ["UpcycledQwen3MoeForCausalLM"]},
+            "UpcycledQwen3MoeForCausalLM .* is not covered; import-hf takes Qwen2ForCausalLM, .*Qwen3Moe",
+        ),
+        ({"model_type": "qwen3_next", "architectures": None}, "qwen3_next .* is not covered"),
+        (QWEN3_MOE | {"num_local_experts": None}, "has no num_experts"),
+        (QWEN3_MOE | {"num_experts": 0}, "num_experts is 0"),
+        (QWEN3_MOE | {"moe_intermediate_size": 1.5}, "moe_intermediate_size is 1.5"),
+        (QWEN3_MOE | {"num_experts_per_tok": 5}, "num_experts_per_tok 5 of num_experts 4"),
+        (QWEN3_MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}, "norm_topk_prob with one expert"),
+        (QWEN3_MOE | {"norm_topk_prob": 1}, "norm_topk_prob is 1"),
+        (QWEN3_MOE | {"router_aux_loss_coef": "0"}, "router_aux_loss_coef is '0'"),
+        (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        (QWEN3_MOE | {"decoder_sparse_step": 3}, "leave no layer with experts"),
+        (QWEN3_MOE | {"mlp_only_layers": 1}, "an entry of the wrong kind"),
+        (
+            QWEN3_MOE | {"mlp_only_layers": [0], "num_hidden_layers": 10**9},
+            "1000000000, some without experts",
+        ),
+        (QWEN3_MOE | WINDOW, "sliding window"),  # in all layers, whatever max_window_layers says
+        (QWEN3_MOE | {"attention_bias": True}, "attention_bias in Qwen3"),
+        (QWEN2_MOE | {"qkv_bias": False}, "qkv_bias false: not covered"),
+        (QWEN2_MOE | {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size is None"),
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM .*is not covered"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "Classification .*is not covered"),
         ({"model_type": None, "architectures": None}, "None is not covered"),

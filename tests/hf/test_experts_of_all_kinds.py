@@ -15,6 +15,7 @@ import torch
 
 from megatron_router_upcycling import cli
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.diagnostics.checkpoint import ROUTING
 from tests import dense_checkpoint, hf_models
 from tests.dense_checkpoint import FFN, HIDDEN, LAYERS
 from tests.hf.folders import Capsys, dense_tensors, make_moe, refused, run, write_moe
@@ -72,6 +73,32 @@ def test_an_export_computes_what_megatron_does(tmp_path: Path, case: str) -> Non
     assert run("export-hf", moe, tmp_path / "hf", *code) == 0
     pooling = "max" if "max" in options else "sum"
     assert_as_megatron(moe, tmp_path / "hf", pooling, trust_remote_code=bool(code))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", [case for case, (_, _, code) in CASES.items() if not code])
+def test_an_export_comes_back(tmp_path: Path, case: str, dtype: str) -> None:
+    """Bit for bit, but for the router, which is then a linear one, and the factor of finer experts.
+
+    Megatron's arguments say the same as well.
+    """
+    model, options, _ = CASES[case]
+    moe = make_moe(tmp_path, 8, *options, **model)
+    assert run("export-hf", moe, tmp_path / "hf", "--dtype", dtype) == 0
+    assert run("import-hf", tmp_path / "hf", tmp_path / "back", "--make-vocab-size-divisible-by", 8) == 0
+    (expected, trained), (found, args) = stored(moe), stored(tmp_path / "back")
+    folded = {key for key in expected if key.endswith(("router.query_weight", "router.expert_key"))}
+    gates = {key: value for key, value in found.items() if key.endswith("router.weight")}
+    assert expected.keys() - folded == found.keys() - (gates if folded else {}).keys()
+    for key in expected.keys() - folded:
+        scale = trained.moe_router_topk_scaling_factor if ".experts.experts.linear_fc2" in key else None
+        assert torch.equal(found[key], (expected[key] * (scale or 1.0)).to(found[key].dtype)), key
+    exported = hf_models.tensors(tmp_path / "hf")
+    rows = [value for key, value in sorted(exported.items()) if key.endswith("mlp.gate.weight")]
+    assert torch.equal(torch.cat([gates[key].view(-1, HIDDEN) for key in sorted(gates)]), torch.cat(rows))
+    for name in (*ROUTING, "moe_layer_freq", "moe_shared_expert_intermediate_size"):
+        assert getattr(args, name) == getattr(trained, name), name
+    assert not hasattr(args, "moe_shared_expert_gate") and not hasattr(args, "moe_grouped_gemm")
 
 
 def test_tensors_and_entries_of_an_export(tmp_path: Path) -> None:

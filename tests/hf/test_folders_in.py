@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from tests import hf_models
 from tests.dense_checkpoint import assert_same
-from tests.hf.folders import Capsys, copy, edit, refused, run
+from tests.hf.folders import TOKENS, Capsys, copy, edit, refused, run
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
@@ -49,6 +50,52 @@ def test_other_names_and_dtypes(models: Path, tmp_path: Path, what: str) -> None
         edit(source / "config.json", architectures=["Qwen3Model"])
     back = hf_models.tensors(round_trip(source, tmp_path))
     assert_same({name: back[name] for name in expected}, expected)
+
+
+def test_experts_in_one_tensor_a_layer(models: Path, tmp_path: Path) -> None:
+    """As transformers 5 saves them with ``save_original_format=False``."""
+    hf_models.load(models / "qwen3-moe").save_pretrained(tmp_path / "hf", save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in hf_models.tensors(tmp_path / "hf")
+    empty = {"x.mlp.experts.down_proj": torch.empty(10**12, 0, 0)}  # no value, and so no name of an expert
+    rewrite(tmp_path / "hf", lambda tensors: tensors | empty)
+    back = round_trip(tmp_path / "hf", tmp_path)
+    assert_same(hf_models.tensors(back), hf_models.tensors(models / "qwen3-moe"))
+
+
+def without_shared_expert(
+    tensors: dict[str, torch.Tensor], layers: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
+    names = tuple(
+        f"layers.{layer}.mlp.shared_expert.{part}_proj.weight" for layer in layers for part in PARTS
+    )
+    return {name: value * 0 if name.endswith(names) else value for name, value in tensors.items()}
+
+
+PARTS = ("gate", "up", "down")
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (0, 1, 2)])
+def test_a_shared_expert_of_zeros(models: Path, tmp_path: Path, layers: tuple[int, ...]) -> None:
+    """Only one that is zeros in every layer is no expert in Megatron."""
+    source = copy(models, "qwen2-moe", tmp_path / "hf")
+    rewrite(source, lambda tensors: without_shared_expert(tensors, layers))
+    expected, back = hf_models.tensors(source), hf_models.tensors(round_trip(source, tmp_path))
+    flags = yaml.safe_load((tmp_path / "dense/model.yaml").read_text())
+    kept = "moe_shared_expert_gate" in flags
+    assert kept == ("moe_shared_expert_intermediate_size" in flags) == (len(layers) < 3)
+    compared = [name for name in expected if kept or "shared_expert" not in name]
+    assert_same({name: back[name] for name in compared}, {name: expected[name] for name in compared})
+    found, asked = (hf_models.logits(folder, TOKENS) for folder in (tmp_path / "back", source))
+    assert torch.equal(found, asked)
+
+
+def test_a_shared_expert_of_no_width(tmp_path: Path) -> None:
+    source = hf_models.make("qwen2-moe", tmp_path / "hf", shared_expert_intermediate_size=0)
+    expected, back = hf_models.tensors(source), hf_models.tensors(round_trip(source, tmp_path))
+    compared = [name for name in expected if "shared_expert" not in name]
+    assert_same({name: back[name] for name in compared}, {name: expected[name] for name in compared})
+    found, asked = (hf_models.logits(folder, TOKENS) for folder in (tmp_path / "back", source))
+    assert torch.equal(found, asked)
 
 
 def test_body_without_an_output_layer_is_refused(models: Path, tmp_path: Path, capsys: Capsys) -> None:

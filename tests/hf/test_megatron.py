@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -177,6 +178,38 @@ def test_exported_mixture_of_experts_has_the_logits_of_megatron(
         experts = [tensors[f"{of_layer}.{expert}.down_proj.weight"] for expert in range(8)]
         assert not torch.equal(experts[0], experts[1])
         assert (hf_models.logits(made / family, TOKENS) - found).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", hf_models.MOES)
+def test_megatrons_own_loop_starts_from_an_imported_mixture_of_experts(tmp_path: Path, family: str) -> None:
+    """With its model.yaml and flags of data only, at EP 2: the first loss is that of transformers.
+
+    All documents are one of 32 tokens, so that each sample is the same. The vocabulary is not padded, since
+    Megatron's loss counts the padding too.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    hf_models.make(family, tmp_path / "hf", vocab_size=256)
+    launch.cli("import-hf", tmp_path / "hf", tmp_path / "moe").ok()
+    builder = IndexedDatasetBuilder(f"{tmp_path}/data.bin", dtype=np.uint16)
+    for _ in range(40):
+        builder.add_document(TOKENS[0], [len(TOKENS[0])])
+    builder.finalize(f"{tmp_path}/data.idx")
+    flags = {"data_path": tmp_path / "data", "split": "1,0,0", "seq_length": 32, "train_iters": 1, "lr": 0.01}
+    flags |= {"micro_batch_size": 2, "global_batch_size": 4, "eval_iters": 0, "log_interval": 1}
+    flags |= {"tokenizer_type": "NullTokenizer", "expert_model_parallel_size": 2, "save_interval": 1}
+    flags |= {"config": tmp_path / "moe/model.yaml", "load": tmp_path / "moe", "save": tmp_path / "run"}
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+    losses = launch.ranks(2, "pretrain", *words).ok().losses
+    tokens = TOKENS[:1]
+    logits = hf_models.logits(tmp_path / "hf", tokens)
+    expected = torch.nn.functional.cross_entropy(logits[0], tokens[0].roll(-1))
+    assert losses[1] == pytest.approx(float(expected), abs=TOLERANCE)
+    launch.cli("export-hf", tmp_path / "run", tmp_path / "trained").ok()
+    before, after = (hf_models.tensors(tmp_path / name) for name in ("hf", "trained"))
+    assert before.keys() <= after.keys()
+    gates = [name for name in before if name.endswith("mlp.gate.weight")]
+    assert gates and not any(torch.equal(before[name], after[name]) for name in gates)
 
 
 if __name__ == "__main__":

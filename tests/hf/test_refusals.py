@@ -34,7 +34,19 @@ def with_nan(tensor: torch.Tensor) -> torch.Tensor:
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
+SHARED = "model.layers.2.mlp.shared_expert.down_proj.weight"
+EXPERT, GATE = "model.layers.2.mlp.experts.1.down_proj.weight", "model.layers.0.mlp.gate.weight"
 INDEX = "model.safetensors.index.json"
+
+
+def nan_among_zeros(folder: Path) -> None:
+    """In a shared expert that would otherwise count as none."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if ".shared_expert." in name:
+            tensors[name].zero_()
+    with_nan(tensors[SHARED])
+    save_file(tensors, folder / "model.safetensors")
 
 
 def with_index(**files: object) -> Callable[[Path], None]:
@@ -74,6 +86,35 @@ BAD_FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "missing tensor": ("qwen1.5", set_tensor(UP, lambda t: None), f"has no tensor {UP}"),
     "extra tensor": ("qwen1.5", set_tensor("extra", lambda t: t), "extra is in no qwen2 model"),
+    "missing expert": ("qwen3-moe", set_tensor(EXPERT, lambda t: None), f"has no tensor {EXPERT}, which"),
+    "another expert's width": (
+        "qwen3-moe",
+        set_tensor(EXPERT, lambda t: t[:, 1:].contiguous()),
+        rf"{EXPERT} is \[64, 23\] where config.json gives \[64, 24\]",
+    ),
+    "quantised expert": ("qwen3-moe", set_tensor(EXPERT, lambda t: t.char()), f"{EXPERT} is I8, perhaps"),
+    "more experts in config": (
+        "qwen3-moe",
+        lambda f: edit(f / "config.json", num_local_experts=10**12),
+        "has no tensor model.layers.0.mlp.experts.4.gate_proj.weight",
+    ),
+    "fewer experts in config": (
+        "qwen3-moe",
+        lambda f: edit(f / "config.json", num_local_experts=3),
+        r"experts.3.\w+.weight is in no qwen3 model of this config.json",
+    ),
+    "NaN among zeros": ("qwen2-moe", nan_among_zeros, f"{SHARED}: holds NaN or infinite values"),
+    "missing router": ("qwen3-moe", set_tensor(GATE, lambda t: None), f"has no tensor {GATE}"),
+    "experts stacked, one twice": (
+        "qwen3-moe",
+        set_tensor("model.layers.1.mlp.experts.down_proj", lambda t: torch.ones(4, 64, 24)),
+        "holds model.layers.1.mlp.experts.0.down_proj.weight, which",
+    ),
+    "experts stacked, in odd rows": (
+        "qwen3-moe",
+        set_tensor("model.layers.1.mlp.experts.gate_up_proj", lambda t: torch.ones(4, 49, 64)),
+        "layers.1.mlp.experts.gate_up_proj is in no qwen3 model",
+    ),
     "quantised": ("qwen1.5", set_tensor(UP, lambda t: t.to(torch.int8)), f"{UP} is I8, perhaps quantised"),
     "NaN": ("qwen1.5", set_tensor(UP, with_nan), f"{UP}: holds NaN or infinite values"),
     "another head": (

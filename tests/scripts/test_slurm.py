@@ -140,6 +140,14 @@ def test_mistakes_are_found_before_the_queue(
     assert len(output.errors) == 1 and output.errors[0].startswith(f"error: {message}")
 
 
+def test_a_mixture_of_experts_is_not_converted(model: Path, data: Path) -> None:
+    moe = hf_models.make("qwen3-moe", model.parent / "moe")
+    output = launch.run(*_submit(model, data, "--dry-run", "--hf", moe))
+    assert output.returncode == 2 and [f"error: --hf {moe}: a Mixture-of-Experts already"] == [
+        line.partition(";")[0] for line in output.errors
+    ]
+
+
 def test_dry_run_shows_jobs_chained_by_their_success(model: Path, data: Path) -> None:
     (model / "tokenizer.json").touch()
     options = ("--dry-run", "--gpus-per-node", 2, "--time", "1:00:00", "--", "--micro-batch-size", 2)
