@@ -14,7 +14,7 @@ from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.training.run_log import files as run_log
 from megatron_router_upcycling.verify import proof
-from tests import dense_checkpoint, launch
+from tests import dense_checkpoint, hf_models, launch
 from tests.conftest import EVALUATE, LAYERS, VOCABULARY
 from tests.reference.megatron_ffn import MegatronFFN
 
@@ -236,3 +236,17 @@ def test_proof_finds_a_changed_row(tmp_path: Path, small: Callable[..., Path]) -
     (tmp_path / "grown" / manifest.NAME).write_text(json.dumps(record))
     found = proof.run(proof.prepare(moe, tmp_path / "grown"))
     assert {one.check for one in found.found} == {"routers"}
+
+
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe-tied"])
+def test_a_hugging_face_model_with_more_experts(tmp_path: Path, family: str) -> None:
+    """In from transformers, four experts to eight, out again: the same logits."""
+    hf_models.make(family, tmp_path / "in")
+    run("import-hf", tmp_path / "in", tmp_path / "moe", "--quiet")
+    command = ("convert", tmp_path / "moe", tmp_path / "grown", "--num-experts", 8, "--quiet")
+    run(*command, "--top-k", 4, "--router-noise", 0)
+    run("export-hf", tmp_path / "grown", tmp_path / "out", "--quiet")
+    tokens = torch.arange(60).view(2, 30) * 7 % 250
+    old, new = (hf_models.logits(tmp_path / name, tokens) for name in ("in", "out"))
+    torch.testing.assert_close(new, old, rtol=0, atol=1e-5)
+    assert not proof.run(proof.prepare(tmp_path / "moe", tmp_path / "grown"))
