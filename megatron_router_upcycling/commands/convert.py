@@ -172,17 +172,17 @@ def _prepare(args: argparse.Namespace) -> "Conversion":
     from megatron_router_upcycling.checkpoint.names import holds_experts
     from megatron_router_upcycling.checkpoint.open import open_checkpoint
     from megatron_router_upcycling.conversion import convert
-    from megatron_router_upcycling.conversion.more_experts import MoreExperts
     from megatron_router_upcycling.conversion.options import Options
+    from megatron_router_upcycling.growth import plan as growth
 
     is_moe = holds_experts(open_checkpoint(args.dense).tensors)
     _refuse(args, OF_DENSE if is_moe else OF_MOE, f"{args.dense}: {'has' if is_moe else 'has no'} experts")
     if is_moe:
         if args.num_experts is None:
             raise UserError(f"{args.dense}: has experts; give a larger number of them as --num-experts")
-        more = MoreExperts(**_given(args, ("num_experts", "top_k", *OF_MOE)))
+        more = growth.MoreExperts(**_given(args, ("num_experts", "top_k", *OF_MOE)))
         options = Options(RouterConfig(), **_given(args, ("seed", "materialize", "overwrite")))
-        return convert.prepare_more(args.dense, args.out, more, options)
+        return growth.prepare(args.dense, args.out, more, options)
     file, router, init = method(args)
     taken = ("seed", "materialize", "overwrite", "average_rest", "shared_expert", "layers", "config")
     options = Options(

@@ -4,7 +4,7 @@ import itertools
 import pickle
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import locate
 from megatron_router_upcycling.checkpoint.names import LEFT_OUT, TRACKER, TRAINING_STATE
-from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dense
+from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.publish import checks
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.publish.checks import Stamps, intact_check
@@ -21,8 +21,6 @@ from megatron_router_upcycling.checkpoint.read_model import query_key_digest, re
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.conversion import more_experts
-from megatron_router_upcycling.conversion.more_experts import Growth, MoreExperts, RepeatExperts
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.conversion.plan import Plan, plan
 from megatron_router_upcycling.conversion.sources import check_texts, open_sources, values_digest
@@ -32,7 +30,6 @@ from megatron_router_upcycling.files import existing, format_bytes, sha256, vers
 from megatron_router_upcycling.initialisation.first_routers import choose_head_key, router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
-from megatron_router_upcycling.training.run_log import files as run_log
 
 DATA_FILES = "__upcycled_"  # prefix of new data files' names; linked files keep the dense checkpoint's
 EXPERT_FILE = f"{DATA_FILES}0.distcp"
@@ -82,17 +79,6 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
         head_key = choose_head_key(options.init, stats, model)
         options = replace(options, init=replace(options.init, head_key=head_key))  # for the manifest
     conversion = Conversion(plan(dense, model, options, experts), stats, out, stamps)
-    publish.check_space(out, conversion.bytes_to_write)
-    return conversion
-
-
-def prepare_more(root: str | Path, out: str | Path, more: MoreExperts, options: Options) -> Conversion:
-    """``prepare`` for a Mixture-of-Experts that gets more experts; ``options`` gives no router."""
-    out, folder = Path(out), locate(Path(root))[1]
-    stamps = Stamps([*folder.rglob("*"), folder.parent / run_log.ROUTING])
-    moe = open_checkpoint(root)
-    publish.check_target(out, moe.root, options.overwrite, source_name="MOE", made_by=TRACKER)
-    conversion = Conversion(more_experts.plan(moe, more, options), None, out, stamps)
     publish.check_space(out, conversion.bytes_to_write)
     return conversion
 
@@ -176,7 +162,7 @@ def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[s
         "experts": experts or None,
         "average_rest": options.average_rest,
         **files,
-        "more_experts": asdict(plan.more) if isinstance(plan, Growth) else None,
+        **plan.record,
         "left_out": {kind: {"entries": left_out[kind], "reason": LEFT_OUT[kind]} for kind in left_out},
         "versions": versions(),
     }
@@ -213,7 +199,7 @@ def describe_plan(conversion: Conversion) -> str:
     """What would be done, in a few lines."""
     plan = conversion.plan
     model, options = plan.model, plan.options
-    experts = sum(isinstance(step, CopyExperts | RepeatExperts) for step in plan.steps)
+    experts = sum(isinstance(step, CopyExperts) for step in plan.steps)
     how = "linked, not written" if conversion.links else "copied"
     copies = f"{options.router.num_experts} times" if options.materialize else "once"
     copies += f" for each of {len(plan.experts)} models" * bool(plan.experts)
@@ -246,25 +232,7 @@ def describe_result(conversion: Conversion, record: dict[str, Any], seconds: flo
     return (
         f"{out}: in each layer {router.num_experts} experts{cut} and {router.describe()},"
         f" {format_bytes(written)} written in {seconds:.1f} s{shared}\n"
-        f"prepared for {order}; before training {_first_step(plan)}\n"
+        f"prepared for {order}; before training {plan.first_step}\n"
         "next: torchrun --nproc-per-node 2 -m megatron_router_upcycling.pretrain --config YAML"
         f" --load {out} --save RUN"
     )
-
-
-def _first_step(plan: Plan) -> str:
-    """What the new model is before training, after "before training"."""
-    router = plan.options.router
-    if isinstance(plan, Growth):
-        return f"{plan.more.first_step(router.top_k)}; the optimizer starts afresh"
-    if plan.experts:
-        return f"it is none of its {len(plan.experts)} models: each token mixes its experts' outputs"
-    if router.pre_softmax:
-        return (
-            f"the loss is above the dense model's: a token's {router.top_k} experts have less than the whole"
-            f" weight, which softmax spreads over all {router.num_experts}; training makes up for it"
-        )
-    first = "it is exactly the dense model"
-    if router.granularity == 1:
-        first += "; its loss gives the router no gradient until the experts differ"
-    return first

@@ -6,7 +6,7 @@ key statistics (eq. 4, 5) or drawn at random (vanilla upcycling); everything els
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_router_upcycling.checkpoint import names
@@ -52,6 +52,8 @@ class Plan(Work):
     expert_bytes: int
     router_bytes: int
     scratch_bytes: int  # of the largest chunk that values are computed from
+    first_step: str  # what the new model is before training, in words
+    record: dict[str, Any] = field(default_factory=dict)  # entries of the manifest besides the usual ones
 
     @property
     def memory_bytes(self) -> int:
@@ -171,7 +173,23 @@ def plan(
         * sum(math.prod(shape[1:]) for _, shape in router_parameters(model, router))
         * model.dtype.itemsize,
         scratch_bytes=max(map(source.largest_chunk, read)),
+        first_step=_first_step(router, len(sources)),
     )
+
+
+def _first_step(router: RouterConfig, num_models: int) -> str:
+    """What the new model is before training, after "before training"."""
+    if num_models:
+        return f"it is none of its {num_models} models: a token's experts are of several"
+    if router.pre_softmax:
+        return (
+            f"the loss is above the dense model's: a token's {router.top_k} experts have less than the whole"
+            f" weight, which softmax spreads over all {router.num_experts}; training makes up for it"
+        )
+    first = "it is exactly the dense model"
+    if router.granularity == 1:
+        first += "; its loss gives the router no gradient until the experts differ"
+    return first
 
 
 def _gets_experts(key: str, layers: tuple[int, ...] | None) -> bool:

@@ -16,11 +16,11 @@ from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dens
 from megatron_router_upcycling.checkpoint.read_model import read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
-from megatron_router_upcycling.conversion import more_experts
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.conversion.plan import plan
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import format_bytes, sha256
+from megatron_router_upcycling.growth import plan as growth
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
@@ -47,9 +47,9 @@ def prepare(
         which = "name a checkpoint that convert made, or that pretrain trained from one"
         raise UserError(f"MOE {moe.root}: has no {manifest.NAME}; {which}")
     if (more := record.get("more_experts")) is not None:
-        made = more_experts.MoreExperts.recorded(more, moe.root / manifest.NAME)
+        made = growth.MoreExperts.recorded(more, moe.root / manifest.NAME)
         options = Options(RouterConfig(), seed=_seed(record, moe.root))
-        grown = more_experts.plan(open_checkpoint(dense_root), made, options)
+        grown = growth.plan(open_checkpoint(dense_root), made, options)
         return Verification(moe, record, grown, None, findings)
     dense = open_dense(dense_root, config)
     model = read_model(dense)

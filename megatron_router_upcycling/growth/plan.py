@@ -18,49 +18,39 @@ Symbols: L layers, n experts before, r copies, D hidden size.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
-from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape, blocks
-from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
-from megatron_router_upcycling.checkpoint.format.metadata import StoredTensor
+from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE, locate
 from megatron_router_upcycling.checkpoint.names import (
     EXPERTS,
     ROUTER,
     SHARED_EXPERT,
+    TRACKER,
     TRAINING_STATE,
     extra_states,
     split_key,
 )
+from megatron_router_upcycling.checkpoint.open import open_checkpoint
+from megatron_router_upcycling.checkpoint.publish import folder as publish
+from megatron_router_upcycling.checkpoint.publish.checks import Stamps
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.config import manifest
+from megatron_router_upcycling.conversion.convert import Conversion
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.conversion.plan import Plan
-from megatron_router_upcycling.conversion.steps import (
-    BLOCK,
-    Computed,
-    Expected,
-    Made,
-    Origin,
-    Step,
-    Take,
-    Work,
-    WriteStates,
-)
+from megatron_router_upcycling.conversion.steps import Take, WriteStates
 from megatron_router_upcycling.errors import UserError
-from megatron_router_upcycling.initialisation.ablations import generator
+from megatron_router_upcycling.growth.steps import Copies, RepeatExperts, RepeatRows
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.kinds import all_parameters, keys_per_expert
 from megatron_router_upcycling.training.run_log import files as run_log
 
 DUPLICATE = ("even", "load")
 ROUTER_NOISE = 0.1
+LITTLE_NOISE = 0.01  # with softmax before top-k, a copy's weights move with it
 LINES_OF_LOAD = 10  # of routing.jsonl, the last ones, whose mean is an expert's load
 GROUPS = ("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor")
 # Rows that a run adds to a router to balance its experts.
@@ -79,14 +69,21 @@ class MoreExperts:
     num_experts: int
     top_k: int | None = None
     duplicate: str = "even"
-    router_noise: float = ROUTER_NOISE
+    router_noise: float | None = None
     keep_function: bool = False
-    copies: "Copies | None" = None  # by ``load``, as the manifest records them
+    copies: Copies | None = None  # by ``load``, as the manifest records them
 
-    def first_step(self, top_k: int) -> str:
+    def noise(self, router: RouterConfig) -> float:
+        """The noise asked for, or the default."""
+        if self.router_noise is not None:
+            return self.router_noise
+        return LITTLE_NOISE if self.keep_function and router.pre_softmax else ROUTER_NOISE
+
+    def first_step(self, top_k: int, pre_softmax: bool) -> str:
         """What the model is before training, in words."""
         if self.keep_function:
-            return "it is the model it was made of: a token's experts are all of one copy"
+            small = " but for the noise" * (pre_softmax and bool(self.router_noise))
+            return f"it is the model it was made of{small}: a token's experts are all of one copy"
         if self.top_k:
             return f"a token goes to {top_k} experts, the copies of those that it went to among them"
         return (
@@ -105,115 +102,25 @@ class MoreExperts:
             raise UserError(f"{source}: has no readable 'more_experts'; convert the model again") from None
 
 
-type Copies = tuple[tuple[int, ...], ...]  # for each layer, the expert that each of the new ones copies
-
-
-@dataclass(frozen=True)
-class Repeat(Step):
-    """Give ``key`` [L, n, ...], or one layer's [n, ...], more experts."""
-
-    key: str
-    copies: Copies  # one row for each index on the layer axis, or one
-
-    @property
-    def axis(self) -> int:
-        """The expert axis."""
-        return int(split_key(self.key)[1] is None)
-
-    def shape(self, work: Work) -> Shape:
-        before = work.source.tensors[self.key].shape
-        times = len(self.copies[0]) // (1 + max(self.copies[0]))
-        return (*before[: self.axis], before[self.axis] * times, *before[self.axis + 1 :])
-
-
-@dataclass(frozen=True)
-class RepeatExperts(Repeat):
-    """Name the experts' chunks again. One of several experts or layers, which no name can cut, is copied."""
-
-    def _layers(self, box: Box) -> Iterator[tuple[Box, tuple[int, ...]]]:
-        """A box cut along its layers, each with its row of ``copies``."""
-        for layer in range(box.offsets[0], box.ends[0]) if self.axis else ():
-            yield box.along(0, layer, 1), self.copies[layer]
-        if not self.axis:
-            yield box, self.copies[0]
-
-    def expects(self, work: Work) -> Made:
-        axis, dtype = self.axis, work.source.tensors[self.key].dtype
-
-        def origins(box: Box) -> Iterator[Origin]:
-            for layer, copies in self._layers(box):
-                for expert in range(layer.offsets[axis], layer.ends[axis]):
-                    one, place = layer.along(axis, expert, 1), layer.along(axis, copies[expert], 1)
-                    yield Origin(one, self.key, place)
-
-        return {self.key: Expected("experts", self.shape(work), dtype, origins)}
-
-    def run(self, work: Work, writer: CheckpointWriter) -> None:
-        axis, shape, stored = self.axis, self.shape(work), work.source.tensors[self.key]
-        for chunk in stored.chunks:
-            layers = list(self._layers(chunk.box))
-            is_one = len(layers) == 1 and chunk.sizes[axis] == 1
-            for layer, copies in layers:
-                for old in range(layer.offsets[axis], layer.ends[axis]):
-                    new = [number for number, origin in enumerate(copies) if origin == old]
-                    for part in [chunk.box] if is_one else blocks(layer.along(axis, old, 1), BLOCK):
-                        offsets = [part.along(axis, number, 1).offsets for number in new]
-                        if is_one and not work.options.materialize:
-                            writer.take_chunk(work.source, chunk, self.key, shape, stored.dtype, offsets)
-                        else:
-                            values = work.source.read_box(self.key, part)
-                            copied = work.options.materialize
-                            writer.write_chunk(self.key, shape, values, offsets, copied)
-
-
-@dataclass(frozen=True)
-class RepeatRows(Repeat):
-    """Give a router's parameter the rows of the new experts, with ``noise``."""
-
-    noise: float
-    by_copy: bool  # one vector of noise for all experts of a copy
-
-    def expects(self, work: Work) -> Made:
-        computed = Computed(partial(self._rows, work), self.shape(work), self.axis)
-        return {self.key: computed.expected("routers", work.source.tensors[self.key].dtype)}
-
-    def _rows(self, work: Work, *layer: int) -> torch.Tensor:
-        """The rows of a layer; those of the first copies are the old ones."""
-        source, (name, own) = work.source, split_key(self.key)
-        stored = source.read_layer(self.key, layer[0], bytearray()) if layer else source.read_box(self.key)
-        copies = torch.tensor(self.copies[layer[0] if layer else 0])
-        before = len(stored)
-        rows = stored[copies]
-        if not self.noise:
-            return rows
-        random = generator(work.options.seed, "more experts", name, layer[0] if layer else own)
-        values, drawn = rows.float(), torch.randn(rows.shape, generator=random)
-        squares = values.double().square()
-        scale = squares.mean(dim=1, keepdim=True).sqrt()
-        if self.by_copy:
-            drawn, scale = drawn[torch.arange(len(rows)) // before * before], squares.mean().sqrt()
-        drawn[:before] = 0
-        return (values + drawn * scale.float() * self.noise).to(rows.dtype)
-
-    def run(self, work: Work, writer: CheckpointWriter) -> None:
-        for layer in range(len(self.copies)):
-            place = (layer,) * self.axis
-            values = self._rows(work, *place)
-            rest = (0,) * values.dim()
-            writer.write_chunk(self.key, self.shape(work), values[(None,) * self.axis], [(*place, *rest)])
-
-
-@dataclass(frozen=True, kw_only=True)
 class Growth(Plan):
     """The plan of a conversion that only adds experts."""
-
-    more: MoreExperts
 
     def values_taken_over(self) -> Iterator[tuple[Checkpoint, str]]:
         """The routers' parameters; the experts' values are not read (``verify`` reads them)."""
         for step in self.steps:
             if isinstance(step, RepeatRows):
                 yield self.source, step.key
+
+
+def prepare(root: str | Path, out: str | Path, more: MoreExperts, options: Options) -> Conversion:
+    """Read and check everything, as ``convert.prepare``; of ``options``, router and start are not used."""
+    out, folder = Path(out), locate(Path(root))[1]
+    stamps = Stamps([*folder.rglob("*"), folder.parent / run_log.ROUTING])
+    moe = open_checkpoint(root)
+    publish.check_target(out, moe.root, options.overwrite, source_name="MOE", made_by=TRACKER)
+    conversion = Conversion(plan(moe, more, options), None, out, stamps)
+    publish.check_space(out, conversion.bytes_to_write)
+    return conversion
 
 
 def plan(moe: Checkpoint, more: MoreExperts, options: Options) -> Growth:
@@ -236,54 +143,56 @@ def plan(moe: Checkpoint, more: MoreExperts, options: Options) -> Growth:
 
     parameters = all_parameters(router, model, model.linear_bias)
     of_experts = {f"{ROUTER}.{name}" for name in (*(p.name for p in parameters if p.per_expert), *BALANCING)}
-    noisy, steps = f"{ROUTER}.{router.kind.scaled}", list[Step]()
-    kept, left_out = list[str](), list[str]()
-    for key in (*moe.tensors, *moe.objects):
-        if TRAINING_STATE.match(key):
-            left_out.append(key)
-        elif _is_expert(key) and key in moe.tensors:
-            steps.append(RepeatExperts(key, copies_of(key)))
-        elif (name := split_key(key)[0]) in of_experts:
-            noise = more.router_noise if name == noisy else 0.0
-            steps.append(RepeatRows(key, copies_of(key), noise, more.keep_function))
-        elif key != COMMON_STATE and not _is_expert(key):
-            kept.append(key)
+    noise = more.noise(router)
+    experts_steps = [RepeatExperts(key, copies_of(key)) for key in experts]
+    rows_steps = [
+        RepeatRows(
+            key, copies_of(key), noise * (name == f"{ROUTER}.{router.kind.scaled}"), more.keep_function
+        )
+        for key in moe.tensors
+        if (name := split_key(key)[0]) in of_experts
+    ]
+    keys = (*moe.tensors, *moe.objects)
+    left_out = tuple(key for key in keys if TRAINING_STATE.match(key))
+    gone = {*left_out, COMMON_STATE, *filter(_is_expert, keys), *(step.key for step in rows_steps)}
+    kept = tuple(key for key in keys if key not in gone)
+    more = replace(more, router_noise=noise, copies=copies if more.duplicate == "load" else None)
     grown = replace(router, num_experts=more.num_experts, top_k=more.top_k or router.top_k)
-    init = manifest.init_config(record or {}, moe.root)
+    routed = _routing(moe.args, router, grown, more.keep_function)
+    flags = {flag: value for flag, value in routed.items() if flag in GROUPS}
     shared = any(split_key(key)[0].startswith(SHARED_EXPERT) for key in moe.tensors)
     states = extra_states(model.num_layers, more.num_experts, model.qk_norm, shared, layers or None)
-    routed = _routing(moe.args, router, grown, more.keep_function)
-    steps.sort(key=lambda step: isinstance(step, RepeatRows))  # stable: experts first
-    rows = [step for step in steps if isinstance(step, RepeatRows)]
-    again = [] if options.materialize else [key for key in experts if not _is_apart(moe.tensors[key], key)]
-    written = sum(map(moe.stored_bytes, again))
-    if options.materialize:
-        written = sum(map(moe.stored_bytes, experts)) * more.num_experts // router.num_experts
+    new_states = tuple(key for key in states if key not in kept)
+    common_as_file = (moe.iteration_dir / COMMON_FILE).is_file()
     return Growth(
         dense=moe,
         source=moe,
         model=model,
-        options=replace(options, router=grown, init=init, shared_expert=shared),
+        options=replace(
+            options, router=grown, init=manifest.init_config(record or {}, moe.root), shared_expert=shared
+        ),
         arguments=routed,
         layers=layers or None,
-        flags=_flags(moe.args, model, record)
-        | {flag: value for flag, value in routed.items() if flag in GROUPS},
+        flags=_flags(moe.args, model, record) | flags,
         steps=(
             Take({key: key for key in kept}, "untouched"),
-            *steps,
-            WriteStates(
-                tuple(key for key in states if key not in kept),
-                common_as_file=(moe.iteration_dir / COMMON_FILE).is_file(),
-            ),
+            *experts_steps,
+            *rows_steps,
+            WriteStates(new_states, common_as_file),
         ),
-        kept=tuple(kept),
-        left_out=tuple(left_out),
+        kept=kept,
+        left_out=left_out,
         kept_bytes=sum(map(moe.stored_bytes, (*kept, *experts))),
         changed_bytes=sum(moe.stored_bytes(key) for key in kept if not moe.is_verbatim(key)),
-        expert_bytes=written,
-        router_bytes=sum(moe.stored_bytes(row.key) for row in rows) * more.num_experts // router.num_experts,
+        expert_bytes=_expert_bytes(
+            moe, experts, options.materialize and more.num_experts / router.num_experts
+        ),
+        router_bytes=sum(moe.stored_bytes(step.key) for step in rows_steps)
+        * more.num_experts
+        // router.num_experts,
         scratch_bytes=0,
-        more=replace(more, copies=copies if more.duplicate == "load" else None),
+        first_step=f"{more.first_step(grown.top_k, grown.pre_softmax)}; the optimizer starts afresh",
+        record={"more_experts": asdict(more)},
     )
 
 
@@ -291,10 +200,17 @@ def _is_expert(key: str) -> bool:
     return split_key(key)[0].startswith(f"{EXPERTS}.")
 
 
-def _is_apart(stored: StoredTensor, key: str) -> bool:
-    """Whether each chunk belongs to one expert of one layer, so that it can be named again."""
-    axes = range(1 + (split_key(key)[1] is None))
-    return all(chunk.stored is None and chunk.sizes[axis] == 1 for chunk in stored.chunks for axis in axes)
+def _expert_bytes(moe: Checkpoint, experts: list[str], times: float) -> int:
+    """What must be written of the experts: all ``times`` over, or what cannot be named again."""
+    if times:
+        return int(times * sum(map(moe.stored_bytes, experts)))
+    written = 0
+    for key in experts:
+        axes = range(1 + (split_key(key)[1] is None))  # layers and experts, or experts
+        chunks = moe.tensors[key].chunks
+        if any(chunk.stored is not None or chunk.sizes[axis] > 1 for chunk in chunks for axis in axes):
+            written += moe.stored_bytes(key)
+    return written
 
 
 def _check(moe: Checkpoint, model: DenseModel, router: RouterConfig, more: MoreExperts) -> None:
@@ -302,7 +218,7 @@ def _check(moe: Checkpoint, model: DenseModel, router: RouterConfig, more: MoreE
     if n >= N or (more.duplicate == "even" and N % n):
         multiple = f" that is a multiple of {n}" if more.duplicate == "even" else ""
         raise UserError(f"--num-experts {N}: MOE {root} has {n} experts; give a larger number{multiple}")
-    if not 0 <= more.router_noise < math.inf:
+    if not 0 <= more.noise(router) < math.inf:
         raise UserError(f"--router-noise {more.router_noise}: must be 0 or more")
     if not router.kind.scaled or (router.num_routers and keys_per_expert(router) > 1):
         why = "has no rows" if not router.kind.scaled else "has several keys"

@@ -1,0 +1,1 @@
+"""More experts of a trained Mixture-of-Experts: a conversion that names the experts' bytes again."""
