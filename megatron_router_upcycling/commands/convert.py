@@ -1,4 +1,4 @@
-"""Make a Mixture-of-Experts checkpoint of a dense one.
+"""Make a Mixture-of-Experts checkpoint of a dense one, of several, or of one with fewer experts.
 
 DENSE is in torch_dist or in the legacy format (mp_rank_XX/model_optim_rng.pt), saved at any tensor and
 pipeline parallel size. OUT is in torch_dist, which any tensor, pipeline and expert parallel size loads.
@@ -28,10 +28,23 @@ direction of the mean token out of a gate, so that no expert starts ahead for al
 equal singular values, so that all directions which tell experts apart count alike. Both are for mixtures and
 linear gates, of heads or random; configs/methods/balanced.yaml has both.
 
+--experts A B C makes experts of several dense models of one architecture and tokenizer: expert i is the FFN
+of model i, in turn. All else is DENSE's, or with --average-rest the mean of A, B and C. --router linear with
+--gate domain (rows: the mean input of a model's text less the mean of all) or --gate ridge (rows by least
+squares) sends each model's text to its experts: give DENSE's statistics of each text as --key-stats K1 K2 K3.
+
 --target-entropy E scales each layer's logits so that the routing distribution over all experts has a mean
 entropy of E nats (uniform over n experts: ln n, 2.08 for 8) on the hidden states that collect_keys keeps
 (--router-samples): inspect shows each layer's entropy and suggests the flag where it would help. For mixture,
 linear, switch and mlp routers; configs/methods/calibrated.yaml uses 1.5; docs/comparison.md has results.
+
+more experts:
+  A Mixture-of-Experts in place of DENSE (which convert, import-hf or Megatron's training made) gets more
+  experts: convert MOE OUT --num-experts 16. Each expert is stored under several numbers, with nothing of it
+  written; --duplicate load gives the busiest experts of MOE/routing.jsonl more copies. Rows of the router are
+  copied with --router-noise. Copies of one expert are then often chosen together, so that the model changes.
+  --keep-function keeps it exactly by Megatron's group-limited routing, which no Qwen class has
+  (--allow-no-export); so does --top-k twice as large with --router-noise 0.
 
 what to expect of the first step:
   --moe-router-pre-softmax      softmax over all experts, then top-k (the paper): the k weights sum to less
@@ -73,7 +86,7 @@ OF_DENSE = (
 
 
 def add_flags(convert: argparse.ArgumentParser) -> None:
-    convert.add_argument("dense", metavar="DENSE", type=Path, help="the dense model's checkpoint")
+    convert.add_argument("dense", metavar="DENSE", type=Path, help="a dense model's checkpoint, or a MOE's")
     convert.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
     convert.add_argument(
         "--key-stats",
@@ -130,7 +143,7 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
         "--router-noise",
         metavar="R",
         type=float,
-        help="of a MOE: on the copies' rows (default: ROUTER_NOISE)",
+        help="of a MOE: on the copies' rows, over their size",
     )
     convert.add_argument(
         "--keep-function",
