@@ -306,7 +306,9 @@ def _tied(ties: dict[int, tuple[tuple[int, int], ...]], record: dict[str, Any]) 
         return None
     stats = next(iter(manifest.entries(record, "key_stats", manifest.NAME)), {}).get("metadata") or {}
     shares_keys = stats.get("num_query_groups", 0) < stats.get("num_attention_heads", 0)
-    if init.of_heads(router) and init.head_key != "attended" and shares_keys:
+    if record.get("more_experts"):
+        remedy = "convert again with a larger --router-noise"
+    elif init.of_heads(router) and init.head_key != "attended" and shares_keys:
         remedy = "convert again with --head-key attended, from key statistics that collect_keys writes now"
     elif router.num_routers is not None and router.num_routers < router.num_copies:
         remedy = f"convert again with --num-routers {router.num_copies}"

@@ -49,6 +49,7 @@ def test_the_function_is_kept(
     moe, grown = unbroken[0], tmp_path / "grown"
     said = grow(moe, grown, *options).ok().text
     assert "the optimizer starts afresh" in said
+    assert ("convert again with a larger --router-noise" in said) == ("--router-noise" in options)
     assert validation(moe_config, grown, ranks=2) == pytest.approx(loss, rel=1e-5)
     assert not proof.run(proof.prepare(moe, grown))
 
