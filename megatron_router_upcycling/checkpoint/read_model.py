@@ -23,13 +23,7 @@ def read_model(checkpoint: Checkpoint) -> DenseModel:
     _refuse_unknown(checkpoint)
     if names.QKV not in tensors:
         raise UserError(f"{root}: has no tensor {names.QKV}; convert takes a dense GPT model")
-    try:
-        model = DenseModel.from_arguments(checkpoint.args, dtype=tensors[names.QKV].dtype)
-        _check_numbers(model)
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
-        why = f"has no {error.name}" if isinstance(error, AttributeError) else reason(error)
-        source = checkpoint.described_by
-        raise UserError(f"{source}: do not give the architecture ({why}); {described.WAY_OUT}") from None
+    model = model_of(checkpoint, tensors[names.QKV].dtype)
     vocabulary = getattr(checkpoint.args, "vocab_size", None)
     rows = [vocabulary] if isinstance(vocabulary, int) else [0]  # a padded embedding stores more
     if names.EMBEDDING in tensors:
@@ -46,6 +40,18 @@ def read_model(checkpoint: Checkpoint) -> DenseModel:
         if names.MODEL_STATE.match(name) and name not in known:
             flag = next((flag for part, flag in names.ADDED_BY.items() if re.search(part, name)), "no flag")
             raise UserError(f"{root}: holds {name}, which {flag} adds, and {checkpoint.described_by} lack it")
+    return model
+
+
+def model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> DenseModel:
+    """The model that the arguments of ``checkpoint`` describe; UserError where they describe none."""
+    try:
+        model = DenseModel.from_arguments(checkpoint.args, dtype=dtype)
+        _check_numbers(model)
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        why = f"has no {error.name}" if isinstance(error, AttributeError) else reason(error)
+        source = checkpoint.described_by
+        raise UserError(f"{source}: do not give the architecture ({why}); {described.WAY_OUT}") from None
     return model
 
 

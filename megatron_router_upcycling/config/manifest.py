@@ -41,11 +41,17 @@ def router_config(manifest: dict[str, Any], source: str | Path) -> RouterConfig:
 
 def router_of(manifest: dict[str, Any] | None, args: Any, root: Path) -> RouterConfig:
     """The router of a checkpoint with arguments ``args``: without a manifest, Megatron's linear one."""
-    trained = {"top_k": args.moe_router_topk, "pre_softmax": bool(args.moe_router_pre_softmax)}
+    names = {
+        "num_experts": "num_experts",
+        "top_k": "moe_router_topk",
+        "pre_softmax": "moe_router_pre_softmax",
+    }
+    trained = {name: getattr(args, argument, None) for name, argument in names.items()}
+    trained["pre_softmax"] = bool(trained["pre_softmax"])
     if manifest is None:
-        return RouterConfig(router="linear", num_experts=int(args.num_experts), **trained)
+        return RouterConfig.from_dict({"router": "linear"} | trained, f"{root}: its training arguments")
     router = router_config(manifest, root / NAME)
-    for name, value in (trained | {"num_experts": int(args.num_experts)}).items():
+    for name, value in trained.items():
         if getattr(router, name) != value:
             raise UserError(
                 f"{root / NAME}: {name} {getattr(router, name)}, but the model was trained with {value}; put"

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE, locate
 from megatron_router_upcycling.checkpoint.names import (
@@ -36,6 +38,7 @@ from megatron_router_upcycling.checkpoint.names import (
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.publish.checks import Stamps
+from megatron_router_upcycling.checkpoint.read_model import model_of
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion.convert import Conversion
@@ -50,6 +53,7 @@ from megatron_router_upcycling.training.run_log import files as run_log
 
 DUPLICATE = ("even", "load")
 ROUTER_NOISE = 0.1
+MOST_EXPERTS = 10_000
 LITTLE_NOISE = 0.01  # with softmax before top-k, a copy's weights move with it
 LINES_OF_LOAD = 10  # of routing.jsonl, the last ones, whose mean is an expert's load
 GROUPS = ("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor")
@@ -132,10 +136,13 @@ def plan(moe: Checkpoint, more: MoreExperts, options: Options) -> Growth:
         raise UserError(
             f"MOE {moe.root}: its experts are not stored as {EXPERTS}; save it with Megatron 0.19"
         )
-    model = DenseModel.from_arguments(moe.args, dtype=moe.tensors[experts[0]].dtype)
+    model = model_of(moe, moe.tensors[experts[0]].dtype)
     _check(moe, model, router, more)
     layers = tuple(sorted({layer for key in experts if (layer := split_key(key)[1]) is not None}))
     copies = more.copies or _copies(moe.root, router, more, len(layers) or model.num_layers)
+    sound = all(len(row) == more.num_experts and set(row) <= set(range(router.num_experts)) for row in copies)
+    if not sound or len(copies) != (len(layers) or model.num_layers):
+        raise UserError(f"{moe.root}: the recorded copies of its experts do not fit; convert it again")
 
     def copies_of(key: str) -> Copies:
         layer = split_key(key)[1]
@@ -152,6 +159,11 @@ def plan(moe: Checkpoint, more: MoreExperts, options: Options) -> Growth:
         for key in moe.tensors
         if (name := split_key(key)[0]) in of_experts
     ]
+    for step in (*experts_steps, *rows_steps):
+        sizes = [router.num_experts] if layers else [model.num_layers, router.num_experts]
+        if list(moe.tensors[step.key].shape[: len(sizes)]) != sizes:
+            found = f"{step.key} is {list(moe.tensors[step.key].shape)}"
+            raise UserError(f"MOE {moe.root}: {found}, and its arguments ask for {sizes} in front")
     keys = (*moe.tensors, *moe.objects)
     left_out = tuple(key for key in keys if TRAINING_STATE.match(key))
     gone = {*left_out, COMMON_STATE, *filter(_is_expert, keys), *(step.key for step in rows_steps)}
@@ -215,7 +227,7 @@ def _expert_bytes(moe: Checkpoint, experts: list[str], times: float) -> int:
 
 def _check(moe: Checkpoint, model: DenseModel, router: RouterConfig, more: MoreExperts) -> None:
     n, N, root = router.num_experts, more.num_experts, moe.root
-    if n >= N or (more.duplicate == "even" and N % n):
+    if not n < N <= MOST_EXPERTS or (more.duplicate == "even" and N % n):
         multiple = f" that is a multiple of {n}" if more.duplicate == "even" else ""
         raise UserError(f"--num-experts {N}: MOE {root} has {n} experts; give a larger number{multiple}")
     if not 0 <= more.noise(router) < math.inf:
@@ -228,11 +240,6 @@ def _check(moe: Checkpoint, model: DenseModel, router: RouterConfig, more: MoreE
         sizes = [one.shape(model.num_attention_heads, model.kv_channels) for one in (router, grown)]
         if sizes[0].router_width != sizes[1].router_width:
             raise UserError(f"--num-experts {N}: its mixture of {router.num_routers} routers has other sizes")
-    for key, stored in moe.tensors.items():
-        if _is_expert(key) and stored.shape[int(split_key(key)[1] is None)] != n:
-            raise UserError(
-                f"MOE {root}: {key} is {list(stored.shape)}, and its arguments ask for {n} experts"
-            )
     if more.keep_function:
         softmax = getattr(moe.args, "moe_router_score_function", "softmax") == "softmax"
         grouped = getattr(moe.args, "moe_router_group_topk", None)
@@ -250,18 +257,20 @@ def _copies(root: Path, router: RouterConfig, more: MoreExperts, num_layers: int
     if more.duplicate == "even":
         return (tuple(number % n for number in range(N)),) * num_layers
     lines = [line for line in run_log.read(root / run_log.ROUTING) if line.get("load")][-LINES_OF_LOAD:]
-    loads = [line["load"] for line in lines]
-    if not loads or any(len(load) != num_layers or {len(row) for row in load} != {n} for load in loads):
+    try:
+        loads = torch.tensor([line["load"] for line in lines], dtype=torch.float64)  # [lines, L, n]
+    except (TypeError, ValueError):  # not numbers, or rows of different lengths
+        loads = torch.empty(0)
+    if loads.shape[1:] != (num_layers, n):
         why = f"has no loads of {num_layers} layers and {n} experts in {run_log.ROUTING}"
         raise UserError(
             f"--duplicate load: MOE {root} {why}; name a folder that pretrain saved to, or use even"
         )
     copies = []
-    for layer in range(num_layers):
-        load = [sum(line[layer][expert] for line in loads) for expert in range(n)]
+    for load in loads.sum(dim=0).tolist():
         found = list(range(n))
         while len(found) < N:
-            found.append(max(range(n), key=lambda expert: load[expert] / found.count(expert)))
+            found.append(max(range(n), key=lambda expert: load[expert] / found.count(expert)))  # noqa: B023 - used at once
         copies.append(tuple(found))
     return tuple(copies)
 
@@ -281,6 +290,8 @@ def _routing(args: Any, router: RouterConfig, grown: RouterConfig, grouped: bool
 def _flags(args: Any, model: DenseModel, record: dict[str, Any] | None) -> dict[str, Any]:
     """The flags of ``moe`` for the manifest: those of its own, or made of its arguments."""
     if record is not None:
+        if not isinstance(record.get("model"), dict):
+            raise UserError(f"{manifest.NAME}: has no 'model' section; convert the model again")
         return dict(record["model"])
     flags = {name: value for name in MOE_FLAGS if (value := getattr(args, name, None))}
     if (frequency := getattr(args, "moe_layer_freq", 1)) != 1:
