@@ -1,4 +1,5 @@
-"""What a CUDA graph does, on the CPU: operations are captured with their tensors, and replayed without Python.
+"""What a CUDA graph does, on the CPU: operations are captured with their tensors, and replayed without Python
+between them.
 
 As on a GPU, a capture has no effect on memory from before it (there nothing is computed at all), and a replay
 reads and writes the tensors of the capture, whatever Python or its state would have chosen since.

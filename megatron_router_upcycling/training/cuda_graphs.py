@@ -2,8 +2,8 @@
 
 A replay launches a layer's kernels at once and runs no Python. So whatever differs between two passes must be
 in tensors, and an evaluation replays what was captured in training. Megatron-Core 0.19 captures whole layers
-of a GPT model, also with ``--cuda-graph-modules attn moe_router``: its parts of a layer are for hybrid models.
-Between ranks with different experts a layer's dispatcher waits for the host, which a graph cannot hold.
+of a GPT model, even with ``--cuda-graph-modules attn moe_router``: its parts of a layer are those of hybrid
+models. With experts on several ranks a layer's dispatcher waits for the host, which a graph cannot hold.
 """
 
 from argparse import Namespace

@@ -139,8 +139,8 @@ def _graphs(args: Namespace, needed: dict[str, Any], undecided: bool) -> str:
         cut = run.expert_tensor_parallel_size or run.tensor_model_parallel_size
         if not dispatch.covers(run, run.expert_model_parallel_size * cut):
             raise UserError(
-                "--cuda-graph-impl local: captures whole layers, and without --moe-grouped-gemm or with experts"
-                " on several ranks a layer waits for the host; leave it out"
+                "--cuda-graph-impl local: captures whole layers, and with experts on several ranks or without"
+                " --moe-grouped-gemm a layer waits for the host; leave it out"
             )
     return ""
 

@@ -5,7 +5,8 @@ PyTorch's allocator, streams, events and handles between processes are the real 
 a GPU is there, and no bridge to the CPU is laid. ``Pretended`` computes aten's operations on that memory with
 PyTorch's CPU kernels. It refuses what a GPU refuses: tensors of different devices, and waiting for a value
 inside a CUDA graph. A graph holds those operations (``tests.tape``), and its replay computes them again.
-What this cannot show: kernels, speed, NCCL, and libraries with kernels of their own, such as Transformer Engine.
+What this cannot show: kernels, speed, NCCL, and libraries with kernels of their own, such as Transformer
+Engine.
 
 In the environment of ``environment``::
 

@@ -61,7 +61,9 @@ def test_graphs_are_chosen_and_named_unless_the_user_has(
 
 
 @pytest.mark.parametrize("changes", [{"expert_model_parallel_size": 8}, {"moe_grouped_gemm": False}])
-def test_graphs_that_would_wait_for_the_host_are_refused(changes: dict[str, Any], installed: set[str]) -> None:
+def test_graphs_that_would_wait_for_the_host_are_refused(
+    changes: dict[str, Any], installed: set[str]
+) -> None:
     with pytest.raises(UserError, match="--cuda-graph-impl local: captures whole layers"):
         device.adapt(Namespace(**ARGS | {"cuda_graph_impl": "local"} | changes), "cuda")
 

@@ -59,7 +59,7 @@ def train(gpu: dict[str, str], save: Path, *flags: object) -> launch.Output:
 def test_a_run_in_graphs_writes_what_an_eager_one_does(
     gpu: dict[str, str], moe_config: Path, moe: Path, tmp_path: Path
 ) -> None:
-    """Graphs are the default. A replay runs no Python, and evaluations replay what was captured in training."""
+    """Graphs are the default. A replay runs no Python, and evaluations replay what training captured."""
     load = ("--config", moe_config, "--load", moe)
     graphs = train(gpu, tmp_path / "graphs", *load)
     eager = train(gpu, tmp_path / "eager", *load, "--cuda-graph-impl", "none")

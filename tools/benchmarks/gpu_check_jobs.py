@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 OK, FAILED, NOT_RUN = "ok", "failed", "not run"
-GRAPHS = shlex.split("--cuda-graph-impl local --te-rng-tracker --no-check-for-nan-in-loss-and-grad")
+EAGER, GRAPHS = ("--cuda-graph-impl", "none"), ("--cuda-graph-impl", "local")
 # Start code of a process. It can hide Transformer Engine, or import Megatron and then wait for a line.
 STARTER = """
 import runpy, sys
@@ -163,6 +164,7 @@ class Part:
         self.logs = options.output / "logs"
         self.checks: list[Check] = []
         self.missing: list[tuple[str, str]] = []  # checks that could not be run, and why
+        self.tell: Callable[[], None] = lambda: None  # called after each check, to write it down
         self.begin = time.monotonic()
         self._lock = threading.Lock()
 
@@ -174,17 +176,20 @@ class Part:
             self.checks.append(check)
             said = [f"[{self.name}] {check.name}: {check.outcome}", f"{check.seconds:.0f} s"]
             print(", ".join(filter(None, [*said, "; ".join(shown(check.figures)), check.note])), flush=True)
+            self.tell()
         return check
 
     def cannot(self, what: str, why: str) -> None:
         self.missing.append((what, why))
 
     def result(self) -> dict[str, Any]:
+        failed = not all(check.ok for check in self.checks)
         return {
-            "outcome": OK if self.checks and all(check.ok for check in self.checks) else FAILED,
+            "outcome": FAILED if failed else OK if self.checks else NOT_RUN,
             "seconds": round(time.monotonic() - self.begin, 1),
             "limit": self.limit,
             "checks": [asdict(check) for check in self.checks],
+            "missing": [{"what": what, "why": why} for what, why in self.missing],
         }
 
 

@@ -1,7 +1,8 @@
 """Hooks in Megatron's training loop that write losses and routing statistics to files and Megatron's loggers.
 
-``install`` wraps five functions of ``megatron.training.training``: ``setup_model_and_optimizer`` (the model was
-built), ``train_step``, ``training_log`` (an iteration is over), ``evaluate_and_print_results`` and ``evaluate``.
+``install`` wraps five functions of ``megatron.training.training``: ``setup_model_and_optimizer`` (the model
+was built), ``train_step``, ``training_log`` (an iteration is over), ``evaluate_and_print_results`` and
+``evaluate``.
 """
 
 import inspect
