@@ -283,8 +283,8 @@ MEASURED = {
     "routers and dispatch": (4.6 + 3.1, TOKENS * D * LAYERS),
     "norms, rotary, residuals": (3.9 + 1.8 + 5.3 + 0.6, TOKENS * D * LAYERS),  # and the embedding
 }
-# Wall time of a step over the time of those kernels: in CUDA graphs; eager, where the host launches them in time
-# (micro-batches of 8) or not (4).
+# Wall time of a step over the time of those kernels: in CUDA graphs; eager, where the host launches them in
+# time (micro-batches of 8) or not (4).
 IN_GRAPHS = {"in CUDA graphs": 177.2 / 164.0}
 EAGER = {"host keeps up": 339.8 / 314.7, "host falls behind": 219.4 / 164.0}
 

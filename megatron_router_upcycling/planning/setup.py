@@ -132,7 +132,7 @@ class Setup:
 
     @property
     def in_graphs(self) -> bool:
-        """Whether a run on GPUs without Transformer Engine captures its layers, by the arguments known here."""
+        """Whether layers are captured on a GPU without Transformer Engine, by the arguments known here."""
         if self.cuda_graph_impl or not self.num_experts:
             return self.cuda_graph_impl == "local"
         values = {name: getattr(self, name) for name in KNOWN if hasattr(self, name)}

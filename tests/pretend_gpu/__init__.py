@@ -162,17 +162,22 @@ def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
     return copy
 
 
-def main() -> None:
-    """Go on as ``python ARGUMENTS``, -m MODULE or a file, on the pretended GPU."""
+def enter() -> None:
+    """Pretend from here on, to the end of the process."""
     # The CPU has none of the fused attention kernels.
     for kind in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
-    torch.cuda.CUDAGraph = torch.cuda.graphs.CUDAGraph = Graph
+    torch.cuda.CUDAGraph = torch.cuda.graphs.CUDAGraph = Graph  # type: ignore[misc, attr-defined]
+    Pretended().__enter__()
+
+
+def main() -> None:
+    """Go on as ``python ARGUMENTS``, -m MODULE or a file, on the pretended GPU."""
+    enter()
     sys.argv = sys.argv[1:]
-    with Pretended():
-        if sys.argv[0] == "-m":
-            del sys.argv[0]
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        else:
-            sys.path[0] = os.path.dirname(sys.argv[0])
-            runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(sys.argv[0])
+        runpy.run_path(sys.argv[0], run_name="__main__")

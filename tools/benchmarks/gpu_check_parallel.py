@@ -107,11 +107,11 @@ def parallel(part: Part) -> None:
     jobs: dict[str, Job | Ranks] = {}
     dtypes = ("bfloat16", "float32") if part.machine["gpu"] else ("float32",)  # the stricter one
     for dtype in dtypes:
-        alone = jobs[f"one rank, {dtype}"] = training.job(f"one rank {dtype}", plain, dtype=dtype)
+        alone = jobs[f"one rank, {dtype}"] = training.job(f"one rank {dtype}", plain, *backend, dtype=dtype)
         for layout, own in LAYOUTS.items():
             name = f"{layout}, {dtype}"
             save = ("--save", saved, "--save-interval", HALF) if name == f"EP 2, {dtypes[0]}" else ()
-            given = (*alone.arguments, *own, *backend, *save)
+            given = (*alone.arguments, *own, *save)
             jobs[name] = Ranks.of(part, name, environment, *given, hide_te=plain.hide_te)
     ran = at_once(jobs, max(1, training.workers // 2))
     for name, done in ran.items():
@@ -121,7 +121,7 @@ def parallel(part: Part) -> None:
         else:
             part.add(held(done, name, ran[f"one rank, {dtype}"], f"one rank's, {dtype}"))
     # What was saved half-way at EP 2 goes on at EP 1.
-    name, flags = "saved at EP 2, resumed at EP 1", ("--ckpt-step", HALF)
+    name, flags = "saved at EP 2, resumed at EP 1", (*backend, "--ckpt-step", HALF)
     done = training.job(name, plain, *flags, load=saved, dtype=dtypes[0]).run()
     whole, steps = ran[f"one rank, {dtypes[0]}"], range(HALF + 1, STEPS + 1)
     part.add(held(done, name, whole, f"one rank's, {dtypes[0]}", steps))
