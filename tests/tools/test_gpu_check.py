@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import launch
-from tools.benchmarks import step_parts
+from tools.benchmarks import candidates, step_parts
 
 PARTS = ("parallel", "transformer-engine", "steps", "train", "kernels")
 TOOLS = launch.ROOT / "tools" / "benchmarks"
@@ -108,6 +108,7 @@ def test_part_that_fails_stops_nothing_else(tmp_path: Path) -> None:
 def test_a_step_on_the_cpu(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
     flags = ("--num-layers", 2, "--vocab-size", 256, "--rehearse-seq-length", 32, "--gpus", 4)
+    flags += ("--try", "torch-math")
     done = launch.python(TOOLS / "bench_step.py", "--rounds", 2, "--output", output, *flags).ok()
     found = json.loads(output.read_text())
     assert "(no GPU)" in found["hardware"] and found["utilisation"] == {"mixture": None, "stock": None}
@@ -118,6 +119,13 @@ def test_a_step_on_the_cpu(tmp_path: Path) -> None:
         assert found["tokens_per_second"][kind] == pytest.approx(4 * 32 / seconds)
         assert 0 < found["router_share"][kind] < 1
     assert f"mixture's throughput over stock's: {found['throughput_ratio']:.4f}" in done.text
+
+
+def test_another_attention_is_taken_only_if_it_is_right() -> None:
+    right = torch.nn.functional.scaled_dot_product_attention
+    assert candidates.difference(right) < candidates.TOLERANCE
+    assert candidates.difference(lambda *args, **of: right(*args, **of | {"is_causal": False})) > 0.1
+    assert candidates.missing("flash-attn-4") in (None, "flash_attn.cute")
 
 
 def test_layers_in_cuda_graphs_are_one_part() -> None:

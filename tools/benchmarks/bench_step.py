@@ -22,6 +22,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import candidates
 import measuring
 import step_parts
 import torch
@@ -81,6 +82,8 @@ def stock_routers(layers: list[Any]) -> list[torch.nn.Module]:
 
 def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     """For each kind of router: seconds of a step, share of the routers, profile, and peak memory."""
+    if options.candidate:
+        candidates.take(options.candidate)
     run, planned = prepare(options, flags)
     args = run.args
     model, optimizer, scheduler = train.build(args, train.model_config(run))
@@ -183,6 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="pairs of steps (default: 10)")
     kinds, which = ("mixture", "stock"), "default: both"
     parser.add_argument("--routers", nargs="+", choices=kinds, default=kinds, help=which)
+    parser.add_argument("--try", dest="candidate", choices=candidates.CANDIDATES, help="another attention")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
     options, flags = parser.parse_known_args()
     command = shlex.join(["python", *sys.argv])  # before launch changes sys.argv

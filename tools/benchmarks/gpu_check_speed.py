@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import candidates
 from gpu_check_jobs import EAGER, GRAPHS, HERE, Check, Engine, Job, Part, at_once, engines, from_run
 from gpu_check_training import Training, held
 
@@ -32,12 +33,19 @@ def steps(part: Part) -> None:
     kinds = {"eager": EAGER, "CUDA graphs": GRAPHS} if on_gpu else {"eager": EAGER}
     sizes = SIZES if on_gpu else SIZES[:1]
     variants = [Variant(f"{kind}, micro-batch {n}", engine, n, kinds[kind]) for n in sizes for kind in kinds]
+    tried = []  # other kernels, each beside the first variant's
+    for name in candidates.CANDIDATES if on_gpu else ():
+        if package := candidates.missing(name):
+            part.cannot(f"a step with {name}", f"{package} is not installed")
+        elif name != "torch-math":
+            flags = (*GRAPHS, "--try", name)
+            tried.append(Variant(f"CUDA graphs and {name}, micro-batch 4", engine, 4, flags))
     again = [replace(variant, name=f"{variant.name}, again") for variant in variants]
-    measure_steps(part, variants + (again if on_gpu and not part.quick else []))
+    measure_steps(part, variants + tried + (again if on_gpu and not part.quick else []))
     found = {check.name: check.figures.get("mixture step ms") for check in part.checks}
     for name, ended in found.copy().items():
         before = found.get(name.replace("CUDA graphs", "eager"))
-        if "CUDA graphs" in name and before and ended:
+        if "CUDA graphs," in name and before and ended:
             part.add(Check(f"{name}: time over eager", figures={"ratio": ended / before}))
 
 
@@ -79,7 +87,7 @@ def measure_steps(part: Part, variants: list[Variant]) -> None:
         output = part.work / f"{variant.name}.json"
         flags: list[object] = ["--output", output, "--micro-batch-size", variant.size, *variant.flags]
         flags += ["--ddp-average-in-collective"] if on_gpu else []
-        flags += ["--routers", "mixture"] if variant.flags == GRAPHS else []
+        flags += ["--routers", "mixture"] if variant.flags[:2] == GRAPHS else []
         flags += shlex.split(QUICK_STEPS[on_gpu]) if part.quick else []
         job = Job(
             part, f"step {variant.name}", HERE / "bench_step.py", *flags, hide_te=variant.engine.hide_te
