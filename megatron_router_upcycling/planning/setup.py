@@ -132,9 +132,9 @@ class Setup:
 
     @property
     def in_graphs(self) -> bool:
-        """Whether layers are captured on a GPU without Transformer Engine, by the arguments known here."""
-        if self.cuda_graph_impl or not self.num_experts:
-            return self.cuda_graph_impl == "local"
+        """Whether whole layers are captured on a GPU without Transformer Engine, by what is known here."""
+        if self.cuda_graph_impl == "none" or not self.num_experts or self.expert_model_parallel_size > 1:
+            return False
         values = {name: getattr(self, name) for name in KNOWN if hasattr(self, name)}
         return all(
             value in KNOWN[name] or (not value and None in KNOWN[name]) for name, value in values.items()

@@ -1,9 +1,9 @@
 """Whether the layers of a run on a GPU are captured in CUDA graphs, as ``--cuda-graph-impl local`` does.
 
 A replay launches a layer's kernels at once and runs no Python. So whatever differs between two passes must be
-in tensors, and an evaluation replays what was captured in training. Megatron-Core 0.19 captures whole layers
-of a GPT model, even with ``--cuda-graph-modules attn moe_router``: its parts of a layer are those of hybrid
-models. With experts on several ranks a layer's dispatcher waits for the host, which a graph cannot hold.
+in tensors, and an evaluation replays what was captured in training. With experts on several ranks a layer's
+dispatcher waits for the host, which a graph cannot hold: there attention and router are captured alone
+(layers/captured.py).
 """
 
 from argparse import Namespace
@@ -11,12 +11,12 @@ from typing import Any
 
 # Megatron argument -> its values with which graphs are known to work. What is not here has no part in layers.
 KNOWN: dict[str, tuple[Any, ...]] = {
-    "expert_model_parallel_size": (1,),
     "tensor_model_parallel_size": (1,),
     "pipeline_model_parallel_size": (1,),
     "context_parallel_size": (1,),
     "transformer_impl": ("local",),
     "cuda_graph_modules": ([],),
+    "spec": (None,),
     **dict.fromkeys(("enable_cuda_graph", "external_cuda_graph"), (False,)),
     # Only grouped products of bfloat16 SwiGLU never ask how many tokens an expert has (layers/experts.py).
     **dict.fromkeys(("moe_grouped_gemm", "bf16", "swiglu"), (True,)),

@@ -124,24 +124,23 @@ def adapt(args: Namespace, device: str) -> str | None:
 
 
 def _graphs(args: Namespace, needed: dict[str, Any], undecided: bool) -> str:
-    """Add CUDA graphs to what is ``needed`` if the user left that open and they are known to work.
+    """Add CUDA graphs to what is ``needed``, if the user left that open and they are known to work.
 
-    Returns why there are none, or "". Raises UserError where the user's graphs would wait for the host.
+    Where a layer's dispatcher waits for the host, of its parts attention and router. Returns why not, or "".
     """
-    from megatron_router_upcycling.layers import dispatch
-
     run = Namespace(**vars(args) | needed)
     if undecided:
         if why_not := cuda_graphs.why_not(run):
             return f"no CUDA graphs, which are not known to work with {why_not}"
-        needed["cuda_graph_impl"] = "local"
-    elif run.cuda_graph_impl == "local" and run.num_experts:
+        run.cuda_graph_impl = needed["cuda_graph_impl"] = "local"
+    if run.cuda_graph_impl == "local" and not run.cuda_graph_modules and run.num_experts:
+        from megatron.core.transformer.enums import CudaGraphModule
+
+        from megatron_router_upcycling.layers import dispatch
+
         cut = run.expert_tensor_parallel_size or run.tensor_model_parallel_size
         if not dispatch.covers(run, run.expert_model_parallel_size * cut):
-            raise UserError(
-                "--cuda-graph-impl local: captures whole layers, and with experts on several ranks or without"
-                " --moe-grouped-gemm a layer waits for the host; leave it out"
-            )
+            needed["cuda_graph_modules"] = [CudaGraphModule.attn, CudaGraphModule.moe_router]
     return ""
 
 
@@ -152,7 +151,8 @@ def _set(args: Namespace, needed: dict[str, Any], platform: str, *notes: str) ->
             raise patching.changed("device", f"Megatron's argument {name!r} does not exist")
         if getattr(args, name) != value:
             setattr(args, name, value)
-            changed.append(f"{name}={value}")
+            words = [getattr(word, "name", word) for word in value] if isinstance(value, list) else value
+            changed.append(f"{name}={words}")
     said = [f"set {', '.join(changed)}"] if changed else []
     return f"{platform}: {'; '.join([*said, *filter(None, notes)])}" if said or any(notes) else None
 

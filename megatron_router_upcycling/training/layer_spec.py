@@ -23,6 +23,7 @@ from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import get_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
@@ -30,6 +31,7 @@ from megatron_router_upcycling.checkpoint.names import SEPARATE_NORM, within_lay
 from megatron_router_upcycling.config import agreement, manifest, yaml_files
 from megatron_router_upcycling.config.flags import SHARED_WITH_MEGATRON, flag_of
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.layers.captured import PartlyCapturedLayer
 from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
 from megatron_router_upcycling.routers.base import builder
 from megatron_router_upcycling.routers.config import RouterConfig
@@ -100,7 +102,10 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
     optimizer.install_muon()
     for name in router.kind.metrics:
         report_also(name)  # here, since all ranks run this: stages without experts must report it too
-    return replace(spec, layer_specs=[_with_router(layer, router) for layer in spec.layer_specs])
+    transformer = model_config.transformer
+    partly = transformer.cuda_graph_impl == "local" and transformer.cuda_graph_modules
+    module = PartlyCapturedLayer if partly else TransformerLayer
+    return replace(spec, layer_specs=[_with_router(layer, router, module) for layer in spec.layer_specs])
 
 
 def report_also(name: str) -> None:
@@ -119,8 +124,8 @@ def _with_more_names(
     return report(self, *args, track_names=track_names, **kwargs)
 
 
-def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
-    """A copy of a layer's spec whose MoE layer builds ``router``, with one name for the norm before it.
+def _with_router(layer: ModuleSpec, router: RouterConfig, module: type) -> ModuleSpec:
+    """A copy of a layer's spec that builds ``module`` and ``router``, with one name for the norm before it.
 
     Megatron saves that norm as ``mlp.linear_fc1.layer_norm_weight`` without Transformer Engine, and as
     ``pre_mlp_layernorm.weight`` with it. The latter is used here, because both can load it.
@@ -133,9 +138,13 @@ def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
     if not isinstance(inner, MoESubmodules) or mlp.func is not MoELayer:
         expected = "partial(MoELayer, submodules=MoESubmodules)"
         raise patching.changed("layer_spec", f"the mlp of a layer's spec is {mlp!r}, not {expected},")
+    if layer.module is not TransformerLayer:
+        raise patching.changed("layer_spec", f"a layer's spec builds {layer.module!r}, not TransformerLayer,")
     if router.kind.module is not None:
         inner = replace(inner, router=builder(router))
     routed = partial(UpcycledMoELayer, *mlp.args, **(mlp.keywords | {"submodules": inner}))
     norm = within_layer(SEPARATE_NORM)
     names = {k: v for k, v in submodules.sharded_state_dict_keys_map.items() if k != norm}
-    return replace(layer, submodules=replace(submodules, mlp=routed, sharded_state_dict_keys_map=names))
+    return replace(
+        layer, module=module, submodules=replace(submodules, mlp=routed, sharded_state_dict_keys_map=names)
+    )

@@ -10,12 +10,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_router_upcycling.checkpoint.format.files import locate, read_record
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, parse_metadata
-from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.training import cuda_graphs, device
 
 # Arguments of a run on a GPU, as far as they are read.
 ARGS: dict[str, Any] = {name: known[0] for name, known in cuda_graphs.KNOWN.items()}
-ARGS |= {"cuda_graph_impl": None, "num_experts": 8, "expert_tensor_parallel_size": None}
+ARGS |= {"cuda_graph_impl": None, "num_experts": 8, "expert_model_parallel_size": 1}
+ARGS |= {"expert_tensor_parallel_size": None}
 ARGS |= {"micro_batch_size": 4, "eval_micro_batch_size": None, "moe_shared_expert_overlap": False}
 ARGS |= {"distributed_backend": "nccl", "ddp_average_in_collective": True}
 ARGS |= {"gradient_accumulation_fusion": False}
@@ -46,7 +46,9 @@ def test_with_transformer_engine_only_apexs_kernel_is_missed(installed: set[str]
         ({}, "local", "set cuda_graph_impl=local"),
         ({"cuda_graph_impl": "none"}, "none", None),
         ({"cuda_graph_impl": "local", "recompute_granularity": "selective"}, "local", None),
-        ({"expert_model_parallel_size": 8}, "none", "not known to work with expert_model_parallel_size=8"),
+        ({"expert_model_parallel_size": 8}, "local", "local, cuda_graph_modules=['attn', 'moe_router']"),
+        ({"cuda_graph_impl": "local", "moe_grouped_gemm": False}, "local", "=['attn', 'moe_router']"),
+        ({"tensor_model_parallel_size": 2}, "none", "not known to work with tensor_model_parallel_size=2"),
         ({"transformer_impl": "transformer_engine"}, "none", "with transformer_impl=transformer_engine"),
         ({"num_experts": None}, "none", "with num_experts=None"),
     ],
@@ -58,14 +60,6 @@ def test_graphs_are_chosen_and_named_unless_the_user_has(
     line = device.adapt(args, "cuda")
     assert args.cuda_graph_impl == impl and args.ddp_average_in_collective
     assert line is None if said is None else line and line.endswith(said)
-
-
-@pytest.mark.parametrize("changes", [{"expert_model_parallel_size": 8}, {"moe_grouped_gemm": False}])
-def test_graphs_that_would_wait_for_the_host_are_refused(
-    changes: dict[str, Any], installed: set[str]
-) -> None:
-    with pytest.raises(UserError, match="--cuda-graph-impl local: captures whole layers"):
-        device.adapt(Namespace(**ARGS | {"cuda_graph_impl": "local"} | changes), "cuda")
 
 
 @pytest.mark.parametrize(

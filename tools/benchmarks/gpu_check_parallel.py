@@ -35,7 +35,7 @@ distributed.reduce_scatter_tensor(mine, both)
 distributed.all_reduce(mine)
 assert (other.tolist(), both.tolist(), mine.tolist()) == ([1, 2], [1, 1, 2, 2], [6, 6]), (other, both, mine)
 """
-SECONDS = 25  # for a probe
+SECONDS = 25  # for a probe on a GPU
 
 
 class Ranks:
@@ -82,7 +82,9 @@ def find_way(part: Part) -> tuple[dict[str, str], tuple[str, ...]]:
     refusals = []
     for way, environment in (ways | {"Gloo": {}}).items():
         backend = "gloo" if way == "Gloo" else "nccl"
-        done = Ranks.of(part, f"probe {way}", environment, "-c", PROBE, backend, device).run(SECONDS)
+        done = Ranks.of(part, f"probe {way}", environment, "-c", PROBE, backend, device).run(
+            SECONDS if ways else None
+        )
         if done.returncode == 0:
             break
         refusals.append(f"{way}: {done.reason()}")
