@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import measuring
-from gpu_check_jobs import FAILED, NOT_RUN, OK, ROOT, Check, Part, shown
+from gpu_check_jobs import FAILED, NOT_RUN, OK, OVER, ROOT, Check, Part, shown
 from gpu_check_parallel import parallel
 from gpu_check_speed import kernels, steps, transformer_engine
 from gpu_check_training import AGREE, train
@@ -137,7 +137,9 @@ def run(options: Namespace) -> dict[str, Any]:
     (options.output / "logs").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.work) as work:
         for name in (name for name in PARTS if name in options.parts and name not in kept):
-            left = options.seconds - (time.monotonic() - begin)
+            if (left := options.seconds - (time.monotonic() - begin)) <= 0:
+                print(f"{name}: no time is left for it (--seconds)", flush=True)
+                continue
             part = Part(name, min(limits[name], left), options, machine, Path(work))
             part.tell = partial(write, options.output, found, part, begin)
             try:
@@ -159,7 +161,11 @@ def earlier(output: Path, found: dict[str, Any]) -> dict[str, Any]:
     if any(before.get(name) != found[name] for name in ("hardware", "versions", "commit", "size")):
         print(f"{output}: of another machine, version or commit; all parts are run", flush=True)
         return {}
-    kept = {name: part for name, part in before["parts"].items() if part["outcome"] == OK and part["ended"]}
+    kept = {
+        name: part
+        for name, part in before["parts"].items()
+        if part["outcome"] == OK and part["ended"] and OVER not in [entry["why"] for entry in part["missing"]]
+    }
     for name, part in kept.items():
         part.setdefault("command", before["command"])
         print(f"{name}: ok in an earlier call", flush=True)

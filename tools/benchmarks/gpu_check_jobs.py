@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 OK, FAILED, NOT_RUN = "ok", "failed", "not run"
+OVER = "the part's time was over"  # why a check was not run, which a later call may run
 EAGER, GRAPHS = ("--cuda-graph-impl", "none"), ("--cuda-graph-impl", "local")
 # Start code of a process. It can hide Transformer Engine, or import Megatron and then wait for a line.
 STARTER = """
@@ -226,12 +227,20 @@ def engines(machine: dict[str, Any]) -> list[Engine]:
     return [Engine("without TE", hide_te=True), Engine("with TE")]
 
 
-def at_once(jobs: dict[str, Job], workers: int) -> dict[str, Done]:
-    """Run jobs that are not timed, ``workers`` at a time."""
+def at_once(
+    jobs: Mapping[str, Any],
+    workers: int,
+    tell: Callable[[str, dict[str, Done]], None] = lambda name, ran: None,
+) -> dict[str, Done]:
+    """Run jobs that are not timed, ``workers`` at a time; ``tell`` of each with the results so far."""
+    ran: dict[str, Done] = {}
     with ThreadPoolExecutor(workers) as pool:
         futures = {name: pool.submit(job.run) for name, job in jobs.items()}
         try:
-            return {name: future.result() for name, future in futures.items()}
+            for name, future in futures.items():
+                ran[name] = future.result()
+                tell(name, ran)
+            return ran
         except BaseException:  # this command is stopped: end its jobs too, or the pool would wait for them
             pool.shutdown(wait=False, cancel_futures=True)
             for job in jobs.values():

@@ -35,14 +35,15 @@ distributed.reduce_scatter_tensor(mine, both)
 distributed.all_reduce(mine)
 assert (other.tolist(), both.tolist(), mine.tolist()) == ([1, 2], [1, 1, 2, 2], [6, 6]), (other, both, mine)
 """
-SECONDS = 25  # for a probe on a GPU
+# Seconds on a GPU for a probe and for a run, since ranks that do not find each other wait for good.
+PROBING, RUNNING = 25, 90
 
 
 class Ranks:
     """A job in two processes, which share a GPU where there is one only; the last rank logs the losses."""
 
-    def __init__(self, jobs: list[Job]) -> None:
-        self.jobs = jobs
+    def __init__(self, jobs: list[Job], limit: float | None) -> None:
+        self.jobs, self.limit = jobs, limit
 
     @classmethod
     def of(
@@ -57,12 +58,12 @@ class Ranks:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank * own_gpu), "WORLD_SIZE": "2"}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | environment
             jobs.append(Job(part, f"{name} rank {rank}", *arguments, hide_te=hide_te, **place))
-        return cls(jobs)
+        return cls(jobs, RUNNING if part.machine["gpu"] else None)
 
     def run(self, limit: float | None = None) -> Done:
         failed = None
         with ThreadPoolExecutor(len(self.jobs)) as pool:
-            running = [pool.submit(job.run, limit) for job in self.jobs]
+            running = [pool.submit(job.run, limit or self.limit) for job in self.jobs]
             for future in as_completed(running):
                 if future.result().returncode != 0 and failed is None:
                     failed = future.result()
@@ -83,7 +84,7 @@ def find_way(part: Part) -> tuple[dict[str, str], tuple[str, ...]]:
     for way, environment in (ways | {"Gloo": {}}).items():
         backend = "gloo" if way == "Gloo" else "nccl"
         done = Ranks.of(part, f"probe {way}", environment, "-c", PROBE, backend, device).run(
-            SECONDS if ways else None
+            PROBING if ways else None
         )
         if done.returncode == 0:
             break
@@ -115,13 +116,15 @@ def parallel(part: Part) -> None:
             save = ("--save", saved, "--save-interval", HALF) if name == f"EP 2, {dtypes[0]}" else ()
             given = (*alone.arguments, *own, *save)
             jobs[name] = Ranks.of(part, name, environment, *given, hide_te=plain.hide_te)
-    ran = at_once(jobs, max(1, training.workers // 2))
-    for name, done in ran.items():
+
+    def tell(name: str, ran: dict[str, Done]) -> None:
         layout, dtype = name.split(", ")
         if layout == "one rank":
-            part.add(from_run(done, name, losses=list(done.losses.values())))
+            part.add(from_run(ran[name], name, losses=list(ran[name].losses.values())))
         else:
-            part.add(held(done, name, ran[f"one rank, {dtype}"], f"one rank's, {dtype}"))
+            part.add(held(ran[name], name, ran[f"one rank, {dtype}"], f"one rank's, {dtype}"))
+
+    ran = at_once(jobs, max(1, training.workers // 2), tell)
     # What was saved half-way at EP 2 goes on at EP 1.
     name, flags = "saved at EP 2, resumed at EP 1", (*backend, "--ckpt-step", HALF)
     done = training.job(name, plain, *flags, load=saved, dtype=dtypes[0]).run()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import candidates
-from gpu_check_jobs import EAGER, GRAPHS, HERE, Check, Engine, Job, Part, at_once, engines, from_run
+from gpu_check_jobs import EAGER, GRAPHS, HERE, OVER, Check, Engine, Job, Part, at_once, engines, from_run
 from gpu_check_training import Training, held
 
 # Flags for a small step of bench_step.py: for the default model on a GPU (True), and on the CPU (False).
@@ -93,11 +93,11 @@ def measure_steps(part: Part, variants: list[Variant]) -> None:
             part, f"step {variant.name}", HERE / "bench_step.py", *flags, hide_te=variant.engine.hide_te
         )
         jobs.append((variant.name, job, output))
-    for name, job, output in in_turn(jobs, hold=on_gpu):
+    for number, (name, job, output) in enumerate(in_turn(jobs, hold=on_gpu)):
         if part.left() < START:
-            part.cannot(f"step {name}", "the part's time was over")
+            part.cannot(f"step {name}", OVER)
             continue
-        done = job.run()
+        done = job.run(max(60.0, part.left() - START * (len(jobs) - number - 1)))  # time for those to come
         check = from_run(done, name)
         if check.ok:
             check.figures = step_figures(json.loads(output.read_text()))

@@ -28,7 +28,8 @@ def install() -> None:
 
 
 def _later(validate: Callable[..., None], self: Any, result: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    _waiting.append((result.detach(), lambda value: validate(self, value, *args, **kwargs)))
+    kept = result.detach().clone()  # Megatron's schedule divides a loss in place afterwards
+    _waiting.append((kept, lambda value: validate(self, value, *args, **kwargs)))
 
 
 def _after_the_passes(create: Callable[[], Any]) -> Any:
