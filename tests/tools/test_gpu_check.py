@@ -16,8 +16,6 @@ from tools.benchmarks import candidates, step_parts
 
 PARTS = ("parallel", "transformer-engine", "steps", "train", "kernels")
 TOOLS = launch.ROOT / "tools" / "benchmarks"
-
-
 PATIENT = [word for part in ("parallel", "steps", "train", "kernels") for word in ("--limit", part, 900)]
 PATIENT += ["--seconds", 3600]
 
@@ -89,7 +87,7 @@ def test_whole_check_on_the_cpu(tmp_path: Path) -> None:
     assert checks["two ranks"]["figures"]["over"] == "Gloo"
     # The same command carries on from its page.
     status, printed, again, page = check(tmp_path / "out", *PATIENT)
-    assert status == 0 and "train: ok in an earlier call" in printed and again["seconds"] < 60
+    assert status == 0 and "train: ok in an earlier call" in printed
     assert again["parts"]["train"]["checks"] == found["parts"]["train"]["checks"]
     assert "by an earlier `python" in page
 

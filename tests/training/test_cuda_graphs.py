@@ -31,6 +31,7 @@ def compare() -> None:
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
     from megatron.core.transformer.moe.router import TopKRouter
 
+    from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
     from megatron_router_upcycling.layers.routing import FusedRoutingRouter
     from tests.layers.test_dispatch import EXPERTS, build
 
@@ -39,7 +40,7 @@ def compare() -> None:
         found: dict[str, Any] = {}
         for impl in ("none", "local"):
             losses = {"moe_router_load_balancing_type": "aux_loss", "moe_z_loss_coeff": 1e-3}
-            layer = build(_layer(), 2, False, **losses)
+            layer = build(UpcycledMoELayer, 2, False, **losses)
             layer.config.moe_aux_loss_coeff = 0.02
             layer.router = kind(layer.config, get_default_pg_collection())
             layer.router.weight.data.normal_(generator=torch.Generator().manual_seed(5))
@@ -49,12 +50,6 @@ def compare() -> None:
         counted = [record["layers"] for record, *_ in found["none"]]
         assert found["none"][2][2] == inputs[4].flatten(0, 1).tolist()  # the step's first micro-batch
         assert counted == [[0], [], [0]] and found["none"][2][0]["load"] != found["none"][0][0]["load"]
-
-
-def _layer() -> type:
-    from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
-
-    return UpcycledMoELayer
 
 
 def steps(layer: Any, inputs: torch.Tensor, impl: str, experts: int) -> list[Any]:
