@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core.transformer.cuda_graphs import CudaGraphManager
 from megatron.core.transformer.enums import CudaGraphModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -18,12 +19,12 @@ class PartlyCapturedLayer(TransformerLayer):
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        parts = (
-            (CudaGraphModule.attn, self, "_forward_attention"),
-            (CudaGraphModule.moe_router, self.mlp, "route"),
-        )
+        assert not hasattr(self, "cudagraph_manager"), "this Megatron captures the whole layer all the same"
+        parts: list[tuple[CudaGraphModule, Any, str]] = [(CudaGraphModule.attn, self, "_forward_attention")]
+        if isinstance(self.mlp, MoELayer):
+            parts.append((CudaGraphModule.moe_router, self.mlp, "route"))
         for part, owner, name in parts:
-            if part in config.cuda_graph_modules and hasattr(owner, name):
+            if part in config.cuda_graph_modules:
                 # A submodule, so that it knows whether the model trains; it replaces the method.
                 owner.add_module(f"cudagraph_manager{name}", CudaGraphManager(config, owner, name))
 

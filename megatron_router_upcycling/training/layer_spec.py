@@ -103,9 +103,14 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
     for name in router.kind.metrics:
         report_also(name)  # here, since all ranks run this: stages without experts must report it too
     transformer = model_config.transformer
-    partly = transformer.cuda_graph_impl == "local" and transformer.cuda_graph_modules
-    module = PartlyCapturedLayer if partly else TransformerLayer
-    return replace(spec, layer_specs=[_with_router(layer, router, module) for layer in spec.layer_specs])
+    layers = [_with_router(layer, router) for layer in spec.layer_specs]
+    if transformer.cuda_graph_impl == "local" and transformer.cuda_graph_modules:
+        if others := [layer.module for layer in layers if layer.module is not TransformerLayer]:
+            raise patching.changed(
+                "layer_spec", f"a layer's spec builds {others[0]!r}, not TransformerLayer,"
+            )
+        layers = [replace(layer, module=PartlyCapturedLayer) for layer in layers]
+    return replace(spec, layer_specs=layers)
 
 
 def report_also(name: str) -> None:
@@ -124,8 +129,8 @@ def _with_more_names(
     return report(self, *args, track_names=track_names, **kwargs)
 
 
-def _with_router(layer: ModuleSpec, router: RouterConfig, module: type) -> ModuleSpec:
-    """A copy of a layer's spec that builds ``module`` and ``router``, with one name for the norm before it.
+def _with_router(layer: ModuleSpec, router: RouterConfig) -> ModuleSpec:
+    """A copy of a layer's spec whose MoE layer builds ``router``, with one name for the norm before it.
 
     Megatron saves that norm as ``mlp.linear_fc1.layer_norm_weight`` without Transformer Engine, and as
     ``pre_mlp_layernorm.weight`` with it. The latter is used here, because both can load it.
@@ -138,13 +143,9 @@ def _with_router(layer: ModuleSpec, router: RouterConfig, module: type) -> Modul
     if not isinstance(inner, MoESubmodules) or mlp.func is not MoELayer:
         expected = "partial(MoELayer, submodules=MoESubmodules)"
         raise patching.changed("layer_spec", f"the mlp of a layer's spec is {mlp!r}, not {expected},")
-    if layer.module is not TransformerLayer:
-        raise patching.changed("layer_spec", f"a layer's spec builds {layer.module!r}, not TransformerLayer,")
     if router.kind.module is not None:
         inner = replace(inner, router=builder(router))
     routed = partial(UpcycledMoELayer, *mlp.args, **(mlp.keywords | {"submodules": inner}))
     norm = within_layer(SEPARATE_NORM)
     names = {k: v for k, v in submodules.sharded_state_dict_keys_map.items() if k != norm}
-    return replace(
-        layer, module=module, submodules=replace(submodules, mlp=routed, sharded_state_dict_keys_map=names)
-    )
+    return replace(layer, submodules=replace(submodules, mlp=routed, sharded_state_dict_keys_map=names))
