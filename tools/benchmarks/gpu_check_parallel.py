@@ -83,9 +83,8 @@ def find_way(part: Part) -> tuple[dict[str, str], tuple[str, ...]]:
     refusals = []
     for way, environment in (ways | {"Gloo": {}}).items():
         backend = "gloo" if way == "Gloo" else "nccl"
-        done = Ranks.of(part, f"probe {way}", environment, "-c", PROBE, backend, device).run(
-            PROBING if ways else None
-        )
+        pair = Ranks.of(part, f"probe {way}", environment, "-c", PROBE, backend, device)
+        done = pair.run(PROBING if backend == "nccl" else None)
         if done.returncode == 0:
             break
         refusals.append(f"{way}: {done.reason()}")
