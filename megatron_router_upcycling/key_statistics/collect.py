@@ -118,7 +118,6 @@ def load_model(args: Namespace) -> list[torch.nn.Module]:
     args.no_load_optim = args.no_load_rng = True
     args.exit_on_missing_checkpoint = True
     args.rerun_mode = "disabled"  # as in Megatron's own evaluation
-    args.cuda_graph_impl = "none"  # a replayed graph would call no Python, and so capture no key
     model, _, _ = train.build(args, gpt_config_from_args(args))
     for chunk in model:
         chunk.eval()

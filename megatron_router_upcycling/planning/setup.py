@@ -9,6 +9,7 @@ from megatron_router_upcycling import expert_layers
 from megatron_router_upcycling.config.flags import flag_of
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
+from megatron_router_upcycling.training.cuda_graphs import KNOWN
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Setup:
     recompute_method: str = ""
     recompute_num_layers: int = 0
     recompute_modules: tuple[str, ...] = ()
+    cuda_graph_impl: str = ""
     router: RouterConfig | None = None
 
     @property
@@ -127,6 +129,16 @@ class Setup:
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.seq_length
+
+    @property
+    def in_graphs(self) -> bool:
+        """Whether whole layers are captured on a GPU without Transformer Engine, by what is known here."""
+        if self.cuda_graph_impl == "none" or not self.num_experts or self.expert_model_parallel_size > 1:
+            return False
+        values = {name: getattr(self, name) for name in KNOWN if hasattr(self, name)}
+        return all(
+            value in KNOWN[name] or (not value and None in KNOWN[name]) for name, value in values.items()
+        )
 
     def is_last(self, stage: int) -> bool:
         return stage == self.pipeline_model_parallel_size - 1

@@ -9,6 +9,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.training import cuda_graphs
 from megatron_router_upcycling.training.patches import patching
 
 # apex's extension that Megatron's output layer needs for --gradient-accumulation-fusion, on by default.
@@ -86,14 +87,17 @@ def check_implementation(transformer_impl: str | None) -> None:
 def adapt(args: Namespace, device: str) -> str | None:
     """Set the flags that must differ on this platform; return one line that names those, or None."""
     check_implementation(getattr(args, "transformer_impl", None))
+    undecided = args.cuda_graph_impl is None  # see ``launch``
+    args.cuda_graph_impl = args.cuda_graph_impl or "none"
+    needed: dict[str, Any] = {}
     if device == "cuda":
-        needed = _graphs_that_work(args)
         if args.distributed_backend == "gloo":
             needed["ddp_average_in_collective"] = False
         if has_transformer_engine():
-            if importlib.util.find_spec(APEX_EXTENSION):
-                return _set(args, needed, "GPU with Transformer Engine")
-            return _set(args, {"gradient_accumulation_fusion": False} | needed, "GPU without apex")
+            with_apex = importlib.util.find_spec(APEX_EXTENSION)
+            needed |= {} if with_apex else {"gradient_accumulation_fusion": False}
+            platform = "GPU with Transformer Engine" if with_apex else "GPU without apex"
+            return _set(args, needed, platform, _graphs(args, needed, undecided))
         needed = WITHOUT_FUSED_KERNELS | needed
     else:
         needed = WITHOUT_FUSED_KERNELS | ON_CPU
@@ -115,27 +119,32 @@ def adapt(args: Namespace, device: str) -> str | None:
 
         if why_not := experts.usable(device):
             needed["moe_grouped_gemm"] = False
-            note = f" (grouped expert products: {why_not})"
-    return _set(args, needed, "GPU without Transformer Engine", note)
+            note = f"grouped expert products: {why_not}"
+    return _set(args, needed, "GPU without Transformer Engine", note, _graphs(args, needed, undecided))
 
 
-def _graphs_that_work(args: Namespace) -> dict[str, Any]:
-    """What ``--cuda-graph-impl`` needs: random states for graphs, no dispatcher that talks to the host."""
-    if args.cuda_graph_impl == "none":
-        return {}
-    needed: dict[str, Any] = {"te_rng_tracker": True}
-    if args.cuda_graph_impl == "local" and not args.cuda_graph_modules and args.num_experts:
+def _graphs(args: Namespace, needed: dict[str, Any], undecided: bool) -> str:
+    """Add CUDA graphs to what is ``needed``, if the user left that open and they are known to work.
+
+    Where a layer's dispatcher waits for the host, of its parts attention and router. Returns why not, or "".
+    """
+    run = Namespace(**vars(args) | needed)
+    if undecided:
+        if why_not := cuda_graphs.why_not(run):
+            return f"no CUDA graphs, which are not known to work with {why_not}"
+        run.cuda_graph_impl = needed["cuda_graph_impl"] = "local"
+    if run.cuda_graph_impl == "local" and not run.cuda_graph_modules and run.num_experts:
         from megatron.core.transformer.enums import CudaGraphModule
 
         from megatron_router_upcycling.layers import dispatch
 
-        cut = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-        if not dispatch.covers(args, args.expert_model_parallel_size * cut):
+        cut = run.expert_tensor_parallel_size or run.tensor_model_parallel_size
+        if not dispatch.covers(run, run.expert_model_parallel_size * cut):
             needed["cuda_graph_modules"] = [CudaGraphModule.attn, CudaGraphModule.moe_router]
-    return needed
+    return ""
 
 
-def _set(args: Namespace, needed: dict[str, Any], platform: str, note: str = "") -> str | None:
+def _set(args: Namespace, needed: dict[str, Any], platform: str, *notes: str) -> str | None:
     changed = []
     for name, value in needed.items():
         if not hasattr(args, name):
@@ -144,7 +153,8 @@ def _set(args: Namespace, needed: dict[str, Any], platform: str, note: str = "")
             setattr(args, name, value)
             words = [getattr(word, "name", word) for word in value] if isinstance(value, list) else value
             changed.append(f"{name}={words}")
-    return f"{platform}: set {', '.join(changed)}{note}" if changed else None
+    said = [f"set {', '.join(changed)}"] if changed else []
+    return f"{platform}: {'; '.join([*said, *filter(None, notes)])}" if said or any(notes) else None
 
 
 def choose_attention(args: Namespace, with_te: bool) -> str:

@@ -83,6 +83,8 @@ def prepare(argv: list[str], *, needs_checkpoint: bool = False) -> Run:
     place = device.choose(request.flags.device)
     args, router = merge(request, origin, place)
     args.save = save
+    if needs_checkpoint or args.skip_train:
+        args.cuda_graph_impl = "none"  # a replay would call no Python, and so find no key
     _say(args, data.choose_tokenizer(args, request.argv, origin.load))
     adapt(args, place)
     validate(args)
@@ -199,6 +201,7 @@ def _extend(parser: ArgumentParser, request: Request, origin: Origin) -> Argumen
     config_flags.add_arguments(parser)
     # Checkpoints that any other TP, PP and EP can resume; no dropout, as in Qwen and the paper (section 4.1).
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=True, attention_dropout=0.0, hidden_dropout=0.0)
+    parser.set_defaults(cuda_graph_impl=None)  # not given: ``device.adapt`` decides
     if origin.recorded:
         config_flags.set_defaults(parser, origin.recorded["model"], str(origin.source))
         shared = config_flags.SHARED_WITH_MEGATRON.items()
@@ -211,13 +214,15 @@ def adapt(args: Namespace, place: str) -> None:
     """Set the flags and patch the parts of Megatron that must differ on this machine; rank 0 prints which."""
     device.use_built_dataset_helper()
     _say(args, device.adapt(args, place))
-    from megatron_router_upcycling.training.patches import added_state, layers, optimizer
+    from megatron_router_upcycling.training.patches import added_state, graphs, layers, optimizer
 
     added_state.install()
     has_te = place == "cuda" and device.has_transformer_engine()
     with_te = has_te and args.transformer_impl == "transformer_engine"
     attention = device.choose_attention(args, with_te)
     optimizer.install(has_te)
+    if args.cuda_graph_impl == "local":
+        graphs.install()
     if not has_te:
         layers.install_without_te(attention)
     if place == "cuda":

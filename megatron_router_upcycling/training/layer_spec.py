@@ -23,6 +23,7 @@ from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import get_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
@@ -30,6 +31,7 @@ from megatron_router_upcycling.checkpoint.names import SEPARATE_NORM, within_lay
 from megatron_router_upcycling.config import agreement, manifest, yaml_files
 from megatron_router_upcycling.config.flags import SHARED_WITH_MEGATRON, flag_of
 from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.layers.captured import PartlyCapturedLayer
 from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
 from megatron_router_upcycling.routers.base import builder
 from megatron_router_upcycling.routers.config import RouterConfig
@@ -100,7 +102,15 @@ def _build_spec(model_config: GPTModelConfig, vp_stage: int | None = None, *, ro
     optimizer.install_muon()
     for name in router.kind.metrics:
         report_also(name)  # here, since all ranks run this: stages without experts must report it too
-    return replace(spec, layer_specs=[_with_router(layer, router) for layer in spec.layer_specs])
+    transformer = model_config.transformer
+    layers = [_with_router(layer, router) for layer in spec.layer_specs]
+    if transformer.cuda_graph_impl == "local" and transformer.cuda_graph_modules:
+        if others := [layer.module for layer in layers if layer.module is not TransformerLayer]:
+            raise patching.changed(
+                "layer_spec", f"a layer's spec builds {others[0]!r}, not TransformerLayer,"
+            )
+        layers = [replace(layer, module=PartlyCapturedLayer) for layer in layers]
+    return replace(spec, layer_specs=layers)
 
 
 def report_also(name: str) -> None:

@@ -13,12 +13,16 @@ CONFIGS = sorted(path.relative_to(launch.ROOT) for path in launch.ROOT.glob("con
 PARSE = """
 import json, os, sys
 from megatron.training.global_vars import unset_global_variables
-from megatron_router_upcycling.training import launch
+from megatron_router_upcycling.layers import experts
+from megatron_router_upcycling.training import device, launch
+experts.usable = lambda device: None
 os.chdir(sys.argv[1])
 for config in sys.argv[2:]:
     flags = ["--config", config, "--mock-data", "--tokenizer-type", "NullTokenizer"]
     args = vars(launch.prepare(flags).args)
-    print("parsed", json.dumps({"config": config} | args, default=str))
+    request = launch.parse(flags)
+    on_gpu = device.adapt(launch.merge(request, launch.find_origin(request, None), "cpu")[0], "cuda")
+    print("parsed", json.dumps({"config": config, "on a GPU": on_gpu} | args, default=str))
     unset_global_variables()
 """
 
@@ -42,6 +46,18 @@ def test_each_configuration_parses_and_stays_alive(parsed: dict[str, dict]) -> N
         assert args["global_batch_size"] * args["seq_length"] == 4_194_304, config
 
 
+def test_which_runs_are_in_graphs_on_a_gpu_without_a_flag(parsed: dict[str, dict]) -> None:
+    lines = {config.removeprefix("configs/"): args["on a GPU"] for config, args in parsed.items()}
+    assert lines["qwen1.5-0.5b-8x/moe.yaml"].endswith(", cuda_graph_impl=local")
+    parts = ", cuda_graph_impl=local, cuda_graph_modules=['attn', 'moe_router']"
+    assert lines["qwen1.5-0.5b-8x/moe_ep8.yaml"].endswith(parts)
+    for config, why in (
+        ("qwen2.5-7b-4x/moe.yaml", "pipeline_model_parallel_size=2"),
+        ("qwen1.5-0.5b-8x/dense.yaml", "num_experts=None"),
+    ):
+        assert lines[config].endswith(f"; no CUDA graphs, which are not known to work with {why}")
+
+
 def test_the_papers_run(parsed: dict[str, dict]) -> None:
     """METHOD: section 4.1 of the paper."""
     args = parsed["configs/qwen1.5-0.5b-8x/moe.yaml"]
@@ -56,7 +72,7 @@ def test_the_papers_run(parsed: dict[str, dict]) -> None:
     }  # fmt: skip
     assert {name: args[name] for name in stated} == stated
     spread = parsed["configs/qwen1.5-0.5b-8x/moe_ep8.yaml"]
-    differs = {name for name in args if args[name] != spread[name]} - {"config"}
+    differs = {name for name in args if args[name] != spread[name]} - {"config", "on a GPU"}
     assert {name for name in differs if "expert" in name} == {"expert_model_parallel_size"}
 
 

@@ -4,8 +4,9 @@
 PyTorch's allocator, streams, events and handles between processes are the real ones, ``torch.cuda`` says that
 a GPU is there, and no bridge to the CPU is laid. ``Pretended`` computes aten's operations on that memory with
 PyTorch's CPU kernels. It refuses what a GPU refuses: tensors of different devices, and waiting for a value
-inside a CUDA graph. What this cannot show: kernels, speed, NCCL, and libraries with kernels of their own,
-such as Transformer Engine.
+inside a CUDA graph. A graph holds those operations (``tests.tape``), and its replay computes them again.
+What this cannot show: kernels, speed, NCCL, and libraries with kernels of their own, such as Transformer
+Engine.
 
 In the environment of ``environment``::
 
@@ -26,6 +27,8 @@ import torch
 from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tests.tape import Tape, is_view, written_by
 
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent / "lib"
@@ -75,6 +78,23 @@ NATIVE = re.compile(
 ACROSS = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_", "_foreach_copy_"}
 
 
+class Graph(torch.cuda.CUDAGraph):
+    """A graph whose replay computes what ``Pretended`` saw in its capture."""
+
+    capturing: Tape | None = None  # of the graph that is being captured
+
+    def capture_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().capture_begin(*args, **kwargs)
+        Graph.capturing = self.tape = Tape()
+
+    def capture_end(self) -> None:
+        super().capture_end()
+        Graph.capturing = None
+
+    def replay(self) -> None:
+        self.tape.replay()
+
+
 class Pretended(TorchDispatchMode):
     """Operations on CUDA tensors, computed by the CPU's kernels on the same memory."""
 
@@ -84,18 +104,19 @@ class Pretended(TorchDispatchMode):
         takes = any(tensor.is_cuda for tensor in tensors)
         device = kwargs.get("device")
         gives = torch.device(device).type == "cuda" if device is not None else takes
-        name = func._schema.name.partition("::")[2]
-        returns = [result.alias_info for result in func._schema.returns]
-        is_view = any(alias is not None and not alias.is_write for alias in returns)
+        name, tape = func._schema.name.partition("::")[2], Graph.capturing
         if func.namespace == "c10d" and takes:
             return func(*tree_map_only(torch.Tensor, on_host, args), **kwargs)  # over Gloo
-        if not (takes or gives) or is_view or NATIVE.match(name):
-            return func(*args, **kwargs)
+        if not (takes or gives) or is_view(func) or NATIVE.match(name):
+            result = func(*args, **kwargs)
+            if tape and gives and NATIVE.match(name):
+                tape.made(*tree_leaves(result))
+            return result
         if takes and name not in ACROSS and any(not t.is_cuda and t.dim() for t in tensors):
             raise RuntimeError(f"{func}: tensors on {[str(tensor.device) for tensor in tensors]}")
         # What the host waits for cannot be in a CUDA graph.
         waits = name in ("_local_scalar_dense", "nonzero") or not (gives or kwargs.get("non_blocking"))
-        if takes and waits and torch.cuda.is_current_stream_capturing():
+        if takes and waits and tape:
             raise RuntimeError(f"{func} waits for the GPU inside a CUDA graph")
         if gives and device is not None:
             kwargs["device"] = torch.device("cpu")
@@ -103,15 +124,14 @@ class Pretended(TorchDispatchMode):
         compute = func
         if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(func.name(), "CPU"):
             compute = decomposition_table.get(func, func)
-        result = compute(*host_args, **host_kwargs)
-        if any(alias is not None for alias in returns):  # in place, or out=
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-            written = [
-                given[argument.name]
-                for argument in func._schema.arguments
-                if argument.alias_info is not None and argument.alias_info.is_write
-            ]
-            return written[0] if len(returns) == 1 else tuple(written)
+        written = written_by(func, args, kwargs)
+        if tape:
+            tape.held += tensors
+            result = tape.call(compute, host_args, host_kwargs, written_by(func, host_args, host_kwargs))
+        else:
+            result = compute(*host_args, **host_kwargs)
+        if written:  # in place, or out=
+            return {0: None, 1: written[0]}.get(len(func._schema.returns), tuple(written))
         return tree_map_only(torch.Tensor, on_gpu, result) if gives else result
 
 
@@ -133,21 +153,31 @@ def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_cuda:
         return tensor
     copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
-    if tensor.numel():
-        on_host(copy).copy_(tensor)
+    host = on_host(copy)
+    if Graph.capturing:
+        Graph.capturing.made(copy, host)
+        Graph.capturing.call(host.copy_, (tensor,), {}, [host])
+    elif tensor.numel():
+        host.copy_(tensor)
     return copy
+
+
+def enter() -> None:
+    """Pretend from here on, to the end of the process."""
+    # The CPU has none of the fused attention kernels.
+    for kind in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
+    torch.cuda.CUDAGraph = torch.cuda.graphs.CUDAGraph = Graph  # type: ignore[misc, attr-defined]
+    Pretended().__enter__()
 
 
 def main() -> None:
     """Go on as ``python ARGUMENTS``, -m MODULE or a file, on the pretended GPU."""
-    # The CPU has none of the fused attention kernels.
-    for kind in ("flash", "mem_efficient", "cudnn"):
-        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
+    enter()
     sys.argv = sys.argv[1:]
-    with Pretended():
-        if sys.argv[0] == "-m":
-            del sys.argv[0]
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        else:
-            sys.path[0] = os.path.dirname(sys.argv[0])
-            runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(sys.argv[0])
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -102,8 +102,9 @@ int cudaEventCreateWithFlags(void **event, unsigned flags) { return named(event)
 int cudaEventCreate(void **event) { return named(event); }
 int cudaIpcOpenEventHandle(void **event, struct handle handle) { return named(event); }
 int cudaEventElapsedTime(float *milliseconds, void *start, void *end) { return *milliseconds = 1, 0; }
-/* A graph is captured, which PyTorch asks about, and its replay does nothing. */
+/* A graph is captured, which PyTorch asks about; __init__.py has its replay. Nothing may wait meanwhile. */
 static int capturing;
+int cudaEventSynchronize(void *event) { return capturing ? 907 : 0; }
 int cudaStreamBeginCapture(void *stream, int mode) { return capturing = 1, 0; }
 int cudaStreamEndCapture(void *stream, void **graph) { return capturing = 0, named(graph); }
 int cudaGraphInstantiateWithFlags(void **executable) { return named(executable); }

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +12,56 @@ import pytest
 import torch
 
 from tests import launch
-from tools.benchmarks import step_parts
+from tools.benchmarks import candidates, step_parts
 
+PARTS = ("parallel", "transformer-engine", "steps", "train", "kernels")
 TOOLS = launch.ROOT / "tools" / "benchmarks"
+PATIENT = [word for part in ("parallel", "steps", "train", "kernels") for word in ("--limit", part, 900)]
+PATIENT += ["--seconds", 3600]
+
+
+def command(output: Path, *flags: object) -> dict[str, Any]:
+    """Of a check, all that it is given is PYTHONPATH."""
+    words = [sys.executable, str(TOOLS / "gpu_check.py"), "--output", str(output), *map(str, flags)]
+    environment = os.environ | {"PYTHONPATH": str(launch.ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return {"args": words, "env": environment, "text": True, "cwd": output.parent}
 
 
 def check(output: Path, *flags: object) -> tuple[int, str, dict[str, Any], str]:
-    """Exit status, what it printed, and its two reports; all it is given is PYTHONPATH."""
-    command = [sys.executable, str(TOOLS / "gpu_check.py"), "--output", str(output), *map(str, flags)]
-    environment = os.environ | {"PYTHONPATH": str(launch.ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=2000, cwd=output.parent
-    )
+    """Exit status, what it printed, and its two reports."""
+    done = subprocess.run(**command(output, *flags), capture_output=True, timeout=2000)
     found = json.loads((output / "report.json").read_text())
     return done.returncode, done.stdout + done.stderr, found, (output / "report.md").read_text()
 
 
+def test_help_lists_the_parts_in_the_order_of_their_worth(tmp_path: Path) -> None:
+    said = subprocess.run(**command(tmp_path / "out", "--help"), capture_output=True).stdout
+    places = [said.index(f"\n{part}") for part in PARTS]
+    assert places == sorted(places)
+
+
+def test_a_check_that_is_killed_leaves_its_page(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = subprocess.Popen(**command(output, "--parts", "parallel"), stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "report.md").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        process.terminate()
+        process.wait()
+    page = (output / "report.md").read_text()
+    assert ", not ended)" in page and "| convert a dense model | ok |" in page
+    assert "- steps: not asked for (--parts), or not yet" in page
+
+
 @pytest.mark.slow
 def test_whole_check_on_the_cpu(tmp_path: Path) -> None:
-    patient = ("--limit", "train", 900, "--limit", "steps", 400, "--limit", "kernels", 600)
-    status, printed, found, page = check(tmp_path / "out", *patient)
+    status, printed, found, page = check(tmp_path / "out", *PATIENT)
     assert status == 0, printed
     outcomes = {name: part["outcome"] for name, part in found["parts"].items()}
-    assert outcomes == {"train": "ok", "steps": "ok", "kernels": "ok"}
+    assert outcomes == dict.fromkeys(PARTS, "ok") | {"transformer-engine": "not run"}
+    assert list(outcomes) == list(PARTS)
     assert "(no GPU)" in found["hardware"] and found["size"] == "small"
     assert found["versions"]["megatron-core"] and "gpu_check.py" in found["command"]
     checks = {entry["name"]: entry for part in found["parts"].values() for entry in part["checks"]}
@@ -43,7 +71,10 @@ def test_whole_check_on_the_cpu(tmp_path: Path) -> None:
     assert len(resumed["losses"]) == 6 and resumed["from the unbroken run's"] < 2e-3
     exported = checks["transformers' loss of the export from CPU on CPU"]["figures"]
     assert exported["megatron"] == pytest.approx(exported["transformers"], rel=1e-3)
-    for name, ratio in (("CPU, micro-batch 4", "mixture over stock"), ("bench_router", "folded over stock")):
+    for name, ratio in (
+        ("eager, micro-batch 4", "mixture over stock"),
+        ("bench_router", "folded over stock"),
+    ):
         assert checks[name]["figures"][ratio] > 0
     missing = "\n".join(f"{entry['what']}: {entry['why']}" for entry in found["not_run"])
     for what in ("CUDA graphs", "NCCL", "Transformer Engine", "saving while training goes on"):
@@ -51,22 +82,31 @@ def test_whole_check_on_the_cpu(tmp_path: Path) -> None:
     for name in checks:
         assert f"| {name} | ok |" in page
         assert f"] {name}: ok" in printed
+    for layout in ("EP 2, float32", "DP 2, float32", "TP 2, float32", "saved at EP 2, resumed at EP 1"):
+        assert checks[layout]["figures"]["from one rank's, float32"] < 1e-5
+    assert checks["two ranks"]["figures"]["over"] == "Gloo"
+    # The same command carries on from its page.
+    status, printed, again, page = check(tmp_path / "out", *PATIENT)
+    assert status == 0 and "train: ok in an earlier call" in printed
+    assert again["parts"]["train"]["checks"] == found["parts"]["train"]["checks"]
+    assert "by an earlier `python" in page
 
 
 @pytest.mark.slow
 def test_part_that_fails_stops_nothing_else(tmp_path: Path) -> None:
-    flags = ("--parts", "train", "steps", "--limit", "train", "0.5", "--limit", "steps", "400")
+    flags = ("--parts", "train", "steps", *PATIENT, "--limit", "train", "0.5")
     status, printed, found, page = check(tmp_path / "out", *flags)
     assert status == 1 and found["parts"]["train"]["outcome"] == "failed"
     assert "its limit is over" in found["parts"]["train"]["checks"][0]["note"]
     assert found["parts"]["steps"]["outcome"] == "ok", printed
-    assert {"what": "kernels", "why": "not asked for (--parts)"} in found["not_run"]
+    assert {"what": "kernels", "why": "not asked for (--parts), or not yet"} in found["not_run"]
     assert "## train: failed" in page and "## steps: ok" in page
 
 
 def test_a_step_on_the_cpu(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
     flags = ("--num-layers", 2, "--vocab-size", 256, "--rehearse-seq-length", 32, "--gpus", 4)
+    flags += ("--try", "torch-math")
     done = launch.python(TOOLS / "bench_step.py", "--rounds", 2, "--output", output, *flags).ok()
     found = json.loads(output.read_text())
     assert "(no GPU)" in found["hardware"] and found["utilisation"] == {"mixture": None, "stock": None}
@@ -77,6 +117,13 @@ def test_a_step_on_the_cpu(tmp_path: Path) -> None:
         assert found["tokens_per_second"][kind] == pytest.approx(4 * 32 / seconds)
         assert 0 < found["router_share"][kind] < 1
     assert f"mixture's throughput over stock's: {found['throughput_ratio']:.4f}" in done.text
+
+
+def test_another_attention_is_taken_only_if_it_is_right() -> None:
+    right = torch.nn.functional.scaled_dot_product_attention
+    assert candidates.difference(right) < candidates.TOLERANCE
+    assert candidates.difference(lambda *args, **of: right(*args, **of | {"is_causal": False})) > 0.1
+    assert candidates.missing("flash-attn-4") in (None, "flash_attn.cute")
 
 
 def test_layers_in_cuda_graphs_are_one_part() -> None:

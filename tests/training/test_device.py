@@ -1,4 +1,4 @@
-"""What differs where fused kernels are missing, or where they hold the routers."""
+"""What differs where fused kernels are missing, and which layers are captured in CUDA graphs."""
 
 import importlib.util
 from argparse import Namespace
@@ -7,22 +7,18 @@ from typing import Any
 
 import pytest
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.transformer.enums import CudaGraphModule
 
 from megatron_router_upcycling.checkpoint.format.files import locate, read_record
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, parse_metadata
-from megatron_router_upcycling.training import device
-from megatron_router_upcycling.training.run_log.listener import routers_in_cuda_graphs
+from megatron_router_upcycling.training import cuda_graphs, device
 
 # Arguments of a run on a GPU, as far as they are read.
-ARGS: dict[str, Any] = {"cuda_graph_impl": "none", "cuda_graph_modules": [], "te_rng_tracker": False}
-ARGS |= {"num_experts": 8, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}
-ARGS |= {"tensor_model_parallel_size": 1, "moe_token_dispatcher_type": "alltoall"}
-ARGS |= {"moe_expert_capacity_factor": None, "moe_router_padding_for_quantization": False}
-ARGS |= {"moe_shared_expert_overlap": False, "moe_latent_size": None, "moe_grouped_gemm": True}
+ARGS: dict[str, Any] = {name: known[0] for name, known in cuda_graphs.KNOWN.items()}
+ARGS |= {"cuda_graph_impl": None, "num_experts": 8, "expert_model_parallel_size": 1}
+ARGS |= {"expert_tensor_parallel_size": None}
+ARGS |= {"micro_batch_size": 4, "eval_micro_batch_size": None, "moe_shared_expert_overlap": False}
 ARGS |= {"distributed_backend": "nccl", "ddp_average_in_collective": True}
 ARGS |= {"gradient_accumulation_fusion": False}
-GRAPHS = {"cuda_graph_impl": "local"}
 
 
 @pytest.fixture
@@ -34,7 +30,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 def test_with_transformer_engine_only_apexs_kernel_is_missed(installed: set[str]) -> None:
-    args = Namespace(**ARGS | {"gradient_accumulation_fusion": True})
+    args = Namespace(**ARGS | {"gradient_accumulation_fusion": True, "cuda_graph_impl": "none"})
     assert device.adapt(args, "cuda") is None and args.gradient_accumulation_fusion
     args.distributed_backend = "gloo"  # which averages no gradients
     line = device.adapt(args, "cuda")
@@ -45,27 +41,25 @@ def test_with_transformer_engine_only_apexs_kernel_is_missed(installed: set[str]
 
 
 @pytest.mark.parametrize(
-    "changes, modules",
+    "changes, impl, said",
     [
-        ({}, []),  # the whole layer
-        ({"expert_model_parallel_size": 8}, ["attn", "moe_router"]),
-        ({"moe_grouped_gemm": False}, ["attn", "moe_router"]),
-        ({"tensor_model_parallel_size": 2}, ["attn", "moe_router"]),
-        ({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, []),
-        ({"expert_model_parallel_size": 8, "num_experts": None}, []),
-        ({"expert_model_parallel_size": 8, "cuda_graph_modules": [CudaGraphModule.attn]}, ["attn"]),
+        ({}, "local", "set cuda_graph_impl=local"),
+        ({"cuda_graph_impl": "none"}, "none", None),
+        ({"cuda_graph_impl": "local", "recompute_granularity": "selective"}, "local", None),
+        ({"expert_model_parallel_size": 8}, "local", "local, cuda_graph_modules=['attn', 'moe_router']"),
+        ({"cuda_graph_impl": "local", "moe_grouped_gemm": False}, "local", "=['attn', 'moe_router']"),
+        ({"tensor_model_parallel_size": 2}, "none", "not known to work with tensor_model_parallel_size=2"),
+        ({"transformer_impl": "transformer_engine"}, "none", "with transformer_impl=transformer_engine"),
+        ({"num_experts": None}, "none", "with num_experts=None"),
     ],
 )
-def test_a_whole_layer_is_captured_where_its_dispatcher_can_be(
-    changes: dict[str, Any], modules: list[str], installed: set[str]
+def test_graphs_are_chosen_and_named_unless_the_user_has(
+    changes: dict[str, Any], impl: str, said: str | None, installed: set[str]
 ) -> None:
-    args = Namespace(**ARGS | GRAPHS | changes)
+    args = Namespace(**ARGS | changes)
     line = device.adapt(args, "cuda")
-    assert [module.name for module in args.cuda_graph_modules] == modules
-    assert args.te_rng_tracker and args.ddp_average_in_collective
-    assert line and "te_rng_tracker=True" in line
-    asked = changes.get("cuda_graph_modules", [])
-    assert (f"cuda_graph_modules={modules}" in line) == (bool(modules) and not asked)
+    assert args.cuda_graph_impl == impl and args.ddp_average_in_collective
+    assert line is None if said is None else line and line.endswith(said)
 
 
 @pytest.mark.parametrize(
@@ -100,17 +94,3 @@ def test_only_extra_states_that_a_checkpoint_lacks_are_not_asked_for(dense: Path
     )
     del wanted["norm"]
     assert found == {"model": wanted, "iteration": 3}
-
-
-@pytest.mark.parametrize(
-    "graphs, modules, held",
-    [
-        ("none", [], False),
-        ("local", [], True),  # whole layers
-        ("local", [CudaGraphModule.attn], False),
-        ("transformer_engine", [CudaGraphModule.attn, CudaGraphModule.moe_router], True),
-        ("full_iteration", [], True),
-    ],
-)
-def test_routers_in_cuda_graphs(graphs: str, modules: list[CudaGraphModule], held: bool) -> None:
-    assert routers_in_cuda_graphs(Namespace(cuda_graph_impl=graphs, cuda_graph_modules=modules)) == held

@@ -7,7 +7,8 @@ its share of the optimizer, and the configured micro-batch, one a step; flags ar
 takes no time here, so the figures cover computation and memory only. Both kinds of steps use the same model
 and optimizer: only the routers are exchanged between steps, in reversed order in every other round, and the
 ratio is the median of the rounds' ratios. (The optimizer's step includes the mixture's parameters in both.)
-Tokens and weights are random, and tokens are sent to random experts, so that loads are even.
+Tokens and weights are random, and tokens are sent to random experts, so that loads are even. Steps are eager,
+as both kinds of routers need, or in CUDA graphs with ``--cuda-graph-impl local --routers mixture``.
 
 The default on a GPU is the paper's run, configs/qwen1.5-0.5b-8x/moe.yaml on 64 GPUs; on the CPU it is a small
 model, whose figures say nothing about a GPU.
@@ -21,6 +22,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import candidates
 import measuring
 import step_parts
 import torch
@@ -31,6 +33,7 @@ from megatron_router_upcycling.planning import figures
 from megatron_router_upcycling.planning.rehearsal import run as rehearsal
 from megatron_router_upcycling.planning.setup import Setup
 from megatron_router_upcycling.training import launch, train
+from megatron_router_upcycling.training.run_log.collector import RoutingCollector
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = ["--config", str(ROOT / "configs/qwen1.5-0.5b-8x/moe.yaml")]
@@ -79,10 +82,13 @@ def stock_routers(layers: list[Any]) -> list[torch.nn.Module]:
 
 def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     """For each kind of router: seconds of a step, share of the routers, profile, and peak memory."""
+    if options.candidate:
+        candidates.take(options.candidate)
     run, planned = prepare(options, flags)
     args = run.args
     model, optimizer, scheduler = train.build(args, train.model_config(run))
     layers = moe_layers(model)
+    RoutingCollector(model, args)  # as in training: a graph holds its sums, a step outside graphs seldom does
     kinds = {"mixture": [layer.router for layer in layers]}
     if "stock" in options.routers:
         kinds["stock"] = stock_routers(layers)
@@ -178,8 +184,9 @@ def main() -> None:
     parser.add_argument("--config", metavar="YAML", help="the run (default: see above)")
     parser.add_argument("--gpus", type=int, default=64, help="number of GPUs of the whole run (default: 64)")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of steps (default: 10)")
-    kinds, which = ("mixture", "stock"), "default: both; with CUDA graphs give one, as mixture"
+    kinds, which = ("mixture", "stock"), "default: both"
     parser.add_argument("--routers", nargs="+", choices=kinds, default=kinds, help=which)
+    parser.add_argument("--try", dest="candidate", choices=candidates.CANDIDATES, help="another attention")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
     options, flags = parser.parse_known_args()
     command = shlex.join(["python", *sys.argv])  # before launch changes sys.argv

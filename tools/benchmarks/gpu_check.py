@@ -1,20 +1,28 @@
 """Check in a few minutes that training on a GPU is correct, and measure a step and its parts.
 
-    python tools/benchmarks/gpu_check.py [--parts train steps kernels] [--output DIR] [--quick]
+    python tools/benchmarks/gpu_check.py [--parts parallel transformer-engine steps train kernels]
+                                         [--output DIR] [--quick]
 
 Only this project and its dependencies must be importable (PYTHONPATH); no data or virtual environment is
-needed. There are three parts, each with a time limit in seconds and several processes. A line is printed as
-each process ends, and a failure does not stop the others.
+needed. The parts run in the order of their worth, nine minutes in all, each with a time limit of its own. As
+each check ends a line is printed and the page is written; a failure does not stop the others.
 
-train    A small upcycled model with random weights trains for 12 steps: with and without CUDA graphs, with
-         and without Transformer Engine. Losses are compared with those on the CPU. Runs that are saved
-         during training and stopped at step 6 must resume with the same losses, also when they switch to or
-         from Transformer Engine. Exports must have the same loss in transformers as in Megatron.
-steps    bench_step.py in every variant that this machine can run, with micro-batches of 4 and 8.
-kernels  Each kernel of this project against its plain form, then bench_router.py and bench_collect_keys.py.
+parallel  A small upcycled model trains at EP 2, DP 2 and TP 2, in bfloat16 and float32, with overlapped
+          communication, held against one rank's losses; saved at EP 2, it resumes at EP 1. Both ranks share a
+          GPU where there is one only, by NCCL 2.30 or later (preload it where torch brings an older one:
+          LD_PRELOAD); failing that they talk over Gloo, and the page says which.
+transformer-engine
+          Training and a step with it, beside the same without, where it is installed.
+steps     bench_step.py eager and in CUDA graphs, in turns, with micro-batches of 4 and 8.
+train     The small model trains for 12 steps: with and without CUDA graphs, which must have equal losses
+          and routing statistics, and with and without Transformer Engine. Losses are compared with the CPU's.
+          Runs that are saved during training and stopped at step 6 must resume with the same losses, also
+          when they switch to or from Transformer Engine. Exports must have the same loss in transformers.
+kernels   Each kernel of this project against its plain form, then bench_router.py and bench_collect_keys.py.
 
-DIR gets report.json, report.md (one page), and logs/ with the output of each process. Without a GPU all sizes
-are small (--quick), and the page lists what could not be run.
+DIR gets report.json, report.md (one page), and logs/ with the output of each process. A later call with the
+same DIR keeps the parts that were ok there (with --anew none of them) and runs the others, so that two short
+calls make one page. Without a GPU all sizes are small (--quick), and the page lists what could not be run.
 """
 
 import json
@@ -27,15 +35,19 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import measuring
-from gpu_check_jobs import FAILED, NOT_RUN, OK, ROOT, Check, Part, shown
-from gpu_check_speed import kernels, steps
+from gpu_check_jobs import FAILED, NOT_RUN, OK, OVER, ROOT, Check, Part, shown
+from gpu_check_parallel import parallel
+from gpu_check_speed import kernels, steps, transformer_engine
 from gpu_check_training import AGREE, train
 
-LIMITS = {"train": 240, "steps": 300, "kernels": 150}  # seconds
+# Seconds: of all parts together, and of each at most, in the order in which they run.
+WHOLE = 540
+LIMITS = {"parallel": 170, "transformer-engine": 110, "steps": 200, "train": 150, "kernels": 150}
 PROBE = """
 import importlib, importlib.metadata, json, os, torch
 found = {"gpu": torch.cuda.is_available(), "torch": torch.__version__, "cuda": torch.version.cuda, "why": {}}
@@ -61,7 +73,9 @@ VERSIONS = (
     *("python", "torch", "cuda", "cudnn", "nccl", "megatron-core", "transformer-engine", "transformers"),
     "triton",
 )
-PARTS: dict[str, Callable[[Part], None]] = {"train": train, "steps": steps, "kernels": kernels}
+PARTS: dict[str, Callable[[Part], None]] = dict(
+    zip(LIMITS, (parallel, transformer_engine, steps, train, kernels), strict=True)
+)
 
 
 def probe() -> dict[str, Any]:
@@ -89,7 +103,8 @@ def page(found: dict[str, Any]) -> str:
         f"- Losses agree where they differ by no more than (relative, any step): {limits}",
     ]
     for name, part in found["parts"].items():
-        took = f"{part['seconds']:.0f} of {part['limit']:.0f} s"
+        took = f"{part['seconds']:.0f} of {part['limit']:.0f} s" + ("" if part["ended"] else ", not ended")
+        took += f", by an earlier `{part['command']}`" if "command" in part else ""
         lines += ["", f"## {name}: {part['outcome']} ({took})", ""]
         lines += ["| what | outcome | s | figures |", "|---|---|---|---|"]
         for check in part["checks"]:
@@ -108,7 +123,6 @@ def run(options: Namespace) -> dict[str, Any]:
     machine = probe()
     options.quick = options.quick or not machine["gpu"]
     print(f"{machine['hardware']}; {'small' if options.quick else 'full'} size", flush=True)
-    absent = [name for name in PARTS if name not in options.parts]
     found: dict[str, Any] = {
         "hardware": machine["hardware"],
         "versions": {name: machine.get(name) for name in VERSIONS},
@@ -116,27 +130,66 @@ def run(options: Namespace) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "size": "small" if options.quick else "full",
         "tolerances": AGREE,
-        "parts": {},
-        "not_run": [{"what": name, "why": "not asked for (--parts)"} for name in absent],
     }
+    kept = {} if options.anew else earlier(options.output, found)
+    found |= {"parts": kept, "seconds": 0.0}
     limits = LIMITS | {name: float(seconds) for name, seconds in options.limit}
     (options.output / "logs").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.work) as work:
-        for name in (name for name in PARTS if name in options.parts):
-            part = Part(name, limits[name], options, machine, Path(work))
+        for name in (name for name in PARTS if name in options.parts and name not in kept):
+            if (left := options.seconds - (time.monotonic() - begin)) <= 0:
+                print(f"{name}: no time is left for it (--seconds)", flush=True)
+                continue
+            part = Part(name, min(limits[name], left), options, machine, Path(work))
+            part.tell = partial(write, options.output, found, part, begin)
             try:
                 PARTS[name](part)
             except Exception as error:  # any error; the other parts still run
                 part.add(Check("this part's own steps", FAILED, note=f"{type(error).__name__}: {error}"))
-            result = found["parts"][name] = part.result()
             part.missing += [(check.name, check.note) for check in part.checks if check.outcome == NOT_RUN]
-            found["not_run"] += [{"what": what, "why": why} for what, why in part.missing]
-            found["seconds"] = time.monotonic() - begin
-            # Write after each part, in case the machine is taken away.
-            measuring.write_json(options.output / "report.json", found)
-            (options.output / "report.md").write_text(page(found), encoding="utf-8")
+            result = write(options.output, found, part, begin, ended=True)
             print(f"{name}: {result['outcome']}, {result['seconds']:.0f} s", flush=True)
     return found
+
+
+def earlier(output: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """The parts that an earlier call in ``output`` ended well, at the same size and commit."""
+    try:
+        before = json.loads((output / "report.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if any(before.get(name) != found[name] for name in ("hardware", "versions", "commit", "size")):
+        print(f"{output}: of another machine, version or commit; all parts are run", flush=True)
+        return {}
+    kept = {
+        name: part
+        for name, part in before["parts"].items()
+        if part["outcome"] == OK and part["ended"] and OVER not in [entry["why"] for entry in part["missing"]]
+    }
+    for name, part in kept.items():
+        part.setdefault("command", before["command"])
+        print(f"{name}: ok in an earlier call", flush=True)
+    return kept
+
+
+def write(
+    output: Path, found: dict[str, Any], part: Part, begin: float, ended: bool = False
+) -> dict[str, Any]:
+    """Write the report with ``part`` as it stands, in case the machine is taken away."""
+    result: dict[str, Any] = part.result() | {"ended": ended}
+    found["parts"] = {
+        n: {**found["parts"], part.name: result}[n] for n in PARTS if n in {*found["parts"], part.name}
+    }
+    found["seconds"] = time.monotonic() - begin
+    absent = [
+        {"what": name, "why": "not asked for (--parts), or not yet"}
+        for name in PARTS
+        if name not in found["parts"]
+    ]
+    found["not_run"] = absent + [entry for each in found["parts"].values() for entry in each["missing"]]
+    measuring.write_json(output / "report.json", found)
+    (output / "report.md").write_text(page(found), encoding="utf-8")
+    return result
 
 
 def main() -> int:
@@ -144,6 +197,8 @@ def main() -> int:
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--output", metavar="DIR", type=Path, default=Path("bench/gpu_check"))
+    add("--anew", action="store_true", help="run parts again that were ok in an earlier call with this DIR")
+    add("--seconds", type=float, default=WHOLE, help=f"of all parts together (default: {WHOLE})")
     add("--quick", action="store_true", help="small sizes (always without a GPU)")
     limits = f"of a part (default: {', '.join(f'{name} {seconds}' for name, seconds in LIMITS.items())})"
     add("--limit", nargs=2, action="append", default=[], metavar=("PART", "SECONDS"), help=limits)
@@ -156,7 +211,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     found = run(options)
     print(f"wrote {options.output / 'report.md'} and report.json")
-    return int(any(part["outcome"] != OK for part in found["parts"].values()))
+    return int(any(part["outcome"] == FAILED for part in found["parts"].values()))
 
 
 if __name__ == "__main__":

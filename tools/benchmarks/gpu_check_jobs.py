@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 OK, FAILED, NOT_RUN = "ok", "failed", "not run"
-GRAPHS = shlex.split("--cuda-graph-impl local --te-rng-tracker --no-check-for-nan-in-loss-and-grad")
+OVER = "the part's time was over"  # why a check was not run, which a later call may run
+EAGER, GRAPHS = ("--cuda-graph-impl", "none"), ("--cuda-graph-impl", "local")
 # Start code of a process. It can hide Transformer Engine, or import Megatron and then wait for a line.
 STARTER = """
 import runpy, sys
@@ -163,6 +165,7 @@ class Part:
         self.logs = options.output / "logs"
         self.checks: list[Check] = []
         self.missing: list[tuple[str, str]] = []  # checks that could not be run, and why
+        self.tell: Callable[[], None] = lambda: None  # called after each check, to write it down
         self.begin = time.monotonic()
         self._lock = threading.Lock()
 
@@ -174,17 +177,20 @@ class Part:
             self.checks.append(check)
             said = [f"[{self.name}] {check.name}: {check.outcome}", f"{check.seconds:.0f} s"]
             print(", ".join(filter(None, [*said, "; ".join(shown(check.figures)), check.note])), flush=True)
+            self.tell()
         return check
 
     def cannot(self, what: str, why: str) -> None:
         self.missing.append((what, why))
 
     def result(self) -> dict[str, Any]:
+        failed = not all(check.ok for check in self.checks)
         return {
-            "outcome": OK if self.checks and all(check.ok for check in self.checks) else FAILED,
+            "outcome": FAILED if failed else OK if self.checks else NOT_RUN,
             "seconds": round(time.monotonic() - self.begin, 1),
             "limit": self.limit,
             "checks": [asdict(check) for check in self.checks],
+            "missing": [{"what": what, "why": why} for what, why in self.missing],
         }
 
 
@@ -221,12 +227,20 @@ def engines(machine: dict[str, Any]) -> list[Engine]:
     return [Engine("without TE", hide_te=True), Engine("with TE")]
 
 
-def at_once(jobs: dict[str, Job], workers: int) -> dict[str, Done]:
-    """Run jobs that are not timed, ``workers`` at a time."""
+def at_once(
+    jobs: Mapping[str, Any],
+    workers: int,
+    tell: Callable[[str, dict[str, Done]], None] = lambda name, ran: None,
+) -> dict[str, Done]:
+    """Run jobs that are not timed, ``workers`` at a time; ``tell`` of each with the results so far."""
+    ran: dict[str, Done] = {}
     with ThreadPoolExecutor(workers) as pool:
         futures = {name: pool.submit(job.run) for name, job in jobs.items()}
         try:
-            return {name: future.result() for name, future in futures.items()}
+            for name, future in futures.items():
+                ran[name] = future.result()
+                tell(name, ran)
+            return ran
         except BaseException:  # this command is stopped: end its jobs too, or the pool would wait for them
             pool.shutdown(wait=False, cancel_futures=True)
             for job in jobs.values():

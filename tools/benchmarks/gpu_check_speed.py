@@ -1,13 +1,16 @@
-"""gpu_check.py's parts "steps" and "kernels": measure steps, and check and measure kernels."""
+"""gpu_check.py's parts that measure: "transformer-engine", "steps" and "kernels"."""
 
 import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpu_check_jobs import GRAPHS, HERE, Job, Part, engines, from_run
+import candidates
+from gpu_check_jobs import EAGER, GRAPHS, HERE, OVER, Check, Engine, Job, Part, at_once, engines, from_run
+from gpu_check_training import Training, held
 
 # Flags for a small step of bench_step.py: for the default model on a GPU (True), and on the CPU (False).
 QUICK_STEPS = {
@@ -18,28 +21,83 @@ QUICK_STEPS = {
 }
 
 
+SIZES = (4, 8)  # sequences of a micro-batch
+START = 25  # seconds in which a process starts and builds the model
+
+
 def steps(part: Part) -> None:
-    on_gpu = part.machine["gpu"]
+    """Before (eager) and after (in CUDA graphs, which a run gets by itself), in turns, twice if it can."""
+    on_gpu, engine = part.machine["gpu"], engines(part.machine)[0]
     if not on_gpu:
         part.cannot("steps of micro-batch 8 and in CUDA graphs, utilisation, kernel time", "no GPU")
+    kinds = {"eager": EAGER, "CUDA graphs": GRAPHS} if on_gpu else {"eager": EAGER}
+    sizes = SIZES if on_gpu else SIZES[:1]
+    variants = [Variant(f"{kind}, micro-batch {n}", engine, n, kinds[kind]) for n in sizes for kind in kinds]
+    tried = []  # other kernels, each beside the first variant's
+    for name in candidates.CANDIDATES if on_gpu else ():
+        if package := candidates.missing(name):
+            part.cannot(f"a step with {name}", f"{package} is not installed")
+        elif name != "torch-math":
+            flags = (*GRAPHS, "--try", name)
+            tried.append(Variant(f"CUDA graphs and {name}, micro-batch 4", engine, 4, flags))
+    again = [replace(variant, name=f"{variant.name}, again") for variant in variants]
+    measure_steps(part, variants + tried + (again if on_gpu and not part.quick else []))
+    found = {check.name: check.figures.get("mixture step ms") for check in part.checks}
+    for name, ended in found.copy().items():
+        before = found.get(name.replace("CUDA graphs", "eager"))
+        if "CUDA graphs," in name and before and ended:
+            part.add(Check(f"{name}: time over eager", figures={"ratio": ended / before}))
+
+
+def transformer_engine(part: Part) -> None:
+    """Training and a step with Transformer Engine, beside the same without, in one call."""
     if not part.machine["te"]:
-        part.cannot("steps with Transformer Engine", part.machine["no_te"])
-    jobs: list[tuple[str, Job, Path]] = []
-    sizes = (4, 8) if on_gpu else (4,)
-    for engine in engines(part.machine):
-        for graphs in (False, True) if on_gpu else (False,):
-            for size in sizes:
-                name = f"{engine.name}{', CUDA graphs' if graphs else ''}, micro-batch {size}"
-                output = part.work / f"{name}.json"
-                flags: list[object] = ["--output", output, "--micro-batch-size", size]
-                flags += ["--ddp-average-in-collective"] if on_gpu else []
-                flags += [*GRAPHS, "--routers", "mixture"] if graphs else []
-                flags += shlex.split(QUICK_STEPS[on_gpu]) if part.quick else []
-                job = Job(part, f"step {name}", HERE / "bench_step.py", *flags, hide_te=engine.hide_te)
-                jobs.append((name, job, output))
+        part.cannot("training and steps with Transformer Engine", part.machine["no_te"])
+        return
+    training = Training(part)
+    if training.convert():
+        kinds = engines(part.machine)
+        jobs = {engine.name: training.job(f"train {engine.name}", engine) for engine in kinds}
+        ran = at_once(jobs, training.workers)
+        for engine in kinds:
+            part.add(held(ran[engine.name], f"train {engine.name}", ran[kinds[0].name], "the plain run's"))
+    plain, with_te = engines(part.machine)
+    of = "micro-batch 4"
+    variants = [
+        Variant(f"{plain.name}, {of}", plain, 4, GRAPHS),
+        Variant(f"{with_te.name}, {of}", with_te, 4, EAGER),
+    ]
+    measure_steps(part, [*variants, Variant(f"{with_te.name}, CUDA graphs, {of}", with_te, 4, GRAPHS)])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run a step: its engine, sequences in a micro-batch, and flags of bench_step.py."""
+
+    name: str
+    engine: Engine
+    size: int
+    flags: tuple[str, ...]
+
+
+def measure_steps(part: Part, variants: list[Variant]) -> None:
+    """Run bench_step.py for each variant, one after the other, for as long as the part has time."""
+    on_gpu, jobs = part.machine["gpu"], []
+    for variant in variants:
+        output = part.work / f"{variant.name}.json"
+        flags: list[object] = ["--output", output, "--micro-batch-size", variant.size, *variant.flags]
+        flags += ["--ddp-average-in-collective"] if on_gpu else []
+        flags += ["--routers", "mixture"] if variant.flags[:2] == GRAPHS else []
+        flags += shlex.split(QUICK_STEPS[on_gpu]) if part.quick else []
+        job = Job(
+            part, f"step {variant.name}", HERE / "bench_step.py", *flags, hide_te=variant.engine.hide_te
+        )
+        jobs.append((variant.name, job, output))
     for number, (name, job, output) in enumerate(in_turn(jobs, hold=on_gpu)):
-        left = len(jobs) - number
-        done = job.run(max(60.0, part.left() - 25 * (left - 1)))  # leave time for the jobs to come
+        if part.left() < START:
+            part.cannot(f"step {name}", OVER)
+            continue
+        done = job.run(max(60.0, part.left() - START * (len(jobs) - number - 1)))  # time for those to come
         check = from_run(done, name)
         if check.ok:
             check.figures = step_figures(json.loads(output.read_text()))

@@ -4,11 +4,14 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import random_checkpoint
-from gpu_check_jobs import GRAPHS, NOT_RUN, Check, Done, Engine, Job, Part, at_once, engines, from_run
+from gpu_check_jobs import EAGER, GRAPHS, NOT_RUN, Check, Done, Engine, Job, Part, at_once, engines, from_run
+
+from megatron_router_upcycling.training.run_log import files
 
 STEPS, HALF = 12, 6
 # The largest allowed relative difference between two runs' losses, at any step. At this learning rate, runs
@@ -18,6 +21,8 @@ AGREE = {
     "the plain run's": 3e-3,  # the same device, other kernels
     "the unbroken run's": 2e-3,  # the same kernels, in another process
     "transformers'": 1e-3,  # both in float32, over the same batches
+    "one rank's, bfloat16": 1e-3,
+    "one rank's, float32": 1e-5,
 }
 TRAIN = shlex.split(
     "--bf16 --mock-data --tokenizer-type NullTokenizer --vocab-size 1024 --micro-batch-size 4"
@@ -28,6 +33,7 @@ TRAIN = shlex.split(
     " --moe-aux-loss-coeff 0.02 --moe-z-loss-coeff 0.001 --moe-token-dispatcher-type alltoall"
     " --ckpt-format torch_dist"
 )
+EVALUATE = ("--eval-iters", 2, "--eval-interval", 5)  # later flags win
 SHAPES = {
     False: (random_checkpoint.Shape(4, 256, 512, 1024, heads=4, groups=4, head_size=64), 256),
     True: (random_checkpoint.Shape(2, 128, 192, 1024, heads=4, groups=4, head_size=32), 64),
@@ -40,24 +46,40 @@ class Training:
     def __init__(self, part: Part) -> None:
         self.part = part
         self.shape, self.sequence = SHAPES[part.quick]
-        self.moe = part.work / "moe"
+        self.model = part.work.parent / "model"  # which all parts share
+        self.moe = self.model / "moe"
         self.on_gpu: bool = part.machine["gpu"]
         self.workers = max(1, min(8, (os.cpu_count() or 1) // 2)) if self.on_gpu else 1
         self.engines = engines(part.machine)
 
     def convert(self) -> bool:
-        """Make the model; return whether that succeeded."""
-        dense, statistics = random_checkpoint.make(self.part.work, self.shape)
+        """Make the model if no earlier part has; return whether it is there."""
+        if (self.moe / "latest_checkpointed_iteration.txt").is_file():
+            return True
+        self.model.mkdir(exist_ok=True)
+        dense, statistics = random_checkpoint.make(self.model, self.shape)
         convert = ("convert", dense, self.moe, "--key-stats", statistics, "--num-experts", 8)
         done = Job(self.part, "convert", "-m", "megatron_router_upcycling.cli", *convert).run()
         return self.part.add(from_run(done, "convert a dense model")).ok
 
     def job(
-        self, name: str, engine: Engine, *flags: object, load: Path | None = None, **environment: str
+        self,
+        name: str,
+        engine: Engine,
+        *flags: object,
+        load: Path | None = None,
+        dtype: str = "bfloat16",
+        **environment: str,
     ) -> Job:
-        given = (*length(self.sequence), "--load", load or self.moe, *TRAIN, *engine.flags, *flags)
+        given = [*length(self.sequence), "--load", load or self.moe, *TRAIN, *engine.flags, *flags]
+        if dtype == "float32":
+            given.remove("--bf16")
         module = ("-m", "megatron_router_upcycling.pretrain")
         return Job(self.part, name, *module, *given, hide_te=engine.hide_te, **environment)
+
+    def log(self, engine: Engine | str, suffix: str) -> Path:
+        """Where a run from start to end is saved, with its routing statistics."""
+        return self.part.work / f"log {engine if isinstance(engine, str) else engine.name}{suffix}"
 
     def half(self, engine: Engine) -> Path:
         """The folder of this engine's run that stops half-way."""
@@ -75,9 +97,10 @@ def train(part: Part) -> None:
     jobs = {"CPU": training.job("train on the CPU", on_cpu, CUDA_VISIBLE_DEVICES="")}
     if on_gpu:
         for engine in [*kinds, local] if te else kinds:
-            jobs[engine.name] = training.job(f"train {engine.name}", engine)
-        for engine in kinds:
-            jobs[f"{engine.name}, graphs"] = training.job(f"train {engine.name} in graphs", engine, *GRAPHS)
+            for suffix, flags in (("", EAGER), (", graphs", GRAPHS)):
+                save = ("--save", training.log(engine, suffix), *EVALUATE)
+                name = f"{engine.name}{suffix}"
+                jobs[name] = training.job(f"train {name}", engine, *flags, *save)
     asynchronous = ("--async-save", "--async-strategy", "mcore") if on_gpu else ()
     for engine in kinds:
         save = ("--save", training.half(engine), "--save-interval", HALF, "--exit-interval", HALF)
@@ -87,7 +110,7 @@ def train(part: Part) -> None:
     check_cpu(part, ran["CPU"])
     for name, done in ran.items():
         if name.endswith(", graphs"):
-            check_graphs(part, name.removesuffix(", graphs"), ran)
+            check_graphs(training, name.removesuffix(", graphs"), ran)
         elif name != "CPU" and not name.endswith(", half"):
             part.add(held(done, f"train {name}", ran["CPU"], "the CPU's"))
     how = "while it trains" if on_gpu else "at once"
@@ -109,15 +132,33 @@ def check_cpu(part: Part, cpu: Done) -> None:
     part.add(check)
 
 
-def check_graphs(part: Part, engine: str, ran: dict[str, Done]) -> None:
-    """Compare a run in CUDA graphs with the same run without."""
+def check_graphs(training: Training, engine: str, ran: dict[str, Done]) -> None:
+    """Compare losses and routing statistics of a run in CUDA graphs with those of the same run without."""
     graphs = ran[f"{engine}, graphs"]
     check = held(graphs, f"train {engine}, whole layers in CUDA graphs", ran[engine], "the plain run's")
-    built = re.findall(r"built (\d+) cuda graph", graphs.text)
-    check.figures["graphs"] = int(built[-1]) if built else 0
+    built = re.findall(r"built (\d+) cuda graph|100%\S* (\d+)/\d+ \[", graphs.text)
     if check.ok and not built:
         check.fail("no graph was built")
-    part.add(check)
+    if check.ok:
+        check.figures["graphs"] = int("".join(built[-1]))
+        lines = [files.read(training.log(engine, suffix) / files.ROUTING) for suffix in ("", ", graphs")]
+        apart = [max(_apart(*pair), default=0.0) for pair in zip(*lines, strict=True)]
+        check.figures["routing statistics apart"] = max(apart)
+        if len(apart) != STEPS or max(apart) > AGREE["the plain run's"]:
+            check.fail(f"routing statistics of {len(apart)} steps are up to {max(apart):.1e} apart")
+    training.part.add(check)
+
+
+def _apart(one: Any, other: Any) -> Iterator[float]:
+    """Differences of all numbers in two JSON values, relative to those over 1."""
+    if isinstance(one, dict):
+        for name in one:
+            yield from _apart(one[name], other[name])
+    elif isinstance(one, list):
+        for pair in zip(one, other, strict=True):
+            yield from _apart(*pair)
+    elif one is not None:
+        yield abs(one - other) / max(1.0, abs(one))
 
 
 def resume(training: Training, ran: dict[str, Done]) -> dict[str, Engine]:

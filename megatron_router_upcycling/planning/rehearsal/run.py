@@ -46,6 +46,7 @@ def prepare(request: launch.Request) -> tuple[launch.Run, Setup]:
     place = device.choose(request.flags.device)
     args, router = launch.merge(request, origin, place)
     configured = {name: value for name, value in vars(args).items() if name != "router"}
+    args.cuda_graph_impl = args.cuda_graph_impl or "none"  # a single step would replay nothing
     launch.adapt(args, place)
     options = router.to_dict() if router else {}
     planned = reading.from_values(configured | {"world_size": args.rehearse}, options, "--gpus")

@@ -2,18 +2,20 @@
 
 Every kind of router is a ``TopKRouter`` whose ``routing`` turns logits into weights and a map; the collector
 wraps that method. Sums stay on the device; only ``gather`` synchronises ranks. Evaluation is not counted, and
-activation recomputation does not count a token twice.
+activation recomputation does not count a token twice. In CUDA graphs this Python runs only when a layer is
+captured; so the tensors that it writes keep their place, and tensors say whether a pass counts.
 """
 
 import math
 import re
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from megatron.core.transformer.cuda_graphs import is_graph_warmup
 
 from megatron_router_upcycling.files import write_whole
 from megatron_router_upcycling.training.run_log import measures
@@ -31,12 +33,12 @@ FC1 = re.compile(r"(?:local_experts\.\d+\.)?linear_fc1[._]weight\d*")
 
 
 class RoutingCollector:
-    """Collects from the routers of this rank's ``model`` chunks while ``wanted()`` is true."""
+    """Collects from the routers of this rank's ``model`` chunks in the steps for which ``count`` asks."""
 
-    def __init__(self, model: Sequence[torch.nn.Module], args: Namespace, wanted: Callable[[], bool]) -> None:
+    def __init__(self, model: Sequence[torch.nn.Module], args: Namespace) -> None:
         from megatron.core.transformer.moe.moe_layer import MoELayer
 
-        self.wanted = wanted
+        self.captured = args.cuda_graph_impl == "local"
         # With FSDP, parameters are sharded, and the RARE measures, which read them whole, are left out.
         self.whole = not (args.use_megatron_fsdp or args.use_torch_fsdp2)
         self.layers: dict[int, Any] = {}  # of this rank: layer from 0 -> its MoELayer
@@ -46,37 +48,55 @@ class RoutingCollector:
         size = args.num_layers, len(measures.SUMS) + args.num_experts
         device = next(model[0].parameters()).device
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
-        self.samples: dict[int, torch.Tensor] = {}
-        self.sampling = False  # whether the next inputs of the routers are kept for router_agreement
+        self.samples: dict[int, torch.Tensor] = {}  # inputs of the routers, for router_agreement
+        self.counting = self.sampling = False
+        # The same for the device: whether a pass is counted, and of which layers the next inputs are kept.
+        self.counts = torch.zeros((), dtype=torch.bool, device=device)
+        self.keeps = torch.zeros(args.num_layers, dtype=torch.bool, device=device)
         self.initial: dict[int, dict[str, torch.Tensor]] = {}
         for index, layer in self.layers.items():
             if self.whole:
                 self.initial[index] = _initial(index, layer.router, args)
             self._attach(index, layer.router)
 
+    def count(self, counting: bool, sampling: bool) -> None:
+        """Whether the coming passes are counted, and whether the inputs of the first of them are kept."""
+        self.counting, self.sampling = counting, sampling
+        self.counts.fill_(counting)
+        self.keeps.fill_(sampling)
+
     def _attach(self, index: int, router: Any) -> None:
-        original = router.routing
+        route, forward = router.routing, router.forward
+
+        def sees(wanted: bool) -> bool:
+            trained = router.training and torch.is_grad_enabled() and not is_graph_warmup()
+            return trained and (wanted or self.captured)
 
         def routing(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            output = original(logits, *args, **kwargs)
-            if router.training and torch.is_grad_enabled() and self.wanted():
+            output = route(logits, *args, **kwargs)
+            if sees(self.counting):
                 with torch.no_grad():
                     weights, routing_map = output
                     if router.config.moe_pad_expert_input_to_capacity:
                         routing_map = routing_map & (weights > 0)  # the map counts the padding too
                     scores = _scores(router, logits.detach().flatten(0, -2))
                     found = measures.routing_sums(scores, weights.detach(), routing_map, router.topk)
-                    self.sums[index] += found
+                    self.sums[index] += torch.where(self.counts, found, 0)
             return output
 
-        def sample(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            if self.sampling and index not in self.samples and module.training and torch.is_grad_enabled():
-                tokens = args[0].detach().flatten(0, -2)
-                stride = max(1, len(tokens) // SAMPLE_TOKENS)
-                self.samples[index] = tokens[::stride][:SAMPLE_TOKENS]
+        def keeping(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if sees(self.sampling):
+                self._keep(index, tokens.detach().flatten(0, -2))
+            return forward(tokens, *args, **kwargs)
 
-        router.routing = routing
-        router.register_forward_pre_hook(sample)
+        router.routing, router.forward = routing, keeping
+
+    def _keep(self, index: int, tokens: torch.Tensor) -> None:
+        stride = max(1, len(tokens) // SAMPLE_TOKENS)
+        sample = tokens[::stride][:SAMPLE_TOKENS]
+        kept = self.samples.setdefault(index, torch.zeros_like(sample))  # in the first step, before graphs
+        kept.copy_(torch.where(self.keeps[index], sample, kept))
+        self.keeps[index].fill_(False)
 
     @torch.no_grad()
     def gather(self, with_rare: bool) -> dict[str, Any]:
@@ -97,7 +117,6 @@ class RoutingCollector:
         torch.distributed.all_reduce(everything)
         sums, rare = everything.cpu().split((self.sums.shape[1], 2 * len(RARE)), dim=1)
         self.sums.zero_()
-        self.samples.clear()
         found = {i: summary for i, row in enumerate(sums) if (summary := measures.summarise(row))}
         record: dict[str, Any] = {"layers": list(found)}
         for summary in found.values():

@@ -1,7 +1,8 @@
 """Hooks in Megatron's training loop that write losses and routing statistics to files and Megatron's loggers.
 
-``install`` wraps four functions of ``megatron.training.training``: ``setup_model_and_optimizer`` (the model
-was built), ``training_log`` (an iteration is over), ``evaluate_and_print_results`` and ``evaluate``.
+``install`` wraps five functions of ``megatron.training.training``: ``setup_model_and_optimizer`` (the model
+was built), ``train_step``, ``training_log`` (an iteration is over), ``evaluate_and_print_results`` and
+``evaluate``.
 """
 
 import inspect
@@ -54,6 +55,7 @@ class RunLog:
             with os_error_as(f"--save {self.save}: cannot be written"):
                 files.write_arguments(self.save / files.ARGUMENTS, vars(self.args))
         _wrap("setup_model_and_optimizer", self._set_up)
+        _wrap("train_step", self._train_step)
         _wrap("training_log", self._training_log, *READ)
         _wrap("evaluate_and_print_results", self._evaluate_and_print, "prefix", "iteration")
         _wrap("evaluate", self._evaluate)
@@ -65,13 +67,20 @@ class RunLog:
                 files.keep_until(self.save / name, args.iteration)
         if not args.num_experts or not args.routing_diagnostics or args.skip_train:
             return result
-        if routers_in_cuda_graphs(args):
+        if args.cuda_graph_impl not in ("none", "local"):
             if args.rank == 0:
-                print("routing diagnostics: none, since the routers are in CUDA graphs", flush=True)
+                print(f"routing diagnostics: none with --cuda-graph-impl {args.cuda_graph_impl}", flush=True)
             return result
-        self.collector = RoutingCollector(result[0], args, self._is_wanted)
-        self.collector.sampling = self._is_rare(args.iteration + 1)
+        self.collector = RoutingCollector(result[0], args)
         self._keep_moe_losses()
+        return result
+
+    def _train_step(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
+        if self.collector is None:
+            return call()
+        self.collector.count(self._is_wanted(), self._is_rare(self.args.curr_iteration + 1))
+        result = call()
+        self.collector.count(False, False)
         return result
 
     def _training_log(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
@@ -84,10 +93,8 @@ class RunLog:
         result = call()
         if line:
             self._append(files.RUN, line)
-        if self.collector is not None:
-            if self._is_wanted(iteration):
-                self._write_routing(iteration)
-            self.collector.sampling = self._is_rare(iteration + 1)
+        if self.collector is not None and self._is_wanted(iteration):
+            self._write_routing(iteration)
         return result
 
     def _evaluate_and_print(self, call: Callable[[], Any], given: dict[str, Any]) -> Any:
@@ -184,12 +191,6 @@ class RunLog:
                 writer.add_scalar(tag, value, iteration)
         if wandb := get_wandb_writer():
             wandb.log(scalars, iteration)
-
-
-def routers_in_cuda_graphs(args: Namespace) -> bool:
-    """Whether Megatron captures routers: whole layers (no modules named) or parts of an MoE layer."""
-    modules = [getattr(module, "name", module) for module in args.cuda_graph_modules or ("moe",)]
-    return args.cuda_graph_impl != "none" and any(module.startswith("moe") for module in modules)
 
 
 def _wrap(name: str, outer: Callable[[Callable[[], Any], dict[str, Any]], Any], *reads: str) -> None:
