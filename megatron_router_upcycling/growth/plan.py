@@ -47,7 +47,7 @@ from megatron_router_upcycling.conversion.plan import Plan
 from megatron_router_upcycling.conversion.steps import Take, WriteStates
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.growth.steps import Copies, RepeatExperts, RepeatRows
-from megatron_router_upcycling.routers.config import RouterConfig
+from megatron_router_upcycling.routers.config import Recorded, RouterConfig
 from megatron_router_upcycling.routers.kinds import all_parameters, keys_per_expert
 from megatron_router_upcycling.training.run_log import files as run_log
 
@@ -67,15 +67,15 @@ MOE_FLAGS = (
 
 
 @dataclass(frozen=True)
-class MoreExperts:
+class MoreExperts(Recorded):
     """The options. ``top_k``: None keeps it; ``router_noise``: over the root mean square of a row."""
 
-    num_experts: int
+    num_experts: int = 0
     top_k: int | None = None
     duplicate: str = "even"
     router_noise: float | None = None
     keep_function: bool = False
-    copies: Copies | None = None  # by ``load``, as the manifest records them
+    copies: tuple | None = None  # type: ignore[type-arg]  # ``Copies`` by load, as the manifest records them
 
     def noise(self, router: RouterConfig) -> float:
         """The noise asked for, or the default."""
@@ -98,12 +98,10 @@ class MoreExperts:
     @classmethod
     def recorded(cls, values: Any, source: Path) -> Self:
         """From a manifest's section."""
-        try:
-            copies = values["copies"]
-            copies = None if copies is None else tuple(tuple(map(int, row)) for row in copies)
-            return cls(**values | {"copies": copies})
-        except (TypeError, ValueError, KeyError):
-            raise UserError(f"{source}: has no readable 'more_experts'; convert the model again") from None
+        if isinstance(values, dict) and isinstance(rows := values.get("copies"), list):
+            copies = tuple(tuple(row) if isinstance(row, list) else () for row in rows)
+            values = values | {"copies": copies}
+        return cls.from_dict(values, f"{source}: more_experts")
 
 
 class Growth(Plan):

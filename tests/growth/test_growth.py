@@ -5,6 +5,7 @@ import re
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -252,3 +253,37 @@ def test_a_hugging_face_model_with_more_experts(tmp_path: Path, family: str) -> 
     old, new = (hf_models.logits(tmp_path / name, tokens) for name in ("in", "out"))
     torch.testing.assert_close(new, old, rtol=0, atol=1e-5)
     assert not proof.run(proof.prepare(tmp_path / "moe", tmp_path / "grown"))
+
+
+def test_records_that_make_no_sense_are_one_line(
+    tmp_path: Path, small: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the model that should grow, and of one that has grown."""
+    moe, grown = small("--router", "linear"), tmp_path / "grown"
+    command = ("convert", moe, grown, "--num-experts", 8, "--quiet")
+
+    def refused(root: Path, change: dict[str, Any], *command: object) -> None:
+        whole = (root / manifest.NAME).read_text()
+        (root / manifest.NAME).write_text(json.dumps(json.loads(whole) | change))
+        run(*command, status=2)
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1, said
+        (root / manifest.NAME).write_text(whole)
+
+    for change in (
+        {"router": None},
+        {"router": {"num_experts": 3}},
+        {"model": 3},
+        {"init": 7},
+        {"format": 2},
+    ):
+        refused(moe, change, *command)
+        assert not grown.exists()
+    run(*command, "--duplicate", "even")
+    made = json.loads((grown / manifest.NAME).read_text())["more_experts"]
+    for more in (
+        3, {}, made | {"num_experts": 10**12}, made | {"num_experts": "8"}, made | {"copies": [[0] * 8]},
+        made | {"copies": [[9] * 8] * 3}, made | {"copies": 7}, made | {"router_noise": "much"},
+        made | {"router_noise": None, "top_k": 99},
+    ):  # fmt: skip
+        refused(grown, {"more_experts": more}, "verify", moe, grown)
