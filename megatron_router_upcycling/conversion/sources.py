@@ -29,7 +29,7 @@ def open_sources(dense: Checkpoint, model: DenseModel, options: Options) -> tupl
     if options.average_rest and (count < 2 or options.shared_expert):
         why = "leave --shared-expert out" if count > 1 else "name two models or more as --experts"
         raise UserError(f"--average-rest: {why}")
-    return tuple(_open(dense, model, path) for path in options.experts)
+    return tuple(_open(dense, model, path, options.average_rest) for path in options.experts)
 
 
 def check_texts(options: Options) -> None:
@@ -43,13 +43,14 @@ def check_texts(options: Options) -> None:
         raise UserError(f"--key-stats: {count} files, and --gate {gate} {what}")
 
 
-def _open(dense: Checkpoint, model: DenseModel, path: Path) -> Checkpoint:
+def _open(dense: Checkpoint, model: DenseModel, path: Path, whole: bool) -> Checkpoint:
+    """Open one; ``whole``: not only its FFNs are read."""
     try:
         source = open_dense(path, dense.config)
         other = read_model(source)
     except UserError as error:
         raise UserError(f"--experts: {str(error).removeprefix('DENSE ')}") from None
-    for what, theirs, ours in _compared(source, other, dense, model):
+    for what, theirs, ours in _compared(source, other, dense, model, whole):
         if theirs != ours:
             found = f"{what} {shown(theirs)}, where DENSE {dense.root} has {shown(ours)}"
             raise UserError(f"--experts {path}: {found}; name models of one architecture and tokenizer")
@@ -57,7 +58,7 @@ def _open(dense: Checkpoint, model: DenseModel, path: Path) -> Checkpoint:
 
 
 def _compared(
-    source: Checkpoint, other: DenseModel, dense: Checkpoint, model: DenseModel
+    source: Checkpoint, other: DenseModel, dense: Checkpoint, model: DenseModel, whole: bool
 ) -> Iterator[tuple[str, Any, Any]]:
     """What two models must have in common: its name, theirs and DENSE's."""
     for flag in sorted(other.flags.keys() | model.flags.keys()):
@@ -67,7 +68,8 @@ def _compared(
     if None not in vocabularies:
         yield "vocab_size", vocabularies[0], vocabularies[1]
     for key, stored in dense.tensors.items():
-        if names.MODEL_STATE.match(key):
+        read = names.MODEL_STATE.match(key) and (whole or is_ffn(key) or key == names.EMBEDDING)
+        if read:
             yield key, list(source.tensors[key].shape) if key in source.tensors else None, list(stored.shape)
     theirs, ours = (beside.tokens(one.root / beside.FOLDER) for one in (source, dense))
     for place in sorted(theirs.keys() & ours.keys(), key=str):

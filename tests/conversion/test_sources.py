@@ -26,6 +26,7 @@ from tests.conftest import EVALUATE
 from tests.dense_checkpoint import HIDDEN, LAYERS, MLP, is_ffn, make_stats
 
 EXPERTS = f"{MLP}.experts.experts"
+NORM = "decoder.layers.pre_mlp_layernorm.weight"
 TOKENS = 64
 
 Tensors = dict[str, torch.Tensor]
@@ -192,6 +193,20 @@ def test_what_does_not_go_together_is_one_line(
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and re.search(message, said), said
     assert not (tmp_path / "moe").exists()
+
+
+def test_norms_of_another_name_matter_only_to_a_mean(
+    tmp_path: Path, models: dict[str, Tensors], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Megatron's versions with and without Transformer Engine name them."""
+    key = f"{MLP}.linear_fc1.layer_norm_weight"
+    values = {NORM if name == key else name: value for name, value in models["b"].items()}
+    shutil.rmtree(tmp_path / "b")
+    dense_checkpoint.write(tmp_path / "b", values)
+    assert convert(tmp_path) == 0
+    assert not proof.run(proof.prepare(tmp_path / "dense", tmp_path / "moe"))
+    assert convert(tmp_path, "--average-rest", out="mean") == 2
+    assert f"{key} None, where DENSE" in capsys.readouterr().err
 
 
 def test_a_model_that_changes_while_it_is_read(tmp_path: Path, models: dict[str, Tensors]) -> None:
