@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         Router,
         RouterConfig,
         UserError,
+        add_experts,
         convert_checkpoint,
         inspect_checkpoint,
         load_router,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.2.0"
-__all__ = ["Router", "RouterConfig", "UserError", "convert_checkpoint"]
+__all__ = ["Router", "RouterConfig", "UserError", "add_experts", "convert_checkpoint"]
 __all__ += ["inspect_checkpoint", "load_router", "verify_checkpoint"]
 
 

@@ -11,6 +11,7 @@ from megatron_router_upcycling.diagnostics import routing_start
 from megatron_router_upcycling.diagnostics.stored_router import Router as Router
 from megatron_router_upcycling.diagnostics.stored_router import load_router as load_router
 from megatron_router_upcycling.errors import UserError as UserError
+from megatron_router_upcycling.growth import plan as growth
 from megatron_router_upcycling.hf import exporter
 from megatron_router_upcycling.routers.config import RouterConfig as RouterConfig
 from megatron_router_upcycling.verify import proof
@@ -47,6 +48,27 @@ def convert_checkpoint(
     """
     asked = Options(router=router or RouterConfig(), key_stats=_paths(key_stats), **options)
     ready = convert.prepare(dense, out, asked)
+    if not allow_no_export:
+        exporter.check_conversion(ready)
+    return convert.convert(ready)
+
+
+def add_experts(
+    moe: str | Path, out: str | Path, num_experts: int, allow_no_export: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Make a Mixture-of-Experts of ``num_experts`` of one with fewer, as ``router-upcycle convert`` does.
+
+    Args:
+        moe: root folder of its checkpoint, a conversion's, an import's or a run's.
+        options: fields of ``growth.plan.MoreExperts``: ``top_k``, ``duplicate``, ``router_noise``,
+            ``keep_function``; of ``conversion.options.Options``: ``seed``, ``materialize``, ``overwrite``.
+
+    Example:
+        >>> add_experts("ckpt/moe", "ckpt/more", 16, seed=1)
+    """
+    asked = {name: options.pop(name) for name in ("seed", "materialize", "overwrite") if name in options}
+    more = growth.MoreExperts(num_experts, **options)
+    ready = growth.prepare(moe, out, more, Options(RouterConfig(), **asked))
     if not allow_no_export:
         exporter.check_conversion(ready)
     return convert.convert(ready)

@@ -57,6 +57,14 @@ def test_every_public_name_is_documented() -> None:
         megatron_router_upcycling.nothing  # noqa: B018
 
 
+def test_more_experts(folder: Path) -> None:
+    record = api.add_experts(folder / "linear", folder / "more", 16, seed=3)
+    assert (record["router"]["num_experts"], record["seed"]) == (16, 3)
+    assert not api.verify_checkpoint(folder / "linear", folder / "more")
+    with pytest.raises(UserError, match="--allow-no-export"):
+        api.add_experts(folder / "linear", folder / "none", 16, keep_function=True)
+
+
 def test_conversions_are_right_and_a_difference_is_found(folder: Path) -> None:
     for name in CONFIGS:
         findings = api.verify_checkpoint(folder / "dense", folder / name)
