@@ -148,10 +148,15 @@ def _check(entries: Any, path: Path) -> None:
     one_start = ("dense" in entries) != ("checkpoint" in entries)
     need(one_start, "needs either 'dense:', the YAML of a model to train first, or 'checkpoint:'")
     need("dense" in entries or "key_stats" in entries, "'checkpoint:' needs 'key_stats:' beside it")
+    need(
+        "parts" not in entries or "train_iters" in entries.get("branch_flags", {}),
+        "'parts:' need 'branch_flags:' with train_iters",
+    )
     for name in ("flags", "corpus", "parts", "branch_flags"):
         need(isinstance(entries.get(name, {}), dict), f"'{name}:' must be a mapping of names to values")
+    for name in entries.keys() & {"corpus", "parts"}:
+        need("dense" in entries, f"'{name}:' is for a dense model that is trained first; leave it out")
     if "corpus" in entries:
-        need("dense" in entries, "'corpus:' is for a dense model that is trained first; leave it out")
         prepared = {"train_tokenizer", "held_out"} <= entries["corpus"].keys()
         need(prepared, "'corpus:' needs 'train_tokenizer:' and 'held_out:', as prepare-data has them")
 
