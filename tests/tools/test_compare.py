@@ -164,6 +164,8 @@ def test_entries_in_place_of_a_file_are_written_to_one(tmp_path: Path) -> None:
         ("flags: [a]\ndense: d.yaml", "'flags:' must be a mapping"),
         ("checkpoint: d\nkey_stats: k\ncorpus: {}", "'corpus:' is for a dense model"),
         ("corpus: {held_out: 0.1}\ndense: d.yaml", "'corpus:' needs 'train_tokenizer:'"),
+        ("parts: {a: [re]}\ndense: d.yaml", "'parts:' needs 'branch_flags:' with train_iters"),
+        ("branch_flags: 3\ndense: d.yaml", "'branch_flags:' must be a mapping"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, text: str, message: str) -> None:

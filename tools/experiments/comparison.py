@@ -148,12 +148,10 @@ def _check(entries: Any, path: Path) -> None:
     one_start = ("dense" in entries) != ("checkpoint" in entries)
     need(one_start, "needs either 'dense:', the YAML of a model to train first, or 'checkpoint:'")
     need("dense" in entries or "key_stats" in entries, "'checkpoint:' needs 'key_stats:' beside it")
-    need(
-        "parts" not in entries or "train_iters" in entries.get("branch_flags", {}),
-        "'parts:' need 'branch_flags:' with train_iters",
-    )
     for name in ("flags", "corpus", "parts", "branch_flags"):
         need(isinstance(entries.get(name, {}), dict), f"'{name}:' must be a mapping of names to values")
+    lasts = "parts" not in entries or "train_iters" in entries.get("branch_flags", {})
+    need(lasts, "'parts:' needs 'branch_flags:' with train_iters, the steps of a branch")
     for name in entries.keys() & {"corpus", "parts"}:
         need("dense" in entries, f"'{name}:' is for a dense model that is trained first; leave it out")
     if "corpus" in entries:
