@@ -34,8 +34,9 @@ class Comparison:
 
     - ``runs``, ``dense``: YAML files; the dense model is trained first.
     - ``starts``: flags of convert, of runs whose entries have ``convert:``, with names in place of files.
-      ``dense`` is a branch, or an earlier run: its trained model gets more experts and trains on with the
-      data that come next. ``experts`` are branches; ``key_stats``, parts over which DENSE's are collected.
+      ``dense`` is a branch, or an earlier run: its trained model, with more experts or, if there is no other
+      flag, as it is, trains on with the data that come next and a new optimizer. ``experts`` are branches;
+      ``key_stats``, parts over which DENSE's are collected.
     - ``parts``: part of the text -> its folders and files in Python's library. The text is then all parts in
       equal shares. A branch is the dense model after further training on the part of its name, with
       ``branch_flags``; the branch ``all`` is trained on all parts, for as many steps as all others together.

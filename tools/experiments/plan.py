@@ -103,14 +103,17 @@ class Plan:
         config, folder = self.comparison.runs[name], self._folder(done, name, seed)
         scratch, base = name in self.comparison.from_scratch, self.foundation
         launcher = self.comparison.launcher
-        converted = None if scratch else self.convert(name, seed)
-        after = (converted,) if converted else base.texts if base else ()
-        own: dict[str, Any] = {"seed": seed, "load": converted and converted.output, "save": folder}
+        origin = self._origin(name)
+        as_it_is = origin if self.comparison.starts.get(name) == {"dense": origin} else None
+        before = self.train(as_it_is, seed) if as_it_is else None if scratch else self.convert(name, seed)
+        after = (before,) if before else base.texts if base else ()
+        load = "pretrained_checkpoint" if as_it_is else "load"
+        own: dict[str, Any] = {"seed": seed, load: before and before.output, "save": folder}
         own |= {"skip_train": skip_train}
         own |= QUICK_MODEL if scratch and self.quick else {}
-        if origin := self._origin(name):  # its data go on after those of the run before
-            before = list(range(1, self._steps(origin) + 1))
-            own |= {"train_iters": self._steps(name), "iterations_to_skip": before}
+        if origin:  # its data go on after those of the run before
+            seen = list(range(1, self._steps(origin) + 1))
+            own |= {"train_iters": self._steps(name), "iterations_to_skip": seen}
         cache = {} if base else {"data_cache_path": self.output / "data_cache" / folder.name}
         shortened = QUICK_RUN if base and self.quick else {}
         given = {flag: value for flag, value in self.comparison.flags.items() if flag not in shortened}
