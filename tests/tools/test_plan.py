@@ -42,6 +42,12 @@ def test_a_run_goes_on_from_an_earlier_one(tmp_path: Path) -> None:
     other = plan.comparison.runs | {"8, half-way": plan.comparison.runs["8"]}
     digests.add(claims._digest(claim, replace(plan.comparison, runs=other)))
     assert len(digests) == 3
+    # Of two runs with one file but other starts, one is not taken for the other.
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages/train-8-anew-2.json").write_text(
+        f"--config {plan.comparison.runs['8, anew']} --load x"
+    )
+    assert [claims._begun(plan.comparison, name) for name in ("8, anew", "8 to 16")] == [1, 0]
     (tmp_path / "c.yaml").write_text("dense: d.yaml\nruns: {a: {convert: {dense: a}}}\n")
     with pytest.raises(UserError, match="'convert:' dense 'a' of run 'a' is none of"):
         read(tmp_path / "c.yaml", tmp_path)

@@ -88,10 +88,13 @@ def _defining(comparison: Comparison, name: str) -> list[Any]:
 
 
 def _begun(comparison: Comparison, name: str) -> int:
-    """Number of trainings that began under the run's name, or with its configuration under another name."""
-    config, begun = read_yaml(comparison.runs[name]), 0
+    """Number of trainings that began under the run's name, or with its configuration under another name,
+    unless that is a run that begins elsewhere."""
+    config, begun, starts = read_yaml(comparison.runs[name]), 0, comparison.starts
+    apart = {f"train-{run_name(run)}" for run in comparison.runs if starts.get(run) != starts.get(name)}
     for path in (comparison.output / "stages").glob("train-*.json"):
-        named = path.stem.rpartition("-")[0] == f"train-{run_name(name)}"
+        run = path.stem.rpartition("-")[0]
         files = (Path(word) for word in path.read_text(encoding="utf-8").split() if word.endswith(".yaml"))
-        begun += named or any(file.is_file() and read_yaml(file) == config for file in files)
+        alike = run not in apart and any(file.is_file() and read_yaml(file) == config for file in files)
+        begun += run == f"train-{run_name(name)}" or alike
     return begun
