@@ -60,7 +60,7 @@ from megatron_router_upcycling.routers.kinds import all_parameters, keys_per_exp
 from megatron_router_upcycling.training.run_log import files as run_log
 
 DUPLICATE = ("even", "load")
-ROUTER_NOISE = 0.3  # of six values, the one that ended lowest (docs/comparison.md)
+ROUTER_NOISE = 0.3  # of six values, that of the lowest loss at the first step (docs/comparison.md)
 LINES_OF_LOAD = 10  # of routing.jsonl, the last ones, whose mean is an expert's load
 GROUPS = ("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor")
 # Rows that a run adds to a router to balance its experts.
