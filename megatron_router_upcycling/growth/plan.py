@@ -52,9 +52,9 @@ from megatron_router_upcycling.routers.kinds import all_parameters, keys_per_exp
 from megatron_router_upcycling.training.run_log import files as run_log
 
 DUPLICATE = ("even", "load")
-ROUTER_NOISE = 0.1
-MOST_EXPERTS = 10_000
+ROUTER_NOISE = 0.3  # of six values, that of the lowest loss at the first step (docs/comparison.md)
 LITTLE_NOISE = 0.01  # with softmax before top-k, a copy's weights move with it
+MOST_EXPERTS = 10_000
 LINES_OF_LOAD = 10  # of routing.jsonl, the last ones, whose mean is an expert's load
 GROUPS = ("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor")
 # Rows that a run adds to a router to balance its experts.

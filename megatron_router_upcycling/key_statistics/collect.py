@@ -135,7 +135,7 @@ def train_iterators(args: Namespace, num_chunks: int, iterations: int) -> Any:
 
     args.skip_train = False  # Megatron reads no training data with it
     args.train_iters, args.train_samples = iterations, None
-    args.eval_iters, args.eval_interval = 0, iterations
+    args.eval_iters, args.eval_interval = 1, iterations  # Megatron cannot build a blend of no samples
     is_virtual = args.virtual_pipeline_model_parallel_size is not None
     iterators: list[Iterator | None] = []
     for vp_stage in range(num_chunks) if is_virtual else (None,):

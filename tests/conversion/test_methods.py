@@ -19,7 +19,7 @@ from tests.router_kinds import KINDS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # The paper's.
-OTHERS = ("base", "scratch", "balanced", "recommended")
+OTHERS = ("base", "scratch", "balanced", "recommended", "domains", "more_experts")
 METHODS = sorted(
     path.stem
     for path in (CONFIGS / "methods").glob("*.yaml")

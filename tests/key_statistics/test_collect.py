@@ -244,6 +244,12 @@ def test_two_ranks_equal_one(made: Path, data: Path, tmp_path: Path, flags: list
     assert metadata["lm_loss"] == pytest.approx(float(single["losses"][0] / single["losses"][1]), rel=1e-5)
 
 
+def test_a_blend_with_held_out_data(made: Path, data: Path, tmp_path: Path) -> None:
+    blend = ("1", data, "1", data)
+    collect(made, 1, "--output", tmp_path / "stats", "--data-path", *blend, "--split", "90,10,0").ok()
+    assert key_stats_file.load(tmp_path / "stats").count.tolist() == [TOKENS] * LAYERS
+
+
 def test_part_of_the_tokens_are_kept_or_none(made: Path, tmp_path: Path) -> None:
     output = tmp_path / "stats.safetensors"
     collect(made, 1, "--output", output, "--router-samples", 20).ok()

@@ -116,7 +116,9 @@ def test_files_in_the_repository_plan(path: Path, tmp_path: Path) -> None:
     # One data order: with one seed, training differs in its configuration and its checkpoint alone.
     for seed in comparison.seeds:
         for name in comparison.runs:
+            as_it_is = comparison.starts.get(name) == {"dense": "8, half-way"}
             start = "--save" if name in comparison.from_scratch else "--load"
+            start = "--pretrained-checkpoint" if as_it_is else start
             assert f"--seed {seed} {start}" in " ".join(plan.train(name, seed).command)
 
 
@@ -164,6 +166,8 @@ def test_entries_in_place_of_a_file_are_written_to_one(tmp_path: Path) -> None:
         ("flags: [a]\ndense: d.yaml", "'flags:' must be a mapping"),
         ("checkpoint: d\nkey_stats: k\ncorpus: {}", "'corpus:' is for a dense model"),
         ("corpus: {held_out: 0.1}\ndense: d.yaml", "'corpus:' needs 'train_tokenizer:'"),
+        ("parts: {a: [re]}\ndense: d.yaml", "'parts:' needs 'branch_flags:' with train_iters"),
+        ("branch_flags: 3\ndense: d.yaml", "'branch_flags:' must be a mapping"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, text: str, message: str) -> None:

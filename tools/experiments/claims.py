@@ -12,6 +12,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_router_upcycling.config.yaml_files import read_yaml
 from megatron_router_upcycling.errors import UserError
@@ -69,17 +70,31 @@ def see(comparison: Comparison) -> dict[Claim, Seen]:
 def _digest(claim: Claim, comparison: Comparison) -> str:
     """A digest of the claim's two runs, their order, and everything that defines them."""
     dense = comparison.dense
-    what = [*claim.runs, *(read_yaml(comparison.runs[name]) for name in claim.runs)]
-    start = read_yaml(dense) if dense else [str(comparison.checkpoint), str(comparison.key_stats)]
+    what = [*claim.runs, *(part for name in claim.runs for part in _defining(comparison, name))]
+    start: Any = read_yaml(dense) if dense else [str(comparison.checkpoint), str(comparison.key_stats)]
+    if comparison.parts:
+        start = [start, comparison.parts, comparison.branch_flags]
     text = json.dumps([what, start, comparison.corpus, comparison.flags], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _defining(comparison: Comparison, name: str) -> list[Any]:
+    """A run's entries and the start that its file gives it, and those of the run that it goes on from."""
+    start, found = comparison.starts.get(name, {}), [read_yaml(comparison.runs[name])]
+    if start:
+        found.append(start)
+    origin = start.get("dense")
+    return found + (_defining(comparison, origin) if origin in comparison.runs else [])
+
+
 def _begun(comparison: Comparison, name: str) -> int:
-    """Number of trainings that began under the run's name, or with its configuration under another name."""
-    config, begun = read_yaml(comparison.runs[name]), 0
+    """Number of trainings that began under the run's name, or with its configuration under another name,
+    unless that is a run that begins elsewhere."""
+    config, begun, starts = read_yaml(comparison.runs[name]), 0, comparison.starts
+    apart = {f"train-{run_name(run)}" for run in comparison.runs if starts.get(run) != starts.get(name)}
     for path in (comparison.output / "stages").glob("train-*.json"):
-        named = path.stem.rpartition("-")[0] == f"train-{run_name(name)}"
+        run = path.stem.rpartition("-")[0]
         files = (Path(word) for word in path.read_text(encoding="utf-8").split() if word.endswith(".yaml"))
-        begun += named or any(file.is_file() and read_yaml(file) == config for file in files)
+        alike = run not in apart and any(file.is_file() and read_yaml(file) == config for file in files)
+        begun += run == f"train-{run_name(name)}" or alike
     return begun

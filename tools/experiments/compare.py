@@ -9,6 +9,10 @@ dense model is trained and its keys are collected; then each run is converted an
 seed decides the random values of the conversion and the order of the data: with one seed, all runs see the
 same batches in the same order, so differences between runs are taken seed by seed.
 
+A run's ``convert:`` lets it begin elsewhere: from branches of the dense model that were trained on parts of
+the text (configs/compare/domains.yaml), or from the trained model of an earlier run, which gets more experts
+(configs/compare/more_experts.yaml).
+
 To use your own dense model, name an existing ``checkpoint:`` and ``key_stats:`` in the file. ``flags:`` holds
 Megatron arguments for every run (data, tokenizer, budget), and ``launcher:`` is the command that starts a
 module on your machines (default: torchrun with two processes on this machine).

@@ -33,6 +33,13 @@ class Comparison:
     """The content of the file.
 
     - ``runs``, ``dense``: YAML files; the dense model is trained first.
+    - ``starts``: flags of convert, of runs whose entries have ``convert:``, with names in place of files.
+      ``dense`` is a branch, or an earlier run: its trained model, with more experts or, if there is no other
+      flag, as it is, trains on with the data that come next and a new optimizer. ``experts`` are branches;
+      ``key_stats``, parts over which DENSE's are collected.
+    - ``parts``: part of the text -> its folders and files in Python's library. The text is then all parts in
+      equal shares. A branch is the dense model after further training on the part of its name, with
+      ``branch_flags``; the branch ``all`` is trained on all parts, for as many steps as all others together.
     - ``from_scratch``: the runs that are trained without a conversion; their files have the architecture.
     - ``paper``: the paper's score for a run, in percent, if it has one.
     - ``corpus``: flags of prepare-data, if the dense model is trained first.
@@ -51,6 +58,9 @@ class Comparison:
     from_scratch: tuple[str, ...] = ()
     dense: Path | None = None
     corpus: dict[str, Any] = field(default_factory=dict)
+    starts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    branch_flags: dict[str, Any] = field(default_factory=dict)
     ranks: int | None = None
     checkpoint: Path | None = None
     key_stats: Path | None = None
@@ -92,21 +102,25 @@ def read(path: Path, output: Path | None = None, quick: bool = False) -> Compari
         if name not in runs:
             raise UserError(f"{path}: {name!r} is none of the runs ({', '.join(runs)})")
     output = output or Path(str(entries.get("output", "compare"))) / ("quick" if quick else "")
+    starts = {name: config["convert"] for name, config in runs.items() if "convert" in config}
+    _check_starts(starts, list(runs), list(entries.get("parts", {})), path)
 
     def file(config: Any, name: str) -> Path:
         if isinstance(config, dict):
+            config = {key: value for key, value in config.items() if key != "convert"}
             return _write_config(config, path.parent, output / "configs" / f"{run_name(name)}.yaml")
         return Path(os.path.normpath(path.parent / str(config)))
 
     runs = {name: file(config, name) for name, config in runs.items()}
     for config in runs.values():
         read_yaml(config)
-    starts = entries.keys() & {"dense", "checkpoint", "key_stats"}
-    paths = {name: file(entries[name], name) for name in starts}
+    given = entries.keys() & {"dense", "checkpoint", "key_stats"}
+    paths = {name: file(entries[name], name) for name in given}
     worked_out = {
         "path": path,
         "title": entries.get("title", path.stem),
         "runs": runs,
+        "starts": starts,
         "seeds": tuple(entries.get("seeds", (1234,))),
         "reference": reference,
         "output": output,
@@ -125,7 +139,7 @@ def _check(entries: Any, path: Path) -> None:
 
     runs = isinstance(entries, dict) and entries.get("runs")
     need(runs and isinstance(runs, dict), "needs 'runs:', a mapping of names to YAML files or their entries")
-    known = [entry.name for entry in fields(Comparison) if entry.name != "path"]
+    known = [entry.name for entry in fields(Comparison) if entry.name not in ("path", "starts")]
     for name in entries:
         need(name in known, f"unknown entry {name!r}; known: {', '.join(known)}")
     seeds, ranks = entries.get("seeds", [1234]), entries.get("ranks", 1)
@@ -135,12 +149,28 @@ def _check(entries: Any, path: Path) -> None:
     one_start = ("dense" in entries) != ("checkpoint" in entries)
     need(one_start, "needs either 'dense:', the YAML of a model to train first, or 'checkpoint:'")
     need("dense" in entries or "key_stats" in entries, "'checkpoint:' needs 'key_stats:' beside it")
-    for name in ("flags", "corpus"):
+    for name in ("flags", "corpus", "parts", "branch_flags"):
         need(isinstance(entries.get(name, {}), dict), f"'{name}:' must be a mapping of names to values")
+    lasts = "parts" not in entries or "train_iters" in entries.get("branch_flags", {})
+    need(lasts, "'parts:' needs 'branch_flags:' with train_iters, the steps of a branch")
+    for name in entries.keys() & {"corpus", "parts"}:
+        need("dense" in entries, f"'{name}:' is for a dense model that is trained first; leave it out")
     if "corpus" in entries:
-        need("dense" in entries, "'corpus:' is for a dense model that is trained first; leave it out")
         prepared = {"train_tokenizer", "held_out"} <= entries["corpus"].keys()
         need(prepared, "'corpus:' needs 'train_tokenizer:' and 'held_out:', as prepare-data has them")
+
+
+def _check_starts(starts: dict[str, dict[str, Any]], runs: list[str], parts: list[str], path: Path) -> None:
+    """Refuse names that nothing has, and a run that would go on from itself or from a later one."""
+    branches = [*parts, "all"] if parts else []
+    for run, start in starts.items():
+        among = {"dense": [*branches, *runs[: runs.index(run)]], "experts": branches, "key_stats": parts}
+        for flag, known in among.items():
+            named = start.get(flag, [])
+            for name in named if isinstance(named, list) else [named]:
+                if name not in known:
+                    what = f"{flag} {name!r} of run {run!r} is none of {', '.join(known)}"
+                    raise UserError(f"{path}: 'convert:' {what}")
 
 
 def _write_config(entries: dict[str, Any], folder: Path, file: Path) -> Path:

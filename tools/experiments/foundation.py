@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+import sysconfig
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tools.experiments.stages import Stage
 NUM_RANKS = 2  # one on a machine with a single GPU
 # What --quick changes: a model and a corpus just large enough to run every step.
 CORPUS = {"source_library": True, "train_tokenizer": 4000, "held_out": 0.05}
+BRANCH_SEED = 4321  # another order of the data than that of the dense model and of any run
 QUICK_CORPUS = {"train_tokenizer": 500, "held_out": 0.1, "max_bytes": 800_000}
 QUICK_MODEL = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 176, "kv_channels": 8}
 QUICK_RUN = {"train_iters": 6, "save_interval": 4, "eval_iters": 2, "log_interval": 2}
@@ -102,18 +104,42 @@ def shares(jobs: int, ranks: int) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Foundation:
-    """The first stages, in ``output``. ``corpus_flags``: flags of prepare-data that replace CORPUS."""
+    """The first stages, in ``output``. ``corpus_flags``: flags of prepare-data that replace CORPUS.
+    ``parts`` and ``branch_flags`` are a comparison's."""
 
     output: Path
     dense_config: Path
     quick: bool
     ranks: int
     corpus_flags: dict[str, Any]
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    branch_flags: dict[str, Any] = field(default_factory=dict)
 
     @property
     def data(self) -> Path:
         """The prefix of the corpus; held-out data and tokenizer add suffixes to it."""
         return self.corpus.output / "text"
+
+    def _blend(self, part: str | None = None, suffix: str = "") -> list[str]:
+        """The data of one part, or all, as Megatron's flags name them."""
+        if not self.parts:
+            return [f"{self.data}{suffix}"]
+        prefixes = [self.part(name).output / f"text{suffix}" for name in ([part] if part else self.parts)]
+        return [word for prefix in prefixes for word in ("1", str(prefix))]
+
+    @cached_property
+    def texts(self) -> tuple[Stage, ...]:
+        """The stages that make all data."""
+        return (self.corpus, *map(self.part, self.parts))
+
+    def part(self, name: str) -> Stage:
+        """The text of a part. Which documents are held out depends on their text alone."""
+        folder, library = self.output / f"corpus_{name}", Path(sysconfig.get_path("stdlib"))
+        places = [library / place for place in self.parts[name]]
+        options = {"tokenizer": f"{self.data}.tokenizer.model", "output": folder / "text"}
+        held_out = (self.corpus_flags or CORPUS)["held_out"]
+        command = cli("prepare-data", *places, **options, held_out=held_out, overwrite=True, quiet=True)
+        return Stage(f"corpus_{name}", f"prepare the part {name}", command, folder, after=(self.corpus,))
 
     @cached_property
     def corpus(self) -> Stage:
@@ -126,11 +152,23 @@ class Foundation:
     @cached_property
     def dense(self) -> Stage:
         folder, config = self.output / "dense", self.dense_config
-        command = (*torchrun("pretrain", self.ranks), *self.dense_flags, *flags(save=folder))
-        after = (self.corpus,)
-        return Stage("dense", "train the dense model", command, folder, (config,), after, resumes=True)
+        command = (*torchrun("pretrain", self.ranks), *self._dense_flags("dense"), *flags(save=folder))
+        return Stage("dense", "train the dense model", command, folder, (config,), self.texts, resumes=True)
 
-    def run_flags(self, run: str) -> tuple[str, ...]:
+    def branch(self, name: str | None) -> Stage:
+        """A branch of the dense model, or that model itself."""
+        if name is None:
+            return self.dense
+        part, times = (None, len(self.parts)) if name == "all" else (name, 1)
+        own = self.branch_flags | (QUICK_RUN if self.quick else {})
+        own |= {"train_iters": times * own["train_iters"], "seed": BRANCH_SEED}
+        folder, config = self.output / f"dense_{name}", self.dense_config
+        own |= {"pretrained_checkpoint": self.dense.output, "save": folder}
+        command = (*torchrun("pretrain", self.ranks), *self._dense_flags(folder.name, part), *flags(**own))
+        title, after = f"train the branch {name}", (self.dense,)
+        return Stage(folder.name, title, command, folder, (config,), after, resumes=True)
+
+    def run_flags(self, run: str, part: str | None = None) -> tuple[str, ...]:
         """Flags of every run: the data and, for a quick run, its length.
 
         ``run`` is its name: each run has its own cache of data indices, so that parallel runs do not collide.
@@ -138,20 +176,22 @@ class Foundation:
         data = flags(
             tokenizer_model=f"{self.data}.tokenizer.model",
             data_cache_path=self.output / "data_cache" / run,
-            train_data_path=self.data,
-            valid_data_path=f"{self.data}_held_out",
+            train_data_path=self._blend(part),
+            valid_data_path=self._blend(part, "_held_out"),
         )
         return (*flags(**(QUICK_RUN if self.quick else {})), *data)
 
-    @property
-    def dense_flags(self) -> tuple[str, ...]:
+    def _dense_flags(self, run: str, part: str | None = None) -> tuple[str, ...]:
         model = flags(config=self.dense_config, **(QUICK_MODEL if self.quick else {}))
-        return (*model, *self.run_flags("dense"))
+        return (*model, *self.run_flags(run, part))
 
-    @property
-    def keys(self) -> Stage:
-        file = self.output / "key_stats.safetensors"
-        options = flags(load=self.dense.output, output=file, overwrite=True, quiet=True)
-        command = (*torchrun("collect_keys", self.ranks), *self.dense_flags, *options)
-        title = "collect the key statistics of the dense model"
-        return Stage("key_stats", title, command, file, (self.dense_config,), (self.dense,))
+    def keys(self, branch: str | None = None, part: str | None = None) -> Stage:
+        """The key statistics of the dense model or of a branch, over all text or a part."""
+        model = self.branch(branch)
+        name = "_".join(filter(None, ("key_stats", branch, part and f"over_{part}")))
+        file = self.output / f"{name}.safetensors"
+        options = flags(load=model.output, output=file, overwrite=True, quiet=True)
+        command = (*torchrun("collect_keys", self.ranks), *self._dense_flags(name, part), *options)
+        title = f"collect the key statistics of {f'branch {branch}' if branch else 'the dense model'}"
+        title += f" over {part}" if part else ""
+        return Stage(name, title, command, file, (self.dense_config,), (model,))

@@ -59,7 +59,7 @@ def table(comparison: Comparison, seed: int) -> str:
     plan = Plan(comparison, quick=False)
     if plan.foundation is None:
         raise UserError(f"{comparison.path}: its dense model is not trained here")
-    stats = plan.foundation.keys.output
+    stats = plan.foundation.keys().output
     shape = key_stats_file.load(stats).sample_shape
     assert shape is not None
     inputs = [key_stats_file.read_router_input(stats, layer) for layer in range(shape[0])]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.config.yaml_files import read_yaml
 from tools.experiments.comparison import Comparison, run_name
 from tools.experiments.foundation import QUICK_MODEL, QUICK_RUN, Foundation, cli, flags, num_ranks, torchrun
 from tools.experiments.stages import Stage, in_order
@@ -26,8 +27,9 @@ class Plan:
     @property
     def foundation(self) -> Foundation | None:
         """The stages that make dense model and key statistics; None if the file names a checkpoint."""
-        dense, corpus = self.comparison.dense, self.comparison.corpus
-        return Foundation(self.output, dense, self.quick, self.ranks, corpus) if dense else None
+        given = self.comparison
+        more = (given.corpus, given.parts, given.branch_flags)
+        return Foundation(self.output, given.dense, self.quick, self.ranks, *more) if given.dense else None
 
     @property
     def ranks(self) -> int:
@@ -48,12 +50,33 @@ class Plan:
 
     def convert(self, name: str, seed: int) -> Stage:
         config, folder = self.comparison.runs[name], self._folder("converted", name, seed)
-        dense, key_stats = self.comparison.checkpoint, self.comparison.key_stats
+        own = self.comparison.starts.get(name, {}) | {"seed": seed, "quiet": True}
+        branch, experts, parts = (own.pop(flag, None) for flag in ("dense", "experts", "key_stats"))
+        if origin := self._origin(name):
+            trained = self.train(origin, seed)
+            command = cli("convert", trained.output, folder, **own)
+            return self._stage("convert", name, seed, command, folder, after=(trained,))
+        dense, keys = self.comparison.checkpoint, [self.comparison.key_stats]
         after: tuple[Stage, ...] = ()
         if base := self.foundation:
-            dense, key_stats, after = base.dense.output, base.keys.output, (base.dense, base.keys)
-        command = cli("convert", dense, folder, config=config, key_stats=key_stats, seed=seed, quiet=True)
+            model, sources = base.branch(branch), [base.branch(name) for name in experts or ()]
+            stats = [base.keys(branch, part) for part in parts or (None,)]
+            dense, keys = model.output, [stage.output for stage in stats]
+            own |= {"experts": [stage.output for stage in sources]} if sources else {}
+            after = (model, *stats, *sources)
+        command = cli("convert", dense, folder, config=config, key_stats=keys, **own)
         return self._stage("convert", name, seed, command, folder, (config,), after)
+
+    def _origin(self, name: str) -> str | None:
+        """The run whose trained model a run goes on from."""
+        origin = self.comparison.starts.get(name, {}).get("dense")
+        return origin if origin in self.comparison.runs else None
+
+    def _steps(self, name: str) -> int:
+        """Training steps up to the end of a run, those of the runs before it included."""
+        given = read_yaml(self.comparison.runs[name]) | self.comparison.flags
+        steps = (given | (QUICK_RUN if self.quick else {}))["train_iters"]
+        return steps + (self._steps(origin) if (origin := self._origin(name)) else 0)
 
     def train(self, name: str, seed: int) -> Stage:
         return self._pretrain("train", name, seed, "trained")
@@ -80,10 +103,17 @@ class Plan:
         config, folder = self.comparison.runs[name], self._folder(done, name, seed)
         scratch, base = name in self.comparison.from_scratch, self.foundation
         launcher = self.comparison.launcher
-        converted = None if scratch else self.convert(name, seed)
-        after = (converted,) if converted else (base.corpus,) if base else ()
-        own = {"seed": seed, "load": converted and converted.output, "save": folder, "skip_train": skip_train}
+        origin = self._origin(name)
+        as_it_is = origin if self.comparison.starts.get(name) == {"dense": origin} else None
+        before = self.train(as_it_is, seed) if as_it_is else None if scratch else self.convert(name, seed)
+        after = (before,) if before else base.texts if base else ()
+        load = "pretrained_checkpoint" if as_it_is else "load"
+        own: dict[str, Any] = {"seed": seed, load: before and before.output, "save": folder}
+        own |= {"skip_train": skip_train}
         own |= QUICK_MODEL if scratch and self.quick else {}
+        if origin:  # its data go on after those of the run before
+            seen = list(range(1, self._steps(origin) + 1))
+            own |= {"train_iters": self._steps(name), "iterations_to_skip": seen}
         cache = {} if base else {"data_cache_path": self.output / "data_cache" / folder.name}
         shortened = QUICK_RUN if base and self.quick else {}
         given = {flag: value for flag, value in self.comparison.flags.items() if flag not in shortened}
