@@ -90,7 +90,9 @@ def describe(root: Path, stats: Sequence[Path] = ()) -> str:
     title = f"routing at the start, of {inputs}:"
     said = [*_warnings(found, router, record), *_hints(found, router, record, bool(sources))]
     texts = [] if shares is None else ["", *_texts_table(sources, shares)]
-    lines = [title, *_table(found), LEGEND, *_expectation(found, router), *texts, *[""] * bool(said), *said]
+    equal = not (record.get("experts") or record.get("more_experts"))  # the experts of a fresh conversion
+    first_step = _expectation(found, router) if equal else []
+    lines = [title, *_table(found), LEGEND, *first_step, *texts, *[""] * bool(said), *said]
     return "\n".join(lines)
 
 
