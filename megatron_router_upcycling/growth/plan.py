@@ -233,7 +233,7 @@ def _check(moe: Checkpoint, model: DenseModel, router: RouterConfig, more: MoreE
     if not router.kind.scaled or (router.num_routers and keys_per_expert(router) > 1):
         why = "has no rows" if not router.kind.scaled else "has several keys"
         raise UserError(f"MOE {root}: an expert {why} in its router, which cannot be copied")
-    if router.router == "mixture":  # the mixture of more experts must have the same query maps
+    if router.num_routers is not None:  # the mixture of more experts must have the same query maps
         grown = replace(router, num_experts=N)
         sizes = [one.shape(model.num_attention_heads, model.kv_channels) for one in (router, grown)]
         if sizes[0].router_width != sizes[1].router_width:

@@ -70,8 +70,18 @@ def train(run: Run) -> None:
     except SystemExit as ended:
         if ended.code in (None, 0, RESTART_TO_TELL_CAUSE):
             _write_state(run.args, "stopped")
+            _leave(run.args)
         raise
     _write_state(run.args, "finished")
+    _leave(run.args)
+
+
+def _leave(args: Namespace) -> None:
+    """End Gloo's threads: left to the interpreter's end, they have aborted runs that were finished."""
+    import torch
+
+    if args.distributed_backend == "gloo":  # NCCL's end can wait for CUDA graphs
+        torch.distributed.destroy_process_group()
 
 
 def _write_state(args: Namespace, state: str) -> None:

@@ -34,6 +34,7 @@ distributed.all_gather_into_tensor(both, mine)
 distributed.reduce_scatter_tensor(mine, both)
 distributed.all_reduce(mine)
 assert (other.tolist(), both.tolist(), mine.tolist()) == ([1, 2], [1, 1, 2, 2], [6, 6]), (other, both, mine)
+distributed.destroy_process_group()
 """
 # Seconds on a GPU for a probe and for a run, since ranks that do not find each other wait for good.
 PROBING, RUNNING = 25, 90
