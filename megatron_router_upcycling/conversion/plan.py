@@ -83,11 +83,14 @@ class Plan(Work):
     def values_taken_over(self) -> Iterator[tuple[Checkpoint, str]]:
         """The tensors whose values the new checkpoint contains or is computed from."""
         keys = [key for key in self.source.tensors if not names.TRAINING_STATE.match(key)]
-        for source in (self.source, *self.experts):
-            whole = source is self.source or self.options.average_rest
-            for key in keys:
-                if source and (whole or names.is_ffn(split_key(key)[0])):
-                    yield source, key
+        sources = {one.root: one for one in self.experts if one is not None}  # each once
+        replaced = bool(sources) and not self.options.shared_expert  # the FFNs of ``source``
+        for key in keys:
+            is_ffn = names.is_ffn(split_key(key)[0])
+            if not (is_ffn and replaced):
+                yield self.source, key
+            for one in sources.values() if is_ffn or self.options.average_rest else ():
+                yield one, key
 
     def run(self, stats: KeyStats | None, writer: CheckpointWriter) -> None:
         """Carry out the steps."""
