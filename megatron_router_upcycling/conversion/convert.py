@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.checkpoint import beside
-from megatron_router_upcycling.checkpoint.dense_model import DenseModel
+from megatron_router_upcycling.checkpoint.dense_model import Architecture, DenseModel
 from megatron_router_upcycling.checkpoint.format.files import locate
 from megatron_router_upcycling.checkpoint.names import LEFT_OUT, TRACKER, TRAINING_STATE
 from megatron_router_upcycling.checkpoint.open import open_dense
@@ -200,14 +200,16 @@ def describe_plan(conversion: Conversion) -> str:
     plan = conversion.plan
     model, options = plan.model, plan.options
     experts = sum(isinstance(step, CopyExperts) for step in plan.steps)
+    what = model.describe() if experts else Architecture.describe(model)  # not a dense one
     how = "linked, not written" if conversion.links else "copied"
     copies = f"{options.router.num_experts} times" if options.materialize else "once"
     copies += f" for each of {len(plan.experts)} models" * bool(plan.experts)
+    written = f" of {experts} tensors, each written {copies}" if experts else ", all others named again"
     routers = "; ".join(f"{key} {list(shape)}" for key, shape in router_parameters(model, options.router))
     return (
-        f"{plan.dense.iteration_dir}: {model.describe()}\n"
+        f"{plan.dense.iteration_dir}: {what}\n"
         f"  take over  {format_bytes(plan.kept_bytes)} in {len(plan.kept)} entries, {how}\n"
-        f"  experts    {format_bytes(plan.expert_bytes)} of {experts} tensors, each written {copies}\n"
+        f"  experts    {format_bytes(plan.expert_bytes)}{written}\n"
         f"  routers    {format_bytes(plan.router_bytes)}: {routers}\n"
         f"  leave out  {len(plan.left_out)} entries of training state\n"
         f"would write {format_bytes(conversion.bytes_to_write)} to {conversion.out},"

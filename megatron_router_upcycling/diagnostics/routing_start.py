@@ -88,7 +88,9 @@ def describe(root: Path, stats: Sequence[Path] = ()) -> str:
     except (RuntimeError, IndexError, ValueError) as error:  # shapes that do not go together
         raise UserError(f"{root}: its routers do not fit {manifest.NAME} ({reason(error)})") from None
     title = f"routing at the start, of {inputs}:"
-    said = [*_warnings(found, router, record), *_hints(found, router, record, bool(sources))]
+    said = [*_warnings(found, router, record)]
+    if not record.get("more_experts"):  # whose routers were trained
+        said += _hints(found, router, record, bool(sources))
     texts = [] if shares is None else ["", *_texts_table(sources, shares)]
     equal = not (record.get("experts") or record.get("more_experts"))  # the experts of a fresh conversion
     first_step = _expectation(found, router) if equal else []
