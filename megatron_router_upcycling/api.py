@@ -67,8 +67,7 @@ def add_experts(
         >>> add_experts("ckpt/moe", "ckpt/more", 16, seed=1)
     """
     asked = {name: options.pop(name) for name in ("seed", "materialize", "overwrite") if name in options}
-    more = growth.MoreExperts(num_experts, **options)
-    ready = growth.prepare(moe, out, more, Options(RouterConfig(), **asked))
+    ready = growth.prepare(moe, out, growth.MoreExperts(num_experts, **options), **asked)
     if not allow_no_export:
         exporter.check_conversion(ready)
     return convert.convert(ready)

@@ -29,6 +29,8 @@ FC2 = f"{MLP}.linear_fc2"
 ROUTER = f"{MLP}.router"
 EXPERTS = f"{MLP}.experts.experts"
 SHARED_EXPERT = f"{MLP}.shared_experts"
+# A router's buffers that only training makes, to balance its experts; each has a row for every expert.
+BALANCING = tuple(f"{ROUTER}.{name}" for name in ("expert_bias", "qb_beta", "local_tokens_per_expert"))
 
 # A norm has two names, each followed by ``weight`` or ``bias``: that of the projection after it, where
 # Transformer Engine fuses the two, and its own. The norm before a layer's experts is the reverse: it has its

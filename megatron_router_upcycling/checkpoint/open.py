@@ -35,6 +35,12 @@ def open_checkpoint(root: str | Path, report: Report | None = None) -> Checkpoin
     return Checkpoint.open_folder(root, folder, report)
 
 
+def names_experts(root: str | Path) -> bool:
+    """Whether a torch_dist checkpoint's index names experts; its bytes are searched, nothing is parsed."""
+    index = locate(Path(root))[1] / METADATA
+    return index.is_file() and holds_experts([read_record(index).decode("latin-1")])
+
+
 def check_whole(root: str | Path, step: int | None = None) -> None:
     """Refuse a checkpoint that training cannot load: missing, half-written, or saved by a later PyTorch.
 

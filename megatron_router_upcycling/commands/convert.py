@@ -67,7 +67,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_router_upcycling.commands.shared import progress_bar
+from megatron_router_upcycling.commands.shared import add_paths, progress_bar
 from megatron_router_upcycling.config.flags import add_output, add_router
 from megatron_router_upcycling.config.start import GATES, HEAD_KEYS, InitConfig
 from megatron_router_upcycling.conversion.options import Method, read_method
@@ -88,22 +88,13 @@ OF_DENSE = (
 def add_flags(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("dense", metavar="DENSE", type=Path, help="a dense model's checkpoint, or a MOE's")
     convert.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
-    convert.add_argument(
+    add_paths(
+        convert,
         "--key-stats",
-        metavar="FILE",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="what collect_keys wrote for DENSE, one file or one for each text; see below",
+        "FILE",
+        "what collect_keys wrote for DENSE, one file or one for each text; see below",
     )
-    convert.add_argument(
-        "--experts",
-        metavar="MODEL",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="make the experts of these; see below",
-    )
+    add_paths(convert, "--experts", "MODEL", "make the experts of these; see below")
     convert.add_argument(
         "--average-rest", action="store_true", help="take the mean of --experts for all but the experts"
     )
@@ -182,20 +173,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> "Conversion":
-    from megatron_router_upcycling.checkpoint.names import holds_experts
-    from megatron_router_upcycling.checkpoint.open import open_checkpoint
+    from megatron_router_upcycling.checkpoint.open import names_experts
     from megatron_router_upcycling.conversion import convert
     from megatron_router_upcycling.conversion.options import Options
     from megatron_router_upcycling.growth import plan as growth
 
-    is_moe = holds_experts(open_checkpoint(args.dense).tensors)
+    is_moe = names_experts(args.dense)
     _refuse(args, OF_DENSE if is_moe else OF_MOE, f"{args.dense}: {'has' if is_moe else 'has no'} experts")
     if is_moe:
         if args.num_experts is None:
             raise UserError(f"{args.dense}: has experts; give a larger number of them as --num-experts")
         more = growth.MoreExperts(**_given(args, ("num_experts", "top_k", *OF_MOE)))
-        options = Options(RouterConfig(), **_given(args, ("seed", "materialize", "overwrite")))
-        return growth.prepare(args.dense, args.out, more, options)
+        return growth.prepare(
+            args.dense, args.out, more, **_given(args, ("seed", "materialize", "overwrite"))
+        )
     file, router, init = method(args)
     taken = ("seed", "materialize", "overwrite", "average_rest", "shared_expert", "layers", "config")
     options = Options(

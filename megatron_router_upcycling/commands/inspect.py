@@ -16,19 +16,14 @@ which experts each text goes to.
 import argparse
 from pathlib import Path
 
-from megatron_router_upcycling.commands.shared import add_model_config
+from megatron_router_upcycling.commands.shared import add_model_config, add_paths
 
 
 def add_flags(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint's root folder")
     inspect.add_argument("--all", action="store_true", help="list optimizer state and extra states as well")
-    inspect.add_argument(
-        "--key-stats",
-        metavar="FILE",
-        type=Path,
-        nargs="+",
-        default=(),
-        help="where the hidden states are, a file a text (default: recorded)",
+    add_paths(
+        inspect, "--key-stats", "FILE", "where the hidden states are, a file a text (default: recorded)"
     )
     add_model_config(inspect)
 

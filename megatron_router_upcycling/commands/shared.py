@@ -16,6 +16,11 @@ def add_model_config(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_paths(command: argparse.ArgumentParser, flag: str, metavar: str, what: str) -> None:
+    """A flag that takes one path or more."""
+    command.add_argument(flag, metavar=metavar, type=Path, nargs="+", default=(), help=what)
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """The type of a flag that takes whole numbers from ``least`` on."""
 

@@ -65,12 +65,14 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     """Read and check everything; write nothing."""
     options.router.check_trains(options.megatron)
     out = Path(out)
-    read = {"DENSE": Path(root)} | {f"--experts {path}": path for path in options.experts}
-    folders = [locate(path)[1] for path in read.values()]
-    stamps = Stamps([*options.key_stats, *(path for folder in folders for path in folder.rglob("*"))])
+    named = {"DENSE": Path(root)} | {f"--experts {path}": path for path in options.experts}
+    places = {name: locate(path) for name, path in named.items()}
+    stamps = Stamps(
+        [*options.key_stats, *(path for _, folder in places.values() for path in folder.rglob("*"))]
+    )
     dense = open_dense(root, options.config)
-    for name, path in read.items():
-        publish.check_target(out, locate(path)[0], options.overwrite, source_name=name, made_by=TRACKER)
+    for name, (source, _) in places.items():
+        publish.check_target(out, source, options.overwrite, source_name=name, made_by=TRACKER)
     model = read_model(dense)
     experts = open_sources(dense, model, options)
     router_parameters(model, options.router)  # refuses a router that does not fit the model
@@ -138,8 +140,9 @@ def _manifest(plan: Plan, stats: KeyStats | None, folder: Path, contents: dict[s
         entry = {"bytes": path.stat().st_size} | digest
         files["linked" if is_linked else "files"][str(path.relative_to(folder))] = entry
     key_stats = [
-        {"path": str(path.absolute()), "sha256": sha256(path), "metadata": key_stats_file.load(path).metadata}
-        for path in (stats.paths if stats else ())
+        {"path": str(text.path.absolute()), "sha256": sha256(text.path), "metadata": text.metadata}
+        for text in (stats.texts if stats else ())
+        if text.path
     ]
     experts = [
         {"path": str(one.root.absolute()), "digest": one.digest(), "values": values_digest(one)}
@@ -186,7 +189,7 @@ def _read_key_stats(options: Options, dense: Checkpoint, model: DenseModel) -> K
         recorded = stats.metadata.get(name)  # files of older versions lack some
         if recorded is not None and (needed := value()) != recorded:
             raise UserError(
-                f"--key-stats {stats.paths[0]}: of another model or other keys: its {name} is {recorded}, and"
+                f"--key-stats {stats.path}: of another model or other keys: its {name} is {recorded}, and"
                 f" {needed} is needed; collect them from {dense.root}"
             )
     stats = key_stats_file.pool(every)

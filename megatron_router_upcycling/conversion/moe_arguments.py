@@ -1,5 +1,6 @@
 """Megatron's arguments for an MoE that has not trained yet, for its common state and its manifest."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_router_upcycling.checkpoint.dense_model import BUILD_DEFAULTS, MODEL_DEFAULTS, DenseModel
@@ -25,6 +26,11 @@ PLAIN = {
     "moe_router_enable_expert_bias": False,
     "moe_latent_size": None,
 }
+# Arguments that a manifest records.
+RECORDED = (
+    *("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+    *("moe_router_topk_scaling_factor", "moe_router_score_function", "moe_router_enable_expert_bias"),
+)
 # The training machine decides which expert modules to build: --use-checkpoint-args must not set these.
 DECIDED_LATER = ("moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias")
 
@@ -45,14 +51,13 @@ def moe_arguments(model: DenseModel, options: Options, layers: tuple[int, ...] |
     }
 
 
-def model_flags(model: DenseModel, options: Options, layers: tuple[int, ...] | None) -> dict[str, Any]:
-    """The ``moe_arguments`` that are neither Megatron's defaults nor the router's, as manifest flags."""
-    names = ["moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"]
-    names += ["moe_ffn_hidden_size"] * (options.router.granularity > 1)
-    arguments = moe_arguments(model, options, layers)
-    flags = {name: arguments[name] for name in names if arguments[name] is not None}
-    if layers is not None:
-        flags["moe_layer_freq"] = str(arguments["moe_layer_freq"]).replace(" ", "")
+def recorded_flags(arguments: Mapping[str, Any], ffn_hidden_size: int) -> dict[str, Any]:
+    """Those of an MoE's arguments that are neither Megatron's defaults nor the router's, for a manifest."""
+    flags = {name: value for name in RECORDED if (value := arguments.get(name))}
+    if flags.get("moe_ffn_hidden_size") == ffn_hidden_size:
+        del flags["moe_ffn_hidden_size"]
+    if (frequency := arguments.get("moe_layer_freq", 1)) != 1:
+        flags["moe_layer_freq"] = str(frequency).replace(" ", "")
     return flags
 
 

@@ -18,7 +18,7 @@ from megatron_router_upcycling.checkpoint.publish.checks import Target
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
 from megatron_router_upcycling.conversion import fine_grained
-from megatron_router_upcycling.conversion.moe_arguments import PLAIN, model_flags, moe_arguments
+from megatron_router_upcycling.conversion.moe_arguments import PLAIN, moe_arguments, recorded_flags
 from megatron_router_upcycling.conversion.options import Options, parse_layers
 from megatron_router_upcycling.conversion.steps import (
     Average,
@@ -151,6 +151,7 @@ def plan(
             common_as_file=(dense.iteration_dir / COMMON_FILE).is_file(),
         ),
     ]
+    arguments = moe_arguments(model, options, layers)
     changed = [key for key in kept if not source.is_verbatim(key)]
     copies = router.num_copies if options.materialize else max(1, len(sources))
     read = [at_layer(names.QKV, None if layers is None else 0)]
@@ -162,10 +163,10 @@ def plan(
         source=source,
         model=model,
         options=options,
-        arguments=moe_arguments(model, options, layers) | PLAIN,
+        arguments=arguments | PLAIN,
         experts=tuple(one if one is None or layers is None else split_layers(one) for one in sources),
         layers=layers,
-        flags=model.flags | model_flags(model, options, layers),
+        flags=model.flags | recorded_flags(arguments, model.ffn_hidden_size),
         steps=tuple(steps),
         kept=kept,
         left_out=left_out,

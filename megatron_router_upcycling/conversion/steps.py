@@ -28,6 +28,8 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.first_routers import router_parameters, router_values
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
+BLOCK = 1 << 20  # elements in memory at once
+
 
 class Values:
     """Values that are not of ``Plan.source``."""
@@ -40,8 +42,9 @@ class Values:
         """The values of one of the ``boxes``."""
         raise NotImplementedError
 
-
-BLOCK = 1 << 20  # elements in memory at once
+    def expected(self, check: str, shape: Shape, dtype: torch.dtype) -> "Expected":
+        """A tensor of these values."""
+        return Expected(check, shape, dtype, lambda box: [Origin(box, self, box)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +77,6 @@ class Computed(Values):
 
     def values(self, box: Box) -> torch.Tensor:
         return self.compute(*box.offsets[: self.num_axes])
-
-    def expected(self, check: str, dtype: torch.dtype) -> "Expected":
-        """A tensor of these values."""
-        return Expected(check, self.shape, dtype, lambda box: [Origin(box, self, box)])
 
 
 class Origin(NamedTuple):
@@ -182,24 +181,15 @@ class Average(Step):
     def expects(self, work: Work) -> Made:
         made: Made = {}
         for key, target in self.targets.items():
-            stored, mean = work.source.tensors[key], self._mean(work, key)
-            origins = [] if mean is None else [mean]
-            made[target] = Expected(
-                self.check,
-                stored.shape,
-                stored.dtype,
-                lambda box, origins=origins: [Origin(box, mean, box) for mean in origins],  # type: ignore[misc]
-            )
+            stored, there = work.source.tensors[key], [one for one in work.experts if one]
+            made[target] = MeanOf(there, key).expected(self.check, stored.shape, stored.dtype)
+            if len(there) < len(work.experts):  # without one of them the mean is not known
+                made[target] = Expected(self.check, stored.shape, stored.dtype, lambda box: [])
         return made
-
-    def _mean(self, work: Work, key: str) -> MeanOf | None:
-        sources = [source for source in work.experts if source is not None]
-        return MeanOf(sources, key) if len(sources) == len(work.experts) else None
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
         for key, target in self.targets.items():
-            stored, mean = work.source.tensors[key], self._mean(work, key)
-            assert mean is not None
+            stored, mean = work.source.tensors[key], MeanOf([one for one in work.experts if one], key)
             for box in blocks(Box((0,) * len(stored.shape), stored.shape), BLOCK):
                 writer.write_chunk(target, stored.shape, mean.values(box), [box.offsets])
 
@@ -218,7 +208,7 @@ class ShareOutput(Step):
             return work.dense.read_layer(name, index[0] if own is None else own, bytearray()) * SHARE
 
         computed = Computed(share, stored.shape, int(own is None))
-        return {self.target: computed.expected("experts", stored.dtype)}
+        return {self.target: computed.expected("experts", stored.shape, stored.dtype)}
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
         stored = work.source.tensors[self.key]
@@ -341,10 +331,10 @@ class MakeRouters(Step):
                 return routers[work.moe_layers.index(layer)][number]
 
             if work.layers is None:
-                expected[key] = Computed(value, shape, 1).expected("routers", dtype)
+                expected[key] = Computed(value, shape, 1).expected("routers", shape, dtype)
             for layer in work.layers or ():
                 own = Computed(partial(value, layer), shape[1:], 0)
-                expected[at_layer(key, layer)] = own.expected("routers", dtype)
+                expected[at_layer(key, layer)] = own.expected("routers", own.shape, dtype)
         return expected
 
     def _values(self, work: Work) -> Iterator[tuple[torch.Tensor, ...]]:

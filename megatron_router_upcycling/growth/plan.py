@@ -26,7 +26,9 @@ import torch
 
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE, locate
+from megatron_router_upcycling.checkpoint.format.metadata import StoredTensor
 from megatron_router_upcycling.checkpoint.names import (
+    BALANCING,
     EXPERTS,
     ROUTER,
     SHARED_EXPERT,
@@ -42,6 +44,7 @@ from megatron_router_upcycling.checkpoint.read_model import model_of
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion.convert import Conversion
+from megatron_router_upcycling.conversion.moe_arguments import recorded_flags
 from megatron_router_upcycling.conversion.options import Options
 from megatron_router_upcycling.conversion.plan import Plan
 from megatron_router_upcycling.conversion.steps import Take, WriteStates
@@ -57,13 +60,6 @@ LITTLE_NOISE = 0.01  # with softmax before top-k, a copy's weights move with it
 MOST_EXPERTS = 10_000
 LINES_OF_LOAD = 10  # of routing.jsonl, the last ones, whose mean is an expert's load
 GROUPS = ("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor")
-# Rows that a run adds to a router to balance its experts.
-BALANCING = ("expert_bias", "qb_beta", "local_tokens_per_expert")
-# Megatron's arguments of an MoE, for the manifest of one that another tool trained.
-MOE_FLAGS = (
-    *("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
-    *("moe_router_topk_scaling_factor", "moe_router_score_function", "moe_router_enable_expert_bias"),
-)
 
 
 @dataclass(frozen=True)
@@ -114,19 +110,21 @@ class Growth(Plan):
                 yield self.source, step.key
 
 
-def prepare(root: str | Path, out: str | Path, more: MoreExperts, options: Options) -> Conversion:
-    """Read and check everything, as ``convert.prepare``; of ``options``, router and start are not used."""
+def prepare(
+    root: str | Path, out: str | Path, more: MoreExperts, overwrite: bool = False, **options: Any
+) -> Conversion:
+    """Read and check everything, as ``convert.prepare``; ``options``: ``seed`` and ``materialize``."""
     out, folder = Path(out), locate(Path(root))[1]
     stamps = Stamps([*folder.rglob("*"), folder.parent / run_log.ROUTING])
     moe = open_checkpoint(root)
-    publish.check_target(out, moe.root, options.overwrite, source_name="MOE", made_by=TRACKER)
-    conversion = Conversion(plan(moe, more, options), None, out, stamps)
+    publish.check_target(out, moe.root, overwrite, source_name="MOE", made_by=TRACKER)
+    conversion = Conversion(plan(moe, more, overwrite=overwrite, **options), None, out, stamps)
     publish.check_space(out, conversion.bytes_to_write)
     return conversion
 
 
-def plan(moe: Checkpoint, more: MoreExperts, options: Options) -> Growth:
-    """Decide what becomes of every entry of ``moe``; router and start in ``options`` become its own."""
+def plan(moe: Checkpoint, more: MoreExperts, **options: Any) -> Growth:
+    """Decide what becomes of every entry of ``moe``; ``options``: seed, materialize and overwrite."""
     record = manifest.read(moe.root)
     router = manifest.router_of(record, moe.args, moe.root)
     experts = [key for key in moe.tensors if _is_expert(key)]
@@ -138,89 +136,98 @@ def plan(moe: Checkpoint, more: MoreExperts, options: Options) -> Growth:
     _check(moe, model, router, more)
     layers = tuple(sorted({layer for key in experts if (layer := split_key(key)[1]) is not None}))
     copies = more.copies or _copies(moe.root, router, more, len(layers) or model.num_layers)
-    sound = all(len(row) == more.num_experts and set(row) <= set(range(router.num_experts)) for row in copies)
-    if not sound or len(copies) != (len(layers) or model.num_layers):
-        raise UserError(f"{moe.root}: the recorded copies of its experts do not fit; convert it again")
-
-    def copies_of(key: str) -> Copies:
-        layer = split_key(key)[1]
-        return copies if layer is None else (copies[layers.index(layer)],)
-
-    parameters = all_parameters(router, model, model.linear_bias)
-    of_experts = {f"{ROUTER}.{name}" for name in (*(p.name for p in parameters if p.per_expert), *BALANCING)}
+    _check_copies(moe, router, more, copies, len(layers) or model.num_layers)
     noise = more.noise(router)
-    experts_steps = [RepeatExperts(key, copies_of(key)) for key in experts]
-    rows_steps = [
-        RepeatRows(
-            key, copies_of(key), noise * (name == f"{ROUTER}.{router.kind.scaled}"), more.keep_function
-        )
-        for key in moe.tensors
-        if (name := split_key(key)[0]) in of_experts
-    ]
-    for step in (*experts_steps, *rows_steps):
-        sizes = [router.num_experts] if layers else [model.num_layers, router.num_experts]
-        if list(moe.tensors[step.key].shape[: len(sizes)]) != sizes:
-            found = f"{step.key} is {list(moe.tensors[step.key].shape)}"
-            raise UserError(f"MOE {moe.root}: {found}, and its arguments ask for {sizes} in front")
+    more = replace(more, router_noise=noise, copies=copies if more.duplicate == "load" else None)
+    repeats, rows = _repeats(moe, model, router, more, layers, copies)
+
     keys = (*moe.tensors, *moe.objects)
     left_out = tuple(key for key in keys if TRAINING_STATE.match(key))
-    gone = {*left_out, COMMON_STATE, *filter(_is_expert, keys), *(step.key for step in rows_steps)}
+    gone = {*left_out, COMMON_STATE, *filter(_is_expert, keys), *(step.key for step in rows)}
     kept = tuple(key for key in keys if key not in gone)
-    more = replace(more, router_noise=noise, copies=copies if more.duplicate == "load" else None)
-    grown = replace(router, num_experts=more.num_experts, top_k=more.top_k or router.top_k)
-    routed = _routing(moe.args, router, grown, more.keep_function)
-    flags = {flag: value for flag, value in routed.items() if flag in GROUPS}
     shared = any(split_key(key)[0].startswith(SHARED_EXPERT) for key in moe.tensors)
     states = extra_states(model.num_layers, more.num_experts, model.qk_norm, shared, layers or None)
-    new_states = tuple(key for key in states if key not in kept)
     common_as_file = (moe.iteration_dir / COMMON_FILE).is_file()
+    write_states = WriteStates(tuple(key for key in states if key not in kept), common_as_file)
+
+    grown = replace(router, num_experts=more.num_experts, top_k=more.top_k or router.top_k)
+    routed = _routing(moe.args, router, grown, more.keep_function)
+    init, times = manifest.init_config(record or {}, moe.root), more.num_experts / router.num_experts
+    made = Options(router=grown, init=init, shared_expert=shared, **options)
     return Growth(
         dense=moe,
         source=moe,
         model=model,
-        options=replace(
-            options, router=grown, init=manifest.init_config(record or {}, moe.root), shared_expert=shared
-        ),
+        options=made,
         arguments=routed,
         layers=layers or None,
-        flags=_flags(moe.args, model, record) | flags,
-        steps=(
-            Take({key: key for key in kept}, "untouched"),
-            *experts_steps,
-            *rows_steps,
-            WriteStates(new_states, common_as_file),
-        ),
+        flags=_flags(moe.args, model, record) | {flag: routed[flag] for flag in GROUPS if flag in routed},
+        steps=(Take({key: key for key in kept}, "untouched"), *repeats, *rows, write_states),
         kept=kept,
         left_out=left_out,
         kept_bytes=sum(map(moe.stored_bytes, (*kept, *experts))),
         changed_bytes=sum(moe.stored_bytes(key) for key in kept if not moe.is_verbatim(key)),
-        expert_bytes=_expert_bytes(
-            moe, experts, options.materialize and more.num_experts / router.num_experts
-        ),
-        router_bytes=sum(moe.stored_bytes(step.key) for step in rows_steps)
-        * more.num_experts
-        // router.num_experts,
+        expert_bytes=int(times * sum(map(moe.stored_bytes, experts)))
+        if made.materialize
+        else sum(moe.stored_bytes(key) for key in experts if not _is_apart(moe.tensors[key], key)),
+        router_bytes=int(times * sum(moe.stored_bytes(step.key) for step in rows)),
         scratch_bytes=0,
         first_step=f"{more.first_step(grown.top_k, grown.pre_softmax)}; the optimizer starts afresh",
         record={"more_experts": asdict(more)},
     )
 
 
+def _repeats(
+    moe: Checkpoint,
+    model: DenseModel,
+    router: RouterConfig,
+    more: MoreExperts,
+    layers: tuple[int, ...],
+    copies: Copies,
+) -> tuple[list[RepeatExperts], list[RepeatRows]]:
+    """The steps that make the experts, and the routers; ``layers``: those with experts, () if all have."""
+    own = {layer: (row,) for layer, row in zip(layers, copies, strict=False)}
+    rows_of = {
+        f"{ROUTER}.{one.name}" for one in all_parameters(router, model, model.linear_bias) if one.per_expert
+    }
+    noise = {f"{ROUTER}.{router.kind.scaled}": more.router_noise or 0.0}
+    experts, rows = [], []
+    for key, stored in moe.tensors.items():
+        name, layer = split_key(key)
+        if not _is_expert(key) and name not in (*rows_of, *BALANCING):
+            continue
+        sizes = [model.num_layers, router.num_experts][layer is not None :]
+        if list(stored.shape[: len(sizes)]) != sizes or (layer is None) == bool(layers):
+            found = f"{key} is {list(stored.shape)}"
+            raise UserError(f"MOE {moe.root}: {found}, and its arguments ask for {sizes} in front")
+        of_key = copies if layer is None else own[layer]
+        if _is_expert(key):
+            experts.append(RepeatExperts(key, of_key))
+        else:
+            rows.append(RepeatRows(key, of_key, noise.get(name, 0.0), more.keep_function))
+    return experts, rows
+
+
 def _is_expert(key: str) -> bool:
     return split_key(key)[0].startswith(f"{EXPERTS}.")
 
 
-def _expert_bytes(moe: Checkpoint, experts: list[str], times: float) -> int:
-    """What must be written of the experts: all ``times`` over, or what cannot be named again."""
-    if times:
-        return int(times * sum(map(moe.stored_bytes, experts)))
-    written = 0
-    for key in experts:
-        axes = range(1 + (split_key(key)[1] is None))  # layers and experts, or experts
-        chunks = moe.tensors[key].chunks
-        if any(chunk.stored is not None or chunk.sizes[axis] > 1 for chunk in chunks for axis in axes):
-            written += moe.stored_bytes(key)
-    return written
+def _is_apart(stored: StoredTensor, key: str) -> bool:
+    """Whether each chunk belongs to one expert of one layer, so that it can be named again."""
+    axes = range(1 + (split_key(key)[1] is None))  # layers and experts, or experts
+    return all(chunk.stored is None and chunk.sizes[axis] == 1 for chunk in stored.chunks for axis in axes)
+
+
+def _check_copies(
+    moe: Checkpoint, router: RouterConfig, more: MoreExperts, copies: Copies, num_layers: int
+) -> None:
+    """Refuse copies, as a manifest records them, that are of another model."""
+    fits = len(copies) == num_layers
+    for row in copies:
+        sound = all(type(one) is int and 0 <= one < router.num_experts for one in row)
+        fits = fits and sound and len(row) == more.num_experts
+    if not fits:
+        raise UserError(f"{moe.root}: the recorded copies of its experts do not fit; convert it again")
 
 
 def _check(moe: Checkpoint, model: DenseModel, router: RouterConfig, more: MoreExperts) -> None:
@@ -291,7 +298,4 @@ def _flags(args: Any, model: DenseModel, record: dict[str, Any] | None) -> dict[
         if not isinstance(record.get("model"), dict):
             raise UserError(f"{manifest.NAME}: has no 'model' section; convert the model again")
         return dict(record["model"])
-    flags = {name: value for name in MOE_FLAGS if (value := getattr(args, name, None))}
-    if (frequency := getattr(args, "moe_layer_freq", 1)) != 1:
-        flags["moe_layer_freq"] = str(frequency).replace(" ", "")
-    return model.flags | flags
+    return model.flags | recorded_flags(vars(args), model.ffn_hidden_size)

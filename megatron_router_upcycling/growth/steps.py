@@ -83,8 +83,10 @@ class RepeatRows(Repeat):
     by_copy: bool  # one vector of noise for all experts of a copy
 
     def expects(self, work: Work) -> Made:
-        computed = Computed(partial(self._rows, work), self.shape(work), self.axis)
-        return {self.key: computed.expected("routers", work.source.tensors[self.key].dtype)}
+        shape, dtype = self.shape(work), work.source.tensors[self.key].dtype
+        return {
+            self.key: Computed(partial(self._rows, work), shape, self.axis).expected("routers", shape, dtype)
+        }
 
     def _rows(self, work: Work, *layer: int) -> torch.Tensor:
         """The rows of a layer; those of the first copies are the old ones."""

@@ -34,11 +34,17 @@ class KeyStats:
     # ``read_router_input`` reads one layer.
     router_input: torch.Tensor | None = None
     sample_shape: list[int] | None = None
-    paths: tuple[Path, ...] = ()  # of the files that ``load`` has read
+    path: Path | None = None  # of the file that ``load`` has read
+    pooled: tuple["KeyStats", ...] = ()  # of several texts, where these are of all
+
+    @property
+    def texts(self) -> tuple["KeyStats", ...]:
+        """The statistics of each text."""
+        return self.pooled or (self,)
 
     def samples(self, layer: int) -> list[torch.Tensor]:
         """The sampled router inputs of ``layer``, [S, D] in float32, of each file."""
-        return [read_router_input(path, layer) for path in self.paths]
+        return [read_router_input(text.path, layer) for text in self.texts if text.path]
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> None:
@@ -81,7 +87,7 @@ def load(path: str | Path) -> KeyStats:
     if problem := _problem(tensors, sample, metadata):
         raise UserError(f"--key-stats {path}: {problem}; {AGAIN}")
     mean, count = tensors["key_mean"], tensors["key_count"]
-    return KeyStats(mean, count, tensors.get("key_attended"), metadata, sample_shape=sample, paths=(path,))
+    return KeyStats(mean, count, tensors.get("key_attended"), metadata, sample_shape=sample, path=path)
 
 
 def pool(every: Sequence[KeyStats]) -> KeyStats:
@@ -97,8 +103,7 @@ def pool(every: Sequence[KeyStats]) -> KeyStats:
 
     means, attended = mean([stats.mean for stats in every]), mean([stats.attended for stats in every])
     assert means is not None
-    paths = tuple(path for stats in every for path in stats.paths)
-    return KeyStats(means, counts.sum(dim=0), attended, every[0].metadata, paths=paths)
+    return KeyStats(means, counts.sum(dim=0), attended, every[0].metadata, pooled=tuple(every))
 
 
 def read_router_input(path: str | Path, layer: int) -> torch.Tensor:

@@ -24,7 +24,6 @@ from megatron_router_upcycling.growth import plan as growth
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.key_statistics.file import KeyStats
-from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.verify import structure
 from megatron_router_upcycling.verify.findings import Findings, Verification, has_trained
 from megatron_router_upcycling.verify.values import Comparison, Progress, Sources
@@ -48,8 +47,7 @@ def prepare(
         raise UserError(f"MOE {moe.root}: has no {manifest.NAME}; {which}")
     if (more := record.get("more_experts")) is not None:
         made = growth.MoreExperts.recorded(more, moe.root / manifest.NAME)
-        options = Options(RouterConfig(), seed=_seed(record, moe.root))
-        grown = growth.plan(open_checkpoint(dense_root), made, options)
+        grown = growth.plan(open_checkpoint(dense_root), made, seed=_seed(record, moe.root))
         return Verification(moe, record, grown, None, findings)
     dense = open_dense(dense_root, config)
     model = read_model(dense)

@@ -8,7 +8,13 @@ from megatron_router_upcycling.checkpoint import dense_model
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
-from megatron_router_upcycling.checkpoint.names import EXPERTS, ROUTER, TRAINING_STATE, other_norm, split_key
+from megatron_router_upcycling.checkpoint.names import (
+    BALANCING,
+    EXPERTS,
+    TRAINING_STATE,
+    other_norm,
+    split_key,
+)
 from megatron_router_upcycling.checkpoint.publish.checks import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.moe_arguments import PLAIN, fresh_common_state
@@ -19,8 +25,6 @@ from megatron_router_upcycling.files import sha256
 from megatron_router_upcycling.verify.findings import Findings, Verification, section
 
 VERSIONS = {"args", "checkpoint_version", "content_metadata"}  # of a common state: not compared with the rest
-# A router's buffers that only training makes.
-BALANCING = tuple(f"{ROUTER}.{name}" for name in ("expert_bias", "qb_beta", "local_tokens_per_expert"))
 
 
 def check_tensors(verification: Verification, expected: Mapping[str, Expected]) -> set[str]:

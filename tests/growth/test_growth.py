@@ -283,7 +283,9 @@ def test_records_that_make_no_sense_are_one_line(
     made = json.loads((grown / manifest.NAME).read_text())["more_experts"]
     for more in (
         3, {}, made | {"num_experts": 10**12}, made | {"num_experts": "8"}, made | {"copies": [[0] * 8]},
-        made | {"copies": [[9] * 8] * 3}, made | {"copies": 7}, made | {"router_noise": "much"},
+        made | {"copies": [[9] * 8] * 3}, made | {"copies": [[[0]] * 8] * 3},
+        made | {"copies": [[0.0] * 8] * 3},
+        made | {"copies": 7}, made | {"router_noise": "much"},
         made | {"router_noise": None, "top_k": 99},
     ):  # fmt: skip
         refused(grown, {"more_experts": more}, "verify", moe, grown)
