@@ -234,7 +234,10 @@ def _check(moe: Checkpoint, model: DenseModel, router: RouterConfig, more: MoreE
     n, N, root = router.num_experts, more.num_experts, moe.root
     if not n < N <= MOST_EXPERTS or (more.duplicate == "even" and N % n):
         multiple = f" that is a multiple of {n}" if more.duplicate == "even" else ""
-        raise UserError(f"--num-experts {N}: MOE {root} has {n} experts; give a larger number{multiple}")
+        raise UserError(
+            f"--num-experts {N}: MOE {root} has {n} experts; give a larger number{multiple}"
+            f", and at most {MOST_EXPERTS}"
+        )
     if not 0 <= more.noise(router) < math.inf:
         raise UserError(f"--router-noise {more.router_noise}: must be 0 or more")
     if not router.kind.scaled or (router.num_routers and keys_per_expert(router) > 1):

@@ -40,6 +40,13 @@ def test_help_lists_the_parts_in_the_order_of_their_worth(tmp_path: Path) -> Non
     assert places == sorted(places)
 
 
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    for limit, said in (("steps much", "--limit much: give a number of"), ("no 3", "--limit no: the parts")):
+        done = subprocess.run(**command(tmp_path / "out", "--limit", *limit.split()), capture_output=True)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {said}"), done.stderr
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_a_check_that_is_killed_leaves_its_page(tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = subprocess.Popen(**command(output, "--parts", "parallel"), stdout=subprocess.DEVNULL)

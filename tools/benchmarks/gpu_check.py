@@ -27,6 +27,7 @@ calls make one page. Without a GPU all sizes are small (--quick), and the page l
 
 import json
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -208,6 +209,8 @@ def main() -> int:
     options.output = options.output.absolute()
     if unknown := [name for name, _ in options.limit if name not in PARTS]:
         parser.error(f"--limit {unknown[0]}: the parts are {', '.join(PARTS)}")
+    if wrong := [one for _, one in options.limit if not re.fullmatch(r"\d+(\.\d+)?", one)]:
+        parser.error(f"--limit {wrong[0]}: give a number of seconds")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     found = run(options)
     print(f"wrote {options.output / 'report.md'} and report.json")
