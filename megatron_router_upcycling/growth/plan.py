@@ -133,7 +133,7 @@ def plan(moe: Checkpoint, more: MoreExperts, **options: Any) -> Growth:
             f"MOE {moe.root}: its experts are not stored as {EXPERTS}; save it with Megatron 0.19"
         )
     model = model_of(moe, moe.tensors[experts[0]].dtype)
-    _check(moe, model, router, more)
+    _check(moe, router, more)
     layers = tuple(sorted({layer for key in experts if (layer := split_key(key)[1]) is not None}))
     copies = more.copies or _copies(moe.root, router, more, len(layers) or model.num_layers)
     _check_copies(moe, router, more, copies, len(layers) or model.num_layers)
@@ -230,7 +230,7 @@ def _check_copies(
         raise UserError(f"{moe.root}: the recorded copies of its experts do not fit; convert it again")
 
 
-def _check(moe: Checkpoint, model: DenseModel, router: RouterConfig, more: MoreExperts) -> None:
+def _check(moe: Checkpoint, router: RouterConfig, more: MoreExperts) -> None:
     n, N, root = router.num_experts, more.num_experts, moe.root
     if not n < N <= MOST_EXPERTS or (more.duplicate == "even" and N % n):
         multiple = f" that is a multiple of {n}" if more.duplicate == "even" else ""
@@ -243,11 +243,9 @@ def _check(moe: Checkpoint, model: DenseModel, router: RouterConfig, more: MoreE
     if not router.kind.scaled or (router.num_routers and keys_per_expert(router) > 1):
         why = "has no rows" if not router.kind.scaled else "has several keys"
         raise UserError(f"MOE {root}: an expert {why} in its router, which cannot be copied")
-    if router.num_routers is not None:  # the mixture of more experts must have the same query maps
-        grown = replace(router, num_experts=N)
-        sizes = [one.shape(model.num_attention_heads, model.kv_channels) for one in (router, grown)]
-        if sizes[0].router_width != sizes[1].router_width:
-            raise UserError(f"--num-experts {N}: its mixture of {router.num_routers} routers has other sizes")
+    if router.num_routers and N % router.num_routers:  # its query maps stay as they are
+        mixture = f"MOE {root} has a mixture of {router.num_routers} routers"
+        raise UserError(f"--num-experts {N}: {mixture}; give a multiple of {router.num_routers}")
     if more.keep_function:
         softmax = getattr(moe.args, "moe_router_score_function", "softmax") == "softmax"
         grouped = getattr(moe.args, "moe_router_group_topk", None)

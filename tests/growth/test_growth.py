@@ -201,6 +201,7 @@ def test_a_checkpoint_of_another_tool(tmp_path: Path, small: Callable[..., Path]
 REFUSED: dict[str, tuple[tuple[object, ...], tuple[object, ...], str]] = {
     "fewer": ((), ("--num-experts", 4), "--num-experts 4: MOE .* has 4 experts; give a larger number"),
     "no multiple": ((), ("--num-experts", 6), "give a larger number that is a multiple of 4"),
+    "a mixture": ((), ("--num-experts", 6, "--duplicate", "load"), "of 4 routers; give a multiple of 4"),
     "no number": ((), (), "has experts; give a larger number of them as --num-experts"),
     "no loads": ((), ("--num-experts", 8, "--duplicate", "load"), "has no loads of 3 layers and 4 experts"),
     "noise": ((), ("--num-experts", 8, "--router-noise", -1), "--router-noise -1.0: must be 0 or more"),
