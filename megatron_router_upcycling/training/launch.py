@@ -214,7 +214,7 @@ def adapt(args: Namespace, place: str) -> None:
     """Set the flags and patch the parts of Megatron that must differ on this machine; rank 0 prints which."""
     device.use_built_dataset_helper()
     _say(args, device.adapt(args, place))
-    from megatron_router_upcycling.training.patches import added_state, graphs, layers, optimizer
+    from megatron_router_upcycling.training.patches import added_state, gradients, graphs, layers, optimizer
 
     added_state.install()
     has_te = place == "cuda" and device.has_transformer_engine()
@@ -226,6 +226,7 @@ def adapt(args: Namespace, place: str) -> None:
     if not has_te:
         layers.install_without_te(attention)
     if place == "cuda":
+        gradients.install(args)
         _say(args, f"GPU: {'; '.join(layers.install_on_gpu(args, with_te, attention))}")
     if args.attention_backend.name == "local":
         # The module is already chosen; Megatron's check of this value would read --spec, which is not set.

@@ -163,10 +163,16 @@ def check_fold() -> None:
 
 
 def check_accumulate() -> None:
-    total, part = draw(7, 900), draw(7, 900, dtype=torch.bfloat16, seed=1)
-    expected = total + part.float()
-    accumulate.add_(total, part)
-    assert torch.equal(total, expected)
+    for dtype, tolerance in ((torch.float32, 0.0), (torch.bfloat16, 6e-3)):
+        part = draw(7, 900, dtype=torch.bfloat16, seed=1)
+        for fresh in (None, 0, 1):
+            total = draw(7, 900, dtype=dtype)
+            expected = part.to(dtype) if fresh else total + part
+            if fresh:
+                total[2, 3] = float("nan")  # of a step that failed
+            flag = None if fresh is None else torch.tensor(fresh, dtype=torch.int32, device=DEVICE)
+            accumulate.add_(total, part, flag)
+            compare([total], [expected], tolerance)
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}

@@ -1,11 +1,9 @@
 """Which attention and experts a run takes: decided from its arguments, and built into Megatron's specs."""
 
 from argparse import Namespace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_router_upcycling.training import device
@@ -40,11 +38,6 @@ def test_what_pytorchs_attention_cannot_do_is_transformer_engines() -> None:
 def test_transformer_engines_specs_take_pytorchs_products() -> None:
     """In a process of its own: symbols stay replaced."""
     launch.python("-c", "from tests.training import test_choices_on_a_gpu as t; t.check_specs()").ok()
-
-
-def test_a_gradient_is_added_once_and_leaves_no_mark() -> None:
-    """A mark that stayed would make a CUDA graph that is captured later leave out the gradient."""
-    launch.python("-c", "from tests.training import test_choices_on_a_gpu as t; t.check_addition()").ok()
 
 
 def check_specs() -> None:
@@ -82,30 +75,3 @@ def check_specs() -> None:
     assert type(ours) is GroupedExperts and type(loop) is SequentialMLP
     # What does not fit is Megatron's own module, which without Transformer Engine is the loop.
     assert type(build(True, add_bias_linear=True)) is SequentialMLP
-
-
-def check_addition() -> None:
-    from megatron_router_upcycling.training.patches import cpu_backend
-
-    cpu_backend.install()
-    from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
-
-    from megatron_router_upcycling.training.patches.layers import _add_gradients_faster
-
-    for dtype in (torch.bfloat16, torch.float32):
-        param: Any = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype))
-        param.main_grad = torch.ones(3, 5)
-        param.grad_added_to_main_grad = False
-        ddp = SimpleNamespace(
-            param_to_bucket_group={param: None}, ddp_config=SimpleNamespace(overlap_grad_reduce=False)
-        )
-        hook = _add_gradients_faster(DistributedDataParallel._make_backward_post_hook, ddp, param)
-        for micro_batch in range(1, 3):
-            param.grad = torch.full((3, 5), 0.5, dtype=dtype)
-            hook()
-            assert param.grad is None and param.grad_added_to_main_grad is False
-            assert torch.equal(param.main_grad, torch.full((3, 5), 1 + 0.5 * micro_batch))
-        # What a layer has added itself is not added again.
-        param.grad, param.grad_added_to_main_grad = torch.ones(3, 5, dtype=dtype), True
-        hook()
-        assert torch.equal(param.main_grad, torch.full((3, 5), 2.0)) and param.grad_added_to_main_grad

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.distributed import distributed_data_parallel
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.language_module import language_module
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from megatron_router_upcycling.layers import experts, kernels
 from megatron_router_upcycling.layers.attention import SdpaAttention
-from megatron_router_upcycling.layers.kernels import accumulate, cross_entropy, norm, rotary
+from megatron_router_upcycling.layers.kernels import cross_entropy, norm, rotary
 from megatron_router_upcycling.training import device
 from megatron_router_upcycling.training.patches import patching
 
@@ -48,8 +47,6 @@ def install_on_gpu(args: Namespace, with_te: bool, attention: str) -> list[str]:
         _wrap_on_gpu(tensor_parallel_layers, product, _add_bias_in_product)
         if not with_te:
             _wrap_on_gpu(torch_norm.WrappedTorchNorm, "__new__", _norm_in_one_kernel)
-        ddp = distributed_data_parallel.DistributedDataParallel
-        _wrap_on_gpu(ddp, "_make_backward_post_hook", _add_gradients_faster)
     grouped = args.num_experts and args.moe_grouped_gemm
     why_not = experts.usable("cuda") if grouped and with_te else None
     if with_te:
@@ -155,23 +152,3 @@ def _rotate_in_one_kernel(
     if not plain or t.dim() != 4 or freqs.numel() != t.shape[0] * freqs.shape[-1]:
         return original(t, freqs, rotary_interleaved, *args, mscale=mscale, **kwargs)
     return rotary.rotate(t, freqs)
-
-
-def _add_gradients_faster(
-    original: Callable[..., Any], self: Any, param: torch.nn.Parameter
-) -> Callable[..., Any]:
-    """DDP's hook that adds a parameter's gradient to its buffer, with this package's faster addition."""
-    hook = original(self, param)
-
-    def call(*unused: Any) -> None:
-        mixed = param.grad is not None and param.grad.dtype is torch.bfloat16
-        ours = mixed and not param.grad_added_to_main_grad and param.main_grad.dtype is torch.float32
-        if distributed_data_parallel.is_graph_capturing() or not ours:
-            return hook(*unused)
-        accumulate.add_(param.main_grad, param.grad.data)
-        param.grad_added_to_main_grad = True  # so that the hook adds nothing
-        hook(*unused)
-        # Reset it: a CUDA graph captured later would assume that the layer itself adds the gradient.
-        param.grad_added_to_main_grad = False
-
-    return call

@@ -1,0 +1,103 @@
+"""How gradients get into the buffers of Megatron's DistributedDataParallel (DDP), on a GPU.
+
+The first micro-batch of a step writes its gradients and the others add theirs, so buffers need not be zeroed.
+A CUDA graph holds the addition of its own layers' gradients, one for all micro-batches: there a tensor says
+whether the micro-batch is the first.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import distributed_data_parallel
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+from megatron.core.pipeline_parallel import schedules
+from torch import Tensor
+
+from megatron_router_upcycling.layers.kernels import accumulate
+from megatron_router_upcycling.training.patches import patching
+
+
+class _Step:
+    """Which gradients a step has written so far."""
+
+    def __init__(self) -> None:
+        self.params: list[torch.nn.Parameter] = []
+        self.in_graphs: set[torch.nn.Parameter] = set()  # their gradients are added by a CUDA graph
+        self.written: set[torch.nn.Parameter] = set()
+        self.first = False  # whether this is the first micro-batch's backward pass, or before it
+        self.fresh: Tensor | None = None  # int32 []: ``first``, on the device
+
+    def set_first(self, first: bool) -> None:
+        if self.fresh is None:
+            device = self.params[0].main_grad.device  # type: ignore[attr-defined]
+            self.fresh = torch.zeros((), dtype=torch.int32, device=device)
+        if self.first != first:
+            self.fresh.fill_(first)
+        self.first = first
+        self.written.clear()
+
+
+def install(args: Namespace) -> None:
+    """Wrap DDP's hook that adds a gradient, and where nothing else adds any, the zeroing of its buffers."""
+    step = _Step()
+
+    def hook(original: Callable[..., Any], self: Any, param: torch.nn.Parameter) -> Callable[..., None]:
+        return _hook(step, original(self, param), param)
+
+    ddp = distributed_data_parallel.DistributedDataParallel
+    patching.wrap("gradients", ddp, "_make_backward_post_hook", hook)
+    if args.pipeline_model_parallel_size == 1 and not (
+        args.gradient_accumulation_fusion
+        or args.defer_embedding_wgrad_compute
+        or args.use_megatron_fsdp
+        or args.use_torch_fsdp2
+        or args.reuse_grad_buf_for_mxfp8_param_ag
+    ):
+        patching.wrap("gradients", _ParamAndGradBuffer, "reset", lambda zero, self: step.set_first(True))
+        patching.wrap("gradients", schedules, "backward_step", _then_add(step))
+
+
+def _hook(step: _Step, original: Callable[..., None], param: Any) -> Callable[..., None]:
+    """Write or add ``param.grad``; ``original`` then does the rest, such as to start its reduction."""
+
+    def capture(grad: Tensor) -> None:
+        if distributed_data_parallel.is_graph_capturing():
+            accumulate.add_(param.main_grad, grad, step.fresh)
+            param.grad_added_to_main_grad = True  # or Megatron's graph would add it as well
+            step.in_graphs.add(param)
+
+    def call(*unused: Any) -> None:
+        if distributed_data_parallel.is_graph_capturing():
+            return original(*unused)
+        first = step.first and param not in step.written
+        step.written.add(param)
+        if param.grad is None:
+            if first and param not in step.in_graphs:
+                param.main_grad.zero_()
+        elif not param.grad_added_to_main_grad:
+            accumulate.add_(param.main_grad, param.grad.data, step.fresh if first else None)
+            param.grad_added_to_main_grad = True  # so that the original adds nothing
+            original(*unused)
+            # Reset it: a CUDA graph captured later would assume that the layer itself adds the gradient.
+            param.grad_added_to_main_grad = False
+            return None
+        return original(*unused)
+
+    step.params.append(param)
+    param.register_hook(capture)
+    return call
+
+
+def _then_add(step: _Step) -> Callable[..., Any]:
+    def call(backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found = backward(*args, **kwargs)
+        if step.first:
+            for param in step.params:
+                if param not in step.written:  # it had no part in this micro-batch
+                    param.main_grad.zero_()  # type: ignore[attr-defined]
+            step.set_first(False)
+        return found
+
+    return call
