@@ -120,12 +120,32 @@ def check_routing() -> None:
 
             def run(route: Any, x: Tensor, of: Any = of) -> tuple[Tensor, ...]:
                 found = route(x, **of)
-                return found.probs, found.score_sums, found.square_sum
+                return found.probs, found.sums
 
             fast, plain = (functools.partial(run, route) for route in (routing.route, routing.plain))
             compare(gradients(fast, logits), gradients(plain, logits), 2e-6)
+            compare_losses(routing.route(logits, **of).sums, experts)
             maps = [route(logits, **of).routing_map for route in (routing.route, routing.plain)]
             assert torch.equal(*maps) and (maps[0].sum(1) == top_k).all()
+
+
+def compare_losses(sums: Tensor, experts: int) -> None:
+    load = sums[routing.STATISTICS : routing.STATISTICS + experts]
+    for balanced, z_logged in ((True, True), (True, False), (False, True)):
+        results = []
+        for kind in (torch.float32, torch.float64):
+            logs = [torch.ones((), device=DEVICE, dtype=kind) for _ in range(2)]
+            balance = routing.Loss(0.02, 0.5, logs[0]) if balanced else routing.Loss()
+            z = routing.Loss(0.3, 0.1, logs[1] if z_logged else None)
+            usable = kernels.usable
+            if kind is torch.float64:
+                kernels.usable = lambda *tensors: False
+            try:
+                slopes = routing.losses(sums.to(kind), load.to(kind), balance, z)
+            finally:
+                kernels.usable = usable
+            results.append([slopes.double(), *(log.double() for log in logs)])
+        compare(*results, 1e-6)
 
 
 def check_cross_entropy() -> None:

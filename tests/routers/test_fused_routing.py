@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_router_upcycling.layers.kernels import routing
+from megatron_router_upcycling.layers.kernels import routing as kernel
 from megatron_router_upcycling.routers.config import RouterConfig
+from megatron_router_upcycling.training.patches import cpu_backend
+from megatron_router_upcycling.training.run_log import measures
+from tests import launch
 from tests.routers.conftest import BATCH, EXPERTS, SEQUENCE, build, transformer_config
 
 ROUTER = RouterConfig(num_experts=EXPERTS, top_k=2)
@@ -25,12 +29,12 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The plain form in the kernel's place; the calls of it."""
     calls: list[tuple[Any, ...]] = []
 
-    def route(*args: Any) -> routing.Routing:
+    def route(*args: Any) -> kernel.Routing:
         calls.append(args)
-        return routing.plain(*args)
+        return kernel.plain(*args)
 
-    monkeypatch.setattr(routing, "usable", lambda logits: True)
-    monkeypatch.setattr(routing, "route", route)
+    monkeypatch.setattr(kernel, "usable", lambda logits: True)
+    monkeypatch.setattr(kernel, "route", route)
     return calls
 
 
@@ -39,8 +43,8 @@ def scaled(on_cpu: None) -> None:
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(SCALE))
 
 
-def draw() -> torch.Tensor:
-    return 2 * torch.randn(SEQUENCE, BATCH, EXPERTS, generator=torch.Generator().manual_seed(3))
+def draw(seed: int = 3) -> torch.Tensor:
+    return 2 * torch.randn(SEQUENCE, BATCH, EXPERTS, generator=torch.Generator().manual_seed(seed))
 
 
 def routed(route: Any, logits: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -94,6 +98,43 @@ def test_equal_to_megatrons(
         torch.testing.assert_close(found[name], value, rtol=2e-6, atol=2e-7, msg=lambda m, n=name: n + m)
 
 
+def test_tensor_parallel_ranks_share_their_loads() -> None:
+    """Two processes, each with other tokens, as with sequence parallelism."""
+    launch.ranks(2, __file__).ok()
+
+
+def compare_on_two_ranks() -> None:
+    cpu_backend.install()
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    kernel.usable, kernel.route = lambda logits: True, kernel.plain
+    rank = torch.distributed.get_rank()
+    for per_token in (False, True):
+        changes = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+        router = build(ROUTER, transformer_config(calculate_per_token_loss=per_token, **changes))
+        expected, found = (
+            routed(route, draw(rank)) for route in (lambda x: TopKRouter.routing(router, x), router.routing)
+        )
+        assert int(expected["groups of load_balancing_loss"][0]) == 2
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=2e-6, atol=2e-7, msg=lambda m, n=name: n + m)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("pre_softmax", [False, True])
+def test_statistics_are_those_of_the_log(fused: list[tuple[Any, ...]], pre_softmax: bool) -> None:
+    router = build(ROUTER, transformer_config(moe_router_pre_softmax=pre_softmax))
+    logits = draw()
+    weights, routing_map = router.routing(logits)
+    scores = logits.flatten(0, 1).softmax(dim=1)
+    expected = measures.routing_sums(scores, weights.detach(), routing_map, ROUTER.top_k)
+    assert len(expected) == len(measures.SUMS) + EXPERTS
+    torch.testing.assert_close(router.statistics, expected, rtol=1e-6, atol=1e-6)
+    router.routing(logits, padding_mask=torch.zeros(SEQUENCE, BATCH, dtype=torch.bool))
+    assert router.statistics is None
+
+
 def test_the_losses_gradients_are_felt(fused: list[tuple[Any, ...]]) -> None:
     """So that their equality above says something."""
     unbalanced: dict[str, Any] = {"moe_router_load_balancing_type": "none"}
@@ -135,3 +176,7 @@ def test_padding_is_megatrons(fused: list[tuple[Any, ...]]) -> None:
     padding[-3:] = True
     router.routing(draw(), padding_mask=padding)
     assert not fused
+
+
+if __name__ == "__main__":
+    compare_on_two_ranks()

@@ -32,9 +32,11 @@ def compare() -> None:
     from megatron.core.transformer.moe.router import TopKRouter
 
     from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
+    from megatron_router_upcycling.layers.kernels import routing as kernel
     from megatron_router_upcycling.layers.routing import FusedRoutingRouter
     from tests.layers.test_dispatch import EXPERTS, build
 
+    kernel.usable, kernel.route = lambda logits: True, kernel.plain
     inputs = torch.randn(6, 12, 2, one_rank.D, generator=torch.Generator().manual_seed(3))
     for kind in (TopKRouter, FusedRoutingRouter):
         found: dict[str, Any] = {}
@@ -47,6 +49,7 @@ def compare() -> None:
             layer.router.set_layer_number(1)
             found[impl] = steps(layer, inputs, impl, EXPERTS)
         assert found["none"] == found["local"]
+        assert (getattr(layer.router, "statistics", None) is None) == (kind is TopKRouter)
         counted = [record["layers"] for record, *_ in found["none"]]
         assert found["none"][2][2] == inputs[4].flatten(0, 1).tolist()  # the step's first micro-batch
         assert counted == [[0], [], [0]] and found["none"][2][0]["load"] != found["none"][0][0]["load"]

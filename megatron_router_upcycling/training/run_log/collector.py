@@ -76,12 +76,14 @@ class RoutingCollector:
             output = route(logits, *args, **kwargs)
             if sees(self.counting):
                 with torch.no_grad():
-                    weights, routing_map = output
-                    if router.config.moe_pad_expert_input_to_capacity:
-                        routing_map = routing_map & (weights > 0)  # the map counts the padding too
-                    scores = _scores(router, logits.detach().flatten(0, -2))
-                    found = measures.routing_sums(scores, weights.detach(), routing_map, router.topk)
-                    self.sums[index] += torch.where(self.counts, found, 0)
+                    found = getattr(router, "statistics", None)  # of a FusedRoutingRouter
+                    if found is None:
+                        weights, routing_map = output
+                        if router.config.moe_pad_expert_input_to_capacity:
+                            routing_map = routing_map & (weights > 0)  # the map counts the padding too
+                        scores = _scores(router, logits.detach().flatten(0, -2))
+                        found = measures.routing_sums(scores, weights.detach(), routing_map, router.topk)
+                    self.sums[index].add_(torch.where(self.counts, found, 0))
             return output
 
         def keeping(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
