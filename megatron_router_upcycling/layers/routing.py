@@ -72,7 +72,7 @@ class FusedRoutingRouter(TopKRouter):
 
 
 class _Attached(torch.autograd.Function):
-    """Weights whose backward pass is that of the losses too, scaled as ``MoEAuxLossAutoScaler`` scales them."""
+    """Weights; their backward pass is the losses' too, scaled as ``MoEAuxLossAutoScaler`` scales them."""
 
     @staticmethod
     def forward(ctx: Any, probs: Tensor, sums: Tensor, *losses: Any) -> Tensor:

@@ -3,6 +3,7 @@
 On the CPU the kernel is not usable; here its plain form takes its place.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -114,7 +115,7 @@ def compare_on_two_ranks() -> None:
         changes = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
         router = build(ROUTER, transformer_config(calculate_per_token_loss=per_token, **changes))
         expected, found = (
-            routed(route, draw(rank)) for route in (lambda x: TopKRouter.routing(router, x), router.routing)
+            routed(route, draw(rank)) for route in (partial(TopKRouter.routing, router), router.routing)
         )
         assert int(expected["groups of load_balancing_loss"][0]) == 2
         for name, value in expected.items():

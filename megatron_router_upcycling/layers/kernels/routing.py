@@ -86,7 +86,9 @@ def losses(sums: Tensor, load: Tensor, balance: Loss, z: Loss) -> Tensor:
         balance.log.add_((load * sums[STATISTICS + n : -1]).sum() * balance.logged)
     if z.log is not None:
         z.log.add_(sums[-1] * z.logged)
-    return torch.cat((torch.zeros_like(sums[: STATISTICS + n]), load * balance.slope, sums.new_tensor([z.slope])))
+    return torch.cat(
+        (torch.zeros_like(sums[: STATISTICS + n]), load * balance.slope, sums.new_tensor([z.slope]))
+    )
 
 
 class _Route(torch.autograd.Function):
