@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import launch
+from tests.layers import one_rank, test_dispatch
 from tools.benchmarks import candidates, step_parts
 
 PARTS = ("parallel", "transformer-engine", "steps", "train", "kernels")
@@ -113,7 +114,7 @@ def test_part_that_fails_stops_nothing_else(tmp_path: Path) -> None:
 def test_a_step_on_the_cpu(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
     flags = ("--num-layers", 2, "--vocab-size", 256, "--rehearse-seq-length", 32, "--gpus", 4)
-    flags += ("--try", "torch-math")
+    flags += ("--try", "torch-math", "gradients-zeroed")
     done = launch.python(TOOLS / "bench_step.py", "--rounds", 2, "--output", output, *flags).ok()
     found = json.loads(output.read_text())
     assert "(no GPU)" in found["hardware"] and found["utilisation"] == {"mixture": None, "stock": None}
@@ -126,11 +127,36 @@ def test_a_step_on_the_cpu(tmp_path: Path) -> None:
     assert f"mixture's throughput over stock's: {found['throughput_ratio']:.4f}" in done.text
 
 
-def test_another_attention_is_taken_only_if_it_is_right() -> None:
+def test_another_kernel_is_taken_only_if_it_is_right() -> None:
     right = torch.nn.functional.scaled_dot_product_attention
-    assert candidates.difference(right) < candidates.TOLERANCE
-    assert candidates.difference(lambda *args, **of: right(*args, **of | {"is_causal": False})) > 0.1
+    assert candidates.difference("attention", right) < candidates.TOLERANCE
+    wrong = candidates.difference("attention", lambda *args, **of: right(*args, **of | {"is_causal": False}))
+    assert wrong > 0.1
+    experts = candidates.CANDIDATES["all-experts"].make()
+    assert candidates.difference("experts", experts) < candidates.TOLERANCE
+    assert candidates.difference("experts", lambda x, probs, *of: experts(x, probs * 1.1, *of)) > 0.05
     assert candidates.missing("flash-attn-4") in (None, "flash_attn.cute")
+    assert candidates.missing("sonic-moe") in (None, "sonicmoe")
+
+
+def test_other_experts_compute_what_a_layer_does() -> None:
+    """In a process of its own, with Megatron on the CPU."""
+    launch.python("-c", "from tests.tools import test_gpu_check as t; t.compare_experts()").ok()
+
+
+def compare_experts() -> None:
+    one_rank.start()
+    from megatron_router_upcycling.layers.dispatch import UpcycledMoELayer
+
+    layer = test_dispatch.build(UpcycledMoELayer, 2, True)
+    expected = test_dispatch.run(layer)
+    candidates.take("all-experts")
+    layer.zero_grad()
+    found = test_dispatch.run(layer)
+    assert "experts.linear_fc1_weight" in expected and layer.experts.forward.__module__ == candidates.__name__
+    found["probs"] *= expected["probs"] != 0  # of those that a token did not choose a router takes none
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2 * test_dispatch.TOLERANCE)
 
 
 def test_layers_in_cuda_graphs_are_one_part() -> None:

@@ -82,8 +82,8 @@ def stock_routers(layers: list[Any]) -> list[torch.nn.Module]:
 
 def measure(options: Namespace, flags: list[str]) -> dict[str, Any]:
     """For each kind of router: seconds of a step, share of the routers, profile, and peak memory."""
-    if options.candidate:
-        candidates.take(options.candidate)
+    for name in options.candidates:
+        candidates.take(name)
     run, planned = prepare(options, flags)
     args = run.args
     model, optimizer, scheduler = train.build(args, train.model_config(run))
@@ -186,7 +186,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="pairs of steps (default: 10)")
     kinds, which = ("mixture", "stock"), "default: both"
     parser.add_argument("--routers", nargs="+", choices=kinds, default=kinds, help=which)
-    parser.add_argument("--try", dest="candidate", choices=candidates.CANDIDATES, help="another attention")
+    names = {"choices": candidates.CANDIDATES, "nargs": "+", "default": []}
+    parser.add_argument("--try", dest="candidates", **names, help="other kernels than a run's")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
     options, flags = parser.parse_known_args()
     command = shlex.join(["python", *sys.argv])  # before launch changes sys.argv

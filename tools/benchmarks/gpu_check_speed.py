@@ -37,7 +37,7 @@ def steps(part: Part) -> None:
     for name in candidates.CANDIDATES if on_gpu else ():
         if package := candidates.missing(name):
             part.cannot(f"a step with {name}", f"{package} is not installed")
-        elif name != "torch-math":
+        elif name not in candidates.FOR_TESTS:
             flags = (*GRAPHS, "--try", name)
             tried.append(Variant(f"CUDA graphs and {name}, micro-batch 4", engine, 4, flags))
     again = [replace(variant, name=f"{variant.name}, again") for variant in variants]
