@@ -28,6 +28,7 @@ from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from megatron_router_upcycling.layers.kernels import routing
 from tests.tape import Tape, is_view, written_by
 
 HERE = Path(__file__).parent
@@ -168,6 +169,8 @@ def enter() -> None:
     for kind in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     torch.cuda.CUDAGraph = torch.cuda.graphs.CUDAGraph = Graph  # type: ignore[misc, attr-defined]
+    # Without kernels a router's routing would be Megatron's; here it is the kernel's plain form.
+    routing.usable, routing.route = (lambda logits: logits.is_cuda), routing.plain
     Pretended().__enter__()
 
 
