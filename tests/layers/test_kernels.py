@@ -1,4 +1,4 @@
-"""The Triton kernels against their plain forms: ``kernel_checks``, run once in Triton's interpreter."""
+"""The Triton kernels: against their plain forms in Triton's interpreter, and through its compiler."""
 
 import re
 import sys
@@ -23,6 +23,17 @@ def said() -> dict[str, str]:
 @pytest.mark.parametrize("check", CHECKS)
 def test_kernel_equals_its_plain_form(said: dict[str, str], check: str) -> None:
     assert said[check] == "ok"
+
+
+@pytest.mark.skipif(not kernels.INSTALLED, reason="Triton is not installed")
+def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = launch.run(sys.executable, "-m", "tests.layers.compiled_kernels", **environment).ok()
+    shared = dict(re.findall(r"^(\w+): (\d+)$", done.text, re.M))
+    sources = [path.read_text() for path in Path(kernels.__file__).parent.glob("*.py")]
+    launched = {name for text in sources for name in re.findall(r"(\w+)\[[^\]\n]+\]\(", text)}
+    assert len(launched) > 15 and launched == shared.keys()
+    assert max(map(int, shared.values())) <= 227 * 1024
 
 
 def test_every_file_of_kernels_is_checked() -> None:
