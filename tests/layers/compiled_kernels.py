@@ -53,7 +53,9 @@ def back(*outputs: torch.Tensor) -> None:
 def main() -> None:
     pretend()
     back(swiglu.weighted_swiglu(draw(T, 2 * F), draw(T, dtype=torch.float32)))
-    back(norm.rms_norm(draw(T, D), draw(D), 1e-6))
+    normed, residual = norm.rms_norm(draw(T, D), draw(D), 1e-6)
+    back(normed, residual)
+    back(norm.rms_norm(draw(T, D), draw(D), 1e-6)[0])
     back(rotary.rotate(draw(T, 2, 4, 64), torch.zeros(T, 1, 1, 64)))
     back(cross_entropy.cross_entropy(draw(T, 4096) * 1, torch.zeros(T, dtype=torch.long)))
     back(fold.fold_sum(draw(8, 128, D), draw(N, 128)))

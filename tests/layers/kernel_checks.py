@@ -172,8 +172,16 @@ def check_norm() -> None:
     norm.PROGRAMS = 8  # so that each has several tokens, as in a large batch
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
         inputs = draw(21, 2, 72, dtype=dtype), draw(72, dtype=dtype) + 1
-        fast = functools.partial(norm.rms_norm, epsilon=1e-6)
-        agree(fast, lambda x, w: torch.nn.functional.rms_norm(x, (72,), w, 1e-6), inputs, tolerance)
+        for uses in ((0,), (0, 1), (1,)):  # the norm, the residual
+
+            def fast(x: Tensor, w: Tensor, uses: Any = uses) -> tuple[Tensor, ...]:
+                return tuple(norm.rms_norm(x, w, 1e-6)[use] * 1 for use in uses)
+
+            def plain(x: Tensor, w: Tensor, uses: Any = uses) -> tuple[Tensor, ...]:
+                found = torch.nn.functional.rms_norm(x, (72,), w, 1e-6), x + 0 * w.sum()
+                return tuple(found[use] for use in uses)
+
+            agree(fast, plain, inputs, tolerance)
 
 
 def check_fold() -> None:

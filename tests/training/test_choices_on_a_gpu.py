@@ -40,6 +40,39 @@ def test_transformer_engines_specs_take_pytorchs_products() -> None:
     launch.python("-c", "from tests.training import test_choices_on_a_gpu as t; t.check_specs()").ok()
 
 
+def test_a_norm_hands_its_input_to_the_residual() -> None:
+    """In a process of its own: symbols stay replaced."""
+    launch.python("-c", "from tests.training import test_choices_on_a_gpu as t; t.check_norms()").ok()
+
+
+def check_norms() -> None:
+    one_rank.start()
+    import torch
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.spec_utils import build_module
+
+    from megatron_router_upcycling.training.patches import layers
+
+    values = {"normalization": "RMSNorm", "params_dtype": torch.bfloat16, "hidden_dropout": 0.0}
+    config = one_rank.config(attention_dropout=0.0, **values)
+    x = torch.randn(6, 2, one_rank.D, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weights: dict[str, torch.Tensor] = {}
+    found = []
+    for kind in (torch.nn.RMSNorm, layers.RMSNormBeforeResidual):
+        if kind is not torch.nn.RMSNorm:
+            layers._wrap_on_gpu(layers.torch_norm.WrappedTorchNorm, "__new__", layers._norm_in_one_kernel)
+            layers._wrap_on_gpu(LocalSpecProvider, "layer_norm", layers._norm_before_residual)
+        layer = build_module(get_gpt_layer_local_spec(normalization="RMSNorm"), config=config).bfloat16()
+        assert type(layer.input_layernorm) is type(layer.pre_mlp_layernorm) is kind
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
+        output, _ = layer(leaf := x.clone().requires_grad_(), attention_mask=None)
+        output.float().square().sum().backward()
+        found.append([output, leaf.grad, *(parameter.grad for parameter in layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def check_specs() -> None:
     one_rank.start()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider

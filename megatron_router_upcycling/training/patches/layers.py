@@ -47,6 +47,7 @@ def install_on_gpu(args: Namespace, with_te: bool, attention: str) -> list[str]:
         _wrap_on_gpu(tensor_parallel_layers, product, _add_bias_in_product)
         if not with_te:
             _wrap_on_gpu(torch_norm.WrappedTorchNorm, "__new__", _norm_in_one_kernel)
+            _wrap_on_gpu(LocalSpecProvider, "layer_norm", _norm_before_residual)
     grouped = args.num_experts and args.moe_grouped_gemm
     why_not = experts.usable("cuda") if grouped and with_te else None
     if with_te:
@@ -104,6 +105,13 @@ class RMSNorm(torch.nn.RMSNorm):
     """PyTorch's module, with the same parameter names and another forward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return norm.rms_norm(x, self.weight, self.eps)[0]
+
+
+class RMSNormBeforeResidual(torch.nn.RMSNorm):
+    """Returns its input as well, which Megatron's layer then takes for the residual."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return norm.rms_norm(x, self.weight, self.eps)
 
 
@@ -112,6 +120,20 @@ def _norm_in_one_kernel(original: Callable[..., Any], *args: Any, **kwargs: Any)
     if type(built) is torch.nn.RMSNorm:
         built.__class__ = RMSNorm
     return built
+
+
+def _norm_before_residual(
+    original: Callable[..., Any], self: Any, *args: Any, has_residual: bool = False, **kwargs: Any
+) -> Callable[..., Any]:
+    make = original(self, *args, has_residual=has_residual, **kwargs)
+
+    def build(**kwargs: Any) -> Any:
+        built = make(**kwargs)
+        if type(built) is RMSNorm:
+            built.__class__ = RMSNormBeforeResidual
+        return built
+
+    return build if has_residual else make
 
 
 def _add_bias_in_product(
