@@ -79,10 +79,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status: 0, 2 after a user's mistake, 130 or 143 when interrupted.
-
-    ``verify`` returns 1 if something differs.
-    """
+    """Run a command and return the exit status: 0, 1 if ``verify`` finds a difference, 2 after a user's
+    mistake, 130 or 143 when interrupted."""
 
     def stop(number: int, frame: object) -> NoReturn:
         raise Terminated

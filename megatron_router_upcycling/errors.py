@@ -2,10 +2,13 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 LONGEST = 1000  # characters of a message: names and values in it may come from a hostile file
+
+type Kinds = type[Exception] | tuple[type[Exception], ...]
 
 
 class UserError(Exception):
@@ -49,15 +52,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-@contextlib.contextmanager
-def os_error_as(fault: str, way_out: str = "") -> Iterator[None]:
-    """Turn an OSError within into a UserError that says ``fault``, the system's reason and ``way_out``."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{fault} ({error.strerror or reason(error)}){way_out}") from None
-
-
 def printable(text: str, longest: int = LONGEST) -> str:
     """``text`` as one line without control characters; a long text loses its middle."""
     if len(text) > longest:
@@ -80,3 +74,19 @@ def reason(error: BaseException) -> str:
 def described(error: BaseException) -> str:
     """The type and text of another library's ``error``, for a message."""
     return f"{type(error).__name__}: {reason(error)}"
+
+
+@contextlib.contextmanager
+def error_as(kinds: Kinds, fault: str, way_out: str = "", say: Callable[..., str] = reason) -> Iterator[None]:
+    """Turn an error of ``kinds`` within into a UserError of ``fault``, ``say(error)`` and ``way_out``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{fault} ({say(error)}){way_out}") from None
+
+
+def os_error_as(fault: str, way_out: str = "") -> AbstractContextManager[None]:
+    """``error_as`` for OSErrors, with the system's reason."""
+    return error_as(OSError, fault, way_out, lambda error: error.strerror or reason(error))

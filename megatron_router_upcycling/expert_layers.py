@@ -3,8 +3,6 @@
 A number N gives every Nth layer experts, from the first one on. A list has a 0 or 1 for each layer and may be
 written as sums and multiples, as in ``[0]+[1]*23`` or ``([0]+[1]*3)*6``. Megatron evaluates such a text as
 Python, so that ``[0]*10**12`` never returns. Here Python only parses it, and its size is limited.
-
-Pure: imports neither torch nor Megatron.
 """
 
 import ast

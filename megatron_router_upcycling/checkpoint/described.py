@@ -10,15 +10,10 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from megatron_router_upcycling.checkpoint import read_config_json
-from megatron_router_upcycling.checkpoint.dense_model import (
-    ARCHITECTURE,
-    MODEL_DEFAULTS,
-    NEGATED,
-    megatron_arguments,
-)
+from megatron_router_upcycling.checkpoint import dense_model, read_config_json
+from megatron_router_upcycling.checkpoint.dense_model import ARCHITECTURE, MODEL_DEFAULTS, NEGATED
 from megatron_router_upcycling.config.yaml_files import read_yaml
-from megatron_router_upcycling.errors import UserError, described, reason, shown
+from megatron_router_upcycling.errors import UserError, described, error_as, shown
 
 RUN_CONFIG, CONFIG_JSON = "run_config.yaml", "config.json"
 SIZES = ("num_layers", "hidden_size", "num_attention_heads")
@@ -54,17 +49,17 @@ def gives_architecture(args: Any) -> TypeGuard[Namespace]:
 def find(root: Path, folder: Path, config: Path | None) -> tuple[Namespace, str]:
     """Megatron's arguments for the model in ``folder``, an iteration of ``root``, and their source."""
     if config and (flags := of_yaml(config)):
-        return megatron_arguments(flags), f"--config {config}"
+        return dense_model.megatron_arguments(flags), f"--config {config}"
     for path in (folder / RUN_CONFIG, root / CONFIG_JSON, folder / CONFIG_JSON):
         if path.is_file():
-            try:
+            fault = f"{path}: holds no model that can be read"
+            with error_as(UNREADABLE, fault, f"; {WAY_OUT}", described):
                 text = path.read_text("utf-8")
                 if path.name == RUN_CONFIG:
-                    return megatron_arguments(_of_run_config(yaml.safe_load(text)["model"])), str(path)
-                return megatron_arguments(read_config_json.to_flags(json.loads(text), path, 1)), str(path)
-            except UNREADABLE as error:
-                why = f"holds no model that can be read ({described(error)})"
-                raise UserError(f"{path}: {why}; {WAY_OUT}") from None
+                    flags = _of_run_config(yaml.safe_load(text)["model"])
+                else:
+                    flags = read_config_json.to_flags(json.loads(text), path, 1)
+                return dense_model.megatron_arguments(flags), str(path)
     raise UserError(
         f"{folder}: holds no training arguments of Megatron's, no {RUN_CONFIG}, no {CONFIG_JSON}; {WAY_OUT}"
     )
@@ -75,16 +70,14 @@ def of_yaml(config: Path) -> dict[str, Any] | None:
     flags = {name: _number(value) for name, value in read_yaml(config).items() if name in FLAGS}
     if any(flags.get(name) is None for name in SIZES):
         return None
-    try:
+    with error_as(UNREADABLE, f"--config {config}: {', '.join(SIZES)} are no numbers"):
         return flags | {name: int(flags[name]) for name in SIZES}
-    except UNREADABLE as error:
-        raise UserError(f"--config {config}: {', '.join(SIZES)} are no numbers ({reason(error)})") from None
 
 
 def check(config: Path, args: Namespace, root: Path) -> None:
     """Refuse a YAML file that differs from the training arguments in the checkpoint ``root``."""
     flags = of_yaml(config) or {}
-    given = megatron_arguments(flags)
+    given = dense_model.megatron_arguments(flags)
     for flag, name in (ARCHITECTURE | NEGATED).items():
         if flag in flags and name in args and getattr(given, name) != getattr(args, name):
             raise UserError(

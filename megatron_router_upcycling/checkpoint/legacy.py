@@ -27,7 +27,7 @@ from megatron_router_upcycling.checkpoint.format.boxes import Shape
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, StoredTensor
 from megatron_router_upcycling.checkpoint.format.torch_save_file import TorchSaveFile, Values, pickled_tensor
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.errors import UserError, described, os_error_as, reason, shown
+from megatron_router_upcycling.errors import UserError, described, error_as, os_error_as, shown
 
 RANK_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"  # of the distributed optimizer
@@ -74,13 +74,11 @@ class RankFile:
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.file = name, f"{name}/{RANK_FILE}"
         self.path = folder / self.file
-        try:
-            with open(self.path, "rb") as content:
-                file = TorchSaveFile(content)
-                pickled = file.pickle()
-        except Exception as error:  # a damaged archive may fail in any way
-            why = f"missing, damaged, half-written or saved by PyTorch before 1.6 ({reason(error)})"
-            raise UserError(f"{self.path}: {why}; use a checkpoint that was saved whole") from None
+        fault = f"{self.path}: missing, damaged, half-written or saved by PyTorch before 1.6"
+        read = error_as(Exception, fault, "; use a checkpoint that was saved whole")  # it may fail in any way
+        with read, open(self.path, "rb") as content:
+            file = TorchSaveFile(content)
+            pickled = file.pickle()
         self.prefix, self.records = file.prefix, file.records
         self.state = safe_pickle.loads(pickled, self.path)
         if not isinstance(self.state, dict) or not isinstance(self.state.get("args"), Namespace):
@@ -117,7 +115,8 @@ class RankFile:
 
     def shard(self, key: str, value: Any) -> Shard:
         """Locate the values of the pickled tensor ``value`` in the file."""
-        try:
+        # A damaged pickle or archive may be wrong in any way.
+        with error_as(Exception, f"{self.path}: {key} cannot be read", say=described):
             value = value.args[0] if type(value).__name__ == "_rebuild_parameter" else value
             tensor = pickled_tensor(value)
             if tensor is None:
@@ -128,8 +127,6 @@ class RankFile:
             inside = begin >= 0 and length > 0 and begin + length <= storage.length
             if min(shape, default=1) < 1 or not inside or not tensor.row_major or not dtype.is_floating_point:
                 raise ValueError(f"its values, {dtype}, are no floating-point numbers that lie row after row")
-        except Exception as error:  # a damaged pickle or archive may be wrong in any way
-            raise UserError(f"{self.path}: {key} cannot be read ({described(error)})") from None
         return Shard(shape, dtype, Blob(self.file, storage.offset + begin, length), storage)
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 
 TRACKER = "latest_checkpointed_iteration.txt"  # in a checkpoint's root
+RELEASE = "release"  # what it says, and the iteration's folder, where nothing has trained since convert
 EMBEDDING = "embedding.word_embeddings.weight"
 POSITIONS = "embedding.position_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"

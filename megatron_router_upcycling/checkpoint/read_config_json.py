@@ -83,7 +83,6 @@ def to_flags(config: dict[str, Any], path: Path, vocabulary_multiple: int) -> di
 
 
 def _family(config: dict[str, Any]) -> str:
-    """The model_type."""
     family = config.get("model_type")
     whole = CLASSES.get(str(family), str(family))
     name = str((config.get("architectures") or [whole])[0])

@@ -10,7 +10,6 @@ import torch
 
 from megatron_router_upcycling.checkpoint import described, names
 from megatron_router_upcycling.checkpoint.dense_model import UNKNOWN_LAYERS, DenseModel
-from megatron_router_upcycling.checkpoint.described import SIZES
 from megatron_router_upcycling.checkpoint.format.metadata import Chunk
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError, reason, shown
@@ -56,10 +55,8 @@ def model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> DenseModel:
 
 
 def query_key_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the offsets and CRC-32s of the QKV weights, which any training step changes.
-
-    ``Checkpoint.digest`` does not cover values. Where ``torch.save`` wrote a checksum, no value is read.
-    """
+    """SHA-256 over the offsets and CRC-32s of the QKV weights, which any training step changes and
+    ``Checkpoint.digest`` does not cover. Where ``torch.save`` wrote a checksum, no value is read."""
     stored, digest = checkpoint.tensors[names.QKV], hashlib.sha256()
     for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets):
         crc = checksum(checkpoint, chunk, stored.dtype)
@@ -98,7 +95,7 @@ def count_experts(checkpoint: Checkpoint) -> int | None:
 
 def _check_numbers(model: DenseModel) -> None:
     """Raise ValueError for sizes, head counts or an ``init_method_std`` that no model can have."""
-    for name in (*SIZES, "ffn_hidden_size", "num_query_groups", "kv_channels"):
+    for name in (*described.SIZES, "ffn_hidden_size", "num_query_groups", "kv_channels"):
         if getattr(model, name) < 1:
             raise ValueError(f"{name} is {getattr(model, name)}")
     if model.num_layers > MOST_LAYERS:

@@ -16,10 +16,9 @@ import torch
 from megatron_router_upcycling.checkpoint import described
 from megatron_router_upcycling.checkpoint.format import files, metadata, torch_save_file
 from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape
-from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, Blob, Chunk, Report, StoredTensor
 from megatron_router_upcycling.checkpoint.names import EMBEDDING
-from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.errors import UserError, error_as, reason
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Checkpoint:
         except (UserError, OSError) as error:
             if report is None:
                 raise
-            report(COMMON_STATE, f"cannot be read ({error})")
+            report(files.COMMON_STATE, f"cannot be read ({error})")
         return checkpoint
 
     @property
@@ -156,12 +155,9 @@ class Checkpoint:
         straight = out.is_contiguous() and count == out.numel()
         read = out.view(-1) if straight else torch.empty(count, dtype=out.dtype)
         path = self.iteration_dir / chunk.blob.file
-        try:
-            with open(path, "rb") as file:
-                file.seek(values.offset + begin * out.itemsize)
-                files.read_exactly(file, memoryview(read.view(torch.uint8).numpy()))
-        except (OSError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+        with error_as((OSError, EOFError), f"{path}: cannot be read"), open(path, "rb") as file:
+            file.seek(values.offset + begin * out.itemsize)
+            files.read_exactly(file, memoryview(read.view(torch.uint8).numpy()))
         if not straight:
             out.copy_(read.as_strided(part.sizes, steps))
 
@@ -194,16 +190,16 @@ class Checkpoint:
                 report(name, fault)
 
     def _common_bytes(self) -> bytes:
-        if blob := self.objects.get(COMMON_STATE):
+        if blob := self.objects.get(files.COMMON_STATE):
             if blob.length > files.LARGEST_RECORD:
                 raise UserError(f"{self.iteration_dir}: common state of {blob.length} bytes")
             return self.read_blob(blob)
-        return files.read_record(self.iteration_dir / COMMON_FILE)
+        return files.read_record(self.iteration_dir / files.COMMON_FILE)
 
     def _read_common(self) -> dict[str, Any]:
         source = f"{self.iteration_dir}: common state"
         common = torch_save_file.load(self._common_bytes(), source)
-        if COMMON_STATE in self.objects:
+        if files.COMMON_STATE in self.objects:
             common = common[0] if isinstance(common, list) and len(common) == 1 else None
         if not isinstance(common, dict):
             raise UserError(f"{source}: not a dictionary; use a checkpoint that Megatron's training saved")

@@ -13,16 +13,11 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from megatron_router_upcycling.checkpoint.format import metadata
+from megatron_router_upcycling.checkpoint.format import metadata, torch_save_file
 from megatron_router_upcycling.checkpoint.format.boxes import Shape
 from megatron_router_upcycling.checkpoint.format.files import BACKEND, CONFIG
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk, StoredTensor
-from megatron_router_upcycling.checkpoint.format.torch_save_file import (
-    STORAGES,
-    ZIP32_LIMIT,
-    Values,
-    wrap_values,
-)
+from megatron_router_upcycling.checkpoint.format.torch_save_file import ZIP32_LIMIT, Values, wrap_values
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.errors import UserError, os_error_as
 from megatron_router_upcycling.files import sync
@@ -163,11 +158,8 @@ class CheckpointWriter:
         copies: bool = False,
         checksum: int | None = None,
     ) -> None:
-        """Write ``values`` as the chunks of ``key`` (of global ``shape``) at every one of ``offsets``.
-
-        The bytes are written once and shared by all chunks; with ``copies``, once for each chunk.
-        ``checksum``: CRC-32 of the values, if known.
-        """
+        """Write ``values`` as the chunks of ``key`` (of global ``shape``) at every one of ``offsets``: their
+        bytes once, or with ``copies`` for each chunk. ``checksum``: CRC-32 of the values, if known."""
         sizes = tuple(values.shape)
         _, dtype, chunks = self.tensors.setdefault(key, (shape, values.dtype, []))
         assert dtype == values.dtype
@@ -183,7 +175,7 @@ class CheckpointWriter:
             self._file.write(head)
             self._copy_range(values.path, values.place.offset, values.place.length)
             self._file.write(tail)
-        elif values.dtype in STORAGES.values() and 0 < values.nbytes < ZIP32_LIMIT:
+        elif values.dtype in torch_save_file.STORAGES.values() and 0 < values.nbytes < ZIP32_LIMIT:
             # What torch.save would write, with less copying.
             content = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
             known = zlib.crc32(content) if checksum is None else checksum

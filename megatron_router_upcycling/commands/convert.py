@@ -67,7 +67,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_router_upcycling.commands.shared import add_paths, progress_bar
+from megatron_router_upcycling.commands.shared import PATHS, progress_bar
 from megatron_router_upcycling.config.flags import add_output, add_router
 from megatron_router_upcycling.config.start import GATES, HEAD_KEYS, InitConfig
 from megatron_router_upcycling.conversion.options import Method, read_method
@@ -86,65 +86,50 @@ OF_DENSE = (
 
 
 def add_flags(convert: argparse.ArgumentParser) -> None:
-    convert.add_argument("dense", metavar="DENSE", type=Path, help="a dense model's checkpoint, or a MOE's")
-    convert.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
-    add_paths(
-        convert,
-        "--key-stats",
-        "FILE",
-        "what collect_keys wrote for DENSE, one file or one for each text; see below",
-    )
-    add_paths(convert, "--experts", "MODEL", "make the experts of these; see below")
-    convert.add_argument(
-        "--average-rest", action="store_true", help="take the mean of --experts for all but the experts"
-    )
-    convert.add_argument("--config", metavar="YAML", type=Path, help="the method, as in configs/methods")
-    convert.add_argument("--num-experts", type=int, help="experts a layer (default: 8)")
-    convert.add_argument("--top-k", type=int, help="experts a token goes to (default: 2; 1 for switch)")
-    convert.add_argument("--granularity", metavar="G", type=int, default=1, help="cut each expert into G")
-    convert.add_argument("--layers", metavar="LIST", help="with experts, as 1,3,5-7 or 1-23:2 (default: all)")
-    convert.add_argument("--shared-expert", action="store_true", help="keep the dense FFN for every token")
+    add = convert.add_argument
+    add("dense", metavar="DENSE", type=Path, help="a dense model's checkpoint, or a MOE's")
+    add("out", metavar="OUT", type=Path, help="the checkpoint to make")
+    what = "what collect_keys wrote for DENSE, one file or one for each text; see below"
+    add("--key-stats", metavar="FILE", **PATHS, help=what)
+    add("--experts", metavar="MODEL", **PATHS, help="make the experts of these; see below")
+    add("--average-rest", action="store_true", help="take the mean of --experts for all but the experts")
+    add("--config", metavar="YAML", type=Path, help="the method, as in configs/methods")
+    add("--num-experts", type=int, help="experts a layer (default: 8)")
+    add("--top-k", type=int, help="experts a token goes to (default: 2; 1 for switch)")
+    add("--granularity", metavar="G", type=int, default=1, help="cut each expert into G")
+    add("--layers", metavar="LIST", help="with experts, as 1,3,5-7 or 1-23:2 (default: all)")
+    add("--shared-expert", action="store_true", help="keep the dense FFN for every token")
     add_router(convert)
-    convert.add_argument(
+    add(
         "--head-key",
         choices=HEAD_KEYS,
         help="a head's key: the mean of its query group (the paper's default), or what the head attends to"
         " (default where heads share groups)",
     )
-    convert.add_argument("--gate", choices=GATES, help="of a linear router (default: random); see below")
-    for flag, what in (
-        ("--center", "no expert ahead for all tokens"),
-        ("--equalize", "equal singular values"),
-    ):
-        convert.add_argument(flag, action="store_true", default=None, help=f"{what}; see below")
-    convert.add_argument(
-        "--target-entropy", metavar="E", type=float, help="scale the logits to this mean entropy, in nats"
-    )
-    convert.add_argument("--seed", type=int, default=1234, help="of all random numbers")
-    convert.add_argument(
+    add("--gate", choices=GATES, help="of a linear router (default: random); see below")
+    add("--center", action="store_true", default=None, help="no expert ahead for all tokens; see below")
+    add("--equalize", action="store_true", default=None, help="equal singular values; see below")
+    add("--target-entropy", metavar="E", type=float, help="scale the logits to this mean entropy, in nats")
+    add("--seed", type=int, default=1234, help="of all random numbers")
+    add(
         "--moe-router-pre-softmax",
         dest="pre_softmax",
         action=argparse.BooleanOptionalAction,
         help="softmax before top-k (default), or after; see below",
     )
-    convert.add_argument(
+    add(
         "--duplicate", choices=("even", "load"), help="of a MOE: each expert alike, or the busiest more often"
     )
-    convert.add_argument(
-        "--router-noise",
-        metavar="R",
-        type=float,
-        help="of a MOE: on the copies' rows, over their size",
-    )
-    convert.add_argument(
+    add("--router-noise", metavar="R", type=float, help="of a MOE: on the copies' rows, over their size")
+    add(
         "--keep-function",
         action="store_true",
         default=None,
         help="of a MOE: group-limited routing, with which the first step is exactly MOE's",
     )
-    convert.add_argument("--materialize", action="store_true", help="share no bytes with DENSE")
-    convert.add_argument("--allow-no-export", action="store_true", help="even if export-hf would refuse OUT")
-    convert.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
+    add("--materialize", action="store_true", help="share no bytes with DENSE")
+    add("--allow-no-export", action="store_true", help="even if export-hf would refuse OUT")
+    add("--dry-run", action="store_true", help="print what would be done and stop")
     add_output(convert)
 
 

@@ -28,23 +28,18 @@ from megatron_router_upcycling.commands.shared import at_least
 
 
 def add_flags(evaluate: argparse.ArgumentParser) -> None:
-    evaluate.add_argument("model", metavar="HF_DIR", type=Path, help="the model's folder, with its tokenizer")
-    evaluate.add_argument("--tasks", metavar="LIST", help="tasks or groups, by commas (default: the ten)")
-    evaluate.add_argument(
-        "--limit", metavar="N", type=at_least(1), help="only the first N questions of each task"
-    )
-    evaluate.add_argument(
-        "--num-fewshot", metavar="N", type=at_least(0), default=0, help="examples before each question"
-    )
-    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    evaluate.add_argument("--batch-size", type=at_least(1), default=8, help="questions at a time")
-    evaluate.add_argument("--dense", metavar="HF_DIR", type=Path, help="the dense model, to score it as well")
-    evaluate.add_argument("--data-dir", metavar="FOLDER", type=Path, help="the tasks' data; download nothing")
-    evaluate.add_argument("--output", metavar="DIR", type=Path, help="(default: evaluation/NAME of HF_DIR)")
-    evaluate.add_argument("--overwrite", action="store_true", help="replace results in --output")
-    evaluate.add_argument(
-        "--trust-remote-code", action="store_true", help="run modelling code that HF_DIR brings with it"
-    )
+    add = evaluate.add_argument
+    add("model", metavar="HF_DIR", type=Path, help="the model's folder, with its tokenizer")
+    add("--tasks", metavar="LIST", help="tasks or groups, by commas (default: the ten)")
+    add("--limit", metavar="N", type=at_least(1), help="only the first N questions of each task")
+    add("--num-fewshot", metavar="N", type=at_least(0), default=0, help="examples before each question")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    add("--batch-size", type=at_least(1), default=8, help="questions at a time")
+    add("--dense", metavar="HF_DIR", type=Path, help="the dense model, to score it as well")
+    add("--data-dir", metavar="FOLDER", type=Path, help="the tasks' data; download nothing")
+    add("--output", metavar="DIR", type=Path, help="(default: evaluation/NAME of HF_DIR)")
+    add("--overwrite", action="store_true", help="replace results in --output")
+    add("--trust-remote-code", action="store_true", help="run modelling code that HF_DIR brings with it")
 
 
 def options(args: argparse.Namespace) -> Any:

@@ -27,15 +27,14 @@ SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("checkpoint", metavar="MOE", type=Path, help="the Megatron checkpoint (torch_dist)")
-    command.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
-    command.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as in MOE)")
-    command.add_argument("--tokenizer", metavar="DIR", type=Path, help="(default: the one of the training)")
-    command.add_argument("--max-shard-size", metavar="SIZE", type=_size, default="5GB", help="of a file")
-    command.add_argument(
-        "--shared-expert-width", metavar="N", type=int, help="of a shared expert of zeros (default: 128)"
-    )
-    command.add_argument(
+    add = command.add_argument
+    add("checkpoint", metavar="MOE", type=Path, help="the Megatron checkpoint (torch_dist)")
+    add("out", metavar="OUT", type=Path, help="the folder to make")
+    add("--dtype", choices=DTYPES, help="of the weights (default: as in MOE)")
+    add("--tokenizer", metavar="DIR", type=Path, help="(default: the one of the training)")
+    add("--max-shard-size", metavar="SIZE", type=_size, default="5GB", help="of a file")
+    add("--shared-expert-width", metavar="N", type=int, help="of a shared expert of zeros (default: 128)")
+    add(
         "--modelling-code", action="store_true", help="write a modelling file where stock classes do not suit"
     )
     add_output(command)

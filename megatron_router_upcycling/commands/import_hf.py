@@ -22,12 +22,11 @@ from megatron_router_upcycling.config.flags import add_output
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", metavar="HF_DIR", type=Path, help="the folder of config.json")
-    command.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to make")
-    command.add_argument("--dtype", choices=DTYPES, help="of the checkpoint (default: as in HF_DIR)")
-    command.add_argument(
-        "--make-vocab-size-divisible-by", metavar="N", type=int, default=128, help="of the padded embedding"
-    )
+    add = command.add_argument
+    add("folder", metavar="HF_DIR", type=Path, help="the folder of config.json")
+    add("out", metavar="OUT", type=Path, help="the checkpoint to make")
+    add("--dtype", choices=DTYPES, help="of the checkpoint (default: as in HF_DIR)")
+    add("--make-vocab-size-divisible-by", metavar="N", type=int, default=128, help="of the padded embedding")
     add_output(command)
 
 
@@ -39,8 +38,7 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # the work is moving bytes
     start = time.monotonic()
     dtype = args.dtype and getattr(torch, args.dtype)
-    multiple = args.make_vocab_size_divisible_by
-    job = importer.prepare(args.folder, args.out, dtype, multiple, args.overwrite)
+    job = importer.prepare(args.folder, args.out, dtype, args.make_vocab_size_divisible_by, args.overwrite)
     with progress_bar("import-hf", job.bytes_to_write, args.quiet) as progress:
         record = importer.run(job, progress)
     if not args.quiet:

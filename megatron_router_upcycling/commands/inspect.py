@@ -16,15 +16,14 @@ which experts each text goes to.
 import argparse
 from pathlib import Path
 
-from megatron_router_upcycling.commands.shared import add_model_config, add_paths
+from megatron_router_upcycling.commands.shared import PATHS, add_model_config
 
 
 def add_flags(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint's root folder")
     inspect.add_argument("--all", action="store_true", help="list optimizer state and extra states as well")
-    add_paths(
-        inspect, "--key-stats", "FILE", "where the hidden states are, a file a text (default: recorded)"
-    )
+    what = "where the hidden states are, a file a text (default: recorded)"
+    inspect.add_argument("--key-stats", metavar="FILE", **PATHS, help=what)
     add_model_config(inspect)
 
 

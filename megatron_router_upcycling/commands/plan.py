@@ -23,14 +23,13 @@ from megatron_router_upcycling.planning import reading, report
 
 
 def add_flags(plan: argparse.ArgumentParser) -> None:
+    add = plan.add_argument
     plan.usage = "router-upcycle plan [CONFIG] --gpus N [--load CHECKPOINT] [options] [Megatron flags]"
-    plan.add_argument(
-        "--config", metavar="CONFIG", type=Path, help="as of pretrain; --config may be left out"
-    )
-    plan.add_argument("--gpus", metavar="N", type=int, required=True, help="all GPUs of the run")
-    plan.add_argument("--load", metavar="CHECKPOINT", type=Path, help="the converted checkpoint")
+    add("--config", metavar="CONFIG", type=Path, help="as of pretrain; --config may be left out")
+    add("--gpus", metavar="N", type=int, required=True, help="all GPUs of the run")
+    add("--load", metavar="CHECKPOINT", type=Path, help="the converted checkpoint")
     add_gpu(plan)
-    plan.add_argument("--json", action="store_true", help="print all figures as JSON")
+    add("--json", action="store_true", help="print all figures as JSON")
     plan.set_defaults(takes_megatron_flags=True)
 
 

@@ -33,41 +33,30 @@ from megatron_router_upcycling.errors import UserError
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     positive = at_least(1)
-    command.add_argument(
-        "sources", metavar="SOURCE", nargs="*", help="a file of text, a folder, a saved data set, an address"
-    )
-    command.add_argument("--output", metavar="PREFIX", type=Path, required=True, help="what to make")
-    command.add_argument(
-        "--tokenizer", metavar="PLACE", type=Path, help="a Hugging Face folder or sentencepiece .model file"
-    )
-    command.add_argument(
-        "--train-tokenizer", metavar="N", type=positive, help="train one of sentencepiece with N pieces"
-    )
-    command.add_argument("--text-key", metavar="NAME", default="text", help="entry or column of the text")
-    command.add_argument("--workers", metavar="N", type=positive, help="tasks at a time (default: all cores)")
-    command.add_argument("--executor", choices=("local", "slurm"), default="local", help="where tasks run")
-    command.add_argument(
-        "--slurm", metavar="KEY=VALUE", action="append", default=[], help="option of sbatch: partition=cpu"
-    )
-    command.add_argument(
-        "--held-out", metavar="SHARE", type=float, default=0.0, help="of the documents, as 0.01"
-    )
-    command.add_argument("--seed", type=int, default=0, help="chooses which documents are held out")
-    command.add_argument(
+    add("sources", metavar="SOURCE", nargs="*", help="a file of text, a folder, a saved data set, an address")
+    add("--output", metavar="PREFIX", type=Path, required=True, help="what to make")
+    add("--tokenizer", metavar="PLACE", type=Path, help="a Hugging Face folder or sentencepiece .model file")
+    add("--train-tokenizer", metavar="N", type=positive, help="train one of sentencepiece with N pieces")
+    add("--text-key", metavar="NAME", default="text", help="entry or column of the text")
+    add("--workers", metavar="N", type=positive, help="tasks at a time (default: all cores)")
+    add("--executor", choices=("local", "slurm"), default="local", help="where tasks run")
+    add("--slurm", metavar="KEY=VALUE", action="append", default=[], help="option of sbatch: partition=cpu")
+    add("--held-out", metavar="SHARE", type=float, default=0.0, help="of the documents, as 0.01")
+    add("--seed", type=int, default=0, help="chooses which documents are held out")
+    add(
         "--end-of-document",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="end each document with the tokenizer's end-of-document token (default)",
     )
-    command.add_argument("--max-tokens", metavar="N", type=positive, help="stop before more than N tokens")
-    command.add_argument("--max-bytes", metavar="N", type=positive, help="stop before more bytes of text")
-    command.add_argument(
-        "--max-document-bytes", metavar="N", type=positive, default=1 << 24, help="a longer document is bad"
-    )
-    command.add_argument("--max-bad", metavar="N", type=at_least(0), default=0, help="bad documents to skip")
-    command.add_argument("--source-library", action="store_true", help="add Python's standard library")
-    command.add_argument("--source-packages", action="store_true", help="add the installed Python packages")
+    add("--max-tokens", metavar="N", type=positive, help="stop before more than N tokens")
+    add("--max-bytes", metavar="N", type=positive, help="stop before more bytes of text")
+    add("--max-document-bytes", metavar="N", type=positive, default=1 << 24, help="a longer document is bad")
+    add("--max-bad", metavar="N", type=at_least(0), default=0, help="bad documents to skip")
+    add("--source-library", action="store_true", help="add Python's standard library")
+    add("--source-packages", action="store_true", help="add the installed Python packages")
     add_output(command)
 
 

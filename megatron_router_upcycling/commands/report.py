@@ -13,10 +13,9 @@ from pathlib import Path
 
 
 def add_flags(report: argparse.ArgumentParser) -> None:
-    report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a folder that pretrain saves to")
-    report.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path("report"), help="replaces an earlier report there"
-    )
+    add = report.add_argument
+    add("runs", metavar="RUN", type=Path, nargs="+", help="a folder that pretrain saves to")
+    add("--output", metavar="DIR", type=Path, default=Path("report"), help="replaces an earlier report there")
 
 
 def run(args: argparse.Namespace) -> None:

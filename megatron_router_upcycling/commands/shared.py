@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
+PATHS: dict[str, Any] = {"type": Path, "nargs": "+", "default": ()}  # of a flag that takes one path or more
 
 
 def add_model_config(command: argparse.ArgumentParser) -> None:
@@ -14,11 +15,6 @@ def add_model_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config", metavar="YAML", type=Path, help="the model's Megatron flags, if not in the checkpoint"
     )
-
-
-def add_paths(command: argparse.ArgumentParser, flag: str, metavar: str, what: str) -> None:
-    """A flag that takes one path or more."""
-    command.add_argument(flag, metavar=metavar, type=Path, nargs="+", default=(), help=what)
 
 
 def at_least(least: int) -> Callable[[str], int]:

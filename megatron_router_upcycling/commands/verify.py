@@ -16,14 +16,15 @@ import argparse
 import time
 from pathlib import Path
 
-from megatron_router_upcycling.commands.shared import add_model_config, add_paths, progress_bar
+from megatron_router_upcycling.commands.shared import PATHS, add_model_config, progress_bar
 from megatron_router_upcycling.errors import UserError, os_error_as
 
 
 def add_flags(verify: argparse.ArgumentParser) -> None:
     verify.add_argument("dense", metavar="DENSE", type=Path, help="the dense model's checkpoint")
     verify.add_argument("moe", metavar="MOE", type=Path, help="what convert made of it, trained or not")
-    add_paths(verify, "--key-stats", "FILE", "key statistics of the routers (default: recorded)")
+    what = "key statistics of the routers (default: recorded)"
+    verify.add_argument("--key-stats", metavar="FILE", **PATHS, help=what)
     add_model_config(verify)
     verify.add_argument("--json", metavar="FILE", type=Path, help="write everything that was found there")
     verify.add_argument("--quiet", action="store_true", help="print only what differs")

@@ -3,8 +3,6 @@
 An entry of a YAML file is one of Megatron's argument names (``num_layers: 24`` is ``--num-layers 24``;
 ``swiglu: true`` is ``--swiglu``), ``base:`` with one or more files to inherit from, or ``upcycling:`` with
 this package's options. The YAML file overrides the checkpoint's manifest, and flags override both.
-
-Pure: imports neither torch nor Megatron, whose parser the caller passes in.
 """
 
 import argparse
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_router_upcycling.config import start
-from megatron_router_upcycling.errors import UserError
+from megatron_router_upcycling.errors import UserError, error_as
 from megatron_router_upcycling.expert_layers import layer_frequency
 from megatron_router_upcycling.routers.config import POOLINGS
 from megatron_router_upcycling.routers.kinds import KINDS
@@ -59,11 +57,10 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 
     router = parser.add_argument_group("router (a converted checkpoint brings its own)")
     add_router(router)
-    router.add_argument(
-        "--top-k", dest="moe_router_topk", type=int, default=argparse.SUPPRESS, help="is --moe-router-topk"
-    )
-    router.add_argument("--locality-loss-coeff", type=float, help="of --router locmoe (default: 0.01)")
-    router.add_argument(
+    add = router.add_argument
+    add("--top-k", dest="moe_router_topk", type=int, default=argparse.SUPPRESS, help="is --moe-router-topk")
+    add("--locality-loss-coeff", type=float, help="of --router locmoe (default: 0.01)")
+    add(
         "--no-moe-router-pre-softmax",
         dest="moe_router_pre_softmax",
         action="store_false",
@@ -153,10 +150,8 @@ def _parsed(parser: ArgumentParser, flag: str, action: argparse.Action, value: A
     items = value if isinstance(value, list) and action.nargs not in (None, "?") else [value]
     if any(isinstance(item, list | dict | set) for item in items):
         raise UserError(f"{where} must be one value, or a list where the flag takes several")
-    try:
+    with error_as((argparse.ArgumentError, KeyError), f"{where} is not valid", say=str):
         return parser._get_values(action, [str(item) for item in items])
-    except (argparse.ArgumentError, KeyError) as error:
-        raise UserError(f"{where} is not valid ({error})") from None
 
 
 def split_section(section: dict[str, Any], source: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.config.flags import SHARED_WITH_MEGATRON
 from megatron_router_upcycling.config.start import InitConfig
 from megatron_router_upcycling.errors import UserError, reason
 from megatron_router_upcycling.files import write_whole
@@ -41,12 +42,7 @@ def router_config(manifest: dict[str, Any], source: str | Path) -> RouterConfig:
 
 def router_of(manifest: dict[str, Any] | None, args: Any, root: Path) -> RouterConfig:
     """The router of a checkpoint with arguments ``args``: without a manifest, Megatron's linear one."""
-    names = {
-        "num_experts": "num_experts",
-        "top_k": "moe_router_topk",
-        "pre_softmax": "moe_router_pre_softmax",
-    }
-    trained = {name: getattr(args, argument, None) for name, argument in names.items()}
+    trained = {field: getattr(args, name, None) for name, field in SHARED_WITH_MEGATRON.items()}
     trained["pre_softmax"] = bool(trained["pre_softmax"])
     if manifest is None:
         return RouterConfig.from_dict({"router": "linear"} | trained, f"{root}: its training arguments")
@@ -63,6 +59,13 @@ def router_of(manifest: dict[str, Any] | None, args: Any, root: Path) -> RouterC
 def init_config(manifest: dict[str, Any], source: str | Path) -> InitConfig:
     """How the checkpoint's routers were made; the paper's way where ``manifest`` has nothing."""
     return InitConfig.from_dict(manifest.get("init", {}), f"{source}: init")
+
+
+def section(manifest: dict[str, Any], name: str, whose: str) -> dict[str, Any]:
+    """A section that every manifest has; an error begins with ``whose``."""
+    if not isinstance(found := manifest.get(name), dict):
+        raise UserError(f"{whose} has no {name!r} section; convert the model again")
+    return found
 
 
 def entries(manifest: dict[str, Any], name: str, source: str | Path) -> list[dict[str, Any]]:

@@ -12,11 +12,10 @@ from typing import Any
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.checkpoint.dense_model import Architecture, DenseModel
 from megatron_router_upcycling.checkpoint.format.files import locate
-from megatron_router_upcycling.checkpoint.names import LEFT_OUT, TRACKER, TRAINING_STATE
+from megatron_router_upcycling.checkpoint.names import LEFT_OUT, RELEASE, TRACKER, TRAINING_STATE
 from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.publish import checks
 from megatron_router_upcycling.checkpoint.publish import folder as publish
-from megatron_router_upcycling.checkpoint.publish.checks import Stamps, intact_check
 from megatron_router_upcycling.checkpoint.read_model import query_key_digest, read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
@@ -42,7 +41,7 @@ class Conversion:
     plan: Plan
     stats: KeyStats | None
     out: Path
-    sources: Stamps
+    sources: checks.Stamps
 
     @property
     def links(self) -> bool:
@@ -67,7 +66,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
     out = Path(out)
     named = {"DENSE": Path(root)} | {f"--experts {path}": path for path in options.experts}
     places = {name: locate(path) for name, path in named.items()}
-    stamps = Stamps(
+    stamps = checks.Stamps(
         [*options.key_stats, *(path for _, folder in places.values() for path in folder.rglob("*"))]
     )
     dense = open_dense(root, options.config)
@@ -86,10 +85,7 @@ def prepare(root: str | Path, out: str | Path, options: Options) -> Conversion:
 
 
 def convert(conversion: Conversion, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
-    """Make the checkpoint and return its manifest.
-
-    After an exception there is no checkpoint and no leftover. A killed process leaves a hidden folder next to
-    ``out``, which the next conversion to ``out`` removes (``publish.folder``).
+    """Make the checkpoint and return its manifest, or leave nothing (``publish.folder``).
 
     ``progress`` is called with the number of bytes after each write. Also refuses a dense checkpoint that
     changes while it is read, or has a chunk that fails its checksum or is not finite.
@@ -97,12 +93,12 @@ def convert(conversion: Conversion, progress: Callable[[int], None] = lambda cou
     plan, out, sources = conversion.plan, conversion.out, conversion.sources
     with publish.new_folder(out, plan.options.overwrite) as folder:
         try:
-            contents = _write(conversion, folder / "release", progress)
+            contents = _write(conversion, folder / RELEASE, progress)
             record = _manifest(plan, conversion.stats, folder, contents)
             manifest.write(folder, record)
             if (beside_dense := plan.dense.root / beside.FOLDER).is_dir():
                 beside.hand_on(beside_dense, folder)
-            (folder / TRACKER).write_text("release", encoding="utf-8")
+            (folder / TRACKER).write_text(RELEASE, encoding="utf-8")
             sources.check()
         except OSError:
             sources.check()  # a source that is gone is the cause
@@ -117,7 +113,7 @@ def _write(conversion: Conversion, folder: Path, progress: Callable[[int], None]
     """Fill the iteration's folder, check all of its content, and return the digests of its data files."""
     plan = conversion.plan
     with (
-        intact_check(plan.values_taken_over()) as intact,
+        checks.intact_check(plan.values_taken_over()) as intact,
         CheckpointWriter(folder, DATA_FILES, progress) as writer,
     ):
         plan.run(conversion.stats, writer)

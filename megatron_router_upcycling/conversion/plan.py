@@ -13,26 +13,13 @@ from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
 from megatron_router_upcycling.checkpoint.layers import split_layers
-from megatron_router_upcycling.checkpoint.names import at_layer, split_key
 from megatron_router_upcycling.checkpoint.publish.checks import Target
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
-from megatron_router_upcycling.conversion import fine_grained
+from megatron_router_upcycling.conversion import fine_grained, steps
 from megatron_router_upcycling.conversion.moe_arguments import PLAIN, moe_arguments, recorded_flags
 from megatron_router_upcycling.conversion.options import Options, parse_layers
-from megatron_router_upcycling.conversion.steps import (
-    Average,
-    CopyExperts,
-    CutExperts,
-    Expected,
-    Made,
-    MakeRouters,
-    ShareOutput,
-    Step,
-    Take,
-    Work,
-    WriteStates,
-)
+from megatron_router_upcycling.conversion.steps import Expected, Made, Step, Take, Work
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics.file import KeyStats
@@ -57,11 +44,8 @@ class Plan(Work):
 
     @property
     def memory_bytes(self) -> int:
-        """The most memory that the model's values take, independent of its number of layers.
-
-        One chunk; for a router made from heads also one layer's QKV weight twice (joined from chunks, then
-        split into heads), its router, and the previous layer's router.
-        """
+        """The most memory that the model's values take: one chunk; for a router made from heads also a
+        layer's QKV weight twice (joined from chunks, split into heads), its router and the previous one."""
         model = self.model
         if not self.options.init.of_heads(self.options.router):
             return self.scratch_bytes
@@ -86,14 +70,13 @@ class Plan(Work):
         sources = {one.root: one for one in self.experts if one is not None}  # each once
         replaced = bool(sources) and not self.options.shared_expert  # the FFNs of ``source``
         for key in keys:
-            is_ffn = names.is_ffn(split_key(key)[0])
+            is_ffn = names.is_ffn(names.split_key(key)[0])
             if not (is_ffn and replaced):
                 yield self.source, key
             for one in sources.values() if is_ffn or self.options.average_rest else ():
                 yield one, key
 
     def run(self, stats: KeyStats | None, writer: CheckpointWriter) -> None:
-        """Carry out the steps."""
         work = replace(self, stats=stats, scratch=bytearray(self.scratch_bytes))
         for step in self.steps:
             step.run(work, writer)
@@ -110,16 +93,13 @@ def plan(
 
     def is_ffn(key: str) -> bool:
         """Whether ``key`` belongs to an FFN that becomes experts."""
-        return names.is_ffn(split_key(key)[0]) and _gets_experts(key, layers)
-
-    def is_new_state(key: str) -> bool:
-        """Whether the new checkpoint replaces the extra state ``key`` by an empty one, or drops it."""
-        return names.EXTRA_STATE in key and (is_ffn(key) or not source.is_verbatim(key))
+        return names.is_ffn(names.split_key(key)[0]) and _gets_experts(key, layers)
 
     keys = (*source.tensors, *source.objects)
     left_out = tuple(key for key in keys if names.TRAINING_STATE.match(key))
     ffn = list(filter(is_ffn, source.tensors))
-    gone = {*left_out, *ffn, COMMON_STATE, *filter(is_new_state, source.objects)}
+    made_anew = [key for key in source.objects if names.EXTRA_STATE in key and is_ffn(key)]
+    gone = {*left_out, *ffn, COMMON_STATE, *made_anew}
     kept = tuple(key for key in keys if key not in gone)
     for key in kept:
         if not names.MODEL_STATE.match(key):
@@ -132,21 +112,15 @@ def plan(
     states = names.extra_states(
         model.num_layers, router.num_experts, model.qk_norm, options.shared_expert, layers
     )
-    averaged = [key for key in kept if options.average_rest and key in source.tensors]
-    rest: list[Step] = [Take({key: key for key in kept}, "untouched"), Take(norms, "norms")]
-    if options.average_rest:
-        objects = {key: key for key in kept if key in source.objects}
-        rest = [
-            Take(objects, "untouched"),
-            Average({key: key for key in averaged}, "untouched"),
-            Average(norms, "norms"),
-        ]
-    steps = [
-        *rest,
+    averaged = {key: key for key in kept if options.average_rest and key in source.tensors}
+    all_steps = [
+        Take({key: key for key in kept if key not in averaged}, "untouched"),
+        steps.Average(averaged, "untouched"),
+        steps.Average(norms, "norms") if options.average_rest else Take(norms, "norms"),
         *experts,
         *shared,
-        MakeRouters(),
-        WriteStates(
+        steps.MakeRouters(),
+        steps.WriteStates(
             tuple(key for key in states if key in gone or key not in source.objects),
             common_as_file=(dense.iteration_dir / COMMON_FILE).is_file(),
         ),
@@ -154,8 +128,8 @@ def plan(
     arguments = moe_arguments(model, options, layers)
     changed = [key for key in kept if not source.is_verbatim(key)]
     copies = router.num_copies if options.materialize else max(1, len(sources))
-    read = [at_layer(names.QKV, None if layers is None else 0)]
-    made = (CutExperts, ShareOutput)  # whose values are read, not taken over
+    read = [names.at_layer(names.QKV, None if layers is None else 0)]
+    made = (steps.CutExperts, steps.ShareOutput)  # whose values are read, not taken over
     read += [step.key for step in (*experts, *shared) if isinstance(step, made)]
     num_routers = model.num_layers if layers is None else len(layers)
     return Plan(
@@ -167,7 +141,7 @@ def plan(
         experts=tuple(one if one is None or layers is None else split_layers(one) for one in sources),
         layers=layers,
         flags=model.flags | recorded_flags(arguments, model.ffn_hidden_size),
-        steps=tuple(steps),
+        steps=tuple(all_steps),
         kept=kept,
         left_out=left_out,
         kept_bytes=sum(map(source.stored_bytes, kept)),
@@ -197,25 +171,25 @@ def _first_step(router: RouterConfig, num_models: int) -> str:
 
 
 def _gets_experts(key: str, layers: tuple[int, ...] | None) -> bool:
-    return layers is None or split_key(key)[1] in layers
+    return layers is None or names.split_key(key)[1] in layers
 
 
-def _expert(key: str, model: DenseModel, router: RouterConfig) -> CopyExperts:
+def _expert(key: str, model: DenseModel, router: RouterConfig) -> steps.CopyExperts:
     """The step that makes the experts' parameter from the FFN's ``key``."""
-    name, layer = split_key(key)
-    target = at_layer(names.EXPERTS + name.removeprefix(names.MLP), layer)
+    name, layer = names.split_key(key)
+    target = names.at_layer(names.EXPERTS + name.removeprefix(names.MLP), layer)
     if router.granularity > 1:
         axis = int(layer is None)  # of FC1's rows; FC2 is cut along its columns
         if name.startswith(f"{names.FC1}."):
             cut = fine_grained.Cut(axis, 1 + model.gated, router.granularity)
         else:
             cut = fine_grained.Cut(axis + 1, 1, router.granularity)
-        return CutExperts(key, target, router.num_experts, cut)
-    return CopyExperts(key, target, router.num_experts)
+        return steps.CutExperts(key, target, router.num_experts, cut)
+    return steps.CopyExperts(key, target, router.num_experts)
 
 
-def _shared(key: str) -> Take | ShareOutput:
+def _shared(key: str) -> Take | steps.ShareOutput:
     """The step that makes the shared expert's parameter from the FFN's ``key``."""
-    name, layer = split_key(key)
-    target = at_layer(names.SHARED_EXPERT + name.removeprefix(names.MLP), layer)
-    return ShareOutput(key, target) if name.startswith(names.FC2) else Take({key: target}, "experts")
+    name, layer = names.split_key(key)
+    target = names.at_layer(names.SHARED_EXPERT + name.removeprefix(names.MLP), layer)
+    return steps.ShareOutput(key, target) if name.startswith(names.FC2) else Take({key: target}, "experts")

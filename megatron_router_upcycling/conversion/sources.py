@@ -10,7 +10,6 @@ from typing import Any
 
 from megatron_router_upcycling.checkpoint import beside, names
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
-from megatron_router_upcycling.checkpoint.names import EXPERTS, MLP, is_ffn, split_key
 from megatron_router_upcycling.checkpoint.open import open_dense
 from megatron_router_upcycling.checkpoint.read_model import checksum, read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
@@ -68,8 +67,7 @@ def _compared(
     if None not in vocabularies:
         yield "vocab_size", vocabularies[0], vocabularies[1]
     for key, stored in dense.tensors.items():
-        read = names.MODEL_STATE.match(key) and (whole or is_ffn(key) or key == names.EMBEDDING)
-        if read:
+        if names.MODEL_STATE.match(key) and (whole or names.is_ffn(key) or key == names.EMBEDDING):
             yield key, list(source.tensors[key].shape) if key in source.tensors else None, list(stored.shape)
     theirs, ours = (beside.tokens(one.root / beside.FOLDER) for one in (source, dense))
     for place in sorted(theirs.keys() & ours.keys(), key=str):
@@ -83,9 +81,9 @@ def values_digest(checkpoint: Checkpoint, expert: int | None = None) -> str:
     """
     lines = []
     for key, stored in checkpoint.tensors.items():
-        name, layer = split_key(key)
-        part = name.removeprefix(MLP if expert is None else EXPERTS)
-        if not (is_ffn(name) if expert is None else name.startswith(f"{EXPERTS}.")):
+        name, layer = names.split_key(key)
+        part = name.removeprefix(names.MLP if expert is None else names.EXPERTS)
+        if not (names.is_ffn(name) if expert is None else name.startswith(f"{names.EXPERTS}.")):
             continue
         for chunk in stored.chunks:
             first = chunk.offsets[0] if layer is None else layer

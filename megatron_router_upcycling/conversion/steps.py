@@ -18,6 +18,7 @@ from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.boxes import Box, Shape, blocks
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE
+from megatron_router_upcycling.checkpoint.format.metadata import Chunk
 from megatron_router_upcycling.checkpoint.names import at_layer, split_key
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter, stored_values
@@ -43,7 +44,6 @@ class Values:
         raise NotImplementedError
 
     def expected(self, check: str, shape: Shape, dtype: torch.dtype) -> "Expected":
-        """A tensor of these values."""
         return Expected(check, shape, dtype, lambda box: [Origin(box, self, box)])
 
 
@@ -268,26 +268,24 @@ class CopyExperts(Step):
                     whole = Box(self._at_experts(part.offsets, expert), self._at_experts(part.sizes, 1))
                     yield Origin(whole, apart.get(id(source), self.key), place)
 
-        return {
-            self.target: Expected("experts", self.shape(work), work.source.tensors[self.key].dtype, origins)
-        }
+        dtype = work.source.tensors[self.key].dtype
+        return {self.target: Expected("experts", self.shape(work), dtype, origins)}
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
-        shape = self.shape(work)
-        for source, experts in self._by_source(work):
-            stored = source.tensors[self.key]
-            for chunk in stored.chunks:
-                sizes = self._at_experts(chunk.sizes, 1)
-                offsets = [self._at_experts(chunk.offsets, expert) for expert in experts]
-                values = stored_values(source, chunk, stored.dtype, sizes)
-                writer.write_chunk(self.target, shape, values, offsets, work.options.materialize)
+        shape, dtype = self.shape(work), work.source.tensors[self.key].dtype
+        for source, chunk, experts in self._chunks(work):
+            sizes = self._at_experts(chunk.sizes, 1)
+            offsets = [self._at_experts(chunk.offsets, expert) for expert in experts]
+            values = stored_values(source, chunk, dtype, sizes)
+            writer.write_chunk(self.target, shape, values, offsets, work.options.materialize)
 
-    def _by_source(self, work: Work) -> Iterator[tuple[Checkpoint, list[int]]]:
-        """Each source with the experts of its values."""
-        experts = range(self.num_experts)
+    def _chunks(self, work: Work) -> Iterator[tuple[Checkpoint, Chunk, list[int]]]:
+        """The chunks of each source, with the experts of its values."""
         for source in work.experts or (work.source,):
             assert source is not None
-            yield source, [expert for expert in experts if self._source(work, expert) is source]
+            experts = [expert for expert in range(self.num_experts) if self._source(work, expert) is source]
+            for chunk in source.tensors[self.key].chunks:
+                yield source, chunk, experts
 
 
 @dataclass(frozen=True)
@@ -307,16 +305,14 @@ class CutExperts(CopyExperts):
         return self.cut.sources(box, expert % self.granularity, work.source.tensors[self.key].shape)
 
     def run(self, work: Work, writer: CheckpointWriter) -> None:
-        shape = self.shape(work)
-        for source, experts in self._by_source(work):
-            stored = source.tensors[self.key]
-            for chunk in stored.chunks:
-                tensor = source.read_chunk(chunk, stored.dtype, work.scratch)
-                for shard, values, place in self.cut.shards(tensor, chunk.offsets, stored):
-                    equal = [expert for expert in experts if expert % self.granularity == shard]
-                    offsets = [self._at_experts(place, expert) for expert in equal]
-                    values = values.unsqueeze(self.front).contiguous()
-                    writer.write_chunk(self.target, shape, values, offsets, work.options.materialize)
+        shape, stored = self.shape(work), work.source.tensors[self.key]
+        for source, chunk, experts in self._chunks(work):
+            tensor = source.read_chunk(chunk, stored.dtype, work.scratch)
+            for shard, values, place in self.cut.shards(tensor, chunk.offsets, stored):
+                equal = [expert for expert in experts if expert % self.granularity == shard]
+                offsets = [self._at_experts(place, expert) for expert in equal]
+                values = values.unsqueeze(self.front).contiguous()
+                writer.write_chunk(self.target, shape, values, offsets, work.options.materialize)
 
 
 class MakeRouters(Step):
@@ -338,7 +334,6 @@ class MakeRouters(Step):
         return expected
 
     def _values(self, work: Work) -> Iterator[tuple[torch.Tensor, ...]]:
-        """The parameters of the routers, layer by layer."""
         options = work.options
         return router_values(
             work.dense, work.model, options.router, options.init, work.stats, options.seed, work.moe_layers

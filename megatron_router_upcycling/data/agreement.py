@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_router_upcycling.data import record
 from megatron_router_upcycling.data.tokenizer import load
-from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.errors import UserError, error_as
 
 LOOKED_AT = 1 << 26  # bytes of a .bin file, from its start
 
@@ -52,7 +52,9 @@ def _read_index(prefix: str, made: record.Record | None) -> type[np.number]:
     """The dtype of the tokens in ``prefix``.bin, after checking the .idx against the .bin and the record."""
     from megatron.core.datasets.indexed_dataset import _IndexReader
 
-    try:
+    fault = f"--data-path {prefix}.idx: is no index of Megatron data, was cut short, or is of other data"
+    # Megatron's assertions, and numpy's error where a file is too short.
+    with error_as(Exception, fault, "; copy .bin, .idx and .json again"):
         index = _IndexReader(f"{prefix}.idx", multimodal=False)
         documents, tokens = index.document_count - 1, int(index.sequence_lengths.sum(dtype=np.int64))
         counted, stored = tokens * index.dtype_size, Path(f"{prefix}.bin").stat().st_size
@@ -61,9 +63,4 @@ def _read_index(prefix: str, made: record.Record | None) -> type[np.number]:
         if made and (made.documents, made.tokens) != (documents, tokens):
             wanted = f"the record says {made.documents} of {made.tokens}"
             raise ValueError(f"it has {documents} documents of {tokens} tokens, and {wanted}")
-    except Exception as error:  # Megatron's assertions, and numpy's of a file that is too short
-        raise UserError(
-            f"--data-path {prefix}.idx: is no index of Megatron data, was cut short, or is of other data"
-            f" ({reason(error)}); copy .bin, .idx and .json again"
-        ) from None
     return index.dtype

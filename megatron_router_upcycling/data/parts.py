@@ -17,7 +17,7 @@ from datatrove.pipeline.base import PipelineStep
 from megatron_router_upcycling.data import readers
 from megatron_router_upcycling.data.record import Options
 from megatron_router_upcycling.data.tokenizer import Tokenizer
-from megatron_router_upcycling.errors import UserError, os_error_as, reason
+from megatron_router_upcycling.errors import UserError, error_as, os_error_as
 from megatron_router_upcycling.files import write_whole
 
 SAMPLED = 1 << 14  # characters of a part for which tiktoken's tokens are compared with those of tokenizers
@@ -117,10 +117,8 @@ def documents(task: readers.Task, options: Options, counts: Counts) -> Iterator[
 
 
 def is_held_out(text: str, share: float, seed: int) -> bool:
-    """Whether a document is kept from training: decided by its own text alone.
-
-    So a document stays where it is when others come or go, and copies of it never fall on both sides.
-    """
+    """Whether a document is kept from training: decided by its own text alone, so that it stays where it is
+    when others come or go, and copies of it never fall on both sides."""
     digest = hashlib.sha256(f"{seed}:".encode() + text.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -128,12 +126,10 @@ def is_held_out(text: str, share: float, seed: int) -> bool:
 def load(folder: Path, rank: int, dtype: Any) -> tuple[Any, Any, Counts]:
     """A part's tokens [N]; table [D, 3] of documents: tokens, bytes, whether held out; and counts."""
     path = folder / f"{rank:07d}.npz"
-    try:
+    with error_as(Exception, f"{path}: was damaged", "; run the command again"):  # as a failing machine may
         with numpy.load(path, allow_pickle=False) as file:
             table, counts = file["table"], Counts(**json.loads(str(file["counts"])))
         count, tokens = int(table[:, 0].sum()), numpy.empty(0, dtype)
         if count:
             tokens = numpy.memmap(path.with_suffix(".tokens"), dtype, "r", shape=(count,))
-    except Exception as error:  # a machine that fails may damage files
-        raise UserError(f"{path}: was damaged ({reason(error)}); run the command again") from None
     return tokens, table, counts

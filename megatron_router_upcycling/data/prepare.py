@@ -17,10 +17,8 @@ from typing import Any
 
 from megatron_router_upcycling.checkpoint.publish.folder import held
 from megatron_router_upcycling.data import encoders, executors, parts, publish, readers, tokenizer
-from megatron_router_upcycling.data.publish import Output
 from megatron_router_upcycling.data.record import Options, Record
 from megatron_router_upcycling.data.sources import Source
-from megatron_router_upcycling.data.tokenizer import Tokenizer
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions, write_whole
 
@@ -67,7 +65,7 @@ def _make(
     except encoders.Unsuited as why:
         slow = str(why)
     prefixes = [options.work / "out" / prefix.name for prefix in options.prefixes]
-    outputs = [Output(prefix, made.dtype, n > 0) for n, prefix in enumerate(prefixes)]
+    outputs = [publish.Output(prefix, made.dtype, n > 0) for n, prefix in enumerate(prefixes)]
     counts = _join(parts.Tokenise(tasks, options, made, not slow), outputs, progress)
     common: dict[str, Any] = {
         "vocab_size": made.vocab_size,
@@ -99,7 +97,7 @@ def _make(
     return records, slow
 
 
-def _open(sources: list[Source], options: Options, given: Tokenizer | None) -> None:
+def _open(sources: list[Source], options: Options, given: tokenizer.Tokenizer | None) -> None:
     """Make the folder of parts, or keep it where the same text and options have made it."""
     work = options.work
     decisive = {
@@ -141,7 +139,7 @@ def _training_texts(options: Options, tasks: list[readers.Task]) -> Iterator[str
         counts.add(part, options.max_bad)
 
 
-def _join(step: parts.Tokenise, outputs: list[Output], progress: Progress) -> parts.Counts:
+def _join(step: parts.Tokenise, outputs: list[publish.Output], progress: Progress) -> parts.Counts:
     """Run the tasks and write their parts in order."""
     options, logs, count = step.options, step.options.work / "tasks", len(step.tasks)
     workers = min(options.workers or len(os.sched_getaffinity(0)), count)

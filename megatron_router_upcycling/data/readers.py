@@ -75,10 +75,8 @@ def size_of(text: str) -> int:
 
 
 def _text_of(row: Any, kind: str, options: Options) -> str:
-    """The text of a row, which is the bytes of a line or file, a page, or an object with a text key.
-
-    Raises ValueError or RecursionError with the reason if there is none.
-    """
+    """The text of a row: the bytes of a line or file, a page, or an object with a text key. Raises ValueError
+    or RecursionError with the reason if there is none."""
     key, longest = options.text_key, options.max_document_bytes
     too_long = f"is longer than {longest:,} bytes; cut it into documents, or raise --max-document-bytes"
     if isinstance(row, bytes):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_router_upcycling.errors import UserError, described
+from megatron_router_upcycling.errors import UserError, described, error_as
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # A .json file holds lines or one array; .arrow files belong to a saved data set.
@@ -44,16 +44,9 @@ class Source:
     state: str  # changes when the file is written
 
 
-@contextlib.contextmanager
-def blamed(path: str) -> Iterator[None]:
+def blamed(path: str) -> contextlib.AbstractContextManager[None]:
     """Turn any error that a library raises in this block into a UserError that names ``path``."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        why = described(error)
-        raise UserError(f"SOURCE {path}: cannot be read, or is cut short or damaged ({why})") from None
+    return error_as(Exception, f"SOURCE {path}: cannot be read, or is cut short or damaged", say=described)
 
 
 def zstd(file: Any, **_: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy
 
 from megatron_router_upcycling.checkpoint import beside
 from megatron_router_upcycling.data import encoders
-from megatron_router_upcycling.errors import UserError, described
+from megatron_router_upcycling.errors import UserError, described, error_as
 
 TOKENIZER_JSON = "tokenizer.json"
 # A tokenizer is trained on at most this many lines: sentencepiece holds them in memory.
@@ -45,11 +45,10 @@ def load(place: Path, flag: str = "--tokenizer") -> Tokenizer:
     if not place.is_file() and not beside.is_tokenizer(place):
         names = " or ".join(beside.TOKENIZER_FILES)
         raise UserError(f"{flag} {place}: is no file, and no folder with {names}")
-    try:
+    fault = "is no model of sentencepiece" if place.is_file() else "transformers cannot load it"
+    # transformers raises many types, also where it has only a slow tokenizer.
+    with error_as(Exception, f"{flag} {place}: {fault}", "; give another", described):
         return _of_sentencepiece(place) if place.is_file() else _of_hugging_face(place)
-    except Exception as error:  # transformers raises many types, also where it has only a slow tokenizer
-        kind = "is no model of sentencepiece" if place.is_file() else "transformers cannot load it"
-        raise UserError(f"{flag} {place}: {kind} ({described(error)}); give another") from None
 
 
 def _of_hugging_face(place: Path) -> Tokenizer:

@@ -22,14 +22,14 @@ from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.diagnostics.stored_router import read_layer, read_router, router_layers
-from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.errors import UserError, error_as
 from megatron_router_upcycling.initialisation.heads import cosine_similarity
 from megatron_router_upcycling.key_statistics import file as key_stats_file
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.likeness import tied_experts
 from megatron_router_upcycling.training.run_log import measures
-from megatron_router_upcycling.verify.findings import FRESH_ITERATION
 
+MISFIT = (RuntimeError, IndexError, ValueError)  # of shapes that do not go together
 RANDOM_TOKENS = 1024
 NAMED = 8  # most experts or layers that a warning names
 TOKENS_FOR_TIES = 64  # random tokens, enough to distinguish any two different gates
@@ -82,11 +82,9 @@ def describe(root: Path, stats: Sequence[Path] = ()) -> str:
             f"{RANDOM_TOKENS} random tokens, scaled by the norm's gain, which route more evenly than real"
             f" ones ({why_none}; name key statistics collected with --router-samples as --key-stats)"
         )
-    try:
+    with error_as(MISFIT, f"{root}: its routers do not fit {manifest.NAME}"):
         found = [_look(checkpoint, router, layer, sources) for layer in router_layers(checkpoint)]
         shares = _shares_of_texts(checkpoint, router, sources) if len(sources) > 1 else None
-    except (RuntimeError, IndexError, ValueError) as error:  # shapes that do not go together
-        raise UserError(f"{root}: its routers do not fit {manifest.NAME} ({reason(error)})") from None
     title = f"routing at the start, of {inputs}:"
     said = [*_warnings(found, router, record)]
     if not record.get("more_experts"):  # whose routers were trained
@@ -110,7 +108,7 @@ def texts(root: Path) -> tuple[list[str], list[list[float]]] | None:
         sources, _ = _samples(checkpoint, record, ())
         router = manifest.router_config(record, checkpoint.root / manifest.NAME)
         shares = _shares_of_texts(checkpoint, router, sources) if sources else None
-    except (UserError, RuntimeError, IndexError, ValueError):
+    except (UserError, *MISFIT):
         return None
     return None if shares is None else ([path.stem for path in sources], shares.tolist())
 
@@ -289,7 +287,7 @@ def warn_of_ties(root: str | Path) -> str | None:
     """The warning about tied experts in the converted checkpoint ``root``; None once it has trained."""
     root, folder = locate(Path(root))
     record = manifest.read(root)
-    if record is None or folder.name != FRESH_ITERATION:
+    if record is None or folder.name != names.RELEASE:
         return None
     checkpoint = open_checkpoint(root)
     router = manifest.router_config(record, checkpoint.root / manifest.NAME)

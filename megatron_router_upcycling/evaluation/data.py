@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_router_upcycling.errors import UserError, described
+from megatron_router_upcycling.errors import UserError, described, error_as
 from megatron_router_upcycling.evaluation import stdlib_task
 from megatron_router_upcycling.evaluation.paper import Task
 
@@ -14,10 +14,8 @@ Splits = dict[str, list[dict[str, Any]]]  # split -> records: the evaluated spli
 
 
 def load(tasks: Sequence[Task], data_dir: Path | None, num_fewshot: int) -> dict[str, tuple[Splits, str]]:
-    """Task name -> its records, each reduced to the task's fields, and where they come from.
-
-    With ``data_dir`` all data is read from there and nothing is downloaded.
-    """
+    """Task name -> its records, each reduced to the task's fields, and where they come from: ``data_dir``, or
+    without one the Hub."""
     records = {}
     for task in tasks:
         names = [task.split] + [EXAMPLES_SPLIT] * (num_fewshot > 0)
@@ -43,7 +41,9 @@ def _read(data_dir: Path, task: Task, split: str) -> list[dict[str, Any]]:
     place = data_dir / task.name / split
     lines, tables = place.with_name(f"{split}.jsonl"), (f"{split}.parquet", f"{split}-*-of-*.parquet")
     files = sorted(path for pattern in tables for path in place.parent.glob(pattern))
-    try:
+    fault = f"--data-dir {data_dir}: no data for {_needs(task, [split])}, or they cannot be used"
+    way_out = f"; put them at {lines} or .parquet, or leave the task out of --tasks"
+    with error_as(Exception, fault, way_out, described):  # pyarrow and datasets have errors of their own
         if lines.is_file():
             text = lines.read_text(encoding="utf-8")
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -54,24 +54,17 @@ def _read(data_dir: Path, task: Task, split: str) -> list[dict[str, Any]]:
         if not rows:
             raise ValueError("it has no records")
         return [{field: row[field] for field in task.fields} for row in rows]
-    except Exception as error:  # pyarrow, json and datasets each have errors of their own
-        raise UserError(
-            f"--data-dir {data_dir}: no data for {_needs(task, [split])}, or they cannot be used"
-            f" ({described(error)}); put them at {lines} or .parquet, or leave the task out of --tasks"
-        ) from error
 
 
 def _download(task: Task, splits: list[str]) -> Splits:
     import datasets
 
-    try:
+    place = f"FOLDER/{task.name}/{splits[0]}.jsonl or .parquet"
+    way_out = f": fetch it elsewhere, put it at {place} and pass --data-dir FOLDER"
+    # A dozen classes from four libraries, as without a network.
+    with error_as(Exception, f"{_needs(task, splits)} could not be downloaded", way_out, described):
         found = datasets.load_dataset(task.repository, task.configuration)
         return {split: found[split].select_columns(list(task.fields)).to_list() for split in splits}
-    except Exception as error:  # a dozen classes from four libraries, as without a network
-        raise UserError(
-            f"{_needs(task, splits)} could not be downloaded ({described(error)}): fetch it elsewhere, put it"
-            f" at FOLDER/{task.name}/{splits[0]}.jsonl or .parquet and pass --data-dir FOLDER"
-        ) from error
 
 
 def _needs(task: Task, splits: list[str]) -> str:

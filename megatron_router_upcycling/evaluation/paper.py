@@ -76,10 +76,8 @@ def members(group: str) -> tuple[str, ...]:
 
 
 def averages(scores: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """The paper's averages: one for each group, then ``average``, in which all tasks have equal weight.
-
-    Each is the plain mean over the paper's tasks that have a score, with their names and the full number.
-    """
+    """The paper's averages: one for each group, then ``average``, each the plain mean over those of the
+    paper's tasks that have a score, with their names and the full number."""
     result = {}
     for group in (*GROUPS, "average"):
         names = members(group)

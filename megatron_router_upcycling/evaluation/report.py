@@ -51,7 +51,6 @@ def write(output: Path, result: Mapping[str, Any]) -> None:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The whole report in Markdown."""
     options = result["options"]
     models = [result["model"], *([result["dense"]["model"]] if "dense" in result else [])]
     lines = [f"# Evaluation of {_name(models[0])}", ""]

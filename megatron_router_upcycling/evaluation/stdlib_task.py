@@ -19,11 +19,8 @@ SHORTEST, LONGEST = 40, 240  # characters of a passage
 
 
 def records() -> dict[str, list[dict[str, Any]]]:
-    """``QUESTIONS`` records to ask (``test``) and ``EXAMPLES`` to show as few-shot examples (``train``).
-
-    Each holds ``context`` (text), ``choices`` (``CHOICES`` texts) and ``answer`` (the right one's index). The
-    same Python gives the same records in the same order.
-    """
+    """``QUESTIONS`` records to ask (``test``) and ``EXAMPLES`` to show as few-shot examples (``train``): each
+    with ``context`` (text), ``choices`` (``CHOICES`` texts) and ``answer`` (the right one's index)."""
     draw = random.Random(0)
     passages = list(_passages())
     draw.shuffle(passages)

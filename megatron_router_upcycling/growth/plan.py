@@ -24,19 +24,10 @@ from typing import Any, Self
 
 import torch
 
+from megatron_router_upcycling.checkpoint import names
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, COMMON_STATE, locate
 from megatron_router_upcycling.checkpoint.format.metadata import StoredTensor
-from megatron_router_upcycling.checkpoint.names import (
-    BALANCING,
-    EXPERTS,
-    ROUTER,
-    SHARED_EXPERT,
-    TRACKER,
-    TRAINING_STATE,
-    extra_states,
-    split_key,
-)
 from megatron_router_upcycling.checkpoint.open import open_checkpoint
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.publish.checks import Stamps
@@ -54,7 +45,6 @@ from megatron_router_upcycling.routers.config import Recorded, RouterConfig
 from megatron_router_upcycling.routers.kinds import all_parameters, keys_per_expert
 from megatron_router_upcycling.training.run_log import files as run_log
 
-DUPLICATE = ("even", "load")
 ROUTER_NOISE = 0.3  # of six values, that of the lowest loss at the first step (docs/comparison.md)
 LITTLE_NOISE = 0.01  # with softmax before top-k, a copy's weights move with it
 MOST_EXPERTS = 10_000
@@ -117,7 +107,7 @@ def prepare(
     out, folder = Path(out), locate(Path(root))[1]
     stamps = Stamps([*folder.rglob("*"), folder.parent / run_log.ROUTING])
     moe = open_checkpoint(root)
-    publish.check_target(out, moe.root, overwrite, source_name="MOE", made_by=TRACKER)
+    publish.check_target(out, moe.root, overwrite, source_name="MOE", made_by=names.TRACKER)
     conversion = Conversion(plan(moe, more, overwrite=overwrite, **options), None, out, stamps)
     publish.check_space(out, conversion.bytes_to_write)
     return conversion
@@ -130,11 +120,11 @@ def plan(moe: Checkpoint, more: MoreExperts, **options: Any) -> Growth:
     experts = [key for key in moe.tensors if _is_expert(key)]
     if not experts:
         raise UserError(
-            f"MOE {moe.root}: its experts are not stored as {EXPERTS}; save it with Megatron 0.19"
+            f"MOE {moe.root}: its experts are not stored as {names.EXPERTS}; save it with Megatron 0.19"
         )
     model = model_of(moe, moe.tensors[experts[0]].dtype)
     _check(moe, router, more)
-    layers = tuple(sorted({layer for key in experts if (layer := split_key(key)[1]) is not None}))
+    layers = tuple(sorted({layer for key in experts if (layer := names.split_key(key)[1]) is not None}))
     copies = more.copies or _copies(moe.root, router, more, len(layers) or model.num_layers)
     _check_copies(moe, router, more, copies, len(layers) or model.num_layers)
     noise = more.noise(router)
@@ -142,11 +132,11 @@ def plan(moe: Checkpoint, more: MoreExperts, **options: Any) -> Growth:
     repeats, rows = _repeats(moe, model, router, more, layers, copies)
 
     keys = (*moe.tensors, *moe.objects)
-    left_out = tuple(key for key in keys if TRAINING_STATE.match(key))
+    left_out = tuple(key for key in keys if names.TRAINING_STATE.match(key))
     gone = {*left_out, COMMON_STATE, *filter(_is_expert, keys), *(step.key for step in rows)}
     kept = tuple(key for key in keys if key not in gone)
-    shared = any(split_key(key)[0].startswith(SHARED_EXPERT) for key in moe.tensors)
-    states = extra_states(model.num_layers, more.num_experts, model.qk_norm, shared, layers or None)
+    shared = any(names.split_key(key)[0].startswith(names.SHARED_EXPERT) for key in moe.tensors)
+    states = names.extra_states(model.num_layers, more.num_experts, model.qk_norm, shared, layers or None)
     common_as_file = (moe.iteration_dir / COMMON_FILE).is_file()
     write_states = WriteStates(tuple(key for key in states if key not in kept), common_as_file)
 
@@ -187,14 +177,13 @@ def _repeats(
 ) -> tuple[list[RepeatExperts], list[RepeatRows]]:
     """The steps that make the experts, and the routers; ``layers``: those with experts, () if all have."""
     own = {layer: (row,) for layer, row in zip(layers, copies, strict=False)}
-    rows_of = {
-        f"{ROUTER}.{one.name}" for one in all_parameters(router, model, model.linear_bias) if one.per_expert
-    }
-    noise = {f"{ROUTER}.{router.kind.scaled}": more.router_noise or 0.0}
+    parameters = all_parameters(router, model, model.linear_bias)
+    rows_of = {f"{names.ROUTER}.{one.name}" for one in parameters if one.per_expert}
+    noise = {f"{names.ROUTER}.{router.kind.scaled}": more.router_noise or 0.0}
     experts, rows = [], []
     for key, stored in moe.tensors.items():
-        name, layer = split_key(key)
-        if not _is_expert(key) and name not in (*rows_of, *BALANCING):
+        name, layer = names.split_key(key)
+        if not _is_expert(key) and name not in (*rows_of, *names.BALANCING):
             continue
         sizes = [model.num_layers, router.num_experts][layer is not None :]
         if list(stored.shape[: len(sizes)]) != sizes or (layer is None) == bool(layers):
@@ -209,12 +198,12 @@ def _repeats(
 
 
 def _is_expert(key: str) -> bool:
-    return split_key(key)[0].startswith(f"{EXPERTS}.")
+    return names.split_key(key)[0].startswith(f"{names.EXPERTS}.")
 
 
 def _is_apart(stored: StoredTensor, key: str) -> bool:
     """Whether each chunk belongs to one expert of one layer, so that it can be named again."""
-    axes = range(1 + (split_key(key)[1] is None))  # layers and experts, or experts
+    axes = range(1 + (names.split_key(key)[1] is None))  # layers and experts, or experts
     return all(chunk.stored is None and chunk.sizes[axis] == 1 for chunk in stored.chunks for axis in axes)
 
 
@@ -296,7 +285,5 @@ def _routing(args: Any, router: RouterConfig, grown: RouterConfig, grouped: bool
 def _flags(args: Any, model: DenseModel, record: dict[str, Any] | None) -> dict[str, Any]:
     """The flags of ``moe`` for the manifest: those of its own, or made of its arguments."""
     if record is not None:
-        if not isinstance(record.get("model"), dict):
-            raise UserError(f"{manifest.NAME}: has no 'model' section; convert the model again")
-        return dict(record["model"])
+        return dict(manifest.section(record, "model", f"{manifest.NAME}:"))
     return model.flags | recorded_flags(vars(args), model.ffn_hidden_size)

@@ -71,8 +71,7 @@ class RepeatExperts(Repeat):
                             writer.take_chunk(work.source, chunk, self.key, shape, stored.dtype, offsets)
                         else:
                             values = work.source.read_box(self.key, part)
-                            copied = work.options.materialize
-                            writer.write_chunk(self.key, shape, values, offsets, copied)
+                            writer.write_chunk(self.key, shape, values, offsets, work.options.materialize)
 
 
 @dataclass(frozen=True)
@@ -84,17 +83,15 @@ class RepeatRows(Repeat):
 
     def expects(self, work: Work) -> Made:
         shape, dtype = self.shape(work), work.source.tensors[self.key].dtype
-        return {
-            self.key: Computed(partial(self._rows, work), shape, self.axis).expected("routers", shape, dtype)
-        }
+        computed = Computed(partial(self._rows, work), shape, self.axis)
+        return {self.key: computed.expected("routers", shape, dtype)}
 
     def _rows(self, work: Work, *layer: int) -> torch.Tensor:
         """The rows of a layer; those of the first copies are the old ones."""
         source, (name, own) = work.source, split_key(self.key)
         stored = source.read_layer(self.key, layer[0], bytearray()) if layer else source.read_box(self.key)
-        copies = torch.tensor(self.copies[layer[0] if layer else 0])
         before = len(stored)
-        rows = stored[copies]
+        rows = stored[torch.tensor(self.copies[layer[0] if layer else 0])]
         if not self.noise:
             return rows
         random = generator(work.options.seed, "more experts", name, layer[0] if layer else own)

@@ -80,7 +80,6 @@ class QwenModel(Architecture):
         return self.family + "_moe" * bool(self.num_experts)
 
     def describe(self) -> str:
-        """The architecture in one line."""
         experts = f"{self.num_experts} experts" if self.num_experts else "dense"
         if self.num_experts and self.expert_ffn_size != self.ffn_hidden_size:
             experts += f" of width {self.expert_ffn_size}"

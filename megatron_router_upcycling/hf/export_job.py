@@ -162,7 +162,6 @@ def _read_rows(
 
 
 def _made(job: Export, name: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> Output:
-    """A tensor that is computed."""
 
     def read(start: int, stop: int, scratch: bytearray) -> torch.Tensor:
         return cast(make()[start:stop], job.dtype, f"{job.checkpoint.root}: {name}")

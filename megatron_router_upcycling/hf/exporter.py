@@ -38,11 +38,8 @@ SAMPLE_TOKENS = 1024  # for each layer, to measure what rounding its gate change
 
 
 def check_conversion(conversion: Conversion) -> str | None:
-    """Check, before a conversion, that ``prepare`` will accept its result.
-
-    Refuses options that turn an exportable dense model into an MoE that no Qwen class can represent. If the
-    dense model itself cannot be exported, returns a message that says so.
-    """
+    """Refuse, before a conversion, options that turn an exportable dense model into an MoE that no Qwen class
+    can represent. If the dense model itself cannot be exported, return a message that says so."""
     plan = conversion.plan
     try:
         check_exportable(plan.dense.args, plan.model, plan.dense.root)
@@ -97,7 +94,6 @@ def prepare(root: Path, out: Path, options: Options) -> Export:
 
 
 def _check_tensors(checkpoint: Checkpoint, model: QwenModel, router: RouterConfig | None) -> None:
-    """Compare the checkpoint's tensors with the architecture."""
     root, tensors = checkpoint.root, checkpoint.tensors
     expected = {stored_name(checkpoint, tensor.name): tensor.shape for tensor in name_table.tensors(model)}
     for parameter in router.kind.parameters(router, model) if router else ():
@@ -129,7 +125,6 @@ def run(job: Export, progress: Callable[[int], None] = lambda count: None) -> di
 
 
 def _record(job: Export) -> dict[str, Any]:
-    """The record of how the folder was made."""
     upcycled = job.manifest or {}
     return {
         "format": 1,

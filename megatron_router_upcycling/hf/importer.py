@@ -18,11 +18,10 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_router_upcycling.checkpoint import beside, read_config_json
+from megatron_router_upcycling.checkpoint import beside, names, read_config_json
 from megatron_router_upcycling.checkpoint.dense_model import megatron_arguments
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
-from megatron_router_upcycling.checkpoint.names import TRACKER, at_layer, extra_states, other_norm, split_key
 from megatron_router_upcycling.checkpoint.publish import folder as publish
 from megatron_router_upcycling.checkpoint.torch_dist import tensor_in
 from megatron_router_upcycling.checkpoint.writer import CheckpointWriter
@@ -212,17 +211,16 @@ def _experts_apart(stored: Stored) -> Iterator[Stored]:
 
 
 def _files(folder: Path) -> list[str]:
-    """The names of the weight files."""
     if (folder / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
     if (folder / INDEX).is_file():
         places = read_json(folder / INDEX).get("weight_map")
-        names = list(places.values()) if isinstance(places, dict) else []
-        if not names or not all(isinstance(file, str) and Path(file).name == file for file in names):
+        named = list(places.values()) if isinstance(places, dict) else []
+        if not named or not all(isinstance(file, str) and Path(file).name == file for file in named):
             raise UserError(
                 f"{folder / INDEX}: its weight_map names no files of this folder; download it again"
             )
-        return sorted(set(names))
+        return sorted(set(named))
     found = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))  # without their index
     if not found or found != [files.numbered(number + 1, len(found)) for number in range(len(found))]:
         raise UserError(
@@ -236,17 +234,16 @@ def run(job: Import, progress: Callable[[int], None] = lambda count: None) -> di
     """Make the checkpoint and return its record, or leave nothing. ``progress`` is given bytes written."""
     with publish.new_folder(job.out, job.overwrite) as folder:
         record = _record(job)
-        with CheckpointWriter(folder / "release", "__0_", progress) as writer:
+        with CheckpointWriter(folder / names.RELEASE, "__0_", progress) as writer:
             _write(job, writer)
         beside.copy(job.folder, job.beside.carried, folder / beside.FOLDER)
         (folder / MODEL_YAML).write_text(_model_yaml(job), encoding="utf-8")
         files.write_json(folder / RECORD, record)
-        (folder / TRACKER).write_text("release", encoding="utf-8")
+        (folder / names.TRACKER).write_text(names.RELEASE, encoding="utf-8")
     return record
 
 
 def _record(job: Import) -> dict[str, Any]:
-    """What the checkpoint is made from."""
     digests = {
         path.name: {"bytes": path.stat().st_size, "sample_sha256": safetensors_file.sample_digest(path)}
         for path in sorted({stored.path for stored in job.weights.values()})
@@ -269,12 +266,12 @@ def _write(job: Import, writer: CheckpointWriter) -> None:
         writer.write_chunk(key, shape, values, [offset], checksum=checksum)
     with_experts = (None, *model.expert_layers) if model.num_experts else ()
     for key in list(writer.tensors):  # the norms before experts, whose name depends on Transformer Engine
-        if (other := other_norm(key)) and split_key(key)[1] in with_experts:
+        if (other := names.other_norm(key)) and names.split_key(key)[1] in with_experts:
             writer.tensors[other] = writer.tensors[key]
     empty = writer.write_object(torch_save_file.dump([None]))
     layers = tuple(model.expert_layers) if model.layers_differ else None
     shared = bool(model.shared_expert_size)
-    for name in extra_states(model.num_layers, model.num_experts, model.qk_norm, shared, layers):
+    for name in names.extra_states(model.num_layers, model.num_experts, model.qk_norm, shared, layers):
         writer.objects[name] = empty
     of_run = {
         "params_dtype": job.dtype,
@@ -331,7 +328,7 @@ def _read_block(
         values /= scale
     key, shape = tensor.name, tensor.shape
     if job.model.layers_differ and index:
-        key, shape, index = at_layer(key, index[0]), shape[1:], index[1:]
+        key, shape, index = names.at_layer(key, index[0]), shape[1:], index[1:]
     offset = (*index, start, *(0 for _ in columns))
     return key, shape, offset, values[(None,) * len(index)], zlib.crc32(as_bytes(values))
 

@@ -16,12 +16,12 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_router_upcycling.checkpoint.names import RELEASE
 from megatron_router_upcycling.checkpoint.read_config_json import rounded
 from megatron_router_upcycling.hf.export_job import Export
 from megatron_router_upcycling.hf.files import MODELLING_FILE
 from megatron_router_upcycling.routers.config import RouterConfig
 
-CONVERTED = "release"  # the iteration of a checkpoint that convert made
 # For a model whose experts have not trained yet, so that its first training balances their load: the c of the
 # paper (section 4.1) and of configs/methods.
 UNTRAINED = {"aux_loss": 0.02}
@@ -43,7 +43,7 @@ def balanced_by(args: Namespace) -> dict[str, float]:
 
 def aux_losses(job: Export) -> dict[str, float]:
     """The losses that balanced the experts' load in training, or should in the first training."""
-    is_trained = job.manifest is None or job.checkpoint.iteration_dir.name != CONVERTED
+    is_trained = job.manifest is None or job.checkpoint.iteration_dir.name != RELEASE
     return balanced_by(job.checkpoint.args) if is_trained else UNTRAINED
 
 
@@ -104,12 +104,10 @@ Exported by megatron-router-upcycling {version} (`router-upcycle export-hf`) fro
 """
     if record.get("tokenizer_fault"):
         text += f"\n## Tokenizer\n\n{record['tokenizer_fault']}.\n"
-    return text + _router_section(job, record) if job.router else text
+    return text + _router_section(job, job.router, record) if job.router else text
 
 
-def _router_section(job: Export, record: dict[str, Any]) -> str:
-    router = job.router
-    assert router is not None
+def _router_section(job: Export, router: RouterConfig, record: dict[str, Any]) -> str:
     kind = router.kind.card.format(router=router)
     folded = "It is linear in the hidden state, and is stored here as one gate a layer, folded in float32."
     elsewhere = "\n## In other tools\n\n" + "".join(f"- {sentence}.\n" for sentence in _elsewhere(job))

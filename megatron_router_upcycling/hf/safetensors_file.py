@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_router_upcycling.checkpoint.publish.checks import all_finite
-from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.errors import UserError, error_as
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -51,15 +51,11 @@ class Stored(NamedTuple):
 
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a whole file, by name."""
-    try:
-        with safe_open(path, framework="pt"), open(path, "rb") as file:
-            (length,) = LENGTH.unpack(file.read(LENGTH.size))
-            header = json.loads(file.read(length))
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be read, or is cut short, damaged or no safetensors file ({reason(error)});"
-            " download it again"
-        ) from None
+    fault = f"{path}: cannot be read, or is cut short, damaged or no safetensors file"
+    read = error_as((OSError, SafetensorError), fault, "; download it again")
+    with read, safe_open(path, framework="pt"), open(path, "rb") as file:
+        (length,) = LENGTH.unpack(file.read(LENGTH.size))
+        header = json.loads(file.read(length))
     values = LENGTH.size + length
     return {
         name: Stored(path, name, entry["dtype"], tuple(entry["shape"]), values + entry["data_offsets"][0])

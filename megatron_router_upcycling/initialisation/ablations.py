@@ -87,14 +87,13 @@ def alter_router(
 
     ``samples``: of the layer's router inputs [S, D], one of each text, where ``init`` needs any.
     """
-    inputs = torch.cat([*samples]) if samples else None
+    inputs = torch.cat([*samples]) if samples else torch.empty(0)
     dtype = next(iter(values.values())).dtype
     made = dict(values)
     for option, name in ((init.queries, "query_weight"), (init.keys, "expert_key")):
         if option == "random":
             made[name] = with_norm_of(made[name], generator(seed, name, layer)).to(dtype)
     if init.gate == "centroid":
-        assert inputs is not None
         if len(inputs) < router.num_copies:
             raise UserError(
                 f"gate centroid: {len(inputs)} tokens in --key-stats are too few for {router.num_copies}"
@@ -110,7 +109,6 @@ def alter_router(
     scaled = router.kind.scaled or ""  # InitConfig.check refuses the kinds that have none
     reads = "query_weight" if "query_weight" in made else "weight"  # the factor [..., D] of the gate
     if init.center:
-        assert inputs is not None
         mean, value = inputs.double().mean(dim=0), made[reads].double()
         made[reads] = (value - (value @ mean).unsqueeze(-1) * (mean / mean.dot(mean))).to(dtype)
     if init.equalize:
@@ -123,7 +121,6 @@ def alter_router(
             norms = gate.norm(dim=1, keepdim=True)
             rows = rows * norms.square().mean().sqrt() / norms.clamp_min(LEAST_SINGULAR * norms.max())
         elif init.equalize == "logits":  # with C their covariance, s C^(-1/2)
-            assert inputs is not None
             logits = gate @ (inputs.double() - inputs.double().mean(dim=0)).t()
             rows = equal_singular_values(logits) @ rows
         else:
@@ -131,7 +128,6 @@ def alter_router(
         rows = rows.unflatten(0, (router.num_copies, -1)).repeat_interleave(router.granularity, dim=0)
         made[scaled] = rows.flatten(0, 1).to(dtype)
     if init.target_entropy is not None:
-        assert inputs is not None
         gate = router.kind.gate(made, router, inputs.shape[1], torch.float64)
         logits = router.kind.logits(gate, inputs.double(), router)
         scale = scale_to_entropy(logits, init.target_entropy, f"in layer {layer}")

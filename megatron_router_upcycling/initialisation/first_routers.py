@@ -35,10 +35,7 @@ def router_values(
     seed: int,
     layers: Iterable[int],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield each layer's router parameters, in the order of ``router_parameters`` and the model's dtype.
-
-    A bias is zero: the paper's routers have none.
-    """
+    """Yield each layer's router parameters, in the order of ``router_parameters`` and the model's dtype."""
     parameters = kinds.all_parameters(router, model, model.linear_bias)
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
@@ -58,16 +55,14 @@ def router_values(
             samples = stats.samples(layer) if init.needs_router_input and stats else []
             values = alter_router(values, router, init, seed, layer, samples)
         for parameter in parameters:
-            if parameter.name not in values:  # the bias
+            if parameter.name not in values:  # the bias, which the paper's routers lack
                 values[parameter.name] = torch.zeros(parameter.shape, dtype=model.dtype)
         yield tuple(values[parameter.name] for parameter in parameters)
 
 
 def choose_head_key(init: InitConfig, stats: KeyStats, model: DenseModel) -> str:
-    """Which key of a head equation 4 uses: ``mean`` (the paper's) or ``attended``.
-
-    The default is the attended key if several heads share a query group and ``stats`` has it.
-    """
+    """Which key of a head equation 4 uses: ``mean`` (the paper's) or ``attended``, the default if several
+    heads share a query group and ``stats`` has it."""
     if init.head_key == "attended" and stats.attended is None:
         raise UserError(
             "--key-stats: holds no attended keys, which --head-key attended needs; collect them again"

@@ -18,7 +18,6 @@ from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import versions
 from megatron_router_upcycling.key_statistics import capture
 from megatron_router_upcycling.key_statistics import file as key_stats_file
-from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.key_statistics.moments import KeySums
 from megatron_router_upcycling.training import launch, train
 from megatron_router_upcycling.training.data import check_data, check_tokens
@@ -66,7 +65,7 @@ def write(args: Namespace, sums: KeySums, inputs: torch.Tensor | None, losses: t
     """Write ``--output`` from the merged sums, and print a summary."""
     metadata = provenance(args) | {"lm_loss": float(losses[0] / losses[1])}
     count = torch.full((args.num_layers,), sums.tokens)
-    stats = KeyStats(sums.mean(), count, sums.attended(), metadata, inputs)
+    stats = key_stats_file.KeyStats(sums.mean(), count, sums.attended(), metadata, inputs)
     if not stats.mean.isfinite().all():
         raise UserError(f"--load {args.load}: the model's keys hold NaN or infinite values; train it again")
     key_stats_file.save(args.output, stats, args.overwrite)

@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from megatron_router_upcycling.errors import UserError, os_error_as, reason
+from megatron_router_upcycling.errors import UserError, error_as, os_error_as
 from megatron_router_upcycling.files import blocked_by, write_whole
 
 FORMAT = 2
@@ -76,14 +76,13 @@ def load(path: str | Path) -> KeyStats:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"--key-stats {path}: no such file; write one with collect_keys")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names if name.startswith("key_")}
-            sample = file.get_slice("router_input").get_shape() if "router_input" in names else None
-            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--key-stats {path}: cannot be read ({reason(error)}); {AGAIN}") from None
+    kinds = (safetensors.SafetensorError, OSError, ValueError, RecursionError)
+    read = error_as(kinds, f"--key-stats {path}: cannot be read", f"; {AGAIN}")
+    with read, safetensors.safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names if name.startswith("key_")}
+        sample = file.get_slice("router_input").get_shape() if "router_input" in names else None
+        metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
     if problem := _problem(tensors, sample, metadata):
         raise UserError(f"--key-stats {path}: {problem}; {AGAIN}")
     mean, count = tensors["key_mean"], tensors["key_count"]
@@ -97,12 +96,12 @@ def pool(every: Sequence[KeyStats]) -> KeyStats:
     counts = torch.stack([stats.count for stats in every])
     share = (counts.double() / counts.sum(dim=0))[..., None, None]  # [texts, L, 1, 1]
 
-    def mean(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-        known = [tensor.double() for tensor in tensors if tensor is not None]
-        return (torch.stack(known) * share).sum(dim=0).float() if len(known) == len(every) else None
+    def mean(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return (torch.stack(tensors).double() * share).sum(dim=0).float()
 
-    means, attended = mean([stats.mean for stats in every]), mean([stats.attended for stats in every])
-    assert means is not None
+    known = [stats.attended for stats in every if stats.attended is not None]
+    attended = mean(known) if len(known) == len(every) else None
+    means = mean([stats.mean for stats in every])
     return KeyStats(means, counts.sum(dim=0), attended, every[0].metadata, pooled=tuple(every))
 
 

@@ -31,13 +31,8 @@ class KeySums:
 
     @torch.no_grad()
     def add(self, layer: int, first_group: int, keys: torch.Tensor, heads: torch.Tensor | None) -> None:
-        """Add the keys of some tokens.
-
-        Args:
-            keys: [..., groups, d] of the query groups from ``first_group`` on, any floating-point dtype.
-            heads: [..., groups], the head of the group that each token's key belongs to, counted from 0; None
-                where groups have one head.
-        """
+        """Add ``keys`` [..., groups, d] of the query groups from ``first_group`` on, in any floating-point
+        dtype. ``heads``: as ``attending_heads`` gives them."""
         keys = keys.flatten(0, -3)  # (T, groups, d)
         in_group = self.total.shape[1] // self.num_groups
         own = slice(first_group * in_group, (first_group + keys.shape[1]) * in_group)
@@ -102,19 +97,15 @@ def sum_over_tokens(keys: torch.Tensor) -> torch.Tensor:
 def attending_heads(
     query: torch.Tensor, key: torch.Tensor, context_parallel: Any | None = None
 ) -> torch.Tensor | None:
-    """For each token and query group the head of the group that attends to it most.
+    """For each token and query group the head that attends to it most: [s, b, groups], counted from 0 in its
+    group; None where groups have one head.
 
     A head's own logit of a token, q_t . k_t / sqrt(d), measures how strongly the token attends to itself,
     whatever its position, since the rotary embedding rotates both alike. The token goes to the head whose own
     logit is furthest above its mean over the sequence: without the mean, one head could get all tokens.
 
-    Args:
-        query: [s, b, heads, d]; key: [s, b, groups, d], both before or both after the rotary embedding. The
-            axis b may be missing where sequences are packed.
-        context_parallel: the process group that has the other parts of the sequence, if any.
-
-    Returns:
-        [s, b, groups], the head counted from 0 in its group; None where groups have one head.
+    ``query`` [s, b, heads, d] and ``key`` [s, b, groups, d] are both before or both after the rotary
+    embedding; packed sequences have no axis b. ``context_parallel``: the group of the sequence's other parts.
     """
     if query.shape[-2] == key.shape[-2]:
         return None

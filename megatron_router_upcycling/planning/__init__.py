@@ -1,1 +1,1 @@
-"""Plan a run without hardware: parameters, memory, time, communication, and errors in its layout."""
+"""Plan a run without torch, Megatron or hardware: parameters, memory, time, communication, layout errors."""

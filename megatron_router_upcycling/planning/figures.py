@@ -3,7 +3,7 @@
 Parameters are exact for each rank, and so is the memory of weights, gradients and optimizer states except for
 padding. Activations (with this package's kernels on a GPU), communication and time are estimates.
 
-``setup`` must come from ``complete``; ``stage`` is a pipeline rank. Pure: imports neither torch nor Megatron.
+``setup`` must come from ``complete``; ``stage`` is a pipeline rank.
 
 Symbols: D hidden size, H heads, G query groups, d head size, V vocabulary, t tensor parallel size.
 """
@@ -29,8 +29,7 @@ def parameters(setup: Setup, stage: int) -> dict[str, int]:
     counts["attention"] = layers * _attention_parameters(s)
     counts["norms"] = layers * norms + (norm * D if s.is_last(stage) else 0)
     counts["ffn"] = (layers - moe) * _ffn_parameters(s, s.ffn_hidden_size, t)
-    if moe:
-        assert s.router is not None
+    if moe and s.router:
         local = s.num_experts // s.expert_model_parallel_size
         expert = _ffn_parameters(s, s.moe_ffn_hidden_size, s.expert_tensor_parallel_size)
         counts["experts"] = moe * local * expert
@@ -290,10 +289,7 @@ EAGER = {"host keeps up": 339.8 / 314.7, "host falls behind": 219.4 / 164.0}
 
 
 def kernel_ms(s: Setup) -> dict[str, float]:
-    """Milliseconds of kernels for a micro-batch on one GPU, by part: ``MEASURED``, scaled.
-
-    Assumes that work is even over pipeline stages.
-    """
+    """Milliseconds of kernels for a micro-batch on one GPU, by part; the work is even over stages."""
     H, G, d = s.num_attention_heads, s.num_query_groups, s.kv_channels
     tokens = tokens_on_gpu(s) / (s.tensor_model_parallel_size * s.pipeline_model_parallel_size)
     states = tokens * s.hidden_size
@@ -310,9 +306,7 @@ def kernel_ms(s: Setup) -> dict[str, float]:
 
 
 def step_seconds(setup: Setup, peak_tflops: float) -> dict[str, float]:
-    """Time of a step by how its kernels are launched, assuming that speed scales with ``peak_tflops``.
-
-    Communication and recomputation are not included.
-    """
+    """Seconds of a step by how its kernels are launched, if speed scales with ``peak_tflops``; without
+    communication and recomputation."""
     kernels = sum(kernel_ms(setup).values()) / 1e3 * setup.num_microbatches * PEAK_TFLOPS / peak_tflops
     return {name: kernels * ratio for name, ratio in (IN_GRAPHS if setup.in_graphs else EAGER).items()}

@@ -1,7 +1,4 @@
-"""Read a run's sizes from the YAML files, manifests and flags that ``pretrain`` takes.
-
-Megatron's arguments that do not affect sizes are ignored. Pure: imports neither torch nor Megatron.
-"""
+"""Read a run's sizes from the YAML files, manifests and flags that ``pretrain`` takes; ignore all else."""
 
 import dataclasses
 import difflib
@@ -63,10 +60,8 @@ class NotCovered(UserError):
 
 
 def from_values(values: dict[str, Any], router: dict[str, Any], source: str) -> Setup:
-    """A complete Setup from Megatron's arguments and router options; errors name ``source``.
-
-    Arguments that are not in a Setup are ignored.
-    """
+    """A complete Setup from Megatron's arguments (others are ignored) and router options; errors name
+    ``source``."""
     known = {field.name: field.type for field in dataclasses.fields(Setup) if field.name != "router"}
     taken: dict[str, Any] = {}
     for name, value in values.items():

@@ -1,7 +1,4 @@
-"""The input of a plan: Megatron's arguments that decide the size of a run, and checks of their values.
-
-Pure: imports neither torch nor Megatron.
-"""
+"""The input of a plan: Megatron's arguments that decide the size of a run, and checks of their values."""
 
 from dataclasses import dataclass, replace
 
@@ -100,11 +97,8 @@ class Setup:
 
     @property
     def weight_gathers(self) -> int:
-        """How often the distributed optimizer gathers all weights in a step.
-
-        With expert parallelism Megatron has two optimizers, and each gathers all weights unless the gathering
-        overlaps with the forward pass (seen in rehearsals of 0.19).
-        """
+        """How often a step gathers all weights: with expert parallelism Megatron has two optimizers, and each
+        does unless that overlaps with the forward pass (seen in rehearsals of 0.19)."""
         return 2 if self.expert_model_parallel_size > 1 and not self.overlap_param_gather else 1
 
     @property

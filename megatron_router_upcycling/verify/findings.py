@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_router_upcycling.checkpoint.names import RELEASE
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
+from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.conversion.plan import Plan
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.key_statistics.file import KeyStats
 
-FRESH_ITERATION = "release"  # the iteration of a checkpoint that convert made
 SHOWN = 10  # findings of each check in the table
 
 # Check -> what it proves, in the order of the table.
@@ -113,7 +114,7 @@ class Verification:
 
     @property
     def trained(self) -> bool:
-        return has_trained(self.moe)
+        return self.moe.iteration_dir.name != RELEASE
 
     @property
     def bytes_to_read(self) -> int:
@@ -124,24 +125,15 @@ class Verification:
             for stored in self.moe.tensors.values()
         )
 
+    def section(self, name: str) -> dict[str, Any]:
+        return manifest.section(self.record, name, f"MOE {self.moe.root}: its manifest")
+
     def recorded_files(self, name: str) -> dict[str, dict[str, Any]]:
         """The entries of the manifest's section ``name``, by file."""
-        files = section(self.moe, self.record, name)
+        files = self.section(name)
         for path, entry in files.items():
             if not isinstance(entry, dict) or Path(path).is_absolute() or ".." in Path(path).parts:
                 raise UserError(
                     f"MOE {self.moe.root}: its manifest says {path!r} in {name!r}; convert the model again"
                 )
         return files
-
-
-def has_trained(moe: Checkpoint) -> bool:
-    return moe.iteration_dir.name != FRESH_ITERATION
-
-
-def section(moe: Checkpoint, record: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section of the manifest."""
-    found = record.get(name)
-    if not isinstance(found, dict):
-        raise UserError(f"MOE {moe.root}: its manifest has no {name!r} section; convert the model again")
-    return found

@@ -12,6 +12,7 @@ from megatron_router_upcycling import expert_layers
 from megatron_router_upcycling.checkpoint.dense_model import DenseModel
 from megatron_router_upcycling.checkpoint.format.files import COMMON_FILE, CONFIG
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA
+from megatron_router_upcycling.checkpoint.names import RELEASE
 from megatron_router_upcycling.checkpoint.open import open_checkpoint, open_dense
 from megatron_router_upcycling.checkpoint.read_model import read_model
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
@@ -23,9 +24,8 @@ from megatron_router_upcycling.files import format_bytes, sha256
 from megatron_router_upcycling.growth import plan as growth
 from megatron_router_upcycling.initialisation.first_routers import router_parameters
 from megatron_router_upcycling.key_statistics import file as key_stats_file
-from megatron_router_upcycling.key_statistics.file import KeyStats
 from megatron_router_upcycling.verify import structure
-from megatron_router_upcycling.verify.findings import Findings, Verification, has_trained
+from megatron_router_upcycling.verify.findings import Findings, Verification
 from megatron_router_upcycling.verify.values import Comparison, Progress, Sources
 
 TRAINED = "the checkpoint has trained"
@@ -55,7 +55,7 @@ def prepare(
     options.init.check(options.router)
     router_parameters(model, options.router)  # refuses a router that does not fit the model
     stats = None
-    if not has_trained(moe) and options.init.needs_key_stats(options.router):
+    if moe.iteration_dir.name == RELEASE and options.init.needs_key_stats(options.router):
         made_from = manifest.entries(record, "key_stats", moe.root)
         if not made_from:
             raise UserError(f"MOE {moe.root}: its manifest names no 'key_stats'; convert the model again")
@@ -76,10 +76,8 @@ def _expert_source(recorded: dict[str, Any], config: Path | None) -> Checkpoint 
 def recorded_options(root: Path, record: dict[str, Any], num_layers: int) -> Options:
     """The conversion options that a manifest records, for a model of ``num_layers`` layers."""
     source = root / manifest.NAME
-    flags, seed = record.get("model"), _seed(record, root)
-    if not isinstance(flags, dict):
-        raise UserError(f"{source}: has no 'model' section; convert the model again")
-    layers = None
+    seed, layers = _seed(record, root), None
+    flags = manifest.section(record, "model", f"{source}:")
     if (text := flags.get("moe_layer_freq")) is not None:
         frequencies = expert_layers.layer_frequency(text, f"{source}: its moe_layer_freq")
         if not isinstance(frequencies, list) or len(frequencies) != num_layers:
@@ -103,7 +101,7 @@ def _seed(record: dict[str, Any], root: Path) -> int:
 
 def _key_stats(
     model: DenseModel, recorded: list[dict[str, Any]], paths: Sequence[Path], findings: Findings
-) -> KeyStats:
+) -> key_stats_file.KeyStats:
     if not paths:
         paths = [Path(str(one.get("path"))) for one in recorded]
         if gone := [path for path in paths if not path.is_file()]:
@@ -169,10 +167,9 @@ def _say_what_was_seen(verification: Verification, comparison: Comparison) -> No
 def describe(verification: Verification, seconds: float) -> str:
     """What was proved and what differs, for a screen."""
     findings, moe, router = verification.findings, verification.moe, verification.plan.options.router
-    kind = router.describe()
     since = f", trained to {moe.iteration_dir.name}: values not compared" if verification.trained else ""
     verdict = f"{len(findings.found)} DIFFERENCES" if findings else "as it must be"
     return (
-        f"{moe.root}: {router.num_experts} experts, {kind}{since}\n{findings.table()}\n"
+        f"{moe.root}: {router.num_experts} experts, {router.describe()}{since}\n{findings.table()}\n"
         f"{verdict}; {format_bytes(verification.bytes_to_read)} of values read in {seconds:.1f} s"
     )

@@ -4,17 +4,10 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from megatron_router_upcycling.checkpoint import dense_model
+from megatron_router_upcycling.checkpoint import dense_model, names
 from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.files import COMMON_STATE
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
-from megatron_router_upcycling.checkpoint.names import (
-    BALANCING,
-    EXPERTS,
-    TRAINING_STATE,
-    other_norm,
-    split_key,
-)
 from megatron_router_upcycling.checkpoint.publish.checks import content_digests
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
 from megatron_router_upcycling.conversion.moe_arguments import PLAIN, fresh_common_state
@@ -22,7 +15,7 @@ from megatron_router_upcycling.conversion.sources import values_digest
 from megatron_router_upcycling.conversion.steps import Expected
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.files import sha256
-from megatron_router_upcycling.verify.findings import Findings, Verification, section
+from megatron_router_upcycling.verify.findings import Findings, Verification
 
 VERSIONS = {"args", "checkpoint_version", "content_metadata"}  # of a common state: not compared with the rest
 
@@ -34,7 +27,7 @@ def check_tensors(verification: Verification, expected: Mapping[str, Expected]) 
     for key, wanted in expected.items():
         stored = moe.tensors.get(key)
         if stored is None:
-            if not (trained and other_norm(key) in moe.tensors):  # training saves one of a norm's names
+            if not (trained and names.other_norm(key) in moe.tensors):  # training saves one of them
                 findings.add(wanted.check, key, "is missing")
         elif stored.shape != wanted.shape:
             what = f"is {list(stored.shape)} where {list(wanted.shape)} is expected"
@@ -44,7 +37,7 @@ def check_tensors(verification: Verification, expected: Mapping[str, Expected]) 
         else:
             comparable.add(key)
     for key in moe.tensors:
-        made_by_training = TRAINING_STATE.match(key) or split_key(key)[0] in BALANCING
+        made_by_training = names.TRAINING_STATE.match(key) or names.split_key(key)[0] in names.BALANCING
         if key not in expected and not (trained and made_by_training):
             findings.add("metadata", key, "has no place in this Mixture-of-Experts")
     return comparable
@@ -135,8 +128,8 @@ def check_arguments(verification: Verification) -> None:
         return
     if verification.trained:  # training does not change these
         dense = vars(plan.dense.args)
-        names = [*(dense_model.ARCHITECTURE | dense_model.NEGATED).values(), "num_query_groups"]
-        wanted = {name: dense[name] for name in names if dense.get(name) is not None}
+        kept = [*(dense_model.ARCHITECTURE | dense_model.NEGATED).values(), "num_query_groups"]
+        wanted = {name: dense[name] for name in kept if dense.get(name) is not None}
         wanted |= {name: value for name, value in plan.arguments.items() if name not in PLAIN}
         args = {name: value for name, value in args.items() if name in wanted}
     else:
@@ -178,20 +171,18 @@ def check_gone_experts(verification: Verification) -> None:
         number = expert % len(recorded)
         if number in gone and values_digest(moe, expert) != recorded[number].get("values"):
             what = f"is not the FFN of {recorded[number].get('path')}, whose digest the manifest records"
-            findings.add("experts", EXPERTS, what, expert=expert)
+            findings.add("experts", names.EXPERTS, what, expert=expert)
     findings.looked_at["experts"] += f"; {said}: held against the recorded digests"
 
 
 def check_manifest(verification: Verification) -> None:
     """Compare the manifest's architecture and digest with the dense checkpoint."""
     plan, findings = verification.plan, verification.findings
-    recorded = section(verification.moe, verification.record, "model")
-    flags = plan.flags
+    recorded, flags = verification.section("model"), plan.flags
     for flag in sorted({*recorded, *flags}):
         if recorded.get(flag) != flags.get(flag):
             what = f"manifest says {recorded.get(flag)!r:.60}, DENSE {flags.get(flag)!r:.60}"
             findings.add("arguments", flag, what)
-    source = section(verification.moe, verification.record, "source")
-    if source.get("digest") != plan.dense.digest():
+    if verification.section("source").get("digest") != plan.dense.digest():
         what = "is not the checkpoint whose digest the manifest records"
         findings.add("arguments", f"DENSE {plan.dense.root}", what)

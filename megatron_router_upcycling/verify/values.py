@@ -10,20 +10,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from megatron_router_upcycling.checkpoint.format import torch_save_file
 from megatron_router_upcycling.checkpoint.format.boxes import Box, blocks
 from megatron_router_upcycling.checkpoint.format.metadata import Blob, Chunk
-from megatron_router_upcycling.checkpoint.format.torch_save_file import (
-    BLOCK_BYTES,
-    Damaged,
-    Values,
-    examine,
-    read_values,
-)
+from megatron_router_upcycling.checkpoint.format.torch_save_file import BLOCK_BYTES, Damaged
 from megatron_router_upcycling.checkpoint.names import EXPERTS, is_of_layers, split_key
 from megatron_router_upcycling.checkpoint.publish.checks import all_finite
 from megatron_router_upcycling.checkpoint.torch_dist import Checkpoint
-from megatron_router_upcycling.conversion.steps import Expected
-from megatron_router_upcycling.conversion.steps import Values as Other
+from megatron_router_upcycling.conversion.steps import Expected, Values
 from megatron_router_upcycling.errors import reason
 from megatron_router_upcycling.verify.findings import Findings, span
 
@@ -37,26 +31,23 @@ class Sources:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._computed: dict[Other, tuple[Box, np.ndarray]] = {}  # the box computed last
+        self._computed: dict[Values, tuple[Box, np.ndarray]] = {}  # the box computed last
 
-    def read(self, source: str | Other, box: Box) -> np.ndarray:
+    def read(self, source: str | Values, box: Box) -> np.ndarray:
         if isinstance(source, str):
             return as_words(self.checkpoint.read_box(source, box))
         joined: np.ndarray | None = None
         for whole in source.boxes(box):
-            values, part = self._compute(source, whole), whole.overlap(box)
+            last = self._computed.get(source)
+            if last is None or last[0] != whole:
+                last = self._computed[source] = whole, as_words(source.values(whole)).reshape(whole.sizes)
+            values, part = last[1], whole.overlap(box)
             assert part is not None
             if joined is None:
                 joined = np.empty(box.sizes, values.dtype)
             joined[part.within(box.offsets)] = values[part.within(whole.offsets)]
         assert joined is not None
         return joined
-
-    def _compute(self, source: Other, box: Box) -> np.ndarray:
-        last = self._computed.get(source)
-        if last is None or last[0] != box:
-            last = self._computed[source] = box, as_words(source.values(box)).reshape(box.sizes)
-        return last[1]
 
 
 class Comparison:
@@ -86,7 +77,7 @@ class Comparison:
         blob, nbytes = chunk.blob, math.prod(chunk.sizes) * dtype.itemsize
         finite, different, first = True, 0, [0]
         try:
-            contents = examine(self.moe.iteration_dir, blob, (chunk.sizes, dtype))
+            contents = torch_save_file.examine(self.moe.iteration_dir, blob, (chunk.sizes, dtype))
             self.identities[blob] = contents.identity
             unproved = expected if expected and not self._is_linked(chunk, expected) else None
             for block, words in self._blocks(chunk, dtype, contents.values):
@@ -121,7 +112,7 @@ class Comparison:
         return place_of(self.moe, chunk.blob) in [place_of(dense, blob) for blob in here]
 
     def _blocks(
-        self, chunk: Chunk, dtype: torch.dtype, values: Values | None
+        self, chunk: Chunk, dtype: torch.dtype, values: torch_save_file.Values | None
     ) -> Iterator[tuple[Box, np.ndarray]]:
         """A chunk's values, block by block in one buffer, which is overwritten; raises ``Damaged``."""
         if values is None:  # they do not lie row after row, and PyTorch reads them
@@ -133,7 +124,7 @@ class Comparison:
         boxes = list(blocks(chunk.box, BLOCK_BYTES // dtype.itemsize))
         lengths = [math.prod(box.sizes) * dtype.itemsize for box in boxes]
         path = self.moe.iteration_dir / chunk.blob.file
-        for box, view in zip(boxes, read_values(path, values, lengths), strict=True):
+        for box, view in zip(boxes, torch_save_file.read_values(path, values, lengths), strict=True):
             yield box, np.frombuffer(view, WORDS[dtype.itemsize]).reshape(box.sizes)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_router_upcycling.checkpoint.format.metadata import METADATA, Blob
-from megatron_router_upcycling.checkpoint.names import TRACKER
+from megatron_router_upcycling.checkpoint.names import RELEASE, TRACKER
 from megatron_router_upcycling.errors import UserError, os_error_as
 
 CONFIG = "metadata.json"
@@ -52,9 +52,9 @@ def locate(root: Path) -> tuple[Path, Path]:
     folder, tracker = root, root / TRACKER
     if is_root := tracker.is_file():
         text = read_record(tracker).decode(errors="replace").strip()
-        if text != "release" and not (text.isdecimal() and len(text) < 20):
-            raise UserError(f"{tracker}: says {text[:40]!r} where an iteration or 'release' is expected")
-        folder = root / (text if text == "release" else f"iter_{int(text):07d}")
+        if text != RELEASE and not (text.isdecimal() and len(text) < 20):
+            raise UserError(f"{tracker}: says {text[:40]!r} where an iteration or {RELEASE!r} is expected")
+        folder = root / (text if text == RELEASE else f"iter_{int(text):07d}")
     if any((folder / name).exists() for name in (METADATA, CONFIG)) or any(folder.glob("mp_rank_*")):
         return root if is_root else root.absolute().parent, folder
     there = {path.name for place in (root, folder.parent) for path in place.glob("*")}

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from megatron_router_upcycling.checkpoint.format import boxes, safe_pickle
-from megatron_router_upcycling.errors import UserError, described, shown
+from megatron_router_upcycling.errors import UserError, described, error_as, shown
 
 METADATA = ".metadata"
 
 Report = Callable[[str, str], None]  # takes a tensor's or file's name, and what is wrong with it
 DCP = "torch.distributed.checkpoint"
 DCP_VERSION = "1.0.0"
+MALFORMED = (AttributeError, AssertionError, LookupError, TypeError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def parse_metadata(
         from torch.distributed.checkpoint.metadata import TensorProperties
 
     metadata = safe_pickle.loads(content, source)
-    try:
+    with error_as(MALFORMED, f"{source}: not a checkpoint's metadata", say=described):
         stored = metadata.state["storage_data"]
         blobs = {
             (index.state["fqn"], _sizes(index.state.get("offset"))): _blob(info.state)
@@ -124,8 +125,6 @@ def parse_metadata(
                 objects[key] = blob
             else:
                 fault(key, "has no bytes")
-    except (AttributeError, AssertionError, LookupError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{source}: not a checkpoint's metadata ({described(error)})") from None
     if report is not None:
         for key, offsets in unnamed:
             report(key, f"has bytes for a chunk at {list(offsets or ())} that it does not have")

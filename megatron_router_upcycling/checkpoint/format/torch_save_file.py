@@ -24,7 +24,7 @@ from megatron_router_upcycling.checkpoint.format import safe_pickle
 from megatron_router_upcycling.checkpoint.format.boxes import Shape
 from megatron_router_upcycling.checkpoint.format.files import FileRange, read_exactly
 from megatron_router_upcycling.checkpoint.format.metadata import Blob
-from megatron_router_upcycling.errors import UserError, reason
+from megatron_router_upcycling.errors import error_as, reason
 
 LOCAL_HEADER = struct.Struct("<IHHHHHIIIHH")
 CENTRAL_HEADER = struct.Struct("<IHHHHHHIIIHHHHHII")
@@ -200,10 +200,8 @@ def read_values(path: Path, values: Values, lengths: Sequence[int] = ()) -> Iter
 
 def load(content: bytes, source: Any) -> Any:
     """The object in the bytes of a ``torch.save`` file; tensors within are inert records."""
-    try:
+    with error_as(Exception, f"{source}: damaged or half-written"):  # not a zip file, or a damaged one
         pickled = TorchSaveFile(io.BytesIO(content)).pickle()
-    except Exception as error:  # not a zip file, or a damaged one
-        raise UserError(f"{source}: damaged or half-written ({reason(error)})") from None
     return safe_pickle.loads(pickled, source)
 
 

@@ -34,12 +34,8 @@ def parameters_by_part(model: Model) -> dict[str, int]:
 
 
 def held_bytes(model: Sequence[Any], optimizer: Any, copies: bool) -> dict[str, float]:
-    """Bytes of weights, of the gradient buffers of data parallelism (with padding), and of Adam's states.
-
-    Args:
-        model: chunks in Megatron's DDP.
-        copies: the optimizer keeps float32 copies of 16-bit weights, which are counted too.
-    """
+    """Bytes of weights, of DDP's gradient buffers (with padding), and of Adam's states; with ``copies``, also
+    of the optimizer's float32 copies of 16-bit weights. ``model``: chunks in Megatron's DDP."""
     buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     states = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -85,11 +85,8 @@ def _cut_down(args: Namespace, planned: Setup, place: str) -> None:
 
 @torch.no_grad()
 def load_shard(model: Sequence[Any], root: str) -> None:
-    """Fill the parameters of ``model`` (chunks in DDP) from the checkpoint, without collectives.
-
-    Megatron's own loading distributes the reads over ranks with collectives. Here the rank itself reads the
-    shards that its ``sharded_state_dict`` lists.
-    """
+    """Fill the parameters of ``model`` (chunks in DDP) from the checkpoint: the rank itself reads the shards
+    that its ``sharded_state_dict`` lists. Megatron's own loading needs collectives."""
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -200,7 +197,6 @@ def measure(run: launch.Run, planned: Setup) -> dict[str, Any]:
 
 
 def describe(run: launch.Run, planned: Setup, found: dict[str, Any]) -> Iterator[str]:
-    """The report, for people."""
     args = run.args
     yield (
         f"rehearsal of rank {args.rank} of {planned.world_size} (pipeline rank {found['pipeline_rank']}, DP"
