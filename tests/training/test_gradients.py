@@ -10,9 +10,6 @@ import torch.utils.checkpoint
 from tests import launch
 from tests.layers import one_rank
 
-ARGS = {"pipeline_model_parallel_size": 1, "gradient_accumulation_fusion": False}
-ARGS |= dict.fromkeys(("defer_embedding_wgrad_compute", "use_megatron_fsdp", "use_torch_fsdp2"), False)
-ARGS["reuse_grad_buf_for_mxfp8_param_ag"] = False
 STEPS, MICRO_BATCHES = 3, 3
 
 
@@ -63,7 +60,8 @@ def compare(fused: bool) -> None:
     expected = [train(*kind) for kind in kinds]
     assert all(float(values.abs().sum()) > 0 for kind in expected for values in kind)
     before = schedules.backward_step
-    gradients.install(Namespace(**ARGS | {"gradient_accumulation_fusion": fused}))
+    flags = dict.fromkeys(gradients.OTHERS, False) | {"gradient_accumulation_fusion": fused}
+    gradients.install(Namespace(pipeline_model_parallel_size=1, **flags))
     assert (schedules.backward_step is before) == fused
     for kind, values in zip(kinds, expected, strict=True):
         found = train(*kind)

@@ -18,6 +18,13 @@ from torch import Tensor
 from megatron_router_upcycling.layers.kernels import accumulate
 from megatron_router_upcycling.training.patches import patching
 
+# With these Megatron adds gradients by itself, or has other buffers or another schedule.
+OTHERS = (
+    *("gradient_accumulation_fusion", "defer_embedding_wgrad_compute", "delay_wgrad_compute"),
+    *("use_megatron_fsdp", "use_torch_fsdp2", "reuse_grad_buf_for_mxfp8_param_ag"),
+    "overlap_moe_expert_parallel_comm",
+)
+
 
 class _Step:
     """Which gradients a step has written so far."""
@@ -48,13 +55,7 @@ def install(args: Namespace) -> None:
 
     ddp = distributed_data_parallel.DistributedDataParallel
     patching.wrap("gradients", ddp, "_make_backward_post_hook", hook)
-    if args.pipeline_model_parallel_size == 1 and not (
-        args.gradient_accumulation_fusion
-        or args.defer_embedding_wgrad_compute
-        or args.use_megatron_fsdp
-        or args.use_torch_fsdp2
-        or args.reuse_grad_buf_for_mxfp8_param_ag
-    ):
+    if args.pipeline_model_parallel_size == 1 and not any(getattr(args, name) for name in OTHERS):
         patching.wrap("gradients", _ParamAndGradBuffer, "reset", lambda zero, self: step.set_first(True))
         patching.wrap("gradients", schedules, "backward_step", _then_add(step))
 
