@@ -89,7 +89,7 @@ def test_the_papers_run_steps_with_both_routers(gpu: dict[str, str], tmp_path: P
     figures = tmp_path / "figures.json"
     flags = (*narrow.split(), "--rehearse-seq-length", 64, "--rounds", 1, "--output", figures)
     bench = launch.ROOT / "tools" / "benchmarks" / "bench_step.py"
-    output = launch.run(sys.executable, *ON_GPU, bench, *flags, **gpu).ok()
+    output = launch.python(*ON_GPU, bench, *flags, **gpu).ok()
     assert "create_attention_mask_in_dataloader=False" in output.text
     found = json.loads(figures.read_text())
     assert found["hardware"] == "pretended GPU" and found["grouped_experts"]
