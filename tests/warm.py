@@ -3,8 +3,8 @@
 Those imports are most of what a short run costs. ``PYTHON`` stands for Python on a command line, of tests
 and of programs under test, whose ``sys.executable`` it is. It waits for the forked process, passes signals on
 to it, ends as it does, and takes it along if killed. Otherwise it is as Python, but that the processes of a
-session share the seed of string hashes. torchrun is always the real one, and starts warm ranks where
-PYTHON_EXEC names ``PYTHON``. ``warm_python.py`` says what else is not warm.
+session share the seed of string hashes. torchrun starts warm ranks where PYTHON_EXEC names ``PYTHON``.
+``warm_python.py`` says what is not warm.
 
 Run as a script, this file is the process that forks: one a session, for all processes that share its tests.
 """

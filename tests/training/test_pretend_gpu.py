@@ -35,7 +35,7 @@ def test_training_has_the_losses_of_the_cpu(
         *(*ON_GPU, "-m", "megatron_router_upcycling.pretrain", *expert_parallel(moe_config, moe)),
         *("--save", save, "--distributed-backend", "gloo", "--overlap-grad-reduce", "--overlap-param-gather"),
         *("--async-save", "--async-strategy", "mcore", "--use-persistent-ckpt-worker"),
-        **gpu,
+        **gpu | {"PYTHON_EXEC": sys.executable},  # ranks that begin anew
     ).ok()
     assert "GPU without Transformer Engine: set transformer_impl=local" in output.text
     assert "; no CUDA graphs, which are not known to work with moe_grouped_gemm=False" in output.text
@@ -89,7 +89,7 @@ def test_the_papers_run_steps_with_both_routers(gpu: dict[str, str], tmp_path: P
     figures = tmp_path / "figures.json"
     flags = (*narrow.split(), "--rehearse-seq-length", 64, "--rounds", 1, "--output", figures)
     bench = launch.ROOT / "tools" / "benchmarks" / "bench_step.py"
-    output = launch.python(*ON_GPU, bench, *flags, **gpu).ok()
+    output = launch.run(sys.executable, *ON_GPU, bench, *flags, **gpu).ok()
     assert "create_attention_mask_in_dataloader=False" in output.text
     found = json.loads(figures.read_text())
     assert found["hardware"] == "pretended GPU" and found["grouped_experts"]
