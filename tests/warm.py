@@ -50,7 +50,7 @@ def make_programs() -> Path:
 
 def serve(path: Path) -> None:
     """Fork for each program that asks at the socket ``path``, until the session ends."""
-    del sys.path[0]
+    sys.path[:1] = [os.environ["MEGATRON_LM"]] if "MEGATRON_LM" in os.environ else []
     for module in IMPORTED:
         importlib.import_module(module)
     gc.collect()
