@@ -38,8 +38,8 @@ TRAINING = BATCH | STEPS | EVALUATION | DATA | {"hidden_dropout": 0.0, "attentio
 EVALUATE = ("--skip-train", "--eval-iters", 4)
 
 # They take longest, in this order: none of them should be what one process is left with at the end.
-FIRST = ("local", "compare", "slurm", "demo", "gpu_check", "faults", "methods", "pretend_gpu", "training")
-FIRST += ("expert_checkpoints", "evaluate", "overlap", "resuming", "megatron", "fuzz")
+FIRST = ("pretend_gpu", "local", "slurm", "gpu_check", "methods", "training", "faults", "demo", "compare")
+FIRST += ("expert_checkpoints", "fuzz", "megatron", "overlap", "resuming", "evaluate")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

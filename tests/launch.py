@@ -25,8 +25,10 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), MEGATRON_LM))),
     "CUDA_VISIBLE_DEVICES": "",
+    "PYTHON_EXEC": warm.PYTHON,  # with which torchrun starts its ranks
 }
 TIMEOUT = 240  # seconds; a run takes 2 to 20 on two cores
+LAST_WORDS = 5.0  # seconds that ranks have after another one failed
 
 
 @dataclass(frozen=True)
@@ -77,34 +79,47 @@ def torchrun(ranks: int, module: str, *args: object, **environment: str) -> Outp
 
 def ranks(number: int, module: str, *args: object, **environment: str) -> Output:
     """The processes that torchrun would start, warm; MODULE is this package's, or a file."""
-    program = [module] if module.endswith(".py") else ["-m", f"megatron_router_upcycling.{module}"]
-    return _warm(number, [*program, *map(str, args)], environment)
+    program = (module,) if module.endswith(".py") else ("-m", f"megatron_router_upcycling.{module}")
+    command = [str(word) for word in (warm.PYTHON, *program, *args)]
+    place = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes: list[subprocess.Popen[bytes]] = []
+    with tempfile.NamedTemporaryFile() as file:
+        try:
+            for rank in map(str, range(number)):
+                own = ENVIRONMENT | place | {"RANK": rank, "LOCAL_RANK": rank} | environment
+                processes.append(subprocess.Popen(command, env=own, stdout=file, stderr=file))
+            status = _wait(processes, TIMEOUT + 60 * number)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        text = Path(file.name).read_text()
+    assert status is not None, f"takes too long: {text[-6000:]}"
+    return Output(status, text)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> int | None:
+    """Wait for all, and a little for the others of one that fails; its exit status, 0, or None: no end."""
+    status, deadline = 0, time.monotonic() + seconds
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > deadline:
+            return status or None
+        failed = [process.returncode for process in processes if process.returncode]
+        if failed and not status:
+            status, deadline = failed[0], min(deadline, time.monotonic() + LAST_WORDS)
+        time.sleep(0.01)
+    return status or next((process.returncode for process in processes if process.returncode), 0)
 
 
 def python(*args: object, **environment: str) -> Output:
     """``python ARGS``, warm."""
-    return _warm(None, [str(arg) for arg in args], environment)
+    return run(warm.PYTHON, *args, **environment)
 
 
 def cli(*args: object) -> Output:
     """``router-upcycle ARGS``, warm."""
     return python("-m", "megatron_router_upcycling.cli", *args)
-
-
-def _warm(number: int | None, arguments: list[str], environment: dict[str, str]) -> Output:
-    places: list[dict[str, str]] = [{}]
-    if number:
-        sizes = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        places = [sizes | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
-    with tempfile.NamedTemporaryFile() as file:
-        log = Path(file.name)
-        processes = [warm.start(arguments, ENVIRONMENT | place | environment, log) for place in places]
-        try:
-            status = warm.wait(processes, TIMEOUT + 60 * len(places))
-        except TimeoutError as error:
-            raise AssertionError(f"{error}: {log.read_text()[-6000:]}") from None
-        return Output(status, log.read_text())
 
 
 def run(*command: object, timeout: float = TIMEOUT, cwd: Path | None = None, **environment: str) -> Output:
@@ -117,7 +132,8 @@ def torchrun_killed(ranks: int, module: str, *args: object, when: str, log: Path
     """Start a run and end every process of it by SIGKILL as soon as its output matches ``when``."""
     with log.open("w") as file:
         command = _torchrun(ranks, module, args)
-        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file, start_new_session=True)
+        anew = ENVIRONMENT | {"PYTHON_EXEC": sys.executable}
+        process = subprocess.Popen(command, env=anew, stdout=file, stderr=file, start_new_session=True)
         deadline = time.monotonic() + TIMEOUT
         try:
             while not re.search(when, log.read_text()):

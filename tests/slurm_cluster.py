@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ def missing() -> str | None:
 class Cluster:
     def __init__(self, folder: Path) -> None:
         self.environment = ENVIRONMENT | {"PATH": SEARCH, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment["PYTHON_EXEC"] = sys.executable  # ranks that begin anew
 
     def run(self, *command: object) -> Output:
         return launch.run(*command, timeout=60, **self.environment)

@@ -103,7 +103,7 @@ def check_permutation() -> None:
 
 
 def check_gate() -> None:
-    for count, rows, hidden in ((130, 8, 96), (2100, 3, 200), (130, 64, 64)):
+    for count, rows, hidden in ((130, 8, 200), (2100, 3, 72), (130, 64, 64)):
         tokens, weight = draw(count, hidden, dtype=torch.bfloat16), draw(rows, hidden, scale=0.02)
         exact = gradients(lambda x, a: x @ a.t(), tokens.double(), weight.double())
         found = gradients(gate.gate_logits, tokens, weight)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests import hf_models, launch
+from tests import hf_models, launch, warm
 from tests.slurm_cluster import wait_until
 
 SUBMIT = launch.ROOT / "scripts" / "submit.sh"
@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def submit(*options: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [str(part) for part in (SUBMIT, *options)], env=launch.ENVIRONMENT | {"PYTHON": sys.executable},
+        [str(part) for part in (SUBMIT, *options)], env=launch.ENVIRONMENT | {"PYTHON": warm.PYTHON},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=launch.ROOT,
         # As from a terminal, also where the tests run in the background, which ignores Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import hf_models, launch, slurm_cluster
+from tests import hf_models, launch, slurm_cluster, warm
 from tests.conftest import TRAINING
 from tests.slurm_cluster import Cluster, wait_until
 
@@ -135,14 +135,14 @@ def test_a_signal_to_the_launcher_alone_saves_and_ends_the_run(
 def test_mistakes_are_found_before_the_queue(
     model: Path, data: Path, options: tuple[object, ...], message: str
 ) -> None:
-    output = launch.run(*_submit(model, data, "--dry-run", *options))
+    output = launch.run(*_submit(model, data, "--dry-run", *options), PYTHON=warm.PYTHON)
     assert output.returncode == 2
     assert len(output.errors) == 1 and output.errors[0].startswith(f"error: {message}")
 
 
 def test_a_mixture_of_experts_is_not_converted(model: Path, data: Path) -> None:
     moe = hf_models.make("qwen3-moe", model.parent / "moe")
-    output = launch.run(*_submit(model, data, "--dry-run", "--hf", moe))
+    output = launch.run(*_submit(model, data, "--dry-run", "--hf", moe), PYTHON=warm.PYTHON)
     assert output.returncode == 2 and [f"error: --hf {moe}: a Mixture-of-Experts already"] == [
         line.partition(";")[0] for line in output.errors
     ]

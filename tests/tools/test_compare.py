@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_router_upcycling.conversion.options import read_method
 from megatron_router_upcycling.errors import UserError
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files
+from tests import warm
 from tools.experiments import claims, compare, foundation, report, results
 from tools.experiments.comparison import Claim, Comparison, read
 from tools.experiments.plan import QUICK_QUESTIONS, Plan
@@ -295,7 +295,7 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
     broken = {"base": methods["mlp"], "upcycling": {"target_entropy": 9}}
     given = {"dense": f"{ROOT}/configs/demo/dense.yaml", "seeds": [1], "ranks": 1, "tasks": "stdlib"}
     file.write_text(json.dumps(given | {"runs": {"broken": broken} | methods}))
-    command = [sys.executable, "-m", "tools.experiments.compare", str(file), "--output", str(output)]
+    command = [warm.PYTHON, "-m", "tools.experiments.compare", str(file), "--output", str(output)]
     command += ["--quick", "--jobs", "2"]
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     saved = [output / f"trained/{name}-1/latest_checkpointed_iteration.txt" for name in methods]

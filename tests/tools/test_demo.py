@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_router_upcycling.training.run_log import files
-from tests import launch
+from tests import launch, warm
 from tools.experiments import demo, foundation
 from tools.experiments.comparison import read
 from tools.experiments.demo import Model
@@ -80,7 +79,7 @@ def test_table_and_results_have_a_row_for_each_model():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("demo") / "out"
-    command = (sys.executable, "-m", "tools.experiments.demo", "--quick", "--output", output)
+    command = (warm.PYTHON, "-m", "tools.experiments.demo", "--quick", "--output", output)
     launch.run(*command, cwd=launch.ROOT, timeout=550).ok()
     return output
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import launch
+from tests import launch, warm
 from tests.layers import one_rank, test_dispatch
 from tools.benchmarks import candidates, step_parts
 
@@ -21,9 +21,9 @@ PATIENT = [word for part in ("parallel", "steps", "train", "kernels") for word i
 PATIENT += ["--seconds", 3600]
 
 
-def command(output: Path, *flags: object) -> dict[str, Any]:
+def command(output: Path, *flags: object, python: str = warm.PYTHON) -> dict[str, Any]:
     """Of a check, all that it is given is PYTHONPATH."""
-    words = [sys.executable, str(TOOLS / "gpu_check.py"), "--output", str(output), *map(str, flags)]
+    words = [python, str(TOOLS / "gpu_check.py"), "--output", str(output), *map(str, flags)]
     environment = os.environ | {"PYTHONPATH": str(launch.ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return {"args": words, "env": environment, "text": True, "cwd": output.parent}
 
@@ -36,7 +36,9 @@ def check(output: Path, *flags: object) -> tuple[int, str, dict[str, Any], str]:
 
 
 def test_help_lists_the_parts_in_the_order_of_their_worth(tmp_path: Path) -> None:
-    said = subprocess.run(**command(tmp_path / "out", "--help"), capture_output=True).stdout
+    said = subprocess.run(
+        **command(tmp_path / "out", "--help", python=sys.executable), capture_output=True
+    ).stdout
     places = [said.index(f"\n{part}") for part in PARTS]
     assert places == sorted(places)
 

@@ -35,7 +35,7 @@ def test_training_has_the_losses_of_the_cpu(
         *(*ON_GPU, "-m", "megatron_router_upcycling.pretrain", *expert_parallel(moe_config, moe)),
         *("--save", save, "--distributed-backend", "gloo", "--overlap-grad-reduce", "--overlap-param-gather"),
         *("--async-save", "--async-strategy", "mcore", "--use-persistent-ckpt-worker"),
-        **gpu,
+        **gpu | {"PYTHON_EXEC": sys.executable},  # ranks that begin anew
     ).ok()
     assert "GPU without Transformer Engine: set transformer_impl=local" in output.text
     assert "; no CUDA graphs, which are not known to work with moe_grouped_gemm=False" in output.text
@@ -46,7 +46,7 @@ def test_training_has_the_losses_of_the_cpu(
 
 def train(gpu: dict[str, str], save: Path, *flags: object) -> launch.Output:
     """Two data-parallel ranks, with evaluations between their steps."""
-    often = ("--eval-interval", 3, "--eval-iters", 1, "--routing-diagnostics-interval", 2, "--train-iters", 8)
+    often = ("--eval-interval", 3, "--eval-iters", 1, "--routing-diagnostics-interval", 2, "--train-iters", 6)
     return launch.run(
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2),
         *("--master-addr", "127.0.0.1", "--master-port", launch.free_port()),
@@ -68,16 +68,16 @@ def test_a_run_in_graphs_writes_what_an_eager_one_does(
     assert "cuda_graph_impl=local" in graphs.text and "cuda_graph" not in eager.text
     count = parts * 2 * LAYERS  # forward and backward of each layer, or of its attention and its router
     assert f" {count}/{count} [" in graphs.text and "create cuda graphs" not in eager.text
-    assert graphs.losses == eager.losses and len(graphs.losses) == 8
+    assert graphs.losses == eager.losses and len(graphs.losses) == 6
     for losses in ("load_balancing_loss", "z_loss"):
         logged = [re.findall(rf"{losses}: (\S+)", run.text) for run in (graphs, eager)]
-        assert logged[0] == logged[1] and len(logged[0]) == 8
+        assert logged[0] == logged[1] and len(logged[0]) == 6
     for name in (files.RUN, files.ROUTING):
         lines = [files.read(tmp_path / run / name) for run in ("graphs", "eager")]
         for line in (line for run in lines for line in run):
             line.pop("time", None)
         assert lines[0] == lines[1]
-    assert [line["iteration"] for line in lines[0]] == [1, 2, 4, 6, 8]
+    assert [line["iteration"] for line in lines[0]] == [1, 2, 4, 6]
     first, last = (line["rare"]["router_agreement"] for line in (lines[0][0], lines[0][-1]))
     assert first != last
 

@@ -70,11 +70,6 @@ def test_multi_token_prediction_goes_on_over_two_stages(tmp_path: Path, moe_conf
     assert found == pytest.approx({step: losses[step] for step in (2, 3)}, rel=1e-5)
 
 
-def test_bf16_trains(moe_config: Path, moe: Path) -> None:
-    output = launch.ranks(2, "pretrain", *expert_parallel(moe_config, moe), "--bf16", "--train-iters", 4).ok()
-    assert output.losses[4] < output.losses[1]
-
-
 def test_what_cannot_be_trained_from_leaves_nothing_behind(
     tmp_path: Path, moe: Path, moe_config: Path
 ) -> None:
