@@ -6,12 +6,14 @@ kernels.
 """
 
 import functools
+import importlib.metadata
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from megatron_router_upcycling.layers import kernels
@@ -28,6 +30,10 @@ from megatron_router_upcycling.layers.kernels import (
 )
 from megatron_router_upcycling.routers.fold import fold as plain_fold
 
+VERSIONS = [Version(importlib.metadata.version(name)) for name in ("triton", "numpy") if kernels.INSTALLED]
+# PyTorch 2.11 brings Triton 3.6.
+BEFORE = "Triton's interpreter before 3.7 cannot run loops with NumPy 2.4 or later: install numpy<2.4"
+CANNOT = BEFORE if VERSIONS and VERSIONS[0] < Version("3.7") and VERSIONS[1] >= Version("2.4") else None
 DEVICE = "cuda" if "cuda" in sys.argv else "cpu"
 
 
@@ -207,6 +213,8 @@ CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) 
 
 
 def main() -> None:
+    if CANNOT and DEVICE == "cpu":
+        sys.exit(f"error: {CANNOT}")
     assert kernels.usable(torch.zeros(1, device=DEVICE)), "the kernels would not run: set TRITON_INTERPRET=1"
     for name, check in CHECKS.items():
         try:
