@@ -13,6 +13,7 @@ import torch
 from megatron.core.distributed import distributed_data_parallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
 from torch import Tensor
 
 from megatron_router_upcycling.layers.kernels import accumulate
@@ -55,6 +56,7 @@ def install(args: Namespace) -> None:
 
     ddp = distributed_data_parallel.DistributedDataParallel
     patching.wrap("gradients", ddp, "_make_backward_post_hook", hook)
+    patching.wrap("gradients", _CudaGraphRunner, "create_bwd_graph", _capture(step))
     if args.pipeline_model_parallel_size == 1 and not any(getattr(args, name) for name in OTHERS):
         patching.wrap("gradients", _ParamAndGradBuffer, "reset", lambda zero, self: step.set_first(True))
         patching.wrap("gradients", schedules, "backward_step", _then_add(step))
@@ -62,12 +64,6 @@ def install(args: Namespace) -> None:
 
 def _hook(step: _Step, original: Callable[..., None], param: Any) -> Callable[..., None]:
     """Write or add ``param.grad``; ``original`` then does the rest, such as to start its reduction."""
-
-    def capture(grad: Tensor) -> None:
-        if distributed_data_parallel.is_graph_capturing():
-            accumulate.add_(param.main_grad, grad, step.fresh)
-            param.grad_added_to_main_grad = True  # or Megatron's graph would add it as well
-            step.in_graphs.add(param)
 
     def call(*unused: Any) -> None:
         if distributed_data_parallel.is_graph_capturing():
@@ -87,7 +83,35 @@ def _hook(step: _Step, original: Callable[..., None], param: Any) -> Callable[..
         return original(*unused)
 
     step.params.append(param)
-    param.register_hook(capture)
+    return call
+
+
+def _capture(step: _Step) -> Callable[..., Any]:
+    """Add the gradients that a graph's backward pass finds, just before Megatron would in the same graph."""
+
+    def call(create: Callable[..., Any], runner: Any) -> Any:
+        differentiate, added = torch.autograd.grad, []
+
+        def and_add(*args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+            torch.autograd.grad = differentiate  # also for what it calls
+            found = differentiate(*args, **kwargs)
+            params = runner.params_to_backprop
+            for param, grad in zip(params, found[len(found) - len(params) :], strict=True):
+                if grad is not None and not param.grad_added_to_main_grad:
+                    accumulate.add_(param.main_grad, grad, step.fresh)
+                    param.grad_added_to_main_grad = True  # so that Megatron's graph adds nothing
+                    added.append(param)
+            return found
+
+        torch.autograd.grad = and_add  # type: ignore[assignment]
+        try:
+            return create(runner)
+        finally:
+            torch.autograd.grad = differentiate
+            step.in_graphs.update(added)
+            for param in added:  # of which there may be another graph
+                param.grad_added_to_main_grad = False
+
     return call
 
 
