@@ -8,9 +8,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy
-from matplotlib import pyplot, ticker
-
 COLOURS = ("#c8401e", "#2867b2", "#3a9a4b", "#8a4fb0", "#c79a00", "#444444", "#00999c", "#d2679a")
 GREY, STYLE = "#8a8a8a", "seaborn-v0_8-whitegrid"
 EVEN_RANGE = 2  # load maps show shares from 1/4 to 4 times the even one, in powers of two
@@ -38,7 +35,11 @@ class RunData:
 
 def draw_all(runs: Sequence[RunData], folder: Path) -> dict[str, list[Path]]:
     """Draw all plots that the runs have data for. Returns section of the report -> its PNGs in ``folder``."""
-    pyplot.switch_backend("Agg")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
     routed = [(i, run) for i, run in enumerate(runs) if run.routing]
     pictures: dict[str, Callable[[], Any]] = {"loss": partial(_loss, runs)}
     if routed:
@@ -68,6 +69,8 @@ def colour(index: int) -> str:
 
 def _loss(runs: Sequence[RunData]) -> Any:
     """Training loss as lines, held-out loss as points; on the right the last two thirds."""
+    from matplotlib import pyplot
+
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.5, 4.3), layout="constrained")
     last = max((line["tokens"] for run in runs for line in run.losses), default=1)
     for axes, start in ((left, 0.0), (right, last / 3)):
@@ -116,6 +119,8 @@ SPECIALISATION: Panels = {
 
 def _grid(routed: Sequence[tuple[int, RunData]], panels: Panels) -> Any:
     """Small multiples over tokens, one for each measure that any run has."""
+    from matplotlib import pyplot
+
     present = {name: panel for name, panel in panels.items() if any(_series(run, name) for _, run in routed)}
     rows = math.ceil(len(present) / COLUMNS)
     look: dict[str, Any] = {"figsize": (11.5, 2.75 * rows + 0.5), "layout": "constrained"}
@@ -157,6 +162,8 @@ def _series(run: RunData, name: str) -> list[tuple[int, list[float]]]:
 
 def _texts(run: RunData) -> Any:
     """A table in colours: texts by experts."""
+    from matplotlib import pyplot
+
     assert run.texts is not None
     names, shares = run.texts
     look: dict[str, Any] = {"figsize": (11.5, 1.3 + 0.45 * len(names)), "layout": "constrained"}
@@ -176,6 +183,9 @@ def _texts(run: RunData) -> Any:
 
 def _load_map(run: RunData) -> Any:
     """Load of every expert: layers by experts at the first, middle and last line, and all lines over time."""
+    import numpy
+    from matplotlib import pyplot
+
     # [lines, layers, experts], as powers of two of the even share; a dead expert is darkest.
     loads = numpy.array([line["load"] for line in run.routing])
     count, num_layers, num_experts = loads.shape

@@ -7,12 +7,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import jinja2
-
 from megatron_router_upcycling.config import manifest
 from megatron_router_upcycling.config.start import InitConfig
-from megatron_router_upcycling.diagnostics import routing_start
-from megatron_router_upcycling.diagnostics.plots import RunData, colour, draw_all
+from megatron_router_upcycling.diagnostics import plots, routing_start
+from megatron_router_upcycling.diagnostics.plots import RunData
 from megatron_router_upcycling.errors import UserError, os_error_as, shown
 from megatron_router_upcycling.routers import kinds
 from megatron_router_upcycling.routers.config import RouterConfig
@@ -90,7 +88,7 @@ def write(runs: Sequence[RunData], output: Path) -> Path:
         for name in ("load_map_*.png", "texts_*.png"):  # an earlier report may have had more runs
             for stale in output.glob(name):
                 stale.unlink()
-        drawn = draw_all(runs, output)
+        drawn = plots.draw_all(runs, output)
         page = output / "report.html"
         page.write_text(render(runs, drawn), encoding="utf-8")
     return page
@@ -98,9 +96,11 @@ def write(runs: Sequence[RunData], output: Path) -> Path:
 
 def render(runs: Sequence[RunData], drawn: dict[str, list[Path]]) -> str:
     """The HTML page, with the plots embedded."""
+    import jinja2
+
     templates = jinja2.Environment(loader=jinja2.PackageLoader(__package__), autoescape=True)
     return templates.get_template("report.html.j2").render(
-        runs=[row | {"colour": colour(index)} for index, row in enumerate(summary(runs))],
+        runs=[row | {"colour": plots.colour(index)} for index, row in enumerate(summary(runs))],
         over_time={name: title for name, (title, _) in OVER_TIME.items()},
         sections=[
             {

@@ -25,6 +25,7 @@ from megatron_router_upcycling.diagnostics.stored_router import read_layer, read
 from megatron_router_upcycling.errors import UserError, error_as
 from megatron_router_upcycling.initialisation.heads import cosine_similarity
 from megatron_router_upcycling.key_statistics import file as key_stats_file
+from megatron_router_upcycling.layers.statistics import routing_sums
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.routers.likeness import tied_experts
 from megatron_router_upcycling.training.run_log import measures
@@ -197,7 +198,7 @@ def _look(
         mean, most = (float(pairs.mean()), float(pairs.max())) if len(pairs) else (math.nan, math.nan)
     tied = tied_experts(logits, router.granularity)
     decided = {first: measures.choose(logits, router.top_k, first) for first in (True, router.pre_softmax)}
-    sums = measures.routing_sums(*decided[router.pre_softmax], top_k=router.top_k)
+    sums = routing_sums(*decided[router.pre_softmax], top_k=router.top_k)
     return measures.summarise(sums) | {
         "layer": layer,
         "mean_cosine": mean,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_router_upcycling.layers.kernels import routing
-from megatron_router_upcycling.layers.kernels.routing import Loss
+from megatron_router_upcycling.layers.kernels.routing import Loss, Routing
 
 
 class FusedRoutingRouter(TopKRouter):
@@ -29,10 +29,10 @@ class FusedRoutingRouter(TopKRouter):
         if padding_mask is not None or not self._is_plain() or not routing.usable(flat):
             return super().routing(logits, padding_mask)
         found = routing.route(flat, self.topk, self.config.moe_router_pre_softmax)
-        self.statistics = found.sums[: routing.STATISTICS + flat.shape[1]].detach()
+        self.statistics = found.statistics
         probs = found.probs
         if self.training and torch.is_grad_enabled():
-            probs = _Attached.apply(probs, found.sums, *self._losses(found.sums, len(flat)))
+            probs = _Attached.apply(probs, found.sums, *self._losses(found))
         return probs, found.routing_map
 
     def _is_plain(self) -> bool:
@@ -52,22 +52,22 @@ class FusedRoutingRouter(TopKRouter):
         )
 
     @torch.no_grad()
-    def _losses(self, sums: Tensor, tokens: int) -> tuple[Tensor, Loss, Loss]:
+    def _losses(self, found: Routing) -> tuple[Tensor, Loss, Loss]:
         """The experts' loads, and both losses, as in ``TopKRouter._apply_aux_loss`` and ``apply_z_loss``."""
         config, group = self.config, self.tp_cp_group
-        size, n = group.size(), config.num_moe_experts
+        size, (tokens, n), device = group.size(), found.probs.shape, found.sums.device
         scale = tokens * size if self.calculate_per_token_loss else 1
-        load, balance, z = sums[routing.STATISTICS : routing.STATISTICS + n], Loss(), Loss()
+        load, balance, z = found.load, Loss(), Loss()
         if coefficient := self.get_aux_loss_coeff("aux_loss"):
             if size > 1:
                 load = load.clone()
                 torch.distributed.all_reduce(load, group=group)
             per_load = n / (self.topk * (tokens * size) ** 2)
-            log = logged(self, "load_balancing_loss", sums.device, reduce_group=group)
+            log = logged(self, "load_balancing_loss", device, reduce_group=group)
             balance = Loss(coefficient * per_load * scale, per_load, log)
         if config.moe_z_loss_coeff is not None:
             slope = config.moe_z_loss_coeff / size / tokens * scale
-            z = Loss(slope, 1 / tokens, logged(self, "z_loss", sums.device, avg_group=self.tp_dp_cp_group))
+            z = Loss(slope, 1 / tokens, logged(self, "z_loss", device, avg_group=self.tp_dp_cp_group))
         return load, balance, z
 
 

@@ -130,13 +130,13 @@ def check_routing() -> None:
 
             fast, plain = (functools.partial(run, route) for route in (routing.route, routing.plain))
             compare(gradients(fast, logits), gradients(plain, logits), 2e-6)
-            compare_losses(routing.route(logits, **of).sums, experts)
+            compare_losses(routing.route(logits, **of))
             maps = [route(logits, **of).routing_map for route in (routing.route, routing.plain)]
             assert torch.equal(*maps) and (maps[0].sum(1) == top_k).all()
 
 
-def compare_losses(sums: Tensor, experts: int) -> None:
-    load = sums[routing.STATISTICS : routing.STATISTICS + experts]
+def compare_losses(found: routing.Routing) -> None:
+    sums, load = found.sums, found.load
     for balanced, z_logged in ((True, True), (True, False), (False, True)):
         results = []
         for kind in (torch.float32, torch.float64):

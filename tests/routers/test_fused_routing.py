@@ -14,9 +14,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_router_upcycling.layers.kernels import routing as kernel
+from megatron_router_upcycling.layers.statistics import SUMS, routing_sums
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.patches import cpu_backend
-from megatron_router_upcycling.training.run_log import measures
 from tests import launch
 from tests.routers.conftest import BATCH, EXPERTS, SEQUENCE, build, transformer_config
 
@@ -129,8 +129,8 @@ def test_statistics_are_those_of_the_log(fused: list[tuple[Any, ...]], pre_softm
     logits = draw()
     weights, routing_map = router.routing(logits)
     scores = logits.flatten(0, 1).softmax(dim=1)
-    expected = measures.routing_sums(scores, weights.detach(), routing_map, ROUTER.top_k)
-    assert len(expected) == len(measures.SUMS) + EXPERTS
+    expected = routing_sums(scores, weights.detach(), routing_map, ROUTER.top_k)
+    assert len(expected) == len(SUMS) + EXPERTS
     torch.testing.assert_close(router.statistics, expected, rtol=1e-6, atol=1e-6)
     router.routing(logits, padding_mask=torch.zeros(SEQUENCE, BATCH, dtype=torch.bool))
     assert router.statistics is None

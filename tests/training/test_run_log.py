@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_router_upcycling.layers.statistics import routing_sums
 from megatron_router_upcycling.routers import likeness
 from megatron_router_upcycling.routers.config import RouterConfig
 from megatron_router_upcycling.training.run_log import files, measures
@@ -29,7 +30,7 @@ def test_routing_sums_add_up_to_what_loops_find(random: torch.Generator, pre_sof
     dropped = int(parts[0][2][0].sum())
     parts[0][2][0] = False  # what capacity does to the first token
     parts[0][1][0] = 0.0
-    found = measures.summarise(sum(measures.routing_sums(*part, top_k=TOP_K).double() for part in parts))
+    found = measures.summarise(sum(routing_sums(*part, top_k=TOP_K).double() for part in parts))
 
     load, expected = [0] * EXPERTS, {"entropy": 0.0, "top1_probability": 0.0, "weight_sum": 0.0}
     for token, row in enumerate(logits.double().tolist()):

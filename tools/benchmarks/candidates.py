@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from megatron_router_upcycling.errors import UserError
+
 TOLERANCE = 2e-2  # bfloat16, of the largest value
 
 
@@ -129,12 +131,12 @@ def missing(name: str) -> str | None:
 def take(name: str) -> None:
     """Let this process take the candidate for its part, if it is right on this device."""
     if package := missing(name):
-        raise SystemExit(f"error: --try {name}: {package} is not installed")
+        raise UserError(f"--try {name}: {package} is not installed")
     compute, part = CANDIDATES[name].make(), CANDIDATES[name].part
     if part == "gradients":
         return
     if (worst := difference(part, compute)) > TOLERANCE:
-        raise SystemExit(f"error: --try {name}: {part} are {worst:.1e} from float32, over {TOLERANCE:.0e}")
+        raise UserError(f"--try {name}: {part} are {worst:.1e} from float32, over {TOLERANCE:.0e}")
     PARTS[part].put(compute)
 
 

@@ -14,19 +14,29 @@ from torch.autograd.function import once_differentiable
 
 from megatron_router_upcycling.layers import kernels
 from megatron_router_upcycling.layers.kernels import tl, triton
+from megatron_router_upcycling.layers.statistics import SUMS, routing_sums
 
 TOKENS = 64  # a program's
 MOST_EXPERTS = 256
-STATISTICS = 5  # that come first in the sums, before the loads
+STATISTICS = len(SUMS)  # that come first in a routing's sums, before the loads
 
 
 class Routing(NamedTuple):
     probs: Tensor  # [T, n]: the weights of the chosen experts, 0 elsewhere
     routing_map: Tensor  # bool [T, n]: the chosen experts
-    # float32 [2n + 6], sums over tokens. As ``routing_sums`` has them, without gradients: how many, entropy,
-    # largest score, weights, dropped choices (none here), and the n experts' loads. Then the n scores, of the
+    # float32 [2n + 6], over tokens: ``routing_sums``, without gradients; then the n scores, of the
     # load-balancing loss, and logsumexp(logits)^2, of the z-loss.
     sums: Tensor
+
+    @property
+    def statistics(self) -> Tensor:
+        """The ``routing_sums``, float32 [5 + n]."""
+        return self.sums[: STATISTICS + self.probs.shape[1]].detach()
+
+    @property
+    def load(self) -> Tensor:
+        """How many tokens chose each expert, float32 [n]."""
+        return self.statistics[STATISTICS:]
 
 
 class Loss(NamedTuple):
@@ -60,13 +70,9 @@ def plain(logits: Tensor, top_k: int, pre_softmax: bool) -> Routing:
         probs = torch.where(routing_map, scores, 0)
     else:
         probs = torch.softmax(logits.masked_fill(~routing_map, float("-inf")), dim=-1)
-    with torch.no_grad():
-        entropy = -torch.xlogy(scores, scores).sum()
-        tokens, none = scores.new_tensor(len(scores)), scores.new_zeros(())
-        statistics = torch.stack((tokens, entropy, scores.amax(dim=1).sum(), probs.sum(), none))
-        load = routing_map.sum(dim=0, dtype=scores.dtype)
+    statistics = routing_sums(scores.detach(), probs.detach(), routing_map, top_k)
     square_sum = torch.logsumexp(logits, dim=-1).square().sum()
-    return Routing(probs, routing_map, torch.cat((statistics, load, scores.sum(0), square_sum[None])))
+    return Routing(probs, routing_map, torch.cat((statistics, scores.sum(0), square_sum[None])))
 
 
 def losses(sums: Tensor, load: Tensor, balance: Loss, z: Loss) -> Tensor:

@@ -70,17 +70,15 @@ def _hook(step: _Step, original: Callable[..., None], param: Any) -> Callable[..
             return original(*unused)
         first = step.first and param not in step.written
         step.written.add(param)
-        if param.grad is None:
-            if first and param not in step.in_graphs:
-                param.main_grad.zero_()
-        elif not param.grad_added_to_main_grad:
+        added = param.grad_added_to_main_grad
+        if param.grad is None and first and param not in step.in_graphs:
+            param.main_grad.zero_()
+        elif param.grad is not None and not added:
             accumulate.add_(param.main_grad, param.grad.data, step.fresh if first else None)
             param.grad_added_to_main_grad = True  # so that the original adds nothing
-            original(*unused)
-            # Reset it: a CUDA graph captured later would assume that the layer itself adds the gradient.
-            param.grad_added_to_main_grad = False
-            return None
-        return original(*unused)
+        original(*unused)
+        # A CUDA graph captured later would take a mark that stayed to mean that the layer itself adds.
+        param.grad_added_to_main_grad = added
 
     step.params.append(param)
     return call

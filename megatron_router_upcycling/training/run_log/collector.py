@@ -18,6 +18,7 @@ import torch
 from megatron.core.transformer.cuda_graphs import is_graph_warmup
 
 from megatron_router_upcycling.files import write_whole
+from megatron_router_upcycling.layers.statistics import SUMS, routing_sums
 from megatron_router_upcycling.training.run_log import measures
 
 # Measures that cost more and change slowly: how often one router's first choice is the mixture's, the cosine
@@ -45,7 +46,7 @@ class RoutingCollector:
         for module in (module for chunk in model for module in chunk.modules()):
             if isinstance(module, MoELayer) and not getattr(module.router, "is_mtp_layer", False):
                 self.layers[module.router.layer_number - 1] = module
-        size = args.num_layers, len(measures.SUMS) + args.num_experts
+        size = args.num_layers, len(SUMS) + args.num_experts
         device = next(model[0].parameters()).device
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         self.samples: dict[int, torch.Tensor] = {}  # inputs of the routers, for router_agreement
@@ -82,7 +83,7 @@ class RoutingCollector:
                         if router.config.moe_pad_expert_input_to_capacity:
                             routing_map = routing_map & (weights > 0)  # the map counts the padding too
                         scores = _scores(router, logits.detach().flatten(0, -2))
-                        found = measures.routing_sums(scores, weights.detach(), routing_map, router.topk)
+                        found = routing_sums(scores, weights.detach(), routing_map, router.topk)
                     self.sums[index].add_(torch.where(self.counts, found, 0))
             return output
 
