@@ -13,7 +13,8 @@ parallel  A small upcycled model trains at EP 2, DP 2 and TP 2, in bfloat16 and 
           LD_PRELOAD); failing that they talk over Gloo, and the page says which.
 transformer-engine
           Training and a step with it, beside the same without, where it is installed.
-steps     bench_step.py eager and in CUDA graphs, in turns, with micro-batches of 4 and 8.
+steps     bench_step.py eager and in CUDA graphs, in turns, with micro-batches of 4 and 8, and with
+          other kernels that are installed, each by itself (bench_step.py --try).
 train     The small model trains for 12 steps: with and without CUDA graphs, which must have equal losses
           and routing statistics, and with and without Transformer Engine. Losses are compared with the CPU's.
           Runs that are saved during training and stopped at step 6 must resume with the same losses, also
